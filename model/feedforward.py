@@ -1,0 +1,32 @@
+"""Floor 4, feed-forward: the same two-layer network at every position, gated (SwiGLU; Shazeer 2020, arXiv:2002.05202)."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from model.config import ModelConfig
+from model.sharding import Layout
+
+
+class FeedForward(nnx.Module):
+    """down(silu(gate(x)) * up(x)), widths D → F → D."""
+
+    def __init__(self, config: ModelConfig, weights: Mapping[str, jax.Array], layout: Layout):
+        self.gate = nnx.Param(weights["gate"])
+        self.up = nnx.Param(weights["up"])
+        self.down = nnx.Param(weights["down"])
+        self.layout = layout
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """[B, T, D] → [B, T, D]."""
+        dtype, layout = x_BTD.dtype, self.layout
+        w_gate = layout.gather(self.gate[...].astype(dtype), "model", "feedforward")
+        w_up = layout.gather(self.up[...].astype(dtype), "model", "feedforward")
+        w_down = layout.gather(self.down[...].astype(dtype), "feedforward", "model")
+
+        x_BTD = layout.gather_sequence(x_BTD)
+        h_BTF = jax.nn.silu(jnp.einsum("btd,df->btf", x_BTD, w_gate)) * jnp.einsum("btd,df->btf", x_BTD, w_up)
+        sums_BTD = jnp.einsum("btf,fd->btd", h_BTF, w_down, out_sharding=layout.partial_sums())
+        return layout.scatter_sequence(sums_BTD)

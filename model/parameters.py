@@ -1,0 +1,137 @@
+"""The one table of parameters: what the decoder is made of, before any array exists.
+
+Initialization, sharding, weight decay, export and counting all read it. A parameter's name is its path in the nested
+dictionary of weights, joined by dots: `blocks.attention.query`. Parameters of the blocks are stacked over layers.
+"""
+
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from model.config import VOCABULARY_MULTIPLE, ModelConfig
+from model.sharding import WHOLE, Layout
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter: an entry of the table.
+
+    Attributes:
+        axes: logical axis name → size, in the array's order.
+        fan_in: the axes that the forward pass sums over; empty for what multiplies elementwise.
+        role: embedding, matrix, unembedding or norm.
+        scale: of the initial values, which are normal with standard deviation scale/√(product of fan_in); a norm's
+            are constant at `scale`.
+    """
+
+    axes: Mapping[str, int]
+    fan_in: tuple[str, ...]
+    role: str
+    scale: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the axes."""
+        return tuple(self.axes.values())
+
+    @property
+    def fan_out(self) -> tuple[str, ...]:
+        """The axes of what a product with this parameter yields."""
+        return tuple(name for name in self.axes if name not in ("layers", *self.fan_in))
+
+    @property
+    def decay(self) -> bool:
+        """Whether weight decay applies: to matrices, not to norms."""
+        return self.role != "norm"
+
+
+def padded_vocabulary(config: ModelConfig) -> int:
+    """Rows of the embedding (V): the vocabulary up to a fixed multiple, so that any mesh can share it."""
+    assert config.vocab_size is not None
+    return -(-config.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def parameter_table(config: ModelConfig) -> dict[str, Parameter]:
+    """Every parameter of the decoder by its dotted name.
+
+    Matrices start with variance 1/fan_in; the two that write to the residual stream are scaled down by √(2L), so that
+    its variance does not grow with depth (GPT-2, Radford et al. 2019). The embedding starts at 1/√D a component: a
+    tied unembedding then gives logits of variance one.
+    """
+    c = config
+    layers = {"layers": c.num_layers}
+    model, feedforward = {"model": c.model_dim}, {"feedforward": c.feedforward_dim}
+    heads, kv_heads, head = {"heads": c.num_heads}, {"kv_heads": c.num_kv_heads}, {"head": c.head_dim}
+    vocabulary = {"vocabulary": padded_vocabulary(c)}
+    residual = 1 / math.sqrt(2 * c.num_layers)
+    width = {"width": c.model_dim}
+
+    table = {
+        "embedding.table": Parameter(vocabulary | model, ("model",), "embedding"),
+        "blocks.attention_norm.scale": Parameter(layers | width, (), "norm"),
+        "blocks.attention.query": Parameter(layers | model | heads | head, ("model",), "matrix"),
+        "blocks.attention.key": Parameter(layers | model | kv_heads | head, ("model",), "matrix"),
+        "blocks.attention.value": Parameter(layers | model | kv_heads | head, ("model",), "matrix"),
+        "blocks.attention.output": Parameter(layers | heads | head | model, ("heads", "head"), "matrix", residual),
+        "blocks.feedforward_norm.scale": Parameter(layers | width, (), "norm"),
+        "blocks.feedforward.gate": Parameter(layers | model | feedforward, ("model",), "matrix"),
+        "blocks.feedforward.up": Parameter(layers | model | feedforward, ("model",), "matrix"),
+        "blocks.feedforward.down": Parameter(layers | feedforward | model, ("feedforward",), "matrix", residual),
+        "norm.scale": Parameter(width, (), "norm"),
+    }
+    if not c.tie_embeddings:
+        table["unembedding.matrix"] = Parameter(model | vocabulary, ("model",), "unembedding")
+    return table
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Parameters of the model, without the padding of the vocabulary."""
+    padding = padded_vocabulary(config) - (config.vocab_size or 0)
+    table = parameter_table(config)
+    total = sum(math.prod(p.shape) for p in table.values())
+    return total - padding * sum(config.model_dim for p in table.values() if "vocabulary" in p.axes)
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a.b": x} → {"a": {"b": x}}: the tree of weights from dotted names."""
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *path, last = name.split(".")
+        branch = tree
+        for part in path:
+            branch = branch.setdefault(part, {})
+        branch[last] = value
+    return tree
+
+
+def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": x}} → {"a.b": x}: the inverse of `nested`."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flattened(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def initial_weights(config: ModelConfig, seed: int, layout: Layout = WHOLE) -> dict[str, Any]:
+    """Fresh float32 weights, each made in place in its shards; the same bits on every mesh of a platform.
+
+    A parameter's key depends on the seed and its name alone, so adding one leaves the others as they were.
+    """
+
+    def initial(name: str, p: Parameter) -> jax.Array:
+        sharding = layout.sharding(*p.axes)
+        if p.role == "norm":
+            return jnp.full(p.shape, p.scale, jnp.float32, out_sharding=sharding)
+        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+        deviation = p.scale / math.sqrt(math.prod(p.axes[axis] for axis in p.fan_in))
+        return deviation * jax.random.normal(key, p.shape, jnp.float32, out_sharding=sharding)
+
+    return nested({name: initial(name, p) for name, p in parameter_table(config).items()})

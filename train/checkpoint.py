@@ -1,0 +1,165 @@
+"""Checkpoints: what a run needs to go on bit for bit, complete and checked or invisible.
+
+A checkpoint is three Orbax items: `weights`, `optimizer` (plain nested dictionaries of arrays, whatever the mesh) and
+`progress` (JSON, the same for all processes): the position of every stream, fingerprints, and a checksum of each
+array. Orbax commits all three by one rename; a checksum that does not fit on restore shows damage that it would not.
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from data.errors import InputError
+from model.parameters import flattened
+from train.config import CheckpointConfig
+from train.state import State
+
+log = logging.getLogger("ziggurat")
+
+
+@jax.jit
+def checksums(tree: Any) -> Any:
+    """A uint32 for each array: its bits, each word weighed by its place, summed modulo 2³².
+
+    Integer sums do not depend on their order, so any mesh gives the same number. Any single flipped bit changes it.
+    """
+
+    def of_array(x: jax.Array) -> jax.Array:
+        words = {4: jnp.uint32, 2: jnp.uint16, 1: jnp.uint8}[x.dtype.itemsize]
+        bits = jax.lax.bitcast_convert_type(x, words).astype(jnp.uint32)
+        place, total = jnp.uint32(1), jnp.zeros((), jnp.uint32)
+        for axis, size in enumerate(x.shape):
+            index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+            place = (place * jnp.uint32(size) + index) if axis else index
+        # The weight of a place is odd, so multiplying by it loses no bit.
+        weight = (2 * place + 1) * jnp.uint32(2654435761)
+        return total + jnp.sum(bits * weight, dtype=jnp.uint32)
+
+    return jax.tree.map(of_array, tree)
+
+
+def plain(tree: Any) -> Any:
+    """Named tuples (Optax's states) as dictionaries by their fields' names; empty ones left out."""
+    if isinstance(tree, tuple) and hasattr(tree, "_asdict"):
+        tree = tree._asdict()
+    if isinstance(tree, Mapping):
+        branches = {name: plain(branch) for name, branch in tree.items()}
+        return {name: branch for name, branch in branches.items() if not isinstance(branch, dict) or branch}
+    return tree
+
+
+def like(template: Any, tree: Any) -> Any:
+    """The inverse of `plain`: the values of `tree` in the containers of `template`."""
+    if isinstance(template, tuple) and hasattr(template, "_asdict"):
+        fields = template._asdict()
+        return type(template)(**{name: like(fields[name], tree.get(name, {})) for name in fields})
+    if isinstance(template, Mapping):
+        return {name: like(branch, tree.get(name, {})) for name, branch in template.items()}
+    return tree
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `run_dir/checkpoints`. Every process calls every method at the same step."""
+
+    def __init__(self, folder: Path, config: CheckpointConfig | None = None):
+        keep = config.keep if config else None
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=config is not None, cleanup_tmp_directories=config is not None
+        )
+        items = {
+            "weights": ocp.StandardCheckpointHandler(),
+            "optimizer": ocp.StandardCheckpointHandler(),
+            "progress": ocp.JsonCheckpointHandler(),
+        }
+        self._manager = ocp.CheckpointManager(folder.absolute(), item_handlers=items, options=options)
+        self.folder = folder
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: State, progress: Mapping[str, Any]) -> None:
+        """Start to save; returns once the arrays are copied from the devices. The step is the state's own."""
+        step = int(state["step"])
+        optimizer = plain(state["optimizer"])
+        sums = {
+            "weights": jax.tree.map(int, checksums(state["weights"])),
+            "optimizer": jax.tree.map(int, checksums(optimizer)),
+        }
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                weights=ocp.args.StandardSave(state["weights"]),
+                optimizer=ocp.args.StandardSave(optimizer),
+                progress=ocp.args.JsonSave({**progress, "checksums": sums}),
+            ),
+        )
+
+    def restore(self, abstract: State) -> tuple[State, dict[str, Any]] | None:
+        """The newest undamaged checkpoint as (state, progress), or none where there is none at all.
+
+        Args:
+            abstract: shapes, dtypes and shardings of the state to fill.
+
+        Raises:
+            InputError: there are checkpoints, and all are damaged.
+        """
+        for step in reversed(self.steps()):
+            optimizer = plain(abstract["optimizer"])
+            found = self._read(step, {"weights": abstract["weights"], "optimizer": optimizer})
+            if found is not None:
+                arrays, progress = found
+                count = jax.device_put(jnp.asarray(step, jnp.int32), abstract["step"].sharding)
+                return {
+                    "step": count,
+                    "weights": arrays["weights"],
+                    "optimizer": like(abstract["optimizer"], arrays["optimizer"]),
+                }, progress
+        if self.steps():
+            raise InputError(f"all checkpoints in {self.folder} are damaged; restore them from a copy, or start anew")
+        return None
+
+    def restore_weights(self, abstract: Any, step: int | None = None) -> tuple[int, Any]:
+        """(step, weights) of one checkpoint, by default the newest undamaged one.
+
+        Raises:
+            InputError: there is no such checkpoint, or it is damaged.
+        """
+        if step is not None and step not in self.steps():
+            raise InputError(f"{self.folder} has no checkpoint of step {step}; there are {self.steps()}")
+        for candidate in [step] if step is not None else reversed(self.steps()):
+            if found := self._read(candidate, {"weights": abstract}):
+                return candidate, found[0]["weights"]
+        raise InputError(f"{self.folder} holds no checkpoint that can be read")
+
+    def _read(self, step: int, abstract: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """Items of one checkpoint and its progress; none, with a warning, where a checksum does not fit."""
+        arguments = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
+        try:
+            found = self._manager.restore(
+                step, args=ocp.args.Composite(**arguments, progress=ocp.args.JsonRestore())
+            )
+            progress = found["progress"]
+            arrays = {name: found[name] for name in abstract}
+            expected = flattened({name: progress["checksums"][name] for name in abstract})
+            actual = flattened(jax.tree.map(int, checksums(arrays)))
+            damaged = [name for name in actual if actual[name] != expected.get(name)]
+        except (ValueError, KeyError, OSError) as error:
+            damaged = [f"{type(error).__name__}: {str(error).splitlines()[0]}"]
+        if damaged:
+            log.warning("the checkpoint of step %d is damaged (%s); it is not used", step, damaged[0])
+            return None
+        return arrays, progress
+
+    def wait(self) -> None:
+        """Block until what `save` started is complete on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait, and release the threads."""
+        self._manager.close()

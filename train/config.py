@@ -1,0 +1,335 @@
+"""The settings of a run: one dataclass a group, and how values from a preset, a file and flags become them.
+
+The dataclasses are the only source of fields, defaults, units and documentation. Each field's metadata holds `help`
+and `resume`: whether a change of it on resume is refused ("frozen", where nothing is said), accepted with a warning
+("warn") or in silence ("free"). Everything wrong with a config is reported at once.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from data.config import DataConfig, TokenizerConfig
+from data.errors import InputError
+from model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices on each mesh axis; −1 on one of them: all that are left."""
+
+    data: int = field(default=1, metadata={"help": "copies of the model, each with its rows", "resume": "free"})
+    fsdp: int = field(
+        default=-1,
+        metadata={"help": "devices that share rows and the storage of weights and optimizer state", "resume": "free"},
+    )
+    tensor: int = field(
+        default=1, metadata={"help": "devices that share each product's heads, F or V", "resume": "free"}
+    )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov and Hutter 2019) and its learning rate over the steps."""
+
+    learning_rate: float = field(default=3e-4, metadata={"help": "the peak of the schedule", "resume": "warn"})
+    schedule: str = field(
+        default="cosine",
+        metadata={"help": "after warm-up: cosine, or wsd (stable, then a linear decay)", "resume": "warn"},
+    )
+    warmup_steps: int | None = field(
+        default=None, metadata={"help": "steps of linear warm-up; none: 5% of the run, at most 2000", "resume": "warn"}
+    )
+    decay_steps: int | None = field(
+        default=None, metadata={"help": "steps of wsd's decay; none: the last 20% of the run", "resume": "warn"}
+    )
+    final_fraction: float = field(
+        default=0.1, metadata={"help": "learning rate at the end, as a part of the peak", "resume": "warn"}
+    )
+    beta1: float = field(default=0.9, metadata={"help": "decay of the gradient's mean", "resume": "warn"})
+    beta2: float = field(default=0.95, metadata={"help": "decay of the gradient's square", "resume": "warn"})
+    epsilon: float = field(default=1e-8, metadata={"help": "added to the root of the square", "resume": "warn"})
+    weight_decay: float = field(
+        default=0.1, metadata={"help": "of matrices, times the learning rate; norms have none", "resume": "warn"}
+    )
+    clip_norm: float = field(
+        default=1.0, metadata={"help": "largest global norm of the gradient; 0: no limit", "resume": "warn"}
+    )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The run itself."""
+
+    run_dir: str = field(default="runs/default", metadata={"help": "the run's folder", "resume": "free"})
+    num_steps: int = field(default=1000, metadata={"help": "optimizer steps of the whole run", "resume": "warn"})
+    batch_size: int = field(default=16, metadata={"help": "rows of one optimizer step, over all devices"})
+    accumulation_steps: int = field(
+        default=1, metadata={"help": "parts of the batch that are run one after the other", "resume": "free"}
+    )
+    seed: int = field(default=0, metadata={"help": "of the initial weights and the data order"})
+    log_every_steps: int = field(
+        default=10, metadata={"help": "steps between two lines of a log that is no terminal", "resume": "free"}
+    )
+    tensorboard: bool = field(
+        default=False,
+        metadata={"help": "also write metrics for TensorBoard to run_dir/tensorboard", "resume": "free"},
+    )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept of the run."""
+
+    every_steps: int = field(default=500, metadata={"help": "steps between checkpoints", "resume": "free"})
+    keep: int = field(default=2, metadata={"help": "the newest checkpoints that stay", "resume": "free"})
+    export: bool = field(
+        default=True,
+        metadata={"help": "at the end write Hugging Face weights to run_dir/export", "resume": "free"},
+    )
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Evaluation on held-out documents, and the sample that comes with it."""
+
+    every_steps: int = field(default=500, metadata={"help": "steps between evaluations", "resume": "free"})
+    max_bytes: int = field(
+        default=2**20, metadata={"help": "bytes of held-out documents that the run keeps and evaluates at its end"}
+    )
+    loop_bytes: int = field(
+        default=2**17, metadata={"help": "bytes of them that it evaluates on the way", "resume": "free"}
+    )
+    prompt: str = field(default="def ", metadata={"help": "what the sample continues", "resume": "free"})
+    sample_tokens: int = field(default=64, metadata={"help": "new tokens of the sample", "resume": "free"})
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def resolved(self, vocab_size: int | None = None) -> "Config":
+        """The same settings with every derived field filled in; `vocab_size` is the tokenizer's."""
+        streams = self.data.num_streams or self.train.batch_size
+        return dataclasses.replace(
+            self,
+            model=self.model.resolved(vocab_size),
+            data=dataclasses.replace(self.data, num_streams=streams),
+        )
+
+    @property
+    def num_streams(self) -> int:
+        """V: the virtual readers of the corpus."""
+        return self.data.num_streams or self.train.batch_size
+
+
+def config_fields() -> Iterator[tuple[str, str, dataclasses.Field]]:
+    """(group, field's name, field) of every setting, in order."""
+    for group in dataclasses.fields(Config):
+        for setting in dataclasses.fields(typing.cast(type, group.type)):
+            yield group.name, setting.name, setting
+
+
+def to_dict(config: Config) -> dict[str, dict[str, Any]]:
+    """Plain values by group and field: what a run saves as config.json."""
+    return dataclasses.asdict(config)
+
+
+def make_config(values: Mapping[str, Any], overrides: Mapping[str, str] | None = None) -> Config:
+    """Settings from a preset's values and the command line's.
+
+    Args:
+        values: {group: {field: value}}, whatever is left out keeps its default.
+        overrides: {"group.field": text}, read by the field's type; they win.
+
+    Raises:
+        InputError: every unknown name, wrong type and impossible combination, one a line.
+    """
+    problems: list[str] = []
+    known = {f"{group}.{name}": setting for group, name, setting in config_fields()}
+    chosen: dict[str, Any] = {}
+
+    given: dict[str, Any] = {}
+    for group, fields in values.items():
+        if group not in {f.name for f in dataclasses.fields(Config)}:
+            problems.append(f"{group}: there is no such group{nearest(group, [n.split('.')[0] for n in known])}")
+        elif not isinstance(fields, Mapping):
+            problems.append(f"{group} is {fields!r}; it must hold fields, as in {group}.{_first_field(known, group)}")
+        else:
+            given |= {f"{group}.{name}": value for name, value in fields.items()}
+    for source, read in ((given, _from_value), (overrides or {}, _from_text)):
+        for name, value in source.items():
+            if name not in known:
+                problems.append(f"{name}: there is no such field{nearest(name, list(known))}")
+                continue
+            try:
+                chosen[name] = read(value, _types(known[name]))
+            except ValueError as error:
+                problems.append(f"{name} is {value!r}; it must be {error}")
+
+    config = _build(chosen)
+    problems += config_problems(config)
+    if problems:
+        raise InputError("\n".join(problems))
+    return config
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """The inverse of `to_dict`; InputError where the values are no config of this version."""
+    return make_config(values)
+
+
+def nearest(name: str, names: list[str]) -> str:
+    """", did you mean ...?" or nothing."""
+    found = difflib.get_close_matches(name, sorted(set(names)), n=1, cutoff=0.6)
+    if not found and "." in name:
+        found = [known for known in sorted(set(names)) if known.endswith("." + name.rsplit(".", 1)[1])][:1]
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def _first_field(known: Mapping[str, Any], group: str) -> str:
+    return next(name.split(".")[1] for name in known if name.startswith(group + "."))
+
+
+def _types(setting: dataclasses.Field) -> tuple[type, ...]:
+    kind = setting.type
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (typing.cast(type, kind),)
+
+
+def _from_value(value: Any, kinds: tuple[type, ...]) -> Any:
+    """A Python value as one of these types; ValueError says what it must be."""
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) in kinds:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError("a finite number")
+        return value
+    raise ValueError(_kinds_text(kinds))
+
+
+def _from_text(text: str, kinds: tuple[type, ...]) -> Any:
+    """A flag's text as one of these types."""
+    if types.NoneType in kinds and text.lower() == "none":
+        return None
+    if bool in kinds:
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        raise ValueError("true or false")
+    if str in kinds:
+        return text
+    try:
+        number = float(text)
+        if int in kinds:
+            if "e" not in text.lower():
+                return int(text)
+            if number == int(number):
+                return int(number)
+            raise ValueError
+        if math.isfinite(number):
+            return number
+    except (ValueError, OverflowError):
+        pass
+    raise ValueError(_kinds_text(kinds))
+
+
+def _kinds_text(kinds: tuple[type, ...]) -> str:
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", types.NoneType: "none"}
+    return " or ".join(names[kind] for kind in kinds)
+
+
+def _build(chosen: Mapping[str, Any]) -> Config:
+    """The dataclasses with the chosen fields."""
+    groups = {}
+    for group in dataclasses.fields(Config):
+        own = {n.split(".")[1]: v for n, v in chosen.items() if n.split(".")[0] == group.name}
+        groups[group.name] = typing.cast(type, group.type)(**own)
+    return Config(**groups)
+
+
+def config_problems(config: Config) -> list[str]:
+    """Values that are impossible on their own or together, one line each, naming fields and a remedy."""
+    c = config
+    found = [*c.model.problems(), *c.data.problems(), *c.tokenizer.problems()]
+
+    def at_least(group: str, minimum: int, *names: str) -> None:
+        for name in names:
+            value = getattr(getattr(c, group), name)
+            if value is not None and value < minimum:
+                found.append(f"{group}.{name} is {value}; it must be at least {minimum}")
+
+    at_least("train", 1, "num_steps", "batch_size", "accumulation_steps", "log_every_steps")
+    at_least("train", 0, "seed")
+    at_least("checkpoint", 1, "every_steps", "keep")
+    at_least("evaluation", 1, "every_steps", "max_bytes", "loop_bytes")
+    at_least("evaluation", 0, "sample_tokens")
+    at_least("optimizer", 0, "learning_rate", "weight_decay", "clip_norm", "warmup_steps", "decay_steps")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(c.optimizer, name) < 1:
+            found.append(f"optimizer.{name} is {getattr(c.optimizer, name)}; it must be in [0, 1)")
+    if c.optimizer.epsilon <= 0:
+        found.append(f"optimizer.epsilon is {c.optimizer.epsilon}; it must be above 0")
+    if not 0 <= c.optimizer.final_fraction <= 1:
+        found.append(f"optimizer.final_fraction is {c.optimizer.final_fraction}; it must be in [0, 1]")
+    if c.optimizer.schedule not in ("cosine", "wsd"):
+        found.append(f"optimizer.schedule is {c.optimizer.schedule!r}; it must be cosine or wsd")
+    if (c.optimizer.warmup_steps or 0) + (c.optimizer.decay_steps or 0) > c.train.num_steps:
+        found.append(
+            f"optimizer.warmup_steps and decay_steps come to more than train.num_steps = {c.train.num_steps}; "
+            "lower them, or leave them at none"
+        )
+    if not c.train.run_dir:
+        found.append("train.run_dir is empty; name the run's folder")
+    if c.train.accumulation_steps > 0 and c.train.batch_size % c.train.accumulation_steps:
+        found.append(
+            f"train.batch_size = {c.train.batch_size} does not divide by train.accumulation_steps = "
+            f"{c.train.accumulation_steps}"
+        )
+    if c.num_streams > 0 and c.train.batch_size % c.num_streams:
+        found.append(
+            f"data.num_streams = {c.num_streams} does not divide train.batch_size = {c.train.batch_size}; "
+            f"nearest that does: {_nearest_divisor(c.train.batch_size, c.num_streams)}"
+        )
+    if c.evaluation.loop_bytes > c.evaluation.max_bytes:
+        found.append("evaluation.loop_bytes is more than evaluation.max_bytes")
+    for axis in ("data", "fsdp", "tensor"):
+        if (size := getattr(c.mesh, axis)) < 1 and size != -1:
+            found.append(f"mesh.{axis} is {size}; it must be at least 1, or -1 for the devices that are left")
+    if [c.mesh.data, c.mesh.fsdp, c.mesh.tensor].count(-1) > 1:
+        found.append("only one of mesh.data, mesh.fsdp and mesh.tensor can be -1 (mesh.fsdp is by default)")
+    return found
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    divisors = [d for d in range(1, max(number, 1) + 1) if number % d == 0]
+    return min(divisors, key=lambda d: abs(d - wanted))
+
+
+def resume_differences(saved: Config, asked: Config) -> dict[str, list[str]]:
+    """What a resumed run would do otherwise than before, by its `resume` rule: {"frozen": [lines], "warn": [lines]}."""
+    lines: dict[str, list[str]] = {"frozen": [], "warn": [], "free": []}
+    for group, name, setting in config_fields():
+        before, now = getattr(getattr(saved, group), name), getattr(getattr(asked, group), name)
+        if before != now:
+            rule = setting.metadata.get("resume", "frozen")
+            lines[rule].append(f"{group}.{name}: {before} → {now}")
+    return lines
+
+
+def to_json(config: Config) -> str:
+    """`to_dict` as text."""
+    return json.dumps(to_dict(config), indent=2) + "\n"

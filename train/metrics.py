@@ -1,0 +1,198 @@
+"""What a run says of itself: metrics.jsonl, the live display, and the share of the hardware's peak.
+
+Model FLOPs of a token are 6 × the matrix parameters that it meets (the tied embedding counts once, as unembedding)
++ 12 × L × H × C × T/2 of causal attention: forward and backward, nothing for what is recomputed (PaLM, Chowdhery et
+al. 2022, appendix B, halved for causality).
+"""
+
+import collections
+import json
+import logging
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from model.config import ModelConfig
+from model.parameters import parameter_table
+
+log = logging.getLogger("ziggurat")
+
+# Dense bfloat16 FLOP/s of one device, from the vendors' data sheets, by JAX's device_kind.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def flops_per_token(config: ModelConfig, T: int) -> float:
+    """Model FLOPs of training on one token of a segment of T (see the module)."""
+    matrices = sum(
+        math.prod(p.shape) for p in parameter_table(config).values() if p.role in ("matrix", "unembedding")
+    )
+    if config.tie_embeddings:
+        matrices += math.prod(parameter_table(config)["embedding.table"].shape)
+    assert config.head_dim is not None
+    return 6 * matrices + 12 * config.num_layers * config.num_heads * config.head_dim * T / 2
+
+
+def peak_flops(dtype: str) -> tuple[float, str]:
+    """(FLOP/s of all devices, where the figure is from); a CPU's is measured by one large matrix product."""
+    kind = jax.devices()[0].device_kind
+    if kind in PEAK_FLOPS:
+        return PEAK_FLOPS[kind] * jax.device_count(), f"{kind} data sheet, dense bfloat16"
+    n = 2048
+    with jax.set_mesh(jax.sharding.Mesh(jax.local_devices()[:1], "x")):
+        product = jax.jit(jnp.matmul)
+        x = jnp.ones((n, n), dtype)
+        product(x, x).block_until_ready()
+        seconds = []
+        for _ in range(3):
+            start = time.perf_counter()
+            product(x, x).block_until_ready()
+            seconds.append(time.perf_counter() - start)
+    # Virtual CPU devices share the cores that one product already uses.
+    machines = jax.process_count() if jax.default_backend() == "cpu" else jax.device_count()
+    return 2 * n**3 / min(seconds) * machines, f"a {n} × {n} {dtype} product measured here"
+
+
+class MetricsFile:
+    """metrics.jsonl: one line a step, written by process 0 alone. After a restart each step still stands there once.
+
+    Args:
+        folder: the run's.
+        step: the restored step; lines of later ones, and a torn last line, are dropped.
+        tensorboard: also write numbers to `folder/tensorboard`.
+    """
+
+    def __init__(self, folder: Path, step: int, tensorboard: bool = False):
+        path = folder / "metrics.jsonl"
+        kept = [line for line, record in read_metrics(path) if record["step"] <= step]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(kept))
+        partial.replace(path)
+        self._file = path.open("a")
+        self._board = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One step's line, with whatever was measured for it."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._board:
+            for name, value in record.items():
+                if isinstance(value, int | float) and name != "step":
+                    self._board.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        """Everything to disk."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+        if self._board:
+            self._board.close()
+
+
+def read_metrics(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The complete (line, record) pairs of a metrics.jsonl, up to the first that is torn; none where there is none."""
+    records = []
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if not line.endswith("\n"):
+            break
+        records.append((line, record))
+    return records
+
+
+class Rate:
+    """Tokens a second and waiting for data, over the last finished steps."""
+
+    def __init__(self, window: int = 10):
+        self._ends: collections.deque[tuple[float, float]] = collections.deque(maxlen=window + 1)
+
+    def start(self) -> None:
+        """Forget what was before: a pause (evaluation, a save) is no step time."""
+        self._ends.clear()
+        self._ends.append((time.perf_counter(), 0.0))
+
+    def finished(self, tokens: float) -> None:
+        """A step over so many tokens has just finished."""
+        self._ends.append((time.perf_counter(), tokens))
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over the window."""
+        seconds = self._ends[-1][0] - self._ends[0][0]
+        return sum(tokens for _, tokens in list(self._ends)[1:]) / max(seconds, 1e-9)
+
+
+class Display:
+    """How a run looks while it goes: one live line on a terminal, a plain line every few steps in a log.
+
+    Args:
+        num_steps: of the run.
+        every: steps between plain lines.
+        quiet: show nothing (all processes but the first).
+    """
+
+    def __init__(self, num_steps: int, every: int, quiet: bool):
+        self.num_steps, self.every, self.quiet = num_steps, every, quiet
+        self._console = Console(file=sys.stderr)
+        self._live = None
+        if self._console.is_terminal and not quiet:
+            self._live = Live(console=self._console, refresh_per_second=4, transient=True)
+            self._live.start()
+
+    def step(self, record: dict[str, Any], peak_share: float, tokens_left: float) -> None:
+        """Show one finished step."""
+        if self.quiet:
+            return
+        rate = record["tokens_per_second"]
+        line = (
+            f"step {record['step']}/{self.num_steps}  loss {record['loss']:.4f}  {rate:,.0f} tokens/s  "
+            f"{peak_share:.0%} of peak  data wait {record['data_wait_seconds']:.2f} s  "
+            f"ETA {duration(tokens_left / max(rate, 1e-9))}"
+        )
+        if self._live:
+            done = int(30 * record["step"] / self.num_steps)
+            self._live.update(Text(f"{'█' * done}{'·' * (30 - done)} {line}", no_wrap=True, overflow="ellipsis"))
+        elif record["step"] % self.every == 0 or record["step"] == self.num_steps:
+            self.say(line)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if not self.quiet:
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._live:
+            self._live.stop()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people write them: 45 s, 3 min 20 s, 5 h 12 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -1,0 +1,37 @@
+"""The learning rate over the steps of a run."""
+
+import optax
+
+from train.config import Config
+
+
+def learning_rate(config: Config) -> optax.Schedule:
+    """Update number (from 0) → learning rate: linear warm-up from 0, then one of
+
+    - cosine to `final_fraction` of the peak at the last step (Loshchilov and Hutter 2017, arXiv:1608.03983);
+    - wsd: the peak, then linear to `final_fraction` over the last `decay_steps` (Hu et al. 2024, arXiv:2404.06395).
+
+    The last update of warm-up is the first at the peak; the rate of the run's last update is the final one.
+    """
+    c, last = config.optimizer, config.train.num_steps - 1
+    warmup, decay = warmup_steps(config), decay_steps(config)
+    final = c.learning_rate * c.final_fraction
+    # From 1/(warmup + 1) of the peak: an update with a rate of zero would be wasted.
+    rise = optax.linear_schedule(c.learning_rate / (warmup + 1), c.learning_rate, warmup)
+    if c.schedule == "cosine":
+        fall = optax.cosine_decay_schedule(c.learning_rate, max(last - warmup, 1), alpha=c.final_fraction)
+    else:
+        fall = optax.linear_schedule(c.learning_rate, final, max(decay, 1), transition_begin=max(last - warmup - decay, 0))
+    return optax.join_schedules([rise, fall], [warmup])
+
+
+def warmup_steps(config: Config) -> int:
+    """Steps of warm-up: as given, or 5% of the run, at most 2000."""
+    given = config.optimizer.warmup_steps
+    return min(config.train.num_steps // 20, 2000) if given is None else given
+
+
+def decay_steps(config: Config) -> int:
+    """Steps of wsd's decay: as given, or the last 20% of the run."""
+    given = config.optimizer.decay_steps
+    return config.train.num_steps // 5 if given is None else given

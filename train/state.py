@@ -1,0 +1,38 @@
+"""The state of training: {"step", "weights", "optimizer"}, all arrays, made in place on the mesh."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from model.parameters import initial_weights
+from train.config import Config
+from train.mesh import TRAINING
+
+State = dict[str, Any]
+
+
+def make_state(config: Config, optimizer: optax.GradientTransformation) -> State:
+    """The state before the first step; the same bits on every mesh of a platform. Call it under the run's mesh."""
+
+    def fresh() -> State:
+        weights = initial_weights(config.model, config.train.seed, TRAINING)
+        return {"step": jnp.zeros((), jnp.int32), "weights": weights, "optimizer": optimizer.init(weights)}
+
+    return jax.jit(fresh)()
+
+
+def abstract_state(config: Config, optimizer: optax.GradientTransformation) -> State:
+    """Shapes, dtypes and shardings of `make_state`, without memory."""
+    mesh = jax.sharding.get_mesh()
+
+    def concrete(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sharding = jax.sharding.NamedSharding(mesh, x.sharding.spec)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    def fresh() -> State:
+        weights = initial_weights(config.model, config.train.seed, TRAINING)
+        return {"step": jnp.zeros((), jnp.int32), "weights": weights, "optimizer": optimizer.init(weights)}
+
+    return jax.tree.map(concrete, jax.eval_shape(fresh))
