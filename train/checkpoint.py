@@ -141,9 +141,7 @@ class Checkpoints:
         """Items of one checkpoint and its progress; none, with a warning, where a checksum does not fit."""
         arguments = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
         try:
-            found = self._manager.restore(
-                step, args=ocp.args.Composite(**arguments, progress=ocp.args.JsonRestore())
-            )
+            found = self._manager.restore(step, args=ocp.args.Composite(**arguments, progress=ocp.args.JsonRestore()))
             progress = found["progress"]
             arrays = {name: found[name] for name in abstract}
             expected = flattened({name: progress["checksums"][name] for name in abstract})

@@ -195,7 +195,7 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 
 
 def nearest(name: str, names: list[str]) -> str:
-    """", did you mean ...?" or nothing."""
+    """ ", did you mean ...?" or nothing."""
     found = difflib.get_close_matches(name, sorted(set(names)), n=1, cutoff=0.6)
     if not found and "." in name:
         found = [known for known in sorted(set(names)) if known.endswith("." + name.rsplit(".", 1)[1])][:1]

@@ -1,9 +1,7 @@
 """The training run, told from top to bottom: prepare, restore, train, end."""
 
-import logging
-import math
+import collections
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,137 +10,157 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from data.corpus import Corpus, open_corpus
-from data.errors import InputError
-from data.formats.stdlib import snapshot_stdlib
 from data.loader import Loader, gather_positions
-from data.tokenizer import Tokenizer, train_tokenizer
 from model.generate import generate
-from model.parameters import count_parameters
 from train.checkpoint import Checkpoints
-from train.config import Config, resume_differences
-from train.evaluate import Evaluation, evaluate, gzip_bits_per_byte, make_evaluation_step
+from train.config import Config
+from train.evaluate import evaluate, make_evaluation_step
 from train.mesh import GENERATION, batch_sharding, make_mesh
-from train.metrics import Display, MetricsFile, Rate, duration, flops_per_token, peak_flops, read_metrics
+from train.metrics import Display, MetricsFile, Rate, flops_per_token, peak_flops
 from train.optimizer import make_optimizer
+from train.prepare import Prepared, check_fingerprints, once, prepare, up_to
+from train.report import closing, opening
 from train.run import Run
 from train.state import abstract_state, make_state
 from train.step import make_train_step
 from train.weights import check_export_folder, write_huggingface
 
-log = logging.getLogger("ziggurat")
 
-
-def pretrain(config: Config) -> None:
+def pretrain(config: Config) -> str:
     """Train to `train.num_steps`, from the beginning or from the newest checkpoint in `train.run_dir`.
+
+    Returns:
+        The summary for a person. All processes call it together.
 
     Raises:
         InputError: whatever the user got wrong, before any device time is spent.
     """
     run = Run(Path(config.train.run_dir))
-    first = jax.process_index() == 0
-
-    # ── What there is already ──────────────────────────────────────────────────────────────────────────────────────
-    resuming = run.config_file.exists()
-    if resuming:
-        check_resume(config, run)
-    elif run.folder.is_dir() and any(p.name not in ("corpus", "tokenizer") for p in run.folder.iterdir()):
-        raise InputError(f"train.run_dir = {run.folder} holds other things than a run; name a new folder")
     if config.checkpoint.export:
         check_export_folder(run.export)
     mesh = make_mesh(config.resolved(config.tokenizer.vocab_size))
-
-    # ── Text and tokenizer ─────────────────────────────────────────────────────────────────────────────────────────
-    corpus = run_corpus(config, run)
-    tokenizer = run_tokenizer(config, run, corpus)
-    given = config.model.vocab_size
-    if given is not None and given < tokenizer.vocab_size:
-        raise InputError(f"model.vocab_size = {given} is less than the tokenizer's {tokenizer.vocab_size} pieces")
-    config = config.resolved(tokenizer.vocab_size)
-    fingerprints = {"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
-    if not run.held_out.exists():
-        once(lambda: run.save_held_out(held_out_texts(corpus, config.evaluation.max_bytes)))
-    held_out = run.held_out_texts()
-    some_held_out = up_to(held_out, config.evaluation.loop_bytes)
-    once(lambda: run.save_config(config))
+    prepared = prepare(config, run)
+    config = prepared.config
 
     with ExitStack() as stack:
-        # ── Weights, or what was left of an earlier start ──────────────────────────────────────────────────────────
         stack.enter_context(jax.set_mesh(mesh))
+        display = Display(config.train.num_steps, config.train.log_every_steps, quiet=jax.process_index() > 0)
+        stack.callback(display.close)
+
+        # ── Fresh weights, or the newest checkpoint ────────────────────────────────────────────────────────────────
         optimizer = make_optimizer(config)
         checkpoints = Checkpoints(run.checkpoints, config.checkpoint)
         stack.callback(checkpoints.close)
         if restored := checkpoints.restore(abstract_state(config, optimizer)):
             state, progress = restored
-            check_fingerprints(progress["fingerprints"], fingerprints, config)
+            check_fingerprints(progress["fingerprints"], prepared.fingerprints, config)
             positions = np.array(progress["positions"], np.int32)
         else:
             state, positions = make_state(config, optimizer), None
         step = int(state["step"])
-        if first:
-            describe(config, corpus, step, mesh.shape)
-        if step >= config.train.num_steps:
-            finished(config, run)
-            return
 
-        # ── The loop ───────────────────────────────────────────────────────────────────────────────────────────────
-        train_step = make_train_step(config, optimizer)
-        evaluation_step = make_evaluation_step(config)
+        if step < config.train.num_steps:
+            state = train(prepared, run, display, checkpoints, state, positions)
+
+        # ── The end ────────────────────────────────────────────────────────────────────────────────────────────────
+        checkpoints.wait()
+        if config.checkpoint.export and (step < config.train.num_steps or not run.export.exists()):
+            whole = multihost_utils.process_allgather(state["weights"], tiled=True)
+            context = config.data.segment_length
+            once(lambda: write_huggingface(run.export, config.model, whole, prepared.tokenizer, context))
+    return closing(config, run, prepared.held_out)
+
+
+def train(
+    prepared: Prepared,
+    run: Run,
+    display: Display,
+    checkpoints: Checkpoints,
+    state: dict[str, Any],
+    positions: np.ndarray | None,
+) -> dict[str, Any]:
+    """The loop: from `state` and the data at `positions` (none: the beginning) to the state after the last step."""
+    config, tokenizer = prepared.config, prepared.tokenizer
+    optimizer, step, last_step = make_optimizer(config), int(state["step"]), config.train.num_steps
+    train_step, evaluation_step = make_train_step(config, optimizer), make_evaluation_step(config)
+    some_held_out = up_to(prepared.held_out, config.evaluation.loop_bytes)
+    flops = flops_per_token(config.model, config.data.segment_length)
+    peak, source = peak_flops(config.model.compute_dtype)
+    for line in opening(prepared, step, source):
+        display.say(line)
+
+    with ExitStack() as stack:
+        sharding = batch_sharding(jax.sharding.get_mesh())
         loader = stack.enter_context(
             Loader(
-                corpus,
+                prepared.corpus,
                 tokenizer,
                 config.data,
                 config.train.seed,
                 config.train.batch_size,
                 config.num_streams,
-                batch_sharding(mesh),
+                sharding,
                 positions,
             )
         )
-        metrics_file = None
-        if first:
-            metrics_file = MetricsFile(run.folder, step, config.train.tensorboard)
+        metrics_file = MetricsFile(run.folder, step, config.train.tensorboard) if jax.process_index() == 0 else None
+        if metrics_file:
             stack.callback(metrics_file.close)
-        display = Display(config.train.num_steps, config.train.log_every_steps, quiet=not first)
-        stack.callback(display.close)
-        batch_tokens = config.train.batch_size * config.data.segment_length
-        flops, (peak, _) = flops_per_token(config.model, config.data.segment_length), peak_flops("float32")
         rate = Rate()
         rate.start()
+        # Steps that the devices have been given and that nothing has been said of: never more than two, so that the
+        # devices always have work while the host writes down what they did before.
+        underway: collections.deque[tuple[int, Any, float]] = collections.deque()
 
-        while step < config.train.num_steps:
+        while step < last_step:
             asked = time.perf_counter()
             batch, positions = next(loader)
             waited = time.perf_counter() - asked
             state, metrics = train_step(state, batch)
             step += 1
-            record: dict[str, Any] = {"step": step} | {k: float(v) for k, v in jax.device_get(metrics).items()}
-            rate.finished(record.pop("loss_weight"))
-            record |= {"tokens_per_second": rate.tokens_per_second, "data_wait_seconds": waited}
-            last = step == config.train.num_steps
-            display.step(record, rate.tokens_per_second * flops / peak, (config.train.num_steps - step) * batch_tokens)
+            underway.append((step, metrics, waited))
 
-            if held_out and (last or step % config.evaluation.every_steps == 0 or step == first_evaluation(config)):
-                texts = held_out if last else some_held_out
-                result = evaluate(evaluation_step, state["weights"], texts, tokenizer, config)
-                record |= result.metrics()
-                display.say(f"step {step}: held-out {result.bits_per_byte:.4f} bits a byte ({result.loss:.4f} nats a token)")
-                display.say("  " + sample_text(config, state["weights"], tokenizer).replace("\n", "\n  "))
+            saves = step == last_step or step % config.checkpoint.every_steps == 0
+            # The first evaluation comes after the first step: what is wrong with it should show at once.
+            evaluates = bool(prepared.held_out) and (
+                step in (1, last_step) or step % config.evaluation.every_steps == 0
+            )
+            while len(underway) > (0 if saves or evaluates else 1):
+                of_step, metrics, waited = underway.popleft()
+                record: dict[str, Any] = {name: float(value) for name, value in jax.device_get(metrics).items()}
+                rate.finished(record["loss_weight"])
+                record = {"step": of_step} | record | {
+                    "tokens_per_second": rate.tokens_per_second, "data_wait_seconds": waited
+                }  # fmt: skip
+                display.step(record, rate.tokens_per_second * flops / peak, rate.seconds_per_step)
+                if evaluates and not underway:
+                    texts = prepared.held_out if step == last_step else some_held_out
+                    result = evaluate(evaluation_step, state["weights"], texts, tokenizer, config)
+                    record |= result.metrics() | {"sample": sample_text(prepared, state["weights"])}
+                    display.evaluation(record)
+                    rate.start()
+                if metrics_file:
+                    metrics_file.write(record)
+            if saves:
+                assert positions is not None
+                where = {"positions": gather_positions(positions).tolist(), "fingerprints": prepared.fingerprints}
+                checkpoints.save(state, where)
                 rate.start()
-            if metrics_file:
-                metrics_file.write(record)
-            if last or step % config.checkpoint.every_steps == 0:
-                checkpoints.save(
-                    state, {"positions": gather_positions(positions).tolist(), "fingerprints": fingerprints}
-                )
-                rate.start()
+    return state
 
-        # ── The end ────────────────────────────────────────────────────────────────────────────────────────────────
-        checkpoints.wait()
-        display.close()
-        if config.checkpoint.export:
-            whole = multihost_utils.process_allgather(state["weights"], tiled=True)
-            once(lambda: write_huggingface(run.export, config.model, whole, tokenizer, config.data.segment_length))
-    if first:
-        summary(config, run, held_out)
+
+def sample_text(prepared: Prepared, weights: Any) -> str:
+    """The prompt of `evaluation.prompt`, continued: the 40 most likely tokens at each place, always the same seed."""
+    config, tokenizer = prepared.config, prepared.tokenizer
+    prompt = tokenizer.encode(config.evaluation.prompt).tolist()
+    tokens = generate(
+        config.model,
+        weights,
+        prompt,
+        context=config.data.segment_length,
+        eos_id=tokenizer.eos_id,
+        max_new_tokens=config.evaluation.sample_tokens,
+        top_k=40,
+        layout=GENERATION,
+    )
+    return tokenizer.decode([*prompt, *tokens])

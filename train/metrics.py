@@ -40,9 +40,7 @@ PEAK_FLOPS = {
 
 def flops_per_token(config: ModelConfig, T: int) -> float:
     """Model FLOPs of training on one token of a segment of T (see the module)."""
-    matrices = sum(
-        math.prod(p.shape) for p in parameter_table(config).values() if p.role in ("matrix", "unembedding")
-    )
+    matrices = sum(math.prod(p.shape) for p in parameter_table(config).values() if p.role in ("matrix", "unembedding"))
     if config.tie_embeddings:
         matrices += math.prod(parameter_table(config)["embedding.table"].shape)
     assert config.head_dim is not None
@@ -140,8 +138,12 @@ class Rate:
     @property
     def tokens_per_second(self) -> float:
         """Over the window."""
-        seconds = self._ends[-1][0] - self._ends[0][0]
-        return sum(tokens for _, tokens in list(self._ends)[1:]) / max(seconds, 1e-9)
+        return sum(tokens for _, tokens in list(self._ends)[1:]) / max(self._ends[-1][0] - self._ends[0][0], 1e-9)
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Over the window."""
+        return (self._ends[-1][0] - self._ends[0][0]) / max(len(self._ends) - 1, 1)
 
 
 class Display:
@@ -156,29 +158,35 @@ class Display:
     def __init__(self, num_steps: int, every: int, quiet: bool):
         self.num_steps, self.every, self.quiet = num_steps, every, quiet
         self._console = Console(file=sys.stderr)
-        self._live = None
-        if self._console.is_terminal and not quiet:
-            self._live = Live(console=self._console, refresh_per_second=4, transient=True)
-            self._live.start()
+        self._live: Live | None = None
 
-    def step(self, record: dict[str, Any], peak_share: float, tokens_left: float) -> None:
+    def step(self, record: dict[str, Any], peak_share: float, seconds_per_step: float) -> None:
         """Show one finished step."""
         if self.quiet:
             return
-        rate = record["tokens_per_second"]
+        step = record["step"]
         line = (
-            f"step {record['step']}/{self.num_steps}  loss {record['loss']:.4f}  {rate:,.0f} tokens/s  "
+            f"step {step}/{self.num_steps}  loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  "
             f"{peak_share:.0%} of peak  data wait {record['data_wait_seconds']:.2f} s  "
-            f"ETA {duration(tokens_left / max(rate, 1e-9))}"
+            f"ETA {duration(seconds_per_step * (self.num_steps - step))}"
         )
-        if self._live:
-            done = int(30 * record["step"] / self.num_steps)
+        if self._console.is_terminal:
+            if self._live is None:
+                self._live = Live(console=self._console, refresh_per_second=4, transient=True)
+                self._live.start()
+            done = 30 * step // self.num_steps
             self._live.update(Text(f"{'█' * done}{'·' * (30 - done)} {line}", no_wrap=True, overflow="ellipsis"))
-        elif record["step"] % self.every == 0 or record["step"] == self.num_steps:
+        elif step % self.every == 0 or step in (1, self.num_steps):
             self.say(line)
 
+    def evaluation(self, record: dict[str, Any]) -> None:
+        """Show what an evaluation found, and its sample."""
+        bits, loss = record["validation_bits_per_byte"], record["validation_loss"]
+        self.say(f"step {record['step']}  held-out: {bits:.3f} bits a byte, loss {loss:.4f}; sample:")
+        self.say("\n".join("    " + line for line in record["sample"].splitlines()))
+
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Lines that stay."""
         if not self.quiet:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 
+from data.config import DataConfig
 from data.errors import InputError
 from data.tokenizer import Tokenizer
-from model.config import ModelConfig
 from train.checkpoint import Checkpoints
 from train.config import Config, from_dict, to_json
 from train.optimizer import make_optimizer
@@ -95,19 +95,17 @@ class Trained:
     """A model ready for use: what `evaluate`, `generate` and `export` need of a run or of exported weights.
 
     Attributes:
-        config: of the model, resolved.
+        config: resolved; of exported weights it says the model and the segment length, the rest are defaults.
         weights: nested dictionary, on the ambient mesh.
         tokenizer: its tokenizer.
-        context: positions that it sees at once.
-        run: its folder and settings, where it is a run.
+        run: its folder, where it is a run.
         step: of the checkpoint, where it is a run.
     """
 
-    config: ModelConfig
+    config: Config
     weights: Any
     tokenizer: Tokenizer
-    context: int
-    run: tuple[Run, Config] | None = None
+    run: Run | None = None
     step: int | None = None
 
 
@@ -123,7 +121,8 @@ def load_trained(where: str) -> Trained:
         if step:
             raise InputError(f"{where}: exported weights have no steps; leave out @{step}")
         model, weights, tokenizer, context = read_huggingface(folder)
-        return Trained(model, jax.tree.map(jax.numpy.asarray, weights), tokenizer, context)
+        config = Config(model=model, data=DataConfig(segment_length=context)).resolved()
+        return Trained(config, jax.tree.map(jax.numpy.asarray, weights), tokenizer)
     if step and not step.isdigit():
         raise InputError(f"{where}: after @ comes the step of a checkpoint, a whole number")
     run = Run(folder)
@@ -136,4 +135,4 @@ def load_trained(where: str) -> Trained:
     abstract = abstract_state(config, make_optimizer(config))["weights"]
     found, weights = checkpoints.restore_weights(abstract, int(step) if step else None)
     checkpoints.close()
-    return Trained(config.model, weights, tokenizer, config.data.segment_length, (run, config), found)
+    return Trained(config, weights, tokenizer, run, found)

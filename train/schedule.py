@@ -21,7 +21,9 @@ def learning_rate(config: Config) -> optax.Schedule:
     if c.schedule == "cosine":
         fall = optax.cosine_decay_schedule(c.learning_rate, max(last - warmup, 1), alpha=c.final_fraction)
     else:
-        fall = optax.linear_schedule(c.learning_rate, final, max(decay, 1), transition_begin=max(last - warmup - decay, 0))
+        fall = optax.linear_schedule(
+            c.learning_rate, final, max(decay, 1), transition_begin=max(last - warmup - decay, 0)
+        )
     return optax.join_schedules([rise, fall], [warmup])
 
 

@@ -1,0 +1,48 @@
+"""Loss and bits per byte of a run or of exported weights: on the run's held-out documents, or on another corpus."""
+
+import argparse
+import dataclasses
+import json
+
+from data.errors import InputError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `ziggurat evaluate`."""
+    parser.add_argument("model", metavar="RUN|WEIGHTS", help="a run's folder, RUN@STEP, or exported weights")
+    parser.add_argument(
+        "--corpus", metavar="PATH", help=".txt or .jsonl file, folder or glob; all of its documents count"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Evaluate; the figures go to standard output."""
+    import jax
+
+    from data.corpus import open_corpus
+    from train.evaluate import evaluate, gzip_bits_per_byte, make_evaluation_step
+    from train.mesh import on_one_device
+    from train.run import load_trained
+
+    with jax.set_mesh(on_one_device()):
+        trained = load_trained(arguments.model)
+        config = trained.config
+        if arguments.corpus is not None:
+            data = dataclasses.replace(config.data, validation_fraction=0.0, num_streams=1)
+            texts = list(open_corpus(arguments.corpus, data).training_texts())
+        elif trained.run is None:
+            raise InputError(f"{arguments.model} holds weights without documents; give --corpus=PATH")
+        elif not (texts := trained.run.held_out_texts()):
+            raise InputError(f"{arguments.model} held no documents out; give --corpus=PATH")
+        result = evaluate(make_evaluation_step(config), trained.weights, texts, trained.tokenizer, config)
+
+    figures = dataclasses.asdict(result) | {"gzip_bits_per_byte": gzip_bits_per_byte(texts)}
+    if trained.step is not None:
+        figures = {"step": trained.step} | figures
+    if arguments.json:
+        print(json.dumps(figures))
+    else:
+        print("\n".join(f"{name:18} {value:,.4f}" if isinstance(value, float) else f"{name:18} {value:,}"
+                        for name, value in figures.items()))  # fmt: skip
+    return 0

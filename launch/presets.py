@@ -1,0 +1,67 @@
+"""The config that a command line names: a preset or a Python file, and the overrides of single fields."""
+
+import argparse
+import runpy
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from data.errors import InputError
+from train.config import Config, config_fields, make_config, nearest
+
+PRESETS = Path(__file__).parent / "configs"
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--config=NAME|FILE`, and `--config.GROUP.FIELD=VALUE` for every field; they end in `overrides`."""
+    parser.add_argument(
+        "--config", required=True, metavar="NAME|FILE", help=f"one of {', '.join(presets())}, or a file"
+    )
+    parser.set_defaults(overrides={})
+    groups: dict[str, Any] = {}
+    for group, name, setting in config_fields():
+        if group not in groups:
+            groups[group] = parser.add_argument_group(f"fields of {group}")
+        help = f"{setting.metadata['help']} [{setting.default}]".replace("%", "%%")
+        groups[group].add_argument(f"--config.{group}.{name}", action=Override, metavar="VALUE", help=help)
+
+
+class Override(argparse.Action):
+    """Collects the values of fields by their names."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        """Called by argparse for each."""
+        assert option is not None
+        namespace.overrides = namespace.overrides | {option.removeprefix("--config."): values}
+
+
+def presets() -> list[str]:
+    """Names that `--config` takes."""
+    return sorted(file.stem for file in PRESETS.glob("[!_]*.py"))
+
+
+def load_config(name: str, overrides: Mapping[str, str]) -> Config:
+    """The config of a preset's name or a Python file that defines `get_config() -> ConfigDict`, overrides applied.
+
+    Raises:
+        InputError: there is no such config, its file fails, or everything that is wrong with its values.
+    """
+    file = Path(name) if name.endswith(".py") or "/" in name else PRESETS / f"{name}.py"
+    if not file.is_file():
+        problem = f"there is no such file{', nor a preset of this name' if file.parent == PRESETS else ''}"
+        raise InputError(f"--config={name}: {problem}; presets: {', '.join(presets())}{nearest(name, presets())}")
+    try:
+        made = runpy.run_path(str(file))["get_config"]()
+    except SyntaxError as error:
+        raise InputError(f"{error.filename}:{error.lineno}: {error.msg}") from None
+    except KeyError as error:
+        raise InputError(f"{file}: no name {error}; it must define get_config() that returns a ConfigDict") from None
+    except Exception as error:  # whatever the user's own file raises
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+        raise InputError(f"{file}:{lines[-1] if lines else 1}: {type(error).__name__}: {error}") from None
+    if not isinstance(made, ConfigDict):
+        raise InputError(f"{file}: get_config() returns {type(made).__name__}; it must return a ConfigDict")
+    return make_config(made.to_dict(), overrides)

@@ -1,0 +1,155 @@
+"""What a run stands on before its first step: a folder of its own, its text, its tokenizer, what it holds out."""
+
+import logging
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from data.corpus import Corpus, open_corpus
+from data.errors import InputError
+from data.formats.stdlib import snapshot_stdlib
+from data.tokenizer import Tokenizer, train_tokenizer
+from train.config import Config, resume_differences
+from train.run import Run
+
+log = logging.getLogger("ziggurat")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` finds or makes.
+
+    Attributes:
+        config: every derived field filled in.
+        corpus: the text.
+        tokenizer: of the run.
+        held_out: the documents that it evaluates on at its end.
+        fingerprints: of corpus and tokenizer, kept in each checkpoint.
+    """
+
+    config: Config
+    corpus: Corpus
+    tokenizer: Tokenizer
+    held_out: list[str]
+    fingerprints: dict[str, str]
+
+
+def prepare(config: Config, run: Run) -> Prepared:
+    """Make or find everything in the run's folder that the first step needs. All processes call it together.
+
+    Raises:
+        InputError: the folder is something else's, or config, corpus or tokenizer don't fit it or each other.
+    """
+    check_folder(config, run)
+    corpus = open_run_corpus(config, run)
+    tokenizer = run_tokenizer(config, run, corpus)
+    given = config.model.vocab_size
+    if given is not None and given < tokenizer.vocab_size:
+        raise InputError(
+            f"model.vocab_size = {given} is less than the tokenizer's {tokenizer.vocab_size} pieces; "
+            "raise it, or leave it at none"
+        )
+    config = config.resolved(tokenizer.vocab_size)
+    if not run.held_out.exists():
+        once(lambda: run.save_held_out(up_to(corpus.held_out_texts(), config.evaluation.max_bytes)))
+    once(lambda: run.save_config(config))
+    fingerprints = {"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
+    return Prepared(config, corpus, tokenizer, run.held_out_texts(), fingerprints)
+
+
+def check_folder(config: Config, run: Run) -> None:
+    """InputError where the folder holds something else, or a run that this config would not continue."""
+    if run.config_file.exists():
+        saved = run.load_config()
+        differences = resume_differences(saved, config.resolved(saved.model.vocab_size))
+        if differences["frozen"]:
+            changes = "\n".join(f"  {line}" for line in differences["frozen"])
+            raise InputError(
+                f"{run.folder} holds a run with other settings, which cannot change on resume:\n{changes}\n"
+                "  give the old values, or start another run with --config.train.run_dir=FOLDER"
+            )
+        for line in differences["warn"]:
+            log.warning("changed on resume: %s", line)
+    elif run.folder.exists() and not run.folder.is_dir():
+        raise InputError(f"train.run_dir = {run.folder} is a file; name a folder")
+    elif run.folder.exists() and any(
+        p.name not in ("corpus", "tokenizer", "held_out.jsonl") for p in run.folder.iterdir()
+    ):
+        raise InputError(f"train.run_dir = {run.folder} holds other things than a run; name a new folder")
+
+
+def open_run_corpus(config: Config, run: Run) -> Corpus:
+    """The corpus that the config names; the default one is kept in the run's folder on first use."""
+    path = config.data.corpus
+    if path == "stdlib":
+        path = str(run.snapshot)
+        once(lambda: run.snapshot.exists() or snapshot_stdlib(run.snapshot))
+    return open_corpus(path, config.resolved().data)
+
+
+def run_tokenizer(config: Config, run: Run, corpus: Corpus) -> Tokenizer:
+    """The run's tokenizer: what is there, else a copy of `tokenizer.path`, else a new one trained on a sample."""
+
+    def make() -> None:
+        if run.tokenizer.exists():
+            return
+        if config.tokenizer.path is None:
+            train_run_tokenizer(config, corpus, run.tokenizer)
+        else:
+            brought = Tokenizer.load(Path(config.tokenizer.path))
+            partial = run.tokenizer.with_name("tokenizer.partial")
+            shutil.copytree(brought.folder, partial, dirs_exist_ok=True)
+            partial.rename(run.tokenizer)
+
+    once(make)
+    tokenizer = Tokenizer.load(run.tokenizer)
+    if jax.process_count() > 1:
+        mine = np.frombuffer(bytes.fromhex(tokenizer.fingerprint), np.uint8)
+        if not (multihost_utils.process_allgather(mine) == mine).all():
+            raise InputError(f"the processes see different tokenizers in {run.tokenizer}: train.run_dir must be shared")
+    return tokenizer
+
+
+def train_run_tokenizer(config: Config, corpus: Corpus, folder: Path) -> Tokenizer:
+    """Train the tokenizer that the config asks for on a bounded sample of the corpus's training documents."""
+    log.info("training a tokenizer of %d pieces", config.tokenizer.vocab_size)
+    sample = up_to(corpus.training_texts(config.train.seed), config.tokenizer.sample_bytes)
+    return train_tokenizer(sample, config.tokenizer.vocab_size, folder)
+
+
+def up_to(texts: Iterable[str], size: int) -> list[str]:
+    """The first texts, of `size` bytes in all; the last is cut where it is longer."""
+    taken = []
+    for text in texts:
+        encoded = text.encode()
+        if len(encoded) >= size:
+            return [*taken, encoded[:size].decode(errors="ignore")] if size else taken
+        taken.append(text)
+        size -= len(encoded)
+    return taken
+
+
+def check_fingerprints(saved: dict[str, str], now: dict[str, str], config: Config) -> None:
+    """InputError where the corpus or the tokenizer is not what the checkpoint was trained on."""
+    if saved["corpus"] != now["corpus"]:
+        raise InputError(
+            f"data.corpus = {config.data.corpus} is not the text that this run began with (its fingerprint was "
+            f"{saved['corpus'][:12]}, now it is {now['corpus'][:12]}); restore it, or start another run with "
+            "--config.train.run_dir=FOLDER"
+        )
+    if saved["tokenizer"] != now["tokenizer"]:
+        raise InputError(f"{config.train.run_dir}/tokenizer is not the one that this run began with; restore it")
+
+
+def once(action: Callable[[], Any]) -> None:
+    """Process 0 does it; the others wait until it is done."""
+    if jax.process_index() == 0:
+        action()
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("once")

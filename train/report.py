@@ -1,0 +1,53 @@
+"""What a person reads of a run at its start and at its end."""
+
+import shlex
+from collections.abc import Sequence
+
+import jax
+
+from model.parameters import count_parameters
+from train.config import Config
+from train.evaluate import gzip_bits_per_byte
+from train.metrics import read_metrics
+from train.prepare import Prepared
+from train.run import Run
+
+
+def opening(prepared: Prepared, step: int, peak: str) -> list[str]:
+    """What will be trained, on what and with what; one line each."""
+    config, corpus = prepared.config, prepared.corpus
+    mesh = " × ".join(f"{axis} {size}" for axis, size in jax.sharding.get_mesh().shape.items())
+    batch_tokens = config.train.batch_size * config.data.segment_length
+    begin = f"goes on from step {step}" if step else "starts"
+    return [
+        f"{config.train.run_dir} {begin} of {config.train.num_steps} steps, {batch_tokens:,} tokens each",
+        f"corpus: {corpus.describe()}; {prepared.tokenizer.vocab_size:,} token ids",
+        f"model: {count_parameters(config.model):,} parameters, {config.model.compute_dtype} compute",
+        f"devices: {jax.device_count()} {jax.devices()[0].device_kind} as {mesh}, {jax.process_count()} process(es)",
+        f"peak: {peak}",
+    ]
+
+
+def closing(config: Config, run: Run, held_out: Sequence[str]) -> str:
+    """How the run ended, and what can be done with it now."""
+    records = [record for _, record in read_metrics(run.folder / "metrics.jsonl")]
+    evaluated = [record for record in records if "validation_bits_per_byte" in record]
+    rates = sorted(record["tokens_per_second"] for record in records)
+    lines = [f"{run.folder} is finished: {records[-1]['step']} steps, {rates[len(rates) // 2]:,.0f} tokens/s"]
+    if evaluated and held_out:
+        bits = evaluated[-1]["validation_bits_per_byte"]
+        lines.append(f"held-out text   {bits:.3f} bits a byte; gzip -9 needs {gzip_bits_per_byte(held_out):.3f}")
+    lines.append(f"checkpoints     {run.checkpoints}")
+    weights = run.folder
+    if config.checkpoint.export:
+        weights = run.export
+        lines.append(f"weights         {run.export}")
+    if evaluated:
+        lines += ["sample:", *("  " + line for line in evaluated[-1]["sample"].splitlines())]
+    lines += [
+        "try it:",
+        f"  ziggurat generate {weights} --prompt={shlex.quote(config.evaluation.prompt)}",
+        "another run:",
+        "  ziggurat pretrain --config=NAME --config.train.run_dir=FOLDER",
+    ]
+    return "\n".join(lines)
