@@ -47,7 +47,7 @@ class Attention(nnx.Module):
         self.layout = layout
 
     def __call__(
-        self, x_BTD: jax.Array, rotation: Rotation, mask_B1TS: jax.Array, cache: Cache | None, start: jax.Array
+        self, x_BTD: jax.Array, rotation: Rotation, mask_B1TS: jax.Array, cache: Cache | None, start: jax.Array | None
     ) -> tuple[jax.Array, Cache | None]:
         """[B, T, D] → [B, T, D].
 
@@ -66,6 +66,7 @@ class Attention(nnx.Module):
         v_BKTC = jnp.einsum("btd,dkc->bktc", x_BTD, w_value)
 
         if cache is not None:
+            assert start is not None
             k_BKTC = jax.lax.dynamic_update_slice_in_dim(cache["key"], k_BKTC, start, axis=2)
             v_BKTC = jax.lax.dynamic_update_slice_in_dim(cache["value"], v_BKTC, start, axis=2)
             cache = {"key": k_BKTC, "value": v_BKTC}

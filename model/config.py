@@ -23,7 +23,8 @@ class ModelConfig:
     )
     head_dim: int | None = field(default=None, metadata={"help": "width of a head (C); none: model_dim / num_heads"})
     feedforward_dim: int | None = field(
-        default=None, metadata={"help": "inner width of the feed-forward (F); none: 8/3 model_dim, up to a multiple of 64"}
+        default=None,
+        metadata={"help": "inner width of the feed-forward (F); none: 8/3 model_dim, up to a multiple of 64"},
     )
     vocab_size: int | None = field(default=None, metadata={"help": "tokens; none: what the tokenizer has"})
     tie_embeddings: bool = field(default=False, metadata={"help": "the unembedding is the embedding, transposed"})
@@ -76,9 +77,7 @@ class ModelConfig:
         elif (self.head_dim or self.model_dim // self.num_heads) % 2:
             found.append("model.head_dim is odd; rotary positions turn pairs of components, so it must be even")
         if self.num_kv_heads and self.num_heads % self.num_kv_heads:
-            found.append(
-                f"model.num_kv_heads = {self.num_kv_heads} does not divide model.num_heads = {self.num_heads}"
-            )
+            found.append(f"model.num_kv_heads = {self.num_kv_heads} does not divide model.num_heads = {self.num_heads}")
         for name, allowed in (("compute_dtype", COMPUTE_DTYPES), ("remat_policy", REMAT_POLICIES)):
             if getattr(self, name) not in allowed:
                 found.append(f"model.{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")

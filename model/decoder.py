@@ -46,7 +46,7 @@ class Block(nnx.Module):
         self.feedforward = FeedForward(config, weights["feedforward"], layout)
 
     def __call__(
-        self, x_BTD: jax.Array, rotation: Rotation, mask_B1TS: jax.Array, cache: Cache | None, start: jax.Array
+        self, x_BTD: jax.Array, rotation: Rotation, mask_B1TS: jax.Array, cache: Cache | None, start: jax.Array | None
     ) -> tuple[jax.Array, Cache | None]:
         """[B, T, D] → [B, T, D], and the layer's new cache."""
         y_BTD, cache = self.attention(self.attention_norm(x_BTD), rotation, mask_B1TS, cache, start)
@@ -76,7 +76,7 @@ class Decoder(nnx.Module):
             positions_BT: int32 places in their documents.
             segment_ids_BT: int32; positions with different numbers do not see each other.
         """
-        return self._run(tokens_BT, positions_BT, causal_mask(segment_ids_BT), None)[0]
+        return self._run(tokens_BT, positions_BT, causal_mask(segment_ids_BT))[0]
 
     def extend(self, tokens_BT: jax.Array, start: jax.Array, cache: Cache) -> tuple[jax.Array, Cache | None]:
         """As `__call__` for the T tokens of one document that follow the first `start`, which the cache holds.
@@ -88,10 +88,15 @@ class Decoder(nnx.Module):
         """
         positions_BT = jnp.broadcast_to(start + jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         mask_B1TS = positions_BT[:, None, :, None] >= jnp.arange(cache["key"].shape[3])
-        return self._run(tokens_BT, positions_BT, mask_B1TS, cache)
+        return self._run(tokens_BT, positions_BT, mask_B1TS, cache, start)
 
     def _run(
-        self, tokens_BT: jax.Array, positions_BT: jax.Array, mask_B1TS: jax.Array, cache: Cache | None
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        mask_B1TS: jax.Array,
+        cache: Cache | None = None,
+        start: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         x_BTD = self.embedding(tokens_BT)
         angles = rotation(self.config, positions_BT)
@@ -99,7 +104,7 @@ class Decoder(nnx.Module):
 
         def layer(x_BTD: jax.Array, of_layer: tuple[nnx.State, Cache | None]) -> tuple[jax.Array, Cache | None]:
             weights, layer_cache = of_layer
-            return nnx.merge(structure, weights)(x_BTD, angles, mask_B1TS, layer_cache, positions_BT[0, 0])
+            return nnx.merge(structure, weights)(x_BTD, angles, mask_B1TS, layer_cache, start)
 
         if self.config.remat_policy != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.config.remat_policy], prevent_cse=False)

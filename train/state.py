@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from model.parameters import initial_weights
 from train.config import Config
@@ -15,12 +16,7 @@ State = dict[str, Any]
 
 def make_state(config: Config, optimizer: optax.GradientTransformation) -> State:
     """The state before the first step; the same bits on every mesh of a platform. Call it under the run's mesh."""
-
-    def fresh() -> State:
-        weights = initial_weights(config.model, config.train.seed, TRAINING)
-        return {"step": jnp.zeros((), jnp.int32), "weights": weights, "optimizer": optimizer.init(weights)}
-
-    return jax.jit(fresh)()
+    return jax.jit(lambda: _state(config, optimizer))()
 
 
 def abstract_state(config: Config, optimizer: optax.GradientTransformation) -> State:
@@ -28,11 +24,12 @@ def abstract_state(config: Config, optimizer: optax.GradientTransformation) -> S
     mesh = jax.sharding.get_mesh()
 
     def concrete(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        sharding = jax.sharding.NamedSharding(mesh, x.sharding.spec)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        spec = x.sharding.spec if x.sharding else PartitionSpec()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
-    def fresh() -> State:
-        weights = initial_weights(config.model, config.train.seed, TRAINING)
-        return {"step": jnp.zeros((), jnp.int32), "weights": weights, "optimizer": optimizer.init(weights)}
+    return jax.tree.map(concrete, jax.eval_shape(lambda: _state(config, optimizer)))
 
-    return jax.tree.map(concrete, jax.eval_shape(fresh))
+
+def _state(config: Config, optimizer: optax.GradientTransformation) -> State:
+    weights = initial_weights(config.model, config.train.seed, TRAINING)
+    return {"step": jnp.zeros((), jnp.int32), "weights": weights, "optimizer": optimizer.init(weights)}

@@ -61,7 +61,7 @@ def make_train_step(
         updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["weights"])
         metrics = {
             "loss": loss,
-            "grad_norm": optax.global_norm(gradients),
+            "grad_norm": optax.tree.norm(gradients),
             "learning_rate": schedule(state["step"]),
             "loss_weight": loss_weight,
         }

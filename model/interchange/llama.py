@@ -115,7 +115,9 @@ def config_from_theirs(theirs: Mapping[str, Any]) -> ModelConfig:
         "mlp_bias": theirs.get("mlp_bias", False),
     }
     if any(unsupported.values()):
-        raise ValueError(f"{', '.join(name for name, bad in unsupported.items() if bad)}: this decoder has no such choice")
+        raise ValueError(
+            f"{', '.join(name for name, bad in unsupported.items() if bad)}: this decoder has no such choice"
+        )
     try:
         return ModelConfig(
             num_layers=theirs["num_hidden_layers"],

@@ -1,0 +1,46 @@
+"""Floor 3 against its definition, written out as loops."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from model.attention import Attention, attend, causal_mask
+from model.position import rotate, rotation
+from model.sharding import WHOLE
+from tests.small import small_model, small_weights
+
+
+def test_attend_is_the_definition_with_heads_sharing_keys():
+    random = np.random.default_rng(0)
+    B, H, K, T, C = 2, 6, 2, 5, 4
+    q, k, v = (random.normal(size=(B, n, T, C)).astype(np.float32) for n in (H, K, K))
+    segment_ids = np.array([[1, 1, 2, 2, 2], [1, 1, 1, 1, 0]])
+    found = attend(jnp.array(q), jnp.array(k), jnp.array(v), causal_mask(jnp.array(segment_ids)))
+    for b in range(B):
+        for h in range(H):
+            for t in range(T):
+                seen = [s for s in range(t + 1) if segment_ids[b, s] == segment_ids[b, t]]
+                shared = h // (H // K)
+                scores = np.array([q[b, h, t] @ k[b, shared, s] for s in seen]) / np.sqrt(C)
+                weights = np.exp(scores) / np.exp(scores).sum()
+                expected = sum(w * v[b, shared, s] for w, s in zip(weights, seen, strict=True))
+                np.testing.assert_allclose(found[b, h, t], expected, atol=1e-6)
+
+
+def test_the_module_projects_rotates_and_attends():
+    config = small_model()
+    weights = {name: array[0] for name, array in small_weights(config)["blocks"]["attention"].items()}
+    x = jnp.array(np.random.default_rng(1).normal(size=(2, 7, config.model_dim)), jnp.float32)
+    positions, segment_ids = jnp.tile(jnp.arange(7), (2, 1)), jnp.ones((2, 7), jnp.int32)
+    angles, mask = rotation(config, positions), causal_mask(segment_ids)
+    found, cache = Attention(config, weights, WHOLE)(x, angles, mask, None, jnp.zeros((), jnp.int32))
+    query, key, value = (jnp.einsum("btd,dhc->bhtc", x, weights[name]) for name in ("query", "key", "value"))
+    mixed = attend(rotate(query, angles), rotate(key, angles), value, mask)
+    np.testing.assert_allclose(found, jnp.einsum("bhtc,hcd->btd", mixed, weights["output"]), atol=1e-6)
+    assert cache is None
+
+
+def test_scores_and_softmax_are_float32_under_bfloat16():
+    ones = jnp.ones((1, 1, 300, 2), jnp.bfloat16)
+    # 300 equal weights sum to one only where the softmax is not rounded to 8 bits.
+    average = attend(ones, ones, ones, causal_mask(jnp.ones((1, 300), jnp.int32)))
+    np.testing.assert_allclose(average.astype(jnp.float32), 1.0, atol=4e-3)

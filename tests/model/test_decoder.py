@@ -1,0 +1,113 @@
+"""The stack: causality (C12), packing (C3), remat policies, and a program that does not grow with depth."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model.config import REMAT_POLICIES, ModelConfig
+from model.decoder import Decoder
+from model.loss import token_log_probabilities
+from model.sharding import WHOLE
+from tests.small import VOCAB_SIZE, small_batch, small_model, small_weights
+
+
+def one_document(tokens: np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Tokens [T] as the arguments of the decoder."""
+    length = len(tokens)
+    return jnp.array(tokens)[None], jnp.arange(length)[None], jnp.ones((1, length), jnp.int32)
+
+
+def logits(config: ModelConfig, weights: dict, tokens: np.ndarray) -> np.ndarray:
+    decoder = Decoder(config, weights)
+    return np.asarray(decoder.logits(decoder(*one_document(tokens)))[0])
+
+
+def log_probabilities(config: ModelConfig, weights: dict, batch: dict) -> np.ndarray:
+    decoder = Decoder(config, weights)
+    x = decoder(*(jnp.array(batch[name]) for name in ("tokens", "positions", "segment_ids")))
+    return np.asarray(
+        token_log_probabilities(x, decoder.unembedding_matrix(), batch["targets"], config.vocab_size, 1, WHOLE)
+    )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_later_tokens_do_not_change_earlier_logits(tied: bool):
+    config = small_model(tie_embeddings=tied)
+    weights, tokens = small_weights(config), small_batch(1)["tokens"][0]
+    before = logits(config, weights, tokens)
+    for t in (0, 5, 14):
+        changed = tokens.copy()
+        changed[t + 1 :] = (changed[t + 1 :] + 7) % VOCAB_SIZE
+        after = logits(config, weights, changed)
+        np.testing.assert_array_equal(before[: t + 1], after[: t + 1])
+        assert np.abs(before[t + 1 :] - after[t + 1 :]).max() > 1e-2
+
+
+def test_one_pass_gives_the_losses_of_all_prefixes():
+    config = small_model()
+    weights, batch = small_weights(config), small_batch(1, padding=False)
+    tokens, targets = batch["tokens"][0], batch["targets"][0]
+    whole = jax.nn.log_softmax(logits(config, weights, tokens)[:, :VOCAB_SIZE])
+    for t in range(len(tokens)):
+        alone = jax.nn.log_softmax(logits(config, weights, tokens[: t + 1])[-1, :VOCAB_SIZE])
+        np.testing.assert_allclose(whole[t, targets[t]], alone[targets[t]], atol=2e-6)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-6), ("bfloat16", 3e-2)])
+def test_a_document_in_a_packed_segment_has_the_losses_that_it_has_alone(dtype: str, tolerance: float):
+    config = small_model(compute_dtype=dtype)
+    weights, batch = small_weights(config), small_batch(4)
+    packed = log_probabilities(config, weights, batch)
+    pieces = 0
+    for row in range(4):
+        ids = batch["segment_ids"][row]
+        for segment in set(ids.tolist()) - {0}:
+            here = ids == segment
+            alone = {name: array[row, here][None] for name, array in batch.items()}
+            assert alone["positions"][0].tolist() == list(range(here.sum()))
+            np.testing.assert_allclose(packed[row, here], log_probabilities(config, weights, alone)[0], atol=tolerance)
+            pieces += 1
+    assert pieces > 8
+
+
+def gradient_of(config: ModelConfig):
+    def loss(weights: dict, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.sin(Decoder(config, weights)(tokens, positions, segment_ids)))
+
+    return jax.jit(jax.value_and_grad(loss))
+
+
+def test_remat_policies_trade_memory_and_leave_gradients_as_they_are():
+    base = small_model(num_layers=4)
+    weights, batch = small_weights(base), small_batch(16, 64)
+    arguments = (weights, *(jnp.array(batch[name]) for name in ("tokens", "positions", "segment_ids")))
+    memory, expected = {}, None
+    for policy in REMAT_POLICIES:
+        compiled = gradient_of(small_model(num_layers=4, remat_policy=policy)).lower(*arguments).compile()
+        memory[policy] = compiled.memory_analysis().temp_size_in_bytes
+        found = compiled(*arguments)
+        expected = expected or found
+        for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+    assert memory["none"] > 2 * memory["products"] > 2 * memory["full"], memory
+
+
+def test_without_remat_the_backward_pass_recomputes_nothing():
+    for policy, expected in (("none", False), ("full", True)):
+        config = small_model(remat_policy=policy)
+        batch = small_batch(2)
+        arguments = [jnp.array(batch[name]) for name in ("tokens", "positions", "segment_ids")]
+        program = str(jax.make_jaxpr(gradient_of(config))(small_weights(config), *arguments))
+        assert ("remat" in program or "checkpoint" in program) == expected
+
+
+def test_the_program_does_not_grow_with_depth():
+    sizes = []
+    for depth in (2, 12):
+        config = small_model(num_layers=depth)
+        batch = small_batch(2)
+        arguments = [jnp.array(batch[name]) for name in ("tokens", "positions", "segment_ids")]
+        sizes.append(len(str(jax.make_jaxpr(gradient_of(config))(small_weights(config), *arguments)).splitlines()))
+    # Lines of the program as text: a wider number may wrap one.
+    assert abs(sizes[0] - sizes[1]) <= 2

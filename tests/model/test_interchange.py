@@ -1,0 +1,65 @@
+"""Names and layouts of Hugging Face's Llama, both ways, and the same logits there (C7)."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model.decoder import Decoder
+from model.interchange import llama
+from model.parameters import flattened, padded_vocabulary
+from tests.peers import require
+from tests.small import VOCAB_SIZE, small_batch, small_model, small_weights
+
+MODELS = [{}, {"tie_embeddings": True}, {"num_kv_heads": 1, "head_dim": 16, "rope_base": 500_000.0}]
+
+
+@pytest.mark.parametrize("changes", MODELS)
+def test_weights_and_config_come_back_bit_for_bit(changes: dict):
+    config = small_model(**changes)
+    weights = small_weights(config)
+    theirs = llama.to_theirs(config, weights)
+    assert theirs["model.embed_tokens.weight"].shape == (VOCAB_SIZE, config.model_dim)
+    again = llama.config_from_theirs(llama.config_to_theirs(config, context=16, eos_id=0))
+    assert again == small_model(**changes, loss_chunk=again.loss_chunk)
+    back = flattened(llama.from_theirs(again, theirs.__getitem__))
+    for name, array in flattened(weights).items():
+        assert back[name].shape == array.shape
+        axis = {"embedding.table": 0, "unembedding.matrix": 1}.get(name)
+        kept = array if axis is None else np.take(array, np.arange(VOCAB_SIZE), axis)
+        found = back[name] if axis is None else np.take(back[name], np.arange(VOCAB_SIZE), axis)
+        np.testing.assert_array_equal(found, kept)
+    assert padded_vocabulary(config) > VOCAB_SIZE
+
+
+@pytest.mark.parametrize("changes", MODELS)
+def test_transformers_computes_the_same_logits(changes: dict):
+    torch, transformers = require("torch"), require("transformers")
+    config = small_model(**changes)
+    weights, tokens = small_weights(config), small_batch(2, 24)["tokens"]
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**llama.config_to_theirs(config, context=24, eos_id=0))
+    )
+    tensors = {name: torch.tensor(array) for name, array in llama.to_theirs(config, weights).items()}
+    missing = theirs.load_state_dict(tensors, strict=False)
+    assert missing.unexpected_keys == []
+    assert set(missing.missing_keys) <= ({"lm_head.weight"} if config.tie_embeddings else set())
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+    decoder = Decoder(config, weights)
+    positions = jnp.tile(jnp.arange(24), (2, 1))
+    found = decoder.logits(decoder(jnp.array(tokens), positions, jnp.ones((2, 24), jnp.int32)))
+    assert np.abs(found[..., :VOCAB_SIZE] - expected).max() <= 1e-4
+
+
+def test_a_model_with_other_floors_is_refused_by_name():
+    theirs = llama.config_to_theirs(small_model(), context=16, eos_id=0)
+    for changes, word in (
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type"),
+        ({"attention_bias": True}, "attention_bias"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            llama.config_from_theirs(theirs | changes)
+    del theirs["hidden_size"]
+    with pytest.raises(ValueError, match="hidden_size"):
+        llama.config_from_theirs(theirs)

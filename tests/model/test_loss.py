@@ -1,0 +1,61 @@
+"""The chunked loss against the plain one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model.loss import chunk_length, token_log_probabilities
+from model.sharding import WHOLE
+from model.unembedding import logits
+
+B, T, D, V, VOCAB = 3, 12, 8, 40, 37
+
+
+def example() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    keys = jax.random.split(jax.random.key(0), 4)
+    x, matrix = jax.random.normal(keys[0], (B, T, D)), jax.random.normal(keys[1], (D, V))
+    return x, matrix, jax.random.randint(keys[2], (B, T), 0, VOCAB), jax.random.normal(keys[3], (B, T))
+
+
+def plain(x: jax.Array, matrix: jax.Array, targets: jax.Array) -> jax.Array:
+    scores = jax.nn.log_softmax(x @ matrix[:, :VOCAB])
+    return jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 12])
+def test_values_and_gradients_are_those_of_log_softmax(chunk: int):
+    x, matrix, targets, weights = example()
+
+    def chunked(x: jax.Array, matrix: jax.Array) -> jax.Array:
+        return jnp.sum(weights * token_log_probabilities(x, matrix, targets, VOCAB, chunk, WHOLE))
+
+    def whole(x: jax.Array, matrix: jax.Array) -> jax.Array:
+        return jnp.sum(weights * plain(x, matrix, targets))
+
+    found, expected = jax.value_and_grad(chunked, (0, 1))(x, matrix), jax.value_and_grad(whole, (0, 1))(x, matrix)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
+
+
+def test_padding_of_the_vocabulary_is_never_predicted_nor_trained():
+    x, matrix, targets, _ = example()
+    loss = lambda matrix: jnp.sum(token_log_probabilities(x, matrix, targets, VOCAB, 4, WHOLE))
+    gradient = jax.grad(loss)(matrix.at[:, VOCAB:].set(100.0))
+    np.testing.assert_array_equal(gradient[:, VOCAB:], 0.0)
+    assert jax.nn.softmax(logits(x, matrix, VOCAB))[..., VOCAB:].max() == 0.0
+
+
+def test_the_logits_of_a_whole_batch_never_exist():
+    x, matrix, targets, _ = example()
+
+    def loss(x: jax.Array, matrix: jax.Array) -> jax.Array:
+        return jnp.sum(token_log_probabilities(x, matrix, targets, VOCAB, 3, WHOLE))
+
+    program = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(x, matrix))
+    assert f"[{B},3,{V}]" in program
+    assert f"[{B},{T},{V}]" not in program
+
+
+def test_the_chunk_is_the_largest_divisor_within_the_limit():
+    assert [chunk_length(256, 100), chunk_length(12, 100), chunk_length(7, 3)] == [64, 12, 1]

@@ -1,0 +1,62 @@
+"""The table of parameters: counts and initial values."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from model.config import ModelConfig
+from model.parameters import count_parameters, flattened, initial_weights, nested, parameter_table
+from tests.small import small_model
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        (ModelConfig(32, 4096, 32, feedforward_dim=11008, vocab_size=32000), 6_738_415_616),  # Llama 2 7B
+        (ModelConfig(32, 4096, 32, 8, feedforward_dim=14336, vocab_size=128256), 8_030_261_248),  # Llama 3 8B
+    ],
+)
+def test_published_models_have_their_published_number_of_parameters(config: ModelConfig, count: int):
+    assert count_parameters(config.resolved()) == count
+
+
+def test_weights_have_the_shapes_and_deviations_of_the_table():
+    config = small_model(num_layers=8, model_dim=64, feedforward_dim=256)
+    weights = flattened(initial_weights(config, seed=0))
+    table = parameter_table(config)
+    assert weights.keys() == table.keys()
+    for name, parameter in table.items():
+        assert weights[name].shape == parameter.shape
+        assert weights[name].dtype == np.float32
+        if parameter.role == "norm":
+            np.testing.assert_array_equal(weights[name], 1.0)
+        else:
+            fan_in = math.prod(parameter.axes[axis] for axis in parameter.fan_in)
+            assert np.std(weights[name]) * math.sqrt(fan_in) == pytest.approx(parameter.scale, rel=0.05)
+            assert abs(np.mean(weights[name])) * math.sqrt(fan_in) < 0.05
+    residual = [name for name, parameter in table.items() if parameter.scale == 1 / math.sqrt(2 * 8)]
+    assert residual == ["blocks.attention.output", "blocks.feedforward.down"]
+
+
+def test_a_parameter_depends_on_the_seed_and_its_name_alone():
+    tied, untied = (flattened(initial_weights(small_model(tie_embeddings=tie), 3)) for tie in (True, False))
+    assert set(untied) - set(tied) == {"unembedding.matrix"}
+    for name, array in tied.items():
+        np.testing.assert_array_equal(array, untied[name])
+    other = flattened(initial_weights(small_model(), 4))
+    assert not np.array_equal(other["embedding.table"], untied["embedding.table"])
+
+
+def test_the_vocabulary_is_padded_for_any_mesh_and_not_counted():
+    config = small_model(vocab_size=300)
+    assert parameter_table(config)["embedding.table"].shape == (384, 32)
+    padded = sum(math.prod(p.shape) for p in parameter_table(config).values())
+    assert padded - count_parameters(config) == 2 * 84 * 32
+
+
+def test_nested_and_flattened_are_inverse():
+    flat = {"a.b": 1, "a.c.d": 2, "e": 3}
+    assert flattened(nested(flat)) == flat
+    assert jax.tree.leaves(nested(flat)) == [1, 2, 3]

@@ -1,0 +1,99 @@
+"""Settings: where values come from, and that everything wrong with them is said at once."""
+
+import json
+
+import pytest
+
+from data.errors import InputError
+from train.config import Config, config_fields, from_dict, make_config, resume_differences, to_json
+
+
+def problems(values: dict, overrides: dict | None = None) -> list[str]:
+    with pytest.raises(InputError) as caught:
+        make_config(values, overrides)
+    return str(caught.value).splitlines()
+
+
+def test_overrides_win_and_are_read_by_the_type_of_their_field():
+    config = make_config(
+        {"model": {"num_layers": 3, "num_heads": 8}, "optimizer": {"learning_rate": 1}},
+        {
+            "model.num_layers": "12",
+            "optimizer.clip_norm": "0.5",
+            "optimizer.warmup_steps": "1e2",
+            "model.head_dim": "none",
+            "train.tensorboard": "True",
+            "train.run_dir": "runs/7",
+        },
+    )
+    assert (config.model.num_layers, config.model.num_heads, config.model.head_dim) == (12, 8, None)
+    assert (config.optimizer.learning_rate, config.optimizer.clip_norm) == (1.0, 0.5)
+    assert config.optimizer.warmup_steps == 100
+    assert config.train.tensorboard is True
+    assert config.train.run_dir == "runs/7"
+
+
+def test_everything_wrong_is_reported_at_once_with_the_nearest_name():
+    found = problems(
+        {"modle": {}, "data": 3, "model": {"num_layer": 2, "num_heads": "four"}},
+        {"train.batchsize": "4", "train.num_steps": "1.5", "optimizer.schedule": "linear", "train.tensorboard": "yes"},
+    )
+    text = "\n".join(found)
+    assert len(found) == 8
+    for words in (
+        "modle: there is no such group; did you mean model?",
+        "data is 3; it must hold fields",
+        "model.num_layer: there is no such field; did you mean model.num_layers?",
+        "model.num_heads is 'four'; it must be a whole number",
+        "train.batchsize: there is no such field; did you mean train.batch_size?",
+        "train.num_steps is '1.5'; it must be a whole number",
+        "optimizer.schedule is 'linear'; it must be cosine or wsd",
+        "train.tensorboard is 'yes'; it must be true or false",
+    ):
+        assert words in text
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"train": {"batch_size": 12}, "data": {"num_streams": 5}}, "nearest that does: 4"),
+        ({"train": {"batch_size": 6, "accumulation_steps": 4}}, "does not divide by train.accumulation_steps = 4"),
+        ({"optimizer": {"warmup_steps": 80, "decay_steps": 40}, "train": {"num_steps": 100}}, "come to more than"),
+        ({"mesh": {"data": -1}}, "only one of mesh.data, mesh.fsdp and mesh.tensor can be -1"),
+        ({"mesh": {"tensor": 0}}, "mesh.tensor is 0"),
+        ({"optimizer": {"learning_rate": -1.0}}, "optimizer.learning_rate is -1.0"),
+        ({"optimizer": {"learning_rate": float("nan")}}, "it must be a finite number"),
+        ({"optimizer": {"beta2": 1.0}}, "optimizer.beta2 is 1.0"),
+        ({"tokenizer": {"vocab_size": 100}}, "at least 320"),
+        ({"data": {"validation_fraction": 1.0}}, "it must be in [0, 1)"),
+        ({"data": {"corpus": ""}}, "data.corpus is empty"),
+        ({"evaluation": {"loop_bytes": 2**21}}, "more than evaluation.max_bytes"),
+        ({"train": {"run_dir": ""}}, "train.run_dir is empty"),
+        ({"checkpoint": {"keep": 0}}, "checkpoint.keep is 0"),
+        ({"model": {"num_layers": True}}, "it must be a whole number"),
+    ],
+)
+def test_impossible_values_and_combinations_are_named(values: dict, words: str):
+    assert any(words in problem for problem in problems(values))
+
+
+def test_a_saved_config_is_read_back_equal():
+    config = make_config({"model": {"head_dim": 8}, "data": {"num_streams": 4}})
+    assert from_dict(json.loads(to_json(config))) == config
+
+
+def test_every_field_says_what_it_is_and_what_a_change_on_resume_does():
+    for group, name, setting in config_fields():
+        assert len(setting.metadata["help"]) > 10, (group, name)
+        assert setting.metadata.get("resume", "frozen") in ("frozen", "warn", "free")
+
+
+def test_differences_on_resume_follow_the_rule_of_their_field():
+    before = Config()
+    after = make_config(
+        {}, {"model.num_layers": "9", "optimizer.learning_rate": "1e-4", "mesh.tensor": "2", "train.seed": "1"}
+    )
+    found = resume_differences(before, after)
+    assert found["frozen"] == ["model.num_layers: 4 → 9", "train.seed: 0 → 1"]
+    assert found["warn"] == ["optimizer.learning_rate: 0.0003 → 0.0001"]
+    assert found["free"] == ["mesh.tensor: 1 → 2"]

@@ -1,0 +1,163 @@
+"""Every mesh is the same model (C6): eight virtual devices against one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+
+from data.errors import InputError
+from model.parameters import flattened
+from tests.small import small_batch, small_model
+from train.config import Config, MeshConfig, make_config
+from train.mesh import AXES, batch_sharding, make_mesh, mesh_problems, mesh_shape
+from train.optimizer import make_optimizer
+from train.state import abstract_state, make_state
+from train.step import make_train_step
+
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 4, 1), (1, 4, 2), (2, 2, 2), (2, 1, 4), (1, 1, 2)]
+
+
+def config_for(**model: object) -> Config:
+    values = {"train": {"batch_size": 8, "num_steps": 100}, "optimizer": {"clip_norm": 0.5}}
+    return make_config(values | {"data": {"segment_length": 16}}).resolved(300).__class__(
+        model=small_model(**({"num_kv_heads": 4} | model)),
+        **{
+            group: getattr(make_config(values | {"data": {"segment_length": 16}}), group)
+            for group in ("data", "tokenizer", "mesh", "optimizer", "train", "checkpoint", "evaluation")
+        },
+    )
+
+
+def on(shape: tuple[int, ...]) -> Mesh:
+    devices = np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape)
+    return Mesh(devices, AXES, axis_types=(AxisType.Explicit,) * 3)
+
+
+def three_steps(config: Config, shape: tuple[int, ...]):
+    """Initial weights, and the metrics and weights of three training steps on a mesh."""
+    mesh = on(shape)
+    with jax.set_mesh(mesh):
+        optimizer = make_optimizer(config)
+        state = make_state(config, optimizer)
+        initial = jax.tree.map(np.asarray, state["weights"])
+        step, metrics = make_train_step(config, optimizer), []
+        for seed in range(3):
+            batch = {
+                name: jax.device_put(array, batch_sharding(mesh)) for name, array in small_batch(seed=seed).items()
+            }
+            state, found = step(state, batch)
+            metrics.append({name: float(value) for name, value in found.items()})
+        return initial, metrics, jax.tree.map(np.asarray, state["weights"])
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return {dtype: three_steps(config_for(compute_dtype=dtype), (1, 1, 1)) for dtype in ("float32", "bfloat16")}
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_a_mesh_begins_with_the_same_bits_and_trains_the_same(shape, one_device):
+    initial, metrics, weights = three_steps(config_for(), shape)
+    expected_initial, expected_metrics, expected_weights = one_device["float32"]
+    for one, other in zip(jax.tree.leaves(initial), jax.tree.leaves(expected_initial), strict=True):
+        np.testing.assert_array_equal(one, other)
+    for found, expected in zip(metrics, expected_metrics, strict=True):
+        assert found["loss_weight"] == expected["loss_weight"]
+        assert found["loss"] == pytest.approx(expected["loss"], rel=2e-6)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=5e-6)
+    for name, array in flattened(weights).items():
+        moved = np.abs(flattened(expected_weights)[name] - flattened(expected_initial)[name]).max()
+        assert np.abs(array - flattened(expected_weights)[name]).max() <= 2e-3 * moved, name
+
+
+def test_gradients_agree_on_every_mesh():
+    from train.step import summed_loss
+
+    config = config_for()
+
+    def gradients(shape):
+        mesh = on(shape)
+        with jax.set_mesh(mesh):
+            weights = make_state(config, make_optimizer(config))["weights"]
+            batch = {name: jax.device_put(array, batch_sharding(mesh)) for name, array in small_batch().items()}
+            found = jax.jit(jax.grad(lambda weights: summed_loss(config, weights, batch)))(weights)
+            return flattened(jax.tree.map(np.asarray, found))
+
+    expected = gradients((1, 1, 1))
+    for shape in MESHES:
+        for name, array in gradients(shape).items():
+            error = np.linalg.norm(array - expected[name]) / np.linalg.norm(expected[name])
+            assert error < 5e-6, (shape, name)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 8, 1)], ids=str)
+def test_in_bfloat16_meshes_agree_to_its_precision(shape, one_device):
+    _, metrics, _ = three_steps(config_for(compute_dtype="bfloat16"), shape)
+    for found, expected in zip(metrics, one_device["bfloat16"][1], strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=2e-3)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=2e-2)
+
+
+def test_weights_moments_and_gradients_are_stored_in_shards():
+    config = config_for()
+    with jax.set_mesh(on((1, 4, 2))):
+        state = make_state(config, make_optimizer(config))
+        table = state["weights"]["embedding"]["table"]
+        assert table.sharding.shard_shape(table.shape) == (384 // 2, 32 // 4)
+        shapes = {x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(state["weights"]) if x.ndim > 2}
+        assert all(np.prod(shape) * 8 in {2 * 32 * 32, 2 * 32 * 64} for shape in shapes)
+        for moment in ("mu", "nu"):
+            moments = getattr(state["optimizer"]["adam"], moment)
+            for one, other in zip(jax.tree.leaves(moments), jax.tree.leaves(state["weights"]), strict=True):
+                assert one.sharding == other.sharding
+        abstract = abstract_state(config, make_optimizer(config))
+        assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state) == jax.tree.map(
+            lambda x: (x.shape, x.dtype, x.sharding), abstract
+        )
+
+
+def test_the_compiled_step_reuses_the_memory_of_its_state():
+    config = config_for()
+    mesh = on((1, 4, 2))
+    with jax.set_mesh(mesh):
+        optimizer = make_optimizer(config)
+        state = make_state(config, optimizer)
+        batch = {name: jax.device_put(array, batch_sharding(mesh)) for name, array in small_batch().items()}
+        memory = make_train_step(config, optimizer).lower(state, batch).compile().memory_analysis()
+    size = sum(x.size // 8 * x.dtype.itemsize for x in jax.tree.leaves((state["weights"], state["optimizer"])))
+    assert memory.alias_size_in_bytes >= 0.95 * size
+
+
+def test_minus_one_is_what_is_left():
+    assert mesh_shape(MeshConfig(), 8) == (1, 8, 1)
+    assert mesh_shape(MeshConfig(data=2, fsdp=-1, tensor=2), 8) == (2, 2, 2)
+    assert mesh_shape(MeshConfig(data=-1, fsdp=2), 8) == (4, 2, 1)
+    for wrong in (MeshConfig(data=3), MeshConfig(data=2, fsdp=2, tensor=1)):
+        with pytest.raises(InputError, match="does not fit 8 devices"):
+            mesh_shape(wrong, 8)
+
+
+def test_what_cannot_be_shared_is_named_with_the_axis_and_a_size_that_works():
+    config = make_config(
+        {
+            "model": {"num_heads": 6, "num_kv_heads": 3, "model_dim": 36, "feedforward_dim": 50, "vocab_size": 300},
+            "data": {"segment_length": 6, "num_streams": 2},
+            "train": {"batch_size": 6},
+        }
+    ).resolved()
+    found = "\n".join(mesh_problems(config, (1, 4, 4)))
+    for words in (
+        "train.batch_size / train.accumulation_steps = 6 cannot be shared by mesh.data × mesh.fsdp = 4",
+        "data.num_streams = 2",
+        "data.segment_length = 6 cannot be shared by mesh.tensor = 4; nearest size that works: 3",
+        "model.num_heads = 6",
+        "model.num_kv_heads = 3",
+        "model.feedforward_dim = 50",
+    ):
+        assert words in found
+    assert "model.model_dim" not in found
+    assert mesh_problems(make_config({}).resolved(4096), (1, 4, 2)) == []
+    with pytest.raises(InputError, match="mesh.fsdp"):
+        make_mesh(make_config({"train": {"batch_size": 3}}).resolved(4096))
+    assert jnp.zeros(()).dtype == jnp.float32

@@ -1,0 +1,39 @@
+"""The learning rate, step by step."""
+
+import numpy as np
+import pytest
+
+from train.config import make_config
+from train.schedule import learning_rate
+
+
+def rates(num_steps: int, **optimizer: object) -> np.ndarray:
+    schedule = learning_rate(
+        make_config({"train": {"num_steps": num_steps}, "optimizer": {"learning_rate": 1.0, **optimizer}})
+    )
+    return np.array([float(schedule(step)) for step in range(num_steps)])
+
+
+def test_cosine_rises_to_the_peak_and_falls_to_the_final_fraction():
+    found = rates(101, warmup_steps=10, final_fraction=0.2)
+    np.testing.assert_allclose(found[:11], np.arange(1, 12) / 11, rtol=1e-6)
+    np.testing.assert_allclose(found[10:], 0.2 + 0.4 * (1 + np.cos(np.pi * np.arange(91) / 90)), rtol=1e-5)
+
+
+def test_wsd_stays_at_the_peak_and_then_falls_in_a_line():
+    found = rates(100, schedule="wsd", warmup_steps=4, decay_steps=20, final_fraction=0.0)
+    assert found[4:80].min() == 1.0
+    np.testing.assert_allclose(found[79:], 1 - np.arange(21) / 20, atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_left_out_steps_are_parts_of_the_run(schedule: str):
+    found = rates(200, schedule=schedule)
+    assert found.argmax() == 10
+    assert found[-1] == pytest.approx(0.1)
+    assert found[0] > 0
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_a_run_of_a_single_step_has_a_rate(schedule: str):
+    assert rates(1, schedule=schedule)[0] > 0

@@ -1,0 +1,89 @@
+"""The training step: accumulation, the loss it reports, clipping and decay."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from model.parameters import flattened, parameter_table
+from tests.small import small_batch, small_model
+from train.config import Config, make_config
+from train.mesh import on_one_device
+from train.optimizer import make_optimizer
+from train.state import make_state
+from train.step import make_train_step, summed_loss
+
+
+def config_for(optimizer: dict | None = None, **train: object) -> Config:
+    config = make_config({"train": {"batch_size": 8, "num_steps": 50, **train}, "optimizer": optimizer or {}})
+    return dataclasses.replace(config, model=small_model())
+
+
+def run(config: Config, steps: int = 2):
+    with jax.set_mesh(on_one_device()):
+        optimizer = make_optimizer(config)
+        state, step = make_state(config, optimizer), make_train_step(config, optimizer)
+        metrics = {}
+        for seed in range(steps):
+            state, metrics = step(state, small_batch(seed=seed))
+        return jax.device_get((state, metrics))
+
+
+def test_accumulation_changes_nothing_but_memory():
+    whole, expected = run(config_for())
+    for parts in (2, 8):
+        # Rows carry unequal weights, so an average of the parts' averages would differ.
+        state, metrics = run(config_for(accumulation_steps=parts))
+        for name in expected:
+            assert metrics[name] == pytest.approx(expected[name], rel=1e-5), name
+        for one, other in zip(jax.tree.leaves(state["weights"]), jax.tree.leaves(whole["weights"]), strict=True):
+            np.testing.assert_allclose(one, other, atol=2e-6)
+
+
+def test_the_loss_is_the_weighted_mean_of_cross_entropy_in_nats():
+    config, batch = config_for(), small_batch()
+    with jax.set_mesh(on_one_device()):
+        optimizer = make_optimizer(config)
+        state = make_state(config, optimizer)
+        one = summed_loss(config, state["weights"], batch)
+        ignored = dict(batch, targets=np.where(batch["loss_weights"] > 0, batch["targets"], 7))
+        assert float(one) == float(summed_loss(config, state["weights"], ignored))
+        _, metrics = make_train_step(config, optimizer)(state, batch)
+    assert metrics["loss_weight"] == batch["loss_weights"].sum() == 8 * 16 - 8
+    assert float(metrics["loss"]) == pytest.approx(float(one) / 120, rel=1e-6)
+    assert float(metrics["loss"]) == pytest.approx(np.log(300), abs=0.6)
+
+
+def test_an_update_is_adamw_with_clipping_and_decay_of_matrices_alone():
+    config = config_for({"clip_norm": 0.1, "weight_decay": 0.5, "warmup_steps": 0, "learning_rate": 0.01})
+    batch = small_batch()
+    with jax.set_mesh(on_one_device()):
+        optimizer = make_optimizer(config)
+        state = make_state(config, optimizer)
+        before = jax.device_get(state["weights"])
+        gradients = jax.jit(jax.grad(lambda weights: summed_loss(config, weights, batch) / 120))(state["weights"])
+        norm = float(optax.tree.norm(gradients))
+        gradients = flattened(jax.device_get(gradients))
+        after, metrics = make_train_step(config, optimizer)(state, batch)
+        after = flattened(jax.device_get(after["weights"]))
+    assert norm > 0.1
+    assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-5)
+    for name, parameter in parameter_table(config.model).items():
+        weight, gradient = flattened(before)[name], gradients[name] * (0.1 / norm)
+        # After one step Adam's bias-corrected moments are the gradient and its square.
+        update = gradient / (np.abs(gradient) + 1e-8) + (0.5 * weight if parameter.role != "norm" else 0)
+        clear = np.abs(gradient) > 1e-6
+        assert clear.mean() > 0.2
+        np.testing.assert_allclose(after[name][clear], (weight - 0.01 * update)[clear], atol=2e-5)
+
+
+def test_a_model_learns_a_batch_by_heart():
+    config = config_for({"learning_rate": 1e-2, "warmup_steps": 0})
+    with jax.set_mesh(on_one_device()):
+        optimizer = make_optimizer(config)
+        state, step = make_state(config, optimizer), make_train_step(config, optimizer)
+        for _ in range(50):
+            state, metrics = step(state, small_batch())
+    assert float(metrics["loss"]) < 1.5
