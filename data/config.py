@@ -31,9 +31,7 @@ class DataConfig:
     validation_fraction: float = field(
         default=0.05, metadata={"help": "part of the documents that is held out for evaluation"}
     )
-    chunk_bytes: int = field(
-        default=2**20, metadata={"help": "largest part of a file, in bytes, that is read as one"}
-    )
+    chunk_bytes: int = field(default=2**20, metadata={"help": "largest part of a file, in bytes, that is read as one"})
     shuffle_bytes: int = field(
         default=2**22, metadata={"help": "bytes of a stream's chunks whose documents are shuffled together"}
     )

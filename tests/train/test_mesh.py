@@ -20,12 +20,16 @@ MESHES = [(8, 1, 1), (1, 8, 1), (2, 4, 1), (1, 4, 2), (2, 2, 2), (2, 1, 4), (1, 
 
 def config_for(**model: object) -> Config:
     values = {"train": {"batch_size": 8, "num_steps": 100}, "optimizer": {"clip_norm": 0.5}}
-    return make_config(values | {"data": {"segment_length": 16}}).resolved(300).__class__(
-        model=small_model(**({"num_kv_heads": 4} | model)),
-        **{
-            group: getattr(make_config(values | {"data": {"segment_length": 16}}), group)
-            for group in ("data", "tokenizer", "mesh", "optimizer", "train", "checkpoint", "evaluation")
-        },
+    return (
+        make_config(values | {"data": {"segment_length": 16}})
+        .resolved(300)
+        .__class__(
+            model=small_model(**({"num_kv_heads": 4} | model)),
+            **{
+                group: getattr(make_config(values | {"data": {"segment_length": 16}}), group)
+                for group in ("data", "tokenizer", "mesh", "optimizer", "train", "checkpoint", "evaluation")
+            },
+        )
     )
 
 

@@ -1,0 +1,194 @@
+"""Text to token ids and back: SentencePiece BPE (Kudo and Richardson 2018, arXiv:1808.06226) that loses nothing.
+
+What the pieces of the vocabulary don't cover falls back to bytes, and nothing is normalized. SentencePiece writes a
+space as U+2581, so a real U+2581 would come back as a space: it is escaped, as is the escape, by pieces of their own.
+Runs of spaces and line ends that the sample holds often (a program's indentation) are pieces too.
+"""
+
+import collections
+import hashlib
+import io
+import logging
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from data.errors import InputError
+
+log = logging.getLogger("ziggurat")
+
+# Ends a document, and so begins the next. As text in a document it is ordinary text.
+END_OF_TEXT = "<|endoftext|>"
+MODEL_FILE = "tokenizer.model"
+SPACE = "\u2581"
+# Text → the piece that stands for it. U+E000 is of the private use area.
+ESCAPES = {"\ue000": "\ue0000", SPACE: "\ue0001"}
+# One piece of whitespace for so many pieces of the vocabulary.
+PIECES_PER_WHITESPACE = 64
+CHARACTER_COVERAGE = 0.9995
+
+
+class Tokenizer:
+    """A trained tokenizer, in memory.
+
+    Attributes:
+        folder: where it was read.
+        vocab_size: number of token ids.
+        eos_id: of the token that ends a document.
+        fingerprint: SHA-256 (hex) of its file.
+        pieces: the text that each id stands for as SentencePiece writes it.
+    """
+
+    def __init__(self, folder: Path, model: bytes):
+        self.folder = folder
+        self.fingerprint = hashlib.sha256(model).hexdigest()
+        self._model = sentencepiece.SentencePieceProcessor()
+        self._model.LoadFromSerializedProto(model)
+        self.vocab_size = self._model.GetPieceSize()
+        self.pieces = [self._model.IdToPiece(i) for i in range(self.vocab_size)]
+        self.eos_id = self.pieces.index(END_OF_TEXT)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Tokenizer":
+        """Read the tokenizer of a folder.
+
+        Raises:
+            InputError: there is none, or it is damaged or of another kind.
+        """
+        file = folder / MODEL_FILE
+        if not file.is_file():
+            raise InputError(f"{folder} holds no tokenizer ({MODEL_FILE}); make one with `ziggurat tokenize`")
+        try:
+            return cls(folder, file.read_bytes())
+        except (RuntimeError, ValueError):
+            raise InputError(f"{file} is damaged, or not made by `ziggurat tokenize`; restore it") from None
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids, int32 [n]; nothing is added. ValueError where the text has lone surrogates."""
+        for plain, escaped in ESCAPES.items():
+            text = text.replace(plain, escaped)
+        return np.array(self._model.Encode(text), np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of these ids; of characters cut in the middle, U+FFFD. IndexError where there is no such id."""
+        return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        """The UTF-8 bytes of one token, which may be a part of a character; of END_OF_TEXT none."""
+        if token < 0:
+            raise IndexError(f"there is no token {token}")
+        return self._bytes[token]
+
+    @cached_property
+    def _bytes(self) -> list[bytes]:
+        escaped = {piece: plain for plain, piece in ESCAPES.items()}
+
+        def of_piece(i: int, piece: str) -> bytes:
+            if self._model.IsByte(i):
+                return bytes([int(piece[3:5], 16)])
+            if self._model.IsControl(i):
+                return b""
+            return escaped.get(piece, piece.replace(SPACE, " ")).encode()
+
+        return [of_piece(i, piece) for i, piece in enumerate(self.pieces)]
+
+    @cached_property
+    def kinds(self) -> list[str]:
+        """Of each id: unknown, control, byte, whole (never part of a longer piece) or piece."""
+        return [
+            "unknown" if self._model.IsUnknown(i)
+            else "control" if self._model.IsControl(i)
+            else "byte" if self._model.IsByte(i)
+            else "whole" if piece in ESCAPES.values() or _WHITESPACE.fullmatch(piece.replace(SPACE, " "))
+            else "piece"
+            for i, piece in enumerate(self.pieces)
+        ]  # fmt: skip
+
+
+_WHITESPACE = re.compile(r"[ \n\r\t]{2,}")
+
+
+def train_tokenizer(texts: Sequence[str], vocab_size: int, folder: Path) -> Tokenizer:
+    """Learn a tokenizer from texts and write it to `folder/tokenizer.model`, all or nothing.
+
+    The same texts give the same bytes. Where they support fewer ids than `vocab_size`, it has those, and says so.
+
+    Args:
+        texts: what it learns from.
+        vocab_size: ids that are asked for: bytes, special and whitespace pieces included.
+        folder: made where it is missing.
+
+    Raises:
+        InputError: there is no text, or `vocab_size` is too small for its characters.
+    """
+    if not any(text.strip() for text in texts):
+        raise InputError("the corpus has no text to train a tokenizer on; check data.corpus")
+    whole = [*ESCAPES.values(), *whitespace_pieces(texts, vocab_size // PIECES_PER_WHITESPACE)]
+    size = vocab_size
+    while (model := _train(texts, size, whole)) is None or isinstance(model, int):
+        assert model is not None
+        size = model
+    if size < vocab_size:
+        log.info("tokenizer: the text supports %d token ids; %d were asked for", size, vocab_size)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / (MODEL_FILE + ".partial")
+    partial.write_bytes(model)
+    partial.rename(folder / MODEL_FILE)
+    return Tokenizer.load(folder)
+
+
+def whitespace_pieces(texts: Iterable[str], number: int) -> list[str]:
+    """The runs of whitespace that save the most characters as pieces of their own."""
+    runs: collections.Counter[str] = collections.Counter()
+    for text in texts:
+        runs.update(_WHITESPACE.findall(text))
+    saved = {run: count * (len(run) - 1) for run, count in runs.items() if len(run) <= 64 and count > 1}
+    return sorted(saved, key=lambda run: (-saved[run], run))[:number]
+
+
+def _train(texts: Sequence[str], vocab_size: int, whole: Sequence[str]) -> bytes | int:
+    """The model's bytes, or the largest vocabulary that the texts support."""
+    out = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=_sentences(texts),
+            model_writer=out,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            user_defined_symbols=[piece.replace(" ", SPACE) for piece in whole],
+            byte_fallback=True,
+            # Pieces such as "self." and "):" make code a tenth shorter.
+            split_by_unicode_script=False,
+            character_coverage=CHARACTER_COVERAGE,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            max_sentence_length=2**30,
+            unk_id=0,
+            eos_id=1,
+            eos_piece=END_OF_TEXT,
+            bos_id=-1,
+            pad_id=-1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        if found := re.search(r"Please set it to a value <= (\d+)", str(error)):
+            return int(found[1])
+        if "required_chars" in str(error):
+            raise InputError(
+                f"tokenizer.vocab_size = {vocab_size} is too small for the characters of this text; double it"
+            ) from None
+        raise
+    return out.getvalue()
+
+
+def _sentences(texts: Iterable[str]) -> Iterator[str]:
+    """What the trainer can take: no NUL, which it skips a text for."""
+    for text in texts:
+        for plain, escaped in ESCAPES.items():
+            text = text.replace(plain, escaped)
+        yield text.replace("\0", "")
