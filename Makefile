@@ -1,0 +1,52 @@
+# Each of setup, pretrain and test makes .venv if it is missing. What is installed is pinned in constraints.txt.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# JAX's CUDA libraries, where there is an NVIDIA GPU.
+EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda)
+INPUTS := pyproject.toml constraints.txt
+ARGS ?=
+
+.PHONY: help setup pretrain test check format lock clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  \1: /p' $(MAKEFILE_LIST)
+
+setup: $(VENV)/base  ## make .venv and show the devices that JAX finds
+	@$(BIN)/python -c "import jax; print('devices:', *(f'{d.device_kind} {d.id},' for d in jax.devices()))"
+
+pretrain: $(VENV)/base  ## train the tiny model; what it makes is in runs/tiny (ARGS="--config.train.num_steps=50" changes fields)
+	$(BIN)/ziggurat pretrain --config=tiny $(ARGS)
+
+test: $(VENV)/test check  ## lint, types and all tests
+	$(BIN)/python -m pytest -q $(ARGS)
+
+check: $(VENV)/test  ## linter, formatter and type checker
+	$(BIN)/ruff check --quiet
+	$(BIN)/ruff format --check --quiet
+	$(BIN)/mypy --no-error-summary
+
+format: $(VENV)/test  ## put the code into its form
+	$(BIN)/ruff check --fix --quiet
+	$(BIN)/ruff format --quiet
+
+lock: $(VENV)/base  ## resolve constraints.txt anew: make lock PYTHONS="python3.11 python3.12"
+	$(BIN)/python .ci/lock.py $(or $(PYTHONS),$(PYTHON))
+
+clean:  ## remove .venv and caches; runs stay
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+
+$(VENV)/bin/python:
+	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON): install Python 3.11 or later (Debian: apt install python3 python3-venv), or say PYTHON=..."; exit 2; }
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "$(PYTHON) is $$($(PYTHON) -V); Ziggurat needs 3.11 or later. Install one, or say PYTHON=..."; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "$(PYTHON) cannot make a venv: install its venv package (Debian: apt install python3-venv)"; exit 2; }
+
+$(VENV)/base: $(INPUTS) | $(VENV)/bin/python
+	$(PIP) -e .$(EXTRA:%=[%])
+	@touch $@
+
+$(VENV)/test: $(VENV)/base
+	$(PIP) -e .[test]
+	@touch $@
