@@ -186,7 +186,7 @@ def open_corpus(where: str, config: DataConfig) -> Corpus:
         if not found:
             problem = "matches no file" if glob.has_magic(where) else "there is no such file or folder"
             raise InputError(f"data.corpus = {where}: {problem}")
-        fixed = Path(*[part for part in Path(where).parts[: _first_magic(where)]])
+        fixed = Path(*Path(where).parts[: _first_magic(where)])
         root = fixed if fixed.is_dir() else fixed.parent
     if others := [file for file in found if file.suffix not in FORMATS]:
         raise InputError(f"data.corpus = {where}: {others[0].name} is neither .txt nor .jsonl; convert or rename it")

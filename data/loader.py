@@ -107,7 +107,8 @@ class Loader:
                 rows[v * self._rows_per_stream + i], positions[v] = next(stream)
 
         def array(name: str) -> jax.Array:
-            def shard(index: tuple[slice, ...]) -> np.ndarray:
+            def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+                assert index is not None
                 return np.stack([rows[b][name] for b in range(self._shape[0])[index[0]]])[:, index[1]]
 
             return jax.make_array_from_callback(self._shape, self._sharding, shard)

@@ -54,7 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
 def launch(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> int:
     """Run the command once in each environment; returns the first status that is not 0 (of a signal n, 128 + n)."""
     received: list[int] = []
-    before = {number: signal.signal(number, lambda n, _: received.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, lambda n, _: received.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     processes: list[subprocess.Popen] = []
     threads: list[threading.Thread] = []
     status, ending = 0, None

@@ -1,4 +1,4 @@
-"""Floor 4, feed-forward: the same two-layer network at every position, gated (SwiGLU; Shazeer 2020, arXiv:2002.05202)."""
+"""Floor 4, feed-forward: the same network at every position, gated (SwiGLU; Shazeer 2020, arXiv:2002.05202)."""
 
 from collections.abc import Mapping
 

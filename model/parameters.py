@@ -64,6 +64,9 @@ def parameter_table(config: ModelConfig) -> dict[str, Parameter]:
     tied unembedding then gives logits of variance one.
     """
     c = config
+    assert c.num_kv_heads
+    assert c.head_dim
+    assert c.feedforward_dim
     layers = {"layers": c.num_layers}
     model, feedforward = {"model": c.model_dim}, {"feedforward": c.feedforward_dim}
     heads, kv_heads, head = {"heads": c.num_heads}, {"kv_heads": c.num_kv_heads}, {"head": c.head_dim}

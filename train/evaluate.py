@@ -3,7 +3,7 @@
 import gzip
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from data.segmenter import segment_documents
 from data.tokenizer import Tokenizer
 from train.config import Config
 from train.mesh import batch_sharding
-from train.step import Batch, summed_loss
+from train.step import summed_loss
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,11 @@ class Evaluation:
         return {names[name]: value for name, value in asdict(self).items() if name in names}
 
 
-def make_evaluation_step(config: Config) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
+Batch = Mapping[str, jax.Array]
+EvaluationStep = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
+
+
+def make_evaluation_step(config: Config) -> EvaluationStep:
     """The compiled function (weights, batch) → (summed loss in nats, summed loss weight)."""
 
     def evaluation_step(weights: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -44,7 +48,7 @@ def make_evaluation_step(config: Config) -> Callable[[Any, Batch], tuple[jax.Arr
 
 
 def evaluate(
-    step: Callable[[Any, Batch], tuple[jax.Array, jax.Array]],
+    step: EvaluationStep,
     weights: Any,
     texts: Sequence[str],
     tokenizer: Tokenizer,
@@ -68,10 +72,7 @@ def evaluate(
     batch_size = config.train.batch_size // config.train.accumulation_steps
     loss = weight = 0.0
     for batch in batches(rows, batch_size):
-        arrays = {
-            name: jax.make_array_from_callback(array.shape, sharding, lambda index, array=array: array[index])
-            for name, array in batch.items()
-        }
+        arrays = {name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for name, x in batch.items()}
         batch_loss, batch_weight = step(weights, arrays)
         loss, weight = loss + float(batch_loss), weight + float(batch_weight)
     size = sum(len(text.encode()) for text in texts)

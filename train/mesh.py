@@ -9,14 +9,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from data.errors import InputError
 from model.parameters import parameter_table
-from model.sharding import Layout
+from model.sharding import Layout, MeshAxes
 from train.config import Config, MeshConfig
 
 AXES = ("data", "fsdp", "tensor")
 
 # Logical axis → mesh axes. Weights are stored in `fsdp` shards of their model width and gathered for use, a layer at
 # a time; `tensor` shares heads, feed-forward width and vocabulary, and between them the residual stream's sequence.
-RULES = {
+RULES: dict[str, MeshAxes] = {
     "batch": ("data", "fsdp"),
     "sequence": "tensor",
     "model": "fsdp",

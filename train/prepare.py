@@ -89,7 +89,8 @@ def open_run_corpus(config: Config, run: Run) -> Corpus:
     path = config.data.corpus
     if path == "stdlib":
         path = str(run.snapshot)
-        once(lambda: run.snapshot.exists() or snapshot_stdlib(run.snapshot))
+        if not run.snapshot.exists():
+            once(lambda: snapshot_stdlib(run.snapshot))
     return open_corpus(path, config.resolved().data)
 
 
@@ -125,7 +126,7 @@ def train_run_tokenizer(config: Config, corpus: Corpus, folder: Path) -> Tokeniz
 
 def up_to(texts: Iterable[str], size: int) -> list[str]:
     """The first texts, of `size` bytes in all; the last is cut where it is longer."""
-    taken = []
+    taken: list[str] = []
     for text in texts:
         encoded = text.encode()
         if len(encoded) >= size:

@@ -1,6 +1,6 @@
 """The training step: one optimizer update over one global batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from train.mesh import TRAINING
 from train.schedule import learning_rate
 from train.state import State
 
-Batch = dict[str, jax.Array]
+Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 

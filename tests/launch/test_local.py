@@ -48,7 +48,9 @@ def test_every_line_of_both_streams_has_its_process_before_it(capfd):
 def test_the_first_failure_is_the_status_and_ends_the_others():
     began = time.monotonic()
     assert launch(python("sys.exit(7) if i == '1' else time.sleep(60)"), environments(3)) == 7
-    assert launch(python("os.kill(os.getpid(), signal.SIGKILL) if i == '0' else time.sleep(60)"), environments(2)) == 137
+    assert (
+        launch(python("os.kill(os.getpid(), signal.SIGKILL) if i == '0' else time.sleep(60)"), environments(2)) == 137
+    )
     assert time.monotonic() - began < 30
 
 

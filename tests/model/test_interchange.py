@@ -1,5 +1,6 @@
 """Names and layouts of Hugging Face's Llama, both ways, and the same logits there (C7)."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ def test_weights_and_config_come_back_bit_for_bit(changes: dict):
     again = llama.config_from_theirs(llama.config_to_theirs(config, context=16, eos_id=0))
     assert again == small_model(**changes, loss_chunk=again.loss_chunk)
     back = flattened(llama.from_theirs(again, theirs.__getitem__))
-    for name, array in flattened(weights).items():
+    for name, array in flattened(jax.device_get(weights)).items():
         assert back[name].shape == array.shape
         axis = {"embedding.table": 0, "unembedding.matrix": 1}.get(name)
         kept = array if axis is None else np.take(array, np.arange(VOCAB_SIZE), axis)

@@ -1,0 +1,168 @@
+"""Listing, chunks, held-out parts, fingerprints, and what is wrong with a corpus."""
+
+import dataclasses
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.config import DataConfig
+from data.corpus import Corpus, open_corpus
+from data.errors import InputError
+from data.formats import text as text_format
+from data.formats.stdlib import snapshot_stdlib
+
+CONFIG = DataConfig(num_streams=2, chunk_bytes=1000, validation_fraction=0.05)
+
+
+def write_jsonl(path: Path, texts: list[str], field: str = "text") -> Path:
+    path.write_text("".join(json.dumps({field: text, "n": i}) + "\n" for i, text in enumerate(texts)))
+    return path
+
+
+def training(corpus: Corpus) -> list[str]:
+    return [document.text for chunk in corpus.chunks for document in corpus.documents(chunk)]
+
+
+def error(where: object, config: DataConfig = CONFIG) -> str:
+    with pytest.raises(InputError) as caught:
+        open_corpus(str(where), config).check()
+    return str(caught.value)
+
+
+@given(
+    texts=st.lists(st.text(min_size=1, max_size=60), min_size=8, max_size=60),
+    chunk_bytes=st.integers(256, 2000),
+    streams=st.integers(1, 4),
+)
+def test_every_line_is_in_one_chunk_and_trained_on_or_held_out(tmp_path_factory, texts, chunk_bytes, streams):
+    texts = [f"{i} {text}" for i, text in enumerate(texts)] * 20
+    path = write_jsonl(tmp_path_factory.mktemp("corpus") / "a.jsonl", texts)
+    corpus = open_corpus(str(path), dataclasses.replace(CONFIG, chunk_bytes=chunk_bytes, num_streams=streams))
+    assert Counter(training(corpus)) + Counter(corpus.held_out_texts()) == Counter(texts)
+    assert set(training(corpus)).isdisjoint(corpus.held_out_texts())
+
+
+@given(
+    text=st.text(alphabet="aé漢🙂 \n\r", min_size=500, max_size=4000),
+    chunk_bytes=st.integers(256, 3000),
+    fraction=st.sampled_from([0.0, 0.05, 0.5]),
+)
+def test_the_pieces_of_one_txt_are_its_bytes_in_order(tmp_path_factory, text, chunk_bytes, fraction):
+    path = tmp_path_factory.mktemp("corpus") / "a.txt"
+    path.write_bytes(text.encode())
+    config = DataConfig(num_streams=1, chunk_bytes=chunk_bytes, validation_fraction=fraction)
+    corpus = open_corpus(str(path), config)
+    documents = [document for chunk in corpus.chunks for document in corpus.documents(chunk)]
+    assert "".join(d.text for d in documents) + "".join(corpus.held_out_texts()) == text
+    assert [d.ends for d in documents[:-1]] == [False] * (len(documents) - 1)
+    held_out = "".join(corpus.held_out_texts())
+    assert documents[-1].ends == (held_out == "")
+
+
+def test_one_big_txt_feeds_all_streams_and_holds_out_its_end(tmp_path: Path):
+    lines = [f"line {i} of a book\n" for i in range(20_000)]
+    (tmp_path / "book.txt").write_text("".join(lines))
+    corpus = open_corpus(str(tmp_path / "book.txt"), dataclasses.replace(CONFIG, num_streams=16, chunk_bytes=2**20))
+    assert len(corpus.chunks) >= 4 * 16 - 4
+    held_out = list(corpus.held_out_texts())
+    assert "".join(training(corpus)) + held_out[0] == "".join(lines)
+    assert 0.045 < len(held_out[0]) / len("".join(lines)) < 0.055
+    assert all(piece.endswith("\n") for piece in training(corpus))
+
+
+def test_a_very_long_line_is_cut_between_characters(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(text_format, "LINE_BYTES", 16)
+    path = tmp_path / "a.txt"
+    path.write_text("漢字" * 500)
+    corpus = open_corpus(str(path), CONFIG)
+    assert len(training(corpus)) > 2
+    assert "".join(training(corpus)) + "".join(corpus.held_out_texts()) == "漢字" * 500
+
+
+def test_of_many_txt_files_whole_ones_are_held_out(tmp_path: Path):
+    for i in range(300):
+        (tmp_path / f"{i}.txt").write_text(f"document {i}\nits end")
+    corpus = open_corpus(str(tmp_path), CONFIG)
+    held_out = list(corpus.held_out_texts())
+    assert 5 <= len(held_out) <= 30
+    assert sorted(training(corpus) + held_out) == sorted(f"document {i}\nits end" for i in range(300))
+
+
+def test_folders_globs_and_files_are_listed_in_the_same_order(tmp_path: Path):
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    write_jsonl(tmp_path / "deep" / "b.jsonl", ["b" * 900] * 9)
+    write_jsonl(tmp_path / "deep" / "er" / "a.jsonl", ["a" * 900] * 9)
+    (tmp_path / "note.md").write_text("not listed")
+    folder = open_corpus(str(tmp_path), CONFIG)
+    assert folder.names == ["deep/b.jsonl", "deep/er/a.jsonl"]
+    assert open_corpus(f"{tmp_path}/**/*.jsonl", CONFIG).names == folder.names
+    assert open_corpus(f"{tmp_path}/**/*.jsonl", CONFIG).fingerprint == folder.fingerprint
+    assert open_corpus(f"{tmp_path}/deep/b.jsonl", CONFIG).names == ["b.jsonl"]
+
+
+def test_the_fingerprint_follows_content_and_names_not_the_place(tmp_path: Path):
+    first = tmp_path / "first"
+    first.mkdir()
+    write_jsonl(first / "a.jsonl", ["some text " * 50] * 9)
+    fingerprint = open_corpus(str(first), CONFIG).fingerprint
+    shutil.move(first, tmp_path / "moved")
+    assert open_corpus(str(tmp_path / "moved"), CONFIG).fingerprint == fingerprint
+    write_jsonl(tmp_path / "moved" / "a.jsonl", ["some text " * 50] * 8 + ["same text " * 50])
+    assert open_corpus(str(tmp_path / "moved"), CONFIG).fingerprint != fingerprint
+
+
+def test_a_chunk_is_read_without_reading_its_file(tmp_path: Path):
+    path = write_jsonl(tmp_path / "a.jsonl", ["x" * 100] * 50_000)
+    corpus = open_corpus(str(path), dataclasses.replace(CONFIG, chunk_bytes=4096))
+    with open("/proc/self/io") as before:
+        began = int(before.read().split()[1])
+    list(corpus.documents(corpus.chunks[len(corpus.chunks) // 2]))
+    with open("/proc/self/io") as after:
+        assert int(after.read().split()[1]) - began < 100_000
+
+
+def test_the_default_corpus_is_the_standard_library_without_tests(tmp_path: Path):
+    path = tmp_path / "corpus" / "stdlib.jsonl"
+    snapshot_stdlib(path)
+    names = [json.loads(line)["path"] for line in path.open()]
+    assert 550 < len(names) < 800
+    assert {"argparse.py", "asyncio/tasks.py"} <= set(names)
+    assert not [
+        name
+        for name in names
+        if name.startswith("test/") or "/tests/" in name or "encodings/" in name or "site-packages" in name
+    ]
+    assert 8e6 < path.stat().st_size < 15e6
+    held_out = list(open_corpus(str(path), dataclasses.replace(CONFIG, num_streams=16)).held_out_texts())
+    assert 0.02 < len(held_out) / len(names) < 0.08
+
+
+def test_what_is_wrong_with_a_corpus_is_named_with_its_place(tmp_path: Path):
+    def file(name: str, content: bytes) -> Path:
+        (tmp_path / name).write_bytes(content)
+        return tmp_path / name
+
+    good = b'{"text": "' + b"a" * 2000 + b'"}\n'
+    assert "there is no such file or folder" in error(tmp_path / "none")
+    assert "matches no file" in error(tmp_path / "*.jsonl")
+    assert "a.csv is neither .txt nor .jsonl" in error(file("a.csv", b"1"))
+    (tmp_path / "folder").mkdir()
+    assert "the folder holds no .txt or .jsonl file" in error(tmp_path / "folder")
+    assert "there is no text in it" in error(file("empty.txt", b""))
+    assert "lower data.num_streams" in error(file("short.txt", b"a few words"))
+    assert "b.txt: byte 3000 is no UTF-8" in error(file("b.txt", b"a" * 3000 + b"\xff" + b"a" * 10))
+    assert "a.jsonl:3: " in error(file("a.jsonl", good * 2 + b"{not json}\n" + good))
+    assert "has no field 'text', only body, n; see data.text_field" in error(
+        write_jsonl(tmp_path / "c.jsonl", ["a" * 3000], field="body")
+    )
+    assert "is no object but list" in error(file("d.jsonl", good + b"[1]\n"))
+    assert "field 'text' is no text but int" in error(file("e.jsonl", good + b'{"text": 1}\n'))
+    assert "f.jsonl:2: " in error(file("f.jsonl", good + b'{"text": "\\ud800"}\n'))
+    shutil.copy(tmp_path / "a.jsonl", tmp_path / "folder")
+    shutil.copy(tmp_path / "b.txt", tmp_path / "folder")
+    assert len(error(tmp_path / "folder").splitlines()) == 2
