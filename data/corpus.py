@@ -141,11 +141,19 @@ class Corpus:
                 if content and self._is_held_out(content):
                     yield content
 
-    def training_texts(self, seed: int = 0) -> Iterator[str]:
+    def training_texts(self, seed: int) -> Iterator[str]:
         """The training documents and pieces, chunk by chunk in an order that the seed determines."""
         for i in sorted(range(len(self.chunks)), key=lambda i: digest("sample", seed, i)):
             for document in self.documents(self.chunks[i]):
                 yield document.text
+
+    def texts(self) -> Iterator[str]:
+        """Every document whole, training or held out, in the order of the listing."""
+        for path, size in zip(self._paths, self._sizes, strict=True):
+            if path.suffix == ".txt":
+                yield text.read(path, 0, size)
+            else:
+                yield from (content for _, content in jsonl.read(path, 0, size, self._config.text_field) if content)
 
     def check(self) -> None:
         """Read a corpus of moderate size once. InputError with up to ten of the problems in its documents."""

@@ -29,8 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
         trained = load_trained(arguments.model)
         config = trained.config
         if arguments.corpus is not None:
-            data = dataclasses.replace(config.data, validation_fraction=0.0, num_streams=1)
-            texts = list(open_corpus(arguments.corpus, data).training_texts())
+            texts = list(open_corpus(arguments.corpus, dataclasses.replace(config.data, num_streams=1)).texts())
         elif trained.run is None:
             raise InputError(f"{arguments.model} holds weights without documents; give --corpus=PATH")
         elif not (texts := trained.run.held_out_texts()):

@@ -59,7 +59,8 @@ def like(template: Any, tree: Any) -> Any:
         fields = template._asdict()
         return type(template)(**{name: like(fields[name], tree.get(name, {})) for name in fields})
     if isinstance(template, Mapping):
-        return {name: like(branch, tree.get(name, {})) for name, branch in template.items()}
+        branches = {name: like(branch, tree.get(name, {})) for name, branch in template.items()}
+        return type(template)(branches)  # type: ignore[call-arg]
     return tree
 
 
@@ -68,8 +69,13 @@ class Checkpoints:
 
     def __init__(self, folder: Path, config: CheckpointConfig | None = None):
         keep = config.keep if config else None
+        writes = config is not None
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=config is not None, cleanup_tmp_directories=config is not None
+            max_to_keep=keep,
+            create=writes,
+            cleanup_tmp_directories=writes,
+            # A save that went on behind the next steps would lose them too, if the run is killed meanwhile.
+            enable_async_checkpointing=False,
         )
         items = {
             "weights": ocp.StandardCheckpointHandler(),
@@ -84,7 +90,7 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, state: State, progress: Mapping[str, Any]) -> None:
-        """Start to save; returns once the arrays are copied from the devices. The step is the state's own."""
+        """Save the state; its step is the checkpoint's. It is complete when this returns, or invisible."""
         step = int(state["step"])
         optimizer = plain(state["optimizer"])
         sums = {
@@ -154,10 +160,6 @@ class Checkpoints:
             return None
         return arrays, progress
 
-    def wait(self) -> None:
-        """Block until what `save` started is complete on disk."""
-        self._manager.wait_until_finished()
-
     def close(self) -> None:
-        """Wait, and release the threads."""
+        """Release the threads."""
         self._manager.close()

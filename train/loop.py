@@ -63,7 +63,6 @@ def pretrain(config: Config) -> str:
             state = train(prepared, run, display, checkpoints, state, positions)
 
         # ── The end ────────────────────────────────────────────────────────────────────────────────────────────────
-        checkpoints.wait()
         if config.checkpoint.export and (step < config.train.num_steps or not run.export.exists()):
             whole = multihost_utils.process_allgather(state["weights"], tiled=True)
             context = config.data.segment_length

@@ -48,6 +48,8 @@ def prepare(config: Config, run: Run) -> Prepared:
     """
     check_folder(config, run)
     corpus = open_run_corpus(config, run)
+    if not run.config_file.exists():
+        corpus.check()
     tokenizer = run_tokenizer(config, run, corpus)
     given = config.model.vocab_size
     if given is not None and given < tokenizer.vocab_size:
@@ -56,11 +58,16 @@ def prepare(config: Config, run: Run) -> Prepared:
             "raise it, or leave it at none"
         )
     config = config.resolved(tokenizer.vocab_size)
-    if not run.held_out.exists():
-        once(lambda: run.save_held_out(up_to(corpus.held_out_texts(), config.evaluation.max_bytes)))
-    once(lambda: run.save_config(config))
+    once(lambda: keep(config, run, corpus))
     fingerprints = {"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
     return Prepared(config, corpus, tokenizer, run.held_out_texts(), fingerprints)
+
+
+def keep(config: Config, run: Run, corpus: Corpus) -> None:
+    """Write what the folder needs to be enough to evaluate, generate and export: settings and held-out documents."""
+    if not run.held_out.exists():
+        run.save_held_out(up_to(corpus.held_out_texts(), config.evaluation.max_bytes))
+    run.save_config(config)
 
 
 def check_folder(config: Config, run: Run) -> None:
@@ -89,8 +96,7 @@ def open_run_corpus(config: Config, run: Run) -> Corpus:
     path = config.data.corpus
     if path == "stdlib":
         path = str(run.snapshot)
-        if not run.snapshot.exists():
-            once(lambda: snapshot_stdlib(run.snapshot))
+        once(lambda: None if run.snapshot.exists() else snapshot_stdlib(run.snapshot))
     return open_corpus(path, config.resolved().data)
 
 

@@ -1,0 +1,77 @@
+"""A run small enough for a test: a config file and a corpus, and the command line in this process or another."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from launch.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+CONFIG = """
+from ml_collections import ConfigDict
+
+
+def get_config():
+    config = ConfigDict()
+    config.model = {"num_layers": 2, "model_dim": 32, "num_heads": 4, "num_kv_heads": 4, "feedforward_dim": 64,
+                    "compute_dtype": "float32"}
+    config.data = {"corpus": CORPUS, "segment_length": 32, "validation_fraction": 0.1}
+    config.tokenizer = {"vocab_size": 512}
+    config.optimizer = {"learning_rate": 1e-2}
+    config.train = {"run_dir": RUN_DIR, "num_steps": 12, "batch_size": 8, "log_every_steps": 1}
+    config.checkpoint = {"every_steps": 4}
+    config.evaluation = {"every_steps": 6, "max_bytes": 3000, "loop_bytes": 1000, "sample_tokens": 8}
+    return config
+"""
+
+
+def write_corpus(path: Path) -> Path:
+    """About 120 kB of documents that a model can learn something of."""
+    subjects, verbs = ["the cat", "a dog", "my bird", "one fish"], ["eats", "sees", "likes", "hears"]
+    documents = [
+        " ".join(f"{subjects[(i * j) % 4]} {verbs[(i + j * j) % 4]} {subjects[(i + j) % 4]}." for j in range(4 + i % 9))
+        for i in range(700)
+    ]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return path
+
+
+def write_config(folder: Path, run: str = "run") -> Path:
+    """A config file whose run is `folder/run`, and its corpus."""
+    corpus = folder / "corpus.jsonl"
+    if not corpus.exists():
+        write_corpus(corpus)
+    path = folder / f"{run}.py"
+    path.write_text(CONFIG.replace("CORPUS", repr(str(corpus))).replace("RUN_DIR", repr(str(folder / run))))
+    return path
+
+
+def command(*arguments: object, devices: int = 1, **popen: object) -> subprocess.Popen:
+    """Start `ziggurat ARGUMENTS` as a process of its own, with so many virtual devices."""
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    arguments = (sys.executable, "-m", "launch.cli", *map(str, arguments))
+    return subprocess.Popen(arguments, env=environment, text=True, **popen)  # type: ignore[call-overload,no-any-return]
+
+
+def ziggurat(*arguments: object, devices: int = 1) -> subprocess.CompletedProcess:
+    """Run `ziggurat ARGUMENTS` to its end."""
+    process = command(*arguments, devices=devices, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, err = process.communicate()
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+def here(*arguments: object) -> int:
+    """The same in this process, on its eight devices."""
+    return main([str(argument) for argument in arguments])
+
+
+def metrics(run: Path) -> list[dict]:
+    """The records of metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,148 @@
+"""What a user gets wrong: a clear line, status 2, no traceback, nothing overwritten (C9)."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launch.small_run import ROOT, here, write_config
+
+# (what it is, the command, words of the message). In commands and words, {run} is a finished run's folder, {dir} an
+# empty one, {config} a good config file.
+TABLE = [
+    ("no such command", ["pretrian"], "pretrian: there is no such command; there are tokenize, pretrain"),
+    ("no such preset", ["pretrain", "--config=tyni"], "nor a preset of this name; presets: tiny; did you mean tiny?"),
+    ("no such config file", ["pretrain", "--config={dir}/none.py"], "there is no such file"),
+    ("unknown field", ["pretrain", "--config=tiny", "--config.model.layers=2"], "model.layers: there is no such field"),
+    ("unknown group", ["pretrain", "--config=tiny", "--config.modle.num_layers=2"], "did you mean model.num_layers?"),
+    ("wrong type", ["pretrain", "--config=tiny", "--config.train.num_steps=many"], "it must be a whole number"),
+    ("heads that do not fit", ["pretrain", "--config=tiny", "--config.model.num_kv_heads=3"], "does not divide"),
+    ("streams that do not fit", ["pretrain", "--config=tiny", "--config.data.num_streams=7"], "nearest that does: 8"),
+    ("unknown flag", ["pretrain", "--config=tiny", "--steps=3"], "--steps=3: there is no such flag"),
+    ("mesh that does not fit", ["pretrain", "--config={config}", "--config.mesh.data=3"], "does not fit 8 devices"),
+    ("batch that cannot be shared", ["pretrain", "--config={config}", "--config.train.batch_size=12"],
+     "train.batch_size / train.accumulation_steps = 12 cannot be shared by mesh.data × mesh.fsdp = 8"),
+    ("no corpus", ["pretrain", "--config={config}", "--config.data.corpus={dir}/none.txt"], "no such file or folder"),
+    ("corpus of another kind", ["pretrain", "--config={config}", "--config.data.corpus={dir}/a.csv"], "neither .txt nor"),
+    ("damaged corpus", ["pretrain", "--config={config}", "--config.data.corpus={dir}/bad.jsonl"], "bad.jsonl:2: "),
+    ("corpus too short", ["pretrain", "--config={config}", "--config.data.corpus={dir}/short.txt"], "give more text"),
+    ("other field of the text", ["pretrain", "--config={config}", "--config.data.text_field=body"], "no field 'body'"),
+    ("no tokenizer", ["pretrain", "--config={config}", "--config.tokenizer.path={dir}"], "holds no tokenizer"),
+    ("vocabulary below the tokenizer's", ["pretrain", "--config={config}", "--config.model.vocab_size=100"],
+     "model.vocab_size = 100 is less than the tokenizer's"),
+    ("folder of something else", ["pretrain", "--config={config}", "--config.train.run_dir={dir}"], "other things than a run"),
+    ("frozen field on resume", ["pretrain", "--config={run_config}", "--config.model.num_layers=3"], "model.num_layers: 2 → 3"),
+    ("other corpus on resume", ["pretrain", "--config={run_config}", "--config.data.corpus={dir}/other.jsonl"],
+     "is not the text that this run began with"),
+    ("tokenizer exists", ["tokenize", "--config={config}", "--to={dir}"], "exists already; name a new folder"),
+    ("no run", ["evaluate", "{dir}/none"], "there is no such folder"),
+    ("no run but a folder", ["generate", "{dir}", "--prompt=a"], "has no config.json: it is neither a run nor"),
+    ("no such step", ["evaluate", "{run}@7"], "no checkpoint of step 7; there are [8, 12]"),
+    ("no step at all", ["evaluate", "{run}@last"], "after @ comes the step of a checkpoint"),
+    ("step of weights", ["evaluate", "{run}/export@8"], "exported weights have no steps"),
+    ("weights without a corpus", ["evaluate", "{run}/export"], "give --corpus=PATH"),
+    ("corpus to evaluate on", ["evaluate", "{run}", "--corpus={dir}/none"], "no such file or folder"),
+    ("sampling flags", ["generate", "{run}", "--prompt=a", "--top_k=-1", "--temperature=0", "--max_new_tokens=0"],
+     "--max_new_tokens=0 must be at least 1"),
+    ("greedy and sampling", ["generate", "{run}", "--prompt=a", "--greedy", "--seed=1"], "--seed has no effect with --greedy"),
+    ("export of weights", ["export", "{run}/export", "--format=hf", "--to={dir}/new"], "holds exported weights already"),
+    ("export onto something", ["export", "{run}", "--format=hf", "--to={dir}"], "holds other things than an export"),
+    ("no processes", ["launch", "local", "--processes=0", "--", "pretrain"], "--processes=0 must be at least 1"),
+    ("nothing to launch", ["launch", "local", "--processes=2"], "there is no command; give one after --"),
+]  # fmt: skip
+
+
+@pytest.fixture
+def places(tmp_path: Path, finished: Path) -> dict[str, str]:
+    """Where {run}, {dir} and the configs are."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.csv").write_text("1,2")
+    (folder / "short.txt").write_text("a few words")
+    line = json.dumps({"text": "some words " * 50}) + "\n"
+    (folder / "bad.jsonl").write_text(line + "{oops\n" + line * 20)
+    (folder / "other.jsonl").write_text(line * 200)
+    copy = tmp_path / "copy" / "run"
+    shutil.copytree(finished, copy)
+    run_config = write_config(tmp_path / "copy")
+    shutil.copy(finished.parent / "corpus.jsonl", tmp_path / "copy" / "corpus.jsonl")
+    return {
+        "run": str(copy),
+        "dir": str(folder),
+        "config": str(write_config(tmp_path, "new")),
+        "run_config": str(run_config),
+    }
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("command", "words"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE])
+def test_bad_input_is_named_and_nothing_is_overwritten(command, words, places, capsys):
+    before = {name: contents(Path(places[name])) for name in ("run", "dir")}
+    status = here(*(part.format(**places) for part in command))
+    out, err = capsys.readouterr()
+    assert status == 2
+    assert words in err
+    assert out == ""
+    assert "Traceback" not in err
+    assert {name: contents(Path(places[name])) for name in ("run", "dir")} == before
+
+
+def test_a_run_with_damaged_files_is_named(places, capsys):
+    run = Path(places["run"])
+    for file, content, words in (
+        ("config.json", b"{", "not JSON"),
+        ("config.json", b"[]", "holds no settings"),
+        ("config.json", b'{"model": {"depth": 3}}', "model.depth: there is no such field"),
+        ("tokenizer/tokenizer.model", b"junk", "is damaged"),
+        ("export/model.safetensors", b"junk", "these weights cannot be read"),
+        ("export/config.json", b'{"architectures": ["Other"]}', "only LlamaForCausalLM can be read"),
+    ):
+        path = run / file
+        good = path.read_bytes()
+        path.write_bytes(content)
+        model = run / "export" if file.startswith("export") else run
+        assert here("generate", model, "--prompt=a") == 2
+        assert words in capsys.readouterr().err
+        path.write_bytes(good)
+
+
+def test_a_config_file_that_fails_is_named_with_its_line(tmp_path: Path, capsys):
+    for text, words in (
+        ("x = 1\ny = (", "bad.py:2: "),
+        ("x = 1\n\nraise KeyError('a')", "no name 'a'"),
+        ("def get_config():\n    return 1 / 0", "bad.py:2: ZeroDivisionError: division by zero"),
+        ("def get_config():\n    return {}", "must return a ConfigDict"),
+        ("x = 1", "must define get_config()"),
+    ):
+        (tmp_path / "bad.py").write_text(text)
+        assert here("pretrain", f"--config={tmp_path / 'bad.py'}") == 2
+        assert words in capsys.readouterr().err
+
+
+def test_missing_and_unknown_flags_of_a_command_have_status_2(capsys):
+    for command in (["pretrain"], ["generate", "run"], ["export", "run", "--format=onnx", "--to=x"], []):
+        with pytest.raises(SystemExit) as caught:
+            here(*command)
+        assert caught.value.code == 2
+        capsys.readouterr()
+
+
+def test_all_problems_of_a_config_come_at_once(capsys):
+    assert here("pretrain", "--config=tiny", "--config.model.layers=2", "--config.train.num_steps=0",
+                "--config.optimizer.beta1=2", "--config.data.prefetch=x") == 2  # fmt: skip
+    assert len(capsys.readouterr().err.splitlines()) == 4
+
+
+def test_a_hidden_room_is_refused(tmp_path: Path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "__init__.py").write_text("")
+    program = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; from launch.cli import main; sys.exit(main(['pretrain', '--config=tiny']))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "the package 'model' resolves to" in done.stderr

@@ -1,0 +1,138 @@
+"""Commands on a finished run: evaluate, generate, export, tokenize, and help that imports no JAX."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.tokenizer import Tokenizer
+from tests.launch.small_run import ROOT, here, metrics, write_config
+from tests.peers import require
+from train.evaluate import gzip_bits_per_byte
+from train.run import Run
+
+
+def test_help_lists_the_commands_and_imports_no_jax():
+    program = "import sys; from launch.cli import main\ntry: main(['--help'])\nfinally: assert 'jax' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    for command in ("tokenize", "pretrain", "evaluate", "generate", "export", "launch local"):
+        assert f"\n  {command} " in done.stdout
+
+
+def test_help_of_pretrain_lists_every_field_with_its_default_and_imports_no_jax():
+    program = (
+        "import sys; from launch.cli import main\n"
+        "try: main(['pretrain', '--help'])\nfinally: assert 'jax' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "--config.mesh.fsdp VALUE" in done.stdout
+    assert "[0.0003]" in done.stdout
+
+
+def evaluated(capsys, *arguments: object) -> dict:
+    assert here("evaluate", *arguments, "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_run_evaluates_to_the_figures_of_its_last_step(finished: Path, capsys):
+    found, last = evaluated(capsys, finished), metrics(finished)[-1]
+    assert found["step"] == 12
+    assert found["loss"] == pytest.approx(last["validation_loss"], rel=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(last["validation_bits_per_byte"], rel=1e-5)
+    texts = Run(finished).held_out_texts()
+    assert found["bytes"] == sum(len(text.encode()) for text in texts)
+    tokenizer = Tokenizer.load(finished / "tokenizer")
+    assert found["tokens"] == sum(len(tokenizer.encode(text)) + 1 for text in texts)
+    assert found["bits_per_byte"] == pytest.approx(found["loss"] * found["tokens"] / math.log(2) / found["bytes"])
+    assert found["gzip_bits_per_byte"] == pytest.approx(gzip_bits_per_byte(texts))
+    assert here("evaluate", finished) == 0
+    assert "bits_per_byte" in capsys.readouterr().out
+
+
+def test_exported_weights_evaluate_as_the_run_does(finished: Path, tmp_path: Path, capsys):
+    assert here("export", finished, "--format=hf", f"--to={tmp_path / 'weights'}") == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'weights'}\n"
+    corpus = finished / "held_out.jsonl"
+    run, weights = (evaluated(capsys, model, f"--corpus={corpus}") for model in (finished, tmp_path / "weights"))
+    assert run["loss"] == pytest.approx(weights["loss"], rel=1e-5)
+    assert run["loss"] == pytest.approx(metrics(finished)[-1]["validation_loss"], rel=1e-5)
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (tmp_path / "weights" / name).read_bytes() == (finished / "export" / name).read_bytes()
+    # An earlier export is replaced.
+    assert here("export", f"{finished}@8", "--format=hf", f"--to={tmp_path / 'weights'}") == 0
+    capsys.readouterr()
+    assert evaluated(capsys, tmp_path / "weights", f"--corpus={corpus}")["loss"] != weights["loss"]
+
+
+def generated(capsys, *arguments: object) -> str:
+    assert here("generate", *arguments) == 0
+    return capsys.readouterr().out
+
+
+def test_generation_prints_prompt_and_continuation_alone(finished: Path, capsys):
+    prompt = "the cat sees "
+    greedy = generated(capsys, finished, f"--prompt={prompt}", "--greedy", "--max_new_tokens=40")
+    assert greedy.startswith(prompt)
+    assert len(greedy) > len(prompt)
+    assert generated(capsys, finished / "export", f"--prompt={prompt}", "--greedy", "--max_new_tokens=40") == greedy
+    sample = [generated(capsys, finished, f"--prompt={prompt}", "--top_k=3", f"--seed={seed}") for seed in (0, 0, 1)]
+    assert sample[0] == sample[1] != sample[2]
+    assert generated(capsys, f"{finished}@8", "--prompt=", "--seed=3") != ""
+
+
+def test_a_run_folder_alone_is_enough(finished: Path, tmp_path: Path, capsys):
+    for name in ("config.json", "tokenizer", "checkpoints", "held_out.jsonl"):
+        source = finished / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    assert evaluated(capsys, tmp_path) == evaluated(capsys, finished)
+    assert generated(capsys, tmp_path, "--prompt=a", "--greedy").startswith("a")
+
+
+def test_tokenize_makes_a_tokenizer_that_a_run_takes(finished: Path, tmp_path: Path, capsys):
+    config = finished.parent / "run.py"
+    assert here("tokenize", f"--config={config}", f"--to={tmp_path / 'tokenizer'}") == 0
+    assert "token ids" in capsys.readouterr().out
+    made = Tokenizer.load(tmp_path / "tokenizer")
+    assert made.fingerprint == Tokenizer.load(finished / "tokenizer").fingerprint
+    status = here(
+        "pretrain",
+        f"--config={write_config(tmp_path)}",
+        "--config.train.num_steps=1",
+        f"--config.tokenizer.path={tmp_path / 'tokenizer'}",
+    )
+    assert status == 0
+    assert Tokenizer.load(tmp_path / "run" / "tokenizer").fingerprint == made.fingerprint
+
+
+def test_transformers_opens_a_trained_export_with_the_same_logits_tokens_and_text(finished: Path, capsys):
+    torch, transformers = require("torch"), require("transformers")
+    import jax
+    import jax.numpy as jnp
+
+    from model.decoder import Decoder
+    from train.mesh import on_one_device
+    from train.run import load_trained
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(finished / "export")
+    theirs = transformers.AutoTokenizer.from_pretrained(finished / "export")
+    prompt = "the cat likes my bird. a dog"
+    with jax.set_mesh(on_one_device()):
+        trained = load_trained(str(finished))
+    ids = trained.tokenizer.encode(prompt)
+    assert theirs(prompt)["input_ids"] == ids.tolist()
+    decoder = Decoder(trained.config.model, jax.tree.map(jnp.asarray, jax.device_get(trained.weights)))
+    tokens = jnp.array(ids)[None]
+    found = decoder.logits(decoder(tokens, jnp.arange(len(ids))[None], jnp.ones_like(tokens)))
+    with torch.no_grad():
+        expected = model(torch.tensor(ids[None].astype(np.int64))).logits.numpy()
+    assert np.abs(found[..., : trained.tokenizer.vocab_size] - expected).max() <= 1e-4
+    generated_ids = model.generate(torch.tensor(ids[None].astype(np.int64)), max_new_tokens=12, do_sample=False)
+    text = theirs.decode(generated_ids[0], skip_special_tokens=True)
+    assert generated(capsys, finished, f"--prompt={prompt}", "--greedy", "--max_new_tokens=12") == text

@@ -1,0 +1,164 @@
+"""A run from its start to its end: what it leaves, what it says, and that it goes on exactly (C4, C8)."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from data.tokenizer import Tokenizer
+from tests.launch.small_run import command, here, metrics, write_config, ziggurat
+from train.checkpoint import Checkpoints
+from train.mesh import on_one_device
+from train.optimizer import make_optimizer
+from train.run import Run
+from train.state import abstract_state
+
+
+def state_of(run: Path, step: int):
+    """Everything in a checkpoint, as {name: array}, and its progress."""
+    config = Run(run).load_config()
+    with jax.set_mesh(on_one_device()):
+        checkpoints = Checkpoints(run / "checkpoints")
+        assert checkpoints.steps()[-1] == step
+        found = checkpoints.restore(abstract_state(config, make_optimizer(config)))
+        checkpoints.close()
+    assert found is not None
+    return [np.asarray(x) for x in jax.tree.leaves(found[0])], found[1]
+
+
+def assert_same_end(run: Path, other: Path, step: int) -> None:
+    """Bit-identical weights, optimizer state and data position."""
+    (state, progress), (other_state, other_progress) = state_of(run, step), state_of(other, step)
+    for one, another in zip(state, other_state, strict=True):
+        np.testing.assert_array_equal(one, another)
+    assert progress == other_progress
+
+
+def without_times(records: list[dict]) -> list[dict]:
+    return [{k: v for k, v in r.items() if k not in ("tokens_per_second", "data_wait_seconds")} for r in records]
+
+
+def test_a_run_leaves_its_config_tokenizer_checkpoints_metrics_and_weights(finished: Path):
+    names = {path.name for path in finished.iterdir()}
+    assert names == {"config.json", "tokenizer", "checkpoints", "metrics.jsonl", "held_out.jsonl", "export"}
+    assert {path.name for path in (finished / "checkpoints").iterdir()} == {"8", "12"}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+        path.name for path in (finished / "export").iterdir()
+    }
+    records = metrics(finished)
+    assert [record["step"] for record in records] == list(range(1, 13))
+    for record in records:
+        assert {"loss", "learning_rate", "grad_norm", "tokens_per_second", "data_wait_seconds"} <= record.keys()
+        assert record["loss_weight"] == 8 * 32
+        evaluated = record["step"] in (1, 6, 12)
+        assert evaluated == ({"validation_loss", "validation_bits_per_byte", "sample"} <= record.keys())
+    assert records[-1]["loss"] < records[0]["loss"] - 1
+    assert records[-1]["validation_bits_per_byte"] < records[0]["validation_bits_per_byte"] - 1
+    saved = json.loads((finished / "config.json").read_text())
+    assert saved["model"]["vocab_size"] == Tokenizer.load(finished / "tokenizer").vocab_size
+    assert saved["model"]["head_dim"] == 8
+
+
+def test_the_same_command_on_a_finished_run_says_so_and_changes_nothing(finished: Path, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if "config.json" not in path.name}
+    assert here("pretrain", f"--config={finished.parent / 'run.py'}") == 0
+    out = capsys.readouterr().out
+    for words in ("is finished", "gzip -9 needs", "ziggurat generate", "--config.train.run_dir=FOLDER", "sample:"):
+        assert words in out
+    after = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if "config.json" not in path.name}
+    assert {path: time for path, time in after.items() if path.is_file()} == {
+        path: time for path, time in before.items() if path.is_file()
+    }
+
+
+def test_killed_at_random_and_inside_saves_it_ends_with_the_same_bits(tmp_path: Path):
+    shared = ["--config.checkpoint.every_steps=3", "--config.train.num_steps=30", "--config.checkpoint.export=false"]
+    straight, killed = write_config(tmp_path, "straight"), write_config(tmp_path, "killed")
+    done = ziggurat("pretrain", f"--config={straight}", *shared)
+    assert done.returncode == 0, done.stderr
+    chance = random.Random(0)
+    restored_from = []
+    folder = tmp_path / "killed"
+    # Twice after a random step, and twice while a save is on its way.
+    for kill in ("step", "save", "save", "step"):
+        process = command("pretrain", f"--config={killed}", *shared, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        assert process.stderr is not None
+        wanted = chance.randint(4, 8)
+        steps = 0
+        for line in process.stderr:
+            if "goes on from step" in line:
+                restored_from.append(int(line.split("from step ")[1].split()[0]))
+            steps += line.startswith("step ") and "loss" in line and "held-out" not in line
+            if steps >= wanted:
+                break
+        if kill == "save":
+            deadline = time.monotonic() + 30
+            while not any("tmp" in path.name for path in (folder / "checkpoints").iterdir()):
+                if process.poll() is not None:
+                    break
+                assert time.monotonic() < deadline
+        process.kill()
+        process.communicate()
+        assert process.returncode in (-signal.SIGKILL, 0)
+        done_steps = metrics(folder)[-1]["step"] if (folder / "metrics.jsonl").exists() else 0
+        complete = [int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit()]
+        assert done_steps - max(complete, default=0) <= 3
+    done = ziggurat("pretrain", f"--config={killed}", *shared)
+    assert done.returncode == 0, done.stderr
+    assert "goes on from step" in done.stderr
+    assert max(restored_from, default=0) > 0
+    assert_same_end(tmp_path / "killed", tmp_path / "straight", 30)
+    assert without_times(metrics(tmp_path / "killed")) == without_times(metrics(tmp_path / "straight"))
+
+
+def test_a_run_may_go_on_elsewhere_and_longer(finished: Path, tmp_path: Path, capsys, caplog):
+    shutil.copytree(finished, tmp_path / "run")
+    config = finished.parent / "run.py"
+    moved = f"--config.train.run_dir={tmp_path / 'run'}"
+    assert here("pretrain", f"--config={config}", moved, "--config.train.num_steps=14", "--config.mesh.tensor=2") == 0
+    assert "changed on resume: train.num_steps: 12 → 14" in caplog.text
+    assert [record["step"] for record in metrics(tmp_path / "run")] == list(range(1, 15))
+
+
+def test_two_processes_of_two_devices_follow_one_of_four(tmp_path: Path):
+    one, two = write_config(tmp_path, "one"), write_config(tmp_path, "two")
+    for config, arguments, devices in (
+        (one, [], 4),
+        (two, ["launch", "local", "--processes=2", "--devices=2", "--"], 1),
+    ):
+        done = ziggurat(*arguments, "pretrain", f"--config={config}", "--config.mesh.data=2", devices=devices)
+        assert done.returncode == 0, done.stderr
+    assert "[1] " in done.stderr + done.stdout or "[0] " in done.stderr
+    records, expected = metrics(tmp_path / "two"), metrics(tmp_path / "one")
+    assert len(records) == len(expected) == 12
+    for found, wanted in zip(records, expected, strict=True):
+        assert found["loss_weight"] == wanted["loss_weight"]
+        assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+        assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-4)
+    assert records[0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-7)
+    (state, progress), (wanted_state, wanted_progress) = (state_of(tmp_path / name, 12) for name in ("two", "one"))
+    assert progress["positions"] == wanted_progress["positions"]
+    assert progress["fingerprints"] == wanted_progress["fingerprints"]
+    for array, wanted_array in zip(state, wanted_state, strict=True):
+        np.testing.assert_allclose(array, wanted_array, atol=2e-3)
+    assert (tmp_path / "two" / "export" / "model.safetensors").exists()
+
+
+def test_a_newcomers_txt_gives_streams_a_held_out_end_and_a_smaller_vocabulary(tmp_path: Path, capsys, caplog):
+    book = tmp_path / "book.txt"
+    book.write_text("".join(f"Chapter {i}. It was a day like day {i % 7} of a week.\n" for i in range(3000)))
+    config = write_config(tmp_path)
+    with caplog.at_level("INFO", "ziggurat"):
+        assert here("pretrain", f"--config={config}", f"--config.data.corpus={book}",
+                    "--config.tokenizer.vocab_size=8000", "--config.train.num_steps=2") == 0  # fmt: skip
+    assert "8000 were asked for" in caplog.text
+    held_out = Run(tmp_path / "run").held_out_texts()
+    assert len(held_out) == 1
+    assert held_out[0].startswith("Chapter 27")

@@ -1,0 +1,157 @@
+"""Checkpoints: every bit back on any mesh (C5), and damage that is seen (C8)."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+
+from data.errors import InputError
+from tests.small import small_batch, small_model
+from train.checkpoint import Checkpoints, checksums, like, plain
+from train.config import CheckpointConfig, Config, make_config
+from train.mesh import AXES, batch_sharding
+from train.optimizer import make_optimizer
+from train.state import abstract_state, make_state
+from train.step import make_train_step
+
+CONFIG: Config = dataclasses.replace(make_config({"train": {"batch_size": 8}}), model=small_model(num_kv_heads=4))
+OPTIMIZER = make_optimizer(CONFIG)
+
+
+def on(*shape: int) -> Mesh:
+    devices = np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape)
+    return Mesh(devices, AXES, axis_types=(AxisType.Explicit,) * 3)
+
+
+def trained(steps: int):
+    """The state after some steps on the ambient mesh."""
+    state, step = make_state(CONFIG, OPTIMIZER), make_train_step(CONFIG, OPTIMIZER)
+    sharding = batch_sharding(jax.sharding.get_mesh())
+    for seed in range(steps):
+        state, _ = step(state, jax.device_put(small_batch(seed=seed), sharding))
+    return state
+
+
+def save(folder: Path, *states, keep: int = 5) -> None:
+    checkpoints = Checkpoints(folder, CheckpointConfig(keep=keep))
+    for state in states:
+        checkpoints.save(state, {"positions": [[1, 2, 3, 4]], "of": int(state["step"])})
+    checkpoints.close()
+
+
+def restore(folder: Path):
+    checkpoints = Checkpoints(folder, CheckpointConfig(keep=5))
+    found = checkpoints.restore(abstract_state(CONFIG, OPTIMIZER))
+    checkpoints.close()
+    return found
+
+
+def assert_same(one, other) -> None:
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory: pytest.TempPathFactory):
+    """A folder with checkpoints of steps 1 and 2, and the second state."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    with jax.set_mesh(on(2, 2, 2)):
+        state = trained(2)
+        save(folder, trained(1), state)
+        return folder, jax.device_get(state)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 1), (1, 8, 1), (2, 1, 4)], ids=str)
+def test_every_bit_comes_back_on_any_mesh(two_steps, shape):
+    folder, expected = two_steps
+    with jax.set_mesh(on(*shape)):
+        state, progress = restore(folder)
+        assert_same(state, expected)
+        assert progress["of"] == 2
+        assert progress["positions"] == [[1, 2, 3, 4]]
+        fresh = make_state(CONFIG, OPTIMIZER)
+        assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, fresh)
+
+
+def test_checksums_do_not_depend_on_the_mesh_and_see_each_flipped_bit():
+    x = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
+    sums = set()
+    for shape, spec in (((1, 1, 1), None), ((1, 4, 2), ("fsdp", "tensor")), ((2, 2, 2), (("data", "fsdp"), None))):
+        with jax.set_mesh(on(*shape)):
+            placed = jax.device_put(x, jax.P(*spec)) if spec else jnp.asarray(x)
+            sums.add(int(checksums(placed)))
+    assert len(sums) == 1
+    for place in (0, 77, 127):
+        for bit in (0, 13, 31):
+            flipped = x.copy()
+            flipped.view(np.uint32).reshape(-1)[place] ^= np.uint32(1 << bit)
+            assert int(checksums(jnp.asarray(flipped))) not in sums
+    assert int(checksums(jnp.asarray(x[::-1].copy()))) not in sums
+
+
+def flip_bits(folder: Path) -> int:
+    """Flip one bit in each large data file of a checkpoint; how many there were."""
+    files = [file for file in folder.rglob("d/*") if file.is_file() and file.stat().st_size > 2000]
+    for file in files:
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 4
+        file.write_bytes(content)
+    return len(files)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(two_steps, tmp_path, caplog):
+    shutil.copytree(two_steps[0], tmp_path / "copy")
+    assert flip_bits(tmp_path / "copy" / "2") > 0
+    with jax.set_mesh(on(1, 1, 1)):
+        state, progress = restore(tmp_path / "copy")
+        assert int(state["step"]) == progress["of"] == 1
+        assert "the checkpoint of step 2 is damaged" in caplog.text
+        flip_bits(tmp_path / "copy" / "1")
+        with pytest.raises(InputError, match="all checkpoints in .* are damaged"):
+            restore(tmp_path / "copy")
+
+
+def test_missing_files_are_damage_too(two_steps, tmp_path):
+    shutil.copytree(two_steps[0], tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "2" / "optimizer")
+    (tmp_path / "copy" / "1" / "progress").rename(tmp_path / "copy" / "1" / "gone")
+    with jax.set_mesh(on(1, 1, 1)), pytest.raises(InputError, match="are damaged"):
+        restore(tmp_path / "copy")
+
+
+def test_no_checkpoint_is_none_and_the_newest_stay(tmp_path):
+    with jax.set_mesh(on(1, 1, 1)):
+        assert restore(tmp_path / "empty") is None
+        save(tmp_path / "kept", trained(1), trained(2), trained(3), keep=2)
+        checkpoints = Checkpoints(tmp_path / "kept")
+        assert checkpoints.steps() == [2, 3]
+        weights = abstract_state(CONFIG, OPTIMIZER)["weights"]
+        assert checkpoints.restore_weights(weights)[0] == 3
+        assert checkpoints.restore_weights(weights, 2)[0] == 2
+        with pytest.raises(InputError, match=r"no checkpoint of step 9; there are \[2, 3\]"):
+            checkpoints.restore_weights(weights, 9)
+        checkpoints.close()
+
+
+def test_an_unfinished_save_is_invisible(two_steps, tmp_path):
+    shutil.copytree(two_steps[0], tmp_path / "copy")
+    (tmp_path / "copy" / "2").rename(tmp_path / "copy" / "2.orbax-checkpoint-tmp-0")
+    with jax.set_mesh(on(1, 1, 1)):
+        state, _ = restore(tmp_path / "copy")
+        assert int(state["step"]) == 1
+
+
+def test_named_tuples_become_dictionaries_and_back():
+    with jax.set_mesh(on(1, 1, 1)):
+        state = abstract_state(CONFIG, OPTIMIZER)["optimizer"]
+    as_dictionaries = plain(state)
+    assert set(as_dictionaries) == {"adam", "schedule"}
+    assert set(as_dictionaries["adam"]) == {"count", "mu", "nu"}
+    assert jax.tree.structure(like(state, as_dictionaries)) == jax.tree.structure(state)
