@@ -57,6 +57,7 @@ def pretrain(config: Config) -> str:
             positions = np.array(progress["positions"], np.int32)
         else:
             state, positions = make_state(config, optimizer), None
+        once(lambda: run.save_config(config))
         step = int(state["step"])
 
         if step < config.train.num_steps:

@@ -50,6 +50,8 @@ def prepare(config: Config, run: Run) -> Prepared:
     corpus = open_run_corpus(config, run)
     if not run.config_file.exists():
         corpus.check()
+        # What a start left that did not get as far as its config may be of other settings.
+        once(run.clear)
     tokenizer = run_tokenizer(config, run, corpus)
     given = config.model.vocab_size
     if given is not None and given < tokenizer.vocab_size:
@@ -58,16 +60,10 @@ def prepare(config: Config, run: Run) -> Prepared:
             "raise it, or leave it at none"
         )
     config = config.resolved(tokenizer.vocab_size)
-    once(lambda: keep(config, run, corpus))
+    size = config.evaluation.max_bytes
+    make_once(run.held_out, lambda: run.save_held_out(up_to(corpus.held_out_texts(), size)))
     fingerprints = {"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
     return Prepared(config, corpus, tokenizer, run.held_out_texts(), fingerprints)
-
-
-def keep(config: Config, run: Run, corpus: Corpus) -> None:
-    """Write what the folder needs to be enough to evaluate, generate and export: settings and held-out documents."""
-    if not run.held_out.exists():
-        run.save_held_out(up_to(corpus.held_out_texts(), config.evaluation.max_bytes))
-    run.save_config(config)
 
 
 def check_folder(config: Config, run: Run) -> None:
@@ -85,9 +81,11 @@ def check_folder(config: Config, run: Run) -> None:
             log.warning("changed on resume: %s", line)
     elif run.folder.exists() and not run.folder.is_dir():
         raise InputError(f"train.run_dir = {run.folder} is a file; name a folder")
-    elif run.folder.exists() and any(
-        p.name not in ("corpus", "tokenizer", "held_out.jsonl") for p in run.folder.iterdir()
-    ):
+    elif run.checkpoints.exists() and any(run.checkpoints.iterdir()):
+        raise InputError(
+            f"train.run_dir = {run.folder} has checkpoints but no config.json; restore it, or name a new folder"
+        )
+    elif run.folder.exists() and not {path.name for path in run.folder.iterdir()} <= run.names():
         raise InputError(f"train.run_dir = {run.folder} holds other things than a run; name a new folder")
 
 
@@ -96,7 +94,7 @@ def open_run_corpus(config: Config, run: Run) -> Corpus:
     path = config.data.corpus
     if path == "stdlib":
         path = str(run.snapshot)
-        once(lambda: None if run.snapshot.exists() else snapshot_stdlib(run.snapshot))
+        make_once(run.snapshot, lambda: snapshot_stdlib(run.snapshot))
     return open_corpus(path, config.resolved().data)
 
 
@@ -104,8 +102,6 @@ def run_tokenizer(config: Config, run: Run, corpus: Corpus) -> Tokenizer:
     """The run's tokenizer: what is there, else a copy of `tokenizer.path`, else a new one trained on a sample."""
 
     def make() -> None:
-        if run.tokenizer.exists():
-            return
         if config.tokenizer.path is None:
             train_run_tokenizer(config, corpus, run.tokenizer)
         else:
@@ -114,7 +110,7 @@ def run_tokenizer(config: Config, run: Run, corpus: Corpus) -> Tokenizer:
             shutil.copytree(brought.folder, partial, dirs_exist_ok=True)
             partial.rename(run.tokenizer)
 
-    once(make)
+    make_once(run.tokenizer, make)
     tokenizer = Tokenizer.load(run.tokenizer)
     if jax.process_count() > 1:
         mine = np.frombuffer(bytes.fromhex(tokenizer.fingerprint), np.uint8)
@@ -160,3 +156,8 @@ def once(action: Callable[[], Any]) -> None:
         action()
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("once")
+
+
+def make_once(path: Path, make: Callable[[], Any]) -> None:
+    """Process 0 makes what is not there yet; the others wait until it is."""
+    once(lambda: None if path.exists() else make())

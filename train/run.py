@@ -1,6 +1,7 @@
 """A run's folder: config.json, tokenizer/, checkpoints/, metrics.jsonl, and the documents that it holds out."""
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,15 @@ class Run:
     def export(self) -> Path:
         """Weights for inference, written at the end."""
         return self.folder / "export"
+
+    def names(self) -> set[str]:
+        """What a run may have in its folder before its config is saved."""
+        return {path.name for path in (self.tokenizer, self.checkpoints, self.snapshot.parent, self.held_out)}
+
+    def clear(self) -> None:
+        """Remove what depends on settings."""
+        shutil.rmtree(self.tokenizer, ignore_errors=True)
+        self.held_out.unlink(missing_ok=True)
 
     def save_config(self, config: Config) -> None:
         """Write config.json at once."""

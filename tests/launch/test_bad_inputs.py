@@ -14,7 +14,7 @@ from tests.launch.small_run import ROOT, here, write_config
 # empty one, {config} a good config file.
 TABLE = [
     ("no such command", ["pretrian"], "pretrian: there is no such command; there are tokenize, pretrain"),
-    ("no such preset", ["pretrain", "--config=tyni"], "nor a preset of this name; presets: tiny; did you mean tiny?"),
+    ("no such preset", ["pretrain", "--config=tinny"], "nor a preset of this name; presets: tiny; did you mean tiny?"),
     ("no such config file", ["pretrain", "--config={dir}/none.py"], "there is no such file"),
     ("unknown field", ["pretrain", "--config=tiny", "--config.model.layers=2"], "model.layers: there is no such field"),
     ("unknown group", ["pretrain", "--config=tiny", "--config.modle.num_layers=2"], "did you mean model.num_layers?"),
@@ -26,15 +26,16 @@ TABLE = [
     ("batch that cannot be shared", ["pretrain", "--config={config}", "--config.train.batch_size=12"],
      "train.batch_size / train.accumulation_steps = 12 cannot be shared by mesh.data × mesh.fsdp = 8"),
     ("no corpus", ["pretrain", "--config={config}", "--config.data.corpus={dir}/none.txt"], "no such file or folder"),
-    ("corpus of another kind", ["pretrain", "--config={config}", "--config.data.corpus={dir}/a.csv"], "neither .txt nor"),
+    ("corpus of another kind", ["pretrain", "--config={config}", "--config.data.corpus={dir}/a.csv"], "neither .txt"),
     ("damaged corpus", ["pretrain", "--config={config}", "--config.data.corpus={dir}/bad.jsonl"], "bad.jsonl:2: "),
     ("corpus too short", ["pretrain", "--config={config}", "--config.data.corpus={dir}/short.txt"], "give more text"),
     ("other field of the text", ["pretrain", "--config={config}", "--config.data.text_field=body"], "no field 'body'"),
     ("no tokenizer", ["pretrain", "--config={config}", "--config.tokenizer.path={dir}"], "holds no tokenizer"),
     ("vocabulary below the tokenizer's", ["pretrain", "--config={config}", "--config.model.vocab_size=100"],
      "model.vocab_size = 100 is less than the tokenizer's"),
-    ("folder of something else", ["pretrain", "--config={config}", "--config.train.run_dir={dir}"], "other things than a run"),
-    ("frozen field on resume", ["pretrain", "--config={run_config}", "--config.model.num_layers=3"], "model.num_layers: 2 → 3"),
+    ("folder of something else", ["pretrain", "--config={config}", "--config.train.run_dir={dir}"], "other things than"),
+    ("config.json lost", ["pretrain", "--config={config}", "--config.train.run_dir={lost}"], "but no config.json"),
+    ("frozen field on resume", ["pretrain", "--config={run_config}", "--config.model.num_layers=3"], "num_layers: 2 → 3"),
     ("other corpus on resume", ["pretrain", "--config={run_config}", "--config.data.corpus={dir}/other.jsonl"],
      "is not the text that this run began with"),
     ("tokenizer exists", ["tokenize", "--config={config}", "--to={dir}"], "exists already; name a new folder"),
@@ -47,8 +48,8 @@ TABLE = [
     ("corpus to evaluate on", ["evaluate", "{run}", "--corpus={dir}/none"], "no such file or folder"),
     ("sampling flags", ["generate", "{run}", "--prompt=a", "--top_k=-1", "--temperature=0", "--max_new_tokens=0"],
      "--max_new_tokens=0 must be at least 1"),
-    ("greedy and sampling", ["generate", "{run}", "--prompt=a", "--greedy", "--seed=1"], "--seed has no effect with --greedy"),
-    ("export of weights", ["export", "{run}/export", "--format=hf", "--to={dir}/new"], "holds exported weights already"),
+    ("greedy and sampling", ["generate", "{run}", "--prompt=a", "--greedy", "--seed=1"], "--seed has no effect"),
+    ("export of weights", ["export", "{run}/export", "--format=hf", "--to={dir}/new"], "exported weights already"),
     ("export onto something", ["export", "{run}", "--format=hf", "--to={dir}"], "holds other things than an export"),
     ("no processes", ["launch", "local", "--processes=0", "--", "pretrain"], "--processes=0 must be at least 1"),
     ("nothing to launch", ["launch", "local", "--processes=2"], "there is no command; give one after --"),
@@ -69,7 +70,9 @@ def places(tmp_path: Path, finished: Path) -> dict[str, str]:
     shutil.copytree(finished, copy)
     run_config = write_config(tmp_path / "copy")
     shutil.copy(finished.parent / "corpus.jsonl", tmp_path / "copy" / "corpus.jsonl")
+    shutil.copytree(finished / "checkpoints", tmp_path / "lost" / "checkpoints")
     return {
+        "lost": str(tmp_path / "lost"),
         "run": str(copy),
         "dir": str(folder),
         "config": str(write_config(tmp_path, "new")),
@@ -142,7 +145,8 @@ def test_all_problems_of_a_config_come_at_once(capsys):
 def test_a_hidden_room_is_refused(tmp_path: Path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "__init__.py").write_text("")
-    program = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; from launch.cli import main; sys.exit(main(['pretrain', '--config=tiny']))"
+    paths = [str(tmp_path), str(ROOT)]
+    program = f"import sys; sys.path[:0] = {paths}; from launch.cli import main; sys.exit(main(['export']))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert "the package 'model' resolves to" in done.stderr
