@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from model.config import ModelConfig
 from model.position import Rotation, rotate
@@ -61,9 +62,9 @@ class Attention(nnx.Module):
         w_output = layout.gather(self.output[...].astype(dtype), "heads", "head", "model")
 
         x_BTD = layout.gather_sequence(x_BTD)
-        q_BHTC = rotate(jnp.einsum("btd,dhc->bhtc", x_BTD, w_query), rotation)
-        k_BKTC = rotate(jnp.einsum("btd,dkc->bktc", x_BTD, w_key), rotation)
-        v_BKTC = jnp.einsum("btd,dkc->bktc", x_BTD, w_value)
+        q_BHTC = rotate(checkpoint_name(jnp.einsum("btd,dhc->bhtc", x_BTD, w_query), "product"), rotation)
+        k_BKTC = rotate(checkpoint_name(jnp.einsum("btd,dkc->bktc", x_BTD, w_key), "product"), rotation)
+        v_BKTC = checkpoint_name(jnp.einsum("btd,dkc->bktc", x_BTD, w_value), "product")
 
         if cache is not None:
             assert start is not None
@@ -73,4 +74,4 @@ class Attention(nnx.Module):
 
         y_BHTC = attend(q_BHTC, k_BKTC, v_BKTC, mask_B1TS)
         sums_BTD = jnp.einsum("bhtc,hcd->btd", y_BHTC, w_output, out_sharding=layout.partial_sums())
-        return layout.scatter_sequence(sums_BTD), cache
+        return checkpoint_name(layout.scatter_sequence(sums_BTD), "product"), cache

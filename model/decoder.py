@@ -17,7 +17,7 @@ from model.unembedding import Unembedding, logits
 
 REMAT_POLICIES = {
     # What the forward pass leaves for the backward pass; the rest is computed again.
-    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "products": jax.checkpoint_policies.save_only_these_names("product"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

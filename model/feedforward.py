@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from model.config import ModelConfig
 from model.sharding import Layout
@@ -27,6 +28,8 @@ class FeedForward(nnx.Module):
         w_down = layout.gather(self.down[...].astype(dtype), "feedforward", "model")
 
         x_BTD = layout.gather_sequence(x_BTD)
-        h_BTF = jax.nn.silu(jnp.einsum("btd,df->btf", x_BTD, w_gate)) * jnp.einsum("btd,df->btf", x_BTD, w_up)
+        gate_BTF = checkpoint_name(jnp.einsum("btd,df->btf", x_BTD, w_gate), "product")
+        up_BTF = checkpoint_name(jnp.einsum("btd,df->btf", x_BTD, w_up), "product")
+        h_BTF = jax.nn.silu(gate_BTF) * up_BTF
         sums_BTD = jnp.einsum("btf,fd->btd", h_BTF, w_down, out_sharding=layout.partial_sums())
-        return layout.scatter_sequence(sums_BTD)
+        return checkpoint_name(layout.scatter_sequence(sums_BTD), "product")

@@ -23,7 +23,7 @@ class Parameter:
 
     Attributes:
         axes: logical axis name → size, in the array's order.
-        fan_in: the axes that the forward pass sums over; empty for what multiplies elementwise.
+        fan_in: the axes that the forward pass sums over; empty where it looks up or multiplies elementwise.
         role: embedding, matrix, unembedding or norm.
         scale: of the initial values, which are normal with standard deviation scale/√(product of fan_in); a norm's
             are constant at `scale`.
@@ -59,9 +59,10 @@ def padded_vocabulary(config: ModelConfig) -> int:
 def parameter_table(config: ModelConfig) -> dict[str, Parameter]:
     """Every parameter of the decoder by its dotted name.
 
-    Matrices start with variance 1/fan_in; the two that write to the residual stream are scaled down by √(2L), so that
-    its variance does not grow with depth (GPT-2, Radford et al. 2019). The embedding starts at 1/√D a component: a
-    tied unembedding then gives logits of variance one.
+    The embedding starts at deviation one a component; a tied one at 1/√D, as it must where its transpose is to give
+    logits of variance one. Matrices start at 1/√fan_in. The two of a block that write to the residual stream start
+    lower by √(2L) (GPT-2, Radford et al. 2019) and by the embedding's deviation, so that what all blocks add is no
+    more than what the embedding put there.
     """
     c = config
     assert c.num_kv_heads
@@ -71,11 +72,12 @@ def parameter_table(config: ModelConfig) -> dict[str, Parameter]:
     model, feedforward = {"model": c.model_dim}, {"feedforward": c.feedforward_dim}
     heads, kv_heads, head = {"heads": c.num_heads}, {"kv_heads": c.num_kv_heads}, {"head": c.head_dim}
     vocabulary = {"vocabulary": padded_vocabulary(c)}
-    residual = 1 / math.sqrt(2 * c.num_layers)
+    deviation = 1 / math.sqrt(c.model_dim) if c.tie_embeddings else 1.0
+    residual = deviation / math.sqrt(2 * c.num_layers)
     width = {"width": c.model_dim}
 
     table = {
-        "embedding.table": Parameter(vocabulary | model, ("model",), "embedding"),
+        "embedding.table": Parameter(vocabulary | model, (), "embedding", deviation),
         "blocks.attention_norm.scale": Parameter(layers | width, (), "norm"),
         "blocks.attention.query": Parameter(layers | model | heads | head, ("model",), "matrix"),
         "blocks.attention.key": Parameter(layers | model | kv_heads | head, ("model",), "matrix"),

@@ -43,10 +43,18 @@ def test_weights_have_the_shapes_and_deviations_of_the_table():
 def test_a_parameter_depends_on_the_seed_and_its_name_alone():
     tied, untied = (flattened(initial_weights(small_model(tie_embeddings=tie), 3)) for tie in (True, False))
     assert set(untied) - set(tied) == {"unembedding.matrix"}
-    for name, array in tied.items():
-        np.testing.assert_array_equal(array, untied[name])
+    for name in ("blocks.attention.query", "blocks.feedforward.up"):
+        np.testing.assert_array_equal(tied[name], untied[name])
     other = flattened(initial_weights(small_model(), 4))
     assert not np.array_equal(other["embedding.table"], untied["embedding.table"])
+
+
+def test_blocks_add_no_more_than_the_embedding_put_there():
+    for tie in (True, False):
+        table = parameter_table(small_model(tie_embeddings=tie, num_layers=8, model_dim=64))
+        deviation = 1 / 8 if tie else 1.0
+        assert table["embedding.table"].scale == deviation
+        assert table["blocks.attention.output"].scale == table["blocks.feedforward.down"].scale == deviation / 4
 
 
 def test_the_vocabulary_is_padded_for_any_mesh_and_not_counted():

@@ -1,5 +1,7 @@
 """Every mesh is the same model (C6): eight virtual devices against one."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,18 +21,9 @@ MESHES = [(8, 1, 1), (1, 8, 1), (2, 4, 1), (1, 4, 2), (2, 2, 2), (2, 1, 4), (1, 
 
 
 def config_for(**model: object) -> Config:
-    values = {"train": {"batch_size": 8, "num_steps": 100}, "optimizer": {"clip_norm": 0.5}}
-    return (
-        make_config(values | {"data": {"segment_length": 16}})
-        .resolved(300)
-        .__class__(
-            model=small_model(**({"num_kv_heads": 4} | model)),
-            **{
-                group: getattr(make_config(values | {"data": {"segment_length": 16}}), group)
-                for group in ("data", "tokenizer", "mesh", "optimizer", "train", "checkpoint", "evaluation")
-            },
-        )
-    )
+    train, data = {"batch_size": 8, "num_steps": 100}, {"segment_length": 16}
+    config = make_config({"train": train, "data": data, "optimizer": {"clip_norm": 0.5}})
+    return dataclasses.replace(config, model=small_model(**({"num_kv_heads": 4} | model)))
 
 
 def on(shape: tuple[int, ...]) -> Mesh:
@@ -93,6 +86,16 @@ def test_gradients_agree_on_every_mesh():
         for name, array in gradients(shape).items():
             error = np.linalg.norm(array - expected[name]) / np.linalg.norm(expected[name])
             assert error < 5e-6, (shape, name)
+
+
+@pytest.mark.parametrize("policy", ["products", "full"])
+def test_remat_and_accumulation_work_on_a_mesh(policy: str, one_device):
+    config = config_for(remat_policy=policy)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation_steps=2))
+    _, metrics, _ = three_steps(config, (2, 2, 2))
+    for found, expected in zip(metrics, one_device["float32"][1], strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=2e-6)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=5e-6)
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 8, 1)], ids=str)

@@ -1,0 +1,100 @@
+"""The project as a whole: rooms, names, one-way imports, versions, and the Makefile's targets."""
+
+import ast
+import keyword
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("model", "data", "train", "launch")
+MODULES = [file for room in ROOMS for file in sorted((ROOT / room).rglob("*.py"))]
+MAY_IMPORT = {"model": {"model"}, "data": {"data"}, "train": {"train", "model", "data"}, "launch": set(ROOMS)}
+
+
+def imported(file: Path) -> set[str]:
+    """Top-level names of everything that a file imports."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("file", MODULES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_a_module_imports_one_way_is_short_and_has_a_free_name(file: Path):
+    room = file.relative_to(ROOT).parts[0]
+    assert imported(file) & set(ROOMS) <= MAY_IMPORT[room]
+    if room == "data" and file.stem != "loader":
+        assert not imported(file) & {"jax", "flax"}
+    if file.stem != "__init__":
+        assert file.stem not in sys.stdlib_module_names or file.parent.name == "configs"
+        assert not keyword.iskeyword(file.stem)
+    assert len(file.read_text().splitlines()) <= 400
+    assert ast.get_docstring(ast.parse(file.read_text()))
+
+
+def test_every_public_function_and_class_says_what_it_is():
+    for file in MODULES:
+        tree = ast.parse(file.read_text())
+        classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+        public = [*tree.body, *(method for node in classes for method in node.body)]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                inner = isinstance(node, ast.FunctionDef) and node not in public
+                assert inner or ast.get_docstring(node), f"{file}:{node.lineno} {node.name}"
+
+
+def test_the_changelog_and_the_package_have_the_same_version():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert newest is not None
+    assert newest[1] == version
+
+
+def test_every_dependency_is_bounded_and_pinned():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = {re.split("[= ;]", line)[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    for requirement in [*project["dependencies"], *project["optional-dependencies"]["test"]]:
+        assert re.search(r"<|==", requirement), requirement
+        name = re.split(r"[<>=\[]", requirement)[0].lower().replace("_", "-")
+        assert name in pinned, requirement
+
+
+def test_make_help_lists_every_target():
+    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)
+    assert phony is not None
+    assert re.findall(r"^  (\w+):", listed, re.M) == phony[1].split()
+
+
+def test_make_setup_names_what_is_missing(tmp_path: Path):
+    for python, words in (("no-such-python", "There is no no-such-python: install Python 3.11"),):
+        done = subprocess.run(
+            ["make", "setup", f"PYTHON={python}", f"VENV={tmp_path / 'venv'}"], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode != 0
+        assert words in done.stdout
+    old = tmp_path / "old-python"
+    old.write_text('#!/bin/sh\n[ "$1" = -V ] && echo Python 3.9.2 && exit\nexit 1\n')
+    old.chmod(0o755)
+    done = subprocess.run(
+        ["make", "setup", f"PYTHON={old}", f"VENV={tmp_path / 'venv'}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert "is Python 3.9.2; Ziggurat needs 3.11 or later" in done.stdout
+    without_venv = tmp_path / "without-venv"
+    without_venv.write_text('#!/bin/sh\n[ "$2" = venv ] && exit 1\nexit 0\n')
+    without_venv.chmod(0o755)
+    done = subprocess.run(
+        ["make", "setup", f"PYTHON={without_venv}", f"VENV={tmp_path / 'venv'}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert "apt install python3-venv" in done.stdout
