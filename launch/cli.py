@@ -28,10 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         with_huge_pages()
         argv = sys.argv[1:]
-    log = logging.getLogger("ziggurat")
-    log.setLevel(logging.INFO)
-    if not log.handlers:
-        log.addHandler(logging.StreamHandler())
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("ziggurat").setLevel(logging.INFO)
     try:
         check_rooms()
         name, rest = find_command(argv)

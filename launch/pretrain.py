@@ -1,6 +1,9 @@
 """Pretrain a model from raw text. The same command again goes on with the run in train.run_dir."""
 
 import argparse
+import shlex
+import sys
+from pathlib import Path
 
 from launch.presets import add_config_arguments, load_config
 
@@ -17,9 +20,16 @@ def run(arguments: argparse.Namespace) -> int:
 
     from train.loop import pretrain
     from train.mesh import join_processes
+    from train.report import closing
 
     join_processes()
-    summary = pretrain(config)
+    finished = pretrain(config)
     if jax.process_index() == 0:
-        print(summary)
+        print(closing(finished, program()))
     return 0
+
+
+def program() -> str:
+    """What the user types to call this program again."""
+    called = Path(sys.argv[0])
+    return shlex.quote(str(called)) if called.name == "ziggurat" else "ziggurat"

@@ -19,18 +19,17 @@ from train.mesh import GENERATION, batch_sharding, make_mesh
 from train.metrics import Display, MetricsFile, Rate, flops_per_token, peak_flops
 from train.optimizer import make_optimizer
 from train.prepare import Prepared, check_fingerprints, once, prepare, up_to
-from train.report import closing, opening
+from train.report import opening
 from train.run import Run
 from train.state import abstract_state, make_state
 from train.step import make_train_step
 from train.weights import check_export_folder, write_huggingface
 
 
-def pretrain(config: Config) -> str:
+def pretrain(config: Config) -> Run:
     """Train to `train.num_steps`, from the beginning or from the newest checkpoint in `train.run_dir`.
 
-    Returns:
-        The summary for a person. All processes call it together.
+    All processes call it together.
 
     Raises:
         InputError: whatever the user got wrong, before any device time is spent.
@@ -68,7 +67,7 @@ def pretrain(config: Config) -> str:
             whole = multihost_utils.process_allgather(state["weights"], tiled=True)
             context = config.data.segment_length
             once(lambda: write_huggingface(run.export, config.model, whole, prepared.tokenizer, context))
-    return closing(config, run, prepared.held_out)
+    return run
 
 
 def train(

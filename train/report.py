@@ -1,12 +1,10 @@
 """What a person reads of a run at its start and at its end."""
 
 import shlex
-from collections.abc import Sequence
 
 import jax
 
 from model.parameters import count_parameters
-from train.config import Config
 from train.evaluate import gzip_bits_per_byte
 from train.metrics import read_metrics
 from train.prepare import Prepared
@@ -23,31 +21,35 @@ def opening(prepared: Prepared, step: int, peak: str) -> list[str]:
         f"{config.train.run_dir} {begin} of {config.train.num_steps} steps, {batch_tokens:,} tokens each",
         f"corpus: {corpus.describe()}; {prepared.tokenizer.vocab_size:,} token ids",
         f"model: {count_parameters(config.model):,} parameters, {config.model.compute_dtype} compute",
-        f"devices: {jax.device_count()} {jax.devices()[0].device_kind} as {mesh}, {jax.process_count()} process(es)",
+        f"devices: {jax.device_count()} {jax.devices()[0].device_kind} as {mesh}; processes: {jax.process_count()}",
         f"peak: {peak}",
     ]
 
 
-def closing(config: Config, run: Run, held_out: Sequence[str]) -> str:
-    """How the run ended, and what can be done with it now."""
+def closing(run: Run, program: str) -> str:
+    """How the run ended, and what can be done with it now; `program` is how the user calls ziggurat."""
+    config, held_out = run.load_config(), run.held_out_texts()
     records = [record for _, record in read_metrics(run.folder / "metrics.jsonl")]
     evaluated = [record for record in records if "validation_bits_per_byte" in record]
-    rates = sorted(record["tokens_per_second"] for record in records)
-    lines = [f"{run.folder} is finished: {records[-1]['step']} steps, {rates[len(rates) // 2]:,.0f} tokens/s"]
+    lines = [f"{run.folder} is finished: {config.train.num_steps} steps"]
+    if records:
+        rates = sorted(record["tokens_per_second"] for record in records)
+        lines[0] += f", {rates[len(rates) // 2]:,.0f} tokens/s"
     if evaluated and held_out:
         bits = evaluated[-1]["validation_bits_per_byte"]
         lines.append(f"held-out text   {bits:.3f} bits a byte; gzip -9 needs {gzip_bits_per_byte(held_out):.3f}")
     lines.append(f"checkpoints     {run.checkpoints}")
-    weights = run.folder
-    if config.checkpoint.export:
-        weights = run.export
+    if run.export.exists():
         lines.append(f"weights         {run.export}")
     if evaluated:
         lines += ["sample:", *("  " + line for line in evaluated[-1]["sample"].splitlines())]
-    lines += [
-        "try it:",
-        f"  ziggurat generate {weights} --prompt={shlex.quote(config.evaluation.prompt)}",
-        "another run:",
-        "  ziggurat pretrain --config=NAME --config.train.run_dir=FOLDER",
-    ]
-    return "\n".join(lines)
+    model = run.export if run.export.exists() else run.folder
+    return "\n".join(
+        [
+            *lines,
+            "to continue a prompt:",
+            f"  {program} generate {shlex.quote(str(model))} --prompt={shlex.quote(config.evaluation.prompt)}",
+            "to start another run:",
+            f"  {program} pretrain --config=NAME --config.train.run_dir=FOLDER",
+        ]
+    )
