@@ -49,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines = str(error).splitlines()
         print("\n".join(line if line.startswith(" ") else f"ziggurat: {line}" for line in lines), file=sys.stderr)
         return 2
+    except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
+        print(f"ziggurat: {error.filename}: {error.strerror}; name another path", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("ziggurat: interrupted", file=sys.stderr)
         return 130

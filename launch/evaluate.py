@@ -34,6 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
             raise InputError(f"{arguments.model} holds weights without documents; give --corpus=PATH")
         elif not (texts := trained.run.held_out_texts()):
             raise InputError(f"{arguments.model} held no documents out; give --corpus=PATH")
+        if not any(texts):
+            raise InputError(f"--corpus={arguments.corpus} has no text to evaluate on")
         result = evaluate(make_evaluation_step(config), trained.weights, texts, trained.tokenizer, config)
 
     figures = dataclasses.asdict(result) | {"gzip_bits_per_byte": gzip_bits_per_byte(texts)}

@@ -2,9 +2,12 @@
 
 import argparse
 import codecs
+import logging
 import sys
 
 from data.errors import InputError
+
+log = logging.getLogger("ziggurat")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,12 +32,15 @@ def run(arguments: argparse.Namespace) -> int:
 
     with jax.set_mesh(on_one_device()):
         trained = load_trained(arguments.model)
+        context = trained.config.data.segment_length
         prompt = trained.tokenizer.encode(arguments.prompt).tolist()
+        if len(prompt) > context:
+            log.warning("the prompt has %d tokens; the model sees the last %d", len(prompt), context)
         tokens = generate(
             trained.config.model,
             trained.weights,
             prompt,
-            context=trained.config.data.segment_length,
+            context=context,
             eos_id=trained.tokenizer.eos_id,
             max_new_tokens=arguments.max_new_tokens,
             top_k=40 if arguments.top_k is None else arguments.top_k,

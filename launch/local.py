@@ -61,7 +61,7 @@ def launch(command: Sequence[str], environments: Sequence[Mapping[str, str]]) ->
     threads: list[threading.Thread] = []
     status, ending = 0, None
     try:
-        for i, environment in enumerate(environments):
+        for environment in environments:
             process = subprocess.Popen(
                 command,
                 env=environment,
@@ -72,6 +72,8 @@ def launch(command: Sequence[str], environments: Sequence[Mapping[str, str]]) ->
                 preexec_fn=die_with_parent,
             )
             processes.append(process)
+        # Threads come after all forks: a fork beside a thread may hang.
+        for i, process in enumerate(processes):
             for pipe, out in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
                 assert pipe is not None
                 threads.append(threading.Thread(target=prefix_lines, args=(pipe, out, f"[{i}] "), daemon=True))

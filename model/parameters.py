@@ -25,8 +25,8 @@ class Parameter:
         axes: logical axis name → size, in the array's order.
         fan_in: the axes that the forward pass sums over; empty where it looks up or multiplies elementwise.
         role: embedding, matrix, unembedding or norm.
-        scale: of the initial values, which are normal with standard deviation scale/√(product of fan_in); a norm's
-            are constant at `scale`.
+        scale: of the initial values, whose standard deviation is scale/√(product of fan_in); a norm's are constant at
+            `scale`.
     """
 
     axes: Mapping[str, int]
@@ -126,9 +126,10 @@ def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def initial_weights(config: ModelConfig, seed: int, layout: Layout = WHOLE) -> dict[str, Any]:
-    """Fresh float32 weights, each made in place in its shards; the same bits on every mesh of a platform.
+    """Fresh float32 weights, each made in place in its shards; the same bits on every mesh.
 
-    A parameter's key depends on the seed and its name alone, so adding one leaves the others as they were.
+    Values are uniform within ±√3 deviations. A parameter's key depends on the seed and its name alone, so adding one
+    leaves the others as they were.
     """
 
     def initial(name: str, p: Parameter) -> jax.Array:
@@ -137,6 +138,9 @@ def initial_weights(config: ModelConfig, seed: int, layout: Layout = WHOLE) -> d
             return jnp.full(p.shape, p.scale, jnp.float32, out_sharding=sharding)
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
         deviation = p.scale / math.sqrt(math.prod(p.axes[axis] for axis in p.fan_in))
-        return deviation * jax.random.normal(key, p.shape, jnp.float32, out_sharding=sharding)
+        bits = jax.random.bits(key, p.shape, jnp.uint32, out_sharding=sharding)
+        # An odd number within ±2²⁴ is exact in float32, so one product is all that rounds, on any device.
+        whole = 2 * (bits >> 8).astype(jnp.int32) + 1 - 2**24
+        return whole.astype(jnp.float32) * (math.sqrt(3) * deviation / 2**24)
 
     return nested({name: initial(name, p) for name, p in parameter_table(config).items()})

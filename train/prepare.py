@@ -1,6 +1,8 @@
 """What a run stands on before its first step: a folder of its own, its text, its tokenizer, what it holds out."""
 
+import importlib.util
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -67,7 +69,13 @@ def prepare(config: Config, run: Run) -> Prepared:
 
 
 def check_folder(config: Config, run: Run) -> None:
-    """InputError where the folder holds something else, or a run that this config would not continue."""
+    """InputError where the folder cannot be, holds something else, or a run that this config would not continue."""
+    existing = next(path for path in (run.folder.absolute(), *run.folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        problem = "cannot be written to" if existing.is_dir() else "is a file"
+        raise InputError(f"train.run_dir = {run.folder}: {existing} {problem}; name another folder")
+    if config.train.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+        raise InputError("train.tensorboard needs the package tensorboardX: pip install -e '.[tensorboard]'")
     if run.config_file.exists():
         saved = run.load_config()
         differences = resume_differences(saved, config.resolved(saved.model.vocab_size))
@@ -79,8 +87,6 @@ def check_folder(config: Config, run: Run) -> None:
             )
         for line in differences["warn"]:
             log.warning("changed on resume: %s", line)
-    elif run.folder.exists() and not run.folder.is_dir():
-        raise InputError(f"train.run_dir = {run.folder} is a file; name a folder")
     elif run.checkpoints.exists() and any(run.checkpoints.iterdir()):
         raise InputError(
             f"train.run_dir = {run.folder} has checkpoints but no config.json; restore it, or name a new folder"

@@ -34,6 +34,9 @@ TABLE = [
     ("vocabulary below the tokenizer's", ["pretrain", "--config={config}", "--config.model.vocab_size=100"],
      "model.vocab_size = 100 is less than the tokenizer's"),
     ("another folder", ["pretrain", "--config={config}", "--config.train.run_dir={dir}"], "other things than"),
+    ("folder under a file", ["pretrain", "--config={config}", "--config.train.run_dir={dir}/a.csv/run"], "is a file"),
+    ("export under a file", ["export", "{run}", "--format=hf", "--to={dir}/a.csv/x"], "a.csv"),
+    ("empty corpus to evaluate on", ["evaluate", "{run}", "--corpus={dir}/empty.jsonl"], "no text"),
     ("config.json lost", ["pretrain", "--config={config}", "--config.train.run_dir={lost}"], "but no config.json"),
     ("frozen field on resume", ["pretrain", "--config={run_config}", "--config.model.num_layers=3"], "layers: 2 → 3"),
     ("other corpus on resume", ["pretrain", "--config={run_config}", "--config.data.corpus={dir}/other.jsonl"],
@@ -63,6 +66,7 @@ def places(tmp_path: Path, finished: Path) -> dict[str, str]:
     folder.mkdir()
     (folder / "a.csv").write_text("1,2")
     (folder / "short.txt").write_text("a few words")
+    (folder / "empty.jsonl").write_text('{"text": ""}\n')
     line = json.dumps({"text": "some words " * 50}) + "\n"
     (folder / "bad.jsonl").write_text(line + "{oops\n" + line * 20)
     (folder / "other.jsonl").write_text(line * 200)

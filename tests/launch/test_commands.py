@@ -87,6 +87,12 @@ def test_generation_prints_prompt_and_continuation_alone(finished: Path, capsys)
     assert generated(capsys, f"{finished}@8", "--prompt=", "--seed=3") != ""
 
 
+def test_a_prompt_longer_than_the_context_is_cut_and_it_says_so(finished: Path, capsys, caplog):
+    prompt = "the cat sees a dog. " * 30
+    assert generated(capsys, finished, f"--prompt={prompt}", "--greedy", "--max_new_tokens=40").startswith(prompt)
+    assert "the model sees the last 32" in caplog.text
+
+
 def test_a_run_folder_alone_is_enough(finished: Path, tmp_path: Path, capsys):
     for name in ("config.json", "tokenizer", "checkpoints", "held_out.jsonl"):
         source = finished / name

@@ -35,6 +35,7 @@ def test_weights_have_the_shapes_and_deviations_of_the_table():
         else:
             fan_in = math.prod(parameter.axes[axis] for axis in parameter.fan_in)
             assert np.std(weights[name]) * math.sqrt(fan_in) == pytest.approx(parameter.scale, rel=0.05)
+            assert np.abs(weights[name]).max() * math.sqrt(fan_in) <= math.sqrt(3) * parameter.scale
             assert abs(np.mean(weights[name])) * math.sqrt(fan_in) < 0.05
     residual = [name for name, parameter in table.items() if parameter.scale == 1 / math.sqrt(2 * 8)]
     assert residual == ["blocks.attention.output", "blocks.feedforward.down"]

@@ -63,9 +63,11 @@ def test_a_mesh_begins_with_the_same_bits_and_trains_the_same(shape, one_device)
         assert found["loss_weight"] == expected["loss_weight"]
         assert found["loss"] == pytest.approx(expected["loss"], rel=2e-6)
         assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=5e-6)
-    for name, array in flattened(weights).items():
-        moved = np.abs(flattened(expected_weights)[name] - flattened(expected_initial)[name]).max()
-        assert np.abs(array - flattened(expected_weights)[name]).max() <= 2e-3 * moved, name
+    initial = flattened(expected_initial)
+    for name, expected in flattened(expected_weights).items():
+        # By norms: Adam divides each gradient by its own size, so one that is mere rounding moves its weight freely.
+        error = np.linalg.norm(flattened(weights)[name] - expected) / np.linalg.norm(expected - initial[name])
+        assert error < 5e-4, name
 
 
 def test_gradients_agree_on_every_mesh():
