@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from model.config import ModelConfig
 from model.position import Rotation, rotate
+from model.product import product
 from model.sharding import Layout
 
 Cache = dict[str, jax.Array]
@@ -62,9 +63,9 @@ class Attention(nnx.Module):
         w_output = layout.gather(self.output[...].astype(dtype), "heads", "head", "model")
 
         x_BTD = layout.gather_sequence(x_BTD)
-        q_BHTC = rotate(checkpoint_name(jnp.einsum("btd,dhc->bhtc", x_BTD, w_query), "product"), rotation)
-        k_BKTC = rotate(checkpoint_name(jnp.einsum("btd,dkc->bktc", x_BTD, w_key), "product"), rotation)
-        v_BKTC = checkpoint_name(jnp.einsum("btd,dkc->bktc", x_BTD, w_value), "product")
+        q_BHTC = rotate(checkpoint_name(product("btd,dhc->bhtc", x_BTD, w_query), "product"), rotation)
+        k_BKTC = rotate(checkpoint_name(product("btd,dkc->bktc", x_BTD, w_key), "product"), rotation)
+        v_BKTC = checkpoint_name(product("btd,dkc->bktc", x_BTD, w_value), "product")
 
         if cache is not None:
             assert start is not None
@@ -73,5 +74,5 @@ class Attention(nnx.Module):
             cache = {"key": k_BKTC, "value": v_BKTC}
 
         y_BHTC = attend(q_BHTC, k_BKTC, v_BKTC, mask_B1TS)
-        sums_BTD = jnp.einsum("bhtc,hcd->btd", y_BHTC, w_output, out_sharding=layout.partial_sums())
+        sums_BTD = product("bhtc,hcd->btd", y_BHTC, w_output, layout.partial_sums())
         return checkpoint_name(layout.scatter_sequence(sums_BTD), "product"), cache

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from model.config import ModelConfig
+from model.product import product
 from model.sharding import Layout
 
 
@@ -28,8 +28,8 @@ class FeedForward(nnx.Module):
         w_down = layout.gather(self.down[...].astype(dtype), "feedforward", "model")
 
         x_BTD = layout.gather_sequence(x_BTD)
-        gate_BTF = checkpoint_name(jnp.einsum("btd,df->btf", x_BTD, w_gate), "product")
-        up_BTF = checkpoint_name(jnp.einsum("btd,df->btf", x_BTD, w_up), "product")
+        gate_BTF = checkpoint_name(product("btd,df->btf", x_BTD, w_gate), "product")
+        up_BTF = checkpoint_name(product("btd,df->btf", x_BTD, w_up), "product")
         h_BTF = jax.nn.silu(gate_BTF) * up_BTF
-        sums_BTD = jnp.einsum("btf,fd->btd", h_BTF, w_down, out_sharding=layout.partial_sums())
+        sums_BTD = product("btf,fd->btd", h_BTF, w_down, layout.partial_sums())
         return checkpoint_name(layout.scatter_sequence(sums_BTD), "product")

@@ -1,0 +1,53 @@
+"""The product of activations with a weight, accumulated in float32 forward and backward.
+
+Left to themselves, XLA's CPU products of bfloat16 accumulate in bfloat16, at half the speed, and the gradient of a
+weight transposes the wider of its two operands. Here the backward pass names its products as the forward pass does.
+What leaves a product is rounded to the compute dtype, gradients too, so reductions between devices move no more bytes.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def product(equation: str, x: jax.Array, weight: jax.Array, out_sharding: PartitionSpec | None = None) -> jax.Array:
+    """`jnp.einsum(equation, x, weight)` in the dtype of `x`.
+
+    Args:
+        equation: such as "btd,df->btf"; each letter stands in two of its three terms, or in all.
+        x: activations.
+        weight: in the same dtype.
+        out_sharding: of the result, where it does not follow from the operands.
+    """
+    return _einsum(equation, x, weight, out_sharding).astype(x.dtype)
+
+
+def _einsum(equation: str, x: jax.Array, y: jax.Array, out_sharding: PartitionSpec | None) -> jax.Array:
+    return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32, out_sharding=out_sharding)
+
+
+def _forward(equation, x, weight, out_sharding):  # type: ignore[no-untyped-def]
+    return product(equation, x, weight, out_sharding), (x, weight)
+
+
+def _backward(equation, out_sharding, kept, gradient):  # type: ignore[no-untyped-def]
+    x, weight = kept
+    of_operands, of_result = equation.split("->")
+    of_x, of_weight = of_operands.split(",")
+    to_x = _einsum(f"{of_result},{of_weight}->{of_x}", gradient, weight, _gradient_sharding(x))
+    to_weight = _einsum(f"{of_x},{of_result}->{of_weight}", x, gradient, _gradient_sharding(weight))
+    return to_x.astype(x.dtype), to_weight.astype(weight.dtype)
+
+
+def _gradient_sharding(x: jax.Array) -> PartitionSpec | None:
+    """The partition of an array's gradient: where the one is `reduced`, the other is still to be summed."""
+    sharding = jax.typeof(x).sharding
+    if sharding.mesh.empty:
+        return None
+    return PartitionSpec(*sharding.spec.partitions, unreduced=sharding.spec.reduced, reduced=sharding.spec.unreduced)
+
+
+product.defvjp(_forward, _backward)
