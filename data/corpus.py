@@ -7,9 +7,10 @@ which is a document; of a .txt, which is one document, the piece up to where the
 import glob
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from data.config import DataConfig
@@ -23,6 +24,10 @@ END_BYTES = 2**16
 SMALLEST_CHUNK = 256
 # Fewer .txt files than this give their ends to the held-out part, not whole files.
 MANY_FILES = 20
+# Held-out text is read in pieces of about this size.
+PIECE_BYTES = 2**24
+# Epochs whose order is remembered: streams reach the next one at different times.
+ORDERS = 4
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ class Corpus:
     Attributes:
         names: of the files, relative to what they have in common, sorted.
         chunks: of all files, in order.
+        order: (seed, epoch) → the chunks as they are dealt to the streams.
     """
 
     def __init__(self, root: Path, names: list[str], config: DataConfig):
@@ -70,18 +76,17 @@ class Corpus:
         self._config = config
         self._sizes = [path.stat().st_size for path in self._paths]
         self.size = sum(self._sizes)
-        texts = [file for file, name in enumerate(names) if name.endswith(".txt")]
-        held_out = (
-            {file for file in texts if self._is_held_out(self.names[file])} if len(texts) >= MANY_FILES else set()
-        )
         # Where each file's training part ends.
         self._ends = list(self._sizes)
-        for file in texts:
-            if len(texts) >= MANY_FILES:
-                self._ends[file] = 0 if file in held_out else self._sizes[file]
-            elif config.validation_fraction:
-                wanted = round(self._sizes[file] * (1 - config.validation_fraction))
-                self._ends[file] = text.cut(self._paths[file], wanted, self._sizes[file])
+        texts = [file for file, name in enumerate(names) if name.endswith(".txt") and self._sizes[file]]
+        if config.validation_fraction and len(texts) >= MANY_FILES:
+            smallest = min(texts, key=lambda file: digest("held out", names[file]))
+            for file in texts:
+                if file == smallest or self._is_held_out(names[file]):
+                    self._ends[file] = 0
+        elif config.validation_fraction:
+            for file in texts:
+                self._ends[file] = self._held_out_from(file)
         assert config.num_streams is not None
         step = max(min(config.chunk_bytes, self.size // (4 * config.num_streams)), SMALLEST_CHUNK)
         self.chunks = [
@@ -89,6 +94,18 @@ class Corpus:
             for file, end in enumerate(self._ends)
             for begin in range(0, end, step)
         ]
+
+        self.order = lru_cache(ORDERS)(self._order)
+
+    def _order(self, seed: int, epoch: int) -> list[Chunk]:
+        return [self.chunks[i] for i in sorted(range(len(self.chunks)), key=lambda i: digest("chunk", seed, epoch, i))]
+
+    def _held_out_from(self, file: int) -> int:
+        """Where the held-out end of a .txt begins: at a line, or in the last one where that is longer."""
+        path, size = self._paths[file], self._sizes[file]
+        wanted = round(size * (1 - self._config.validation_fraction))
+        begin = text.cut(path, wanted, size)
+        return begin if begin < size else text.next_character(path, wanted, size)
 
     def _is_held_out(self, key: str) -> bool:
         return digest("held out", key) < self._config.validation_fraction * 2**64
@@ -131,11 +148,12 @@ class Corpus:
                 yield Document(content, chunk.file, offset)
 
     def held_out_texts(self) -> Iterator[str]:
-        """The held-out documents; of few .txt files, their ends."""
+        """The held-out documents; of few .txt files, their ends. Of a .txt in pieces, so that none fills the memory."""
         for path, end, size in zip(self._paths, self._ends, self._sizes, strict=True):
             if path.suffix == ".txt":
-                if end < size:
-                    yield text.read(path, end, size)
+                while end < size:
+                    begin, end = end, text.cut(path, end + PIECE_BYTES, size)
+                    yield text.read(path, begin, end)
                 continue
             for _, content in jsonl.read(path, 0, size, self._config.text_field):
                 if content and self._is_held_out(content):
@@ -156,7 +174,11 @@ class Corpus:
                 yield from (content for _, content in jsonl.read(path, 0, size, self._config.text_field) if content)
 
     def check(self) -> None:
-        """Read a corpus of moderate size once. InputError with up to ten of the problems in its documents."""
+        """Read a corpus of moderate size once.
+
+        Raises:
+            InputError: up to ten of the problems in its documents, or that there is none to train on.
+        """
         problems: list[str] = []
         for file, (path, size) in enumerate(zip(self._paths, self._sizes, strict=True)):
             if self.size > WHOLE_BYTES or len(problems) >= 10:
@@ -171,35 +193,48 @@ class Corpus:
                 problems.append(str(error))
         if problems:
             raise InputError("\n".join(problems))
+        if self.size <= WHOLE_BYTES and next(self.training_texts(seed=0), None) is None:
+            raise InputError(
+                "data.corpus has no document to train on: all of its text is empty or held out "
+                f"(data.validation_fraction = {self._config.validation_fraction}); give more text, or hold out less"
+            )
 
 
-def open_corpus(where: str, config: DataConfig) -> Corpus:
+def open_corpus(where: str, config: DataConfig, leave_out: Path | None = None) -> Corpus:
     """List a .txt or .jsonl file, a folder of them (with its subfolders) or a glob.
 
     Args:
-        where: the path.
+        where: the path; ~ is the home folder.
         config: with `num_streams` given.
+        leave_out: a folder whose files don't count (a run's own), unless the corpus lies in it.
 
     Raises:
         InputError: nothing there, nothing readable, or too little text for the streams.
     """
+    where = os.path.expanduser(where)
     path = Path(where)
-    if path.is_dir():
+    # Path's own is_dir and is_file fail where a name is too long.
+    is_folder = os.path.isdir(where)
+    if is_folder:
         found = [file for file in path.rglob("*") if file.suffix in FORMATS and file.is_file()]
         root = path
-    elif path.is_file():
+    elif os.path.isfile(where):
         found, root = [path], path.parent
     else:
         found = [Path(file) for file in glob.glob(where, recursive=True) if Path(file).is_file()]
-        if not found:
+        root = Path(*path.parts[: _first_magic(where)])
+    if found and leave_out is not None:
+        left_out = leave_out.resolve()
+        if not root.resolve().is_relative_to(left_out):
+            found = [file for file in found if not file.resolve().is_relative_to(left_out)]
+    if not found:
+        if is_folder:
+            problem = "the folder holds no .txt or .jsonl file"
+        else:
             problem = "matches no file" if glob.has_magic(where) else "there is no such file or folder"
-            raise InputError(f"data.corpus = {where}: {problem}")
-        fixed = Path(*Path(where).parts[: _first_magic(where)])
-        root = fixed if fixed.is_dir() else fixed.parent
+        raise InputError(f"data.corpus = {where}: {problem}")
     if others := [file for file in found if file.suffix not in FORMATS]:
         raise InputError(f"data.corpus = {where}: {others[0].name} is neither .txt nor .jsonl; convert or rename it")
-    if not found:
-        raise InputError(f"data.corpus = {where}: the folder holds no .txt or .jsonl file")
     try:
         corpus = Corpus(root, sorted(file.relative_to(root).as_posix() for file in found), config)
     except PermissionError as error:

@@ -23,6 +23,9 @@ from data.segmenter import Pairs, Row, make_pairs, segments
 Position = tuple[int, int, int, int]
 Tokenize = Callable[[Iterable[str]], Iterator[np.ndarray]]
 
+# Chunks are dealt anew in each epoch, so a stream without documents may have some in a later one; not after so many.
+EMPTY_EPOCHS = 100
+
 
 class Stream:
     """An endless iterator of (row, the position after it).
@@ -38,7 +41,7 @@ class Stream:
         position: where the next row begins.
 
     Raises:
-        InputError: the stream's chunks hold no document.
+        InputError: the stream's chunks hold no document in `EMPTY_EPOCHS` epochs running.
     """
 
     def __init__(
@@ -66,13 +69,11 @@ class Stream:
 
     def windows(self, epoch: int) -> list[list[Chunk]]:
         """The stream's chunks of one epoch, in order, as windows."""
-        chunks = self.corpus.chunks
-        order = sorted(range(len(chunks)), key=lambda i: digest("chunk", self.seed, epoch, i))
         windows: list[list[Chunk]] = [[]]
-        for i in order[self.stream :: self.num_streams]:
-            if sum(chunk.end - chunk.begin for chunk in windows[-1]) >= self.config.shuffle_bytes:
+        for chunk in self.corpus.order(self.seed, epoch)[self.stream :: self.num_streams]:
+            if sum(other.end - other.begin for other in windows[-1]) >= self.config.shuffle_bytes:
                 windows.append([])
-            windows[-1].append(chunks[i])
+            windows[-1].append(chunk)
         return windows
 
     def documents(self, epoch: int, window: list[Chunk]) -> list[Document]:
@@ -83,22 +84,23 @@ class Stream:
     def _pairs(self, position: Position) -> Iterator[Pairs]:
         """The documents from a position on, forever; `self._place` follows."""
         epoch, first_window, first_document, first_pair = position
-        while True:
-            empty = True
+        empty = 0
+        while empty < EMPTY_EPOCHS:
+            empty += 1
             for w, window in enumerate(self.windows(epoch)):
                 if w < first_window:
                     continue
                 documents = self.documents(epoch, window)
-                empty = empty and not documents
+                if documents:
+                    empty = 0
                 tokens = self.tokenize(document.text for document in documents[first_document:])
                 for d, ids in enumerate(tokens, start=first_document):
                     self._place = (epoch, w, d)
                     yield make_pairs(ids, self.eos_id, documents[d].ends, first_pair)
                     first_pair = 0
                 first_document = 0
-            if empty and first_window == 0:
-                raise InputError(
-                    f"data.corpus has no document for stream {self.stream} of data.num_streams = {self.num_streams}; "
-                    "lower data.num_streams (and train.batch_size), or give more text"
-                )
             epoch, first_window = epoch + 1, 0
+        raise InputError(
+            f"data.corpus has no document for stream {self.stream} of data.num_streams = {self.num_streams}; "
+            "lower data.num_streams (and train.batch_size), or give more text"
+        )

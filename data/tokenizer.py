@@ -71,7 +71,7 @@ class Tokenizer:
         """Token ids, int32 [n]; nothing is added. ValueError where the text has lone surrogates."""
         for plain, escaped in ESCAPES.items():
             text = text.replace(plain, escaped)
-        return np.array(self._model.Encode(text), np.int32)
+        return np.array(self._model.Encode(text.encode()), np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of these ids; of characters cut in the middle, U+FFFD. IndexError where there is no such id."""
@@ -125,7 +125,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, folder: Path) -> Toke
     Raises:
         InputError: there is no text, or `vocab_size` is too small for its characters.
     """
-    if not any(text.strip() for text in texts):
+    if not any(text.strip() for text in _sentences(texts)):
         raise InputError("the corpus has no text to train a tokenizer on; check data.corpus")
     whole = [*ESCAPES.values(), *whitespace_pieces(texts, vocab_size // PIECES_PER_WHITESPACE)]
     size = vocab_size
@@ -134,6 +134,15 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, folder: Path) -> Toke
         size = model
     if size < vocab_size:
         log.info("tokenizer: the text supports %d token ids; %d were asked for", size, vocab_size)
+    return _write(model, folder)
+
+
+def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
+    """Write a tokenizer to another folder, which is made where it is missing, all or nothing."""
+    return _write((tokenizer.folder / MODEL_FILE).read_bytes(), folder)
+
+
+def _write(model: bytes, folder: Path) -> Tokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / (MODEL_FILE + ".partial")
     partial.write_bytes(model)

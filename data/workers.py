@@ -5,6 +5,7 @@ results come in the order of the texts, whatever the number of processes.
 """
 
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -83,7 +84,8 @@ def receive(pipe: BinaryIO) -> bytes | None:
 
 
 def serve(folder: Path) -> None:
-    """Tokenize what comes on standard input until it closes."""
+    """Tokenize what comes on standard input until it closes; Ctrl-C, which reaches all processes, is the parent's."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     tokenizer = Tokenizer.load(folder)
     while (text := receive(sys.stdin.buffer)) is not None:
         send(sys.stdout.buffer, tokenizer.encode(text.decode()).tobytes())

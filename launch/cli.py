@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.errors import InputError
+from launch.errors import report
 
 # Command → (its module, one line of help).
 COMMANDS = {
@@ -24,7 +25,7 @@ HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit status: 0 done, 2 the user's error, 130 interrupted."""
+    """Run one command; returns its exit status: 0 done, 1 a fault, 2 the user's error, 130 interrupted."""
     if argv is None:
         with_huge_pages()
         argv = sys.argv[1:]
@@ -45,16 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         add_unknown(arguments, unknown)
         status: int = module.run(arguments)
         return status
-    except InputError as error:
-        lines = str(error).splitlines()
-        print("\n".join(line if line.startswith(" ") else f"ziggurat: {line}" for line in lines), file=sys.stderr)
-        return 2
-    except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
-        print(f"ziggurat: {error.filename}: {error.strerror}; name another path", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("ziggurat: interrupted", file=sys.stderr)
-        return 130
+    except (InputError, OSError, KeyboardInterrupt) as error:
+        return report(error)
 
 
 def find_command(argv: Sequence[str]) -> tuple[str, list[str]]:

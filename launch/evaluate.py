@@ -29,7 +29,13 @@ def run(arguments: argparse.Namespace) -> int:
         trained = load_trained(arguments.model)
         config = trained.config
         if arguments.corpus is not None:
-            texts = list(open_corpus(arguments.corpus, dataclasses.replace(config.data, num_streams=1)).texts())
+            # Nothing is held out of it, so that a short text is enough.
+            whole = dataclasses.replace(config.data, num_streams=1, validation_fraction=0.0)
+            try:
+                corpus = open_corpus(arguments.corpus, whole)
+            except InputError as error:
+                raise InputError(str(error).replace("data.corpus = ", "--corpus=")) from None
+            texts = list(corpus.texts())
         elif trained.run is None:
             raise InputError(f"{arguments.model} holds weights without documents; give --corpus=PATH")
         elif not (texts := trained.run.held_out_texts()):

@@ -1,6 +1,7 @@
 """Write a run's weights and tokenizer for inference elsewhere."""
 
 import argparse
+import os
 from pathlib import Path
 
 from data.errors import InputError
@@ -13,7 +14,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format", required=True, choices=["hf"], help="hf: a folder that Hugging Face Transformers opens"
     )
     parser.add_argument(
-        "--to", required=True, metavar="DIR", type=Path, help="the folder; an earlier export is replaced"
+        "--to",
+        required=True,
+        type=os.path.expanduser,
+        metavar="DIR",
+        help="the folder; an earlier export is replaced",
     )
 
 
@@ -25,12 +30,20 @@ def run(arguments: argparse.Namespace) -> int:
     from train.run import load_trained
     from train.weights import check_export_folder, write_huggingface
 
-    check_export_folder(arguments.to)
+    check_export_folder(Path(arguments.to))
     with jax.set_mesh(on_one_device()):
         trained = load_trained(arguments.model)
-        if trained.run is None:
+        if trained.step is None:
             raise InputError(f"{arguments.model} holds exported weights already; give a run's folder")
         context = trained.config.data.segment_length
-        write_huggingface(arguments.to, trained.config.model, trained.weights, trained.tokenizer, context)
+        # Resolved: `.` has no name to put another beside, and a link stays one.
+        write_huggingface(
+            Path(arguments.to).resolve(),
+            trained.config.model,
+            trained.weights,
+            trained.tokenizer,
+            context,
+            trained.step,
+        )
     print(arguments.to)
     return 0

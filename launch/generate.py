@@ -2,6 +2,7 @@
 
 import argparse
 import codecs
+import dataclasses
 import logging
 import sys
 
@@ -37,7 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
         if len(prompt) > context:
             log.warning("the prompt has %d tokens; the model sees the last %d", len(prompt), context)
         tokens = generate(
-            trained.config.model,
+            # What the tokenizer has no text for is not drawn.
+            dataclasses.replace(trained.config.model, vocab_size=trained.tokenizer.vocab_size),
             trained.weights,
             prompt,
             context=context,

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO
 
 from data.errors import InputError
 
@@ -74,7 +74,7 @@ def launch(command: Sequence[str], environments: Sequence[Mapping[str, str]]) ->
             processes.append(process)
         # Threads come after all forks: a fork beside a thread may hang.
         for i, process in enumerate(processes):
-            for pipe, out in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
+            for pipe, out in ((process.stdout, sys.stdout.buffer), (process.stderr, sys.stderr.buffer)):
                 assert pipe is not None
                 threads.append(threading.Thread(target=prefix_lines, args=(pipe, out, f"[{i}] "), daemon=True))
                 threads[-1].start()
@@ -111,11 +111,16 @@ def signal_all(processes: Sequence[subprocess.Popen], number: int) -> None:
             os.killpg(process.pid, number)
 
 
-def prefix_lines(pipe: BinaryIO, out: TextIO, prefix: str) -> None:
-    """Copy lines as they come."""
+def prefix_lines(pipe: BinaryIO, out: BinaryIO, prefix: str) -> None:
+    """Copy lines as they come. Where they can't be written (`| head`), the rest is taken all the same and dropped."""
     for line in pipe:
-        out.write(prefix + line.decode(errors="replace").rstrip("\r\n") + "\n")
-        out.flush()
+        try:
+            out.write(prefix.encode() + line.rstrip(b"\r\n") + b"\n")
+            out.flush()
+        except OSError:
+            # With nobody to empty its pipe the process would wait for ever.
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), out.fileno())
 
 
 def die_with_parent() -> Any:

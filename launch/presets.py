@@ -1,6 +1,7 @@
 """The config that a command line names: a preset or a Python file, and the overrides of single fields."""
 
 import argparse
+import os
 import runpy
 import traceback
 from collections.abc import Mapping
@@ -18,7 +19,11 @@ PRESETS = Path(__file__).parent / "configs"
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """`--config=NAME|FILE`, and `--config.GROUP.FIELD=VALUE` for every field; they end in `overrides`."""
     parser.add_argument(
-        "--config", required=True, metavar="NAME|FILE", help=f"one of {', '.join(presets())}, or a file"
+        "--config",
+        required=True,
+        type=os.path.expanduser,
+        metavar="NAME|FILE",
+        help=f"one of {', '.join(presets())}, or a file",
     )
     parser.set_defaults(overrides={})
     groups: dict[str, Any] = {}
@@ -54,14 +59,15 @@ def load_config(name: str, overrides: Mapping[str, str]) -> Config:
         problem = f"there is no such file{', nor a preset of this name' if file.parent == PRESETS else ''}"
         raise InputError(f"--config={name}: {problem}; presets: {', '.join(presets())}{nearest(name, presets())}")
     try:
-        made = runpy.run_path(str(file))["get_config"]()
+        get_config = runpy.run_path(str(file)).get("get_config")
+        made = get_config() if get_config else None
     except SyntaxError as error:
         raise InputError(f"{error.filename}:{error.lineno}: {error.msg}") from None
-    except KeyError as error:
-        raise InputError(f"{file}: no name {error}; it must define get_config() that returns a ConfigDict") from None
     except Exception as error:  # whatever the user's own file raises
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
         raise InputError(f"{file}:{lines[-1] if lines else 1}: {type(error).__name__}: {error}") from None
+    if get_config is None:
+        raise InputError(f"{file}: it must define get_config() that returns a ConfigDict")
     if not isinstance(made, ConfigDict):
         raise InputError(f"{file}: get_config() returns {type(made).__name__}; it must return a ConfigDict")
     return make_config(made.to_dict(), overrides)

@@ -5,6 +5,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from launch.errors import exit_at_once
 from launch.presets import add_config_arguments, load_config
 
 
@@ -23,9 +24,14 @@ def run(arguments: argparse.Namespace) -> int:
     from train.report import closing
 
     join_processes()
-    finished = pretrain(config)
-    if jax.process_index() == 0:
-        print(closing(finished, program()))
+    try:
+        finished = pretrain(config)
+        if jax.process_index() == 0:
+            print(closing(finished, program()))
+    except (Exception, KeyboardInterrupt) as error:
+        if jax.distributed.is_initialized():
+            exit_at_once(error)
+        raise
     return 0
 
 

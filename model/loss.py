@@ -13,11 +13,6 @@ from model.sharding import Layout
 from model.unembedding import logits
 
 
-def chunk_length(T: int, wanted: int) -> int:
-    """The largest divisor of T that is at most `wanted`."""
-    return max(n for n in range(1, min(T, wanted) + 1) if T % n == 0)
-
-
 def _chunks(x: jax.Array, length: int) -> jax.Array:
     """[B, T, ...] → [T / length, B, length, ...]."""
     return x.reshape(x.shape[0], -1, length, *x.shape[2:]).swapaxes(0, 1)
@@ -29,7 +24,6 @@ def _joined(chunks: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def token_log_probabilities(
     x_BTD: jax.Array, matrix_DV: jax.Array, targets_BT: jax.Array, vocab_size: int, chunk: int, layout: Layout
 ) -> jax.Array:
@@ -40,9 +34,21 @@ def token_log_probabilities(
         matrix_DV: the unembedding, padded to V columns; those from `vocab_size` on have probability zero.
         targets_BT: int32 ids.
         vocab_size: tokens that exist.
-        chunk: positions of a row whose logits exist at once; a divisor of T.
+        chunk: positions of a row whose logits exist at once, at most.
         layout: where V is shared, and over which mesh axes the matrix's gradient is summed.
     """
+    T = targets_BT.shape[1]
+    count = -(-T // chunk)
+    length = -(-T // count)
+    padding = count * length - T
+    if padding:
+        x_BTD = jnp.pad(x_BTD, ((0, 0), (0, padding), (0, 0)))
+        targets_BT = jnp.pad(targets_BT, ((0, 0), (0, padding)))
+    return _log_probabilities(x_BTD, matrix_DV, targets_BT, vocab_size, length, layout)[:, :T]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _log_probabilities(x_BTD, matrix_DV, targets_BT, vocab_size, chunk, layout):  # type: ignore[no-untyped-def]
     return _forward(x_BTD, matrix_DV, targets_BT, vocab_size, chunk, layout)[0]
 
 
@@ -84,4 +90,4 @@ def _backward(vocab_size, chunk, layout, kept, cotangent_BT):  # type: ignore[no
     return _joined(dx), gradient_DV.astype(matrix_DV.dtype), None
 
 
-token_log_probabilities.defvjp(_forward, _backward)
+_log_probabilities.defvjp(_forward, _backward)

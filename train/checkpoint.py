@@ -6,17 +6,21 @@ array. Orbax commits all three by one rename; a checksum that does not fit on re
 """
 
 import logging
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from data.errors import InputError
 from model.parameters import flattened
 from train.config import CheckpointConfig
+from train.mesh import once
 from train.state import State
 
 log = logging.getLogger("ziggurat")
@@ -97,7 +101,7 @@ class Checkpoints:
             "weights": jax.tree.map(int, checksums(state["weights"])),
             "optimizer": jax.tree.map(int, checksums(optimizer)),
         }
-        self._manager.save(
+        saved = self._manager.save(
             step,
             args=ocp.args.Composite(
                 weights=ocp.args.StandardSave(state["weights"]),
@@ -105,9 +109,12 @@ class Checkpoints:
                 progress=ocp.args.JsonSave({**progress, "checksums": sums}),
             ),
         )
+        assert saved, f"Orbax did not save step {step}"
 
     def restore(self, abstract: State) -> tuple[State, dict[str, Any]] | None:
         """The newest undamaged checkpoint as (state, progress), or none where there is none at all.
+
+        Damaged ones that are newer are set aside: the run will save those steps again.
 
         Args:
             abstract: shapes, dtypes and shardings of the state to fill.
@@ -120,6 +127,7 @@ class Checkpoints:
             found = self._read(step, {"weights": abstract["weights"], "optimizer": optimizer})
             if found is not None:
                 arrays, progress = found
+                self._set_aside([newer for newer in self.steps() if newer > step])
                 count = jax.device_put(jnp.asarray(step, jnp.int32), abstract["step"].sharding)
                 return {
                     "step": count,
@@ -146,19 +154,36 @@ class Checkpoints:
     def _read(self, step: int, abstract: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """Items of one checkpoint and its progress; none, with a warning, where a checksum does not fit."""
         arguments = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
+        damage = ""
         try:
             found = self._manager.restore(step, args=ocp.args.Composite(**arguments, progress=ocp.args.JsonRestore()))
-            progress = found["progress"]
-            arrays = {name: found[name] for name in abstract}
+            progress, arrays = found["progress"], {name: found[name] for name in abstract}
             expected = flattened({name: progress["checksums"][name] for name in abstract})
-            actual = flattened(jax.tree.map(int, checksums(arrays)))
-            damaged = [name for name in actual if actual[name] != expected.get(name)]
+        except PermissionError:
+            raise
         except (ValueError, KeyError, OSError) as error:
-            damaged = [f"{type(error).__name__}: {str(error).splitlines()[0]}"]
-        if damaged:
-            log.warning("the checkpoint of step %d is damaged (%s); it is not used", step, damaged[0])
-            return None
-        return arrays, progress
+            damage = f"{type(error).__name__}: {error}".splitlines()[0]
+        # One process that cannot read it decides for all; the checksums are the same everywhere.
+        if not multihost_utils.process_allgather(np.array(bool(damage))).any():
+            actual = flattened(jax.tree.map(int, checksums(arrays)))
+            damage = next((name for name in actual if actual[name] != expected.get(name)), "")
+            if not damage:
+                return arrays, progress
+        log.warning("the checkpoint of step %d is damaged (%s); it is not used", step, damage or "on another process")
+        return None
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Rename damaged checkpoints, so that their steps can be saved again."""
+
+        def rename() -> None:
+            for step in steps:
+                aside = self.folder / f"{step}.damaged"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self.folder / str(step)).rename(aside)
+
+        if steps:
+            once(rename)
+            self._manager.reload()
 
     def close(self) -> None:
         """Release the threads."""

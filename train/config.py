@@ -146,7 +146,7 @@ def config_fields() -> Iterator[tuple[str, str, dataclasses.Field]]:
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
-    """Plain values by group and field: what a run saves as config.json."""
+    """Plain values by group and field, which `make_config` takes: what a run saves as config.json."""
     return dataclasses.asdict(config)
 
 
@@ -187,11 +187,6 @@ def make_config(values: Mapping[str, Any], overrides: Mapping[str, str] | None =
     if problems:
         raise InputError("\n".join(problems))
     return config
-
-
-def from_dict(values: Mapping[str, Any]) -> Config:
-    """The inverse of `to_dict`; InputError where the values are no config of this version."""
-    return make_config(values)
 
 
 def nearest(name: str, names: list[str]) -> str:
@@ -273,9 +268,12 @@ def config_problems(config: Config) -> list[str]:
                 found.append(f"{group}.{name} is {value}; it must be at least {minimum}")
 
     at_least("train", 1, "num_steps", "batch_size", "accumulation_steps", "log_every_steps")
-    at_least("train", 0, "seed")
+    if not 0 <= c.train.seed < 2**32:
+        found.append(f"train.seed is {c.train.seed}; it must be from 0 to {2**32 - 1}")
     at_least("checkpoint", 1, "every_steps", "keep")
-    at_least("evaluation", 1, "every_steps", "max_bytes", "loop_bytes")
+    at_least("evaluation", 1, "every_steps")
+    # The longest character.
+    at_least("evaluation", 4, "max_bytes", "loop_bytes")
     at_least("evaluation", 0, "sample_tokens")
     at_least("optimizer", 0, "learning_rate", "weight_decay", "clip_norm", "warmup_steps", "decay_steps")
     for name in ("beta1", "beta2"):
@@ -287,11 +285,19 @@ def config_problems(config: Config) -> list[str]:
         found.append(f"optimizer.final_fraction is {c.optimizer.final_fraction}; it must be in [0, 1]")
     if c.optimizer.schedule not in ("cosine", "wsd"):
         found.append(f"optimizer.schedule is {c.optimizer.schedule!r}; it must be cosine or wsd")
+    if c.optimizer.schedule == "cosine" and c.optimizer.decay_steps is not None:
+        found.append("optimizer.decay_steps is for the schedule wsd; leave it at none with cosine")
     if (c.optimizer.warmup_steps or 0) + (c.optimizer.decay_steps or 0) > c.train.num_steps:
         found.append(
             f"optimizer.warmup_steps and decay_steps come to more than train.num_steps = {c.train.num_steps}; "
             "lower them, or leave them at none"
         )
+    for name in ("train.run_dir", "data.corpus", "evaluation.prompt"):
+        group, field_name = name.split(".")
+        try:
+            getattr(getattr(c, group), field_name).encode()
+        except UnicodeEncodeError:
+            found.append(f"{name} is not valid UTF-8")
     if not c.train.run_dir:
         found.append("train.run_dir is empty; name the run's folder")
     if c.train.accumulation_steps > 0 and c.train.batch_size % c.train.accumulation_steps:

@@ -1,6 +1,7 @@
 """The training run, told from top to bottom: prepare, restore, train, end."""
 
 import collections
+import dataclasses
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,15 +16,15 @@ from model.generate import generate
 from train.checkpoint import Checkpoints
 from train.config import Config
 from train.evaluate import evaluate, make_evaluation_step
-from train.mesh import GENERATION, batch_sharding, make_mesh
+from train.mesh import GENERATION, batch_sharding, make_mesh, once
 from train.metrics import Display, MetricsFile, Rate, flops_per_token, peak_flops
 from train.optimizer import make_optimizer
-from train.prepare import Prepared, check_fingerprints, once, prepare, up_to
+from train.prepare import Prepared, check_fingerprints, prepare, up_to
 from train.report import opening
 from train.run import Run
 from train.state import abstract_state, make_state
 from train.step import make_train_step
-from train.weights import check_export_folder, write_huggingface
+from train.weights import check_export_folder, exported_step, write_huggingface
 
 
 def pretrain(config: Config) -> Run:
@@ -34,7 +35,7 @@ def pretrain(config: Config) -> Run:
     Raises:
         InputError: whatever the user got wrong, before any device time is spent.
     """
-    run = Run(Path(config.train.run_dir))
+    run = Run(Path(config.train.run_dir).expanduser())
     if config.checkpoint.export:
         check_export_folder(run.export)
     mesh = make_mesh(config.resolved(config.tokenizer.vocab_size))
@@ -63,10 +64,10 @@ def pretrain(config: Config) -> Run:
             state = train(prepared, run, display, checkpoints, state, positions)
 
         # ── The end ────────────────────────────────────────────────────────────────────────────────────────────────
-        if config.checkpoint.export and (step < config.train.num_steps or not run.export.exists()):
+        if config.checkpoint.export and exported_step(run.export) != config.train.num_steps:
             whole = multihost_utils.process_allgather(state["weights"], tiled=True)
-            context = config.data.segment_length
-            once(lambda: write_huggingface(run.export, config.model, whole, prepared.tokenizer, context))
+            context, last = config.data.segment_length, config.train.num_steps
+            once(lambda: write_huggingface(run.export, config.model, whole, prepared.tokenizer, context, last))
     return run
 
 
@@ -153,7 +154,8 @@ def sample_text(prepared: Prepared, weights: Any) -> str:
     config, tokenizer = prepared.config, prepared.tokenizer
     prompt = tokenizer.encode(config.evaluation.prompt).tolist()
     tokens = generate(
-        config.model,
+        # What the tokenizer has no text for is not drawn.
+        dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size),
         weights,
         prompt,
         context=config.data.segment_length,

@@ -2,9 +2,12 @@
 
 import math
 import os
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from data.errors import InputError
@@ -34,11 +37,21 @@ GENERATION = Layout(RULES | {"batch": None, "sequence": None}, gathered=("fsdp",
 def join_processes() -> None:
     """Connect to the other processes of this run, where `ziggurat launch` has said that there are any."""
     if "ZIGGURAT_COORDINATOR" in os.environ:
+        # It would take SIGTERM as a notice of preemption, which nothing here acts on: the process would not end.
+        jax.config.update("jax_enable_preemption_service", False)
         jax.distributed.initialize(
             coordinator_address=os.environ["ZIGGURAT_COORDINATOR"],
             num_processes=int(os.environ["ZIGGURAT_NUM_PROCESSES"]),
             process_id=int(os.environ["ZIGGURAT_PROCESS_ID"]),
         )
+
+
+def once(action: Callable[[], Any]) -> None:
+    """Process 0 does it; the others wait until it is done."""
+    if jax.process_index() == 0:
+        action()
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("once")
 
 
 def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
@@ -71,6 +84,7 @@ def mesh_problems(config: Config, shape: tuple[int, ...]) -> list[str]:
     must_divide("train.batch_size / train.accumulation_steps", rows, "mesh.data × mesh.fsdp", shards)
     must_divide("data.num_streams", config.num_streams, "mesh.data × mesh.fsdp", shards)
     must_divide("data.segment_length", config.data.segment_length, "mesh.tensor", size["tensor"])
+    must_divide("model.model_dim", config.model.model_dim, "mesh.tensor", size["tensor"])
     fields = {"model": "model_dim", "heads": "num_heads", "kv_heads": "num_kv_heads", "feedforward": "feedforward_dim"}
     seen = set()
     for parameter in parameter_table(config.model).values():

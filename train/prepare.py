@@ -3,7 +3,6 @@
 import importlib.util
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,9 @@ from jax.experimental import multihost_utils
 from data.corpus import Corpus, open_corpus
 from data.errors import InputError
 from data.formats.stdlib import snapshot_stdlib
-from data.tokenizer import Tokenizer, train_tokenizer
+from data.tokenizer import MODEL_FILE, Tokenizer, copy_tokenizer, train_tokenizer
 from train.config import Config, resume_differences
+from train.mesh import once
 from train.run import Run
 
 log = logging.getLogger("ziggurat")
@@ -50,10 +50,10 @@ def prepare(config: Config, run: Run) -> Prepared:
     """
     check_folder(config, run)
     corpus = open_run_corpus(config, run)
-    if not run.config_file.exists():
+    # A run begins with its first checkpoint. What a start without one has left is made anew.
+    if not run.last_step():
         corpus.check()
-        # What a start left that did not get as far as its config may be of other settings.
-        once(run.clear)
+        once(lambda: claim(config, run))
     tokenizer = run_tokenizer(config, run, corpus)
     given = config.model.vocab_size
     if given is not None and given < tokenizer.vocab_size:
@@ -64,8 +64,12 @@ def prepare(config: Config, run: Run) -> Prepared:
     config = config.resolved(tokenizer.vocab_size)
     size = config.evaluation.max_bytes
     make_once(run.held_out, lambda: run.save_held_out(up_to(corpus.held_out_texts(), size)))
+    held_out = run.held_out_texts()
+    if config.data.validation_fraction and not held_out and jax.process_index() == 0:
+        log.warning("no document is held out, so nothing is evaluated; raise data.validation_fraction, or give more")
     fingerprints = {"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
-    return Prepared(config, corpus, tokenizer, run.held_out_texts(), fingerprints)
+    check_same_everywhere(fingerprints)
+    return Prepared(config, corpus, tokenizer, held_out, fingerprints)
 
 
 def check_folder(config: Config, run: Run) -> None:
@@ -76,23 +80,30 @@ def check_folder(config: Config, run: Run) -> None:
         raise InputError(f"train.run_dir = {run.folder}: {existing} {problem}; name another folder")
     if config.train.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         raise InputError("train.tensorboard needs the package tensorboardX: pip install -e '.[tensorboard]'")
-    if run.config_file.exists():
-        saved = run.load_config()
-        differences = resume_differences(saved, config.resolved(saved.model.vocab_size))
-        if differences["frozen"]:
-            changes = "\n".join(f"  {line}" for line in differences["frozen"])
-            raise InputError(
-                f"{run.folder} holds a run with other settings, which cannot change on resume:\n{changes}\n"
-                "  give the old values, or start another run with --config.train.run_dir=FOLDER"
-            )
-        for line in differences["warn"]:
-            log.warning("changed on resume: %s", line)
-    elif run.checkpoints.exists() and any(run.checkpoints.iterdir()):
+    last_step = run.last_step()
+    if not run.is_claimed() or not last_step:
+        return
+    saved = run.load_config()
+    differences = resume_differences(saved, config.resolved(saved.model.vocab_size))
+    if differences["frozen"]:
+        changes = "\n".join(f"  {line}" for line in differences["frozen"])
         raise InputError(
-            f"train.run_dir = {run.folder} has checkpoints but no config.json; restore it, or name a new folder"
+            f"{run.folder} holds a run with other settings, which cannot change on resume:\n{changes}\n"
+            "  give the old values, or start another run with --config.train.run_dir=FOLDER"
         )
-    elif run.folder.exists() and not {path.name for path in run.folder.iterdir()} <= run.names():
-        raise InputError(f"train.run_dir = {run.folder} holds other things than a run; name a new folder")
+    if config.train.num_steps < last_step:
+        raise InputError(
+            f"train.num_steps = {config.train.num_steps}: the run in {run.folder} has done {last_step} steps already; "
+            "raise it, or start another run with --config.train.run_dir=FOLDER"
+        )
+    for line in differences["warn"]:
+        log.warning("changed on resume: %s", line)
+
+
+def claim(config: Config, run: Run) -> None:
+    """Make the folder this run's, and empty of what an earlier start has left."""
+    run.save_config(config)
+    run.clear()
 
 
 def open_run_corpus(config: Config, run: Run) -> Corpus:
@@ -101,27 +112,29 @@ def open_run_corpus(config: Config, run: Run) -> Corpus:
     if path == "stdlib":
         path = str(run.snapshot)
         make_once(run.snapshot, lambda: snapshot_stdlib(run.snapshot))
-    return open_corpus(path, config.resolved().data)
+    return open_corpus(path, config.resolved().data, leave_out=run.folder)
 
 
 def run_tokenizer(config: Config, run: Run, corpus: Corpus) -> Tokenizer:
-    """The run's tokenizer: what is there, else a copy of `tokenizer.path`, else a new one trained on a sample."""
+    """The run's tokenizer: what is there, else a copy of `tokenizer.path`, else a new one trained on a sample.
+
+    Raises:
+        InputError: `tokenizer.path` has none, or another than the run began with.
+    """
+    path = Path(config.tokenizer.path).expanduser() if config.tokenizer.path else None
 
     def make() -> None:
-        if config.tokenizer.path is None:
-            train_run_tokenizer(config, corpus, run.tokenizer)
+        if path:
+            copy_tokenizer(Tokenizer.load(path), run.tokenizer)
         else:
-            brought = Tokenizer.load(Path(config.tokenizer.path))
-            partial = run.tokenizer.with_name("tokenizer.partial")
-            shutil.copytree(brought.folder, partial, dirs_exist_ok=True)
-            partial.rename(run.tokenizer)
+            train_run_tokenizer(config, corpus, run.tokenizer)
 
-    make_once(run.tokenizer, make)
+    make_once(run.tokenizer / MODEL_FILE, make)
     tokenizer = Tokenizer.load(run.tokenizer)
-    if jax.process_count() > 1:
-        mine = np.frombuffer(bytes.fromhex(tokenizer.fingerprint), np.uint8)
-        if not (multihost_utils.process_allgather(mine) == mine).all():
-            raise InputError(f"the processes see different tokenizers in {run.tokenizer}: train.run_dir must be shared")
+    if path and path.exists() and Tokenizer.load(path).fingerprint != tokenizer.fingerprint:
+        raise InputError(
+            f"tokenizer.path = {path} is not the tokenizer that the run in {run.folder} began with; leave it at none"
+        )
     return tokenizer
 
 
@@ -138,7 +151,8 @@ def up_to(texts: Iterable[str], size: int) -> list[str]:
     for text in texts:
         encoded = text.encode()
         if len(encoded) >= size:
-            return [*taken, encoded[:size].decode(errors="ignore")] if size else taken
+            cut = encoded[:size].decode(errors="ignore")
+            return [*taken, cut] if cut else taken
         taken.append(text)
         size -= len(encoded)
     return taken
@@ -156,12 +170,14 @@ def check_fingerprints(saved: dict[str, str], now: dict[str, str], config: Confi
         raise InputError(f"{config.train.run_dir}/tokenizer is not the one that this run began with; restore it")
 
 
-def once(action: Callable[[], Any]) -> None:
-    """Process 0 does it; the others wait until it is done."""
-    if jax.process_index() == 0:
-        action()
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("once")
+def check_same_everywhere(fingerprints: dict[str, str]) -> None:
+    """InputError, on all processes, where one of them sees another corpus or tokenizer."""
+    if jax.process_count() == 1:
+        return
+    for name, fingerprint in fingerprints.items():
+        mine = np.frombuffer(bytes.fromhex(fingerprint), np.uint8)
+        if len(np.unique(multihost_utils.process_allgather(mine), axis=0)) > 1:
+            raise InputError(f"the processes see a different {name} each: data.corpus and train.run_dir must be shared")
 
 
 def make_once(path: Path, make: Callable[[], Any]) -> None:

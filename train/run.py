@@ -1,6 +1,8 @@
 """A run's folder: config.json, tokenizer/, checkpoints/, metrics.jsonl, and the documents that it holds out."""
 
+import dataclasses
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +14,13 @@ from data.config import DataConfig
 from data.errors import InputError
 from data.tokenizer import Tokenizer
 from train.checkpoint import Checkpoints
-from train.config import Config, from_dict, to_json
+from train.config import Config, make_config, to_json
 from train.optimizer import make_optimizer
 from train.state import abstract_state
-from train.weights import read_huggingface
+from train.weights import is_export, read_huggingface
+
+# Ends the name of a file that is not whole yet.
+PARTIAL = ".partial"
 
 
 @dataclass(frozen=True)
@@ -54,12 +59,30 @@ class Run:
         """Weights for inference, written at the end."""
         return self.folder / "export"
 
-    def names(self) -> set[str]:
-        """What a run may have in its folder before its config is saved."""
-        return {path.name for path in (self.tokenizer, self.checkpoints, self.snapshot.parent, self.held_out)}
+    def last_step(self) -> int:
+        """Of the newest complete checkpoint; 0 where there is none."""
+        names = [path.name for path in self.checkpoints.iterdir()] if self.checkpoints.is_dir() else []
+        return max((int(name) for name in names if name.isdigit()), default=0)
+
+    def is_claimed(self) -> bool:
+        """Whether the folder is a run's, even one that was killed as it began.
+
+        Raises:
+            InputError: it holds other things.
+        """
+        if self.config_file.exists():
+            self.load_config()
+            return True
+        if self.last_step():
+            raise InputError(f"{self.folder} has checkpoints but no config.json; restore it, or name a new folder")
+        # The config is the first thing that a run writes, but for its snapshot of the default corpus.
+        others = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
+        if others - {self.snapshot.parent.name, self.config_file.name + PARTIAL}:
+            raise InputError(f"{self.folder} holds other things than a run; name a new folder")
+        return False
 
     def clear(self) -> None:
-        """Remove what depends on settings."""
+        """Remove what a start without a checkpoint has left: it may be of other settings or another corpus."""
         shutil.rmtree(self.tokenizer, ignore_errors=True)
         self.held_out.unlink(missing_ok=True)
 
@@ -79,7 +102,11 @@ class Run:
             raise InputError(f"{self.config_file}: not JSON: {error}") from None
         if not isinstance(values, dict):
             raise InputError(f"{self.config_file}: holds no settings")
-        return from_dict(values)
+        try:
+            return make_config(values)
+        except InputError as error:
+            lines = "\n".join(f"  {line}" for line in str(error).splitlines())
+            raise InputError(f"{self.config_file} is not the config of a run of this version:\n{lines}") from None
 
     def held_out_texts(self) -> list[str]:
         """The documents of `held_out`."""
@@ -95,7 +122,7 @@ class Run:
 def write_atomically(path: Path, text: str) -> None:
     """The file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + PARTIAL)
     partial.write_text(text)
     partial.replace(path)
 
@@ -122,12 +149,15 @@ class Trained:
 def load_trained(where: str) -> Trained:
     """Load a RUN, RUN@STEP or a folder of exported WEIGHTS onto the ambient mesh.
 
+    Its config says float32 compute, whatever the run trained in: a run and its export give the same figures and text.
+
     Raises:
         InputError: nothing there, or damaged.
     """
-    path, _, step = where.partition("@")
+    where = os.path.expanduser(where)
+    path, _, step = where.rpartition("@") if "@" in where and not os.path.exists(where) else (where, "", "")
     folder = Path(path)
-    if (folder / "model.safetensors").exists():
+    if is_export(folder):
         if step:
             raise InputError(f"{where}: exported weights have no steps; leave out @{step}")
         model, weights, tokenizer, context = read_huggingface(folder)
@@ -141,6 +171,7 @@ def load_trained(where: str) -> Trained:
         raise InputError(f"{folder} has no checkpoint yet; let its `ziggurat pretrain` go on to the first one")
     tokenizer = Tokenizer.load(run.tokenizer)
     config = config.resolved(tokenizer.vocab_size)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype="float32"))
     checkpoints = Checkpoints(run.checkpoints)
     abstract = abstract_state(config, make_optimizer(config))["weights"]
     found, weights = checkpoints.restore_weights(abstract, int(step) if step else None)

@@ -34,6 +34,6 @@ def warmup_steps(config: Config) -> int:
 
 
 def decay_steps(config: Config) -> int:
-    """Steps of wsd's decay: as given, or the last 20% of the run."""
-    given = config.optimizer.decay_steps
-    return config.train.num_steps // 5 if given is None else given
+    """Steps of wsd's decay: as given, or the last 20% of the run, or what warm-up leaves of it."""
+    given, num_steps = config.optimizer.decay_steps, config.train.num_steps
+    return min(num_steps // 5, max(num_steps - 1 - warmup_steps(config), 0)) if given is None else given

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from model.decoder import Decoder
-from model.loss import chunk_length, token_log_probabilities
+from model.loss import token_log_probabilities
 from train.config import Config
 from train.mesh import TRAINING
 from train.schedule import learning_rate
@@ -22,10 +22,9 @@ def summed_loss(config: Config, weights: dict[str, Any], batch: Batch) -> jax.Ar
     """Cross-entropy in nats, summed over the batch's positions by their loss weights; a float32 scalar."""
     decoder = Decoder(config.model, weights, TRAINING)
     x_BTD = decoder(batch["tokens"], batch["positions"], batch["segment_ids"])
-    chunk = chunk_length(x_BTD.shape[1], config.model.loss_chunk)
-    log_p_BT = token_log_probabilities(
-        x_BTD, decoder.unembedding_matrix(), batch["targets"], config.model.vocab_size, chunk, TRAINING
-    )
+    matrix_DV, m = decoder.unembedding_matrix(), config.model
+    assert m.vocab_size is not None
+    log_p_BT = token_log_probabilities(x_BTD, matrix_DV, batch["targets"], m.vocab_size, m.loss_chunk, TRAINING)
     return -jnp.sum(log_p_BT * batch["loss_weights"])
 
 

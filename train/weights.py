@@ -10,13 +10,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from data.errors import InputError
-from data.tokenizer import Tokenizer
+from data.tokenizer import MODEL_FILE, Tokenizer
 from data.tokenizer_export import write_huggingface_tokenizer
 from model.config import ModelConfig
 from model.interchange import llama
 
+WEIGHTS_FILE = "model.safetensors"
+# In config.json: how far the run was.
+STEP = "pretraining_step"
+# All that an export has.
+FILES = {"config.json", "generation_config.json", WEIGHTS_FILE, "tokenizer.json", "tokenizer_config.json", MODEL_FILE}
 
-def write_huggingface(folder: Path, config: ModelConfig, weights: Any, tokenizer: Tokenizer, context: int) -> None:
+
+def write_huggingface(
+    folder: Path, config: ModelConfig, weights: Any, tokenizer: Tokenizer, context: int, step: int
+) -> None:
     """Write `config.json`, `model.safetensors` (float32) and the tokenizer; the folder appears whole or not at all.
 
     Args:
@@ -25,30 +33,54 @@ def write_huggingface(folder: Path, config: ModelConfig, weights: Any, tokenizer
         weights: the nested dictionary of arrays, all addressable.
         tokenizer: of the run.
         context: the positions that the model was trained on at once.
+        step: of the run, kept in config.json.
 
     Raises:
         InputError: the folder holds something else.
     """
     check_export_folder(folder)
-    partial = folder.with_name(folder.name + ".partial")
+    folder = folder.resolve()
+    partial, old = (folder.with_name(folder.name + ending) for ending in (".partial", ".old"))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    values = llama.config_to_theirs(config, context, tokenizer.eos_id)
+    values = llama.config_to_theirs(config, context, tokenizer.eos_id) | {STEP: step}
     (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     generation = {"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id}
     (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    save_file(llama.to_theirs(config, weights), partial / "model.safetensors", metadata={"format": "pt"})
+    save_file(llama.to_theirs(config, weights), partial / WEIGHTS_FILE, metadata={"format": "pt"})
     write_huggingface_tokenizer(tokenizer, partial, context)
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
     partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_export_folder(folder: Path) -> None:
     """InputError where exporting to this folder would overwrite what is no export."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; name a folder for the export")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "model.safetensors").exists():
+    if folder.is_dir() and not {path.name for path in folder.iterdir()} <= FILES:
         raise InputError(f"{folder} holds other things than an export; name a new folder")
+
+
+def exported_step(folder: Path) -> int | None:
+    """The step of the weights that a folder holds; none where it holds no export that can be read."""
+    try:
+        step: int | None = json.loads((folder / "config.json").read_text()).get(STEP)
+    except (OSError, ValueError, AttributeError):
+        return None
+    return step
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder holds exported weights, or what is left of them."""
+    if (folder / WEIGHTS_FILE).exists():
+        return True
+    try:
+        return "architectures" in json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
 
 
 def read_huggingface(folder: Path) -> tuple[ModelConfig, dict[str, Any], Tokenizer, int]:
@@ -57,13 +89,13 @@ def read_huggingface(folder: Path) -> tuple[ModelConfig, dict[str, Any], Tokeniz
     Raises:
         InputError: a file is missing or damaged, or the model is of another kind.
     """
-    for name in ("config.json", "model.safetensors"):
+    for name in ("config.json", WEIGHTS_FILE):
         if not (folder / name).is_file():
-            raise InputError(f"{folder} has no {name}: it is neither a run nor exported weights")
+            raise InputError(f"{folder} has no {name}; export the weights anew")
     try:
         values = json.loads((folder / "config.json").read_text())
         config = llama.config_from_theirs(values)
-        with safe_open(folder / "model.safetensors", framework="numpy") as file:
+        with safe_open(folder / WEIGHTS_FILE, framework="numpy") as file:
             weights = llama.from_theirs(config, lambda name: np.asarray(file.get_tensor(name)))
     except (ValueError, SafetensorError) as error:
         raise InputError(f"{folder}: these weights cannot be read: {error}") from None

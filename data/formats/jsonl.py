@@ -11,7 +11,7 @@ def read(path: Path, begin: int, end: int, field: str) -> Iterator[tuple[int, st
     """(byte offset, text) of each line that begins in this range; blank lines are passed over.
 
     Raises:
-        InputError: a line is no JSON object with a text in this field; names the line.
+        InputError: a line is no JSON object with a text in this field, or too deeply nested; names the line.
     """
     with path.open("rb") as file:
         if begin:
@@ -32,7 +32,7 @@ def read(path: Path, begin: int, end: int, field: str) -> Iterator[tuple[int, st
                 if not isinstance(record[field], str):
                     raise ValueError(f"field {field!r} is no text but {type(record[field]).__name__}")
                 record[field].encode()
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{path}:{line_number(path, offset)}: {error}") from None
             yield offset, record[field]
 

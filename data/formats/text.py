@@ -20,9 +20,16 @@ def cut(path: Path, at: int, end: int) -> int:
         after = file.read(min(LINE_BYTES, end - at + 1))
     if (newline := after.find(b"\n")) >= 0:
         return at + newline
+    return next_character(path, at, end)
+
+
+def next_character(path: Path, at: int, end: int) -> int:
+    """The first byte from `at` on at which a character begins; at most `end`."""
+    with path.open("rb") as file:
+        file.seek(at)
+        after = file.read(min(LINE_BYTES, end - at))
     # A character's later bytes are 10xxxxxx.
-    begins = (i for i, byte in enumerate(after[1:]) if byte & 0xC0 != 0x80)
-    return at + next(begins, end - at)
+    return at + next((i for i, byte in enumerate(after) if byte & 0xC0 != 0x80), end - at)
 
 
 def read(path: Path, begin: int, end: int) -> str:

@@ -9,9 +9,9 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     """The values that differ from the defaults."""
     config = ConfigDict()
-    config.model = {"num_layers": 4, "model_dim": 256, "num_heads": 4, "num_kv_heads": 2, "compute_dtype": "float32"}
+    config.model = {"num_layers": 4, "model_dim": 256, "num_heads": 4, "num_kv_heads": 2}
     config.optimizer = {"learning_rate": 4e-3}
-    config.train = {"run_dir": "runs/tiny", "num_steps": 800, "batch_size": 8}
-    config.checkpoint = {"every_steps": 200}
+    config.train = {"run_dir": "runs/tiny", "num_steps": 1000, "batch_size": 8}
+    config.checkpoint = {"every_steps": 250}
     config.evaluation = {"every_steps": 100, "loop_bytes": 2**16}
     return config

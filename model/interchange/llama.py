@@ -105,6 +105,8 @@ def config_to_theirs(config: ModelConfig, context: int, eos_id: int) -> dict[str
 
 def config_from_theirs(theirs: Mapping[str, Any]) -> ModelConfig:
     """The model of their config.json. ValueError says what in it our decoder does not have."""
+    if not isinstance(theirs, Mapping):
+        raise ValueError("config.json holds no settings")
     if theirs.get("architectures") != [ARCHITECTURE]:
         raise ValueError(f"architectures is {theirs.get('architectures')}; only {ARCHITECTURE} can be read")
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
@@ -118,19 +120,22 @@ def config_from_theirs(theirs: Mapping[str, Any]) -> ModelConfig:
         raise ValueError(
             f"{', '.join(name for name, bad in unsupported.items() if bad)}: this decoder has no such choice"
         )
-    try:
-        return ModelConfig(
-            num_layers=theirs["num_hidden_layers"],
-            model_dim=theirs["hidden_size"],
-            num_heads=theirs["num_attention_heads"],
-            num_kv_heads=theirs.get("num_key_value_heads"),
-            head_dim=theirs.get("head_dim"),
-            feedforward_dim=theirs["intermediate_size"],
-            vocab_size=theirs["vocab_size"],
-            tie_embeddings=theirs.get("tie_word_embeddings", False),
-            rope_base=float(rope.get("rope_theta", theirs.get("rope_theta", 10_000.0))),
-            norm_epsilon=theirs.get("rms_norm_eps", 1e-6),
-            compute_dtype="float32",
-        ).resolved()
-    except KeyError as missing:
-        raise ValueError(f"{missing} is missing") from None
+    for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size"):
+        if not isinstance(theirs.get(name), int):
+            raise ValueError(f"{name} is {theirs.get(name)}; it must be a whole number")
+    config = ModelConfig(
+        num_layers=theirs["num_hidden_layers"],
+        model_dim=theirs["hidden_size"],
+        num_heads=theirs["num_attention_heads"],
+        num_kv_heads=theirs.get("num_key_value_heads"),
+        head_dim=theirs.get("head_dim"),
+        feedforward_dim=theirs["intermediate_size"],
+        vocab_size=theirs["vocab_size"],
+        tie_embeddings=theirs.get("tie_word_embeddings", False),
+        rope_base=float(rope.get("rope_theta") or theirs.get("rope_theta") or 10_000),
+        norm_epsilon=theirs.get("rms_norm_eps", 1e-6),
+        compute_dtype="float32",
+    )
+    if problems := config.problems():
+        raise ValueError("; ".join(problems))
+    return config.resolved()

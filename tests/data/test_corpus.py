@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data import corpus as corpus_module
 from data.config import DataConfig
-from data.corpus import Corpus, open_corpus
+from data.corpus import MANY_FILES, Corpus, open_corpus
 from data.errors import InputError
 from data.formats import text as text_format
 from data.formats.stdlib import snapshot_stdlib
@@ -93,6 +94,38 @@ def test_of_many_txt_files_whole_ones_are_held_out(tmp_path: Path):
     assert sorted(training(corpus) + held_out) == sorted(f"document {i}\nits end" for i in range(300))
 
 
+@pytest.mark.parametrize("last_line", ["漢字🙂" * 100 + "\n", "漢字🙂" * 100, "x" * 999 + "\n"])
+def test_the_end_of_a_txt_is_held_out_of_a_long_last_line_too(tmp_path: Path, last_line: str):
+    content = "a line\n" * 20 + last_line
+    (tmp_path / "a.txt").write_text(content)
+    corpus = open_corpus(str(tmp_path), CONFIG)
+    [held_out] = corpus.held_out_texts()
+    assert 0.04 < len(held_out.encode()) / len(content.encode()) < 0.06
+    assert "".join(training(corpus)) + held_out == content
+
+
+def test_one_of_many_txt_files_is_held_out_where_chance_holds_out_none(tmp_path: Path):
+    for i in range(MANY_FILES):
+        (tmp_path / f"{i}.txt").write_text(f"document {i}")
+    (tmp_path / "empty.txt").touch()
+    for fraction, number in ((1e-9, 1), (0.0, 0)):
+        corpus = open_corpus(str(tmp_path), dataclasses.replace(CONFIG, validation_fraction=fraction))
+        assert len(list(corpus.held_out_texts())) == number
+        assert len(training(corpus)) == MANY_FILES - number
+
+
+def test_a_long_held_out_txt_comes_in_pieces(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(corpus_module, "PIECE_BYTES", 100)
+    content = "".join(f"line {i} of a book\n" for i in range(1000))
+    (tmp_path / "book.txt").write_text(content)
+    corpus = open_corpus(str(tmp_path), CONFIG)
+    pieces = list(corpus.held_out_texts())
+    assert len(pieces) > 5
+    assert max(map(len, pieces)) < 130
+    assert all(piece.endswith("\n") for piece in pieces)
+    assert "".join(training(corpus) + pieces) == content
+
+
 def test_folders_globs_and_files_are_listed_in_the_same_order(tmp_path: Path):
     (tmp_path / "deep" / "er").mkdir(parents=True)
     write_jsonl(tmp_path / "deep" / "b.jsonl", ["b" * 900] * 9)
@@ -103,6 +136,30 @@ def test_folders_globs_and_files_are_listed_in_the_same_order(tmp_path: Path):
     assert open_corpus(f"{tmp_path}/**/*.jsonl", CONFIG).names == folder.names
     assert open_corpus(f"{tmp_path}/**/*.jsonl", CONFIG).fingerprint == folder.fingerprint
     assert open_corpus(f"{tmp_path}/deep/b.jsonl", CONFIG).names == ["b.jsonl"]
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_jsonl(tmp_path / "a.jsonl", ["some text " * 50] * 9)
+    for where in ("~", "~/a.jsonl", "~/*.jsonl"):
+        assert open_corpus(where, CONFIG).names == ["a.jsonl"]
+
+
+def test_what_a_run_writes_below_its_corpus_is_no_corpus(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = Path("runs/one")
+    (run / "corpus").mkdir(parents=True)
+    for name in ("a.jsonl", "runs/one_more.jsonl", "runs/one/held_out.jsonl", "runs/one/corpus/stdlib.jsonl"):
+        write_jsonl(Path(name), [name * 100] * 9)
+    (tmp_path / "link").symlink_to(run)
+    for where in (".", str(tmp_path), "**/*.jsonl"):
+        for leave_out in (run, run.absolute(), Path("link")):
+            assert open_corpus(where, CONFIG, leave_out).names == ["a.jsonl", "runs/one_more.jsonl"]
+    for where in (run, run / "corpus", run / "corpus" / "stdlib.jsonl", run / "corpus" / "*.jsonl"):
+        assert "stdlib.jsonl" in "".join(open_corpus(str(where), CONFIG, run).names)
+    for nothing in ("runs/*/held_out.jsonl", "n" * 300 + "/*", "a\0b*"):
+        with pytest.raises(InputError, match="matches no file"):
+            open_corpus(nothing, CONFIG, run)
 
 
 def test_the_fingerprint_follows_content_and_names_not_the_place(tmp_path: Path):
@@ -153,9 +210,12 @@ def test_what_is_wrong_with_a_corpus_is_named_with_its_place(tmp_path: Path):
     assert "a.csv is neither .txt nor .jsonl" in error(file("a.csv", b"1"))
     (tmp_path / "folder").mkdir()
     assert "the folder holds no .txt or .jsonl file" in error(tmp_path / "folder")
+    assert error("n" * 5000) == f"data.corpus = {'n' * 5000}: there is no such file or folder"
+    assert "matches no file" in error("n" * 5000 + "/*")
     assert "there is no text in it" in error(file("empty.txt", b""))
     assert "lower data.num_streams" in error(file("short.txt", b"a few words"))
     assert "b.txt: byte 3000 is no UTF-8" in error(file("b.txt", b"a" * 3000 + b"\xff" + b"a" * 10))
+    file("a2.jsonl", good * 2)
     assert "a.jsonl:3: " in error(file("a.jsonl", good * 2 + b"{not json}\n" + good))
     assert "has no field 'text', only body, n; see data.text_field" in error(
         write_jsonl(tmp_path / "c.jsonl", ["a" * 3000], field="body")
@@ -163,6 +223,10 @@ def test_what_is_wrong_with_a_corpus_is_named_with_its_place(tmp_path: Path):
     assert "is no object but list" in error(file("d.jsonl", good + b"[1]\n"))
     assert "field 'text' is no text but int" in error(file("e.jsonl", good + b'{"text": 1}\n'))
     assert "f.jsonl:2: " in error(file("f.jsonl", good + b'{"text": "\\ud800"}\n'))
+    assert "g.jsonl:2: " in error(file("g.jsonl", good + b"[" * 200_000 + b"\n"))
+    assert "no document to train on" in error(write_jsonl(tmp_path / "h.jsonl", [""] * 100))
+    held_out = dataclasses.replace(CONFIG, validation_fraction=0.999999)
+    assert "no document to train on" in error(tmp_path / "a2.jsonl", held_out)
     shutil.copy(tmp_path / "a.jsonl", tmp_path / "folder")
     shutil.copy(tmp_path / "b.txt", tmp_path / "folder")
     assert len(error(tmp_path / "folder").splitlines()) == 2

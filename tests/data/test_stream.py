@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data import corpus as corpus_module
 from data.config import DataConfig
 from data.corpus import Corpus, open_corpus
 from data.errors import InputError
-from data.stream import Stream
+from data.stream import EMPTY_EPOCHS, Stream
 from tests.data.stand_in import tokenize
 
 CONFIG = DataConfig(segment_length=16, num_streams=3, chunk_bytes=400, shuffle_bytes=900, validation_fraction=0.1)
@@ -132,8 +133,26 @@ def test_the_order_is_pinned(tmp_path: Path):
 PINNED = ["\x00document 13\x00doc", "ument 47\x00documen", "\x00document 01\x00doc", "ument 09\x00documen"]
 
 
-def test_a_stream_without_documents_is_an_error(tmp_path: Path):
-    corpus = open_corpus(write(tmp_path, ["y" * 4000]), dataclasses.replace(CONFIG, num_streams=3, chunk_bytes=500))
+def test_a_stream_without_documents_goes_on_to_an_epoch_that_has_some(tmp_path: Path):
+    corpus = open_corpus(write(tmp_path, ["y" * 4000]), dataclasses.replace(CONFIG, chunk_bytes=500))
+    begins = [[position[0] for _, position in itertools.islice(stream(corpus, v), 600)] for v in range(3)]
+    assert sorted(epochs[0] == 0 for epochs in begins) == [False, False, True]
+    assert all(epochs[-1] > epochs[0] for epochs in begins)
+
+
+def test_streams_that_never_have_documents_are_an_error(tmp_path: Path, monkeypatch):
+    corpus = open_corpus(write(tmp_path, [""] * 100), CONFIG)
+    epochs = []
+    monkeypatch.setattr(Stream, "windows", lambda self, epoch: epochs.append(epoch) or [corpus.chunks])
     with pytest.raises(InputError, match=r"lower data\.num_streams"):
-        for v in range(3):
-            next(stream(corpus, v))
+        next(stream(corpus, 0))
+    assert epochs == list(range(EMPTY_EPOCHS))
+
+
+def test_the_chunks_of_an_epoch_are_sorted_once_for_all_streams(corpus, monkeypatch):
+    hashed = []
+    original = corpus_module.digest
+    monkeypatch.setattr(corpus_module, "digest", lambda *parts: hashed.append(parts) or original(*parts))
+    dealt = [chunk for v in range(3) for window in stream(corpus, v, seed=7).windows(5) for chunk in window]
+    assert sorted(dealt, key=corpus.chunks.index) == corpus.chunks
+    assert len(hashed) == len(corpus.chunks)

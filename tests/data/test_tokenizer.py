@@ -34,6 +34,11 @@ def test_every_text_comes_back(tokenizer: Tokenizer, text: str):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_lone_surrogates_are_refused(tokenizer: Tokenizer):
+    with pytest.raises(ValueError):
+        tokenizer.encode("a \ud800 b")
+
+
 def test_code_compresses(tokenizer: Tokenizer):
     held_out = code()[::8]
     tokens = sum(len(tokenizer.encode(text)) for text in held_out)
@@ -70,7 +75,7 @@ def test_a_small_text_gets_the_vocabulary_that_it_supports_and_it_says_so(tmp_pa
     assert small.decode(small.encode("übermäßig 🙂")) == "übermäßig 🙂"
 
 
-@pytest.mark.parametrize("texts", [[], ["", "  \n"]])
+@pytest.mark.parametrize("texts", [[], ["", "  \n"], ["\0\0", " \0"]])
 def test_no_text_is_an_error(texts: list[str], tmp_path: Path):
     with pytest.raises(InputError, match="no text to train"):
         train_tokenizer(texts, 4096, tmp_path)

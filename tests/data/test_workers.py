@@ -1,6 +1,7 @@
 """Tokenizing in other processes: the same tokens in the same order, and no process is left."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -28,6 +29,17 @@ def test_workers_give_the_same_tokens_in_order(tokenizer: Tokenizer, number: int
     assert len(found) == len(texts)
     for tokens, text in zip(found, texts, strict=True):
         np.testing.assert_array_equal(tokens, tokenizer.encode(text))
+
+
+def test_ctrl_c_is_left_to_the_parent(tokenizer: Tokenizer):
+    workers = Workers(tokenizer.folder, 1)
+    list(workers(["it has begun"]))
+    [process] = workers._processes
+    process.send_signal(signal.SIGINT)
+    [found] = workers(["it goes on"])
+    workers.close()
+    np.testing.assert_array_equal(found, tokenizer.encode("it goes on"))
+    assert process.returncode == 0
 
 
 def test_they_end_with_their_parent(tokenizer: Tokenizer, tmp_path: Path):

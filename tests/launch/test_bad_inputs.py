@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from data.tokenizer import train_tokenizer
 from tests.launch.small_run import ROOT, here, write_config
 
+LONG = "n" * 300
 # (what it is, the command, words of the message). In commands and words, {run} is a finished run's folder, {dir} an
 # empty one, {config} a good config file.
 TABLE = [
@@ -39,6 +41,14 @@ TABLE = [
     ("empty corpus to evaluate on", ["evaluate", "{run}", "--corpus={dir}/empty.jsonl"], "no text"),
     ("config.json lost", ["pretrain", "--config={config}", "--config.train.run_dir={lost}"], "but no config.json"),
     ("frozen field on resume", ["pretrain", "--config={run_config}", "--config.model.num_layers=3"], "layers: 2 → 3"),
+    ("fewer steps on resume", ["pretrain", "--config={run_config}", "--config.train.num_steps=3"],
+     "has done 12 steps already"),
+    ("other tokenizer on resume", ["pretrain", "--config={run_config}", "--config.tokenizer.path={other_tokenizer}"],
+     "is not the tokenizer that the run in"),
+    ("a folder with a config.json of another program", ["pretrain", "--config={config}",
+     "--config.train.run_dir={foreign}"], "is not the config of a run"),
+    ("export onto another project", ["export", "{run}", "--format=hf", "--to={foreign}"], "holds other things"),
+    ("weights lost", ["generate", "{foreign}", "--prompt=a"], "has no model.safetensors; export the weights anew"),
     ("other corpus on resume", ["pretrain", "--config={run_config}", "--config.data.corpus={dir}/other.jsonl"],
      "is not the text that this run began with"),
     ("tokenizer exists", ["tokenize", "--config={config}", "--to={dir}"], "exists already; name a new folder"),
@@ -48,13 +58,20 @@ TABLE = [
     ("no step at all", ["evaluate", "{run}@last"], "after @ comes the step of a checkpoint"),
     ("step of weights", ["evaluate", "{run}/export@8"], "exported weights have no steps"),
     ("weights without a corpus", ["evaluate", "{run}/export"], "give --corpus=PATH"),
-    ("corpus to evaluate on", ["evaluate", "{run}", "--corpus={dir}/none"], "no such file or folder"),
+    ("corpus to evaluate on", ["evaluate", "{run}", "--corpus={dir}/none"], "--corpus=/"),
     ("sampling flags", ["generate", "{run}", "--prompt=a", "--top_k=-1", "--temperature=0", "--max_new_tokens=0"],
      "--max_new_tokens=0 must be at least 1"),
     ("greedy and sampling", ["generate", "{run}", "--prompt=a", "--greedy", "--seed=1"], "--seed has no effect"),
     ("export of weights", ["export", "{run}/export", "--format=hf", "--to={dir}/new"], "exported weights already"),
     ("export onto something", ["export", "{run}", "--format=hf", "--to={dir}"], "holds other things than an export"),
     ("no processes", ["launch", "local", "--processes=0", "--", "pretrain"], "--processes=0 must be at least 1"),
+    ("over-long config", ["pretrain", f"--config={LONG}.py"], LONG),
+    ("over-long run folder", ["pretrain", "--config={config}", f"--config.train.run_dir={{dir}}/{LONG}"], LONG),
+    ("over-long run", ["generate", f"{{dir}}/{LONG}", "--prompt=a"], LONG),
+    ("over-long export", ["export", "{run}", "--format=hf", f"--to={{dir}}/{LONG}"], LONG),
+    ("over-long tokenizer", ["tokenize", "--config={config}", f"--to={{dir}}/{LONG}"], LONG),
+    ("tokenizer to make and given", ["tokenize", "--config={config}", "--config.tokenizer.path={dir}", "--to={dir}/t"],
+     "tokenizer.path = "),
     ("nothing to launch", ["launch", "local", "--processes=2"], "there is no command; give one after --"),
 ]  # fmt: skip
 
@@ -75,7 +92,13 @@ def places(tmp_path: Path, finished: Path) -> dict[str, str]:
     run_config = write_config(tmp_path / "copy")
     shutil.copy(finished.parent / "corpus.jsonl", tmp_path / "copy" / "corpus.jsonl")
     shutil.copytree(finished / "checkpoints", tmp_path / "lost" / "checkpoints")
+    foreign = tmp_path / "foreign"
+    (foreign / ".git").mkdir(parents=True)
+    (foreign / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    train_tokenizer(["some other words"], 400, tmp_path / "tokenizer")
     return {
+        "foreign": str(foreign),
+        "other_tokenizer": str(tmp_path / "tokenizer"),
         "lost": str(tmp_path / "lost"),
         "run": str(copy),
         "dir": str(folder),
@@ -90,14 +113,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(("command", "words"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE])
 def test_bad_input_is_named_and_nothing_is_overwritten(command, words, places, capsys):
-    before = {name: contents(Path(places[name])) for name in ("run", "dir")}
+    before = {name: contents(Path(places[name])) for name in ("run", "dir", "foreign")}
     status = here(*(part.format(**places) for part in command))
     out, err = capsys.readouterr()
     assert status == 2
     assert words in err
     assert out == ""
     assert "Traceback" not in err
-    assert {name: contents(Path(places[name])) for name in ("run", "dir")} == before
+    assert {name: contents(Path(places[name])) for name in ("run", "dir", "foreign")} == before
 
 
 def test_a_run_with_damaged_files_is_named(places, capsys):
@@ -108,6 +131,8 @@ def test_a_run_with_damaged_files_is_named(places, capsys):
         ("config.json", b'{"model": {"depth": 3}}', "model.depth: there is no such field"),
         ("tokenizer/tokenizer.model", b"junk", "is damaged"),
         ("export/model.safetensors", b"junk", "these weights cannot be read"),
+        ("export/config.json", b"[]", "holds no settings"),
+        ("export/config.json", b'{"architectures": ["LlamaForCausalLM"]}', "num_hidden_layers is None"),
         ("export/config.json", b'{"architectures": ["Other"]}', "only LlamaForCausalLM can be read"),
     ):
         path = run / file
@@ -122,7 +147,8 @@ def test_a_run_with_damaged_files_is_named(places, capsys):
 def test_a_config_file_that_fails_is_named_with_its_line(tmp_path: Path, capsys):
     for text, words in (
         ("x = 1\ny = (", "bad.py:2: "),
-        ("x = 1\n\nraise KeyError('a')", "no name 'a'"),
+        ("x = 1\n\nraise KeyError('a')", "bad.py:3: KeyError: 'a'"),
+        ("def get_config():\n    x = {}\n    return x['learning_rate']", "bad.py:3: KeyError: 'learning_rate'"),
         ("def get_config():\n    return 1 / 0", "bad.py:2: ZeroDivisionError: division by zero"),
         ("def get_config():\n    return {}", "must return a ConfigDict"),
         ("x = 1", "must define get_config()"),

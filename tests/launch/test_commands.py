@@ -71,6 +71,39 @@ def test_exported_weights_evaluate_as_the_run_does(finished: Path, tmp_path: Pat
     assert evaluated(capsys, tmp_path / "weights", f"--corpus={corpus}")["loss"] != weights["loss"]
 
 
+def test_a_short_text_is_evaluated_whole_by_a_run_that_held_much_out(finished: Path, tmp_path: Path, capsys):
+    run = shutil.copytree(finished, tmp_path / "run")
+    settings = json.loads((run / "config.json").read_text())
+    settings["data"]["validation_fraction"] = 0.9
+    (run / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "short.txt").write_text("a")
+    assert evaluated(capsys, run, f"--corpus={tmp_path / 'short.txt'}")["bytes"] == 1
+
+
+@pytest.mark.parametrize("to", [".", "../link"])
+def test_an_export_into_the_current_folder_or_a_link(to: str, finished: Path, tmp_path: Path, monkeypatch, capsys):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(folder)
+    assert here("export", finished, "--format=hf", f"--to={to}") == 0
+    assert capsys.readouterr().out == f"{to}\n"
+    assert (folder / "model.safetensors").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "link"}
+
+
+def test_paths_of_the_command_line_may_begin_at_home(finished: Path, tmp_path: Path, monkeypatch, capsys):
+    write_config(tmp_path)
+    (tmp_path / "run").symlink_to(finished)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert evaluated(capsys, "~/run", "--corpus=~/run/held_out.jsonl")["step"] == 12
+    assert generated(capsys, "~/run@8", "--prompt=a").startswith("a")
+    assert here("export", "~/run", "--format=hf", "--to=~/weights") == 0
+    assert here("tokenize", "--config=~/run.py", "--to=~/tokenizer") == 0
+    assert (tmp_path / "weights" / "model.safetensors").exists()
+    assert Tokenizer.load(tmp_path / "tokenizer").vocab_size > 0
+
+
 def generated(capsys, *arguments: object) -> str:
     assert here("generate", *arguments) == 0
     return capsys.readouterr().out
@@ -91,6 +124,21 @@ def test_a_prompt_longer_than_the_context_is_cut_and_it_says_so(finished: Path, 
     prompt = "the cat sees a dog. " * 30
     assert generated(capsys, finished, f"--prompt={prompt}", "--greedy", "--max_new_tokens=40").startswith(prompt)
     assert "the model sees the last 32" in caplog.text
+
+
+def test_tokens_that_only_the_model_has_are_never_drawn(tmp_path: Path, capsys):
+    status = here(
+        "pretrain",
+        f"--config={write_config(tmp_path)}",
+        "--config.model.vocab_size=600",
+        "--config.train.num_steps=1",
+        "--config.data.validation_fraction=0",
+        "--config.checkpoint.export=false",
+    )
+    assert status == 0
+    capsys.readouterr()
+    run = tmp_path / "run"
+    assert generated(capsys, run, "--prompt=a", "--top_k=0", "--temperature=9", "--max_new_tokens=100") != "a"
 
 
 def test_a_run_folder_alone_is_enough(finished: Path, tmp_path: Path, capsys):

@@ -1,17 +1,18 @@
 """Several processes on this machine: their output, statuses and signals, and that none is left."""
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from data.errors import InputError
-from launch.local import add_arguments, launch, run
-
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from launch.local import GRACE, add_arguments, free_port, launch, run
+from tests.launch.small_run import ROOT, command, write_config
 
 
 def environments(number: int) -> list[dict[str, str]]:
@@ -57,21 +58,27 @@ def test_the_first_failure_is_the_status_and_ends_the_others():
 LAUNCHER = """
 import os, sys
 from launch.local import launch
-child = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(60)"
-sys.exit(launch([sys.executable, "-c", child], [dict(os.environ)] * 2))
+sys.exit(launch([sys.executable, "-c", sys.argv[1]], [dict(os.environ)] * 2))
 """
 
 
-def start_launcher() -> tuple[subprocess.Popen, list[int]]:
-    launcher = subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": ROOT}
+def start_launcher(code: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
-    assert launcher.stdout is not None
+
+
+def start_sleepers() -> tuple[subprocess.Popen, list[int]]:
+    launcher = start_launcher("import os, time; print(os.getpid(), flush=True); time.sleep(60)")
     return launcher, [int(launcher.stdout.readline().split()[1]) for _ in range(2)]
 
 
 def test_a_signal_reaches_all_and_none_is_left():
-    launcher, children = start_launcher()
+    launcher, children = start_sleepers()
     launcher.send_signal(signal.SIGTERM)
     assert launcher.wait(20) == 128 + signal.SIGTERM
     assert not any(map(is_running, children))
@@ -79,10 +86,75 @@ def test_a_signal_reaches_all_and_none_is_left():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no death signal")
 def test_none_is_left_when_the_launcher_itself_is_killed():
-    launcher, children = start_launcher()
+    launcher, children = start_sleepers()
     launcher.kill()
     launcher.wait()
     wait_until(lambda: not any(map(is_running, children)))
+
+
+def test_processes_go_on_when_nobody_reads_their_output():
+    launcher = start_launcher("for _ in range(500): print('x' * 1000, flush=True)")
+    launcher.stdout.readline()
+    launcher.stdout.close()
+    assert launcher.wait(20) == 0
+    assert launcher.stderr.read() == ""
+
+
+def test_an_error_in_one_process_ends_all_with_its_message(tmp_path: Path):
+    missing = f"--config.tokenizer.path={tmp_path / 'none'}"
+    launcher = command("launch", "local", "--processes=2", "--", "pretrain", f"--config={write_config(tmp_path)}",
+                       missing, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    try:
+        _, err = launcher.communicate(timeout=90)
+    finally:
+        launcher.kill()
+    assert launcher.returncode == 2
+    assert "[0] ziggurat: " in err
+    assert "holds no tokenizer" in err
+    assert "Traceback" not in err
+
+
+def test_a_fault_of_one_process_as_it_trains_ends_all_with_its_traceback(tmp_path: Path, capfd):
+    code = f"""
+import os, sys, train.loop
+from launch.cli import main
+
+class Loader(train.loop.Loader):
+    def __next__(self):
+        raise RuntimeError("a fault")
+
+if os.environ["ZIGGURAT_PROCESS_ID"] == "1":
+    train.loop.Loader = Loader
+sys.exit(main(["pretrain", "--config={write_config(tmp_path)}"]))
+"""
+    joined = {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",
+        "ZIGGURAT_COORDINATOR": f"127.0.0.1:{free_port()}",
+        "ZIGGURAT_NUM_PROCESSES": "2",
+    }
+    began = time.monotonic()
+    assert launch([sys.executable, "-c", code], [environment | joined for environment in environments(2)]) == 1
+    assert time.monotonic() - began < 90
+    assert "[1] RuntimeError: a fault" in capfd.readouterr().err
+
+
+def test_processes_that_train_end_at_once_on_a_signal(tmp_path: Path):
+    launcher = command("launch", "local", "--processes=2", "--", "pretrain", f"--config={write_config(tmp_path)}",
+                       "--config.train.num_steps=1000000", stderr=subprocess.PIPE)  # fmt: skip
+    try:
+        assert launcher.stderr is not None
+        assert any(" loss " in line for line in itertools.islice(launcher.stderr, 100))
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        assert len(children) == 2
+        began = time.monotonic()
+        launcher.send_signal(signal.SIGTERM)
+        assert launcher.wait(60) == 128 + signal.SIGTERM
+        assert time.monotonic() - began < GRACE / 2
+        assert not any(is_running(int(child)) for child in children)
+    finally:
+        launcher.kill()
 
 
 def test_bad_flags_are_named_together():

@@ -19,6 +19,7 @@ from train.mesh import on_one_device
 from train.optimizer import make_optimizer
 from train.run import Run
 from train.state import abstract_state
+from train.weights import exported_step
 
 
 def state_of(run: Path, step: int):
@@ -149,6 +150,52 @@ def test_two_processes_of_two_devices_follow_one_of_four(tmp_path: Path):
     for array, wanted_array in zip(state, wanted_state, strict=True):
         np.testing.assert_allclose(array, wanted_array, atol=2e-3)
     assert (tmp_path / "two" / "export" / "model.safetensors").exists()
+
+
+def test_a_start_without_a_checkpoint_is_made_anew(finished: Path, tmp_path: Path):
+    """Whatever instant it was killed at (C8), and with another corpus or tokenizer (C1)."""
+    config, run = write_config(tmp_path), tmp_path / "run"
+    for name in ("config.json.partial", "corpus/stdlib.jsonl.partial"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("{")
+    assert here("pretrain", f"--config={config}", "--config.train.num_steps=1") == 0
+    shutil.rmtree(run / "checkpoints")
+    for name in ("held_out.jsonl.partial", "tokenizer/tokenizer.model.partial", "config.json.partial"):
+        (run / name).write_text("{")
+    other = tmp_path / "other.jsonl"
+    other.write_text((finished.parent / "corpus.jsonl").read_text().replace("cat", "cow"))
+    before = Tokenizer.load(run / "tokenizer").fingerprint
+    changed = [f"--config.data.corpus={other}", "--config.train.num_steps=2", "--config.model.num_layers=1"]
+    assert here("pretrain", f"--config={config}", *changed) == 0
+    assert Tokenizer.load(run / "tokenizer").fingerprint != before
+    assert "cow" in Run(run).held_out_texts()[0]
+    assert [record["step"] for record in metrics(run)] == [1, 2]
+
+
+def test_a_longer_run_replaces_its_export_even_if_it_was_killed_before(finished: Path, tmp_path: Path):
+    shutil.copytree(finished, tmp_path / "run")
+    moved = ["pretrain", f"--config={finished.parent / 'run.py'}", f"--config.train.run_dir={tmp_path / 'run'}"]
+    assert exported_step(tmp_path / "run" / "export") == 12
+    assert here(*moved, "--config.train.num_steps=13", "--config.checkpoint.export=false") == 0
+    assert exported_step(tmp_path / "run" / "export") == 12
+    assert here(*moved, "--config.train.num_steps=13") == 0
+    assert exported_step(tmp_path / "run" / "export") == 13
+
+
+def test_a_folder_name_may_hold_an_at_sign(finished: Path, tmp_path: Path, capsys):
+    shutil.copytree(finished, tmp_path / "a@b")
+    assert here("generate", tmp_path / "a@b", "--prompt=a", "--greedy") == 0
+    assert here("generate", f"{tmp_path / 'a@b'}@8", "--prompt=a", "--greedy") == 0
+    assert here("generate", tmp_path / "a@b" / "export", "--prompt=a", "--greedy") == 0
+
+
+def test_nothing_held_out_is_said(finished: Path, tmp_path: Path, caplog, capsys):
+    (tmp_path / "corpus.jsonl").write_text("".join((finished.parent / "corpus.jsonl").open().readlines()[:300]))
+    config = write_config(tmp_path)
+    assert here("pretrain", f"--config={config}", "--config.data.validation_fraction=1e-9",
+                "--config.train.num_steps=1") == 0  # fmt: skip
+    assert "no document is held out" in caplog.text
+    assert "held-out" not in capsys.readouterr().out
 
 
 def test_a_newcomers_txt_gives_streams_a_held_out_end_and_a_smaller_vocabulary(tmp_path: Path, capsys, caplog):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.loss import chunk_length, token_log_probabilities
+from model.loss import token_log_probabilities
 from model.sharding import WHOLE
 from model.unembedding import logits
 
@@ -23,7 +23,7 @@ def plain(x: jax.Array, matrix: jax.Array, targets: jax.Array) -> jax.Array:
     return jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 12])
+@pytest.mark.parametrize("chunk", [1, 4, 5, 12, 100])
 def test_values_and_gradients_are_those_of_log_softmax(chunk: int):
     x, matrix, targets, weights = example()
 
@@ -57,5 +57,9 @@ def test_the_logits_of_a_whole_batch_never_exist():
     assert f"[{B},{T},{V}]" not in program
 
 
-def test_the_chunk_is_the_largest_divisor_within_the_limit():
-    assert [chunk_length(256, 100), chunk_length(12, 100), chunk_length(7, 3)] == [64, 12, 1]
+def test_a_length_that_no_chunk_divides_takes_few_chunks():
+    x, matrix, targets, _ = example()
+    x, targets = x[:, :11], targets[:, :11]
+    program = str(jax.make_jaxpr(lambda x: token_log_probabilities(x, matrix, targets, VOCAB, 10, WHOLE))(x))
+    assert f"[{B},6,{V}]" in program
+    assert f"[{B},1,{V}]" not in program

@@ -113,6 +113,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(two_steps, tmp
         state, progress = restore(tmp_path / "copy")
         assert int(state["step"]) == progress["of"] == 1
         assert "the checkpoint of step 2 is damaged" in caplog.text
+        assert {path.name for path in (tmp_path / "copy").iterdir()} == {"1", "2.damaged"}
+        save(tmp_path / "copy", trained(2))
+        state, progress = restore(tmp_path / "copy")
+        assert int(state["step"]) == progress["of"] == 2
+        flip_bits(tmp_path / "copy" / "2")
         flip_bits(tmp_path / "copy" / "1")
         with pytest.raises(InputError, match="all checkpoints in .* are damaged"):
             restore(tmp_path / "copy")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from data.errors import InputError
-from train.config import Config, config_fields, from_dict, make_config, resume_differences, to_json
+from train.config import Config, config_fields, make_config, resume_differences, to_json
 
 
 def problems(values: dict, overrides: dict | None = None) -> list[str]:
@@ -58,7 +58,10 @@ def test_everything_wrong_is_reported_at_once_with_the_nearest_name():
     [
         ({"train": {"batch_size": 12}, "data": {"num_streams": 5}}, "nearest that does: 4"),
         ({"train": {"batch_size": 6, "accumulation_steps": 4}}, "does not divide by train.accumulation_steps = 4"),
-        ({"optimizer": {"warmup_steps": 80, "decay_steps": 40}, "train": {"num_steps": 100}}, "come to more than"),
+        (
+            {"optimizer": {"warmup_steps": 80, "decay_steps": 40, "schedule": "wsd"}, "train": {"num_steps": 100}},
+            "come to more than",
+        ),
         ({"mesh": {"data": -1}}, "only one of mesh.data, mesh.fsdp and mesh.tensor can be -1"),
         ({"mesh": {"tensor": 0}}, "mesh.tensor is 0"),
         ({"optimizer": {"learning_rate": -1.0}}, "optimizer.learning_rate is -1.0"),
@@ -68,6 +71,10 @@ def test_everything_wrong_is_reported_at_once_with_the_nearest_name():
         ({"data": {"validation_fraction": 1.0}}, "it must be in [0, 1)"),
         ({"data": {"corpus": ""}}, "data.corpus is empty"),
         ({"evaluation": {"loop_bytes": 2**21}}, "more than evaluation.max_bytes"),
+        ({"evaluation": {"loop_bytes": 3}}, "evaluation.loop_bytes is 3; it must be at least 4"),
+        ({"evaluation": {"prompt": "\ud800"}}, "evaluation.prompt is not valid UTF-8"),
+        ({"train": {"seed": 2**32}}, "train.seed is 4294967296; it must be from 0 to 4294967295"),
+        ({"optimizer": {"decay_steps": 10}}, "optimizer.decay_steps is for the schedule wsd"),
         ({"train": {"run_dir": ""}}, "train.run_dir is empty"),
         ({"checkpoint": {"keep": 0}}, "checkpoint.keep is 0"),
         ({"model": {"num_layers": True}}, "it must be a whole number"),
@@ -79,7 +86,7 @@ def test_impossible_values_and_combinations_are_named(values: dict, words: str):
 
 def test_a_saved_config_is_read_back_equal():
     config = make_config({"model": {"head_dim": 8}, "data": {"num_streams": 4}})
-    assert from_dict(json.loads(to_json(config))) == config
+    assert make_config(json.loads(to_json(config))) == config
 
 
 def test_every_field_says_what_it_is_and_what_a_change_on_resume_does():

@@ -34,6 +34,12 @@ def test_left_out_steps_are_parts_of_the_run(schedule: str):
     assert found[0] > 0
 
 
+def test_a_long_warm_up_leaves_the_rest_to_the_decay():
+    found = rates(100, schedule="wsd", warmup_steps=90)
+    assert found.argmax() == 90
+    assert found[-1] == pytest.approx(0.1)
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
 def test_a_run_of_a_single_step_has_a_rate(schedule: str):
     assert rates(1, schedule=schedule)[0] > 0
