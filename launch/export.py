@@ -36,14 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
         if trained.step is None:
             raise InputError(f"{arguments.model} holds exported weights already; give a run's folder")
         context = trained.config.data.segment_length
-        # Resolved: `.` has no name to put another beside, and a link stays one.
-        write_huggingface(
-            Path(arguments.to).resolve(),
-            trained.config.model,
-            trained.weights,
-            trained.tokenizer,
-            context,
-            trained.step,
-        )
+        to = Path(arguments.to)
+        write_huggingface(to, trained.config.model, trained.weights, trained.tokenizer, context, trained.step)
     print(arguments.to)
     return 0
