@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from model.decoder import Decoder
+from tests.peers import require
 from tests.small import small_batch, small_model, small_weights
 from train.metrics import Display, MetricsFile, Rate, duration, flops_per_token, peak_flops, read_metrics
 
@@ -29,7 +30,7 @@ def test_after_a_restart_each_step_stands_once_and_a_torn_line_is_dropped(tmp_pa
 
 
 def test_numbers_go_to_tensorboard_too_where_asked(tmp_path: Path):
-    pytest.importorskip("tensorboardX")
+    require("tensorboardX")
     file = MetricsFile(tmp_path, step=0, tensorboard=True)
     file.write({"step": 1, "loss": 0.5, "sample": "text"})
     file.close()
