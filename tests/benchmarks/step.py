@@ -3,21 +3,21 @@
     python -m tests.benchmarks.step --config=tiny [--config.GROUP.FIELD=VALUE ...]
 
 The peer is Transformers' Llama with the same shapes, AdamW (fused) and clipping, eager and compiled; bfloat16 is
-autocast there, and compute_dtype here. Rounds of all are interleaved, and each figure is the median of its rounds. The
-last line is one JSON object.
+autocast there, and compute_dtype here. Each contestant has a process of its own (PyTorch's threads slow JAX's in the
+same one), their rounds take turns, and each figure is the median of its rounds. The last line is one JSON object.
 """
 
 import argparse
-import dataclasses
 import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
-import torch
-import transformers
 
 from launch.presets import add_config_arguments, load_config
 from model.interchange import llama
@@ -29,6 +29,7 @@ from train.step import make_train_step
 
 ROUNDS, STEPS = 5, 5
 DTYPES = ("float32", "bfloat16")
+KINDS = ("ziggurat", "torch eager", "torch compiled")
 
 
 def batch_of(config: Config) -> dict[str, np.ndarray]:
@@ -66,13 +67,16 @@ def ours(config: Config) -> Callable[[], float]:
 
 def theirs(config: Config, compiled: bool) -> Callable[[], float]:
     """The same with PyTorch."""
+    import torch
+    import transformers
+
     shape = llama.config_to_theirs(config.model, config.data.segment_length, eos_id=0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     batch = {name: torch.tensor(array, dtype=torch.long) for name, array in batch_of(config).items()}
     bfloat16 = config.model.compute_dtype == "bfloat16"
 
-    def loss_of() -> torch.Tensor:
+    def loss_of() -> Any:
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             logits = model(batch["tokens"], use_cache=False).logits
         return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch["targets"].flatten())
@@ -91,30 +95,46 @@ def theirs(config: Config, compiled: bool) -> Callable[[], float]:
     return steps
 
 
+def compete(kind: str, config: Config) -> None:
+    """A contestant's process: a round for each line on standard input, answered by the seconds of one step."""
+    steps = ours(config) if kind == "ziggurat" else theirs(config, compiled=kind == "torch compiled")
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        assert np.isfinite(steps())
+        print((time.perf_counter() - start) / STEPS, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser)
+    parser.add_argument("--contestant", choices=KINDS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    base = load_config(arguments.config, arguments.overrides).resolved(4096)
-    contestants = {}
+    config = load_config(arguments.config, arguments.overrides).resolved(4096)
+    if arguments.contestant:
+        return compete(arguments.contestant, config)
+    processes = {}
     for dtype in DTYPES:
-        config = dataclasses.replace(base, model=dataclasses.replace(base.model, compute_dtype=dtype))
-        contestants[f"ziggurat {dtype}"] = ours(config)
-        for compiled in (False, True):
-            contestants[f"torch {dtype} {'compiled' if compiled else 'eager'}"] = theirs(config, compiled)
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for round_number in range(ROUNDS + 1):
-        for name, steps in contestants.items():
-            start = time.perf_counter()
-            assert np.isfinite(steps()), name
-            if round_number:  # the first compiles
-                seconds[name].append((time.perf_counter() - start) / STEPS)
-    tokens = base.train.batch_size * base.data.segment_length
-    rates = {name: tokens / statistics.median(found) for name, found in seconds.items()}
+        for kind in KINDS:
+            flags = [*sys.argv[1:], f"--config.model.compute_dtype={dtype}", f"--contestant={kind}"]
+            command = [sys.executable, "-m", "tests.benchmarks.step", *flags]
+            processes[f"{kind} {dtype}"] = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+            )
+    seconds: dict[str, list[float]] = {name: [] for name in processes}
+    for _ in range(ROUNDS + 1):
+        for name, process in processes.items():
+            process.stdin.write("round\n")
+            seconds[name].append(float(process.stdout.readline()))
+    for process in processes.values():
+        process.stdin.close()
+        process.wait()
+    tokens = config.train.batch_size * config.data.segment_length
+    # The first round compiles.
+    rates = {name: tokens / statistics.median(found[1:]) for name, found in seconds.items()}
     for name, rate in rates.items():
-        dtype = name.split()[1]
-        best = max(rates[f"torch {dtype} {kind}"] for kind in ("eager", "compiled"))
-        print(f"{name:26} {rate:8,.0f} tokens/s   {rate / best:.2f} of the faster torch {dtype}")
+        dtype = name.split()[-1]
+        best = max(rates[f"torch {kind} {dtype}"] for kind in ("eager", "compiled"))
+        print(f"{name:24} {rate:8,.0f} tokens/s   {rate / best:.2f} of the faster torch {dtype}")
     print(json.dumps(rates))
 
 
