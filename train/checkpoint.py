@@ -7,6 +7,7 @@ array. Orbax commits all three by one rename; a checksum that does not fit on re
 
 import logging
 import shutil
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,8 @@ class Checkpoints:
         except PermissionError:
             raise
         except (ValueError, KeyError, OSError) as error:
-            damage = f"{type(error).__name__}: {error}".splitlines()[0]
+            # The libraries' own text goes on for kilobytes.
+            damage = textwrap.shorten(f"{type(error).__name__}: {error}", 160)
         # One process that cannot read it decides for all; the checksums are the same everywhere.
         if not multihost_utils.process_allgather(np.array(bool(damage))).any():
             actual = flattened(jax.tree.map(int, checksums(arrays)))

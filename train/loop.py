@@ -64,7 +64,7 @@ def pretrain(config: Config) -> Run:
             state = train(prepared, run, display, checkpoints, state, positions)
 
         # ── The end ────────────────────────────────────────────────────────────────────────────────────────────────
-        if config.checkpoint.export and exported_step(run.export) != config.train.num_steps:
+        if config.checkpoint.export and (step < config.train.num_steps or exported_step(run.export) != step):
             whole = multihost_utils.process_allgather(state["weights"], tiled=True)
             context, last = config.data.segment_length, config.train.num_steps
             once(lambda: write_huggingface(run.export, config.model, whole, prepared.tokenizer, context, last))

@@ -74,11 +74,13 @@ class Run:
             self.load_config()
             return True
         if self.last_step():
-            raise InputError(f"{self.folder} has checkpoints but no config.json; restore it, or name a new folder")
+            raise InputError(
+                f"train.run_dir = {self.folder}: checkpoints, but no config.json; restore it, or name another"
+            )
         # The config is the first thing that a run writes, but for its snapshot of the default corpus.
         others = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
         if others - {self.snapshot.parent.name, self.config_file.name + PARTIAL}:
-            raise InputError(f"{self.folder} holds other things than a run; name a new folder")
+            raise InputError(f"train.run_dir = {self.folder} holds other things than a run; name a new folder")
         return False
 
     def clear(self) -> None:

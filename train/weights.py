@@ -40,7 +40,8 @@ def write_huggingface(
     """
     check_export_folder(folder)
     folder = folder.resolve()
-    partial, old = (folder.with_name(folder.name + ending) for ending in (".partial", ".old"))
+    # Names that no folder of the user's own has: both are removed.
+    partial, old = (folder.with_name(f".{folder.name}.ziggurat-{what}") for what in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     values = llama.config_to_theirs(config, context, tokenizer.eos_id) | {STEP: step}

@@ -65,9 +65,12 @@ def test_exported_weights_evaluate_as_the_run_does(finished: Path, tmp_path: Pat
     assert run["loss"] == pytest.approx(metrics(finished)[-1]["validation_loss"], rel=1e-5)
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (tmp_path / "weights" / name).read_bytes() == (finished / "export" / name).read_bytes()
-    # An earlier export is replaced.
+    # An earlier export is replaced, and nothing beside it is touched.
+    for name in ("weights.old", "weights.partial"):
+        (tmp_path / name).mkdir()
     assert here("export", f"{finished}@8", "--format=hf", f"--to={tmp_path / 'weights'}") == 0
     capsys.readouterr()
+    assert {path.name for path in tmp_path.iterdir()} == {"weights", "weights.old", "weights.partial"}
     assert evaluated(capsys, tmp_path / "weights", f"--corpus={corpus}")["loss"] != weights["loss"]
 
 
