@@ -128,7 +128,7 @@ class Config:
         streams = self.data.num_streams or self.train.batch_size
         return dataclasses.replace(
             self,
-            model=self.model.resolved(vocab_size),
+            model=self.model.resolved(vocab_size, self.data.segment_length),
             data=dataclasses.replace(self.data, num_streams=streams),
         )
 
@@ -267,6 +267,11 @@ def config_problems(config: Config) -> list[str]:
             if value is not None and value < minimum:
                 found.append(f"{group}.{name} is {value}; it must be at least {minimum}")
 
+    if c.model.max_positions and c.model.max_positions < c.data.segment_length:
+        found.append(
+            f"model.max_positions = {c.model.max_positions} is less than data.segment_length = "
+            f"{c.data.segment_length}; raise it, or leave it at none"
+        )
     at_least("train", 1, "num_steps", "batch_size", "accumulation_steps", "log_every_steps")
     if not 0 <= c.train.seed < 2**32:
         found.append(f"train.seed is {c.train.seed}; it must be from 0 to {2**32 - 1}")

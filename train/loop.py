@@ -24,7 +24,7 @@ from train.report import opening
 from train.run import Run
 from train.state import abstract_state, make_state
 from train.step import make_train_step
-from train.weights import check_export_folder, exported_step, write_huggingface
+from train.weights import check_export_folder, exported_step, why_no_export, write_huggingface
 
 
 def pretrain(config: Config) -> Run:
@@ -36,7 +36,8 @@ def pretrain(config: Config) -> Run:
         InputError: whatever the user got wrong, before any device time is spent.
     """
     run = Run(Path(config.train.run_dir).expanduser())
-    if config.checkpoint.export:
+    exports = config.checkpoint.export and why_no_export(config.model) is None
+    if exports:
         check_export_folder(run.export)
     mesh = make_mesh(config.resolved(config.tokenizer.vocab_size))
     prepared = prepare(config, run)
@@ -64,7 +65,7 @@ def pretrain(config: Config) -> Run:
             state = train(prepared, run, display, checkpoints, state, positions)
 
         # ── The end ────────────────────────────────────────────────────────────────────────────────────────────────
-        if config.checkpoint.export and (step < config.train.num_steps or exported_step(run.export) != step):
+        if exports and (step < config.train.num_steps or exported_step(run.export) != step):
             whole = multihost_utils.process_allgather(state["weights"], tiled=True)
             context, last = config.data.segment_length, config.train.num_steps
             once(lambda: write_huggingface(run.export, config.model, whole, prepared.tokenizer, context, last))

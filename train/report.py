@@ -9,6 +9,7 @@ from train.evaluate import gzip_bits_per_byte
 from train.metrics import read_metrics
 from train.prepare import Prepared
 from train.run import Run
+from train.weights import why_no_export
 
 
 def opening(prepared: Prepared, step: int, peak: str) -> list[str]:
@@ -17,13 +18,16 @@ def opening(prepared: Prepared, step: int, peak: str) -> list[str]:
     mesh = " × ".join(f"{axis} {size}" for axis, size in jax.sharding.get_mesh().shape.items())
     batch_tokens = config.train.batch_size * config.data.segment_length
     begin = f"goes on from step {step}" if step else "starts"
-    return [
+    lines = [
         f"{config.train.run_dir} {begin} of {config.train.num_steps} steps, {batch_tokens:,} tokens each",
         f"corpus: {corpus.describe()}; {prepared.tokenizer.vocab_size:,} token ids",
         f"model: {count_parameters(config.model):,} parameters, {config.model.compute_dtype} compute",
         f"devices: {jax.device_count()} {jax.devices()[0].device_kind} as {mesh}; processes: {jax.process_count()}",
         f"peak: {peak}",
     ]
+    if config.checkpoint.export and (problem := why_no_export(config.model)):
+        lines.append(f"no export at the end: {problem}")
+    return lines
 
 
 def closing(run: Run, program: str) -> str:

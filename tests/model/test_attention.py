@@ -32,11 +32,11 @@ def test_the_module_projects_rotates_and_attends():
     x = jnp.array(np.random.default_rng(1).normal(size=(2, 7, config.model_dim)), jnp.float32)
     positions, segment_ids = jnp.tile(jnp.arange(7), (2, 1)), jnp.ones((2, 7), jnp.int32)
     angles, mask = rotation(config, positions), causal_mask(segment_ids)
-    found, cache = Attention(config, weights, WHOLE)(x, angles, mask, None, jnp.zeros((), jnp.int32))
+    found, aux = Attention(config, weights, WHOLE)(x, angles, mask)
     query, key, value = (jnp.einsum("btd,dhc->bhtc", x, weights[name]) for name in ("query", "key", "value"))
     mixed = attend(rotate(query, angles), rotate(key, angles), value, mask)
     np.testing.assert_allclose(found, jnp.einsum("bhtc,hcd->btd", mixed, weights["output"]), atol=1e-6)
-    assert cache is None
+    assert aux == {}
 
 
 def test_scores_and_softmax_are_float32_under_bfloat16():

@@ -28,7 +28,7 @@ def test_values_and_gradients_are_those_of_log_softmax(chunk: int):
     x, matrix, targets, weights = example()
 
     def chunked(x: jax.Array, matrix: jax.Array) -> jax.Array:
-        return jnp.sum(weights * token_log_probabilities(x, matrix, targets, VOCAB, chunk, WHOLE))
+        return jnp.sum(weights * token_log_probabilities(x, matrix, targets, VOCAB, chunk, WHOLE).target)
 
     def whole(x: jax.Array, matrix: jax.Array) -> jax.Array:
         return jnp.sum(weights * plain(x, matrix, targets))
@@ -40,7 +40,7 @@ def test_values_and_gradients_are_those_of_log_softmax(chunk: int):
 
 def test_padding_of_the_vocabulary_is_never_predicted_nor_trained():
     x, matrix, targets, _ = example()
-    loss = lambda matrix: jnp.sum(token_log_probabilities(x, matrix, targets, VOCAB, 4, WHOLE))
+    loss = lambda matrix: jnp.sum(token_log_probabilities(x, matrix, targets, VOCAB, 4, WHOLE).target)
     gradient = jax.grad(loss)(matrix.at[:, VOCAB:].set(100.0))
     np.testing.assert_array_equal(gradient[:, VOCAB:], 0.0)
     assert jax.nn.softmax(logits(x, matrix, VOCAB))[..., VOCAB:].max() == 0.0
@@ -50,7 +50,7 @@ def test_the_logits_of_a_whole_batch_never_exist():
     x, matrix, targets, _ = example()
 
     def loss(x: jax.Array, matrix: jax.Array) -> jax.Array:
-        return jnp.sum(token_log_probabilities(x, matrix, targets, VOCAB, 3, WHOLE))
+        return jnp.sum(token_log_probabilities(x, matrix, targets, VOCAB, 3, WHOLE).target)
 
     program = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(x, matrix))
     assert f"[{B},3,{V}]" in program
@@ -60,6 +60,6 @@ def test_the_logits_of_a_whole_batch_never_exist():
 def test_a_length_that_no_chunk_divides_takes_few_chunks():
     x, matrix, targets, _ = example()
     x, targets = x[:, :11], targets[:, :11]
-    program = str(jax.make_jaxpr(lambda x: token_log_probabilities(x, matrix, targets, VOCAB, 10, WHOLE))(x))
+    program = str(jax.make_jaxpr(lambda x: token_log_probabilities(x, matrix, targets, VOCAB, 10, WHOLE).target)(x))
     assert f"[{B},6,{V}]" in program
     assert f"[{B},1,{V}]" not in program
