@@ -17,6 +17,8 @@ CHOICES = {
     "compute_dtype": ("bfloat16", "float32"),
     "remat_policy": ("none", "products", "full"),
 }
+# 256 MB in float32, forward; the backward pass has a few such arrays.
+LOGITS_AT_ONCE = 2**26
 # Turns over the original context from which a rotary pair keeps its frequency: the published values.
 HIGH_TURNS = {"llama3": 4.0, "yarn": 32.0}
 
@@ -128,9 +130,12 @@ class ModelConfig:
             "resume": "warn",
         },
     )
-    loss_chunk: int = field(
-        default=256,
-        metadata={"help": "positions of a row whose logits exist at once in the loss", "resume": "free"},
+    loss_chunk: int | None = field(
+        default=None,
+        metadata={
+            "help": "positions on a device whose logits exist at once in the loss; none: 2²⁶ logits' worth",
+            "resume": "free",
+        },
     )
 
     # ── Numerics ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -151,15 +156,17 @@ class ModelConfig:
 
     def resolved(self, vocab_size: int | None = None, context: int | None = None) -> "ModelConfig":
         """The same model with every derived field filled in; `vocab_size` is the tokenizer's, `context` the data's."""
+        vocab_size = self.vocab_size or vocab_size
         inner = -(-8 * self.model_dim // (3 * 64)) * 64 if self.gated else 4 * self.model_dim
         return replace(
             self,
             num_kv_heads=self.num_kv_heads or self.num_heads,
             head_dim=self.head_dim or self.model_dim // self.num_heads,
             feedforward_dim=self.feedforward_dim or inner,
-            vocab_size=self.vocab_size or vocab_size,
+            vocab_size=vocab_size,
             max_positions=self.max_positions or (context if self.position == "learned" else None),
             rope_high_turns=self.rope_high_turns or HIGH_TURNS.get(self.rope_scaling),
+            loss_chunk=self.loss_chunk or (max(LOGITS_AT_ONCE // vocab_size, 1) if vocab_size else None),
         )
 
     @property

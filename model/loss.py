@@ -49,11 +49,13 @@ def token_log_probabilities(
         matrix_DV: the unembedding, padded to V columns; those from `vocab_size` on have probability zero.
         targets_BT: int32 ids.
         vocab_size: tokens that exist.
-        chunk: positions of a row whose logits exist at once, at most.
+        chunk: positions on one device whose logits exist at once, at most, but one a row.
         layout: where V is shared, and over which mesh axes the matrix's gradient is summed.
     """
     T = targets_BT.shape[1]
-    count = -(-T // chunk)
+    sharding = jax.typeof(x_BTD).sharding
+    rows = x_BTD.shape[0] if sharding.mesh.empty else sharding.shard_shape(x_BTD.shape)[0]
+    count = -(-T // max(chunk // rows, 1))
     length = -(-T // count)
     padding = count * length - T
     if padding:

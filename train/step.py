@@ -32,6 +32,7 @@ def summed_loss(
     decoder = Decoder(m, weights, TRAINING)
     x_BTD = decoder(batch["tokens"], batch["positions"], batch["segment_ids"], keys_B)
     assert m.vocab_size is not None
+    assert m.loss_chunk is not None
     matrix_DV = decoder.unembedding_matrix()
     log_p = token_log_probabilities(x_BTD, matrix_DV, batch["targets"], m.vocab_size, m.loss_chunk, TRAINING)
     objective_BT = cross_entropy_BT = -log_p.target
