@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from data.segmenter import segment_documents
-from data.tokenizer import Tokenizer
+from data.tokenizer import END_OF_TEXT, Tokenizer
+from model.decoder import Decoder
 from train.config import Config
-from train.mesh import batch_sharding
+from train.mesh import TRAINING, batch_sharding
 from train.step import summed_loss
 
 
@@ -86,6 +87,51 @@ def batches(rows: Iterable[dict[str, np.ndarray]], size: int) -> Iterable[dict[s
         empty = {name: np.zeros_like(array) for name, array in group[0].items()}
         group += [empty] * (size - len(group))
         yield {name: np.stack([row[name] for row in group]) for name in empty}
+
+
+def inspect_positions(
+    config: Config, weights: Any, tokenizer: Tokenizer, tokens: np.ndarray, best: int
+) -> list[dict[str, Any]]:
+    """What one pass over the beginning of a document predicts at each position.
+
+    Args:
+        config: of the model.
+        weights: nested, on the ambient mesh.
+        tokenizer: of the model.
+        tokens: int32 [n], fewer than a segment.
+        best: how many predictions are wanted.
+
+    Returns:
+        n + 1 rows: "position" from 0, "input" and "target" (texts), "loss" in nats, and the "best" predictions, each
+        with "token" and "probability". The first input is the end of the text before; the last row has no target.
+    """
+    inputs = np.concatenate([[tokenizer.eos_id], tokens]).astype(np.int32)
+
+    @jax.jit
+    def log_probabilities(weights: Any, tokens_BT: jax.Array) -> jax.Array:
+        decoder = Decoder(config.model, weights, TRAINING)
+        positions_BT = jnp.arange(tokens_BT.shape[1])[None]
+        x_BTD = decoder(tokens_BT, positions_BT, jnp.ones_like(tokens_BT))
+        return jax.nn.log_softmax(decoder.logits(x_BTD))[0]
+
+    log_p_TV = np.asarray(log_probabilities(weights, inputs[None]))
+    order_TV = np.argsort(-log_p_TV, axis=1)[:, :best]
+
+    def text(token: int) -> str:
+        if token == tokenizer.eos_id:
+            return END_OF_TEXT
+        return tokenizer.decode([token]) if token < tokenizer.vocab_size else f"<{token}>"
+
+    return [
+        {
+            "position": t,
+            "input": text(int(inputs[t])),
+            "target": text(int(tokens[t])) if t < len(tokens) else None,
+            "loss": -float(log_p_TV[t, tokens[t]]) if t < len(tokens) else None,
+            "best": [{"token": text(int(v)), "probability": math.exp(log_p_TV[t, v])} for v in order_TV[t]],
+        }
+        for t in range(len(inputs))
+    ]
 
 
 def gzip_bits_per_byte(texts: Sequence[str]) -> float:

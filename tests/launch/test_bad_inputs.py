@@ -16,7 +16,7 @@ LONG = "n" * 300
 # empty one, {config} a good config file.
 TABLE = [
     ("no such command", ["pretrian"], "pretrian: there is no such command; there are tokenize, pretrain"),
-    ("no such preset", ["pretrain", "--config=tinny"], "nor a preset of this name; presets: tiny; did you mean tiny?"),
+    ("no such preset", ["pretrain", "--config=tinny"], "vaswani_base; did you mean tiny?"),
     ("no such config file", ["pretrain", "--config={dir}/none.py"], "there is no such file"),
     ("unknown field", ["pretrain", "--config=tiny", "--config.model.layers=2"], "model.layers: there is no such field"),
     ("unknown group", ["pretrain", "--config=tiny", "--config.modle.num_layers=2"], "did you mean model.num_layers?"),
@@ -65,6 +65,11 @@ TABLE = [
     ("greedy and sampling", ["generate", "{run}", "--prompt=a", "--greedy", "--seed=1"], "--seed has no effect"),
     ("export of weights", ["export", "{run}/export", "--format=hf", "--to={dir}/new"], "exported weights already"),
     ("export onto something", ["export", "{run}", "--format=hf", "--to={dir}"], "holds other things than an export"),
+    ("text of more than a segment", ["inspect", "loss", "{run}", "--prompt=" + 99 * "cat "], "the model sees 32"),
+    ("no text to inspect", ["inspect", "loss", "{run}", "--prompt="], "--prompt is empty; give some text"),
+    ("table of positions too short", ["pretrain", "--config={config}", "--config.model.position=learned",
+     "--config.model.max_positions=31"], "max_positions = 31 is less than data.segment_length = 32"),
+    ("floors that are none", ["pretrain", "--config={config}", "--config.model.norm=batchnorm"], "rmsnorm, layernorm"),
     ("no processes", ["launch", "local", "--processes=0", "--", "pretrain"], "--processes=0 must be at least 1"),
     ("over-long config", ["pretrain", f"--config={LONG}.py"], LONG),
     ("over-long run folder", ["pretrain", "--config={config}", f"--config.train.run_dir={{dir}}/{LONG}"], LONG),

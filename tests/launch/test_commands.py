@@ -7,21 +7,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from data.tokenizer import Tokenizer
+from data.tokenizer import END_OF_TEXT, Tokenizer
 from tests.launch.small_run import ROOT, here, metrics, write_config
 from tests.peers import require
-from train.evaluate import gzip_bits_per_byte
-from train.run import Run
+from train.evaluate import gzip_bits_per_byte, inspect_positions
+from train.mesh import on_one_device
+from train.run import Run, load_trained
 
 
 def test_help_lists_the_commands_and_imports_no_jax():
     program = "import sys; from launch.cli import main\ntry: main(['--help'])\nfinally: assert 'jax' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    for command in ("tokenize", "pretrain", "evaluate", "generate", "export", "launch local"):
+    for command in ("tokenize", "pretrain", "evaluate", "inspect loss", "generate", "export", "launch local"):
         assert f"\n  {command} " in done.stdout
 
 
@@ -54,6 +56,47 @@ def test_a_run_evaluates_to_the_figures_of_its_last_step(finished: Path, capsys)
     assert found["gzip_bits_per_byte"] == pytest.approx(gzip_bits_per_byte(texts))
     assert here("evaluate", finished) == 0
     assert "bits_per_byte" in capsys.readouterr().out
+
+
+def test_inspect_loss_shows_what_one_pass_learns_at_every_position(finished: Path, tmp_path: Path, capsys):
+    text = "the cat eats a dog."
+    assert here("inspect", "loss", finished, f"--prompt={text}", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = found["positions"]
+    assert "".join(row["target"] for row in rows[:-1]) == text
+    assert [row["input"] for row in rows] == [END_OF_TEXT, *(row["target"] for row in rows[:-1])]
+    assert rows[-1]["target"] is rows[-1]["loss"] is None
+    for row in rows:
+        probabilities = [best["probability"] for best in row["best"]]
+        assert len(probabilities) == 3
+        assert probabilities == sorted(probabilities, reverse=True)
+        for best in row["best"]:
+            if best["token"] == row["target"]:
+                assert row["loss"] == pytest.approx(-math.log(best["probability"]), rel=1e-5)
+    assert sum(row["target"] in [best["token"] for best in row["best"]] for row in rows) >= 2
+
+    # A pass over each prefix alone says the same of the token that follows it.
+    for t in (0, 3, len(rows) - 2):
+        prefix = "".join(row["target"] for row in rows[: t + 1])
+        assert here("inspect", "loss", finished, f"--prompt={prefix}", "--json") == 0
+        assert json.loads(capsys.readouterr().out)["positions"][t]["loss"] == pytest.approx(rows[t]["loss"], abs=1e-4)
+
+    # The losses are those of `evaluate`, but for the end of the document, which is a target there.
+    (tmp_path / "text.txt").write_text(text)
+    whole = evaluated(capsys, finished, f"--corpus={tmp_path / 'text.txt'}")
+    rest = whole["loss"] * whole["tokens"] - sum(row["loss"] for row in rows[:-1])
+    assert rest == pytest.approx(-math.log(end_probability(finished, text)), abs=1e-3)
+
+    assert here("inspect", "loss", finished, f"--prompt={text}") == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"loss {found['loss']:.4f} nats a token")
+
+
+def end_probability(run: Path, text: str) -> float:
+    with jax.set_mesh(on_one_device()):
+        trained = load_trained(str(run))
+        tokens = trained.tokenizer.encode(text)
+        last = inspect_positions(trained.config, trained.weights, trained.tokenizer, tokens, 512)[-1]
+    return next(best["probability"] for best in last["best"] if best["token"] == END_OF_TEXT)
 
 
 def test_exported_weights_evaluate_as_the_run_does(finished: Path, tmp_path: Path, capsys):

@@ -108,6 +108,37 @@ def test_in_bfloat16_meshes_agree_to_its_precision(shape, one_device):
         assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=2e-2)
 
 
+FAMILIES = {
+    "gpt-2": {
+        "position": "learned", "max_positions": 16, "activation": "gelu_tanh", "gated": False, "attention_bias": True,
+        "feedforward_bias": True, "norm": "layernorm", "tie_embeddings": True, "embedding_dropout": 0.1,
+        "attention_dropout": 0.1, "residual_dropout": 0.1,
+    },
+    "vaswani": {
+        "position": "sinusoidal", "scale_embeddings": True, "tie_embeddings": True, "activation": "relu",
+        "gated": False, "feedforward_bias": True, "norm": "layernorm", "norm_placement": "post",
+        "residual_dropout": 0.2, "label_smoothing": 0.1,
+    },
+    "others": {
+        "qk_norm": True, "sliding_window": 5, "attention_softcap": 5.0, "z_loss": 1e-2, "rope_scaling": "yarn",
+        "rope_factor": 2.0, "rope_original_context": 8, "activation": "gelu", "head_dim": 16, "attention_bias": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_floor_is_the_same_on_a_mesh_dropout_and_accumulation_included(family: str):
+    config = config_for(**FAMILIES[family])
+    expected_initial, expected, _ = three_steps(config, (1, 1, 1))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation_steps=2))
+    initial, metrics, _ = three_steps(config, (2, 2, 2))
+    for one, other in zip(jax.tree.leaves(initial), jax.tree.leaves(expected_initial), strict=True):
+        np.testing.assert_array_equal(one, other)
+    for one, other in zip(metrics, expected, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=5e-6)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=2e-5)
+
+
 def test_weights_moments_and_gradients_are_stored_in_shards():
     config = config_for()
     with jax.set_mesh(on((1, 4, 2))):

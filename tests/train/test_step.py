@@ -56,6 +56,37 @@ def test_the_loss_is_the_weighted_mean_of_cross_entropy_in_nats():
     assert float(metrics["loss"]) == pytest.approx(np.log(300), abs=0.6)
 
 
+def test_smoothing_and_z_loss_are_minimized_but_the_loss_stays_cross_entropy():
+    plain, batch = config_for(), small_batch()
+    smoothed = dataclasses.replace(plain, model=small_model(label_smoothing=0.2, z_loss=0.1))
+    with jax.set_mesh(on_one_device()):
+        weights = make_state(plain, make_optimizer(plain))["weights"]
+        same, cross_entropy = summed_loss(plain, weights, batch)
+        objective, reported = summed_loss(smoothed, weights, batch)
+        assert float(same) == float(cross_entropy) == float(reported)
+        assert float(objective) > float(reported) + 100
+        state, step = (
+            make_state(smoothed, make_optimizer(smoothed)),
+            make_train_step(smoothed, make_optimizer(smoothed)),
+        )
+        assert float(step(state, batch)[1]["loss"]) == pytest.approx(float(reported) / 120, rel=1e-6)
+
+
+def test_every_step_drops_anew_and_the_same_again_and_evaluation_drops_nothing():
+    config = dataclasses.replace(config_for({"learning_rate": 0.0}), model=small_model(residual_dropout=0.3))
+    with jax.set_mesh(on_one_device()):
+        optimizer = make_optimizer(config)
+        step, losses = make_train_step(config, optimizer), []
+        for _ in range(2):
+            state = make_state(config, optimizer)
+            for _ in range(2):
+                state, metrics = step(state, small_batch())
+                losses.append(float(metrics["loss"]))
+        evaluated = float(summed_loss(config, state["weights"], small_batch())[1]) / 120
+    assert losses[:2] == losses[2:]
+    assert len({*losses, evaluated}) == 3
+
+
 def test_an_update_is_adamw_with_clipping_and_decay_of_matrices_alone():
     config = config_for({"clip_norm": 0.1, "weight_decay": 0.5, "warmup_steps": 0, "learning_rate": 0.01})
     batch = small_batch()
