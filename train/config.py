@@ -74,6 +74,13 @@ class TrainConfig:
         default=1, metadata={"help": "parts of the batch that are run one after the other", "resume": "free"}
     )
     seed: int = field(default=0, metadata={"help": "of the initial weights and the data order"})
+    ema_decay: float = field(
+        default=0.0,
+        metadata={
+            "help": "moving average of the weights, which is evaluated and exported (as in 0.999); 0: none",
+            "resume": "warn",
+        },
+    )
     log_every_steps: int = field(
         default=10, metadata={"help": "steps between two lines of a log that is no terminal", "resume": "free"}
     )
@@ -270,6 +277,8 @@ def config_problems(config: Config) -> list[str]:
     at_least("train", 1, "num_steps", "batch_size", "accumulation_steps", "log_every_steps")
     if not 0 <= c.train.seed < 2**32:
         found.append(f"train.seed is {c.train.seed}; it must be from 0 to {2**32 - 1}")
+    if not 0 <= c.train.ema_decay < 1:
+        found.append(f"train.ema_decay is {c.train.ema_decay}; it must be in [0, 1)")
     at_least("checkpoint", 1, "every_steps", "keep")
     at_least("evaluation", 1, "every_steps")
     # The longest character.

@@ -22,7 +22,7 @@ from train.optimizer import make_optimizer
 from train.prepare import Prepared, check_fingerprints, prepare, up_to
 from train.report import opening
 from train.run import Run
-from train.state import abstract_state, make_state
+from train.state import abstract_state, evaluated_weights, make_state
 from train.step import make_train_step
 from train.weights import check_export_folder, exported_step, write_huggingface
 
@@ -65,7 +65,7 @@ def pretrain(config: Config) -> Run:
 
         # ── The end ────────────────────────────────────────────────────────────────────────────────────────────────
         if config.checkpoint.export and (step < config.train.num_steps or exported_step(run.export) != step):
-            whole = multihost_utils.process_allgather(state["weights"], tiled=True)
+            whole = multihost_utils.process_allgather(evaluated_weights(state), tiled=True)
             context, last = config.data.segment_length, config.train.num_steps
             once(lambda: write_huggingface(run.export, config.model, whole, prepared.tokenizer, context, last))
     return run
@@ -135,8 +135,9 @@ def train(
                 display.step(record, rate.tokens_per_second * flops / peak, rate.seconds_per_step)
                 if evaluates and not underway:
                     texts = prepared.held_out if step == last_step else some_held_out
-                    result = evaluate(evaluation_step, state["weights"], texts, tokenizer, config)
-                    record |= result.metrics() | {"sample": sample_text(prepared, state["weights"])}
+                    weights = evaluated_weights(state)
+                    result = evaluate(evaluation_step, weights, texts, tokenizer, config)
+                    record |= result.metrics() | {"sample": sample_text(prepared, weights)}
                     display.evaluation(record)
                     rate.start()
                 if metrics_file:

@@ -17,11 +17,13 @@ def opening(prepared: Prepared, step: int, peak: str) -> list[str]:
     mesh = " × ".join(f"{axis} {size}" for axis, size in jax.sharding.get_mesh().shape.items())
     batch_tokens = config.train.batch_size * config.data.segment_length
     begin = f"goes on from step {step}" if step else "starts"
+    decay = config.train.ema_decay
     return [
         f"{config.train.run_dir} {begin} of {config.train.num_steps} steps, {batch_tokens:,} tokens each",
         f"corpus: {corpus.describe()}; {prepared.tokenizer.vocab_size:,} token ids",
         f"model: {count_parameters(config.model):,} parameters, {config.model.compute_dtype} compute",
         f"devices: {jax.device_count()} {jax.devices()[0].device_kind} as {mesh}; processes: {jax.process_count()}",
+        *([f"evaluated and exported: the moving average of the weights, decay {decay}"] if decay else []),
         f"peak: {peak}",
     ]
 

@@ -28,6 +28,17 @@ def summed_loss(config: Config, weights: dict[str, Any], batch: Batch) -> jax.Ar
     return -jnp.sum(log_p_BT * batch["loss_weights"])
 
 
+def averaged(config: Config, average: dict[str, Any], weights: dict[str, Any], step: jax.Array) -> dict[str, Any]:
+    """The moving average of the weights after the update numbered `step` (Polyak and Juditsky 1992), float32.
+
+    At first it forgets faster, with decay (1 + t)/(10 + t) as in TensorFlow's ExponentialMovingAverage: otherwise the
+    initial weights would be in it for thousands of steps.
+    """
+    t = step.astype(jnp.float32)
+    decay = jnp.minimum(config.train.ema_decay, (1 + t) / (10 + t))
+    return optax.incremental_update(weights, average, 1 - decay)
+
+
 def make_train_step(
     config: Config, optimizer: optax.GradientTransformation
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
@@ -65,6 +76,9 @@ def make_train_step(
             "loss_weight": loss_weight,
         }
         weights = optax.apply_updates(state["weights"], updates)
-        return {"step": state["step"] + 1, "weights": weights, "optimizer": optimizer_state}, metrics
+        after = {"step": state["step"] + 1, "weights": weights, "optimizer": optimizer_state}
+        if config.train.ema_decay:
+            after["average"] = averaged(config, state["average"], weights, state["step"])
+        return after, metrics
 
     return jax.jit(train_step, donate_argnums=0)

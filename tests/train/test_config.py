@@ -75,6 +75,7 @@ def test_everything_wrong_is_reported_at_once_with_the_nearest_name():
         ({"evaluation": {"prompt": "\ud800"}}, "evaluation.prompt is not valid UTF-8"),
         ({"train": {"seed": 2**32}}, "train.seed is 4294967296; it must be from 0 to 4294967295"),
         ({"optimizer": {"decay_steps": 10}}, "optimizer.decay_steps is for the schedule wsd"),
+        ({"train": {"ema_decay": 1.0}}, "train.ema_decay is 1.0; it must be in [0, 1)"),
         ({"train": {"run_dir": ""}}, "train.run_dir is empty"),
         ({"checkpoint": {"keep": 0}}, "checkpoint.keep is 0"),
         ({"model": {"num_layers": True}}, "it must be a whole number"),

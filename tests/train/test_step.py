@@ -79,6 +79,25 @@ def test_an_update_is_adamw_with_clipping_and_decay_of_matrices_alone():
         np.testing.assert_allclose(after[name][clear], (weight - 0.01 * update)[clear], atol=2e-5)
 
 
+def test_the_average_of_the_weights_forgets_fast_at_first_and_changes_no_step():
+    config = config_for({"learning_rate": 1e-2}, ema_decay=0.25)
+    plain, plain_metrics = run(config_for({"learning_rate": 1e-2}), steps=4)
+    assert "average" not in plain
+    with jax.set_mesh(on_one_device()):
+        optimizer = make_optimizer(config)
+        state, step = make_state(config, optimizer), make_train_step(config, optimizer)
+        expected = jax.device_get(state["weights"])
+        for seed, decay in enumerate((1 / 10, 2 / 11, 3 / 12, 0.25)):
+            state, metrics = step(state, small_batch(seed=seed))
+            latest = jax.device_get(state["weights"])
+            expected = jax.tree.map(lambda old, new, d=decay: d * old + (1 - d) * new, expected, latest)
+            for one, other in zip(jax.tree.leaves(state["average"]), jax.tree.leaves(expected), strict=True):
+                np.testing.assert_allclose(one, other, atol=1e-6)
+    assert jax.device_get(metrics) == plain_metrics
+    for one, other in zip(jax.tree.leaves(latest), jax.tree.leaves(plain["weights"]), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_a_model_learns_a_batch_by_heart():
     config = config_for({"learning_rate": 1e-2, "warmup_steps": 0})
     with jax.set_mesh(on_one_device()):
