@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,6 +23,7 @@ from train.optimizer import make_optimizer
 from train.prepare import Prepared, check_fingerprints, prepare, up_to
 from train.report import opening
 from train.run import Run
+from train.schedule import batch_size
 from train.state import abstract_state, evaluated_weights, make_state
 from train.step import make_train_step
 from train.weights import check_export_folder, exported_step, write_huggingface
@@ -97,7 +99,7 @@ def train(
                 tokenizer,
                 config.data,
                 config.train.seed,
-                config.train.batch_size,
+                (batch_size(config, s) for s in itertools.count(step)),
                 config.num_streams,
                 sharding,
                 positions,
@@ -106,7 +108,7 @@ def train(
         metrics_file = MetricsFile(run.folder, step, config.train.tensorboard) if jax.process_index() == 0 else None
         if metrics_file:
             stack.callback(metrics_file.close)
-        rate = Rate()
+        rate, rows_left = Rate(), sum(batch_size(config, s) for s in range(step, last_step))
         rate.start()
         # Steps that the devices have been given and that nothing has been said of: never more than two, so that the
         # devices always have work while the host writes down what they did before.
@@ -129,10 +131,12 @@ def train(
                 of_step, metrics, waited = underway.popleft()
                 record: dict[str, Any] = {name: float(value) for name, value in jax.device_get(metrics).items()}
                 rate.finished(record["loss_weight"])
+                rows_left -= batch_size(config, of_step - 1)
                 record = {"step": of_step} | record | {
                     "tokens_per_second": rate.tokens_per_second, "data_wait_seconds": waited
                 }  # fmt: skip
-                display.step(record, rate.tokens_per_second * flops / peak, rate.seconds_per_step)
+                seconds_left = rate.seconds(rows_left * config.data.segment_length)
+                display.step(record, rate.tokens_per_second * flops / peak, seconds_left)
                 if evaluates and not underway:
                     texts = prepared.held_out if step == last_step else some_held_out
                     weights = evaluated_weights(state)

@@ -1,6 +1,7 @@
 """The training step: one optimizer update over one global batch."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from model.decoder import Decoder
 from model.loss import token_log_probabilities
 from train.config import Config
 from train.mesh import TRAINING
-from train.schedule import learning_rate
+from train.schedule import accumulation_parts, learning_rate
 from train.state import State
 
 Batch = Mapping[str, jax.Array]
@@ -45,15 +46,15 @@ def make_train_step(
     """The compiled function (state, batch) → (state, metrics); it takes the memory of the state it is given.
 
     A batch holds `tokens`, `targets`, `positions`, `segment_ids` (int32) and `loss_weights` (float32), each [B, T].
-    With `accumulation_steps` = A, parts of B/A rows run one after the other; the loss is divided by the weight of
-    the whole batch, so that A changes nothing but memory. Metrics are float32 scalars: `loss` in nats a token,
-    `grad_norm` before clipping, `learning_rate`, `loss_weight` (the tokens that counted).
+    With `accumulation_steps` = A, parts of B/A rows run one after the other (a smaller batch of a ramp has fewer);
+    the loss is divided by the weight of the whole batch, so that A changes nothing but memory. Metrics are float32
+    scalars: `loss` in nats a token, `grad_norm` before clipping, `learning_rate`, `loss_weight` (the tokens that
+    counted).
     """
-    parts = config.train.accumulation_steps
     schedule = learning_rate(config)
     gradient = jax.value_and_grad(lambda weights, batch: summed_loss(config, weights, batch))
 
-    def accumulated(weights: dict[str, Any], batch: Batch) -> tuple[jax.Array, dict[str, Any]]:
+    def accumulated(parts: int, weights: dict[str, Any], batch: Batch) -> tuple[jax.Array, dict[str, Any]]:
         # Part a takes rows a, a + A, ...: every device keeps its own rows.
         split = {k: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1) for k, x in batch.items()}
 
@@ -65,7 +66,9 @@ def make_train_step(
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         loss_weight = jnp.sum(batch["loss_weights"])
-        loss, gradients = (gradient if parts == 1 else accumulated)(state["weights"], batch)
+        parts = accumulation_parts(config, batch["tokens"].shape[0])
+        gradient_of = gradient if parts == 1 else partial(accumulated, parts)
+        loss, gradients = gradient_of(state["weights"], batch)
         loss, gradients = jax.tree.map(lambda x: x / jnp.maximum(loss_weight, 1.0), (loss, gradients))
 
         updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["weights"])

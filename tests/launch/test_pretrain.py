@@ -162,13 +162,17 @@ def back_to(step: int, run: Path, folder: Path) -> Path:
     return folder
 
 
-def test_the_average_of_the_weights_is_evaluated_and_exported_and_resumes_exactly(tmp_path: Path, capsys):
+def test_a_batch_ramp_resumes_exactly_and_an_average_is_what_is_evaluated_and_exported(tmp_path: Path, capsys):
     config, run = write_config(tmp_path), tmp_path / "run"
-    flags = ["pretrain", f"--config={config}", "--config.train.ema_decay=0.8"]
-    assert here(*flags) == 0
-    assert "evaluated and exported: the moving average of the weights, decay 0.8" in capsys.readouterr().err
+    ramp = ["--config.train.batch_size=32", "--config.train.batch_ramp_start=8", "--config.train.batch_ramp_steps=10"]
+    flags = ["pretrain", f"--config={config}", "--config.train.ema_decay=0.8", *ramp]
+    assert here(*flags, "--config.train.accumulation_steps=2") == 0
+    err = capsys.readouterr().err
+    assert "1,024 tokens each, the first 10 steps on a ramp from 256" in err
+    assert "evaluated and exported: the moving average of the weights, decay 0.8" in err
+    assert [record["loss_weight"] for record in metrics(run)] == [256] * 5 + [512] * 5 + [1024] * 2
     copy = back_to(8, run, tmp_path / "copy")
-    assert here(*flags, f"--config.train.run_dir={copy}") == 0
+    assert here(*flags, "--config.train.accumulation_steps=2", f"--config.train.run_dir={copy}") == 0
     assert_same_end(copy, run, 12)
     assert without_times(metrics(copy)) == without_times(metrics(run))
     exported = load_file(run / "export" / "model.safetensors")["model.norm.weight"]
@@ -177,6 +181,8 @@ def test_the_average_of_the_weights_is_evaluated_and_exported_and_resumes_exactl
     assert here("evaluate", run, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["loss"] == pytest.approx(metrics(run)[-1]["validation_loss"], rel=1e-5)
+    assert here(*flags, "--config.train.batch_ramp_steps=8") == 2
+    assert "train.batch_ramp_steps: 10 → 8" in capsys.readouterr().err
 
 
 def test_a_start_without_a_checkpoint_is_made_anew(finished: Path, tmp_path: Path):

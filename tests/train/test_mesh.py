@@ -178,6 +178,11 @@ def test_what_cannot_be_shared_is_named_with_the_axis_and_a_size_that_works():
         "model.num_kv_heads = 4 cannot be shared by mesh.tensor = 8; nearest size that works: 4",
     ]
     assert mesh_problems(make_config({}).resolved(4096), (1, 4, 2)) == []
+    ramp = make_config({"train": {"batch_ramp_start": 4, "batch_ramp_steps": 10}}).resolved(4096)
+    assert mesh_problems(ramp, (2, 4, 1)) == [
+        "train.batch_ramp_start = 4 cannot be shared by mesh.data × mesh.fsdp = 8; nearest size that works: 4",
+        "data.num_streams = 4 cannot be shared by mesh.data × mesh.fsdp = 8; nearest size that works: 4",
+    ]
     with pytest.raises(InputError, match="mesh.fsdp"):
         make_mesh(make_config({"train": {"batch_size": 3}}).resolved(4096))
     assert jnp.zeros(()).dtype == jnp.float32
