@@ -1,4 +1,4 @@
-"""The decoder: the five floors, with attention and feed-forward stacked L times (pre-norm, RMSNorm)."""
+"""The decoder: embedding, position, L blocks of attention and feed-forward, unembedding."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from model.attention import Attention, Cache, causal_mask
+from model.attention import Attention, Aux, Cache, causal_mask, within
 from model.config import ModelConfig
+from model.dropout import Keys, at, dropout
 from model.embedding import Embedding
 from model.feedforward import FeedForward
-from model.position import Rotation, rotation
+from model.norm import NORMS
+from model.position import Position, Rotation
 from model.sharding import WHOLE, Layout
 from model.unembedding import Unembedding, logits
 
@@ -22,36 +24,39 @@ REMAT_POLICIES = {
 }
 
 
-class RMSNorm(nnx.Module):
-    """x / √(mean(x²) + ε) · scale, in float32 (Zhang and Sennrich 2019, arXiv:1910.07467)."""
-
-    def __init__(self, config: ModelConfig, weights: Mapping[str, jax.Array]):
-        self.scale = nnx.Param(weights["scale"])
-        self.epsilon = config.norm_epsilon
-
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """[B, T, D] → [B, T, D], in the dtype of x."""
-        x = x_BTD.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
-        return (x * self.scale[...]).astype(x_BTD.dtype)
-
-
 class Block(nnx.Module):
-    """One layer: attention, then feed-forward, each added to the residual stream."""
+    """One layer: attention, then feed-forward, each added to the residual stream.
+
+    Pre-norm (GPT-2): x + f(norm(x)). Post-norm (Vaswani et al. 2017): norm(x + f(x)).
+    """
 
     def __init__(self, config: ModelConfig, weights: Mapping[str, Any], layout: Layout):
-        self.attention_norm = RMSNorm(config, weights["attention_norm"])
+        norm = NORMS[config.norm]
+        self.attention_norm = norm(config, weights["attention_norm"])
         self.attention = Attention(config, weights["attention"], layout)
-        self.feedforward_norm = RMSNorm(config, weights["feedforward_norm"])
+        self.feedforward_norm = norm(config, weights["feedforward_norm"])
         self.feedforward = FeedForward(config, weights["feedforward"], layout)
+        self.pre = config.norm_placement == "pre"
+        self.dropout_rate = config.residual_dropout
 
     def __call__(
-        self, x_BTD: jax.Array, rotation: Rotation, mask_B1TS: jax.Array, cache: Cache | None, start: jax.Array | None
-    ) -> tuple[jax.Array, Cache | None]:
-        """[B, T, D] → [B, T, D], and the layer's new cache."""
-        y_BTD, cache = self.attention(self.attention_norm(x_BTD), rotation, mask_B1TS, cache, start)
-        x_BTD = x_BTD + y_BTD
-        return x_BTD + self.feedforward(self.feedforward_norm(x_BTD)), cache
+        self,
+        x_BTD: jax.Array,
+        rotation: Rotation,
+        mask_B1TS: jax.Array,
+        cache: Cache | None,
+        start: jax.Array | None,
+        keys_B: Keys,
+    ) -> tuple[jax.Array, Aux]:
+        """[B, T, D] → [B, T, D], and what attention tells beside."""
+        y_BTD = self.attention_norm(x_BTD) if self.pre else x_BTD
+        y_BTD, aux = self.attention(y_BTD, rotation, mask_B1TS, cache, start, at(keys_B, 0))
+        x_BTD = x_BTD + dropout(y_BTD, self.dropout_rate, at(keys_B, 1))
+        x_BTD = x_BTD if self.pre else self.attention_norm(x_BTD)
+
+        y_BTD = self.feedforward(self.feedforward_norm(x_BTD) if self.pre else x_BTD)
+        x_BTD = x_BTD + dropout(y_BTD, self.dropout_rate, at(keys_B, 2))
+        return x_BTD if self.pre else self.feedforward_norm(x_BTD), aux
 
 
 class Decoder(nnx.Module):
@@ -64,21 +69,26 @@ class Decoder(nnx.Module):
         self.config = config
         self.layout = layout
         self.embedding = Embedding(config, weights["embedding"], layout)
+        self.position = Position(config, weights.get("position"), layout)
         self.blocks = Block(config, weights["blocks"], layout)  # one block, its weights stacked [L, ...]
-        self.norm = RMSNorm(config, weights["norm"])
+        self.norm = NORMS[config.norm](config, weights["norm"]) if config.norm_placement == "pre" else None
         self.unembedding = Unembedding(config, weights.get("unembedding", {}).get("matrix"), layout)
 
-    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+    def __call__(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, keys_B: Keys = None
+    ) -> jax.Array:
         """Token ids → the vectors [B, T, D] that predict each position's next token.
 
         Args:
             tokens_BT: int32 ids.
             positions_BT: int32 places in their documents.
             segment_ids_BT: int32; positions with different numbers do not see each other.
+            keys_B: of the rows, where something is to be dropped (see `model.dropout`).
         """
-        return self._run(tokens_BT, positions_BT, causal_mask(segment_ids_BT))[0]
+        mask_B1TS = causal_mask(segment_ids_BT, self.config.sliding_window)
+        return self._run(tokens_BT, positions_BT, mask_B1TS, keys_B=keys_B)[0]
 
-    def extend(self, tokens_BT: jax.Array, start: jax.Array, cache: Cache) -> tuple[jax.Array, Cache | None]:
+    def extend(self, tokens_BT: jax.Array, start: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """As `__call__` for the T tokens of one document that follow the first `start`, which the cache holds.
 
         Args:
@@ -87,8 +97,8 @@ class Decoder(nnx.Module):
             cache: "key" and "value" of all layers, each [L, B, K, S, C], S the longest context.
         """
         positions_BT = jnp.broadcast_to(start + jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        mask_B1TS = positions_BT[:, None, :, None] >= jnp.arange(cache["key"].shape[3])
-        return self._run(tokens_BT, positions_BT, mask_B1TS, cache, start)
+        ago_B1TS = positions_BT[:, None, :, None] - jnp.arange(cache["key"].shape[3])
+        return self._run(tokens_BT, positions_BT, within(ago_B1TS, self.config.sliding_window), cache, start)
 
     def _run(
         self,
@@ -97,19 +107,23 @@ class Decoder(nnx.Module):
         mask_B1TS: jax.Array,
         cache: Cache | None = None,
         start: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
-        x_BTD = self.embedding(tokens_BT)
-        angles = rotation(self.config, positions_BT)
+        keys_B: Keys = None,
+    ) -> tuple[jax.Array, Aux]:
+        x_BTD, rotation = self.position(self.embedding(tokens_BT), positions_BT)
+        x_BTD = dropout(x_BTD, self.config.embedding_dropout, at(keys_B, 0))
         structure, stacked = nnx.split(self.blocks)
 
-        def layer(x_BTD: jax.Array, of_layer: tuple[nnx.State, Cache | None]) -> tuple[jax.Array, Cache | None]:
-            weights, layer_cache = of_layer
-            return nnx.merge(structure, weights)(x_BTD, angles, mask_B1TS, layer_cache, start)
+        def layer(x_BTD: jax.Array, of_layer: tuple[nnx.State, Cache | None, jax.Array]) -> tuple[jax.Array, Aux]:
+            weights, layer_cache, number = of_layer
+            block = nnx.merge(structure, weights)
+            return block(x_BTD, rotation, mask_B1TS, layer_cache, start, at(keys_B, number))
 
         if self.config.remat_policy != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.config.remat_policy], prevent_cse=False)
-        x_BTD, cache = jax.lax.scan(layer, x_BTD, (stacked, cache))
-        return self.layout.place(self.norm(x_BTD), "batch", None, None), cache
+        numbers_L = jnp.arange(1, self.config.num_layers + 1)
+        x_BTD, aux = jax.lax.scan(layer, x_BTD, (stacked, cache, numbers_L))
+        x_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
+        return self.layout.place(x_BTD, "batch", None, None), aux
 
     def unembedding_matrix(self) -> jax.Array:
         """The last floor's weight [D, V] in the compute dtype; V is the padded vocabulary."""

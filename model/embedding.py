@@ -1,5 +1,6 @@
 """Floor 1, token embedding: each token id becomes a vector."""
 
+import math
 from collections.abc import Mapping
 
 import jax
@@ -9,16 +10,22 @@ from model.config import ModelConfig
 from model.sharding import Layout
 
 
+def look_up(table: jax.Array, ids_BT: jax.Array, layout: Layout) -> jax.Array:
+    """Rows [B, T, D] of a table [rows, D]. Tensor shards hold D of every row, so the look-up stays local."""
+    table = layout.gather(table, None, "lookup")
+    x_BTD = table.at[ids_BT].get(out_sharding=layout.sharding("batch", None, "lookup"))
+    return layout.place(x_BTD, "batch", "sequence", None)
+
+
 class Embedding(nnx.Module):
-    """A table with a row a token of the vocabulary."""
+    """A table with a row a token of the vocabulary, scaled by √D where asked (Vaswani et al. 2017, section 3.4)."""
 
     def __init__(self, config: ModelConfig, weights: Mapping[str, jax.Array], layout: Layout):
         self.table = nnx.Param(weights["table"])
+        self.scale = math.sqrt(config.model_dim) if config.scale_embeddings else 1.0
         self.dtype = config.compute_dtype
         self.layout = layout
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        """Token ids [B, T] → vectors [B, T, D]. Tensor shards hold D of every row, so the look-up stays local."""
-        table_VD = self.layout.gather(self.table[...].astype(self.dtype), None, "lookup")
-        x_BTD = table_VD.at[tokens_BT].get(out_sharding=self.layout.sharding("batch", None, "lookup"))
-        return self.layout.place(x_BTD, "batch", "sequence", None)
+        """Token ids [B, T] → vectors [B, T, D]."""
+        return look_up(self.table[...].astype(self.dtype), tokens_BT, self.layout) * self.scale

@@ -1,35 +1,41 @@
-"""Floor 4, feed-forward: the same network at every position, gated (SwiGLU; Shazeer 2020, arXiv:2002.05202)."""
+"""Floor 4, feed-forward: the same two-layer network at every position (Vaswani et al. 2017, section 3.3).
 
-from collections.abc import Mapping
+Gated, it is one of the GLU family (Shazeer 2020, arXiv:2002.05202): SwiGLU with silu, GeGLU with gelu, ReGLU with relu.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import jax
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from model.config import ModelConfig
-from model.product import product
+from model.linear import Linear
 from model.sharding import Layout
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": jax.nn.relu,
+    "gelu": partial(jax.nn.gelu, approximate=False),  # x·Φ(x) (Hendrycks and Gimpel 2016, arXiv:1606.08415)
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),  # their approximation, as in GPT-2
+    "silu": jax.nn.silu,
+}
 
 
 class FeedForward(nnx.Module):
-    """down(silu(gate(x)) * up(x)), widths D → F → D."""
+    """down(act(up(x))) or, gated, down(act(gate(x)) · up(x)); widths D → F → D."""
 
     def __init__(self, config: ModelConfig, weights: Mapping[str, jax.Array], layout: Layout):
-        self.gate = nnx.Param(weights["gate"])
-        self.up = nnx.Param(weights["up"])
-        self.down = nnx.Param(weights["down"])
+        inner, outer = ("model", "feedforward"), ("feedforward", "model")
+        self.gate = Linear("btd,df->btf", weights, "gate", inner, layout) if config.gated else None
+        self.up = Linear("btd,df->btf", weights, "up", inner, layout)
+        self.down = Linear("btf,fd->btd", weights, "down", outer, layout, to_residual=True)
+        self.activation = config.activation
         self.layout = layout
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """[B, T, D] → [B, T, D]."""
-        dtype, layout = x_BTD.dtype, self.layout
-        w_gate = layout.gather(self.gate[...].astype(dtype), "model", "feedforward")
-        w_up = layout.gather(self.up[...].astype(dtype), "model", "feedforward")
-        w_down = layout.gather(self.down[...].astype(dtype), "feedforward", "model")
-
-        x_BTD = layout.gather_sequence(x_BTD)
-        gate_BTF = checkpoint_name(product("btd,df->btf", x_BTD, w_gate), "product")
-        up_BTF = checkpoint_name(product("btd,df->btf", x_BTD, w_up), "product")
-        h_BTF = jax.nn.silu(gate_BTF) * up_BTF
-        sums_BTD = product("btf,fd->btd", h_BTF, w_down, layout.partial_sums())
-        return checkpoint_name(layout.scatter_sequence(sums_BTD), "product")
+        act = ACTIVATIONS[self.activation]
+        x_BTD = self.layout.gather_sequence(x_BTD)
+        if self.gate is None:
+            return self.down(act(self.up(x_BTD)))
+        return self.down(act(self.gate(x_BTD)) * self.up(x_BTD))

@@ -42,7 +42,6 @@ def next_logits(
     start, last = start_and_last
     decoder = Decoder(config, weights, layout)
     x_BTD, extended = decoder.extend(tokens_BT, start, cache)
-    assert extended is not None
     x_B1D = jax.lax.dynamic_slice_in_dim(x_BTD, last, 1, axis=1)
     return layout.place(decoder.logits(x_B1D), "batch", None, None)[:, 0], extended
 

@@ -5,6 +5,7 @@ a position (the log of the softmax's denominator); the backward pass makes each 
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,27 +25,44 @@ def _joined(chunks: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
+class LogProbabilities(NamedTuple):
+    """What the loss is made of, each float32 [B, T] in nats.
+
+    Attributes:
+        target: log p(target).
+        mean: of log p over all tokens: what label smoothing adds.
+        log_sum: log of the softmax's denominator: what the z-loss squares.
+    """
+
+    target: jax.Array
+    mean: jax.Array
+    log_sum: jax.Array
+
+
 def token_log_probabilities(
     x_BTD: jax.Array, matrix_DV: jax.Array, targets_BT: jax.Array, vocab_size: int, chunk: int, layout: Layout
-) -> jax.Array:
-    """log p(target) at each position, float32 [B, T], in nats.
+) -> LogProbabilities:
+    """The log-probabilities at each position.
 
     Args:
         x_BTD: the decoder's output.
         matrix_DV: the unembedding, padded to V columns; those from `vocab_size` on have probability zero.
         targets_BT: int32 ids.
         vocab_size: tokens that exist.
-        chunk: positions of a row whose logits exist at once, at most.
+        chunk: positions on one device whose logits exist at once, at most, but one a row.
         layout: where V is shared, and over which mesh axes the matrix's gradient is summed.
     """
     T = targets_BT.shape[1]
-    count = -(-T // chunk)
+    sharding = jax.typeof(x_BTD).sharding
+    rows = x_BTD.shape[0] if sharding.mesh.empty else sharding.shard_shape(x_BTD.shape)[0]
+    count = -(-T // max(chunk // rows, 1))
     length = -(-T // count)
     padding = count * length - T
     if padding:
         x_BTD = jnp.pad(x_BTD, ((0, 0), (0, padding), (0, 0)))
         targets_BT = jnp.pad(targets_BT, ((0, 0), (0, padding)))
-    return _log_probabilities(x_BTD, matrix_DV, targets_BT, vocab_size, length, layout)[:, :T]
+    found = _log_probabilities(x_BTD, matrix_DV, targets_BT, vocab_size, length, layout)
+    return LogProbabilities(*(x_BT[:, :T] for x_BT in found))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
@@ -58,33 +76,40 @@ def _target_V(targets_BT: jax.Array, V: int) -> jax.Array:
 
 
 def _forward(x_BTD, matrix_DV, targets_BT, vocab_size, chunk, layout):  # type: ignore[no-untyped-def]
-    def of_chunk(_: None, of: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
+    real_V = jnp.arange(matrix_DV.shape[1]) < vocab_size
+
+    def of_chunk(_: None, of: tuple[jax.Array, jax.Array]) -> tuple[None, LogProbabilities]:
         x, targets = of
         scores = logits(x, matrix_DV, vocab_size)
         log_sum = jax.nn.logsumexp(scores, axis=-1)
         score = jnp.sum(jnp.where(_target_V(targets, scores.shape[-1]), scores, 0.0), axis=-1)
-        return None, (score - log_sum, log_sum)
+        mean = jnp.sum(jnp.where(real_V, scores, 0.0), axis=-1) / vocab_size
+        return None, LogProbabilities(score - log_sum, mean - log_sum, log_sum)
 
-    _, (log_p, log_sum) = jax.lax.scan(of_chunk, None, (_chunks(x_BTD, chunk), _chunks(targets_BT, chunk)))
-    return _joined(log_p), (x_BTD, matrix_DV, targets_BT, _joined(log_sum))
+    _, chunks = jax.lax.scan(of_chunk, None, (_chunks(x_BTD, chunk), _chunks(targets_BT, chunk)))
+    found = LogProbabilities(*map(_joined, chunks))
+    return found, (x_BTD, matrix_DV, targets_BT, found.log_sum)
 
 
-def _backward(vocab_size, chunk, layout, kept, cotangent_BT):  # type: ignore[no-untyped-def]
+def _backward(vocab_size, chunk, layout, kept, cotangents):  # type: ignore[no-untyped-def]
     x_BTD, matrix_DV, targets_BT, log_sum_BT = kept
     sums_DV = layout.sharding(None, "vocabulary", unreduced=layout.mesh_axes("batch"))
     whole_BTD = layout.sharding("batch", None, None)
+    uniform_V = jnp.where(jnp.arange(matrix_DV.shape[1]) < vocab_size, 1 / vocab_size, 0.0)
 
     def of_chunk(gradient_DV: jax.Array, of: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        x, targets, log_sum, cotangent = of
+        x, targets, log_sum, *cotangent = of
+        of_target, of_mean, of_log_sum = (c[..., None] for c in cotangent)
         scores = logits(x, matrix_DV, vocab_size)
-        # d log p(target) / d logits = onehot(target) - softmax
-        slope = _target_V(targets, scores.shape[-1]) - jnp.exp(scores - log_sum[..., None])
-        slope = (slope * cotangent[..., None]).astype(x.dtype)
+        softmax = jnp.exp(scores - log_sum[..., None])
+        # The slopes by the logits of their three terms: one-hot, uniform, softmax.
+        slope = _target_V(targets, scores.shape[-1]) * of_target + uniform_V * of_mean
+        slope = (slope + softmax * (of_log_sum - of_target - of_mean)).astype(x.dtype)
         dx = jnp.einsum("btv,dv->btd", slope, matrix_DV, out_sharding=whole_BTD)
         float32 = {"preferred_element_type": jnp.float32}
         return gradient_DV + jnp.einsum("btd,btv->dv", x, slope, out_sharding=sums_DV, **float32), dx
 
-    chunks = tuple(_chunks(x, chunk) for x in (x_BTD, targets_BT, log_sum_BT, cotangent_BT))
+    chunks = tuple(_chunks(x, chunk) for x in (x_BTD, targets_BT, log_sum_BT, *cotangents))
     zeros_DV = jnp.zeros(matrix_DV.shape, jnp.float32, out_sharding=sums_DV)
     gradient_DV, dx = jax.lax.scan(of_chunk, zeros_DV, chunks)
     return _joined(dx), gradient_DV.astype(matrix_DV.dtype), None

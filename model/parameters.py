@@ -16,6 +16,9 @@ import jax.numpy as jnp
 from model.config import VOCABULARY_MULTIPLE, ModelConfig
 from model.sharding import WHOLE, Layout
 
+# Roles whose initial values are not random.
+CONSTANT = ("norm", "bias")
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -24,9 +27,9 @@ class Parameter:
     Attributes:
         axes: logical axis name → size, in the array's order.
         fan_in: the axes that the forward pass sums over; empty where it looks up or multiplies elementwise.
-        role: embedding, matrix, unembedding or norm.
-        scale: of the initial values, whose standard deviation is scale/√(product of fan_in); a norm's are constant at
-            `scale`.
+        role: embedding, position, matrix, unembedding, norm or bias.
+        scale: of the initial values, whose standard deviation is scale/√(product of fan_in); a norm's and a bias's are
+            constant at `scale`.
     """
 
     axes: Mapping[str, int]
@@ -46,8 +49,8 @@ class Parameter:
 
     @property
     def decay(self) -> bool:
-        """Whether weight decay applies: to matrices, not to norms."""
-        return self.role != "norm"
+        """Whether weight decay applies: to matrices and tables, not to norms and biases."""
+        return self.role not in CONSTANT
 
 
 def padded_vocabulary(config: ModelConfig) -> int:
@@ -59,10 +62,11 @@ def padded_vocabulary(config: ModelConfig) -> int:
 def parameter_table(config: ModelConfig) -> dict[str, Parameter]:
     """Every parameter of the decoder by its dotted name.
 
-    The embedding starts at deviation one a component; a tied one at 1/√D, as it must where its transpose is to give
-    logits of variance one. Matrices start at 1/√fan_in. The two of a block that write to the residual stream start
-    lower by √(2L) (GPT-2, Radford et al. 2019) and by the embedding's deviation, so that what all blocks add is no
-    more than what the embedding put there.
+    What the embedding puts on the residual stream has deviation one a component, or 1/√D where its transpose is to give
+    logits of variance one; learned positions start at half of that (the proportion of GPT-2, Radford et al. 2019).
+    Matrices start at 1/√fan_in. The two of a pre-norm block that write to the residual stream start lower by √(2L)
+    (GPT-2 again) and by the embedding's deviation, so that what all blocks add is no more than what the embedding put
+    there. Norms start as the identity, biases at zero.
     """
     c = config
     assert c.num_kv_heads
@@ -72,23 +76,43 @@ def parameter_table(config: ModelConfig) -> dict[str, Parameter]:
     model, feedforward = {"model": c.model_dim}, {"feedforward": c.feedforward_dim}
     heads, kv_heads, head = {"heads": c.num_heads}, {"kv_heads": c.num_kv_heads}, {"head": c.head_dim}
     vocabulary = {"vocabulary": padded_vocabulary(c)}
-    deviation = 1 / math.sqrt(c.model_dim) if c.tie_embeddings else 1.0
-    residual = deviation / math.sqrt(2 * c.num_layers)
     width = {"width": c.model_dim}
+    table_deviation = 1 / math.sqrt(c.model_dim) if c.tie_embeddings or c.scale_embeddings else 1.0
+    stream = table_deviation * (math.sqrt(c.model_dim) if c.scale_embeddings else 1.0)
+    residual = stream / math.sqrt(2 * c.num_layers) if c.norm_placement == "pre" else 1.0
 
-    table = {
-        "embedding.table": Parameter(vocabulary | model, (), "embedding", deviation),
-        "blocks.attention_norm.scale": Parameter(layers | width, (), "norm"),
-        "blocks.attention.query": Parameter(layers | model | heads | head, ("model",), "matrix"),
-        "blocks.attention.key": Parameter(layers | model | kv_heads | head, ("model",), "matrix"),
-        "blocks.attention.value": Parameter(layers | model | kv_heads | head, ("model",), "matrix"),
-        "blocks.attention.output": Parameter(layers | heads | head | model, ("heads", "head"), "matrix", residual),
-        "blocks.feedforward_norm.scale": Parameter(layers | width, (), "norm"),
-        "blocks.feedforward.gate": Parameter(layers | model | feedforward, ("model",), "matrix"),
-        "blocks.feedforward.up": Parameter(layers | model | feedforward, ("model",), "matrix"),
-        "blocks.feedforward.down": Parameter(layers | feedforward | model, ("feedforward",), "matrix", residual),
-        "norm.scale": Parameter(width, (), "norm"),
-    }
+    def norm(name: str, axes: dict[str, int]) -> dict[str, Parameter]:
+        found = {f"{name}.scale": Parameter(axes, (), "norm")}
+        return found | ({f"{name}.bias": Parameter(axes, (), "bias", 0.0)} if c.norm == "layernorm" else {})
+
+    def linear(
+        name: str, inputs: dict[str, int], outputs: dict[str, int], bias: bool, scale: float = 1.0
+    ) -> dict[str, Parameter]:
+        found = {name: Parameter(layers | inputs | outputs, tuple(inputs), "matrix", scale)}
+        # A vector of the model's width is stored whole.
+        own = layers | (width if outputs is model else outputs)
+        return found | ({f"{name}_bias": Parameter(own, (), "bias", 0.0)} if bias else {})
+
+    def head_norm(name: str) -> dict[str, Parameter]:
+        return {f"blocks.attention.{name}_norm.scale": Parameter(layers | head, (), "norm")} if c.qk_norm else {}
+
+    table = {"embedding.table": Parameter(vocabulary | model, (), "embedding", table_deviation)}
+    if c.position == "learned":
+        assert c.max_positions
+        table["position.table"] = Parameter({"positions": c.max_positions} | model, (), "position", stream / 2)
+    table |= norm("blocks.attention_norm", layers | width)
+    table |= linear("blocks.attention.query", model, heads | head, c.attention_bias)
+    table |= linear("blocks.attention.key", model, kv_heads | head, c.attention_bias)
+    table |= linear("blocks.attention.value", model, kv_heads | head, c.attention_bias)
+    table |= head_norm("query") | head_norm("key")
+    table |= linear("blocks.attention.output", heads | head, model, c.attention_bias, residual)
+    table |= norm("blocks.feedforward_norm", layers | width)
+    if c.gated:
+        table |= linear("blocks.feedforward.gate", model, feedforward, c.feedforward_bias)
+    table |= linear("blocks.feedforward.up", model, feedforward, c.feedforward_bias)
+    table |= linear("blocks.feedforward.down", feedforward, model, c.feedforward_bias, residual)
+    if c.norm_placement == "pre":
+        table |= norm("norm", width)
     if not c.tie_embeddings:
         table["unembedding.matrix"] = Parameter(model | vocabulary, ("model",), "unembedding")
     return table
@@ -134,7 +158,7 @@ def initial_weights(config: ModelConfig, seed: int, layout: Layout = WHOLE) -> d
 
     def initial(name: str, p: Parameter) -> jax.Array:
         sharding = layout.sharding(*p.axes)
-        if p.role == "norm":
+        if p.role in CONSTANT:
             return jnp.full(p.shape, p.scale, jnp.float32, out_sharding=sharding)
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
         deviation = p.scale / math.sqrt(math.prod(p.axes[axis] for axis in p.fan_in))

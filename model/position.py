@@ -1,28 +1,98 @@
-"""Floor 2, position: rotary embedding (RoPE; Su et al. 2021, arXiv:2104.09864).
+"""Floor 2, position: attention alone could not tell one order of the tokens from another.
 
-Each pair of a head's components is turned by an angle proportional to the position, so that the product of a query
-and a key depends on their distance alone. Pairs are (i, i + C/2), as in Llama's published weights.
+- rope: each pair of a head's components is turned by an angle proportional to the position, so that the product of a
+  query and a key depends on their distance alone (Su et al. 2021, arXiv:2104.09864). Pairs are (i, i + C/2), as in
+  Llama's published weights.
+- sinusoidal: sines and cosines of the position are added to the embedding (Vaswani et al. 2017, section 3.5).
+- learned: a table with a row a position is added (GPT-2, Radford et al. 2019).
+- none: the causal mask alone tells (Kazemnejad et al. 2023, arXiv:2305.19466).
 """
+
+import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 
 from model.config import ModelConfig
+from model.embedding import look_up
+from model.sharding import Layout
 
-Rotation = tuple[jax.Array, jax.Array]
+# Cosine and sine of every angle, each float32 [B, 1, T, C/2]; none: nothing is turned.
+Rotation = tuple[jax.Array, jax.Array] | None
 
 
-def rotation(config: ModelConfig, positions_BT: jax.Array) -> Rotation:
-    """Cosine and sine of every angle, each float32 [B, 1, T, C/2]; made once, used by all layers."""
-    assert config.head_dim is not None
-    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    frequencies = config.rope_base**-exponents
-    angles = positions_BT[:, None, :, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+class Position(nnx.Module):
+    """What positions do to the embedded tokens, and how they turn the queries and keys of every layer."""
+
+    def __init__(self, config: ModelConfig, weights: Mapping[str, jax.Array] | None, layout: Layout):
+        self.table = nnx.Param(weights["table"]) if weights else None
+        self.config = config
+        self.layout = layout
+
+    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, Rotation]:
+        """Embedded tokens [B, T, D] and their positions → the same with positions added, and the rotation."""
+        match self.config.position:
+            case "rope":
+                return x_BTD, rotation(self.config, positions_BT)
+            case "sinusoidal":
+                added = sinusoids(positions_BT, x_BTD.shape[-1]).astype(x_BTD.dtype)
+                return x_BTD + self.layout.place(added, "batch", "sequence", None), None
+            case "learned":
+                assert self.table is not None
+                return x_BTD + look_up(self.table[...].astype(x_BTD.dtype), positions_BT, self.layout), None
+        return x_BTD, None
+
+
+def sinusoids(positions_BT: jax.Array, D: int) -> jax.Array:
+    """Float32 [B, T, D]: component 2i is sin(position / 10000^(2i/D)), component 2i + 1 its cosine."""
+    wavelengths = np.power(10_000.0, np.arange(0, D, 2) / D).astype(np.float32)
+    angles = positions_BT[..., None].astype(jnp.float32) / wavelengths
+    return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(*positions_BT.shape, D)
+
+
+def rotation(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The rotation of these positions; made once, used by all layers. YaRN's is longer than 1 (its section 3.4)."""
+    length = 0.1 * math.log(config.rope_factor) + 1 if config.rope_scaling == "yarn" else 1.0
+    angles = positions_BT[:, None, :, None].astype(jnp.float32) * frequencies(config)
+    return jnp.cos(angles) * length, jnp.sin(angles) * length
+
+
+def frequencies(config: ModelConfig) -> np.ndarray:
+    """Radians a position by which each pair turns, float32 [C/2]: base^(-2i/C), scaled for a longer context.
+
+    - linear: all are divided by the factor (Chen et al. 2023, arXiv:2306.15595).
+    - llama3 (Llama Team 2024) and yarn (Peng et al. 2023, arXiv:2309.00071): pairs that turn more than `high_turns`
+      times in the original context stay, those that turn less than `low_turns` times are divided, and those between
+      are mixed: in proportion to their turns (llama3), or to their place among the pairs (yarn).
+    """
+    C, factor = config.head_dim, config.rope_factor
+    assert C is not None
+    plain = config.rope_base ** -(np.arange(0, C, 2) / C)
+    if config.rope_scaling == "none":
+        kept = np.ones(C // 2)
+    elif config.rope_scaling == "linear":
+        kept = np.zeros(C // 2)
+    else:
+        context, low, high = config.rope_original_context, config.rope_low_turns, config.rope_high_turns
+        assert context is not None
+        assert high is not None
+        if config.rope_scaling == "llama3":
+            kept = np.clip((context * plain / (2 * math.pi) - low) / (high - low), 0, 1)
+        else:
+            # The pair, in fractions, that makes so many turns.
+            pair = lambda turns: C * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(config.rope_base))
+            first, last = max(math.floor(pair(high)), 0), min(math.ceil(pair(low)), C - 1)
+            kept = 1 - np.clip((np.arange(C // 2) - first) / max(last - first, 0.001), 0, 1)
+    return (plain * kept + plain / factor * (1 - kept)).astype(np.float32)
 
 
 def rotate(x_BHTC: jax.Array, by: Rotation) -> jax.Array:
     """Turn queries or keys [B, H, T, C] by their positions' angles, in float32; the dtype stays."""
+    if by is None:
+        return x_BHTC
     cosine, sine = by
     half = x_BHTC.shape[-1] // 2
     first, second = x_BHTC[..., :half].astype(jnp.float32), x_BHTC[..., half:].astype(jnp.float32)

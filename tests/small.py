@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from model.config import ModelConfig
-from model.parameters import initial_weights
+from model.parameters import CONSTANT, flattened, initial_weights, nested, parameter_table
 
 VOCAB_SIZE = 300
 
@@ -14,17 +14,17 @@ VOCAB_SIZE = 300
 def small_model(**changes: Any) -> ModelConfig:
     """Two layers of width 32, four heads on two key/value heads, float32."""
     values = {"num_layers": 2, "model_dim": 32, "num_heads": 4, "num_kv_heads": 2, "feedforward_dim": 64}
-    values |= {"vocab_size": VOCAB_SIZE, "compute_dtype": "float32", "loss_chunk": 8}
+    values |= {"vocab_size": VOCAB_SIZE, "compute_dtype": "float32", "loss_chunk": 64}
     return ModelConfig(**(values | changes)).resolved()
 
 
 def small_weights(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
-    """Initial weights, with norms that are not all one."""
-    weights = initial_weights(config, seed)
-    keys = iter(jax.random.split(jax.random.key(seed), 3))
-    for norm in (weights["norm"], weights["blocks"]["attention_norm"], weights["blocks"]["feedforward_norm"]):
-        norm["scale"] += 0.2 * jax.random.normal(next(keys), norm["scale"].shape)
-    return weights
+    """Initial weights, with norms and biases that are not all the same."""
+    weights = flattened(initial_weights(config, seed))
+    constant = [name for name, parameter in parameter_table(config).items() if parameter.role in CONSTANT]
+    for name, key in zip(constant, jax.random.split(jax.random.key(seed), len(constant)), strict=True):
+        weights[name] += 0.2 * jax.random.normal(key, weights[name].shape)
+    return nested(weights)
 
 
 def small_batch(rows: int = 8, length: int = 16, seed: int = 0, padding: bool = True) -> dict[str, np.ndarray]:

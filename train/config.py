@@ -139,7 +139,7 @@ class Config:
         """The same settings with every derived field filled in; `vocab_size` is the tokenizer's."""
         return dataclasses.replace(
             self,
-            model=self.model.resolved(vocab_size),
+            model=self.model.resolved(vocab_size, self.data.segment_length),
             data=dataclasses.replace(self.data, num_streams=self.num_streams),
         )
 
@@ -232,6 +232,11 @@ def config_problems(config: Config) -> list[str]:
             if value is not None and value < minimum:
                 found.append(f"{group}.{name} is {value}; it must be at least {minimum}")
 
+    if c.model.max_positions and c.model.max_positions < c.data.segment_length:
+        found.append(
+            f"model.max_positions = {c.model.max_positions} is less than data.segment_length = "
+            f"{c.data.segment_length}; raise it, or leave it at none"
+        )
     at_least("train", 1, "num_steps", "batch_size", "batch_ramp_start", "batch_ramp_steps", "accumulation_steps",
              "log_every_steps")  # fmt: skip
     if not 0 <= c.train.seed < 2**32:

@@ -42,7 +42,7 @@ def make_evaluation_step(config: Config) -> EvaluationStep:
     """The compiled function (weights, batch) → (summed loss in nats, summed loss weight)."""
 
     def evaluation_step(weights: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        return summed_loss(config, weights, batch), jnp.sum(batch["loss_weights"])
+        return summed_loss(config, weights, batch)[1], jnp.sum(batch["loss_weights"])
 
     return jax.jit(evaluation_step)
 

@@ -26,7 +26,7 @@ from train.run import Run
 from train.schedule import batch_size
 from train.state import abstract_state, evaluated_weights, make_state
 from train.step import make_train_step
-from train.weights import check_export_folder, exported_step, write_huggingface
+from train.weights import check_export_folder, exported_step, why_no_export, write_huggingface
 
 
 def pretrain(config: Config) -> Run:
@@ -38,7 +38,8 @@ def pretrain(config: Config) -> Run:
         InputError: whatever the user got wrong, before any device time is spent.
     """
     run = Run(Path(config.train.run_dir).expanduser())
-    if config.checkpoint.export:
+    exports = config.checkpoint.export and why_no_export(config.model) is None
+    if exports:
         check_export_folder(run.export)
     mesh = make_mesh(config.resolved(config.tokenizer.vocab_size))
     prepared = prepare(config, run)
@@ -66,7 +67,7 @@ def pretrain(config: Config) -> Run:
             state = train(prepared, run, display, checkpoints, state, positions)
 
         # ── The end ────────────────────────────────────────────────────────────────────────────────────────────────
-        if config.checkpoint.export and (step < config.train.num_steps or exported_step(run.export) != step):
+        if exports and (step < config.train.num_steps or exported_step(run.export) != step):
             whole = multihost_utils.process_allgather(evaluated_weights(state), tiled=True)
             context, last = config.data.segment_length, config.train.num_steps
             once(lambda: write_huggingface(run.export, config.model, whole, prepared.tokenizer, context, last))

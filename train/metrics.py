@@ -1,8 +1,8 @@
 """What a run says of itself: metrics.jsonl, the live display, and the share of the hardware's peak.
 
 Model FLOPs of a token are 6 × the matrix parameters that it meets (the tied embedding counts once, as unembedding)
-+ 12 × L × H × C × T/2 of causal attention: forward and backward, nothing for what is recomputed (PaLM, Chowdhery et
-al. 2022, appendix B, halved for causality).
++ 12 × L × H × C × the keys that a position sees on average (T/2, or less with a sliding window): forward and backward,
+nothing for what is recomputed (PaLM, Chowdhery et al. 2022, appendix B, halved for causality).
 """
 
 import collections
@@ -45,7 +45,9 @@ def flops_per_token(config: ModelConfig, T: int) -> float:
     if config.tie_embeddings:
         matrices += math.prod(parameter_table(config)["embedding.table"].shape)
     assert config.head_dim is not None
-    return 6 * matrices + 12 * config.num_layers * config.num_heads * config.head_dim * T / 2
+    window = min(config.sliding_window or T, T)
+    keys = window * (1 - window / (2 * T))
+    return 6 * matrices + 12 * config.num_layers * config.num_heads * config.head_dim * keys
 
 
 def peak_flops(dtype: str) -> tuple[float, str]:

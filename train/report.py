@@ -10,6 +10,7 @@ from train.metrics import read_metrics
 from train.prepare import Prepared
 from train.run import Run
 from train.schedule import batch_size
+from train.weights import why_no_export
 
 
 def opening(prepared: Prepared, step: int, peak: str) -> list[str]:
@@ -21,15 +22,18 @@ def opening(prepared: Prepared, step: int, peak: str) -> list[str]:
     if first < full:
         tokens += f", the first {config.train.batch_ramp_steps} steps on a ramp from {first:,}"
     begin = f"goes on from step {step}" if step else "starts"
-    decay = config.train.ema_decay
-    return [
+    lines = [
         f"{config.train.run_dir} {begin} of {config.train.num_steps} steps, {tokens}",
         f"corpus: {corpus.describe()}; {prepared.tokenizer.vocab_size:,} token ids",
         f"model: {count_parameters(config.model):,} parameters, {config.model.compute_dtype} compute",
         f"devices: {jax.device_count()} {jax.devices()[0].device_kind} as {mesh}; processes: {jax.process_count()}",
-        *([f"evaluated and exported: the moving average of the weights, decay {decay}"] if decay else []),
         f"peak: {peak}",
     ]
+    if config.train.ema_decay:
+        lines.append(f"evaluated and exported: the moving average of the weights, decay {config.train.ema_decay}")
+    if config.checkpoint.export and (problem := why_no_export(config.model)):
+        lines.append(f"no export at the end: {problem}")
+    return lines
 
 
 def closing(run: Run, program: str) -> str:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from model.decoder import Decoder
+from model.dropout import Keys, row_keys
 from model.loss import token_log_probabilities
 from train.config import Config
 from train.mesh import TRAINING
@@ -19,14 +20,27 @@ Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
-def summed_loss(config: Config, weights: dict[str, Any], batch: Batch) -> jax.Array:
-    """Cross-entropy in nats, summed over the batch's positions by their loss weights; a float32 scalar."""
-    decoder = Decoder(config.model, weights, TRAINING)
-    x_BTD = decoder(batch["tokens"], batch["positions"], batch["segment_ids"])
-    matrix_DV, m = decoder.unembedding_matrix(), config.model
+def summed_loss(
+    config: Config, weights: dict[str, Any], batch: Batch, keys_B: Keys = None
+) -> tuple[jax.Array, jax.Array]:
+    """What training minimizes, and the cross-entropy: nats summed over the batch by its loss weights, float32 scalars.
+
+    The two differ by `model.label_smoothing` and `model.z_loss`, in every position:
+    -(1 - ε) log p(target) - ε mean(log p) + z · log²(denominator).
+    """
+    m = config.model
+    decoder = Decoder(m, weights, TRAINING)
+    x_BTD = decoder(batch["tokens"], batch["positions"], batch["segment_ids"], keys_B)
     assert m.vocab_size is not None
-    log_p_BT = token_log_probabilities(x_BTD, matrix_DV, batch["targets"], m.vocab_size, m.loss_chunk, TRAINING)
-    return -jnp.sum(log_p_BT * batch["loss_weights"])
+    assert m.loss_chunk is not None
+    matrix_DV = decoder.unembedding_matrix()
+    log_p = token_log_probabilities(x_BTD, matrix_DV, batch["targets"], m.vocab_size, m.loss_chunk, TRAINING)
+    objective_BT = cross_entropy_BT = -log_p.target
+    if m.label_smoothing:
+        objective_BT = (1 - m.label_smoothing) * cross_entropy_BT - m.label_smoothing * log_p.mean
+    if m.z_loss:
+        objective_BT = objective_BT + m.z_loss * log_p.log_sum**2
+    return jnp.sum(objective_BT * batch["loss_weights"]), jnp.sum(cross_entropy_BT * batch["loss_weights"])
 
 
 def averaged(config: Config, average: dict[str, Any], weights: dict[str, Any], step: jax.Array) -> dict[str, Any]:
@@ -52,23 +66,35 @@ def make_train_step(
     counted).
     """
     schedule = learning_rate(config)
-    gradient = jax.value_and_grad(lambda weights, batch: summed_loss(config, weights, batch))
 
-    def accumulated(parts: int, weights: dict[str, Any], batch: Batch) -> tuple[jax.Array, dict[str, Any]]:
+    def gradient(weights: dict[str, Any], batch: Batch, keys_B: Keys) -> tuple[jax.Array, dict[str, Any]]:
+        objective = partial(summed_loss, config, batch=batch, keys_B=keys_B)
+        (_, loss), gradients = jax.value_and_grad(objective, has_aux=True)(weights)
+        return loss, gradients
+
+    def accumulated(
+        parts: int, weights: dict[str, Any], batch: Batch, keys_B: Keys
+    ) -> tuple[jax.Array, dict[str, Any]]:
         # Part a takes rows a, a + A, ...: every device keeps its own rows.
-        split = {k: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1) for k, x in batch.items()}
+        split = jax.tree.map(
+            lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), (batch, keys_B)
+        )
 
-        def add(total: Any, part: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradient(weights, part)), None
+        def add(total: Any, part: tuple[Batch, Keys]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, gradient(weights, *part)), None
 
         zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, weights))
         return jax.lax.scan(add, zeros, split)[0]
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         loss_weight = jnp.sum(batch["loss_weights"])
+        keys_B = None
+        if config.model.dropout:
+            rows_B = jnp.arange(batch["tokens"].shape[0], out_sharding=TRAINING.spec("batch"))
+            keys_B = row_keys(config.train.seed, state["step"], rows_B)
         parts = accumulation_parts(config, batch["tokens"].shape[0])
         gradient_of = gradient if parts == 1 else partial(accumulated, parts)
-        loss, gradients = gradient_of(state["weights"], batch)
+        loss, gradients = gradient_of(state["weights"], batch, keys_B)
         loss, gradients = jax.tree.map(lambda x: x / jnp.maximum(loss_weight, 1.0), (loss, gradients))
 
         updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["weights"])

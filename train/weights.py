@@ -36,9 +36,11 @@ def write_huggingface(
         step: of the run, kept in config.json.
 
     Raises:
-        InputError: the folder holds something else.
+        InputError: the folder holds something else, or no Transformers class has this model's choices.
     """
     check_export_folder(folder)
+    if problem := why_no_export(config):
+        raise InputError(f"these weights cannot be exported: {problem}")
     folder = folder.resolve()
     # Names that no folder of the user's own has: both are removed.
     partial, old = (folder.with_name(f".{folder.name}.ziggurat-{what}") for what in ("partial", "old"))
@@ -63,6 +65,15 @@ def check_export_folder(folder: Path) -> None:
         raise InputError(f"{folder} is a file; name a folder for the export")
     if folder.is_dir() and not {path.name for path in folder.iterdir()} <= FILES:
         raise InputError(f"{folder} holds other things than an export; name a new folder")
+
+
+def why_no_export(config: ModelConfig) -> str | None:
+    """What in this model no Transformers class has; none where it can be exported."""
+    try:
+        llama.family(config)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def exported_step(folder: Path) -> int | None:

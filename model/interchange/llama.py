@@ -1,4 +1,4 @@
-"""Hugging Face's Llama family: one table of names and layouts, read in both directions."""
+"""Hugging Face's Llama and its relatives, Mistral and Qwen3: one table of names and layouts, read both ways."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -6,10 +6,20 @@ from typing import Any
 
 import numpy as np
 
-from model.config import ModelConfig
+from model.config import HIGH_TURNS, ModelConfig
 from model.parameters import flattened, nested, padded_vocabulary, parameter_table
 
-ARCHITECTURE = "LlamaForCausalLM"
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+# What all of them have; a model with another value is none of them.
+COMMON = {
+    "position": "rope",
+    "norm": "rmsnorm",
+    "norm_placement": "pre",
+    "gated": True,
+    "scale_embeddings": False,
+    "attention_softcap": None,
+}
+ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
 
 
 @dataclass(frozen=True)
@@ -17,10 +27,12 @@ class Tensor:
     """Where one of our parameters stands in their file; theirs are [out, in], ours [in, out].
 
     `inputs` is how many of our leading axes (without layers) are summed over; the product of the rest is their rows.
+    `flat`: a bias of heads, which they keep as one axis.
     """
 
     name: str
     inputs: int = 0
+    flat: bool = False
 
 
 TENSORS = {
@@ -30,10 +42,19 @@ TENSORS = {
     "blocks.attention.key": Tensor("model.layers.{layer}.self_attn.k_proj.weight", 1),
     "blocks.attention.value": Tensor("model.layers.{layer}.self_attn.v_proj.weight", 1),
     "blocks.attention.output": Tensor("model.layers.{layer}.self_attn.o_proj.weight", 2),
+    "blocks.attention.query_bias": Tensor("model.layers.{layer}.self_attn.q_proj.bias", flat=True),
+    "blocks.attention.key_bias": Tensor("model.layers.{layer}.self_attn.k_proj.bias", flat=True),
+    "blocks.attention.value_bias": Tensor("model.layers.{layer}.self_attn.v_proj.bias", flat=True),
+    "blocks.attention.output_bias": Tensor("model.layers.{layer}.self_attn.o_proj.bias"),
+    "blocks.attention.query_norm.scale": Tensor("model.layers.{layer}.self_attn.q_norm.weight"),
+    "blocks.attention.key_norm.scale": Tensor("model.layers.{layer}.self_attn.k_norm.weight"),
     "blocks.feedforward_norm.scale": Tensor("model.layers.{layer}.post_attention_layernorm.weight"),
     "blocks.feedforward.gate": Tensor("model.layers.{layer}.mlp.gate_proj.weight", 1),
     "blocks.feedforward.up": Tensor("model.layers.{layer}.mlp.up_proj.weight", 1),
     "blocks.feedforward.down": Tensor("model.layers.{layer}.mlp.down_proj.weight", 1),
+    "blocks.feedforward.gate_bias": Tensor("model.layers.{layer}.mlp.gate_proj.bias"),
+    "blocks.feedforward.up_bias": Tensor("model.layers.{layer}.mlp.up_proj.bias"),
+    "blocks.feedforward.down_bias": Tensor("model.layers.{layer}.mlp.down_proj.bias"),
     "norm.scale": Tensor("model.norm.weight"),
     "unembedding.matrix": Tensor("lm_head.weight", 1),
 }
@@ -49,6 +70,8 @@ def to_theirs(config: ModelConfig, weights: Mapping[str, Any]) -> dict[str, np.n
         for layer, one in enumerate(array if "{layer}" in tensor.name else [array]):
             if tensor.inputs:
                 one = one.reshape(int(np.prod(one.shape[: tensor.inputs])), -1).T
+            if tensor.flat:
+                one = one.reshape(-1)
             if "vocabulary" in table[ours].axes:
                 one = one[: config.vocab_size]
             theirs[tensor.name.format(layer=layer)] = np.ascontiguousarray(one)
@@ -76,11 +99,23 @@ def from_theirs(config: ModelConfig, read: Callable[[str], np.ndarray]) -> dict[
     return nested(ours)
 
 
+def family(config: ModelConfig) -> str:
+    """The model_type of theirs that has this model's choices. ValueError names those that none has."""
+    kind = "qwen3" if config.qk_norm else "mistral" if config.sliding_window else "llama"
+    biases = {"mistral": ("attention_bias", "feedforward_bias"), "qwen3": ("feedforward_bias",), "llama": ()}[kind]
+    wanted = COMMON | dict.fromkeys(biases, False)
+    found = [f"model.{name} = {getattr(config, name)}" for name in wanted if getattr(config, name) != wanted[name]]
+    if found:
+        raise ValueError(f"{ARCHITECTURES[kind]} in Transformers has no {', no '.join(found)}")
+    return kind
+
+
 def config_to_theirs(config: ModelConfig, context: int, eos_id: int) -> dict[str, Any]:
-    """The values of their config.json."""
-    return {
-        "architectures": [ARCHITECTURE],
-        "model_type": "llama",
+    """The values of their config.json. ValueError as of `family`."""
+    kind = family(config)
+    theirs = {
+        "architectures": [ARCHITECTURES[kind]],
+        "model_type": kind,
         "vocab_size": config.vocab_size,
         "hidden_size": config.model_dim,
         "intermediate_size": config.feedforward_dim,
@@ -91,38 +126,88 @@ def config_to_theirs(config: ModelConfig, context: int, eos_id: int) -> dict[str
         "max_position_embeddings": context,
         "rms_norm_eps": config.norm_epsilon,
         "rope_theta": config.rope_base,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "attention_dropout": 0.0,
+        "rope_parameters": rope_to_theirs(config),
+        "hidden_act": ACTIVATIONS[config.activation],
+        "attention_bias": config.attention_bias,
+        "attention_dropout": config.attention_dropout,
         "tie_word_embeddings": config.tie_embeddings,
         "bos_token_id": eos_id,
         "eos_token_id": eos_id,
         "dtype": "float32",
     }
+    if kind == "llama":
+        theirs["mlp_bias"] = config.feedforward_bias
+    else:
+        theirs["sliding_window"] = config.sliding_window
+    if kind == "qwen3":
+        theirs |= {"use_sliding_window": config.sliding_window is not None, "max_window_layers": 0}
+    return theirs
+
+
+def rope_to_theirs(config: ModelConfig) -> dict[str, Any]:
+    """Their `rope_parameters`."""
+    scaling = config.rope_scaling
+    theirs: dict[str, Any] = {
+        "rope_type": "default" if scaling == "none" else scaling,
+        "rope_theta": config.rope_base,
+    }
+    if scaling != "none":
+        theirs["factor"] = config.rope_factor
+    if scaling in TURNS:
+        low, high = TURNS[scaling]
+        theirs |= {low: config.rope_low_turns, high: config.rope_high_turns}
+        theirs["original_max_position_embeddings"] = config.rope_original_context
+    return theirs
+
+
+# Their names of `rope_low_turns` and `rope_high_turns`.
+TURNS = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_slow", "beta_fast")}
+
+
+def rope_from_theirs(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Our rotary fields from their config. ValueError names what our scalings do not have."""
+    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+    ours: dict[str, Any] = {"rope_base": float(rope.get("rope_theta") or theirs.get("rope_theta") or 10_000)}
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        return ours
+    if kind not in ("linear", *TURNS):
+        raise ValueError(f"rope_type is {kind}; this decoder has default, linear, llama3 and yarn")
+    known = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", *TURNS.get(kind, ())}
+    if others := [name for name in rope if name not in known and rope[name] is not None]:
+        raise ValueError(f"rope_parameters.{others[0]}: this decoder has no such choice")
+    ours |= {"rope_scaling": kind, "rope_factor": float(rope["factor"])}
+    if kind in TURNS:
+        low, high = TURNS[kind]
+        ours["rope_original_context"] = rope["original_max_position_embeddings"]
+        ours |= {
+            "rope_low_turns": float(rope.get(low) or 1),
+            "rope_high_turns": float(rope.get(high) or HIGH_TURNS[kind]),
+        }
+    return ours
 
 
 def config_from_theirs(theirs: Mapping[str, Any]) -> ModelConfig:
     """The model of their config.json. ValueError says what in it our decoder does not have."""
     if not isinstance(theirs, Mapping):
         raise ValueError("config.json holds no settings")
-    if theirs.get("architectures") != [ARCHITECTURE]:
-        raise ValueError(f"architectures is {theirs.get('architectures')}; only {ARCHITECTURE} can be read")
-    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-    unsupported = {
-        "rope_type": rope.get("rope_type", "default") != "default",
-        "hidden_act": theirs.get("hidden_act", "silu") != "silu",
-        "attention_bias": theirs.get("attention_bias", False),
-        "mlp_bias": theirs.get("mlp_bias", False),
-    }
-    if any(unsupported.values()):
-        raise ValueError(
-            f"{', '.join(name for name, bad in unsupported.items() if bad)}: this decoder has no such choice"
-        )
+    kind = theirs.get("model_type")
+    if kind not in ARCHITECTURES or theirs.get("architectures") != [ARCHITECTURES[kind]]:
+        known = ", ".join(ARCHITECTURES.values())
+        raise ValueError(f"architectures is {theirs.get('architectures')}; what can be read is {known}")
+    activations = {name: ours for ours, name in ACTIVATIONS.items()}
+    if theirs.get("hidden_act", "silu") not in activations:
+        raise ValueError(f"hidden_act is {theirs['hidden_act']}; this decoder has {', '.join(activations)}")
     for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size"):
         if not isinstance(theirs.get(name), int):
             raise ValueError(f"{name} is {theirs.get(name)}; it must be a whole number")
+    windowed = kind == "mistral" or (kind == "qwen3" and theirs.get("use_sliding_window", False))
+    if kind == "qwen3" and windowed and theirs.get("max_window_layers") != 0:
+        raise ValueError("max_window_layers: in this decoder all layers have the sliding window, or none")
+    try:
+        rope = rope_from_theirs(theirs)
+    except KeyError as missing:
+        raise ValueError(f"rope_parameters has no {missing}") from None
     config = ModelConfig(
         num_layers=theirs["num_hidden_layers"],
         model_dim=theirs["hidden_size"],
@@ -132,9 +217,15 @@ def config_from_theirs(theirs: Mapping[str, Any]) -> ModelConfig:
         feedforward_dim=theirs["intermediate_size"],
         vocab_size=theirs["vocab_size"],
         tie_embeddings=theirs.get("tie_word_embeddings", False),
-        rope_base=float(rope.get("rope_theta") or theirs.get("rope_theta") or 10_000),
+        attention_bias=theirs.get("attention_bias", False),
+        attention_dropout=theirs.get("attention_dropout", 0.0),
+        qk_norm=kind == "qwen3",
+        sliding_window=theirs.get("sliding_window") if windowed else None,
+        activation=activations[theirs.get("hidden_act", "silu")],
+        feedforward_bias=theirs.get("mlp_bias", False),
         norm_epsilon=theirs.get("rms_norm_eps", 1e-6),
         compute_dtype="float32",
+        **rope,
     )
     if problems := config.problems():
         raise ValueError("; ".join(problems))

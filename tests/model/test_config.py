@@ -10,6 +10,9 @@ def test_what_is_left_out_is_derived():
     assert (config.num_kv_heads, config.head_dim, config.feedforward_dim, config.vocab_size) == (4, 64, 704, 1000)
     assert config.problems() == []
     assert ModelConfig(vocab_size=50).resolved(1000).vocab_size == 50
+    assert ModelConfig(gated=False).resolved(1000).feedforward_dim == 1024
+    assert ModelConfig(position="learned").resolved(1000, 32).max_positions == 32
+    assert ModelConfig().resolved(200_000).loss_chunk == 335
 
 
 @pytest.mark.parametrize(
@@ -22,6 +25,24 @@ def test_what_is_left_out_is_derived():
         ({"compute_dtype": "float16"}, "must be one of bfloat16, float32"),
         ({"remat_policy": "some"}, "must be one of none, products, full"),
         ({"rope_base": 0.0}, "model.rope_base is 0.0"),
+        ({"position": "alibi"}, "model.position is 'alibi'; it must be one of rope, sinusoidal, learned, none"),
+        ({"activation": "swish"}, "must be one of silu, gelu, gelu_tanh, relu"),
+        ({"norm_placement": "sandwich"}, "must be one of pre, post"),
+        ({"residual_dropout": 1.0}, "model.residual_dropout is 1.0; it must be in [0, 1)"),
+        ({"label_smoothing": -0.1}, "model.label_smoothing is -0.1"),
+        ({"z_loss": -1.0}, "model.z_loss is -1.0"),
+        ({"sliding_window": 0}, "model.sliding_window is 0"),
+        ({"attention_softcap": 0.0}, "model.attention_softcap is 0.0; it must be above 0"),
+        ({"max_positions": 9}, "model.max_positions is for learned positions"),
+        ({"position": "sinusoidal", "model_dim": 33, "num_heads": 3}, "model.model_dim = 33 is odd"),
+        ({"rope_factor": 2.0}, "model.rope_factor is given, but model.rope_scaling is none"),
+        ({"rope_scaling": "yarn"}, "needs model.rope_original_context"),
+        ({"rope_scaling": "linear", "rope_factor": 0.5}, "model.rope_factor is 0.5; it must be at least 1"),
+        ({"rope_scaling": "linear", "position": "none"}, "needs model.position = rope"),
+        (
+            {"rope_scaling": "llama3", "rope_original_context": 9, "rope_low_turns": 5.0},
+            "model.rope_high_turns must be above",
+        ),
     ],
 )
 def test_impossible_values_are_named(changes: dict, words: str):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.config import REMAT_POLICIES, ModelConfig
+from model.config import CHOICES, ModelConfig
 from model.decoder import Decoder
 from model.loss import token_log_probabilities
 from model.sharding import WHOLE
@@ -27,7 +27,7 @@ def log_probabilities(config: ModelConfig, weights: dict, batch: dict) -> np.nda
     decoder = Decoder(config, weights)
     x = decoder(*(jnp.array(batch[name]) for name in ("tokens", "positions", "segment_ids")))
     return np.asarray(
-        token_log_probabilities(x, decoder.unembedding_matrix(), batch["targets"], config.vocab_size, 1, WHOLE)
+        token_log_probabilities(x, decoder.unembedding_matrix(), batch["targets"], config.vocab_size, 1, WHOLE).target
     )
 
 
@@ -83,7 +83,7 @@ def test_remat_policies_trade_memory_and_leave_gradients_as_they_are():
     weights, batch = small_weights(base), small_batch(16, 64)
     arguments = (weights, *(jnp.array(batch[name]) for name in ("tokens", "positions", "segment_ids")))
     memory, expected = {}, None
-    for policy in REMAT_POLICIES:
+    for policy in CHOICES["remat_policy"]:
         compiled = gradient_of(small_model(num_layers=4, remat_policy=policy)).lower(*arguments).compile()
         memory[policy] = compiled.memory_analysis().temp_size_in_bytes
         found = compiled(*arguments)

@@ -11,7 +11,18 @@ from model.parameters import flattened, padded_vocabulary
 from tests.peers import require
 from tests.small import VOCAB_SIZE, small_batch, small_model, small_weights
 
-MODELS = [{}, {"tie_embeddings": True}, {"num_kv_heads": 1, "head_dim": 16, "rope_base": 500_000.0}]
+MODELS = [
+    {},
+    {"tie_embeddings": True, "activation": "gelu_tanh"},
+    {"num_kv_heads": 1, "head_dim": 16, "rope_base": 500_000.0},
+    {"attention_bias": True, "feedforward_bias": True},
+    {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_original_context": 8},
+    {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_context": 8},
+    {"rope_scaling": "linear", "rope_factor": 2.0},
+    {"sliding_window": 5},
+    {"qk_norm": True, "attention_bias": True, "head_dim": 16},
+    {"qk_norm": True, "sliding_window": 3},
+]
 
 
 @pytest.mark.parametrize("changes", MODELS)
@@ -37,9 +48,9 @@ def test_transformers_computes_the_same_logits(changes: dict):
     torch, transformers = require("torch"), require("transformers")
     config = small_model(**changes)
     weights, tokens = small_weights(config), small_batch(2, 24)["tokens"]
-    theirs = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**llama.config_to_theirs(config, context=24, eos_id=0))
-    )
+    values = llama.config_to_theirs(config, context=24, eos_id=0)
+    theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**values))
+    assert [type(theirs).__name__] == values["architectures"]
     tensors = {name: torch.tensor(array) for name, array in llama.to_theirs(config, weights).items()}
     missing = theirs.load_state_dict(tensors, strict=False)
     assert missing.unexpected_keys == []
@@ -56,11 +67,31 @@ def test_a_model_with_other_floors_is_refused_by_name():
     theirs = llama.config_to_theirs(small_model(), context=16, eos_id=0)
     for changes, word in (
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type"),
-        ({"attention_bias": True}, "attention_bias"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type is longrope"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters has no 'factor'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2, "truncate": False}}, "rope_parameters.truncate"),
+        ({"hidden_act": "tanh"}, "hidden_act is tanh"),
     ):
         with pytest.raises(ValueError, match=word):
             llama.config_from_theirs(theirs | changes)
     del theirs["hidden_size"]
     with pytest.raises(ValueError, match="hidden_size"):
         llama.config_from_theirs(theirs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"position": "sinusoidal"}, "LlamaForCausalLM in Transformers has no model.position = sinusoidal"),
+        ({"norm": "layernorm", "gated": False}, "no model.norm = layernorm, no model.gated = False"),
+        ({"attention_softcap": 30.0}, "no model.attention_softcap = 30.0"),
+        (
+            {"sliding_window": 4, "attention_bias": True},
+            "MistralForCausalLM in Transformers has no model.attention_bias",
+        ),
+        ({"qk_norm": True, "feedforward_bias": True}, "Qwen3ForCausalLM in Transformers has no model.feedforward_bias"),
+    ],
+)
+def test_what_no_class_of_theirs_has_is_named(changes: dict, words: str):
+    with pytest.raises(ValueError, match=words):
+        llama.family(small_model(**changes))

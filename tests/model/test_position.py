@@ -1,10 +1,15 @@
-"""Floor 2: the rotary embedding."""
+"""Floor 2: the rotary embedding and its scalings, sinusoids, the learned table, and none."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from model.position import rotate, rotation
-from tests.small import small_model
+from model.decoder import Decoder
+from model.interchange.llama import rope_to_theirs
+from model.position import frequencies, rotate, rotation, sinusoids
+from tests.peers import require
+from tests.small import small_model, small_weights
 
 
 def test_a_product_of_query_and_key_depends_on_their_distance_alone():
@@ -34,3 +39,64 @@ def test_pair_i_turns_by_position_over_base_to_the_2i_over_width():
     turned = rotate(jnp.array([[[[1.0, 1.0, 0.0, 0.0]]]]), rotation(config, jnp.array([[3]])))
     expected = [np.cos(3), np.cos(0.3), np.sin(3), np.sin(0.3)]
     np.testing.assert_allclose(turned[0, 0, 0], expected, atol=1e-6)
+
+
+SCALED = [
+    {"rope_scaling": "linear", "rope_factor": 4.0},
+    {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_original_context": 8192, "rope_base": 500_000.0},
+    {"rope_scaling": "llama3", "rope_factor": 2.0, "rope_original_context": 64, "rope_low_turns": 0.5},
+    {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_context": 4096},
+    {"rope_scaling": "yarn", "rope_factor": 16.0, "rope_original_context": 32, "rope_high_turns": 3.0},
+]
+
+
+@pytest.mark.parametrize("changes", SCALED, ids=str)
+def test_scaled_frequencies_are_those_of_transformers(changes: dict):
+    transformers, rope = require("transformers"), require("transformers.modeling_rope_utils")
+    config = small_model(head_dim=64, **changes)
+    theirs = transformers.LlamaConfig(
+        head_dim=64, max_position_embeddings=99_999, rope_parameters=rope_to_theirs(config)
+    )
+    expected, length = rope.ROPE_INIT_FUNCTIONS[changes["rope_scaling"]](theirs, "cpu")
+    np.testing.assert_allclose(frequencies(config), expected.numpy(), rtol=2e-6)
+    assert float(rotation(config, jnp.zeros((1, 1)))[0].max()) == pytest.approx(length)
+
+
+def test_scaling_keeps_fast_pairs_and_slows_slow_ones():
+    plain = frequencies(small_model(head_dim=64))
+    np.testing.assert_allclose(frequencies(small_model(head_dim=64, **SCALED[0])), plain / 4, rtol=1e-6)
+    for changes in SCALED[1:]:
+        base = changes.get("rope_base", 10_000.0)
+        plain = frequencies(small_model(head_dim=64, rope_base=base))
+        ratio = plain / frequencies(small_model(head_dim=64, **changes))
+        assert ratio[0] == pytest.approx(1.0)
+        assert ratio[-1] == pytest.approx(changes["rope_factor"], rel=1e-5)
+        assert (np.diff(ratio) > -1e-6).all()
+
+
+def test_sinusoids_are_the_formula_of_the_paper():
+    found = sinusoids(jnp.array([[0, 3, 40]]), 8)[0]
+    for row, position in zip(found, (0, 3, 40), strict=True):
+        for i in range(4):
+            angle = position / 10_000 ** (2 * i / 8)
+            np.testing.assert_allclose(row[2 * i : 2 * i + 2], [np.sin(angle), np.cos(angle)], atol=1e-5)
+
+
+@pytest.mark.parametrize("position", ["rope", "sinusoidal", "learned"])
+def test_the_order_of_the_past_matters_with_any_positions_and_only_with_them(position: str):
+    def last(position: str, tokens: list[int]) -> np.ndarray:
+        # One layer: two would tell the order by what each position could see.
+        config = small_model(num_layers=1, position=position, max_positions=8 if position == "learned" else None)
+        places, one = jnp.arange(4)[None], jnp.ones((1, 4), jnp.int32)
+        return np.asarray(Decoder(config, small_weights(config))(jnp.array([tokens]), places, one)[0, -1])
+
+    assert np.abs(last(position, [1, 2, 3, 4]) - last(position, [3, 1, 2, 4])).max() > 1e-2
+    np.testing.assert_allclose(last("none", [1, 2, 3, 4]), last("none", [3, 1, 2, 4]), atol=1e-5)
+
+
+def test_every_learned_position_that_is_used_is_trained():
+    config = small_model(position="learned", max_positions=8)
+    tokens, one = jnp.array([[1, 2, 3]]), jnp.ones((1, 3), jnp.int32)
+    loss = lambda weights: jnp.sum(jnp.sin(Decoder(config, weights)(tokens, jnp.array([[0, 1, 5]]), one)))
+    gradient = jax.grad(loss)(small_weights(config))["position"]["table"]
+    assert (np.abs(gradient).max(axis=1) > 0).tolist() == [True, True, False, False, False, True, False, False]

@@ -83,7 +83,7 @@ def test_gradients_agree_on_every_mesh():
         with jax.set_mesh(mesh):
             weights = make_state(config, make_optimizer(config))["weights"]
             batch = {name: jax.device_put(array, batch_sharding(mesh)) for name, array in small_batch().items()}
-            found = jax.jit(jax.grad(lambda weights: summed_loss(config, weights, batch)))(weights)
+            found = jax.jit(jax.grad(lambda weights: summed_loss(config, weights, batch)[0]))(weights)
             return flattened(jax.tree.map(np.asarray, found))
 
     expected = gradients((1, 1, 1))

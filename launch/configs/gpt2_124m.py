@@ -1,0 +1,41 @@
+"""ziggurat pretrain --config=gpt2_124m --config.data.corpus='texts/*.jsonl'
+
+GPT-2's smallest model (Radford et al. 2019): 124,439,808 parameters, learned positions, dropout of 0.1, half a million
+tokens a step. Its training was not published; rate and decay are those of the 125M model of GPT-3 (Brown et al. 2020).
+RESULT
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The values that differ from the defaults."""
+    config = ConfigDict()
+    config.model = {
+        "num_layers": 12,
+        "model_dim": 768,
+        "num_heads": 12,
+        "vocab_size": 50_257,
+        "tie_embeddings": True,
+        "position": "learned",
+        "max_positions": 1024,
+        "activation": "gelu_tanh",
+        "gated": False,
+        "attention_bias": True,
+        "feedforward_bias": True,
+        "norm": "layernorm",
+        "embedding_dropout": 0.1,
+        "attention_dropout": 0.1,
+        "residual_dropout": 0.1,
+    }
+    config.data = {"segment_length": 1024}
+    config.tokenizer = {"vocab_size": 50_257}
+    config.optimizer = {"learning_rate": 6e-4}
+    config.train = {
+        "run_dir": "runs/gpt2_124m",
+        "num_steps": 100_000,
+        "batch_size": 512,
+        "accumulation_steps": 8,
+    }
+    config.checkpoint = {"every_steps": 1000}
+    return config

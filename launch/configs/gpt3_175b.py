@@ -1,0 +1,40 @@
+"""ziggurat pretrain --config=gpt3_175b --config.data.corpus='texts/*.jsonl' --config.mesh.tensor=8
+
+GPT-3 (Brown et al. 2020): 174,604,259,328 parameters, 300 billion tokens. The batch grows from 49 thousand to 3.1
+million tokens over the first 12 billion, by doubling where the paper grows it linearly. Every layer's attention is
+dense, where the paper's alternates with a banded one. For hundreds of accelerators: only its shapes have been tested.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The values that differ from the defaults."""
+    config = ConfigDict()
+    config.model = {
+        "num_layers": 96,
+        "model_dim": 12_288,
+        "num_heads": 96,
+        "vocab_size": 50_257,
+        "tie_embeddings": True,
+        "position": "learned",
+        "max_positions": 2048,
+        "activation": "gelu_tanh",
+        "gated": False,
+        "attention_bias": True,
+        "feedforward_bias": True,
+        "norm": "layernorm",
+        "remat_policy": "full",
+    }
+    config.data = {"segment_length": 2048}
+    config.tokenizer = {"vocab_size": 50_257}
+    config.optimizer = {"learning_rate": 0.6e-4, "warmup_steps": 4400}
+    config.train = {
+        "run_dir": "runs/gpt3_175b",
+        "num_steps": 105_000,
+        "batch_size": 1536,
+        "batch_ramp_start": 24,
+        "batch_ramp_steps": 14_000,
+    }
+    config.checkpoint = {"every_steps": 1000, "export": False}
+    return config

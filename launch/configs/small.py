@@ -1,0 +1,19 @@
+"""ziggurat pretrain --config=small --config.data.corpus='texts/*.jsonl'
+
+For one consumer GPU of 16 GB or more: 125,848,320 parameters on 2.6 billion tokens, 16 rows of 1,024 at a time.
+Weights, gradients and moments take 2 GB. Not yet run on a GPU.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The values that differ from the defaults."""
+    config = ConfigDict()
+    config.model = {"num_layers": 12, "model_dim": 768, "num_heads": 12, "num_kv_heads": 4}
+    config.data = {"segment_length": 1024, "num_workers": 2}
+    config.tokenizer = {"vocab_size": 32_768}
+    config.optimizer = {"learning_rate": 1e-3, "warmup_steps": 500}
+    config.train = {"run_dir": "runs/small", "num_steps": 20_000, "batch_size": 128, "accumulation_steps": 8}
+    config.checkpoint = {"every_steps": 1000}
+    return config

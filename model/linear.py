@@ -1,0 +1,49 @@
+"""A linear map of the decoder: the product with a weight, wherever its shards are, and its bias where it has one."""
+
+from collections.abc import Mapping
+
+import jax
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from model.product import product
+from model.sharding import Layout
+
+
+class Linear(nnx.Module):
+    """y = einsum(equation, x, weight) + bias, in the dtype of x.
+
+    Args:
+        equation: such as "btd,df->btf".
+        weights: of the floor; the map's are `name` and, if it is there, `name`_bias.
+        name: of the map.
+        axes: logical axes of the weight, in its order.
+        layout: where the weight is.
+        to_residual: the result [B, T, D] is summed over the devices that share an axis of the weight.
+    """
+
+    def __init__(
+        self,
+        equation: str,
+        weights: Mapping[str, jax.Array],
+        name: str,
+        axes: tuple[str, ...],
+        layout: Layout,
+        to_residual: bool = False,
+    ):
+        self.weight = nnx.Param(weights[name])
+        self.bias = nnx.Param(weights[f"{name}_bias"]) if f"{name}_bias" in weights else None
+        self.equation, self.axes, self.layout, self.to_residual = equation, axes, layout, to_residual
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x → y. What leaves is named, so that remat can keep it."""
+        weight = self.layout.gather(self.weight[...].astype(x.dtype), *self.axes)
+        if self.to_residual:
+            y = self.layout.scatter_sequence(product(self.equation, x, weight, self.layout.partial_sums()))
+        else:
+            y = product(self.equation, x, weight)
+        if self.bias is not None:
+            of_x, of_weight, of_y = self.equation.replace("->", ",").split(",")
+            own = (slice(None) if axis in of_weight and axis not in of_x else None for axis in of_y)
+            y = y + self.bias[...].astype(x.dtype)[tuple(own)]
+        return checkpoint_name(y, "product")

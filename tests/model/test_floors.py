@@ -1,0 +1,101 @@
+"""Every combination of floors that a property test can draw: causality (C12), one pass for all prefixes, packing (C3),
+and the cache."""
+
+import jax
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.config import CHOICES, ModelConfig
+from model.decoder import Decoder
+from model.generate import empty_cache
+from tests.small import VOCAB_SIZE, small_model, small_weights
+
+T, PART = 12, 5
+
+
+@st.composite
+def models(draw: st.DrawFn) -> ModelConfig:
+    """Any model of two small layers."""
+    position = draw(st.sampled_from(CHOICES["position"]))
+    scaling = draw(st.sampled_from(CHOICES["rope_scaling"])) if position == "rope" else "none"
+    factor, original = (1.0, None) if scaling == "none" else (4.0, 8)
+    return small_model(
+        model_dim=16,
+        num_heads=4,
+        num_kv_heads=draw(st.sampled_from([1, 2, 4])),
+        head_dim=draw(st.sampled_from([None, 6])),
+        feedforward_dim=24,
+        vocab_size=VOCAB_SIZE,
+        tie_embeddings=draw(st.booleans()),
+        scale_embeddings=draw(st.booleans()),
+        position=position,
+        max_positions=T if position == "learned" else None,
+        rope_scaling=scaling,
+        rope_factor=factor,
+        rope_original_context=original if scaling in ("llama3", "yarn") else None,
+        attention_bias=draw(st.booleans()),
+        qk_norm=draw(st.booleans()),
+        sliding_window=draw(st.sampled_from([None, 1, 3])),
+        attention_softcap=draw(st.sampled_from([None, 2.0])),
+        activation=draw(st.sampled_from(CHOICES["activation"])),
+        gated=draw(st.booleans()),
+        feedforward_bias=draw(st.booleans()),
+        norm=draw(st.sampled_from(CHOICES["norm"])),
+        norm_placement=draw(st.sampled_from(CHOICES["norm_placement"])),
+        # Neither changes what a pass gives without keys.
+        residual_dropout=draw(st.sampled_from([0.0, 0.5])),
+        remat_policy=draw(st.sampled_from(CHOICES["remat_policy"])),
+    )
+
+
+def log_probabilities(config: ModelConfig):
+    """Two compiled functions: log p [B, T, V] of rows, and of the next tokens of a document whose cache is given."""
+
+    def of(decoder: Decoder, x_BTD: jax.Array) -> jax.Array:
+        return jax.nn.log_softmax(decoder.logits(x_BTD)[..., :VOCAB_SIZE])
+
+    @jax.jit
+    def at_once(weights: dict, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
+        decoder = Decoder(config, weights)
+        return of(decoder, decoder(tokens, positions, segment_ids))
+
+    @jax.jit
+    def extend(weights: dict, tokens: jax.Array, start: int, cache: dict) -> tuple[jax.Array, dict]:
+        decoder = Decoder(config, weights)
+        x_BTD, cache = decoder.extend(tokens, start, cache)
+        return of(decoder, x_BTD), cache
+
+    return at_once, extend
+
+
+@settings(max_examples=16)
+@given(config=models(), seed=st.integers(0, 100))
+def test_any_model_is_causal_trains_all_prefixes_at_once_packs_and_decodes_from_a_cache(config: ModelConfig, seed: int):
+    weights, (at_once, extend) = small_weights(config, seed), log_probabilities(config)
+    tokens = np.random.default_rng(seed).integers(0, VOCAB_SIZE, T)
+    positions, one = np.tile(np.arange(T), (T, 1)), np.ones((T, T), int)
+
+    # Row t of a batch keeps the first t + 1 tokens and changes all that come after.
+    changed = np.where(np.tri(T, dtype=bool), tokens, (tokens + 7) % VOCAB_SIZE)
+    rows = np.asarray(at_once(weights, changed, positions, one))
+    whole = rows[-1]
+    for t in range(T):
+        np.testing.assert_array_equal(rows[t, : t + 1], whole[: t + 1])
+    assert np.abs(rows[0, 1:] - whole[1:]).max() > 1e-3
+
+    # A pass over a prefix alone, at its own length, predicts what the one pass predicts there.
+    prefix = at_once(weights, tokens[None, :PART], positions[:1, :PART], one[:1, :PART])[0]
+    np.testing.assert_allclose(prefix, whole[:PART], atol=2e-5)
+
+    # A document packed behind another one has what it has alone.
+    second = np.tile(np.arange(T) >= T - PART, (T, 1))
+    packed = at_once(weights, changed, np.where(second, positions - (T - PART), positions), one + second)[-1]
+    alone = at_once(weights, tokens[None, -PART:], positions[:1, :PART], one[:1, :PART])[0]
+    np.testing.assert_allclose(packed[-PART:], alone, atol=2e-5)
+    np.testing.assert_allclose(packed[:-PART], whole[:-PART], atol=2e-5)
+
+    # Read in two parts, the second through the cache of the first.
+    first, cache = extend(weights, tokens[None, :-PART], 0, empty_cache(config, 1, T))
+    rest, _ = extend(weights, tokens[None, -PART:], T - PART, cache)
+    np.testing.assert_allclose(np.concatenate([first[0], rest[0]]), whole, atol=2e-5)
