@@ -22,7 +22,7 @@ class DataConfig:
     text_field: str = field(default="text", metadata={"help": "name of the text's field in .jsonl lines"})
     segment_length: int = field(default=256, metadata={"help": "positions of a segment: the context window"})
     num_streams: int | None = field(
-        default=None, metadata={"help": "virtual readers; divides train.batch_size; none: equals it"}
+        default=None, metadata={"help": "virtual readers; divides the rows of the first batch; none: equals them"}
     )
     mask_documents: bool = field(
         default=True,

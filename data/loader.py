@@ -20,7 +20,7 @@ Batch = dict[str, jax.Array]
 
 
 class Loader:
-    """A context manager and endless iterator of (batch, positions after it).
+    """A context manager and iterator of (batch, positions after it), as long as there are batch sizes.
 
     A batch holds the arrays of a row stacked to [B, T] over all devices. Row b belongs to stream ⌊b·V/B⌋. Positions are
     int32 [V, 4], −1 in the streams that other processes read: see `gather_positions`.
@@ -30,8 +30,8 @@ class Loader:
         tokenizer: of the run.
         config: of the data.
         seed: of the order.
-        batch_size: B.
-        num_streams: V; divides B, and is divided by the number of shards of a batch.
+        batch_sizes: B of each batch.
+        num_streams: V; divides each B, and is divided by the number of shards of a batch.
         sharding: of the batch's arrays.
         positions: of all streams, [V, 4]; none: the beginning.
     """
@@ -42,21 +42,20 @@ class Loader:
         tokenizer: Tokenizer,
         config: DataConfig,
         seed: int,
-        batch_size: int,
+        batch_sizes: Iterator[int],
         num_streams: int,
         sharding: jax.sharding.Sharding,
         positions: np.ndarray | None = None,
     ):
-        self._shape, self._sharding = (batch_size, config.segment_length), sharding
+        self._batch_sizes, self._length, self._sharding = batch_sizes, config.segment_length, sharding
         self._workers = Workers(tokenizer.folder, config.num_workers) if config.num_workers else None
         tokenize = self._workers or (lambda texts: map(tokenizer.encode, texts))
         begin = np.zeros((num_streams, 4), np.int32) if positions is None else positions
-        self._rows_per_stream = batch_size // num_streams
-        shards = sharding.addressable_devices_indices_map(self._shape).values()
-        rows = {row for shard in shards if shard for row in range(batch_size)[shard[0]]}
+        # Shards are cut between streams, so those of a batch with one row a stream are those of every batch.
+        shards = sharding.addressable_devices_indices_map((num_streams, self._length)).values()
         self._streams = {
             v: Stream(corpus, tokenize, tokenizer.eos_id, config, seed, v, num_streams, tuple(begin[v].tolist()))
-            for v in sorted({row // self._rows_per_stream for row in rows})
+            for v in sorted({v for shard in shards if shard for v in range(num_streams)[shard[0]]})
         }
         self._num_streams = num_streams
         self._ready: queue.Queue[tuple[Batch, np.ndarray] | BaseException] = queue.Queue(config.prefetch)
@@ -100,18 +99,20 @@ class Loader:
                 return
 
     def _next_batch(self) -> tuple[Batch, np.ndarray]:
+        shape = (next(self._batch_sizes), self._length)
+        rows_per_stream = shape[0] // self._num_streams
         rows: dict[int, Row] = {}
         positions = np.full((self._num_streams, 4), -1, np.int32)
         for v, stream in self._streams.items():
-            for i in range(self._rows_per_stream):
-                rows[v * self._rows_per_stream + i], positions[v] = next(stream)
+            for i in range(rows_per_stream):
+                rows[v * rows_per_stream + i], positions[v] = next(stream)
 
         def array(name: str) -> jax.Array:
             def shard(index: tuple[slice, ...] | None) -> np.ndarray:
                 assert index is not None
-                return np.stack([rows[b][name] for b in range(self._shape[0])[index[0]]])[:, index[1]]
+                return np.stack([rows[b][name] for b in range(shape[0])[index[0]]])[:, index[1]]
 
-            return jax.make_array_from_callback(self._shape, self._sharding, shard)
+            return jax.make_array_from_callback(shape, self._sharding, shard)
 
         return {name: array(name) for name in next(iter(rows.values()))}, positions
 

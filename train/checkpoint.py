@@ -2,13 +2,14 @@
 
 A checkpoint is three Orbax items: `weights`, `optimizer` (plain nested dictionaries of arrays, whatever the mesh) and
 `progress` (JSON, the same for all processes): the position of every stream, fingerprints, and a checksum of each
-array. Orbax commits all three by one rename; a checksum that does not fit on restore shows damage that it would not.
+array. Where weights are averaged, `average` is a fourth. Orbax commits all by one rename; a checksum that does not fit
+on restore shows damage that it would not.
 """
 
 import logging
 import shutil
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,7 @@ class Checkpoints:
         items = {
             "weights": ocp.StandardCheckpointHandler(),
             "optimizer": ocp.StandardCheckpointHandler(),
+            "average": ocp.StandardCheckpointHandler(),
             "progress": ocp.JsonCheckpointHandler(),
         }
         self._manager = ocp.CheckpointManager(folder.absolute(), item_handlers=items, options=options)
@@ -97,25 +99,19 @@ class Checkpoints:
     def save(self, state: State, progress: Mapping[str, Any]) -> None:
         """Save the state; its step is the checkpoint's. It is complete when this returns, or invisible."""
         step = int(state["step"])
-        optimizer = plain(state["optimizer"])
-        sums = {
-            "weights": jax.tree.map(int, checksums(state["weights"])),
-            "optimizer": jax.tree.map(int, checksums(optimizer)),
-        }
+        items = {name: plain(tree) for name, tree in state.items() if name != "step"}
+        sums = {name: jax.tree.map(int, checksums(tree)) for name, tree in items.items()}
+        arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         saved = self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                weights=ocp.args.StandardSave(state["weights"]),
-                optimizer=ocp.args.StandardSave(optimizer),
-                progress=ocp.args.JsonSave({**progress, "checksums": sums}),
-            ),
+            step, args=ocp.args.Composite(**arrays, progress=ocp.args.JsonSave({**progress, "checksums": sums}))
         )
         assert saved, f"Orbax did not save step {step}"
 
     def restore(self, abstract: State) -> tuple[State, dict[str, Any]] | None:
         """The newest undamaged checkpoint as (state, progress), or none where there is none at all.
 
-        Damaged ones that are newer are set aside: the run will save those steps again.
+        Damaged ones that are newer are set aside: the run will save those steps again. An average that the checkpoint
+        does not have begins with its weights; one that is not asked for is left there.
 
         Args:
             abstract: shapes, dtypes and shardings of the state to fill.
@@ -123,24 +119,29 @@ class Checkpoints:
         Raises:
             InputError: there are checkpoints, and all are damaged.
         """
+        wanted = {name: plain(tree) for name, tree in abstract.items() if name != "step"}
+
+        def wanted_of(has_average: bool) -> dict[str, Any]:
+            return {name: tree for name, tree in wanted.items() if name != "average" or has_average}
+
         for step in reversed(self.steps()):
-            optimizer = plain(abstract["optimizer"])
-            found = self._read(step, {"weights": abstract["weights"], "optimizer": optimizer})
+            found = self._read(step, wanted_of)
             if found is not None:
                 arrays, progress = found
                 self._set_aside([newer for newer in self.steps() if newer > step])
+                if "average" in wanted and "average" not in arrays:
+                    log.warning("train.ema_decay: the average begins with the weights of step %d", step)
+                    arrays["average"] = jax.tree.map(jnp.copy, arrays["weights"])
+                if "average" not in wanted and "average" in progress["checksums"]:
+                    log.warning("train.ema_decay is 0: the average up to step %d ends there", step)
                 count = jax.device_put(jnp.asarray(step, jnp.int32), abstract["step"].sharding)
-                return {
-                    "step": count,
-                    "weights": arrays["weights"],
-                    "optimizer": like(abstract["optimizer"], arrays["optimizer"]),
-                }, progress
+                return {"step": count} | {name: like(abstract[name], arrays[name]) for name in wanted}, progress
         if self.steps():
             raise InputError(f"all checkpoints in {self.folder} are damaged; restore them from a copy, or start anew")
         return None
 
     def restore_weights(self, abstract: Any, step: int | None = None) -> tuple[int, Any]:
-        """(step, weights) of one checkpoint, by default the newest undamaged one.
+        """(step, weights) of one checkpoint, by default the newest undamaged one; their average where it has one.
 
         Raises:
             InputError: there is no such checkpoint, or it is damaged.
@@ -148,17 +149,24 @@ class Checkpoints:
         if step is not None and step not in self.steps():
             raise InputError(f"{self.folder} has no checkpoint of step {step}; there are {self.steps()}")
         for candidate in [step] if step is not None else reversed(self.steps()):
-            if found := self._read(candidate, {"weights": abstract}):
-                return candidate, found[0]["weights"]
+            if found := self._read(candidate, lambda averaged: {"average" if averaged else "weights": abstract}):
+                return candidate, next(iter(found[0].values()))
         raise InputError(f"{self.folder} holds no checkpoint that can be read")
 
-    def _read(self, step: int, abstract: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """Items of one checkpoint and its progress; none, with a warning, where a checksum does not fit."""
-        arguments = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
+    def _read(
+        self, step: int, wanted: Callable[[bool], dict[str, Any]]
+    ) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """Items of one checkpoint and its progress; none, with a warning, where a checksum does not fit.
+
+        `wanted` gives {item: abstract tree}, told whether the checkpoint has an average.
+        """
         damage = ""
         try:
-            found = self._manager.restore(step, args=ocp.args.Composite(**arguments, progress=ocp.args.JsonRestore()))
-            progress, arrays = found["progress"], {name: found[name] for name in abstract}
+            progress = self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
+            abstract = wanted("average" in progress["checksums"])
+            arguments = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
+            found = self._manager.restore(step, args=ocp.args.Composite(**arguments))
+            arrays = {name: found[name] for name in abstract}
             expected = flattened({name: progress["checksums"][name] for name in abstract})
         except PermissionError:
             raise

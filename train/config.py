@@ -8,8 +8,6 @@ and `resume`: whether a change of it on resume is refused ("frozen", where nothi
 import dataclasses
 import difflib
 import json
-import math
-import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +16,7 @@ from typing import Any
 from data.config import DataConfig, TokenizerConfig
 from data.errors import InputError
 from model.config import ModelConfig
+from train.values import from_text, from_value, kinds_of
 
 
 @dataclass(frozen=True)
@@ -70,10 +69,23 @@ class TrainConfig:
     run_dir: str = field(default="runs/default", metadata={"help": "the run's folder", "resume": "free"})
     num_steps: int = field(default=1000, metadata={"help": "optimizer steps of the whole run", "resume": "warn"})
     batch_size: int = field(default=16, metadata={"help": "rows of one optimizer step, over all devices"})
+    batch_ramp_start: int | None = field(
+        default=None, metadata={"help": "rows of the first step, doubled until they are batch_size; none: no ramp"}
+    )
+    batch_ramp_steps: int | None = field(
+        default=None, metadata={"help": "steps before the batch has batch_size rows, shared equally by the doublings"}
+    )
     accumulation_steps: int = field(
         default=1, metadata={"help": "parts of the batch that are run one after the other", "resume": "free"}
     )
     seed: int = field(default=0, metadata={"help": "of the initial weights and the data order"})
+    ema_decay: float = field(
+        default=0.0,
+        metadata={
+            "help": "moving average of the weights, which is evaluated and exported (as in 0.999); 0: none",
+            "resume": "warn",
+        },
+    )
     log_every_steps: int = field(
         default=10, metadata={"help": "steps between two lines of a log that is no terminal", "resume": "free"}
     )
@@ -125,17 +137,16 @@ class Config:
 
     def resolved(self, vocab_size: int | None = None) -> "Config":
         """The same settings with every derived field filled in; `vocab_size` is the tokenizer's."""
-        streams = self.data.num_streams or self.train.batch_size
         return dataclasses.replace(
             self,
             model=self.model.resolved(vocab_size, self.data.segment_length),
-            data=dataclasses.replace(self.data, num_streams=streams),
+            data=dataclasses.replace(self.data, num_streams=self.num_streams),
         )
 
     @property
     def num_streams(self) -> int:
         """V: the virtual readers of the corpus."""
-        return self.data.num_streams or self.train.batch_size
+        return self.data.num_streams or self.train.batch_ramp_start or self.train.batch_size
 
 
 def config_fields() -> Iterator[tuple[str, str, dataclasses.Field]]:
@@ -172,13 +183,13 @@ def make_config(values: Mapping[str, Any], overrides: Mapping[str, str] | None =
             problems.append(f"{group} is {fields!r}; it must hold fields, as in {group}.{_first_field(known, group)}")
         else:
             given |= {f"{group}.{name}": value for name, value in fields.items()}
-    for source, read in ((given, _from_value), (overrides or {}, _from_text)):
+    for source, read in ((given, from_value), (overrides or {}, from_text)):
         for name, value in source.items():
             if name not in known:
                 problems.append(f"{name}: there is no such field{nearest(name, list(known))}")
                 continue
             try:
-                chosen[name] = read(value, _types(known[name]))
+                chosen[name] = read(value, kinds_of(known[name]))
             except ValueError as error:
                 problems.append(f"{name} is {value!r}; it must be {error}")
 
@@ -199,52 +210,6 @@ def nearest(name: str, names: list[str]) -> str:
 
 def _first_field(known: Mapping[str, Any], group: str) -> str:
     return next(name.split(".")[1] for name in known if name.startswith(group + "."))
-
-
-def _types(setting: dataclasses.Field) -> tuple[type, ...]:
-    kind = setting.type
-    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (typing.cast(type, kind),)
-
-
-def _from_value(value: Any, kinds: tuple[type, ...]) -> Any:
-    """A Python value as one of these types; ValueError says what it must be."""
-    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) in kinds:
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError("a finite number")
-        return value
-    raise ValueError(_kinds_text(kinds))
-
-
-def _from_text(text: str, kinds: tuple[type, ...]) -> Any:
-    """A flag's text as one of these types."""
-    if types.NoneType in kinds and text.lower() == "none":
-        return None
-    if bool in kinds:
-        if text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        raise ValueError("true or false")
-    if str in kinds:
-        return text
-    try:
-        number = float(text)
-        if int in kinds:
-            if "e" not in text.lower():
-                return int(text)
-            if number == int(number):
-                return int(number)
-            raise ValueError
-        if math.isfinite(number):
-            return number
-    except (ValueError, OverflowError):
-        pass
-    raise ValueError(_kinds_text(kinds))
-
-
-def _kinds_text(kinds: tuple[type, ...]) -> str:
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", types.NoneType: "none"}
-    return " or ".join(names[kind] for kind in kinds)
 
 
 def _build(chosen: Mapping[str, Any]) -> Config:
@@ -272,9 +237,12 @@ def config_problems(config: Config) -> list[str]:
             f"model.max_positions = {c.model.max_positions} is less than data.segment_length = "
             f"{c.data.segment_length}; raise it, or leave it at none"
         )
-    at_least("train", 1, "num_steps", "batch_size", "accumulation_steps", "log_every_steps")
+    at_least("train", 1, "num_steps", "batch_size", "batch_ramp_start", "batch_ramp_steps", "accumulation_steps",
+             "log_every_steps")  # fmt: skip
     if not 0 <= c.train.seed < 2**32:
         found.append(f"train.seed is {c.train.seed}; it must be from 0 to {2**32 - 1}")
+    if not 0 <= c.train.ema_decay < 1:
+        found.append(f"train.ema_decay is {c.train.ema_decay}; it must be in [0, 1)")
     at_least("checkpoint", 1, "every_steps", "keep")
     at_least("evaluation", 1, "every_steps")
     # The longest character.
@@ -310,10 +278,13 @@ def config_problems(config: Config) -> list[str]:
             f"train.batch_size = {c.train.batch_size} does not divide by train.accumulation_steps = "
             f"{c.train.accumulation_steps}"
         )
-    if c.num_streams > 0 and c.train.batch_size % c.num_streams:
+    found += _ramp_problems(c.train)
+    first = "batch_size" if c.train.batch_ramp_start is None else "batch_ramp_start"
+    rows = getattr(c.train, first)
+    if c.num_streams > 0 and rows % c.num_streams:
         found.append(
-            f"data.num_streams = {c.num_streams} does not divide train.batch_size = {c.train.batch_size}; "
-            f"nearest that does: {_nearest_divisor(c.train.batch_size, c.num_streams)}"
+            f"data.num_streams = {c.num_streams} does not divide train.{first} = {rows}; "
+            f"nearest that does: {_nearest_divisor(rows, c.num_streams)}"
         )
     if c.evaluation.loop_bytes > c.evaluation.max_bytes:
         found.append("evaluation.loop_bytes is more than evaluation.max_bytes")
@@ -322,6 +293,35 @@ def config_problems(config: Config) -> list[str]:
             found.append(f"mesh.{axis} is {size}; it must be at least 1, or -1 for the devices that are left")
     if [c.mesh.data, c.mesh.fsdp, c.mesh.tensor].count(-1) > 1:
         found.append("only one of mesh.data, mesh.fsdp and mesh.tensor can be -1 (mesh.fsdp is by default)")
+    return found
+
+
+def _ramp_problems(c: TrainConfig) -> list[str]:
+    start, steps, size, parts = c.batch_ramp_start, c.batch_ramp_steps, c.batch_size, c.accumulation_steps
+    if start is None or steps is None:
+        both = start is None and steps is None
+        return [] if both else ["train.batch_ramp_start and train.batch_ramp_steps go together: give both or neither"]
+    if min(start, steps, size, parts) < 1:
+        return []
+    starts = [size >> k for k in range(size.bit_length()) if size % (1 << k) == 0]
+    if start not in starts:
+        return [
+            f"train.batch_size = {size} is not train.batch_ramp_start = {start} times a power of two; "
+            f"nearest start that works: {min(starts, key=lambda works: abs(works - start))}"
+        ]
+    found = []
+    doublings = starts.index(start)
+    if not doublings <= steps <= c.num_steps:
+        found.append(
+            f"train.batch_ramp_steps is {steps}; it must be from {doublings}, the doublings of the batch, "
+            f"to train.num_steps = {c.num_steps}"
+        )
+    for rows in starts[:doublings]:
+        if size % parts == 0 and parts * rows > size and parts * rows % size:
+            found.append(
+                f"train.accumulation_steps = {parts} does not cut the ramp's {rows} rows as it cuts "
+                f"train.batch_size = {size}; give a power of two"
+            )
     return found
 
 

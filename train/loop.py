@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,7 +23,8 @@ from train.optimizer import make_optimizer
 from train.prepare import Prepared, check_fingerprints, prepare, up_to
 from train.report import opening
 from train.run import Run
-from train.state import abstract_state, make_state
+from train.schedule import batch_size
+from train.state import abstract_state, evaluated_weights, make_state
 from train.step import make_train_step
 from train.weights import check_export_folder, exported_step, why_no_export, write_huggingface
 
@@ -66,7 +68,7 @@ def pretrain(config: Config) -> Run:
 
         # ── The end ────────────────────────────────────────────────────────────────────────────────────────────────
         if exports and (step < config.train.num_steps or exported_step(run.export) != step):
-            whole = multihost_utils.process_allgather(state["weights"], tiled=True)
+            whole = multihost_utils.process_allgather(evaluated_weights(state), tiled=True)
             context, last = config.data.segment_length, config.train.num_steps
             once(lambda: write_huggingface(run.export, config.model, whole, prepared.tokenizer, context, last))
     return run
@@ -98,7 +100,7 @@ def train(
                 tokenizer,
                 config.data,
                 config.train.seed,
-                config.train.batch_size,
+                (batch_size(config, s) for s in itertools.count(step)),
                 config.num_streams,
                 sharding,
                 positions,
@@ -107,7 +109,7 @@ def train(
         metrics_file = MetricsFile(run.folder, step, config.train.tensorboard) if jax.process_index() == 0 else None
         if metrics_file:
             stack.callback(metrics_file.close)
-        rate = Rate()
+        rate, rows_left = Rate(), sum(batch_size(config, s) for s in range(step, last_step))
         rate.start()
         # Steps that the devices have been given and that nothing has been said of: never more than two, so that the
         # devices always have work while the host writes down what they did before.
@@ -130,14 +132,17 @@ def train(
                 of_step, metrics, waited = underway.popleft()
                 record: dict[str, Any] = {name: float(value) for name, value in jax.device_get(metrics).items()}
                 rate.finished(record["loss_weight"])
+                rows_left -= batch_size(config, of_step - 1)
                 record = {"step": of_step} | record | {
                     "tokens_per_second": rate.tokens_per_second, "data_wait_seconds": waited
                 }  # fmt: skip
-                display.step(record, rate.tokens_per_second * flops / peak, rate.seconds_per_step)
+                seconds_left = rate.seconds(rows_left * config.data.segment_length)
+                display.step(record, rate.tokens_per_second * flops / peak, seconds_left)
                 if evaluates and not underway:
                     texts = prepared.held_out if step == last_step else some_held_out
-                    result = evaluate(evaluation_step, state["weights"], texts, tokenizer, config)
-                    record |= result.metrics() | {"sample": sample_text(prepared, state["weights"])}
+                    weights = evaluated_weights(state)
+                    result = evaluate(evaluation_step, weights, texts, tokenizer, config)
+                    record |= result.metrics() | {"sample": sample_text(prepared, weights)}
                     display.evaluation(record)
                     rate.start()
                 if metrics_file:

@@ -82,6 +82,9 @@ def mesh_problems(config: Config, shape: tuple[int, ...]) -> list[str]:
             found.append(f"{name} = {number} cannot be shared by {axes} = {by}; nearest size that works: {works[-1]}")
 
     must_divide("train.batch_size / train.accumulation_steps", rows, "mesh.data × mesh.fsdp", shards)
+    if config.train.batch_ramp_start:
+        # The later stages are multiples of it, and their parts of it or of a part of the full batch.
+        must_divide("train.batch_ramp_start", config.train.batch_ramp_start, "mesh.data × mesh.fsdp", shards)
     must_divide("data.num_streams", config.num_streams, "mesh.data × mesh.fsdp", shards)
     must_divide("data.segment_length", config.data.segment_length, "mesh.tensor", size["tensor"])
     must_divide("model.model_dim", config.model.model_dim, "mesh.tensor", size["tensor"])

@@ -144,10 +144,9 @@ class Rate:
         """Over the window."""
         return sum(tokens for _, tokens in list(self._ends)[1:]) / max(self._ends[-1][0] - self._ends[0][0], 1e-9)
 
-    @property
-    def seconds_per_step(self) -> float:
-        """Over the window."""
-        return (self._ends[-1][0] - self._ends[0][0]) / max(len(self._ends) - 1, 1)
+    def seconds(self, tokens: float) -> float:
+        """What so many more tokens will take."""
+        return tokens / max(self.tokens_per_second, 1e-9)
 
 
 class Display:
@@ -164,7 +163,7 @@ class Display:
         self._console = Console(file=sys.stderr)
         self._live: Live | None = None
 
-    def step(self, record: dict[str, Any], peak_share: float, seconds_per_step: float) -> None:
+    def step(self, record: dict[str, Any], peak_share: float, seconds_left: float) -> None:
         """Show one finished step."""
         if self.quiet:
             return
@@ -172,7 +171,7 @@ class Display:
         line = (
             f"step {step}/{self.num_steps}  loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  "
             f"{peak_share:.0%} of peak  data wait {record['data_wait_seconds']:.2f} s  "
-            f"ETA {duration(seconds_per_step * (self.num_steps - step))}"
+            f"ETA {duration(seconds_left)}"
         )
         if self._console.is_terminal:
             if self._live is None:

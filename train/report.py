@@ -9,6 +9,7 @@ from train.evaluate import gzip_bits_per_byte
 from train.metrics import read_metrics
 from train.prepare import Prepared
 from train.run import Run
+from train.schedule import batch_size
 from train.weights import why_no_export
 
 
@@ -16,15 +17,20 @@ def opening(prepared: Prepared, step: int, peak: str) -> list[str]:
     """What will be trained, on what and with what; one line each."""
     config, corpus = prepared.config, prepared.corpus
     mesh = " × ".join(f"{axis} {size}" for axis, size in jax.sharding.get_mesh().shape.items())
-    batch_tokens = config.train.batch_size * config.data.segment_length
+    first, full = (rows * config.data.segment_length for rows in (batch_size(config, 0), config.train.batch_size))
+    tokens = f"{full:,} tokens each"
+    if first < full:
+        tokens += f", the first {config.train.batch_ramp_steps} steps on a ramp from {first:,}"
     begin = f"goes on from step {step}" if step else "starts"
     lines = [
-        f"{config.train.run_dir} {begin} of {config.train.num_steps} steps, {batch_tokens:,} tokens each",
+        f"{config.train.run_dir} {begin} of {config.train.num_steps} steps, {tokens}",
         f"corpus: {corpus.describe()}; {prepared.tokenizer.vocab_size:,} token ids",
         f"model: {count_parameters(config.model):,} parameters, {config.model.compute_dtype} compute",
         f"devices: {jax.device_count()} {jax.devices()[0].device_kind} as {mesh}; processes: {jax.process_count()}",
         f"peak: {peak}",
     ]
+    if config.train.ema_decay:
+        lines.append(f"evaluated and exported: the moving average of the weights, decay {config.train.ema_decay}")
     if config.checkpoint.export and (problem := why_no_export(config.model)):
         lines.append(f"no export at the end: {problem}")
     return lines

@@ -1,4 +1,4 @@
-"""The learning rate over the steps of a run."""
+"""The learning rate and the size of the batch over the steps of a run."""
 
 import optax
 
@@ -37,3 +37,22 @@ def decay_steps(config: Config) -> int:
     """Steps of wsd's decay: as given, or the last 20% of the run, or what warm-up leaves of it."""
     given, num_steps = config.optimizer.decay_steps, config.train.num_steps
     return min(num_steps // 5, max(num_steps - 1 - warmup_steps(config), 0)) if given is None else given
+
+
+def batch_size(config: Config, step: int) -> int:
+    """Rows of the update numbered `step` (from 0).
+
+    With a ramp the batch doubles from `batch_ramp_start` to `batch_size` in equally long stages over the first
+    `batch_ramp_steps`. GPT-3 (Brown et al. 2020, arXiv:2005.14165) grew its batch in a line; here each size is a
+    program of its own to compile, so there are few.
+    """
+    c = config.train
+    if c.batch_ramp_start is None or c.batch_ramp_steps is None:
+        return c.batch_size
+    doublings = (c.batch_size // c.batch_ramp_start).bit_length() - 1
+    return c.batch_ramp_start << min(step * doublings // c.batch_ramp_steps, doublings)
+
+
+def accumulation_parts(config: Config, rows: int) -> int:
+    """Parts in which a batch of so many rows is run: none has more rows than a part of the full batch."""
+    return max(1, config.train.accumulation_steps * rows // config.train.batch_size)

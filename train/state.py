@@ -1,4 +1,7 @@
-"""The state of training: {"step", "weights", "optimizer"}, all arrays, made in place on the mesh."""
+"""The state of training: {"step", "weights", "optimizer"} and, where weights are averaged, "average".
+
+All are arrays, made in place on the mesh; the average is float32 and in shards as the weights are.
+"""
 
 from typing import Any
 
@@ -30,6 +33,12 @@ def abstract_state(config: Config, optimizer: optax.GradientTransformation) -> S
     return jax.tree.map(concrete, jax.eval_shape(lambda: _state(config, optimizer)))
 
 
+def evaluated_weights(state: State) -> Any:
+    """What is evaluated, sampled from and exported: the average of the weights where there is one."""
+    return state.get("average", state["weights"])
+
+
 def _state(config: Config, optimizer: optax.GradientTransformation) -> State:
     weights = initial_weights(config.model, config.train.seed, TRAINING)
-    return {"step": jnp.zeros((), jnp.int32), "weights": weights, "optimizer": optimizer.init(weights)}
+    state = {"step": jnp.zeros((), jnp.int32), "weights": weights, "optimizer": optimizer.init(weights)}
+    return state | ({"average": weights} if config.train.ema_decay else {})

@@ -13,7 +13,7 @@ from model.dropout import Keys, row_keys
 from model.loss import token_log_probabilities
 from train.config import Config
 from train.mesh import TRAINING
-from train.schedule import learning_rate
+from train.schedule import accumulation_parts, learning_rate
 from train.state import State
 
 Batch = Mapping[str, jax.Array]
@@ -43,17 +43,28 @@ def summed_loss(
     return jnp.sum(objective_BT * batch["loss_weights"]), jnp.sum(cross_entropy_BT * batch["loss_weights"])
 
 
+def averaged(config: Config, average: dict[str, Any], weights: dict[str, Any], step: jax.Array) -> dict[str, Any]:
+    """The moving average of the weights after the update numbered `step` (Polyak and Juditsky 1992), float32.
+
+    At first it forgets faster, with decay (1 + t)/(10 + t) as in TensorFlow's ExponentialMovingAverage: otherwise the
+    initial weights would be in it for thousands of steps.
+    """
+    t = step.astype(jnp.float32)
+    decay = jnp.minimum(config.train.ema_decay, (1 + t) / (10 + t))
+    return optax.incremental_update(weights, average, 1 - decay)
+
+
 def make_train_step(
     config: Config, optimizer: optax.GradientTransformation
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The compiled function (state, batch) → (state, metrics); it takes the memory of the state it is given.
 
     A batch holds `tokens`, `targets`, `positions`, `segment_ids` (int32) and `loss_weights` (float32), each [B, T].
-    With `accumulation_steps` = A, parts of B/A rows run one after the other; the loss is divided by the weight of
-    the whole batch, so that A changes nothing but memory. Metrics are float32 scalars: `loss` in nats a token,
-    `grad_norm` before clipping, `learning_rate`, `loss_weight` (the tokens that counted).
+    With `accumulation_steps` = A, parts of B/A rows run one after the other (a smaller batch of a ramp has fewer);
+    the loss is divided by the weight of the whole batch, so that A changes nothing but memory. Metrics are float32
+    scalars: `loss` in nats a token, `grad_norm` before clipping, `learning_rate`, `loss_weight` (the tokens that
+    counted).
     """
-    parts = config.train.accumulation_steps
     schedule = learning_rate(config)
 
     def gradient(weights: dict[str, Any], batch: Batch, keys_B: Keys) -> tuple[jax.Array, dict[str, Any]]:
@@ -61,7 +72,9 @@ def make_train_step(
         (_, loss), gradients = jax.value_and_grad(objective, has_aux=True)(weights)
         return loss, gradients
 
-    def accumulated(weights: dict[str, Any], batch: Batch, keys_B: Keys) -> tuple[jax.Array, dict[str, Any]]:
+    def accumulated(
+        parts: int, weights: dict[str, Any], batch: Batch, keys_B: Keys
+    ) -> tuple[jax.Array, dict[str, Any]]:
         # Part a takes rows a, a + A, ...: every device keeps its own rows.
         split = jax.tree.map(
             lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), (batch, keys_B)
@@ -79,7 +92,9 @@ def make_train_step(
         if config.model.dropout:
             rows_B = jnp.arange(batch["tokens"].shape[0], out_sharding=TRAINING.spec("batch"))
             keys_B = row_keys(config.train.seed, state["step"], rows_B)
-        loss, gradients = (gradient if parts == 1 else accumulated)(state["weights"], batch, keys_B)
+        parts = accumulation_parts(config, batch["tokens"].shape[0])
+        gradient_of = gradient if parts == 1 else partial(accumulated, parts)
+        loss, gradients = gradient_of(state["weights"], batch, keys_B)
         loss, gradients = jax.tree.map(lambda x: x / jnp.maximum(loss_weight, 1.0), (loss, gradients))
 
         updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["weights"])
@@ -90,6 +105,9 @@ def make_train_step(
             "loss_weight": loss_weight,
         }
         weights = optax.apply_updates(state["weights"], updates)
-        return {"step": state["step"] + 1, "weights": weights, "optimizer": optimizer_state}, metrics
+        after = {"step": state["step"] + 1, "weights": weights, "optimizer": optimizer_state}
+        if config.train.ema_decay:
+            after["average"] = averaged(config, state["average"], weights, state["step"])
+        return after, metrics
 
     return jax.jit(train_step, donate_argnums=0)

@@ -27,12 +27,12 @@ def made(tmp_path_factory: pytest.TempPathFactory):
     return open_corpus(str(folder / "a.jsonl"), CONFIG), tokenizer
 
 
-def loader(made, devices: int = 1, positions=None, **changes) -> Loader:
+def loader(made, devices: int = 1, positions=None, sizes=None, **changes) -> Loader:
     mesh = Mesh(np.array(jax.devices()[:devices]), ("batch",), axis_types=(AxisType.Explicit,))
     sharding = NamedSharding(mesh, PartitionSpec("batch"))
     config = dataclasses.replace(CONFIG, **changes)
     corpus, tokenizer = made
-    return Loader(corpus, tokenizer, config, 0, 8, 4, sharding, positions)
+    return Loader(corpus, tokenizer, config, 0, sizes or itertools.repeat(8), 4, sharding, positions)
 
 
 def take(loader: Loader, count: int):
@@ -70,9 +70,11 @@ def test_a_process_reads_the_streams_of_its_own_rows_alone(made):
         """A sharding of which this process has the second half."""
 
         def addressable_devices_indices_map(self, shape):
-            return {"device 2": (slice(4, 6), slice(None)), "device 3": (slice(6, 8), slice(None))}
+            rows = shape[0] // 4
+            cuts = {2: slice(2 * rows, 3 * rows), 3: slice(3 * rows, 4 * rows)}
+            return {f"device {i}": (cut, slice(None)) for i, cut in cuts.items()}
 
-    mine = Loader(*made, CONFIG, 0, 8, 4, Half())  # type: ignore[arg-type]
+    mine = Loader(*made, CONFIG, 0, itertools.repeat(8), 4, Half())  # type: ignore[arg-type]
     assert sorted(mine._streams) == [2, 3]
     assert sorted(whole._streams) == [0, 1, 2, 3]
     for v in (2, 3):
@@ -89,6 +91,22 @@ def test_rows_are_stream_major(made):
     for b in range(8):
         row, _ = next(fresh._streams[b * 4 // 8])
         np.testing.assert_array_equal(batch["tokens"][b], row["tokens"])
+
+
+def test_batches_that_grow_read_on_in_every_stream(made):
+    sizes = [4, 4, 8, 8, 16, 16]
+    batches = take(loader(made, sizes=iter(sizes)), 6)
+    streams = loader(made)._streams
+    for (batch, positions), size in zip(batches, sizes, strict=True):
+        assert batch["tokens"].shape == (size, 32)
+        for b in range(size):
+            row, position = next(streams[b * 4 // size])
+            np.testing.assert_array_equal(batch["tokens"][b], row["tokens"])
+            assert b * 4 // size == (b + 1) * 4 // size or tuple(positions[b * 4 // size]) == position
+    assert_same(take(loader(made, devices=4, sizes=iter(sizes)), 6), batches)
+    for done in range(1, 6):
+        rest = loader(made, positions=batches[done - 1][1], sizes=iter(sizes[done:]))
+        assert_same(take(rest, 6 - done), batches[done:])
 
 
 def test_an_error_in_the_thread_is_raised_where_the_batch_is_asked_for(tmp_path, made):

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from data.tokenizer import Tokenizer
 from tests.launch.small_run import command, here, metrics, write_config, ziggurat
@@ -23,7 +24,7 @@ from train.weights import exported_step
 
 
 def state_of(run: Path, step: int):
-    """Everything in a checkpoint, as {name: array}, and its progress."""
+    """Everything in the newest checkpoint, which is of this step, and its progress."""
     config = Run(run).load_config()
     with jax.set_mesh(on_one_device()):
         checkpoints = Checkpoints(run / "checkpoints")
@@ -31,13 +32,13 @@ def state_of(run: Path, step: int):
         found = checkpoints.restore(abstract_state(config, make_optimizer(config)))
         checkpoints.close()
     assert found is not None
-    return [np.asarray(x) for x in jax.tree.leaves(found[0])], found[1]
+    return jax.device_get(found)
 
 
 def assert_same_end(run: Path, other: Path, step: int) -> None:
     """Bit-identical weights, optimizer state and data position."""
     (state, progress), (other_state, other_progress) = state_of(run, step), state_of(other, step)
-    for one, another in zip(state, other_state, strict=True):
+    for one, another in zip(jax.tree.leaves(state), jax.tree.leaves(other_state), strict=True):
         np.testing.assert_array_equal(one, another)
     assert progress == other_progress
 
@@ -147,9 +148,41 @@ def test_two_processes_of_two_devices_follow_one_of_four(tmp_path: Path):
     (state, progress), (wanted_state, wanted_progress) = (state_of(tmp_path / name, 12) for name in ("two", "one"))
     assert progress["positions"] == wanted_progress["positions"]
     assert progress["fingerprints"] == wanted_progress["fingerprints"]
-    for array, wanted_array in zip(state, wanted_state, strict=True):
+    for array, wanted_array in zip(jax.tree.leaves(state), jax.tree.leaves(wanted_state), strict=True):
         np.testing.assert_allclose(array, wanted_array, atol=2e-3)
     assert (tmp_path / "two" / "export" / "model.safetensors").exists()
+
+
+def back_to(step: int, run: Path, folder: Path) -> Path:
+    """A copy of a run as it was when its checkpoint of `step` was the newest."""
+    shutil.copytree(run, folder)
+    for checkpoint in (folder / "checkpoints").iterdir():
+        if int(checkpoint.name) > step:
+            shutil.rmtree(checkpoint)
+    return folder
+
+
+def test_a_batch_ramp_resumes_exactly_and_an_average_is_what_is_evaluated_and_exported(tmp_path: Path, capsys):
+    config, run = write_config(tmp_path), tmp_path / "run"
+    ramp = ["--config.train.batch_size=32", "--config.train.batch_ramp_start=8", "--config.train.batch_ramp_steps=10"]
+    flags = ["pretrain", f"--config={config}", "--config.train.ema_decay=0.8", *ramp]
+    assert here(*flags, "--config.train.accumulation_steps=2") == 0
+    err = capsys.readouterr().err
+    assert "1,024 tokens each, the first 10 steps on a ramp from 256" in err
+    assert "evaluated and exported: the moving average of the weights, decay 0.8" in err
+    assert [record["loss_weight"] for record in metrics(run)] == [256] * 5 + [512] * 5 + [1024] * 2
+    copy = back_to(8, run, tmp_path / "copy")
+    assert here(*flags, "--config.train.accumulation_steps=2", f"--config.train.run_dir={copy}") == 0
+    assert_same_end(copy, run, 12)
+    assert without_times(metrics(copy)) == without_times(metrics(run))
+    exported = load_file(run / "export" / "model.safetensors")["model.norm.weight"]
+    np.testing.assert_array_equal(exported, state_of(run, 12)[0]["average"]["norm"]["scale"])
+    capsys.readouterr()
+    assert here("evaluate", run, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["loss"] == pytest.approx(metrics(run)[-1]["validation_loss"], rel=1e-5)
+    assert here(*flags, "--config.train.batch_ramp_steps=8") == 2
+    assert "train.batch_ramp_steps: 10 → 8" in capsys.readouterr().err
 
 
 def test_a_start_without_a_checkpoint_is_made_anew(finished: Path, tmp_path: Path):

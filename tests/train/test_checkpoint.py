@@ -20,6 +20,7 @@ from train.state import abstract_state, make_state
 from train.step import make_train_step
 
 CONFIG: Config = dataclasses.replace(make_config({"train": {"batch_size": 8}}), model=small_model(num_kv_heads=4))
+AVERAGED = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, ema_decay=0.5))
 OPTIMIZER = make_optimizer(CONFIG)
 
 
@@ -28,9 +29,9 @@ def on(*shape: int) -> Mesh:
     return Mesh(devices, AXES, axis_types=(AxisType.Explicit,) * 3)
 
 
-def trained(steps: int):
+def trained(steps: int, config: Config = CONFIG):
     """The state after some steps on the ambient mesh."""
-    state, step = make_state(CONFIG, OPTIMIZER), make_train_step(CONFIG, OPTIMIZER)
+    state, step = make_state(config, OPTIMIZER), make_train_step(config, OPTIMIZER)
     sharding = batch_sharding(jax.sharding.get_mesh())
     for seed in range(steps):
         state, _ = step(state, jax.device_put(small_batch(seed=seed), sharding))
@@ -44,9 +45,9 @@ def save(folder: Path, *states, keep: int = 5) -> None:
     checkpoints.close()
 
 
-def restore(folder: Path):
+def restore(folder: Path, config: Config = CONFIG):
     checkpoints = Checkpoints(folder, CheckpointConfig(keep=5))
-    found = checkpoints.restore(abstract_state(CONFIG, OPTIMIZER))
+    found = checkpoints.restore(abstract_state(config, OPTIMIZER))
     checkpoints.close()
     return found
 
@@ -151,6 +152,67 @@ def test_an_unfinished_save_is_invisible(two_steps, tmp_path):
     with jax.set_mesh(on(1, 1, 1)):
         state, _ = restore(tmp_path / "copy")
         assert int(state["step"]) == 1
+
+
+@pytest.fixture(scope="module")
+def two_averaged_steps(tmp_path_factory: pytest.TempPathFactory):
+    """The same with a moving average of the weights."""
+    folder = tmp_path_factory.mktemp("averaged")
+    with jax.set_mesh(on(2, 2, 2)):
+        state = trained(2, AVERAGED)
+        save(folder, trained(1, AVERAGED), state)
+        return folder, jax.device_get(state)
+
+
+def items(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.is_dir()}
+
+
+def test_an_average_comes_back_on_another_mesh_and_is_what_is_used(two_averaged_steps, two_steps):
+    folder, expected = two_averaged_steps
+    assert items(folder / "2") == {"weights", "optimizer", "average", "progress"}
+    assert items(two_steps[0] / "2") == {"weights", "optimizer", "progress"}
+    with jax.set_mesh(on(1, 8, 1)):
+        state, progress = restore(folder, AVERAGED)
+        assert_same(state, expected)
+        assert progress["checksums"]["average"] == jax.tree.map(int, checksums(state["average"]))
+        fresh = make_state(AVERAGED, OPTIMIZER)
+        assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, fresh)
+    with jax.set_mesh(on(1, 1, 1)):
+        checkpoints = Checkpoints(folder)
+        step, weights = checkpoints.restore_weights(abstract_state(CONFIG, OPTIMIZER)["weights"])
+        checkpoints.close()
+        assert step == 2
+        assert_same(weights, expected["average"])
+
+
+def test_a_damaged_or_missing_average_is_damage(two_averaged_steps, tmp_path, caplog):
+    shutil.copytree(two_averaged_steps[0], tmp_path / "copy")
+    assert flip_bits(tmp_path / "copy" / "2" / "average") > 0
+    with jax.set_mesh(on(1, 1, 1)):
+        assert restore(tmp_path / "copy", AVERAGED)[1]["of"] == 1
+        assert "the checkpoint of step 2 is damaged" in caplog.text
+        shutil.rmtree(tmp_path / "copy" / "1" / "average")
+        with pytest.raises(InputError, match="are damaged"):
+            restore(tmp_path / "copy", AVERAGED)
+
+
+def test_an_average_begins_with_the_weights_and_ends_where_it_is_not_wanted(
+    two_averaged_steps, two_steps, tmp_path, caplog
+):
+    with jax.set_mesh(on(1, 4, 2)):
+        state, _ = restore(two_steps[0], AVERAGED)
+        assert "the average begins with the weights of step 2" in caplog.text
+        assert_same(state["average"], two_steps[1]["weights"])
+        assert_same({**state, "average": None}, {**two_steps[1], "average": None})
+        fresh = make_state(AVERAGED, OPTIMIZER)
+        assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, fresh)
+        batch = jax.device_put(small_batch(), batch_sharding(jax.sharding.get_mesh()))
+        make_train_step(AVERAGED, OPTIMIZER)(state, batch)
+        caplog.clear()
+        state, _ = restore(two_averaged_steps[0])
+        assert "the average up to step 2 ends there" in caplog.text
+        assert_same(state, {name: tree for name, tree in two_averaged_steps[1].items() if name != "average"})
 
 
 def test_named_tuples_become_dictionaries_and_back():

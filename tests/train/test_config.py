@@ -75,6 +75,32 @@ def test_everything_wrong_is_reported_at_once_with_the_nearest_name():
         ({"evaluation": {"prompt": "\ud800"}}, "evaluation.prompt is not valid UTF-8"),
         ({"train": {"seed": 2**32}}, "train.seed is 4294967296; it must be from 0 to 4294967295"),
         ({"optimizer": {"decay_steps": 10}}, "optimizer.decay_steps is for the schedule wsd"),
+        (
+            {"train": {"batch_size": 24, "batch_ramp_start": 5, "batch_ramp_steps": 9}},
+            "train.batch_size = 24 is not train.batch_ramp_start = 5 times a power of two; nearest start that works: 6",
+        ),
+        (
+            {"train": {"batch_ramp_start": 4}},
+            "train.batch_ramp_start and train.batch_ramp_steps go together: give both or neither",
+        ),
+        (
+            {"train": {"batch_size": 16, "batch_ramp_start": 2, "batch_ramp_steps": 2}},
+            "train.batch_ramp_steps is 2; it must be from 3, the doublings of the batch, to train.num_steps = 1000",
+        ),
+        (
+            {"train": {"batch_size": 16, "batch_ramp_start": 8, "batch_ramp_steps": 2000}},
+            "train.batch_ramp_steps is 2000",
+        ),
+        ({"train": {"batch_ramp_start": 0, "batch_ramp_steps": 1}}, "train.batch_ramp_start is 0"),
+        (
+            {"train": {"batch_size": 24, "batch_ramp_start": 3, "batch_ramp_steps": 9, "accumulation_steps": 6}},
+            "train.accumulation_steps = 6 does not cut the ramp's 6 rows as it cuts train.batch_size = 24",
+        ),
+        (
+            {"train": {"batch_size": 16, "batch_ramp_start": 4, "batch_ramp_steps": 9}, "data": {"num_streams": 8}},
+            "data.num_streams = 8 does not divide train.batch_ramp_start = 4; nearest that does: 4",
+        ),
+        ({"train": {"ema_decay": 1.0}}, "train.ema_decay is 1.0; it must be in [0, 1)"),
         ({"train": {"run_dir": ""}}, "train.run_dir is empty"),
         ({"checkpoint": {"keep": 0}}, "checkpoint.keep is 0"),
         ({"model": {"num_layers": True}}, "it must be a whole number"),
@@ -82,6 +108,13 @@ def test_everything_wrong_is_reported_at_once_with_the_nearest_name():
 )
 def test_impossible_values_and_combinations_are_named(values: dict, words: str):
     assert any(words in problem for problem in problems(values))
+
+
+def test_streams_are_the_rows_of_the_first_batch_unless_given():
+    ramp = {"train": {"batch_size": 16, "batch_ramp_start": 4, "batch_ramp_steps": 9}}
+    assert make_config({"train": {"batch_size": 16}}).resolved().data.num_streams == 16
+    assert make_config(ramp).resolved().data.num_streams == 4
+    assert make_config(ramp | {"data": {"num_streams": 2}}).resolved().data.num_streams == 2
 
 
 def test_a_saved_config_is_read_back_equal():

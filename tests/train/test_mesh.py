@@ -21,7 +21,7 @@ MESHES = [(8, 1, 1), (1, 8, 1), (2, 4, 1), (1, 4, 2), (2, 2, 2), (2, 1, 4), (1, 
 
 
 def config_for(**model: object) -> Config:
-    train, data = {"batch_size": 8, "num_steps": 100}, {"segment_length": 16}
+    train, data = {"batch_size": 8, "num_steps": 100, "ema_decay": 0.5}, {"segment_length": 16}
     config = make_config({"train": train, "data": data, "optimizer": {"clip_norm": 0.5}})
     return dataclasses.replace(config, model=small_model(**({"num_kv_heads": 4} | model)))
 
@@ -32,12 +32,13 @@ def on(shape: tuple[int, ...]) -> Mesh:
 
 
 def three_steps(config: Config, shape: tuple[int, ...]):
-    """Initial weights, and the metrics and weights of three training steps on a mesh."""
+    """Initial weights, and of three training steps on a mesh the metrics, the weights and their average."""
     mesh = on(shape)
     with jax.set_mesh(mesh):
         optimizer = make_optimizer(config)
         state = make_state(config, optimizer)
         initial = jax.tree.map(np.asarray, state["weights"])
+        shardings = jax.tree.map(lambda x: x.sharding, state)
         step, metrics = make_train_step(config, optimizer), []
         for seed in range(3):
             batch = {
@@ -45,7 +46,8 @@ def three_steps(config: Config, shape: tuple[int, ...]):
             }
             state, found = step(state, batch)
             metrics.append({name: float(value) for name, value in found.items()})
-        return initial, metrics, jax.tree.map(np.asarray, state["weights"])
+        assert jax.tree.map(lambda x: x.sharding, state) == shardings
+        return initial, metrics, jax.tree.map(np.asarray, {"": state["weights"], "average": state["average"]})
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,8 @@ def test_a_mesh_begins_with_the_same_bits_and_trains_the_same(shape, one_device)
     initial = flattened(expected_initial)
     for name, expected in flattened(expected_weights).items():
         # By norms: Adam divides each gradient by its own size, so one that is mere rounding moves its weight freely.
-        error = np.linalg.norm(flattened(weights)[name] - expected) / np.linalg.norm(expected - initial[name])
+        begin = initial[name.split(".", 1)[1]]
+        error = np.linalg.norm(flattened(weights)[name] - expected) / np.linalg.norm(expected - begin)
         assert error < 5e-4, name
 
 
@@ -151,6 +154,9 @@ def test_weights_moments_and_gradients_are_stored_in_shards():
             moments = getattr(state["optimizer"]["adam"], moment)
             for one, other in zip(jax.tree.leaves(moments), jax.tree.leaves(state["weights"]), strict=True):
                 assert one.sharding == other.sharding
+        for one, other in zip(jax.tree.leaves(state["average"]), jax.tree.leaves(state["weights"]), strict=True):
+            assert one.sharding == other.sharding
+            assert one.dtype == jnp.float32
         abstract = abstract_state(config, make_optimizer(config))
         assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state) == jax.tree.map(
             lambda x: (x.shape, x.dtype, x.sharding), abstract
@@ -165,7 +171,7 @@ def test_the_compiled_step_reuses_the_memory_of_its_state():
         state = make_state(config, optimizer)
         batch = {name: jax.device_put(array, batch_sharding(mesh)) for name, array in small_batch().items()}
         memory = make_train_step(config, optimizer).lower(state, batch).compile().memory_analysis()
-    size = sum(x.size // 8 * x.dtype.itemsize for x in jax.tree.leaves((state["weights"], state["optimizer"])))
+    size = sum(x.size // 8 * x.dtype.itemsize for x in jax.tree.leaves(state))
     assert memory.alias_size_in_bytes >= 0.95 * size
 
 
@@ -203,6 +209,11 @@ def test_what_cannot_be_shared_is_named_with_the_axis_and_a_size_that_works():
         "model.num_kv_heads = 4 cannot be shared by mesh.tensor = 8; nearest size that works: 4",
     ]
     assert mesh_problems(make_config({}).resolved(4096), (1, 4, 2)) == []
+    ramp = make_config({"train": {"batch_ramp_start": 4, "batch_ramp_steps": 10}}).resolved(4096)
+    assert mesh_problems(ramp, (2, 4, 1)) == [
+        "train.batch_ramp_start = 4 cannot be shared by mesh.data × mesh.fsdp = 8; nearest size that works: 4",
+        "data.num_streams = 4 cannot be shared by mesh.data × mesh.fsdp = 8; nearest size that works: 4",
+    ]
     with pytest.raises(InputError, match="mesh.fsdp"):
         make_mesh(make_config({"train": {"batch_size": 3}}).resolved(4096))
     assert jnp.zeros(()).dtype == jnp.float32

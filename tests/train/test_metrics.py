@@ -48,7 +48,7 @@ def test_the_rate_is_of_finished_steps_without_pauses(monkeypatch):
         now[0] += seconds
         rate.finished(1000)
     assert rate.tokens_per_second == pytest.approx(500)
-    assert rate.seconds_per_step == pytest.approx(2)
+    assert rate.seconds(3000) == pytest.approx(6)
     now[0] += 50
     rate.start()
     now[0] += 1
@@ -89,7 +89,7 @@ def shown(terminal: bool, quiet: bool = False, every: int = 10) -> str:
     display = Display(40, every, quiet)
     display._console = Console(file=out, force_terminal=terminal, width=160)
     for step in range(1, 12):
-        display.step(RECORD | {"step": step}, 0.5, 3.0)
+        display.step(RECORD | {"step": step}, 0.5, 90.0)
     display.evaluation(RECORD | {"validation_bits_per_byte": 1.5, "validation_loss": 3.0, "sample": "def f():\n  pass"})
     display.close()
     return out.getvalue()

@@ -1,10 +1,15 @@
-"""The learning rate, step by step."""
+"""The learning rate and the size of the batch, step by step."""
+
+import itertools
+import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from train.config import make_config
-from train.schedule import learning_rate
+from train.schedule import accumulation_parts, batch_size, learning_rate
 
 
 def rates(num_steps: int, **optimizer: object) -> np.ndarray:
@@ -43,3 +48,28 @@ def test_a_long_warm_up_leaves_the_rest_to_the_decay():
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
 def test_a_run_of_a_single_step_has_a_rate(schedule: str):
     assert rates(1, schedule=schedule)[0] > 0
+
+
+@given(start=st.integers(1, 12), doublings=st.integers(1, 4), steps=st.integers(4, 50), parts=st.integers(0, 5))
+def test_a_ramp_doubles_the_batch_in_equally_long_stages(start: int, doublings: int, steps: int, parts: int):
+    full = start << doublings
+    train = {"batch_ramp_start": start, "batch_ramp_steps": steps, "batch_size": full, "num_steps": 60}
+    config = make_config({"train": train | {"accumulation_steps": 1 << min(parts, doublings)}})
+    sizes = [batch_size(config, step) for step in range(60)]
+    assert sizes[steps:] == [full] * (60 - steps)
+    stages = {size: len(list(of_size)) for size, of_size in itertools.groupby(sizes[:steps])}
+    assert list(stages) == [start << k for k in range(doublings)]
+    assert max(stages.values()) - min(stages.values()) <= 1
+    for rows in sizes:
+        assert rows % config.num_streams == 0
+        assert rows % accumulation_parts(config, rows) == 0
+        part = rows // accumulation_parts(config, rows)
+        assert part == min(rows, full // config.train.accumulation_steps)
+        # What the mesh is checked for is enough for all stages.
+        assert part % math.gcd(start, full // config.train.accumulation_steps) == 0
+
+
+def test_without_a_ramp_every_batch_is_whole():
+    config = make_config({"train": {"batch_size": 12, "accumulation_steps": 3}})
+    assert {batch_size(config, step) for step in range(100)} == {12}
+    assert accumulation_parts(config, 12) == 3

@@ -12,6 +12,7 @@ from tests.small import small_batch, small_model
 from train.config import Config, make_config
 from train.mesh import on_one_device
 from train.optimizer import make_optimizer
+from train.schedule import batch_size
 from train.state import make_state
 from train.step import make_train_step, summed_loss
 
@@ -40,6 +41,28 @@ def test_accumulation_changes_nothing_but_memory():
             assert metrics[name] == pytest.approx(expected[name], rel=1e-5), name
         for one, other in zip(jax.tree.leaves(state["weights"]), jax.tree.leaves(whole["weights"]), strict=True):
             np.testing.assert_allclose(one, other, atol=2e-6)
+
+
+def test_a_ramp_has_one_program_a_stage_and_its_parts_change_nothing_but_memory():
+    ramp = {"batch_size": 32, "batch_ramp_start": 4, "batch_ramp_steps": 6}
+
+    def losses(**train: object):
+        config = config_for(**ramp, **train)
+        with jax.set_mesh(on_one_device()):
+            optimizer = make_optimizer(config)
+            state, step = make_state(config, optimizer), make_train_step(config, optimizer)
+            found = []
+            for i in range(8):
+                state, metrics = step(state, small_batch(batch_size(config, i), seed=i))
+                found.append((float(metrics["loss_weight"]), float(metrics["loss"]), float(metrics["grad_norm"])))
+            return np.array(found), step._cache_size()
+
+    whole, programs = losses()
+    assert programs == 4
+    np.testing.assert_array_equal(whole[:, 0], np.array([4, 4, 8, 8, 16, 16, 32, 32]) * 16 - 8)
+    in_parts, programs = losses(accumulation_steps=4)
+    assert programs == 4
+    np.testing.assert_allclose(in_parts, whole, rtol=2e-5)
 
 
 def test_the_loss_is_the_weighted_mean_of_cross_entropy_in_nats():
@@ -108,6 +131,25 @@ def test_an_update_is_adamw_with_clipping_and_decay_of_matrices_alone():
         clear = np.abs(gradient) > 1e-6
         assert clear.mean() > 0.2
         np.testing.assert_allclose(after[name][clear], (weight - 0.01 * update)[clear], atol=2e-5)
+
+
+def test_the_average_of_the_weights_forgets_fast_at_first_and_changes_no_step():
+    config = config_for({"learning_rate": 1e-2}, ema_decay=0.25)
+    plain, plain_metrics = run(config_for({"learning_rate": 1e-2}), steps=4)
+    assert "average" not in plain
+    with jax.set_mesh(on_one_device()):
+        optimizer = make_optimizer(config)
+        state, step = make_state(config, optimizer), make_train_step(config, optimizer)
+        expected = jax.device_get(state["weights"])
+        for seed, decay in enumerate((1 / 10, 2 / 11, 3 / 12, 0.25)):
+            state, metrics = step(state, small_batch(seed=seed))
+            latest = jax.device_get(state["weights"])
+            expected = jax.tree.map(lambda old, new, d=decay: d * old + (1 - d) * new, expected, latest)
+            for one, other in zip(jax.tree.leaves(state["average"]), jax.tree.leaves(expected), strict=True):
+                np.testing.assert_allclose(one, other, atol=1e-6)
+    assert jax.device_get(metrics) == plain_metrics
+    for one, other in zip(jax.tree.leaves(latest), jax.tree.leaves(plain["weights"]), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_a_model_learns_a_batch_by_heart():

@@ -1,0 +1,54 @@
+"""Reading the value of a field by its type: from Python, from JSON, or from a flag's text."""
+
+import dataclasses
+import math
+import types
+import typing
+from typing import Any
+
+
+def kinds_of(setting: dataclasses.Field) -> tuple[type, ...]:
+    """The types that a field may have."""
+    kind = setting.type
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (typing.cast(type, kind),)
+
+
+def from_value(value: Any, kinds: tuple[type, ...]) -> Any:
+    """A Python value as one of these types; ValueError says what it must be."""
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) in kinds:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError("a finite number")
+        return value
+    raise ValueError(_kinds_text(kinds))
+
+
+def from_text(text: str, kinds: tuple[type, ...]) -> Any:
+    """A flag's text as one of these types."""
+    if types.NoneType in kinds and text.lower() == "none":
+        return None
+    if bool in kinds:
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        raise ValueError("true or false")
+    if str in kinds:
+        return text
+    try:
+        number = float(text)
+        if int in kinds:
+            if "e" not in text.lower():
+                return int(text)
+            if number == int(number):
+                return int(number)
+            raise ValueError
+        if math.isfinite(number):
+            return number
+    except (ValueError, OverflowError):
+        pass
+    raise ValueError(_kinds_text(kinds))
+
+
+def _kinds_text(kinds: tuple[type, ...]) -> str:
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", types.NoneType: "none"}
+    return " or ".join(names[kind] for kind in kinds)
