@@ -14,15 +14,18 @@ from model.sharding import Layout
 from model.unembedding import logits
 
 
-def _chunks(x: jax.Array, length: int) -> jax.Array:
+def _chunks(x: jax.Array, length: int, layout: Layout) -> jax.Array:
     """[B, T, ...] → [T / length, B, length, ...]."""
-    return x.reshape(x.shape[0], -1, length, *x.shape[2:]).swapaxes(0, 1)
+    chunks = x.reshape(x.shape[0], -1, length, *x.shape[2:])
+    # A reshape forgets on which axis the shards of a single row are.
+    return layout.place(chunks, "batch", *(None,) * (chunks.ndim - 1)).swapaxes(0, 1)
 
 
-def _joined(chunks: jax.Array) -> jax.Array:
+def _joined(chunks: jax.Array, layout: Layout) -> jax.Array:
     """The inverse of `_chunks`."""
     x = chunks.swapaxes(0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])
+    x = x.reshape(x.shape[0], -1, *x.shape[3:])
+    return layout.place(x, "batch", *(None,) * (x.ndim - 1))
 
 
 class LogProbabilities(NamedTuple):
@@ -78,7 +81,7 @@ def _target_V(targets_BT: jax.Array, V: int) -> jax.Array:
 def _forward(x_BTD, matrix_DV, targets_BT, vocab_size, chunk, layout):  # type: ignore[no-untyped-def]
     real_V = jnp.arange(matrix_DV.shape[1]) < vocab_size
 
-    def of_chunk(_: None, of: tuple[jax.Array, jax.Array]) -> tuple[None, LogProbabilities]:
+    def of_chunk(_: None, of: tuple[jax.Array, ...]) -> tuple[None, LogProbabilities]:
         x, targets = of
         scores = logits(x, matrix_DV, vocab_size)
         log_sum = jax.nn.logsumexp(scores, axis=-1)
@@ -86,8 +89,8 @@ def _forward(x_BTD, matrix_DV, targets_BT, vocab_size, chunk, layout):  # type: 
         mean = jnp.sum(jnp.where(real_V, scores, 0.0), axis=-1) / vocab_size
         return None, LogProbabilities(score - log_sum, mean - log_sum, log_sum)
 
-    _, chunks = jax.lax.scan(of_chunk, None, (_chunks(x_BTD, chunk), _chunks(targets_BT, chunk)))
-    found = LogProbabilities(*map(_joined, chunks))
+    _, chunks = jax.lax.scan(of_chunk, None, tuple(_chunks(x, chunk, layout) for x in (x_BTD, targets_BT)))
+    found = LogProbabilities(*(_joined(x, layout) for x in chunks))
     return found, (x_BTD, matrix_DV, targets_BT, found.log_sum)
 
 
@@ -109,10 +112,10 @@ def _backward(vocab_size, chunk, layout, kept, cotangents):  # type: ignore[no-u
         float32 = {"preferred_element_type": jnp.float32}
         return gradient_DV + jnp.einsum("btd,btv->dv", x, slope, out_sharding=sums_DV, **float32), dx
 
-    chunks = tuple(_chunks(x, chunk) for x in (x_BTD, targets_BT, log_sum_BT, *cotangents))
+    chunks = tuple(_chunks(x, chunk, layout) for x in (x_BTD, targets_BT, log_sum_BT, *cotangents))
     zeros_DV = jnp.zeros(matrix_DV.shape, jnp.float32, out_sharding=sums_DV)
     gradient_DV, dx = jax.lax.scan(of_chunk, zeros_DV, chunks)
-    return _joined(dx), gradient_DV.astype(matrix_DV.dtype), None
+    return _joined(dx, layout), gradient_DV.astype(matrix_DV.dtype), None
 
 
 _log_probabilities.defvjp(_forward, _backward)

@@ -76,9 +76,11 @@ def make_train_step(
         parts: int, weights: dict[str, Any], batch: Batch, keys_B: Keys
     ) -> tuple[jax.Array, dict[str, Any]]:
         # Part a takes rows a, a + A, ...: every device keeps its own rows.
-        split = jax.tree.map(
-            lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), (batch, keys_B)
-        )
+        def in_parts(x: jax.Array) -> jax.Array:
+            x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:])
+            return TRAINING.place(x, "batch", *(None,) * (x.ndim - 1)).swapaxes(0, 1)
+
+        split = jax.tree.map(in_parts, (batch, keys_B))
 
         def add(total: Any, part: tuple[Batch, Keys]) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, gradient(weights, *part)), None

@@ -10,7 +10,7 @@ import pytest
 from model.parameters import flattened, parameter_table
 from tests.small import small_batch, small_model
 from train.config import Config, make_config
-from train.mesh import on_one_device
+from train.mesh import batch_sharding, on_one_device
 from train.optimizer import make_optimizer
 from train.schedule import batch_size
 from train.state import make_state
@@ -63,6 +63,16 @@ def test_a_ramp_has_one_program_a_stage_and_its_parts_change_nothing_but_memory(
     in_parts, programs = losses(accumulation_steps=4)
     assert programs == 4
     np.testing.assert_allclose(in_parts, whole, rtol=2e-5)
+
+
+def test_a_batch_or_a_part_may_be_a_single_row():
+    for rows, parts in ((1, 1), (2, 2)):
+        config = config_for(batch_size=rows, accumulation_steps=parts)
+        with jax.set_mesh(on_one_device()):
+            optimizer = make_optimizer(config)
+            batch = jax.device_put(small_batch(rows), batch_sharding(jax.sharding.get_mesh()))
+            _, metrics = make_train_step(config, optimizer)(make_state(config, optimizer), batch)
+        assert 5 < float(metrics["loss"]) < 7
 
 
 def test_the_loss_is_the_weighted_mean_of_cross_entropy_in_nats():

@@ -1,0 +1,68 @@
+"""Presets that really train at a reduced batch: their loss beside the unigram entropy of the corpus.
+
+    python -m tests.benchmarks.presets [NAME ...] [--steps=N] [--to=FOLDER]
+
+Each preset is run as it is but for 4 rows of 256 positions a step, a tokenizer of 4,096 pieces, a warm-up of a quarter
+of the steps, and the default corpus. Below the unigram entropy a model has learned more than the tokens' frequencies.
+Interrupted, it goes on. The last line is one JSON object.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+from launch.cli import main as ziggurat
+from train.metrics import read_metrics
+from train.prepare import open_run_corpus, run_tokenizer
+from train.run import Run
+
+
+def unigram_entropy(run: Run) -> float:
+    """Nats a token of the training documents, ends included, for who knows the tokens' frequencies alone."""
+    config = run.load_config()
+    corpus = open_run_corpus(config, run)
+    tokenizer = run_tokenizer(config, run, corpus)
+    counts = np.zeros(tokenizer.vocab_size)
+    for text in corpus.training_texts(config.train.seed):
+        counts += np.bincount(tokenizer.encode(text), minlength=len(counts))
+        counts[tokenizer.eos_id] += 1
+    p = counts[counts > 0] / counts.sum()
+    return float(-np.sum(p * np.log(p)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", default=["vaswani_base", "gpt2_124m"])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--to", type=Path, default=Path("runs/presets"))
+    arguments = parser.parse_args()
+    figures = {}
+    for name in arguments.names:
+        run, steps = Run(arguments.to / name), arguments.steps
+        changes = {
+            "train.run_dir": run.folder, "train.num_steps": steps, "train.batch_size": 4, "train.accumulation_steps": 1,
+            "data.segment_length": 256, "tokenizer.vocab_size": 4096, "optimizer.warmup_steps": steps // 4,
+            "checkpoint.every_steps": steps, "evaluation.every_steps": steps, "evaluation.max_bytes": 2**17,
+        }  # fmt: skip
+        status = ziggurat(
+            ["pretrain", f"--config={name}", *(f"--config.{key}={value}" for key, value in changes.items())]
+        )
+        assert status == 0, name
+        records = [record for _, record in read_metrics(run.folder / "metrics.jsonl")]
+        entropy, loss = unigram_entropy(run), records[-1]["validation_loss"]
+        below = next((r["step"] for r in records if np.mean([s["loss"] for s in records[r["step"] - 10 : r["step"]]])
+                      < entropy), math.nan)  # fmt: skip
+        figures[name] = {"steps": steps, "held_out_loss": loss, "unigram_entropy": entropy, "below_from_step": below}
+        print(
+            f"{name:14} {steps} steps of {4 * 256:,} tokens: held-out loss {loss:.3f}, unigram entropy {entropy:.3f}; "
+            f"the mean training loss of ten steps is below it from step {below}"
+        )
+    print(json.dumps(figures))
+    assert all(found["held_out_loss"] < found["unigram_entropy"] for found in figures.values())
+
+
+if __name__ == "__main__":
+    main()
