@@ -4,7 +4,9 @@ import math
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from model.config import ModelConfig
 from model.sharding import Layout
@@ -13,8 +15,29 @@ from model.sharding import Layout
 def look_up(table: jax.Array, ids_BT: jax.Array, layout: Layout) -> jax.Array:
     """Rows [B, T, D] of a table [rows, D]. Tensor shards hold D of every row, so the look-up stays local."""
     table = layout.gather(table, None, "lookup")
-    x_BTD = table.at[ids_BT].get(out_sharding=layout.sharding("batch", None, "lookup"))
+    x_BTD = _rows(table, ids_BT, layout.sharding("batch", None, "lookup"))
     return layout.place(x_BTD, "batch", "sequence", None)
+
+
+def _plain_rows(table: jax.Array, ids_BT: jax.Array, out_sharding: PartitionSpec | None) -> jax.Array:
+    return table.at[ids_BT].get(out_sharding=out_sharding)
+
+
+_rows = jax.custom_vjp(_plain_rows, nondiff_argnums=(2,))
+
+
+def _forward(table, ids_BT, out_sharding):  # type: ignore[no-untyped-def]
+    return _rows(table, ids_BT, out_sharding), (table, ids_BT)
+
+
+def _backward(out_sharding, kept, gradient_BTD):  # type: ignore[no-untyped-def]
+    # A frequent token's gradient is a sum over thousands of positions: in bfloat16 it would stop growing.
+    table, ids_BT = kept
+    _, pull = jax.vjp(lambda table: _plain_rows(table, ids_BT, out_sharding), table.astype(jnp.float32))
+    return pull(gradient_BTD.astype(jnp.float32))[0].astype(table.dtype), None
+
+
+_rows.defvjp(_forward, _backward)
 
 
 class Embedding(nnx.Module):
