@@ -16,11 +16,16 @@ from model.unembedding import logits
 
 def _chunks(x: jax.Array, length: int) -> jax.Array:
     """[B, T, ...] → [T / length, B, length, ...]."""
+    if x.shape[1] == length:
+        # A reshape could not tell a sharded batch of one row from the one chunk.
+        return x[None]
     return x.reshape(x.shape[0], -1, length, *x.shape[2:]).swapaxes(0, 1)
 
 
 def _joined(chunks: jax.Array) -> jax.Array:
     """The inverse of `_chunks`."""
+    if chunks.shape[0] == 1:
+        return chunks[0]
     x = chunks.swapaxes(0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 
