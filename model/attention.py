@@ -86,10 +86,7 @@ class Attention(nnx.Module):
         position `start` on and the queries see all of it; the new cache is returned beside.
         """
         x_BTD = self.layout.gather_sequence(x_BTD)
-        q_BHTC, k_BKTC, v_BKTC = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
-        if self.query_norm and self.key_norm:
-            q_BHTC, k_BKTC = self.query_norm(q_BHTC), self.key_norm(k_BKTC)
-        q_BHTC, k_BKTC = rotate(q_BHTC, rotation), rotate(k_BKTC, rotation)
+        q_BHTC, k_BKTC, v_BKTC = *self.queries_and_keys(x_BTD, rotation), self.value(x_BTD)
         aux: Aux = {}
         if cache is not None:
             assert start is not None
@@ -99,3 +96,27 @@ class Attention(nnx.Module):
         c = self.config
         y_BHTC = attend(q_BHTC, k_BKTC, v_BKTC, mask_B1TS, c.attention_softcap, c.attention_dropout, keys_B)
         return self.output(y_BHTC), aux
+
+    def queries_and_keys(self, x_BTD: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array]:
+        """What is compared with what, [B, H, T, C] and [B, K, T, C]."""
+        q_BHTC, k_BKTC = self.query(x_BTD), self.key(x_BTD)
+        if self.query_norm and self.key_norm:
+            q_BHTC, k_BKTC = self.query_norm(q_BHTC), self.key_norm(k_BKTC)
+        return rotate(q_BHTC, rotation), rotate(k_BKTC, rotation)
+
+    def largest_logit(self, x_BTD: jax.Array, rotation: Rotation, mask_B1TS: jax.Array) -> jax.Array:
+        """The largest |q·k/√C| of a visible key, before any cap, float32: where it grows, training is about to diverge.
+
+        (Dehghani et al. 2023, arXiv:2302.05442; Wortsman et al. 2023, arXiv:2309.14322.)
+        """
+        q_BHTC, k_BKTC = self.queries_and_keys(self.layout.gather_sequence(x_BTD), rotation)
+        B, _, T, C = q_BHTC.shape
+        q_TBKGC = jnp.moveaxis(q_BHTC.reshape(B, k_BKTC.shape[1], -1, T, C), 3, 0)
+
+        def of_query(of: tuple[jax.Array, jax.Array]) -> jax.Array:
+            q_BKGC, mask_B1S = of
+            scores = jnp.einsum("bkgc,bksc->bkgs", q_BKGC, k_BKTC, preferred_element_type=jnp.float32) / math.sqrt(C)
+            return jnp.max(jnp.where(mask_B1S[:, :, None], jnp.abs(scores), 0.0))
+
+        # Some queries at a time: whatever attention itself is computed with, all scores may be more than memory holds.
+        return jnp.max(jax.lax.map(of_query, (q_TBKGC, jnp.moveaxis(mask_B1TS, 2, 0)), batch_size=256))

@@ -58,6 +58,14 @@ class Block(nnx.Module):
         x_BTD = x_BTD + dropout(y_BTD, self.dropout_rate, at(keys_B, 2))
         return x_BTD if self.pre else self.feedforward_norm(x_BTD), aux
 
+    def watch(self, x_BTD: jax.Array, rotation: Rotation, mask_B1TS: jax.Array) -> tuple[jax.Array, Aux]:
+        """The same result, and what `Decoder.watch` tells of this layer."""
+        y_BTD = self.attention_norm(x_BTD) if self.pre else x_BTD
+        largest_logit = self.attention.largest_logit(y_BTD, rotation, mask_B1TS)
+        x_BTD, _ = self(x_BTD, rotation, mask_B1TS, None, None, None)
+        rms = jnp.sqrt(jnp.mean(jnp.square(x_BTD.astype(jnp.float32))))
+        return x_BTD, {"residual_rms": rms, "largest_logit": largest_logit}
+
 
 class Decoder(nnx.Module):
     """The model over a nested dictionary of weights (see `model.parameters`); it holds no other state.
@@ -87,6 +95,20 @@ class Decoder(nnx.Module):
         """
         mask_B1TS = causal_mask(segment_ids_BT, self.config.sliding_window)
         return self._run(tokens_BT, positions_BT, mask_B1TS, keys_B=keys_B)[0]
+
+    def watch(self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> Aux:
+        """What to keep an eye on in each layer, float32 [L], of a pass that drops nothing.
+
+        "residual_rms" is the root mean square of what the layer hands on; "largest_logit" is attention's largest.
+        """
+        mask_B1TS = causal_mask(segment_ids_BT, self.config.sliding_window)
+        x_BTD, rotation = self.position(self.embedding(tokens_BT), positions_BT)
+        structure, stacked = nnx.split(self.blocks)
+
+        def layer(x_BTD: jax.Array, weights: nnx.State) -> tuple[jax.Array, Aux]:
+            return nnx.merge(structure, weights).watch(x_BTD, rotation, mask_B1TS)
+
+        return jax.lax.scan(layer, x_BTD, stacked)[1]
 
     def extend(self, tokens_BT: jax.Array, start: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """As `__call__` for the T tokens of one document that follow the first `start`, which the cache holds.

@@ -89,6 +89,10 @@ class TrainConfig:
     log_every_steps: int = field(
         default=10, metadata={"help": "steps between two lines of a log that is no terminal", "resume": "free"}
     )
+    watch_every_steps: int = field(
+        default=0,
+        metadata={"help": "steps between looks at each layer's activations and updates; 0: none", "resume": "free"},
+    )
     tensorboard: bool = field(
         default=False,
         metadata={"help": "also write metrics for TensorBoard to run_dir/tensorboard", "resume": "free"},
@@ -239,6 +243,7 @@ def config_problems(config: Config) -> list[str]:
         )
     at_least("train", 1, "num_steps", "batch_size", "batch_ramp_start", "batch_ramp_steps", "accumulation_steps",
              "log_every_steps")  # fmt: skip
+    at_least("train", 0, "watch_every_steps")
     if not 0 <= c.train.seed < 2**32:
         found.append(f"train.seed is {c.train.seed}; it must be from 0 to {2**32 - 1}")
     if not 0 <= c.train.ema_decay < 1:

@@ -26,6 +26,7 @@ from train.run import Run
 from train.schedule import batch_size
 from train.state import abstract_state, evaluated_weights, make_state
 from train.step import make_train_step
+from train.watch import compact
 from train.weights import check_export_folder, exported_step, why_no_export, write_huggingface
 
 
@@ -85,7 +86,8 @@ def train(
     """The loop: from `state` and the data at `positions` (none: the beginning) to the state after the last step."""
     config, tokenizer = prepared.config, prepared.tokenizer
     optimizer, step, last_step = make_optimizer(config), int(state["step"]), config.train.num_steps
-    train_step, evaluation_step = make_train_step(config, optimizer), make_evaluation_step(config)
+    train_step, watching_step = make_train_step(config, optimizer), make_train_step(config, optimizer, watches=True)
+    evaluation_step, watches = make_evaluation_step(config), config.train.watch_every_steps
     some_held_out = up_to(prepared.held_out, config.evaluation.loop_bytes)
     flops = flops_per_token(config.model, config.data.segment_length)
     peak, source = peak_flops(config.model.compute_dtype)
@@ -119,8 +121,8 @@ def train(
             asked = time.perf_counter()
             batch, positions = next(loader)
             waited = time.perf_counter() - asked
-            state, metrics = train_step(state, batch)
             step += 1
+            state, metrics = (watching_step if watches and step % watches == 0 else train_step)(state, batch)
             underway.append((step, metrics, waited))
 
             saves = step == last_step or step % config.checkpoint.every_steps == 0
@@ -130,7 +132,7 @@ def train(
             )
             while len(underway) > (0 if saves or evaluates else 1):
                 of_step, metrics, waited = underway.popleft()
-                record: dict[str, Any] = {name: float(value) for name, value in jax.device_get(metrics).items()}
+                record: dict[str, Any] = jax.tree.map(lambda x: x.tolist(), jax.device_get(metrics))
                 rate.finished(record["loss_weight"])
                 rows_left -= batch_size(config, of_step - 1)
                 record = {"step": of_step} | record | {
@@ -138,6 +140,8 @@ def train(
                 }  # fmt: skip
                 seconds_left = rate.seconds(rows_left * config.data.segment_length)
                 display.step(record, rate.tokens_per_second * flops / peak, seconds_left)
+                if "watch" in record:
+                    display.say(f"step {of_step}  {compact(record['watch'])}")
                 if evaluates and not underway:
                     texts = prepared.held_out if step == last_step else some_held_out
                     weights = evaluated_weights(state)

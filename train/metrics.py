@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -98,9 +99,8 @@ class MetricsFile:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         if self._board:
-            for name, value in record.items():
-                if isinstance(value, int | float) and name != "step":
-                    self._board.add_scalar(name, value, record["step"])
+            for name, value in scalars({name: value for name, value in record.items() if name != "step"}):
+                self._board.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
         """Everything to disk."""
@@ -108,6 +108,17 @@ class MetricsFile:
         self._file.close()
         if self._board:
             self._board.close()
+
+
+def scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers in a record by their paths: {"a": {"b": [1, 2]}} gives "a/b/0" and "a/b/1", as of layers."""
+    for name, value in record.items():
+        if isinstance(value, list):
+            value = {str(i): x for i, x in enumerate(value)}
+        if isinstance(value, Mapping):
+            yield from scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float):
+            yield prefix + name, value
 
 
 def read_metrics(path: Path) -> list[tuple[str, dict[str, Any]]]:

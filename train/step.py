@@ -15,9 +15,10 @@ from train.config import Config
 from train.mesh import TRAINING
 from train.schedule import accumulation_parts, learning_rate
 from train.state import State
+from train.watch import watch
 
 Batch = Mapping[str, jax.Array]
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, Any]
 
 
 def summed_loss(
@@ -54,8 +55,19 @@ def averaged(config: Config, average: dict[str, Any], weights: dict[str, Any], s
     return optax.incremental_update(weights, average, 1 - decay)
 
 
+def in_parts(parts: int, tree: Any) -> Any:
+    """Arrays [B, ...] as [parts, B / parts, ...]: part a takes rows a, a + parts, ..., so devices keep their rows."""
+
+    def split(x: jax.Array) -> jax.Array:
+        x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:])
+        # A reshape forgets on which axis the shards of a single row are.
+        return TRAINING.place(x, "batch", *(None,) * (x.ndim - 1)).swapaxes(0, 1)
+
+    return jax.tree.map(split, tree)
+
+
 def make_train_step(
-    config: Config, optimizer: optax.GradientTransformation
+    config: Config, optimizer: optax.GradientTransformation, watches: bool = False
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The compiled function (state, batch) → (state, metrics); it takes the memory of the state it is given.
 
@@ -63,7 +75,7 @@ def make_train_step(
     With `accumulation_steps` = A, parts of B/A rows run one after the other (a smaller batch of a ramp has fewer);
     the loss is divided by the weight of the whole batch, so that A changes nothing but memory. Metrics are float32
     scalars: `loss` in nats a token, `grad_norm` before clipping, `learning_rate`, `loss_weight` (the tokens that
-    counted).
+    counted). A step that watches also returns `watch` (see `train.watch`), for one more forward pass.
     """
     schedule = learning_rate(config)
 
@@ -75,18 +87,11 @@ def make_train_step(
     def accumulated(
         parts: int, weights: dict[str, Any], batch: Batch, keys_B: Keys
     ) -> tuple[jax.Array, dict[str, Any]]:
-        # Part a takes rows a, a + A, ...: every device keeps its own rows.
-        def in_parts(x: jax.Array) -> jax.Array:
-            x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:])
-            return TRAINING.place(x, "batch", *(None,) * (x.ndim - 1)).swapaxes(0, 1)
-
-        split = jax.tree.map(in_parts, (batch, keys_B))
-
         def add(total: Any, part: tuple[Batch, Keys]) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, gradient(weights, *part)), None
 
         zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, weights))
-        return jax.lax.scan(add, zeros, split)[0]
+        return jax.lax.scan(add, zeros, in_parts(parts, (batch, keys_B)))[0]
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         loss_weight = jnp.sum(batch["loss_weights"])
@@ -106,6 +111,8 @@ def make_train_step(
             "learning_rate": schedule(state["step"]),
             "loss_weight": loss_weight,
         }
+        if watches:
+            metrics["watch"] = watch(config, state["weights"], in_parts(parts, batch), gradients, updates)
         weights = optax.apply_updates(state["weights"], updates)
         after = {"step": state["step"] + 1, "weights": weights, "optimizer": optimizer_state}
         if config.train.ema_decay:

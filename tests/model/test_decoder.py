@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import model.attention
 from model.config import CHOICES, ModelConfig
-from model.decoder import Decoder
+from model.decoder import Block, Decoder
 from model.loss import token_log_probabilities
 from model.sharding import WHOLE
 from tests.small import VOCAB_SIZE, small_batch, small_model, small_weights
@@ -111,3 +112,31 @@ def test_the_program_does_not_grow_with_depth():
         sizes.append(len(str(jax.make_jaxpr(gradient_of(config))(small_weights(config), *arguments)).splitlines()))
     # Lines of the program as text: a wider number may wrap one.
     assert abs(sizes[0] - sizes[1]) <= 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"qk_norm": True, "sliding_window": 3, "attention_softcap": 1.0}, {"norm_placement": "post"}],
+    ids=["plain", "norms and a window", "post-norm"],
+)
+def test_what_is_watched_is_of_the_visible_keys_and_of_what_each_layer_hands_on(changes: dict, monkeypatch):
+    config = small_model(**changes)
+    weights, batch = small_weights(config), small_batch(3)
+    arguments = [jnp.array(batch[name]) for name in ("tokens", "positions", "segment_ids")]
+    found = Decoder(config, weights).watch(*arguments)
+    logits, attend = [], model.attention.attend
+
+    def recording(q, k, v, mask, *rest):
+        scores = np.einsum("bhtc,bhsc->bhts", np.asarray(q), np.repeat(np.asarray(k), 2, axis=1)) / np.sqrt(8)
+        logits.append(np.abs(np.where(np.asarray(mask), scores, 0)).max())
+        return attend(q, k, v, mask, *rest)
+
+    monkeypatch.setattr(model.attention, "attend", recording)
+    decoder = Decoder(config, weights)
+    x, rotation = decoder.position(decoder.embedding(arguments[0]), arguments[1])
+    mask = model.attention.causal_mask(arguments[2], config.sliding_window)
+    for layer in range(2):
+        block = Block(config, jax.tree.map(lambda w, i=layer: w[i], weights["blocks"]), WHOLE)
+        x, _ = block(x, rotation, mask, None, None, None)
+        np.testing.assert_allclose(found["residual_rms"][layer], np.sqrt(np.mean(np.square(x))), rtol=1e-5)
+    np.testing.assert_allclose(found["largest_logit"], logits, rtol=1e-5)

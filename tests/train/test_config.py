@@ -100,6 +100,7 @@ def test_everything_wrong_is_reported_at_once_with_the_nearest_name():
             {"train": {"batch_size": 16, "batch_ramp_start": 4, "batch_ramp_steps": 9}, "data": {"num_streams": 8}},
             "data.num_streams = 8 does not divide train.batch_ramp_start = 4; nearest that does: 4",
         ),
+        ({"train": {"watch_every_steps": -1}}, "train.watch_every_steps is -1; it must be at least 0"),
         ({"train": {"ema_decay": 1.0}}, "train.ema_decay is 1.0; it must be in [0, 1)"),
         ({"train": {"run_dir": ""}}, "train.run_dir is empty"),
         ({"checkpoint": {"keep": 0}}, "checkpoint.keep is 0"),

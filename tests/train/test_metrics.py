@@ -32,10 +32,17 @@ def test_after_a_restart_each_step_stands_once_and_a_torn_line_is_dropped(tmp_pa
 def test_numbers_go_to_tensorboard_too_where_asked(tmp_path: Path):
     require("tensorboardX")
     file = MetricsFile(tmp_path, step=0, tensorboard=True)
-    file.write({"step": 1, "loss": 0.5, "sample": "text"})
+    watched = {"largest_logit": [1.0, 2.0], "grad_norm": {"norm.scale": 0.5, "blocks.attention.key": [0.1, 0.2]}}
+    file.write({"step": 1, "loss": 0.5, "sample": "text", "watch": watched})
     file.close()
     events = next((tmp_path / "tensorboard").iterdir()).read_bytes()
-    assert b"loss" in events
+    for name in (
+        "loss",
+        "watch/largest_logit/1",
+        "watch/grad_norm/norm.scale",
+        "watch/grad_norm/blocks.attention.key/0",
+    ):
+        assert name.encode() in events
     assert b"sample" not in events
 
 

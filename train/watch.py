@@ -1,0 +1,72 @@
+"""What a person watches while a model learns: signs, layer by layer, that come before a loss that diverges."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from model.decoder import Decoder
+from model.parameters import flattened, parameter_table
+from train.config import Config
+from train.mesh import TRAINING
+
+Watched = dict[str, Any]
+
+
+def watch(config: Config, weights: Any, parts: Mapping[str, jax.Array], gradients: Any, updates: Any) -> Watched:
+    """What `train.watch_every_steps` asks for, float32; [L] is over layers.
+
+    Args:
+        config: of the run.
+        weights: before the update.
+        parts: the batch, [A, B/A, T], to be looked at in A parts.
+        gradients: of the loss, before clipping.
+        updates: what is added to the weights.
+
+    Returns:
+        "residual_rms" and "largest_logit" [L] (see `Decoder.watch`); by the names of the parameters "grad_norm", and
+        "update_ratio", ‖Δw‖/‖w‖ (0 where a weight is all zero): [L] of those that are stacked over layers.
+    """
+
+    def of_part(part: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        decoder = Decoder(config.model, weights, TRAINING)
+        return decoder.watch(part["tokens"], part["positions"], part["segment_ids"])
+
+    found_AL = jax.lax.map(of_part, parts)
+    sizes, changes = norms(config, weights), norms(config, updates)
+    return {
+        "residual_rms": jnp.sqrt(jnp.mean(jnp.square(found_AL["residual_rms"]), axis=0)),
+        "largest_logit": jnp.max(found_AL["largest_logit"], axis=0),
+        "grad_norm": norms(config, gradients),
+        "update_ratio": {
+            name: jnp.where(size > 0, changes[name] / jnp.where(size > 0, size, 1), 0) for name, size in sizes.items()
+        },
+    }
+
+
+def norms(config: Config, tree: Any) -> dict[str, jax.Array]:
+    """The norm of each parameter by its name; of those that are stacked over layers each layer's, [L]."""
+    table, flat = parameter_table(config.model), flattened(tree)
+
+    def norm(name: str) -> jax.Array:
+        x = flat[name].astype(jnp.float32)
+        return jnp.sqrt(jnp.sum(jnp.square(x), axis=tuple(range("layers" in table[name].axes, x.ndim))))
+
+    return {name: norm(name) for name in table}
+
+
+def compact(watched: Watched) -> str:
+    """One line of a log: the extremes, and where they are."""
+    logits, rms = watched["largest_logit"], watched["residual_rms"]
+    layer = logits.index(max(logits))
+    by_place = {
+        f"{name}, layer {i}" if isinstance(value, list) else name: x
+        for name, value in watched["update_ratio"].items()
+        for i, x in enumerate(value if isinstance(value, list) else [value])
+    }
+    place = max(by_place, key=lambda name: by_place[name])
+    return (
+        f"largest logit {logits[layer]:.1f} (layer {layer})  residual RMS {min(rms):.3g} to {max(rms):.3g}  "
+        f"largest update {by_place[place]:.1e} of the weight ({place})"
+    )
