@@ -19,22 +19,24 @@ class Profiler:
         folder: of the traces; each has a folder with its date below `plugins/profile`.
         steps: the first and the last that are traced; none: nothing is.
         done: steps that the run has behind it: they are not traced any more.
+
+    `first` and `last` are the steps that are traced; 0 where there are none.
     """
 
     def __init__(self, folder: Path, steps: tuple[int, int] | None, done: int):
         self._folder, self._running = folder, False
-        self._first, self.last = (max(steps[0], done + 1), steps[1]) if steps else (0, 0)
-        if steps and done >= self.last:
+        self.first, self.last = (max(steps[0], done + 1), steps[1]) if steps else (0, 0)
+        if self.first > self.last:
             log.warning("train.profile_steps = %s: the run has done %d steps, so nothing is traced", steps, done)
+            self.first = self.last = 0
 
-    def start(self, step: int, train_step: Any, state: Any, batch: Any) -> None:
-        """Before each step; at the first one wait until the devices are idle, write the program, and begin."""
-        if step != self._first or step > self.last or jax.process_index() > 0:
+    def start(self, program: jax.stages.Compiled, state: Any) -> None:
+        """Before the first step: wait for the devices to be idle, write the step's program, and begin."""
+        if jax.process_index() > 0:
             return
         jax.block_until_ready(state)
         self._folder.mkdir(parents=True, exist_ok=True)
-        # The step is compiled here where it has not been: the trace is of its work alone.
-        (self._folder / "train_step.txt").write_text(train_step.lower(state, batch).compile().as_text())
+        (self._folder / "train_step.txt").write_text(program.as_text() or "")
         options = jax.profiler.ProfileOptions()
         # Calls of Python functions would slow what is measured, and crowd a trace that has room for a million events.
         options.python_tracer_level = 0
@@ -42,8 +44,8 @@ class Profiler:
         self._running = True
 
     def stop(self, say: Callable[[str], None] = log.info) -> None:
-        """Write the trace, where one goes on. The last traced step must be finished."""
+        """Write the trace, where one goes on, once the last step is finished."""
         if self._running:
             self._running = False
             jax.profiler.stop_trace()
-            say(f"trace of steps {self._first} to {self.last}, and their program: {self._folder}")
+            say(f"trace of steps {self.first} to {self.last}, and their program: {self._folder}")
