@@ -93,6 +93,10 @@ class TrainConfig:
         default=0,
         metadata={"help": "steps between looks at each layer's activations and updates; 0: none", "resume": "free"},
     )
+    profile_steps: tuple[int, int] | None = field(
+        default=None,
+        metadata={"help": "first and last step that are traced to run_dir/profile, as in 5,8", "resume": "free"},
+    )
     tensorboard: bool = field(
         default=False,
         metadata={"help": "also write metrics for TensorBoard to run_dir/tensorboard", "resume": "free"},
@@ -244,6 +248,11 @@ def config_problems(config: Config) -> list[str]:
     at_least("train", 1, "num_steps", "batch_size", "batch_ramp_start", "batch_ramp_steps", "accumulation_steps",
              "log_every_steps")  # fmt: skip
     at_least("train", 0, "watch_every_steps")
+    if c.train.profile_steps and not 1 <= c.train.profile_steps[0] <= c.train.profile_steps[1] <= c.train.num_steps:
+        found.append(
+            f"train.profile_steps is {c.train.profile_steps}; it must be a first and a last step from 1 to "
+            f"train.num_steps = {c.train.num_steps}"
+        )
     if not 0 <= c.train.seed < 2**32:
         found.append(f"train.seed is {c.train.seed}; it must be from 0 to {2**32 - 1}")
     if not 0 <= c.train.ema_decay < 1:

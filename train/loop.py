@@ -21,11 +21,12 @@ from train.mesh import GENERATION, batch_sharding, make_mesh, once
 from train.metrics import Display, MetricsFile, Rate, flops_per_token, peak_flops
 from train.optimizer import make_optimizer
 from train.prepare import Prepared, check_fingerprints, prepare, up_to
+from train.profiling import Profiler
 from train.report import opening
 from train.run import Run
 from train.schedule import batch_size
 from train.state import abstract_state, evaluated_weights, make_state
-from train.step import make_train_step
+from train.step import Programs
 from train.watch import compact
 from train.weights import check_export_folder, exported_step, why_no_export, write_huggingface
 
@@ -86,8 +87,7 @@ def train(
     """The loop: from `state` and the data at `positions` (none: the beginning) to the state after the last step."""
     config, tokenizer = prepared.config, prepared.tokenizer
     optimizer, step, last_step = make_optimizer(config), int(state["step"]), config.train.num_steps
-    train_step, watching_step = make_train_step(config, optimizer), make_train_step(config, optimizer, watches=True)
-    evaluation_step, watches = make_evaluation_step(config), config.train.watch_every_steps
+    programs, evaluation_step = Programs(config, optimizer), make_evaluation_step(config)
     some_held_out = up_to(prepared.held_out, config.evaluation.loop_bytes)
     flops = flops_per_token(config.model, config.data.segment_length)
     peak, source = peak_flops(config.model.compute_dtype)
@@ -111,6 +111,8 @@ def train(
         metrics_file = MetricsFile(run.folder, step, config.train.tensorboard) if jax.process_index() == 0 else None
         if metrics_file:
             stack.callback(metrics_file.close)
+        profiler = Profiler(run.profile, config.train.profile_steps, step)
+        stack.callback(profiler.stop)
         rate, rows_left = Rate(), sum(batch_size(config, s) for s in range(step, last_step))
         rate.start()
         # Steps that the devices have been given and that nothing has been said of: never more than two, so that the
@@ -122,7 +124,14 @@ def train(
             batch, positions = next(loader)
             waited = time.perf_counter() - asked
             step += 1
-            state, metrics = (watching_step if watches and step % watches == 0 else train_step)(state, batch)
+            if not programs.has(step):
+                # Nothing is underway, so that no step's time has this in it.
+                programs.compiled(step, state, batch)
+                rate.start()
+            if step == profiler.first:
+                profiler.start(programs.compiled(step, state, batch), state)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, metrics = programs(step, state, batch)
             underway.append((step, metrics, waited))
 
             saves = step == last_step or step % config.checkpoint.every_steps == 0
@@ -130,7 +139,8 @@ def train(
             evaluates = bool(prepared.held_out) and (
                 step in (1, last_step) or step % config.evaluation.every_steps == 0
             )
-            while len(underway) > (0 if saves or evaluates else 1):
+            pauses = saves or evaluates or step == profiler.last or not programs.has(step + 1)
+            while len(underway) > (0 if pauses else 1):
                 of_step, metrics, waited = underway.popleft()
                 record: dict[str, Any] = jax.tree.map(lambda x: x.tolist(), jax.device_get(metrics))
                 rate.finished(record["loss_weight"])
@@ -142,6 +152,9 @@ def train(
                 display.step(record, rate.tokens_per_second * flops / peak, seconds_left)
                 if "watch" in record:
                     display.say(f"step {of_step}  {compact(record['watch'])}")
+                if step == profiler.last and not underway:
+                    profiler.stop(display.say)
+                    rate.start()
                 if evaluates and not underway:
                     texts = prepared.held_out if step == last_step else some_held_out
                     weights = evaluated_weights(state)

@@ -55,6 +55,11 @@ class Run:
         return self.folder / "held_out.jsonl"
 
     @property
+    def profile(self) -> Path:
+        """Traces of steps."""
+        return self.folder / "profile"
+
+    @property
     def export(self) -> Path:
         """Weights for inference, written at the end."""
         return self.folder / "export"

@@ -13,7 +13,7 @@ from model.dropout import Keys, row_keys
 from model.loss import token_log_probabilities
 from train.config import Config
 from train.mesh import TRAINING
-from train.schedule import accumulation_parts, learning_rate
+from train.schedule import accumulation_parts, batch_size, learning_rate
 from train.state import State
 from train.watch import watch
 
@@ -120,3 +120,36 @@ def make_train_step(
         return after, metrics
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+class Programs:
+    """The programs of a run's steps: one for each size of the batch, and one more for each that a watching step has.
+
+    Steps are numbered from 1 here, as in the log.
+    """
+
+    def __init__(self, config: Config, optimizer: optax.GradientTransformation):
+        self._config = config
+        self._functions: Any = {watches: make_train_step(config, optimizer, watches) for watches in (False, True)}
+        self._compiled: dict[tuple[int, bool], jax.stages.Compiled] = {}
+
+    def __call__(self, step: int, state: State, batch: Batch) -> tuple[State, Metrics]:
+        """The step, as of `make_train_step`."""
+        found: tuple[State, Metrics] = self._functions[self._kind(step)[1]](state, batch)
+        return found
+
+    def has(self, step: int) -> bool:
+        """Whether the step's program is compiled already."""
+        return self._kind(step) in self._compiled
+
+    def compiled(self, step: int, state: State, batch: Batch) -> jax.stages.Compiled:
+        """The step's program; compiled now, where it was not."""
+        kind = self._kind(step)
+        if kind not in self._compiled:
+            # What is compiled so is what a call takes.
+            self._compiled[kind] = self._functions[kind[1]].lower(state, batch).compile()
+        return self._compiled[kind]
+
+    def _kind(self, step: int) -> tuple[int, bool]:
+        every = self._config.train.watch_every_steps
+        return batch_size(self._config, step - 1), bool(every) and step % every == 0

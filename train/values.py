@@ -6,6 +6,8 @@ import types
 import typing
 from typing import Any
 
+PAIR = tuple[int, int]
+
 
 def kinds_of(setting: dataclasses.Field) -> tuple[type, ...]:
     """The types that a field may have."""
@@ -17,6 +19,9 @@ def from_value(value: Any, kinds: tuple[type, ...]) -> Any:
     """A Python value as one of these types; ValueError says what it must be."""
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
+    if PAIR in kinds and isinstance(value, list | tuple) and [type(number) for number in value] == [int, int]:
+        # JSON has lists alone.
+        return tuple(value)
     if type(value) in kinds:
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError("a finite number")
@@ -34,6 +39,13 @@ def from_text(text: str, kinds: tuple[type, ...]) -> Any:
         raise ValueError("true or false")
     if str in kinds:
         return text
+    if PAIR in kinds:
+        inner = text[1:-1] if text.startswith("(") and text.endswith(")") else text
+        try:
+            first, second = map(int, inner.split(","))
+            return first, second
+        except ValueError:
+            raise ValueError(_kinds_text(kinds)) from None
     try:
         number = float(text)
         if int in kinds:
@@ -50,5 +62,6 @@ def from_text(text: str, kinds: tuple[type, ...]) -> Any:
 
 
 def _kinds_text(kinds: tuple[type, ...]) -> str:
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", types.NoneType: "none"}
+    names: dict[Any, str] = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+    names |= {PAIR: "two whole numbers, as in (5,8),", types.NoneType: "none"}
     return " or ".join(names[kind] for kind in kinds)

@@ -1,5 +1,6 @@
 """A run from its start to its end: what it leaves, what it says, and that it goes on exactly (C4, C8)."""
 
+import gzip
 import json
 import random
 import shutil
@@ -183,6 +184,35 @@ def test_a_batch_ramp_resumes_exactly_and_an_average_is_what_is_evaluated_and_ex
     assert found["loss"] == pytest.approx(metrics(run)[-1]["validation_loss"], rel=1e-5)
     assert here(*flags, "--config.train.batch_ramp_steps=8") == 2
     assert "train.batch_ramp_steps: 10 → 8" in capsys.readouterr().err
+
+
+def test_a_run_is_watched_and_traced_and_trains_as_it_would_have(finished: Path, tmp_path: Path, capsys, caplog):
+    config, run = write_config(tmp_path), tmp_path / "run"
+    flags = ["--config.train.watch_every_steps=4", "--config.train.profile_steps=3,5"]
+    assert here("pretrain", f"--config={config}", *flags) == 0
+    err = capsys.readouterr().err
+    records, expected = metrics(run), metrics(finished)
+    assert [record["step"] for record in records if "watch" in record] == [4, 8, 12]
+    for record, other in zip(records, expected, strict=True):
+        assert record["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    watched = records[3]["watch"]
+    assert len(watched["largest_logit"]) == len(watched["grad_norm"]["blocks.attention.query"]) == 2
+    assert f"step 8  largest logit {max(records[7]['watch']['largest_logit']):.1f} (layer " in err
+
+    assert f"trace of steps 3 to 5, and their program: {run / 'profile'}" in err
+    assert "HloModule jit_train_step" in (run / "profile" / "train_step.txt").read_text()
+    (trace,) = (run / "profile").rglob("perfetto_trace.json.gz")
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    steps = {event["args"]["step_num"] for event in events if event.get("name") == "train" and "args" in event}
+    assert steps == {"3", "4", "5"}
+    assert list((run / "profile").rglob("*.xplane.pb"))
+
+    # Resumed behind what was to be traced: said, and nothing done.
+    shutil.rmtree(run / "profile")
+    assert here("pretrain", f"--config={config}", "--config.train.profile_steps=(9,11)",
+                "--config.train.num_steps=13", "--config.checkpoint.export=false") == 0  # fmt: skip
+    assert "train.profile_steps = (9, 11): the run has done 12 steps, so nothing is traced" in caplog.text
+    assert not (run / "profile").exists()
 
 
 def test_a_start_without_a_checkpoint_is_made_anew(finished: Path, tmp_path: Path):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from ml_collections import ConfigDict
 
 from data.errors import InputError
 from train.config import Config, config_fields, make_config, resume_differences, to_json
@@ -100,6 +101,18 @@ def test_everything_wrong_is_reported_at_once_with_the_nearest_name():
             {"train": {"batch_size": 16, "batch_ramp_start": 4, "batch_ramp_steps": 9}, "data": {"num_streams": 8}},
             "data.num_streams = 8 does not divide train.batch_ramp_start = 4; nearest that does: 4",
         ),
+        (
+            {"train": {"profile_steps": (5, 2)}},
+            "train.profile_steps is (5, 2); it must be a first and a last step from 1 to train.num_steps = 1000",
+        ),
+        ({"train": {"profile_steps": (0, 2)}}, "train.profile_steps is (0, 2)"),
+        ({"train": {"profile_steps": (9, 12), "num_steps": 11}}, "train.profile_steps is (9, 12)"),
+        (
+            {"train": {"profile_steps": (1, 2, 3)}},
+            "train.profile_steps is (1, 2, 3); it must be two whole numbers, as in (5,8), or none",
+        ),
+        ({"train": {"profile_steps": [1, 2.0]}}, "it must be two whole numbers"),
+        ({"train": {"profile_steps": 5}}, "it must be two whole numbers"),
         ({"train": {"watch_every_steps": -1}}, "train.watch_every_steps is -1; it must be at least 0"),
         ({"train": {"ema_decay": 1.0}}, "train.ema_decay is 1.0; it must be in [0, 1)"),
         ({"train": {"run_dir": ""}}, "train.run_dir is empty"),
@@ -109,6 +122,23 @@ def test_everything_wrong_is_reported_at_once_with_the_nearest_name():
 )
 def test_impossible_values_and_combinations_are_named(values: dict, words: str):
     assert any(words in problem for problem in problems(values))
+
+
+@pytest.mark.parametrize("text", ["5,8", "(5,8)", "(5, 8)", " 5 , 8 "])
+def test_a_pair_is_read_from_a_flag_a_tuple_and_a_list(text: str):
+    config = make_config({}, {"train.profile_steps": text})
+    assert config.train.profile_steps == (5, 8)
+    for value in ((5, 8), [5, 8]):
+        assert make_config(ConfigDict({"train": {"profile_steps": value}}).to_dict()) == config
+    assert make_config(json.loads(to_json(config))) == config
+    assert make_config({"train": {"profile_steps": [1, 2]}}, {"train.profile_steps": "none"}) == Config()
+
+
+@pytest.mark.parametrize("text", ["5", "5,8,9", "(5,8", "5,8)", "5.0,8", "a,b", "", "()"])
+def test_what_is_no_pair_is_named(text: str):
+    assert problems({}, {"train.profile_steps": text}) == [
+        f"train.profile_steps is {text!r}; it must be two whole numbers, as in (5,8), or none"
+    ]
 
 
 def test_streams_are_the_rows_of_the_first_batch_unless_given():

@@ -14,7 +14,7 @@ from train.mesh import batch_sharding, on_one_device
 from train.optimizer import make_optimizer
 from train.schedule import batch_size
 from train.state import make_state
-from train.step import make_train_step, summed_loss
+from train.step import Programs, make_train_step, summed_loss
 
 
 def config_for(optimizer: dict | None = None, **train: object) -> Config:
@@ -43,26 +43,28 @@ def test_accumulation_changes_nothing_but_memory():
             np.testing.assert_allclose(one, other, atol=2e-6)
 
 
-def test_a_ramp_has_one_program_a_stage_and_its_parts_change_nothing_but_memory():
+def test_a_ramp_has_one_program_a_stage_and_its_parts_change_nothing_but_memory(caplog):
     ramp = {"batch_size": 32, "batch_ramp_start": 4, "batch_ramp_steps": 6}
 
     def losses(**train: object):
         config = config_for(**ramp, **train)
-        with jax.set_mesh(on_one_device()):
+        with jax.set_mesh(on_one_device()), jax.log_compiles():
             optimizer = make_optimizer(config)
-            state, step = make_state(config, optimizer), make_train_step(config, optimizer)
+            state, programs = make_state(config, optimizer), Programs(config, optimizer)
             found = []
-            for i in range(8):
-                state, metrics = step(state, small_batch(batch_size(config, i), seed=i))
+            for step in range(1, 9):
+                batch = small_batch(batch_size(config, step - 1), seed=step)
+                assert programs.has(step) == (step % 2 == 0)
+                programs.compiled(step, state, batch)
+                state, metrics = programs(step, state, batch)
                 found.append((float(metrics["loss_weight"]), float(metrics["loss"]), float(metrics["grad_norm"])))
-            return np.array(found), step._cache_size()
+            return np.array(found)
 
-    whole, programs = losses()
-    assert programs == 4
+    whole = losses()
+    assert caplog.text.count("Finished XLA compilation of jit(train_step)") == 4
     np.testing.assert_array_equal(whole[:, 0], np.array([4, 4, 8, 8, 16, 16, 32, 32]) * 16 - 8)
-    in_parts, programs = losses(accumulation_steps=4)
-    assert programs == 4
-    np.testing.assert_allclose(in_parts, whole, rtol=2e-5)
+    np.testing.assert_allclose(losses(accumulation_steps=4), whole, rtol=2e-5)
+    assert caplog.text.count("Finished XLA compilation of jit(train_step)") == 8
 
 
 def test_a_batch_or_a_part_may_be_a_single_row():

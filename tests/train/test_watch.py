@@ -13,7 +13,7 @@ from train.config import Config, make_config
 from train.mesh import AXES, batch_sharding, on_one_device
 from train.optimizer import make_optimizer
 from train.state import make_state
-from train.step import make_train_step
+from train.step import Programs, make_train_step
 from train.watch import compact
 
 
@@ -48,6 +48,17 @@ def test_the_ordinary_step_is_the_same_program_with_and_without():
             texts.append(make_train_step(config, optimizer).lower(*arguments).as_text())
         assert texts[0] == texts[1]
         assert make_train_step(config, optimizer, watches=True).lower(*arguments).as_text() != texts[0]
+
+
+def test_steps_that_watch_are_those_that_the_number_divides():
+    config = config_for(watch_every_steps=3)
+    with jax.set_mesh(on_one_device()):
+        optimizer = make_optimizer(config)
+        state, programs, found = make_state(config, optimizer), Programs(config, optimizer), []
+        for step in range(1, 8):
+            state, metrics = programs(step, state, small_batch())
+            found += [step] if "watch" in metrics else []
+    assert found == [3, 6]
 
 
 def test_a_watching_step_trains_as_the_ordinary_one_does(watched):
