@@ -16,6 +16,7 @@ from typing import Any
 from data.config import DataConfig, TokenizerConfig
 from data.errors import InputError
 from model.config import ModelConfig
+from train.optimizer_config import OptimizerConfig
 from train.values import from_text, from_value, kinds_of
 
 
@@ -30,35 +31,6 @@ class MeshConfig:
     )
     tensor: int = field(
         default=1, metadata={"help": "devices that share each product's heads, F or V", "resume": "free"}
-    )
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW (Loshchilov and Hutter 2019) and its learning rate over the steps."""
-
-    learning_rate: float = field(default=3e-4, metadata={"help": "the peak of the schedule", "resume": "warn"})
-    schedule: str = field(
-        default="cosine",
-        metadata={"help": "after warm-up: cosine, or wsd (stable, then a linear decay)", "resume": "warn"},
-    )
-    warmup_steps: int | None = field(
-        default=None, metadata={"help": "steps of linear warm-up; none: 5% of the run, at most 2000", "resume": "warn"}
-    )
-    decay_steps: int | None = field(
-        default=None, metadata={"help": "steps of wsd's decay; none: the last 20% of the run", "resume": "warn"}
-    )
-    final_fraction: float = field(
-        default=0.1, metadata={"help": "learning rate at the end, as a part of the peak", "resume": "warn"}
-    )
-    beta1: float = field(default=0.9, metadata={"help": "decay of the gradient's mean", "resume": "warn"})
-    beta2: float = field(default=0.95, metadata={"help": "decay of the gradient's square", "resume": "warn"})
-    epsilon: float = field(default=1e-8, metadata={"help": "added to the root of the square", "resume": "warn"})
-    weight_decay: float = field(
-        default=0.1, metadata={"help": "of matrices, times the learning rate; norms have none", "resume": "warn"}
-    )
-    clip_norm: float = field(
-        default=1.0, metadata={"help": "largest global norm of the gradient; 0: no limit", "resume": "warn"}
     )
 
 
@@ -263,22 +235,7 @@ def config_problems(config: Config) -> list[str]:
     at_least("evaluation", 4, "max_bytes", "loop_bytes")
     at_least("evaluation", 0, "sample_tokens")
     at_least("optimizer", 0, "learning_rate", "weight_decay", "clip_norm", "warmup_steps", "decay_steps")
-    for name in ("beta1", "beta2"):
-        if not 0 <= getattr(c.optimizer, name) < 1:
-            found.append(f"optimizer.{name} is {getattr(c.optimizer, name)}; it must be in [0, 1)")
-    if c.optimizer.epsilon <= 0:
-        found.append(f"optimizer.epsilon is {c.optimizer.epsilon}; it must be above 0")
-    if not 0 <= c.optimizer.final_fraction <= 1:
-        found.append(f"optimizer.final_fraction is {c.optimizer.final_fraction}; it must be in [0, 1]")
-    if c.optimizer.schedule not in ("cosine", "wsd"):
-        found.append(f"optimizer.schedule is {c.optimizer.schedule!r}; it must be cosine or wsd")
-    if c.optimizer.schedule == "cosine" and c.optimizer.decay_steps is not None:
-        found.append("optimizer.decay_steps is for the schedule wsd; leave it at none with cosine")
-    if (c.optimizer.warmup_steps or 0) + (c.optimizer.decay_steps or 0) > c.train.num_steps:
-        found.append(
-            f"optimizer.warmup_steps and decay_steps come to more than train.num_steps = {c.train.num_steps}; "
-            "lower them, or leave them at none"
-        )
+    found += c.optimizer.problems(c.train.num_steps)
     for name in ("train.run_dir", "data.corpus", "evaluation.prompt"):
         group, field_name = name.split(".")
         try:

@@ -1,5 +1,6 @@
 """The learning rate and the size of the batch over the steps of a run."""
 
+import jax.numpy as jnp
 import optax
 
 from train.config import Config
@@ -9,9 +10,13 @@ def learning_rate(config: Config) -> optax.Schedule:
     """Update number (from 0) → learning rate: linear warm-up from 0, then one of
 
     - cosine to `final_fraction` of the peak at the last step (Loshchilov and Hutter 2017, arXiv:1608.03983);
-    - wsd: the peak, then linear to `final_fraction` over the last `decay_steps` (Hu et al. 2024, arXiv:2404.06395).
+    - linear to the same;
+    - wsd: the peak, then linear to `final_fraction` over the last `decay_steps` (Hu et al. 2024, arXiv:2404.06395);
+    - inverse_sqrt of the update's number, whatever the length of the run (Vaswani et al. 2017, arXiv:1706.03762,
+      equation 3, scaled to the peak).
 
-    The last update of warm-up is the first at the peak; the rate of the run's last update is the final one.
+    The last update of warm-up is the first at the peak; the rate of the run's last update is the final one, but for
+    inverse_sqrt, which has none.
     """
     c, last = config.optimizer, config.train.num_steps - 1
     warmup, decay = warmup_steps(config), decay_steps(config)
@@ -20,10 +25,15 @@ def learning_rate(config: Config) -> optax.Schedule:
     rise = optax.linear_schedule(c.learning_rate / (warmup + 1), c.learning_rate, warmup)
     if c.schedule == "cosine":
         fall = optax.cosine_decay_schedule(c.learning_rate, max(last - warmup, 1), alpha=c.final_fraction)
-    else:
+    elif c.schedule == "linear":
+        fall = optax.linear_schedule(c.learning_rate, final, max(last - warmup, 1))
+    elif c.schedule == "wsd":
         fall = optax.linear_schedule(
             c.learning_rate, final, max(decay, 1), transition_begin=max(last - warmup - decay, 0)
         )
+    else:
+        # Updates since the peak, which was the first of number warmup + 1.
+        fall = lambda since: c.learning_rate * jnp.sqrt((warmup + 1) / (warmup + 1 + since))
     return optax.join_schedules([rise, fall], [warmup])
 
 

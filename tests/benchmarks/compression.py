@@ -68,21 +68,26 @@ def look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndar
     return np.where(keys[place] == wanted, values[place], 0)
 
 
-def main(folder: Path) -> None:
-    run = Run(folder)
-    config = run.load_config()
-    held_out = run.held_out_texts()
+def peers(run: Run) -> dict[str, float]:
+    """Bits a byte of the run's held-out documents by each that is no neural network."""
+    config, held_out = run.load_config(), run.held_out_texts()
     size = sum(len(text.encode()) for text in held_out)
-    corpus = open_run_corpus(config, run)
-    model = KneserNey(grams(corpus.training_texts(config.train.seed)))
-    evaluated = [r for _, r in read_metrics(folder / "metrics.jsonl") if "validation_bits_per_byte" in r]
+    model = KneserNey(grams(open_run_corpus(config, run).training_texts(config.train.seed)))
     figures = {
-        "run": evaluated[-1]["validation_bits_per_byte"],
         "byte_5_gram": float(-np.log2(model(grams(held_out))).sum() / size),
         "gzip_9": gzip_bits_per_byte(held_out),
         "xz_9": sum(len(lzma.compress(text.encode(), preset=9)) for text in held_out) * 8 / size,
     }
     assert not math.isnan(figures["byte_5_gram"])
+    return figures
+
+
+def main(folder: Path) -> None:
+    run = Run(folder)
+    held_out = run.held_out_texts()
+    size = sum(len(text.encode()) for text in held_out)
+    evaluated = [r for _, r in read_metrics(folder / "metrics.jsonl") if "validation_bits_per_byte" in r]
+    figures = {"run": evaluated[-1]["validation_bits_per_byte"]} | peers(run)
     print(f"{len(held_out)} held-out documents, {size:,} bytes, after {evaluated[-1]['step']} steps")
     for name, bits in figures.items():
         print(f"{name:12} {bits:.3f} bits a byte   {bits / figures['gzip_9']:.2f} of gzip -9")

@@ -2,6 +2,7 @@
 
 import json
 
+import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
@@ -37,7 +38,7 @@ def test_overrides_win_and_are_read_by_the_type_of_their_field():
 def test_everything_wrong_is_reported_at_once_with_the_nearest_name():
     found = problems(
         {"modle": {}, "data": 3, "model": {"num_layer": 2, "num_heads": "four"}},
-        {"train.batchsize": "4", "train.num_steps": "1.5", "optimizer.schedule": "linear", "train.tensorboard": "yes"},
+        {"train.batchsize": "4", "train.num_steps": "1.5", "optimizer.schedule": "steps", "train.tensorboard": "yes"},
     )
     text = "\n".join(found)
     assert len(found) == 8
@@ -48,7 +49,7 @@ def test_everything_wrong_is_reported_at_once_with_the_nearest_name():
         "model.num_heads is 'four'; it must be a whole number",
         "train.batchsize: there is no such field; did you mean train.batch_size?",
         "train.num_steps is '1.5'; it must be a whole number",
-        "optimizer.schedule is 'linear'; it must be cosine or wsd",
+        "optimizer.schedule is 'steps'; it must be one of cosine, linear, wsd, inverse_sqrt",
         "train.tensorboard is 'yes'; it must be true or false",
     ):
         assert words in text
@@ -75,7 +76,6 @@ def test_everything_wrong_is_reported_at_once_with_the_nearest_name():
         ({"evaluation": {"loop_bytes": 3}}, "evaluation.loop_bytes is 3; it must be at least 4"),
         ({"evaluation": {"prompt": "\ud800"}}, "evaluation.prompt is not valid UTF-8"),
         ({"train": {"seed": 2**32}}, "train.seed is 4294967296; it must be from 0 to 4294967295"),
-        ({"optimizer": {"decay_steps": 10}}, "optimizer.decay_steps is for the schedule wsd"),
         (
             {"train": {"batch_size": 24, "batch_ramp_start": 5, "batch_ramp_steps": 9}},
             "train.batch_size = 24 is not train.batch_ramp_start = 5 times a power of two; nearest start that works: 6",
@@ -115,6 +115,30 @@ def test_everything_wrong_is_reported_at_once_with_the_nearest_name():
         ({"train": {"profile_steps": 5}}, "it must be two whole numbers"),
         ({"train": {"watch_every_steps": -1}}, "train.watch_every_steps is -1; it must be at least 0"),
         ({"train": {"ema_decay": 1.0}}, "train.ema_decay is 1.0; it must be in [0, 1)"),
+        (
+            {"optimizer": {"decay_steps": 10}},
+            "optimizer.decay_steps has no effect with the schedule cosine; leave it at none",
+        ),
+        (
+            {"optimizer": {"schedule": "inverse_sqrt", "final_fraction": 0.0}},
+            "optimizer.final_fraction has no effect with the schedule inverse_sqrt; leave it at 0.1",
+        ),
+        ({"optimizer": {"schedule": "inverse_sqrt", "warmup_steps": 0}}, "so give at least 1"),
+        ({"optimizer": {"schedule": "inverse_sqrt"}, "train": {"num_steps": 19}}, "so give at least 1"),
+        ({"optimizer": {"name": "adam"}}, "it must be one of adamw, lion, adafactor, muon"),
+        ({"optimizer": {"muon_momentum": 0.9}}, "optimizer.muon_momentum has no effect with adamw; leave it at 0.95"),
+        ({"optimizer": {"name": "lion", "epsilon": 1e-6}}, "optimizer.epsilon has no effect with lion"),
+        ({"optimizer": {"name": "adafactor", "beta2": 0.99}}, "optimizer.beta2 has no effect with adafactor"),
+        ({"optimizer": {"name": "muon", "muon_momentum": 1.0}}, "optimizer.muon_momentum is 1.0; it must be in [0, 1)"),
+        ({"optimizer": {"moment_dtype": "float16"}}, "it must be one of float32, bfloat16"),
+        (
+            {"optimizer": {"moment_dtype": "bfloat16", "beta2": 0.999}},
+            "give at most 0.9961, or optimizer.moment_dtype=float32",
+        ),
+        (
+            {"optimizer": {"moment_dtype": "bfloat16", "name": "adafactor"}, "train": {"num_steps": 1025}},
+            "adafactor's decay after 1025 steps is 0.996",
+        ),
         ({"train": {"run_dir": ""}}, "train.run_dir is empty"),
         ({"checkpoint": {"keep": 0}}, "checkpoint.keep is 0"),
         ({"model": {"num_layers": True}}, "it must be a whole number"),
@@ -168,3 +192,19 @@ def test_differences_on_resume_follow_the_rule_of_their_field():
     assert found["frozen"] == ["model.num_layers: 4 → 9", "train.seed: 0 → 1"]
     assert found["warn"] == ["optimizer.learning_rate: 0.0003 → 0.0001"]
     assert found["free"] == ["mesh.tensor: 1 → 2"]
+
+
+def test_what_bfloat16_moments_can_follow_is_accepted_and_what_they_cannot_is_refused():
+    # A moment of one, over and over times a decay, stored in bfloat16: it falls, or stays where it is.
+    falls = {}
+    for decay in (0.95, 0.99, 0.996, 0.9965, 0.999):
+        stored = [jnp.asarray(1.9921875, jnp.bfloat16)]
+        for _ in range(400):
+            stored.append((stored[-1].astype(jnp.float32) * decay).astype(jnp.bfloat16))
+        falls[decay] = float(stored[-1]) < 1
+        config = {"optimizer": {"moment_dtype": "bfloat16", "beta2": decay}}
+        if falls[decay]:
+            make_config(config)
+        else:
+            assert len(problems(config)) == 1
+    assert list(falls.values()) == [True, True, True, False, False]

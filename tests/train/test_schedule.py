@@ -31,7 +31,22 @@ def test_wsd_stays_at_the_peak_and_then_falls_in_a_line():
     np.testing.assert_allclose(found[79:], 1 - np.arange(21) / 20, atol=1e-6)
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_linear_rises_to_the_peak_and_falls_in_a_line_to_the_final_fraction():
+    found = rates(101, schedule="linear", warmup_steps=10, final_fraction=0.2)
+    np.testing.assert_allclose(found[:11], np.arange(1, 12) / 11, rtol=1e-6)
+    np.testing.assert_allclose(found[10:], 1 - 0.8 * np.arange(91) / 90, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_steps", [30, 300])
+def test_inverse_sqrt_is_vaswanis_formula_scaled_to_the_peak_whatever_the_length_of_the_run(num_steps: int):
+    found = rates(num_steps, schedule="inverse_sqrt", warmup_steps=9)
+    number, warmup = np.arange(1, num_steps + 1), 10
+    expected = np.minimum(number**-0.5, number * warmup**-1.5) * warmup**0.5
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert found.argmax() == 9
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
 def test_left_out_steps_are_parts_of_the_run(schedule: str):
     found = rates(200, schedule=schedule)
     assert found.argmax() == 10
@@ -45,7 +60,7 @@ def test_a_long_warm_up_leaves_the_rest_to_the_decay():
     assert found[-1] == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
 def test_a_run_of_a_single_step_has_a_rate(schedule: str):
     assert rates(1, schedule=schedule)[0] > 0
 

@@ -1,0 +1,112 @@
+"""Settings of the optimizer and of its schedule.
+
+Each field's metadata holds `help` (one line) and `resume`, as in train/config.py.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+# Fields that have no effect with a choice of `optimizer.name` and of `optimizer.schedule`.
+UNUSED_BY_OPTIMIZER = {
+    "adamw": ("muon_momentum",),
+    "lion": ("muon_momentum", "epsilon"),
+    "adafactor": ("muon_momentum", "epsilon", "beta1", "beta2"),
+    "muon": (),
+}
+UNUSED_BY_SCHEDULE = {
+    "cosine": ("decay_steps",),
+    "linear": ("decay_steps",),
+    "wsd": (),
+    "inverse_sqrt": ("decay_steps", "final_fraction"),
+}
+DECAYS = ("beta1", "beta2", "muon_momentum")
+MOMENT_DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer, and its learning rate over the steps."""
+
+    name: str = field(
+        default="adamw",
+        metadata={"help": "adamw, lion, adafactor, or muon (AdamW for all but matrices)"},
+    )
+    learning_rate: float = field(default=3e-4, metadata={"help": "the peak of the schedule", "resume": "warn"})
+    schedule: str = field(
+        default="cosine",
+        metadata={
+            "help": "after warm-up: cosine, linear, wsd (stable, then a linear decay) or inverse_sqrt",
+            "resume": "warn",
+        },
+    )
+    warmup_steps: int | None = field(
+        default=None, metadata={"help": "steps of linear warm-up; none: 5% of the run, at most 2000", "resume": "warn"}
+    )
+    decay_steps: int | None = field(
+        default=None, metadata={"help": "steps of wsd's decay; none: the last 20% of the run", "resume": "warn"}
+    )
+    final_fraction: float = field(
+        default=0.1, metadata={"help": "learning rate at the end, as a part of the peak", "resume": "warn"}
+    )
+    beta1: float = field(default=0.9, metadata={"help": "decay of the gradient's mean", "resume": "warn"})
+    beta2: float = field(
+        default=0.95, metadata={"help": "decay of the gradient's square; of lion's momentum", "resume": "warn"}
+    )
+    muon_momentum: float = field(default=0.95, metadata={"help": "decay of muon's momentum", "resume": "warn"})
+    epsilon: float = field(default=1e-8, metadata={"help": "added to the root of the square", "resume": "warn"})
+    moment_dtype: str = field(
+        default="float32",
+        metadata={"help": "float32 or bfloat16, for what the optimizer remembers of gradients; it computes in float32"},
+    )
+    weight_decay: float = field(
+        default=0.1, metadata={"help": "of matrices, times the learning rate; norms have none", "resume": "warn"}
+    )
+    clip_norm: float = field(
+        default=1.0, metadata={"help": "largest global norm of the gradient; 0: no limit", "resume": "warn"}
+    )
+
+    def problems(self, num_steps: int) -> list[str]:
+        """Everything wrong with these values in a run of so many steps, one line each, naming the field."""
+        found = []
+        choices = {
+            "name": tuple(UNUSED_BY_OPTIMIZER),
+            "schedule": tuple(UNUSED_BY_SCHEDULE),
+            "moment_dtype": MOMENT_DTYPES,
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                found.append(f"optimizer.{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
+        for name in DECAYS:
+            if not 0 <= getattr(self, name) < 1:
+                found.append(f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1)")
+        if self.epsilon <= 0:
+            found.append(f"optimizer.epsilon is {self.epsilon}; it must be above 0")
+        if not 0 <= self.final_fraction <= 1:
+            found.append(f"optimizer.final_fraction is {self.final_fraction}; it must be in [0, 1]")
+
+        unused = dict.fromkeys(UNUSED_BY_OPTIMIZER.get(self.name, ()), self.name)
+        unused |= dict.fromkeys(UNUSED_BY_SCHEDULE.get(self.schedule, ()), f"the schedule {self.schedule}")
+        for setting in dataclasses.fields(self):
+            if setting.name in unused and getattr(self, setting.name) != setting.default:
+                with_what, default = unused[setting.name], "none" if setting.default is None else setting.default
+                found.append(f"optimizer.{setting.name} has no effect with {with_what}; leave it at {default}")
+        warmup = num_steps // 20 if self.warmup_steps is None else self.warmup_steps
+        if self.schedule == "inverse_sqrt" and warmup < 1:
+            found.append("optimizer.warmup_steps is 0; inverse_sqrt falls from the end of warm-up, so give at least 1")
+        if (self.warmup_steps or 0) + (self.decay_steps or 0) > num_steps:
+            found.append(
+                f"optimizer.warmup_steps and decay_steps come to more than train.num_steps = {num_steps}; "
+                "lower them, or leave them at none"
+            )
+        if self.moment_dtype == "bfloat16":
+            decays = {f"optimizer.{name}": getattr(self, name) for name in DECAYS if name not in unused}
+            if self.name == "adafactor" and num_steps > 0:
+                decays[f"adafactor's decay after {num_steps} steps"] = 1 - num_steps**-0.8
+            # Between two powers of 2 there are 2⁷ bfloat16: what changes by less than 2⁻⁸ of itself can round back.
+            found += [
+                f"{name} is {decay:.6g}; moments in bfloat16 cannot fall by less than 1/256 of their size in a step: "
+                f"give at most {1 - 2**-8:.4f}, or optimizer.moment_dtype=float32"
+                for name, decay in decays.items()
+                if 1 - 2**-8 < decay < 1
+            ]
+        return found
