@@ -1,13 +1,17 @@
 """Presets: each opens with its command and says how large its model is, and the larger ones are checked by shapes."""
 
 import ast
+import json
 import math
+import shutil
+from pathlib import Path
 
 import jax
 import pytest
 
 from launch.presets import PRESETS, load_config, presets
 from model.parameters import count_parameters, initial_weights, parameter_table
+from tests.launch.small_run import here, metrics, write_corpus
 from tests.peers import require
 
 COUNTS = {
@@ -63,3 +67,53 @@ def test_published_presets_have_as_many_parameters_in_transformers(name: str, th
     with torch.device("meta"):
         model = model_class(model_class.config_class(**values))
     assert model.num_parameters() == COUNTS[name]
+
+
+# The published recipes, at a size that a test can train.
+SHRUNK = {
+    "model.num_layers": 2, "model.model_dim": 32, "model.num_heads": 4, "model.feedforward_dim": 64,
+    "model.vocab_size": "none", "data.segment_length": 32, "data.validation_fraction": 0.1,
+    "tokenizer.vocab_size": 512, "train.batch_size": 16, "train.accumulation_steps": 2, "train.log_every_steps": 1,
+    "checkpoint.every_steps": 6, "evaluation.every_steps": 12, "evaluation.max_bytes": 3000,
+    "evaluation.loop_bytes": 1000, "evaluation.sample_tokens": 4, "optimizer.warmup_steps": 2,
+}  # fmt: skip
+
+
+STEPS = 12
+
+
+@pytest.mark.parametrize("name", ["gpt2_124m", "vaswani_base", "gpt3_175b"])
+def test_a_published_recipe_trains_resumes_to_the_bit_and_says_why_it_exports_nothing(
+    name: str, tmp_path: Path, capsys
+):
+    corpus = write_corpus(tmp_path / "corpus.jsonl")
+    changes = SHRUNK | {"data.corpus": corpus, "train.num_steps": STEPS, "optimizer.learning_rate": 1e-2}
+    if name == "gpt3_175b":
+        changes |= {"train.batch_ramp_start": 8, "train.batch_ramp_steps": 8}
+    if name == "gpt2_124m":
+        changes |= {"train.ema_decay": 0.9}
+
+    def run(folder: Path) -> int:
+        fields = changes | {"train.run_dir": folder}
+        return here("pretrain", f"--config={name}", *(f"--config.{key}={value}" for key, value in fields.items()))
+
+    assert run(tmp_path / "straight") == 0
+    said = capsys.readouterr().err
+    if name == "gpt2_124m":
+        assert "no export at the end: LlamaForCausalLM in Transformers has no model.position = learned" in said
+    losses = [record["loss"] for record in metrics(tmp_path / "straight")]
+    assert min(losses[-3:]) < losses[0] - 0.3
+    assert here("export", tmp_path / "straight", "--format=hf", f"--to={tmp_path / 'export'}") == 2
+    assert "these weights cannot be exported: LlamaForCausalLM" in capsys.readouterr().err
+    assert not (tmp_path / "export").exists()
+
+    # As if it had been killed between its two checkpoints.
+    shutil.copytree(tmp_path / "straight", tmp_path / "killed")
+    shutil.rmtree(tmp_path / "killed" / "checkpoints" / str(STEPS))
+    assert run(tmp_path / "killed") == 0
+    assert [record["loss"] for record in metrics(tmp_path / "killed")] == losses
+    sums = [
+        json.loads((tmp_path / run / "checkpoints" / str(STEPS) / "progress" / "metadata").read_text())["checksums"]
+        for run in ("straight", "killed")
+    ]
+    assert sums[0] == sums[1]
