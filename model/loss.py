@@ -80,8 +80,9 @@ def _backward(vocab_size, chunk, layout, kept, cotangent_BT):  # type: ignore[no
         # d log p(target) / d logits = onehot(target) - softmax
         slope = _target_V(targets, scores.shape[-1]) - jnp.exp(scores - log_sum[..., None])
         slope = (slope * cotangent[..., None]).astype(x.dtype)
-        dx = jnp.einsum("btv,dv->btd", slope, matrix_DV, out_sharding=whole_BTD)
+        # As in `model.product`: sums are float32, what leaves is in the compute dtype.
         float32 = {"preferred_element_type": jnp.float32}
+        dx = jnp.einsum("btv,dv->btd", slope, matrix_DV, out_sharding=whole_BTD, **float32).astype(x.dtype)
         return gradient_DV + jnp.einsum("btd,btv->dv", x, slope, out_sharding=sums_DV, **float32), dx
 
     chunks = tuple(_chunks(x, chunk) for x in (x_BTD, targets_BT, log_sum_BT, cotangent_BT))
