@@ -97,7 +97,7 @@ def _forward(x_BTD, matrix_DV, targets_BT, vocab_size, chunk, layout):  # type: 
 def _backward(vocab_size, chunk, layout, kept, cotangents):  # type: ignore[no-untyped-def]
     x_BTD, matrix_DV, targets_BT, log_sum_BT = kept
     sums_DV = layout.sharding(None, "vocabulary", unreduced=layout.mesh_axes("batch"))
-    whole_BTD = layout.sharding("batch", None, None)
+    partial_BTD = layout.sharding("batch", None, None, unreduced=layout.mesh_axes("vocabulary"))
     uniform_V = jnp.where(jnp.arange(matrix_DV.shape[1]) < vocab_size, 1 / vocab_size, 0.0)
 
     def of_chunk(gradient_DV: jax.Array, of: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
@@ -108,8 +108,10 @@ def _backward(vocab_size, chunk, layout, kept, cotangents):  # type: ignore[no-u
         # The slopes by the logits of their three terms: one-hot, uniform, softmax.
         slope = _target_V(targets, scores.shape[-1]) * of_target + uniform_V * of_mean
         slope = (slope + softmax * (of_log_sum - of_target - of_mean)).astype(x.dtype)
-        dx = jnp.einsum("btv,dv->btd", slope, matrix_DV, out_sharding=whole_BTD)
+        # As in `model.product`: sums are float32, what leaves a device is in the compute dtype.
         float32 = {"preferred_element_type": jnp.float32}
+        dx = jnp.einsum("btv,dv->btd", slope, matrix_DV, out_sharding=partial_BTD, **float32).astype(x.dtype)
+        dx = layout.place(dx, "batch", None, None)
         return gradient_DV + jnp.einsum("btd,btv->dv", x, slope, out_sharding=sums_DV, **float32), dx
 
     chunks = tuple(_chunks(x, chunk, layout) for x in (x_BTD, targets_BT, log_sum_BT, *cotangents))

@@ -1,0 +1,270 @@
+"""The training step beside PyTorch's: tokens a second of one Llama-like model, batch and optimizer on this machine.
+
+    python -m tests.benchmarks.train_step [--dtype=float32] [--rounds=7]
+
+The peer is the plain PyTorch model below, eager and compiled, with fused AdamW; bfloat16 is autocast there, and
+compute_dtype here. Each contestant has a process of its own (one library's threads slow the other's in the same one)
+with the same memory settings; their rounds take turns, and each figure is the median of its rounds. A side's peak is
+the best matrix product that its own library does in that dtype. "cores" are those a contestant had on average: CPU
+seconds of a step by its seconds. The last line is one JSON object.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from launch.cli import HUGE_PAGES
+from train.config import Config, make_config
+
+DTYPES = ("float32", "bfloat16")
+SIDES = ("ziggurat", "torch eager", "torch compiled")
+# Rows, summed, columns: square, and the products of a feed-forward layer of the model below.
+PEAK_SHAPES = ((2048, 2048, 2048), (4096, 512, 2048), (4096, 2048, 512))
+ROUNDS, PEAK_REPEATS = 7, 3
+
+
+def config_of(dtype: str) -> Config:
+    """The contest: 33.6 million parameters, 4,096 tokens a step."""
+    model = {"model_dim": 512, "num_layers": 6, "num_heads": 8, "feedforward_dim": 2048, "compute_dtype": dtype}
+    return make_config(
+        {
+            "model": model | {"vocab_size": 8192},
+            "data": {"segment_length": 512},
+            "train": {"batch_size": 8},
+            "optimizer": {"clip_norm": 0.0},
+        }
+    ).resolved()
+
+
+def batch_of(config: Config) -> dict[str, np.ndarray]:
+    """One document a row: neither side masks anything but the future."""
+    B, T = config.train.batch_size, config.data.segment_length
+    assert config.model.vocab_size
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (B, T + 1), dtype=np.int32)
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "positions": np.tile(np.arange(T, dtype=np.int32), (B, 1)),
+        "segment_ids": np.ones((B, T), np.int32),
+        "loss_weights": np.ones((B, T), np.float32),
+    }
+
+
+def best_rate(multiply: Callable[[int, int, int], Callable[[], Any]]) -> float:
+    """FLOP/s of the best matrix product; `multiply` gives the function that computes one of (rows, summed, columns)."""
+    rates = []
+    for shape in PEAK_SHAPES:
+        product = multiply(*shape)
+        for _ in range(PEAK_REPEATS):
+            start = time.perf_counter()
+            product()
+            rates.append(2 * np.prod(shape, dtype=float) / (time.perf_counter() - start))
+    return max(rates)
+
+
+# ── Ziggurat ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def ziggurat(config: Config) -> tuple[Callable[[], float], Callable[[], float]]:
+    """(train one step and return its loss when it is finished, measure the peak)."""
+    import jax
+    import jax.numpy as jnp
+
+    from train.mesh import batch_sharding, on_one_device
+    from train.optimizer import make_optimizer
+    from train.state import make_state
+    from train.step import make_train_step
+
+    mesh = on_one_device()
+    with jax.set_mesh(mesh):
+        optimizer = make_optimizer(config)
+        state, train_step = make_state(config, optimizer), make_train_step(config, optimizer)
+        batch = jax.device_put(batch_of(config), batch_sharding(mesh))
+
+    def step() -> float:
+        nonlocal state
+        with jax.set_mesh(mesh):
+            state, metrics = train_step(state, batch)
+            jax.block_until_ready(state)
+            return float(metrics["loss"])
+
+    matmul = jax.jit(partial(jnp.matmul, preferred_element_type=jnp.float32))
+
+    def multiply(rows: int, summed: int, columns: int) -> Callable[[], Any]:
+        a, b = (jnp.ones(shape, config.model.compute_dtype) for shape in ((rows, summed), (summed, columns)))
+        return lambda: matmul(a, b).block_until_ready()
+
+    return step, lambda: best_rate(multiply)
+
+
+# ── PyTorch ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def pytorch(config: Config, compiled: bool) -> tuple[Callable[[], float], Callable[[], float]]:
+    """The same of PyTorch."""
+    import torch
+    from torch import nn
+    from torch.nn import functional
+
+    m, T = config.model, config.data.segment_length
+    assert m.head_dim
+    assert m.feedforward_dim
+    assert m.vocab_size
+    frequencies = m.rope_base ** (-torch.arange(0, m.head_dim, 2) / m.head_dim)
+    angles = torch.outer(torch.arange(T), frequencies)
+    cosine, sine = angles.cos(), angles.sin()
+
+    def rotate(x: Any) -> Any:
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norms = nn.ModuleList(nn.RMSNorm(m.model_dim, eps=m.norm_epsilon) for _ in range(2))
+            self.query, self.key, self.value, self.output = (
+                nn.Linear(m.model_dim, m.model_dim, bias=False) for _ in range(4)
+            )
+            self.gate, self.up = (nn.Linear(m.model_dim, m.feedforward_dim, bias=False) for _ in range(2))
+            self.down = nn.Linear(m.feedforward_dim, m.model_dim, bias=False)
+
+        def forward(self, x: Any) -> Any:
+            y = self.norms[0](x)
+            q, k, v = (
+                part(y).unflatten(-1, (m.num_heads, m.head_dim)).transpose(1, 2)
+                for part in (self.query, self.key, self.value)
+            )
+            y = functional.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
+            x = x + self.output(y.transpose(1, 2).flatten(2))
+            y = self.norms[1](x)
+            return x + self.down(functional.silu(self.gate(y)) * self.up(y))
+
+    model = nn.Sequential(
+        nn.Embedding(m.vocab_size, m.model_dim),
+        *(Block() for _ in range(m.num_layers)),
+        nn.RMSNorm(m.model_dim, eps=m.norm_epsilon),
+        nn.Linear(m.model_dim, m.vocab_size, bias=False),
+    )
+    c = config.optimizer
+    optimizer = torch.optim.AdamW(
+        model.parameters(), c.learning_rate, (c.beta1, c.beta2), c.epsilon, c.weight_decay, fused=True
+    )
+    batch = {name: torch.tensor(array, dtype=torch.long) for name, array in batch_of(config).items()}
+    dtype = getattr(torch, m.compute_dtype)
+
+    def loss_of() -> Any:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            logits = model(batch["tokens"])
+        return functional.cross_entropy(logits.float().flatten(0, 1), batch["targets"].flatten())
+
+    forward = torch.compile(loss_of) if compiled else loss_of
+
+    def step() -> float:
+        optimizer.zero_grad()
+        loss = forward()
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    def multiply(rows: int, summed: int, columns: int) -> Callable[[], Any]:
+        a, b = torch.ones(rows, summed, dtype=dtype), torch.ones(summed, columns, dtype=dtype)
+        return lambda: a @ b
+
+    return step, lambda: best_rate(multiply)
+
+
+# ── The contest ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def compete(side: str, config: Config) -> None:
+    """A contestant's process: for each line on standard input, a step's seconds and CPU seconds, and a peak FLOP/s."""
+    step, peak = ziggurat(config) if side == "ziggurat" else pytorch(config, compiled=side == "torch compiled")
+    for _ in sys.stdin:
+        start, start_of_cpu = time.perf_counter(), time.process_time()
+        assert np.isfinite(step())
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_of_cpu
+        print(json.dumps([seconds, cpu_seconds, peak()]), flush=True)
+
+
+def contest(dtypes: list[str], rounds: int) -> dict[tuple[str, str], np.ndarray]:
+    """(side, dtype) → a row a counted round: seconds, CPU seconds, FLOP/s of a product."""
+    environment = os.environ | {"GLIBC_TUNABLES": HUGE_PAGES}
+    processes = {}
+    for dtype in dtypes:
+        for side in SIDES:
+            command = [sys.executable, "-m", "tests.benchmarks.train_step", "--dtype", dtype, "--side", side]
+            processes[side, dtype] = subprocess.Popen(
+                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+            )
+    found: dict[tuple[str, str], list[list[float]]] = {name: [] for name in processes}
+    for _ in range(rounds + 1):
+        for name, process in processes.items():
+            assert process.stdin
+            assert process.stdout
+            process.stdin.write("round\n")
+            found[name].append(json.loads(process.stdout.readline()))
+    for process in processes.values():
+        process.communicate()
+    # The first round compiles.
+    return {name: np.array(rows[1:]) for name, rows in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=DTYPES, help="only this one [both]")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="that count, after the first [%(default)s]")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side:
+        return compete(arguments.side, config_of(arguments.dtype))
+
+    # Imported here, so that no contestant of PyTorch has JAX's threads.
+    from train.metrics import flops_per_token
+
+    dtypes = [arguments.dtype] if arguments.dtype else list(DTYPES)
+    results = contest(dtypes, arguments.rounds)
+    cores = os.cpu_count() or 1
+    figures: dict[str, Any] = {"rounds": arguments.rounds, "cores": cores}
+    columns = ("tokens/s", "slowest", "fastest", "ours/its", "CPU s", "cores", "peak GF/s", "of peak")
+    print(f"{'':24}" + "".join(f"{column:>10}" for column in columns))
+    for dtype in dtypes:
+        config = config_of(dtype)
+        tokens = config.train.batch_size * config.data.segment_length
+        flops = flops_per_token(config.model, config.data.segment_length)
+        medians = {side: np.median(results[side, dtype], axis=0) for side in SIDES}
+        rates = {side: tokens / medians[side][0] for side in SIDES}
+        peaks = {side: results[side, dtype][:, 2].max() for side in SIDES}
+        peaks |= dict.fromkeys(SIDES[1:], max(peaks[side] for side in SIDES[1:]))
+        for side in SIDES:
+            seconds, cpu_seconds, _ = medians[side]
+            ratio, share = rates["ziggurat"] / rates[side], rates[side] * flops / peaks[side]
+            slowest, fastest = tokens / results[side, dtype][:, 0].max(), tokens / results[side, dtype][:, 0].min()
+            print(
+                f"{side + ' ' + dtype:24}{rates[side]:10,.0f}{slowest:10,.0f}{fastest:10,.0f}{ratio:10.2f}"
+                f"{cpu_seconds:10.2f}{cpu_seconds / seconds:10.2f}{peaks[side] / 1e9:10,.0f}{share:10.0%}"
+            )
+            if side == "ziggurat":
+                figures[f"peak_share_{dtype}"] = share
+            else:
+                kind = side.removeprefix("torch ")
+                figures[f"ratio_{dtype}_{kind}"] = ratio
+                figures[f"cpu_ratio_{dtype}_{kind}"] = cpu_seconds / medians["ziggurat"][1]
+                figures[f"torch_peak_share_{dtype}_{kind}"] = share
+            name = f"{side} {dtype}".replace(" ", "_")
+            figures[f"tokens_per_second_{name}"] = rates[side]
+            figures[f"peak_gflops_{name}"] = peaks[side] / 1e9
+    if any(np.median(rows[:, 1] / rows[:, 0]) < 0.8 * cores for rows in results.values()):
+        print("Some contestants did not have all cores: other work on this machine makes these figures unfit to quote.")
+    print(json.dumps({name: float(f"{figure:.5g}") for name, figure in figures.items()}))
+
+
+if __name__ == "__main__":
+    main()
