@@ -191,10 +191,10 @@ def config_from_theirs(theirs: Mapping[str, Any]) -> ModelConfig:
     """The model of their config.json. ValueError says what in it our decoder does not have."""
     if not isinstance(theirs, Mapping):
         raise ValueError("config.json holds no settings")
-    kind = theirs.get("model_type")
-    if kind not in ARCHITECTURES or theirs.get("architectures") != [ARCHITECTURES[kind]]:
-        known = ", ".join(ARCHITECTURES.values())
-        raise ValueError(f"architectures is {theirs.get('architectures')}; what can be read is {known}")
+    named = theirs.get("architectures")
+    kind = next((kind for kind, name in ARCHITECTURES.items() if named == [name]), None)
+    if kind is None:
+        raise ValueError(f"architectures is {named}; what can be read is {', '.join(ARCHITECTURES.values())}")
     activations = {name: ours for ours, name in ACTIVATIONS.items()}
     if theirs.get("hidden_act", "silu") not in activations:
         raise ValueError(f"hidden_act is {theirs['hidden_act']}; this decoder has {', '.join(activations)}")
