@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.lax import rsqrt
 from jax.sharding import PartitionSpec
 
 from model.parameters import Parameter, flattened, nested, parameter_table
@@ -207,8 +208,11 @@ def scale_by_adafactor(table: Mapping[str, Parameter]) -> optax.GradientTransfor
         row, column = jax.tree.map(lambda old, new: old + rate * (new - old), before, now)
         updates = {}
         for name, weight in flattened(weights).items():
-            square = row[name] * column[name] / mean(row[name], rows[name]) if rows[name] else row[name]
-            scaled = flat[name] / jnp.sqrt(square)
+            if rows[name]:
+                # Not their product: those of a word that never came are too small for one.
+                scaled = flat[name] * rsqrt(row[name] / mean(row[name], rows[name])) * rsqrt(column[name])
+            else:
+                scaled = flat[name] * rsqrt(row[name])
             scaled /= jnp.maximum(jnp.sqrt(mean(jnp.square(scaled), layer[name])), 1.0)
             updates[name] = scaled * jnp.maximum(jnp.sqrt(mean(jnp.square(weight), layer[name])), 1e-3)
         return nested(updates), AdafactorState(step, nested(row), nested(column))

@@ -36,13 +36,14 @@ from train.step import make_train_step
 
 MUON = {
     "optimizer.name": "muon",
-    "optimizer.learning_rate": "4e-3",
+    "optimizer.learning_rate": "6e-3",
     "optimizer.muon_momentum": "0.8",
+    "optimizer.weight_decay": "0.7",
     "optimizer.schedule": "wsd",
     "optimizer.final_fraction": "0",
 }
 RECIPES = {
-    "adamw": {"optimizer.name": "adamw", "optimizer.learning_rate": "4e-3", "optimizer.schedule": "cosine"},
+    "adamw": {"optimizer.name": "adamw", "optimizer.learning_rate": "4e-3", "optimizer.weight_decay": "1"},
     "muon": MUON | {"optimizer.decay_steps": "650"},
     "shorter muon": MUON | {"optimizer.decay_steps": "450", "train.num_steps": "700"},
 }

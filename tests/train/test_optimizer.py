@@ -19,7 +19,7 @@ from train.state import abstract_state, make_state
 from train.step import make_train_step
 
 # A rate at which each learns the small model.
-RATES = {"adamw": 1e-2, "lion": 1e-3, "adafactor": 5e-2, "muon": 1e-2}
+RATES = {"adamw": 1e-2, "lion": 2e-3, "adafactor": 5e-2, "muon": 1e-2}
 STEPS, DECAY = 4, 0.5
 
 
