@@ -17,6 +17,7 @@ from model.dropout import Keys, dropout
 from model.linear import Linear
 from model.norm import RMSNorm
 from model.position import Rotation, rotate
+from model.product import product
 from model.sharding import Layout
 
 # What a layer tells beside its result: "key" and "value", its new cache.
@@ -46,16 +47,22 @@ def attend(
     dropout_rate: float = 0.0,
     keys_B: Keys = None,
 ) -> jax.Array:
-    """softmax(q·k/√C)·v over the visible keys, softmax in float32 → [B, H, T, C]."""
+    """softmax(q·k/√C)·v over the visible keys, softmax in float32 → [B, H, T, C].
+
+    The softmax's denominator divides the sum of values, not each weight (as in FlashAttention; Dao et al. 2022,
+    arXiv:2205.14135): T·C divisions for T·S, and a backward pass that sums nothing over the keys.
+    """
     B, H, T, C = q_BHTC.shape
     K = k_BKSC.shape[1]
     q = q_BHTC.reshape(B, K, H // K, T, C)
-    scores = jnp.einsum("bkgtc,bksc->bkgts", q, k_BKSC, preferred_element_type=jnp.float32) / math.sqrt(C)
+    scores = product("bkgtc,bksc->bkgts", q, k_BKSC, dtype=jnp.float32) / math.sqrt(C)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(mask_B1TS[:, :, None], scores, jnp.finfo(jnp.float32).min)
-    weights = dropout(jax.nn.softmax(scores, axis=-1).astype(v_BKSC.dtype), dropout_rate, keys_B)
-    return jnp.einsum("bkgts,bksc->bkgtc", weights, v_BKSC).reshape(B, H, T, C)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    kept = dropout(weights.astype(v_BKSC.dtype), dropout_rate, keys_B)
+    values = product("bkgts,bksc->bkgtc", kept, v_BKSC, dtype=jnp.float32)
+    return (values / jnp.sum(weights, axis=-1, keepdims=True)).astype(v_BKSC.dtype).reshape(B, H, T, C)
 
 
 class Attention(nnx.Module):

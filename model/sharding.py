@@ -68,3 +68,9 @@ class Layout:
 
 
 WHOLE = Layout()
+
+
+def on_one_cpu() -> bool:
+    """Whether the ambient mesh is a single CPU: there a program may be larger, if that makes it faster."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.size == 1 and mesh.abstract_device is not None and mesh.abstract_device.platform == "cpu"

@@ -115,6 +115,30 @@ def test_the_program_does_not_grow_with_depth():
 
 
 @pytest.mark.parametrize(
+    ("changes", "devices", "scanned"),
+    [
+        ({"num_layers": 3}, 1, False),
+        ({"num_layers": 3}, 2, True),
+        ({"num_layers": 3, "remat_policy": "full"}, 1, True),
+        ({"num_layers": 13}, 1, True),
+    ],
+    ids=["on one CPU", "on two", "with remat", "many layers"],
+)
+def test_one_cpu_writes_few_layers_out(changes: dict, devices: int, scanned: bool):
+    config = small_model(**changes)
+    weights, batch = small_weights(config), small_batch(2)
+    arguments = (weights, *(jnp.array(batch[name]) for name in ("tokens", "positions", "segment_ids")))
+    gradient = gradient_of(config)
+    expected = gradient(*arguments)
+    with jax.set_mesh(jax.make_mesh((devices,), ("data",))):
+        here = jax.tree.map(jnp.asarray, jax.device_get(arguments))
+        assert ("scan[" in str(jax.make_jaxpr(gradient)(*here))) == scanned
+        found = gradient(*here)
+    for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
     "changes",
     [{}, {"qk_norm": True, "sliding_window": 3, "attention_softcap": 1.0}, {"norm_placement": "post"}],
     ids=["plain", "norms and a window", "post-norm"],
