@@ -4,7 +4,7 @@ B batch, T time (positions), S source time (keys), D model width, H query heads,
 F feed-forward width, V vocabulary (padded), L layers.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 VOCABULARY_MULTIPLE = 128
 # Fields that name one of several ways, and their values.
@@ -21,6 +21,9 @@ CHOICES = {
 LOGITS_AT_ONCE = 2**26
 # Turns over the original context from which a rotary pair keeps its frequency: the published values.
 HIGH_TURNS = {"llama3": 4.0, "yarn": 32.0}
+# Fields that have no effect with a choice of `rope_scaling`.
+TURNS = ("rope_original_context", "rope_low_turns", "rope_high_turns")
+UNUSED_BY_SCALING = {"none": ("rope_factor", *TURNS), "linear": TURNS, "llama3": (), "yarn": ()}
 
 
 @dataclass(frozen=True)
@@ -182,10 +185,12 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 found.append(f"model.{name} is {value}; it must be at least 1")
-        for name in ("rope_base", "norm_epsilon", "rope_low_turns", "attention_softcap"):
+        for name in ("norm_epsilon", "rope_low_turns", "rope_high_turns", "attention_softcap"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 found.append(f"model.{name} is {value}; it must be above 0")
+        if self.rope_base <= 1:
+            found.append(f"model.rope_base is {self.rope_base}; it must be above 1")
         for name in ("embedding_dropout", "attention_dropout", "residual_dropout", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 found.append(f"model.{name} is {getattr(self, name)}; it must be in [0, 1)")
@@ -215,18 +220,13 @@ class ModelConfig:
         found = []
         if self.max_positions and self.position != "learned":
             found.append(f"model.max_positions is for learned positions; leave it at none with {self.position}")
-        if self.rope_scaling == "none":
-            given = {
-                "rope_factor": self.rope_factor != 1,
-                "rope_original_context": self.rope_original_context,
-                "rope_high_turns": self.rope_high_turns,
-            }
-            found += [
-                f"model.{name} is given, but model.rope_scaling is none; choose one" for name in given if given[name]
-            ]
-            return found
+        unused = dict.fromkeys(UNUSED_BY_SCALING[self.rope_scaling], f"model.rope_scaling = {self.rope_scaling}")
         if self.position != "rope":
-            found.append(f"model.rope_scaling = {self.rope_scaling} needs model.position = rope; it is {self.position}")
+            unused |= dict.fromkeys(("rope_base", "rope_scaling"), f"model.position = {self.position}")
+        for setting in fields(self):
+            if setting.name in unused and getattr(self, setting.name) != setting.default:
+                default = "none" if setting.default is None else setting.default
+                found.append(f"model.{setting.name} has no effect with {unused[setting.name]}; leave it at {default}")
         if self.rope_factor < 1:
             found.append(f"model.rope_factor is {self.rope_factor}; it must be at least 1")
         if self.rope_scaling in HIGH_TURNS:

@@ -65,6 +65,10 @@ class OptimizerConfig:
         default=1.0, metadata={"help": "largest global norm of the gradient; 0: no limit", "resume": "warn"}
     )
 
+    def steps_of_warmup(self, num_steps: int) -> int:
+        """Steps of warm-up in a run of so many: as given, or 5% of it, at most 2000."""
+        return min(num_steps // 20, 2000) if self.warmup_steps is None else self.warmup_steps
+
     def problems(self, num_steps: int) -> list[str]:
         """Everything wrong with these values in a run of so many steps, one line each, naming the field."""
         found = []
@@ -90,23 +94,26 @@ class OptimizerConfig:
             if setting.name in unused and getattr(self, setting.name) != setting.default:
                 with_what, default = unused[setting.name], "none" if setting.default is None else setting.default
                 found.append(f"optimizer.{setting.name} has no effect with {with_what}; leave it at {default}")
-        warmup = num_steps // 20 if self.warmup_steps is None else self.warmup_steps
+        warmup, decay = self.steps_of_warmup(num_steps), self.decay_steps or 0
         if self.schedule == "inverse_sqrt" and warmup < 1:
-            found.append("optimizer.warmup_steps is 0; inverse_sqrt falls from the end of warm-up, so give at least 1")
-        if (self.warmup_steps or 0) + (self.decay_steps or 0) > num_steps:
+            found.append("inverse_sqrt falls from the end of warm-up; give optimizer.warmup_steps of at least 1")
+        if warmup + decay >= num_steps > 0:
             found.append(
-                f"optimizer.warmup_steps and decay_steps come to more than train.num_steps = {num_steps}; "
-                "lower them, or leave them at none"
+                f"{warmup} steps of warm-up and {decay} of decay leave none of train.num_steps = {num_steps} at the "
+                "peak; lower optimizer.warmup_steps or optimizer.decay_steps"
             )
         if self.moment_dtype == "bfloat16":
-            decays = {f"optimizer.{name}": getattr(self, name) for name in DECAYS if name not in unused}
-            if self.name == "adafactor" and num_steps > 0:
-                decays[f"adafactor's decay after {num_steps} steps"] = 1 - num_steps**-0.8
             # Between two powers of 2 there are 2⁷ bfloat16: what changes by less than 2⁻⁸ of itself can round back.
+            most, why = 1 - 2**-8, "moments in bfloat16 cannot fall by less than 1/256 of their size in a step"
             found += [
-                f"{name} is {decay:.6g}; moments in bfloat16 cannot fall by less than 1/256 of their size in a step: "
-                f"give at most {1 - 2**-8:.4f}, or optimizer.moment_dtype=float32"
-                for name, decay in decays.items()
-                if 1 - 2**-8 < decay < 1
+                f"optimizer.{name} is {getattr(self, name):.6g}; {why}: give at most {most:.4f}, "
+                "or optimizer.moment_dtype=float32"
+                for name in DECAYS
+                if name not in unused and most < getattr(self, name) < 1
             ]
+            if self.name == "adafactor" and num_steps > 0 and 1 - num_steps**-0.8 > most:
+                found.append(
+                    f"adafactor's decay grows beyond {most:.4f} in train.num_steps = {num_steps}; {why}: "
+                    "give optimizer.moment_dtype=float32"
+                )
         return found

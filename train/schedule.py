@@ -15,11 +15,11 @@ def learning_rate(config: Config) -> optax.Schedule:
     - inverse_sqrt of the update's number, whatever the length of the run (Vaswani et al. 2017, arXiv:1706.03762,
       equation 3, scaled to the peak).
 
-    The last update of warm-up is the first at the peak; the rate of the run's last update is the final one, but for
+    The update after warm-up is the first at the peak; the rate of the run's last update is the final one, but for
     inverse_sqrt, which has none.
     """
     c, last = config.optimizer, config.train.num_steps - 1
-    warmup, decay = warmup_steps(config), decay_steps(config)
+    warmup, decay = c.steps_of_warmup(config.train.num_steps), decay_steps(config)
     final = c.learning_rate * c.final_fraction
     # From 1/(warmup + 1) of the peak: an update with a rate of zero would be wasted.
     rise = optax.linear_schedule(c.learning_rate / (warmup + 1), c.learning_rate, warmup)
@@ -37,16 +37,12 @@ def learning_rate(config: Config) -> optax.Schedule:
     return optax.join_schedules([rise, fall], [warmup])
 
 
-def warmup_steps(config: Config) -> int:
-    """Steps of warm-up: as given, or 5% of the run, at most 2000."""
-    given = config.optimizer.warmup_steps
-    return min(config.train.num_steps // 20, 2000) if given is None else given
-
-
 def decay_steps(config: Config) -> int:
     """Steps of wsd's decay: as given, or the last 20% of the run, or what warm-up leaves of it."""
-    given, num_steps = config.optimizer.decay_steps, config.train.num_steps
-    return min(num_steps // 5, max(num_steps - 1 - warmup_steps(config), 0)) if given is None else given
+    c, num_steps = config.optimizer, config.train.num_steps
+    if c.decay_steps is not None:
+        return c.decay_steps
+    return min(num_steps // 5, max(num_steps - 1 - c.steps_of_warmup(num_steps), 0))
 
 
 def batch_size(config: Config, step: int) -> int:

@@ -18,7 +18,10 @@ def kinds_of(setting: dataclasses.Field) -> tuple[type, ...]:
 def from_value(value: Any, kinds: tuple[type, ...]) -> Any:
     """A Python value as one of these types; ValueError says what it must be."""
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            raise ValueError("a finite number") from None
     if PAIR in kinds and isinstance(value, list | tuple) and [type(number) for number in value] == [int, int]:
         # JSON has lists alone.
         return tuple(value)

@@ -1,5 +1,6 @@
 """What a person watches while a model learns: signs, layer by layer, that come before a loss that diverges."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,16 +58,18 @@ def norms(config: Config, tree: Any) -> dict[str, jax.Array]:
 
 
 def compact(watched: Watched) -> str:
-    """One line of a log: the extremes, and where they are."""
+    """One line of a log: the extremes, and where they are; what is not finite is the most extreme."""
     logits, rms = watched["largest_logit"], watched["residual_rms"]
-    layer = logits.index(max(logits))
+    extreme = lambda x: x if math.isfinite(x) else math.inf
+    layer = logits.index(max(logits, key=extreme))
     by_place = {
         f"{name}, layer {i}" if isinstance(value, list) else name: x
         for name, value in watched["update_ratio"].items()
         for i, x in enumerate(value if isinstance(value, list) else [value])
     }
-    place = max(by_place, key=lambda name: by_place[name])
+    place = max(by_place, key=lambda name: extreme(by_place[name]))
+    low, high = min(rms, key=extreme), max(rms, key=extreme)
     return (
-        f"largest logit {logits[layer]:.1f} (layer {layer})  residual RMS {min(rms):.3g} to {max(rms):.3g}  "
+        f"largest logit {logits[layer]:.1f} (layer {layer})  residual RMS {low:.3g} to {high:.3g}  "
         f"largest update {by_place[place]:.1e} of the weight ({place})"
     )

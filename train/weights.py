@@ -107,8 +107,10 @@ def read_huggingface(folder: Path) -> tuple[ModelConfig, dict[str, Any], Tokeniz
     try:
         values = json.loads((folder / "config.json").read_text())
         config = llama.config_from_theirs(values)
-        with safe_open(folder / WEIGHTS_FILE, framework="numpy") as file:
+        context = llama.whole_number(values, "max_position_embeddings", 2048)
+        # NumPy alone has no bfloat16.
+        with safe_open(folder / WEIGHTS_FILE, framework="flax") as file:
             weights = llama.from_theirs(config, lambda name: np.asarray(file.get_tensor(name)))
     except (ValueError, SafetensorError) as error:
         raise InputError(f"{folder}: these weights cannot be read: {error}") from None
-    return config, weights, Tokenizer.load(folder), values.get("max_position_embeddings", 2048)
+    return config, weights, Tokenizer.load(folder), context

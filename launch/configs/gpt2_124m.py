@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
         "embedding_dropout": 0.1,
         "attention_dropout": 0.1,
         "residual_dropout": 0.1,
+        "remat_policy": "products",
     }
     config.data = {"segment_length": 1024}
     config.tokenizer = {"vocab_size": 50_257}
@@ -35,7 +36,7 @@ def get_config() -> ConfigDict:
         "run_dir": "runs/gpt2_124m",
         "num_steps": 100_000,
         "batch_size": 512,
-        "accumulation_steps": 8,
+        "accumulation_steps": 32,
     }
     config.checkpoint = {"every_steps": 1000}
     return config

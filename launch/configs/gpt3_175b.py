@@ -1,8 +1,9 @@
 """ziggurat pretrain --config=gpt3_175b --config.data.corpus='texts/*.jsonl' --config.mesh.tensor=8
 
-GPT-3 (Brown et al. 2020): 174,604,259,328 parameters, 300 billion tokens. The batch grows from 49 thousand to 3.1
-million tokens over the first 12 billion, by doubling where the paper grows it linearly. Every layer's attention is
-dense, where the paper's alternates with a banded one. For hundreds of accelerators: only its shapes have been tested.
+GPT-3 (Brown et al. 2020): 174,604,259,328 parameters, 300 billion tokens. The rate rises over the first 375 million;
+the batch grows from 49 thousand tokens to 3.1 million over the first 12 billion, by doubling where the paper grows it
+linearly. Every layer's attention is dense, where the paper's alternates with a banded one. For hundreds of
+accelerators: only its shapes have been tested.
 """
 
 from ml_collections import ConfigDict
@@ -28,13 +29,13 @@ def get_config() -> ConfigDict:
     }
     config.data = {"segment_length": 2048}
     config.tokenizer = {"vocab_size": 50_257}
-    config.optimizer = {"learning_rate": 0.6e-4, "warmup_steps": 4400}
+    config.optimizer = {"learning_rate": 0.6e-4, "warmup_steps": 5760}
     config.train = {
         "run_dir": "runs/gpt3_175b",
-        "num_steps": 105_000,
+        "num_steps": 114_800,
         "batch_size": 1536,
         "batch_ramp_start": 24,
-        "batch_ramp_steps": 14_000,
+        "batch_ramp_steps": 23_250,
     }
     config.checkpoint = {"every_steps": 1000, "export": False}
     return config

@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
         "rope_base": 1_000_000.0,
         "qk_norm": True,
         "norm_epsilon": 1e-6,
+        "remat_policy": "full",
     }
     config.data = {"segment_length": 4096}
     config.tokenizer = {"vocab_size": 151_669}

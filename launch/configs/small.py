@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     """The values that differ from the defaults."""
     config = ConfigDict()
-    config.model = {"num_layers": 12, "model_dim": 768, "num_heads": 12, "num_kv_heads": 4}
+    config.model = {"num_layers": 12, "model_dim": 768, "num_heads": 12, "num_kv_heads": 4, "remat_policy": "products"}
     config.data = {"segment_length": 1024, "num_workers": 2}
     config.tokenizer = {"vocab_size": 32_768}
     config.optimizer = {"learning_rate": 1e-3, "warmup_steps": 500}

@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     config.optimizer = {
         "learning_rate": 512**-0.5 * 4000**-0.5,
         "schedule": "inverse_sqrt",
-        "warmup_steps": 4000,
+        "warmup_steps": 3999,  # the 4000th update is the first at the peak
         "beta2": 0.98,
         "epsilon": 1e-9,
         "weight_decay": 0.0,

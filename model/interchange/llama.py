@@ -1,5 +1,6 @@
 """Hugging Face's Llama and its relatives, Mistral and Qwen3: one table of names and layouts, read both ways."""
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -167,24 +168,41 @@ TURNS = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_slow"
 def rope_from_theirs(theirs: Mapping[str, Any]) -> dict[str, Any]:
     """Our rotary fields from their config. ValueError names what our scalings do not have."""
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-    ours: dict[str, Any] = {"rope_base": float(rope.get("rope_theta") or theirs.get("rope_theta") or 10_000)}
-    kind = rope.get("rope_type", "default")
-    if kind == "default":
-        return ours
-    if kind not in ("linear", *TURNS):
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"rope_parameters is {rope!r}; it must be a table of settings")
+    ours: dict[str, Any] = {"rope_base": number(rope, "rope_theta", number(theirs, "rope_theta", 10_000.0))}
+    # Older files call it "type".
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "linear", *TURNS):
         raise ValueError(f"rope_type is {kind}; this decoder has default, linear, llama3 and yarn")
     known = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", *TURNS.get(kind, ())}
     if others := [name for name in rope if name not in known and rope[name] is not None]:
         raise ValueError(f"rope_parameters.{others[0]}: this decoder has no such choice")
-    ours |= {"rope_scaling": kind, "rope_factor": float(rope["factor"])}
+    if kind == "default":
+        return ours
+    ours |= {"rope_scaling": kind, "rope_factor": number(rope, "factor")}
     if kind in TURNS:
         low, high = TURNS[kind]
-        ours["rope_original_context"] = rope["original_max_position_embeddings"]
-        ours |= {
-            "rope_low_turns": float(rope.get(low) or 1),
-            "rope_high_turns": float(rope.get(high) or HIGH_TURNS[kind]),
-        }
+        ours["rope_original_context"] = whole_number(rope, "original_max_position_embeddings")
+        ours["rope_low_turns"] = number(rope, low, 1.0)
+        ours["rope_high_turns"] = number(rope, high, HIGH_TURNS[kind])
     return ours
+
+
+def number(theirs: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    """A setting that is a number; `default` where it is missing or null. ValueError where it is none."""
+    found = theirs.get(name)
+    found = default if found is None else found
+    if isinstance(found, bool) or not isinstance(found, int | float) or not abs(found) < sys.float_info.max:
+        raise ValueError(f"{name} is {found!r}; it must be a number")
+    return float(found)
+
+
+def whole_number(theirs: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """A setting that is a whole number, as of `number`."""
+    if (found := number(theirs, name, default)) != int(found):
+        raise ValueError(f"{name} is {found!r}; it must be a whole number")
+    return int(found)
 
 
 def config_from_theirs(theirs: Mapping[str, Any]) -> ModelConfig:
@@ -196,36 +214,34 @@ def config_from_theirs(theirs: Mapping[str, Any]) -> ModelConfig:
     if kind is None:
         raise ValueError(f"architectures is {named}; what can be read is {', '.join(ARCHITECTURES.values())}")
     activations = {name: ours for ours, name in ACTIVATIONS.items()}
-    if theirs.get("hidden_act", "silu") not in activations:
-        raise ValueError(f"hidden_act is {theirs['hidden_act']}; this decoder has {', '.join(activations)}")
-    for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size"):
-        if not isinstance(theirs.get(name), int):
-            raise ValueError(f"{name} is {theirs.get(name)}; it must be a whole number")
+    activation = theirs.get("hidden_act", "silu")
+    if not isinstance(activation, str) or activation not in activations:
+        raise ValueError(f"hidden_act is {activation!r}; this decoder has {', '.join(activations)}")
+    for name in ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"):
+        if not isinstance(theirs.get(name, False), bool):
+            raise ValueError(f"{name} is {theirs[name]!r}; it must be true or false")
+    optional = lambda name: None if theirs.get(name) is None else whole_number(theirs, name)
     windowed = kind == "mistral" or (kind == "qwen3" and theirs.get("use_sliding_window", False))
     if kind == "qwen3" and windowed and theirs.get("max_window_layers") != 0:
         raise ValueError("max_window_layers: in this decoder all layers have the sliding window, or none")
-    try:
-        rope = rope_from_theirs(theirs)
-    except KeyError as missing:
-        raise ValueError(f"rope_parameters has no {missing}") from None
     config = ModelConfig(
-        num_layers=theirs["num_hidden_layers"],
-        model_dim=theirs["hidden_size"],
-        num_heads=theirs["num_attention_heads"],
-        num_kv_heads=theirs.get("num_key_value_heads"),
-        head_dim=theirs.get("head_dim"),
-        feedforward_dim=theirs["intermediate_size"],
-        vocab_size=theirs["vocab_size"],
+        num_layers=whole_number(theirs, "num_hidden_layers"),
+        model_dim=whole_number(theirs, "hidden_size"),
+        num_heads=whole_number(theirs, "num_attention_heads"),
+        num_kv_heads=optional("num_key_value_heads"),
+        head_dim=optional("head_dim"),
+        feedforward_dim=whole_number(theirs, "intermediate_size"),
+        vocab_size=whole_number(theirs, "vocab_size"),
         tie_embeddings=theirs.get("tie_word_embeddings", False),
         attention_bias=theirs.get("attention_bias", False),
-        attention_dropout=theirs.get("attention_dropout", 0.0),
+        attention_dropout=number(theirs, "attention_dropout", 0.0),
         qk_norm=kind == "qwen3",
-        sliding_window=theirs.get("sliding_window") if windowed else None,
-        activation=activations[theirs.get("hidden_act", "silu")],
+        sliding_window=optional("sliding_window") if windowed else None,
+        activation=activations[activation],
         feedforward_bias=theirs.get("mlp_bias", False),
-        norm_epsilon=theirs.get("rms_norm_eps", 1e-6),
+        norm_epsilon=number(theirs, "rms_norm_eps", 1e-6),
         compute_dtype="float32",
-        **rope,
+        **rope_from_theirs(theirs),
     )
     if problems := config.problems():
         raise ValueError("; ".join(problems))

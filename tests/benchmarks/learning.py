@@ -36,7 +36,7 @@ from train.step import make_train_step
 
 MUON = {
     "optimizer.name": "muon",
-    "optimizer.learning_rate": "6e-3",
+    "optimizer.learning_rate": "4e-3",
     "optimizer.muon_momentum": "0.8",
     "optimizer.weight_decay": "0.7",
     "optimizer.schedule": "wsd",
@@ -45,7 +45,7 @@ MUON = {
 RECIPES = {
     "adamw": {"optimizer.name": "adamw", "optimizer.learning_rate": "4e-3", "optimizer.weight_decay": "1"},
     "muon": MUON | {"optimizer.decay_steps": "650"},
-    "shorter muon": MUON | {"optimizer.decay_steps": "450", "train.num_steps": "700"},
+    "shorter muon": MUON | {"optimizer.decay_steps": "390", "train.num_steps": "600"},
 }
 ROUNDS, STEPS = 7, 5
 

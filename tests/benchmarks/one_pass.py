@@ -2,23 +2,29 @@
 
     python -m tests.benchmarks.one_pass --config=tiny [--config.GROUP.FIELD=VALUE ...]
 
-A pass is forward and backward over one row. Passes over prefixes are timed at 16 lengths, each with the loss of its
-last position alone, and summed for all T by holding each time for T/16 lengths. The last line is one JSON object.
+A pass is forward and backward over one row; a prefix's has the logits and loss of its last position alone. Passes over
+prefixes are timed at 16 lengths, each in the middle of T/16 of them for which it stands. The last line is one JSON
+object.
 """
 
 import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from launch.presets import add_config_arguments, load_config
-from train.mesh import batch_sharding, on_one_device
+from model.decoder import Decoder
+from model.loss import token_log_probabilities
+from train.mesh import TRAINING, batch_sharding, on_one_device
 from train.optimizer import make_optimizer
 from train.state import make_state
-from train.step import summed_loss
+from train.step import Batch, summed_loss
 
 ROUNDS, LENGTHS = 7, 16
 
@@ -32,21 +38,29 @@ def main() -> None:
     T = config.data.segment_length
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (1, T + 1), dtype=np.int32)
 
-    def batch(length: int, trained: int) -> dict[str, np.ndarray]:
-        """A row of the first `length` tokens, of which the last `trained` count."""
+    def batch(length: int) -> dict[str, np.ndarray]:
+        """A row of the first `length` tokens."""
         return {
             "tokens": tokens[:, :length],
             "targets": tokens[:, 1 : length + 1],
             "positions": np.arange(length, dtype=np.int32)[None],
             "segment_ids": np.ones((1, length), np.int32),
-            "loss_weights": (np.arange(length) >= length - trained).astype(np.float32)[None],
+            "loss_weights": np.ones((1, length), np.float32),
         }
+
+    def loss_of_last(weights: dict[str, Any], batch: Batch) -> jax.Array:
+        decoder = Decoder(config.model, weights, TRAINING)
+        x_BTD = decoder(batch["tokens"], batch["positions"], batch["segment_ids"])[:, -1:]
+        matrix_DV, targets = decoder.unembedding_matrix(), batch["targets"][:, -1:]
+        assert config.model.vocab_size
+        return -jnp.sum(token_log_probabilities(x_BTD, matrix_DV, targets, config.model.vocab_size, 1, TRAINING).target)
 
     with jax.set_mesh(on_one_device()):
         weights = make_state(config, make_optimizer(config))["weights"]
-        gradient = jax.jit(jax.grad(lambda weights, batch: summed_loss(config, weights, batch)[0]))
+        of_all = jax.jit(jax.grad(lambda weights, batch: summed_loss(config, weights, batch)[0]))
+        of_last = jax.jit(jax.grad(loss_of_last))
 
-        def seconds(batch: dict[str, np.ndarray]) -> float:
+        def seconds(gradient: Callable[..., Any], batch: dict[str, np.ndarray]) -> float:
             batch = jax.device_put(batch, batch_sharding(jax.sharding.get_mesh()))
             jax.block_until_ready(gradient(weights, batch))
             found = []
@@ -56,9 +70,9 @@ def main() -> None:
                 found.append(time.perf_counter() - start)
             return statistics.median(found)
 
-        one = seconds(batch(T, T))
-        lengths = [T * (i + 1) // LENGTHS for i in range(LENGTHS)]
-        all_prefixes = sum(seconds(batch(length, 1)) for length in lengths) * T / LENGTHS
+        one = seconds(of_all, batch(T))
+        lengths = [T * (2 * i + 1) // (2 * LENGTHS) for i in range(LENGTHS)]
+        all_prefixes = sum(seconds(of_last, batch(length)) for length in lengths) * T / LENGTHS
     figures = {
         "positions": T,
         "one_pass_seconds": one,

@@ -53,8 +53,8 @@ def main() -> None:
         assert status == 0, name
         records = [record for _, record in read_metrics(run.folder / "metrics.jsonl")]
         entropy, loss = unigram_entropy(run), records[-1]["validation_loss"]
-        below = next((r["step"] for r in records if np.mean([s["loss"] for s in records[r["step"] - 10 : r["step"]]])
-                      < entropy), math.nan)  # fmt: skip
+        losses = [record["loss"] for record in records]
+        below = next((n for n in range(10, steps + 1) if np.mean(losses[n - 10 : n]) < entropy), math.nan)
         figures[name] = {"steps": steps, "held_out_loss": loss, "unigram_entropy": entropy, "below_from_step": below}
         print(
             f"{name:14} {steps} steps of {4 * 256:,} tokens: held-out loss {loss:.3f}, unigram entropy {entropy:.3f}; "

@@ -7,12 +7,14 @@ import shutil
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from launch.presets import PRESETS, load_config, presets
 from model.parameters import count_parameters, initial_weights, parameter_table
 from tests.launch.small_run import here, metrics, write_corpus
 from tests.peers import require
+from train.schedule import batch_size
 
 COUNTS = {
     "tiny": 5_048_576,
@@ -41,6 +43,16 @@ def test_a_preset_opens_with_its_command_and_has_its_number_of_parameters(name: 
     shapes = jax.eval_shape(lambda: initial_weights(model, 0))
     padding = sum(math.prod(p.shape) for p in parameter_table(model).values()) - count_parameters(model)
     assert sum(x.size for x in jax.tree.leaves(shapes)) - padding == COUNTS[name]
+
+
+def test_gpt3_trains_on_the_tokens_of_its_paper():
+    config = load_config("gpt3_175b", {}).resolved(50_257)
+    rows = np.array([batch_size(config, step) for step in range(config.train.num_steps)])
+    tokens = rows * config.data.segment_length
+    ramp = rows < config.train.batch_size
+    assert tokens[: config.optimizer.warmup_steps].sum() == pytest.approx(375e6, rel=0.01)
+    assert tokens[ramp].sum() == pytest.approx(12e9, rel=0.01)
+    assert tokens.sum() == pytest.approx(300e9, rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -68,15 +68,31 @@ def test_a_model_with_other_floors_is_refused_by_name():
     for changes, word in (
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type is longrope"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters has no 'factor'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "factor is None; it must be a number"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2}}, "rope_type is dynamic"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_parameters": "linear"}, "rope_parameters is 'linear'"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'; it must be a number"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf"),
+        ({"head_dim": "64"}, "head_dim is '64'"),
+        ({"num_hidden_layers": 2.5}, "num_hidden_layers is 2.5; it must be a whole number"),
+        ({"attention_bias": "no"}, "attention_bias is 'no'; it must be true or false"),
+        ({"hidden_act": ["silu"]}, "hidden_act is"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2, "truncate": False}}, "rope_parameters.truncate"),
-        ({"hidden_act": "tanh"}, "hidden_act is tanh"),
+        ({"hidden_act": "tanh"}, "hidden_act is 'tanh'"),
     ):
         with pytest.raises(ValueError, match=word):
             llama.config_from_theirs(theirs | changes)
     del theirs["hidden_size"]
     with pytest.raises(ValueError, match="hidden_size"):
         llama.config_from_theirs(theirs)
+
+
+def test_scalings_of_older_files_are_read():
+    theirs = llama.config_to_theirs(small_model(), context=16, eos_id=0)
+    theirs |= {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 4}, "rope_theta": 5e5}
+    config = llama.config_from_theirs(theirs)
+    assert (config.rope_scaling, config.rope_factor, config.rope_base) == ("linear", 4.0, 5e5)
 
 
 @pytest.mark.parametrize(

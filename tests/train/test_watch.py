@@ -1,6 +1,7 @@
 """What is watched: against the weights before and after, in parts and on meshes, beside a step that stays as it is."""
 
 import dataclasses
+import math
 
 import jax
 import numpy as np
@@ -103,3 +104,9 @@ def test_a_line_names_the_extremes_and_their_places():
     assert "largest logit 12.3 (layer 1)" in line
     assert "residual RMS 0.5 to 1.25" in line
     assert "largest update 3.1e-03 of the weight (blocks.attention.query, layer 1)" in line
+
+
+def test_a_line_shows_what_is_not_finite():
+    nan = math.nan
+    line = compact({"largest_logit": [1.0, nan], "residual_rms": [1.0, nan], "update_ratio": {"norm": 1.0, "x": nan}})
+    assert "largest logit nan (layer 1)  residual RMS 1 to nan  largest update nan of the weight (x)" in line
