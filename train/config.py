@@ -234,7 +234,7 @@ def config_problems(config: Config) -> list[str]:
     # The longest character.
     at_least("evaluation", 4, "max_bytes", "loop_bytes")
     at_least("evaluation", 0, "sample_tokens")
-    at_least("optimizer", 0, "learning_rate", "weight_decay", "clip_norm", "warmup_steps", "decay_steps")
+    at_least("optimizer", 0, "learning_rate", "weight_decay", "clip_norm", "warmup_steps")
     found += c.optimizer.problems(c.train.num_steps)
     for name in ("train.run_dir", "data.corpus", "evaluation.prompt"):
         group, field_name = name.split(".")

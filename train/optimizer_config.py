@@ -14,10 +14,10 @@ UNUSED_BY_OPTIMIZER = {
     "muon": (),
 }
 UNUSED_BY_SCHEDULE = {
-    "cosine": ("decay_steps",),
-    "linear": ("decay_steps",),
+    "cosine": ("decay_fraction",),
+    "linear": ("decay_fraction",),
     "wsd": (),
-    "inverse_sqrt": ("decay_steps", "final_fraction"),
+    "inverse_sqrt": ("decay_fraction", "final_fraction"),
 }
 DECAYS = ("beta1", "beta2", "muon_momentum")
 MOMENT_DTYPES = ("float32", "bfloat16")
@@ -42,8 +42,8 @@ class OptimizerConfig:
     warmup_steps: int | None = field(
         default=None, metadata={"help": "steps of linear warm-up; none: 5% of the run, at most 2000", "resume": "warn"}
     )
-    decay_steps: int | None = field(
-        default=None, metadata={"help": "steps of wsd's decay; none: the last 20% of the run", "resume": "warn"}
+    decay_fraction: float = field(
+        default=0.2, metadata={"help": "the part of the run at its end that is wsd's decay", "resume": "warn"}
     )
     final_fraction: float = field(
         default=0.1, metadata={"help": "learning rate at the end, as a part of the peak", "resume": "warn"}
@@ -85,8 +85,9 @@ class OptimizerConfig:
                 found.append(f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1)")
         if self.epsilon <= 0:
             found.append(f"optimizer.epsilon is {self.epsilon}; it must be above 0")
-        if not 0 <= self.final_fraction <= 1:
-            found.append(f"optimizer.final_fraction is {self.final_fraction}; it must be in [0, 1]")
+        for name in ("decay_fraction", "final_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                found.append(f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1]")
 
         unused = dict.fromkeys(UNUSED_BY_OPTIMIZER.get(self.name, ()), self.name)
         unused |= dict.fromkeys(UNUSED_BY_SCHEDULE.get(self.schedule, ()), f"the schedule {self.schedule}")
@@ -94,13 +95,12 @@ class OptimizerConfig:
             if setting.name in unused and getattr(self, setting.name) != setting.default:
                 with_what, default = unused[setting.name], "none" if setting.default is None else setting.default
                 found.append(f"optimizer.{setting.name} has no effect with {with_what}; leave it at {default}")
-        warmup, decay = self.steps_of_warmup(num_steps), self.decay_steps or 0
+        warmup = self.steps_of_warmup(num_steps)
         if self.schedule == "inverse_sqrt" and warmup < 1:
             found.append("inverse_sqrt falls from the end of warm-up; give optimizer.warmup_steps of at least 1")
-        if warmup + decay >= num_steps > 0:
+        if warmup >= num_steps > 0:
             found.append(
-                f"{warmup} steps of warm-up and {decay} of decay leave none of train.num_steps = {num_steps} at the "
-                "peak; lower optimizer.warmup_steps or optimizer.decay_steps"
+                f"optimizer.warmup_steps = {warmup} leave none of train.num_steps = {num_steps} at the peak; lower them"
             )
         if self.moment_dtype == "bfloat16":
             # Between two powers of 2 there are 2⁷ bfloat16: what changes by less than 2⁻⁸ of itself can round back.

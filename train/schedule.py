@@ -11,7 +11,8 @@ def learning_rate(config: Config) -> optax.Schedule:
 
     - cosine to `final_fraction` of the peak at the last step (Loshchilov and Hutter 2017, arXiv:1608.03983);
     - linear to the same;
-    - wsd: the peak, then linear to `final_fraction` over the last `decay_steps` (Hu et al. 2024, arXiv:2404.06395);
+    - wsd: the peak, then linear to `final_fraction` over the last `decay_fraction` of the run (Hu et al. 2024,
+      arXiv:2404.06395);
     - inverse_sqrt of the update's number, whatever the length of the run (Vaswani et al. 2017, arXiv:1706.03762,
       equation 3, scaled to the peak).
 
@@ -19,7 +20,8 @@ def learning_rate(config: Config) -> optax.Schedule:
     inverse_sqrt, which has none.
     """
     c, last = config.optimizer, config.train.num_steps - 1
-    warmup, decay = c.steps_of_warmup(config.train.num_steps), decay_steps(config)
+    warmup = c.steps_of_warmup(config.train.num_steps)
+    decay = min(round(c.decay_fraction * config.train.num_steps), max(last - warmup, 0))
     final = c.learning_rate * c.final_fraction
     # From 1/(warmup + 1) of the peak: an update with a rate of zero would be wasted.
     rise = optax.linear_schedule(c.learning_rate / (warmup + 1), c.learning_rate, warmup)
@@ -35,14 +37,6 @@ def learning_rate(config: Config) -> optax.Schedule:
         # Updates since the peak, which was the first of number warmup + 1.
         fall = lambda since: c.learning_rate * jnp.sqrt((warmup + 1) / (warmup + 1 + since))
     return optax.join_schedules([rise, fall], [warmup])
-
-
-def decay_steps(config: Config) -> int:
-    """Steps of wsd's decay: as given, or the last 20% of the run, or what warm-up leaves of it."""
-    c, num_steps = config.optimizer, config.train.num_steps
-    if c.decay_steps is not None:
-        return c.decay_steps
-    return min(num_steps // 5, max(num_steps - 1 - c.steps_of_warmup(num_steps), 0))
 
 
 def batch_size(config: Config, step: int) -> int:

@@ -34,18 +34,18 @@ from train.run import Run
 from train.state import make_state
 from train.step import make_train_step
 
-MUON = {
-    "optimizer.name": "muon",
-    "optimizer.learning_rate": "4e-3",
-    "optimizer.muon_momentum": "0.8",
-    "optimizer.weight_decay": "0.7",
-    "optimizer.schedule": "wsd",
-    "optimizer.final_fraction": "0",
-}
-RECIPES = {
-    "adamw": {"optimizer.name": "adamw", "optimizer.learning_rate": "4e-3", "optimizer.weight_decay": "1"},
-    "muon": MUON | {"optimizer.decay_steps": "650"},
-    "shorter muon": MUON | {"optimizer.decay_steps": "390", "train.num_steps": "600"},
+# Changes to the preset, whose recipe is Muon's.
+RECIPES: dict[str, dict[str, str]] = {
+    "adamw": {
+        "optimizer.name": "adamw",
+        "optimizer.muon_momentum": "0.95",
+        "optimizer.weight_decay": "1",
+        "optimizer.schedule": "cosine",
+        "optimizer.decay_fraction": "0.2",
+        "optimizer.final_fraction": "0.1",
+    },
+    "muon": {},
+    "shorter muon": {"train.num_steps": "600"},
 }
 ROUNDS, STEPS = 7, 5
 

@@ -61,8 +61,8 @@ def test_everything_wrong_is_reported_at_once_with_the_nearest_name():
         ({"train": {"batch_size": 12}, "data": {"num_streams": 5}}, "nearest that does: 4"),
         ({"train": {"batch_size": 6, "accumulation_steps": 4}}, "does not divide by train.accumulation_steps = 4"),
         (
-            {"optimizer": {"warmup_steps": 80, "decay_steps": 40, "schedule": "wsd"}, "train": {"num_steps": 100}},
-            "80 steps of warm-up and 40 of decay leave none of train.num_steps = 100",
+            {"optimizer": {"warmup_steps": 100}, "train": {"num_steps": 100}},
+            "optimizer.warmup_steps = 100 leave none of train.num_steps = 100",
         ),
         ({"mesh": {"data": -1}}, "only one of mesh.data, mesh.fsdp and mesh.tensor can be -1"),
         ({"mesh": {"tensor": 0}}, "mesh.tensor is 0"),
@@ -116,8 +116,8 @@ def test_everything_wrong_is_reported_at_once_with_the_nearest_name():
         ({"train": {"watch_every_steps": -1}}, "train.watch_every_steps is -1; it must be at least 0"),
         ({"train": {"ema_decay": 1.0}}, "train.ema_decay is 1.0; it must be in [0, 1)"),
         (
-            {"optimizer": {"decay_steps": 10}},
-            "optimizer.decay_steps has no effect with the schedule cosine; leave it at none",
+            {"optimizer": {"decay_fraction": 0.5}},
+            "optimizer.decay_fraction has no effect with the schedule cosine; leave it at 0.2",
         ),
         (
             {"optimizer": {"schedule": "inverse_sqrt", "final_fraction": 0.0}},
