@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from data.tokenizer import END_OF_TEXT, Tokenizer
 from tests.launch.small_run import ROOT, here, metrics, write_config
@@ -115,6 +117,18 @@ def test_exported_weights_evaluate_as_the_run_does(finished: Path, tmp_path: Pat
     capsys.readouterr()
     assert {path.name for path in tmp_path.iterdir()} == {"weights", "weights.old", "weights.partial"}
     assert evaluated(capsys, tmp_path / "weights", f"--corpus={corpus}")["loss"] != weights["loss"]
+
+
+def test_weights_that_were_rounded_to_bfloat16_are_read(finished: Path, tmp_path: Path, capsys):
+    weights = shutil.copytree(finished / "export", tmp_path / "weights")
+    path = weights / "model.safetensors"
+    save_file({name: array.astype(ml_dtypes.bfloat16) for name, array in load_file(path).items()}, path)
+    exact, rounded = (
+        evaluated(capsys, model, f"--corpus={finished / 'held_out.jsonl'}")["loss"]
+        for model in (finished / "export", weights)
+    )
+    assert exact != rounded
+    assert exact == pytest.approx(rounded, rel=1e-2)
 
 
 def test_a_short_text_is_evaluated_whole_by_a_run_that_held_much_out(finished: Path, tmp_path: Path, capsys):
