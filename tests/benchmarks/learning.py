@@ -39,7 +39,7 @@ RECIPES: dict[str, dict[str, str]] = {
     "adamw": {
         "optimizer.name": "adamw",
         "optimizer.muon_momentum": "0.95",
-        "optimizer.weight_decay": "1",
+        "optimizer.weight_decay": "0.1",
         "optimizer.schedule": "cosine",
         "optimizer.decay_fraction": "0.2",
         "optimizer.final_fraction": "0.1",
