@@ -36,7 +36,7 @@ def unigram_entropy(run: Run) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", default=["vaswani_base", "gpt2_124m"])
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--to", type=Path, default=Path("runs/presets"))
     arguments = parser.parse_args()
     figures = {}
