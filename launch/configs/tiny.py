@@ -1,7 +1,7 @@
 """make pretrain, or: ziggurat pretrain --config=tiny
 
-5,048,576 parameters learn Python's standard library on two CPU cores, in about seven minutes: 1.80 bits a byte of
-held-out files, where gzip -9 needs 1.90 (Python 3.11's library).
+5,048,576 parameters learn Python's standard library on two CPU cores, in about seven minutes: 1.72 bits a byte of
+held-out files, where xz -9 needs 1.75 and gzip -9 1.90 (Python 3.11's library).
 """
 
 from ml_collections import ConfigDict
