@@ -36,7 +36,9 @@ def learning_rate(config: Config) -> optax.Schedule:
     else:
         # Updates since the peak, which was the first of number warmup + 1.
         fall = lambda since: c.learning_rate * jnp.sqrt((warmup + 1) / (warmup + 1 + since))
-    return optax.join_schedules([rise, fall], [warmup])
+    joined = optax.join_schedules([rise, fall], [warmup])
+    # A line to zero may end a rounding below it.
+    return lambda step: jnp.maximum(joined(step), 0.0)
 
 
 def batch_size(config: Config, step: int) -> int:

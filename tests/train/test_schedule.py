@@ -27,6 +27,7 @@ def test_cosine_rises_to_the_peak_and_falls_to_the_final_fraction():
 
 def test_wsd_stays_at_the_peak_and_then_falls_in_a_line():
     found = rates(100, schedule="wsd", warmup_steps=4, decay_fraction=0.2, final_fraction=0.0)
+    assert rates(10, schedule="wsd", decay_fraction=0.65, final_fraction=0.0)[-1] == 0
     assert found[4:80].min() == 1.0
     np.testing.assert_allclose(found[79:], 1 - np.arange(21) / 20, atol=1e-6)
 
