@@ -109,10 +109,10 @@ def _backward(vocab_size, chunk, layout, kept, cotangents):  # type: ignore[no-u
         slope = _target_V(targets, scores.shape[-1]) * of_target + uniform_V * of_mean
         slope = (slope + softmax * (of_log_sum - of_target - of_mean)).astype(x.dtype)
         # As in `model.product`: sums are float32, what leaves a device is in the compute dtype.
-        float32 = {"preferred_element_type": jnp.float32}
-        dx = jnp.einsum("btv,dv->btd", slope, matrix_DV, out_sharding=partial_BTD, **float32).astype(x.dtype)
+        einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
+        dx = einsum("btv,dv->btd", slope, matrix_DV, out_sharding=partial_BTD).astype(x.dtype)
         dx = layout.place(dx, "batch", None, None)
-        return gradient_DV + jnp.einsum("btd,btv->dv", x, slope, out_sharding=sums_DV, **float32), dx
+        return gradient_DV + einsum("btd,btv->dv", x, slope, out_sharding=sums_DV), dx
 
     chunks = tuple(_chunks(x, chunk, layout) for x in (x_BTD, targets_BT, log_sum_BT, *cotangents))
     zeros_DV = jnp.zeros(matrix_DV.shape, jnp.float32, out_sharding=sums_DV)
