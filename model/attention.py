@@ -18,7 +18,7 @@ from model.linear import Linear
 from model.norm import RMSNorm
 from model.position import Rotation, rotate
 from model.product import product
-from model.sharding import Layout
+from model.sharding import Layout, join_axis, split_axis
 
 # What a layer tells beside its result: "key" and "value", its new cache.
 Aux = dict[str, jax.Array]
@@ -52,17 +52,15 @@ def attend(
     The softmax's denominator divides the sum of values, not each weight (as in FlashAttention; Dao et al. 2022,
     arXiv:2205.14135): T·C divisions for T·S, and a backward pass that sums nothing over the keys.
     """
-    B, H, T, C = q_BHTC.shape
-    K = k_BKSC.shape[1]
-    q = q_BHTC.reshape(B, K, H // K, T, C)
-    scores = product("bkgtc,bksc->bkgts", q, k_BKSC, dtype=jnp.float32) / math.sqrt(C)
+    q_BKGTC = split_axis(q_BHTC, 1, k_BKSC.shape[1])
+    scores = product("bkgtc,bksc->bkgts", q_BKGTC, k_BKSC, dtype=jnp.float32) / math.sqrt(q_BHTC.shape[-1])
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(mask_B1TS[:, :, None], scores, jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
     kept = dropout(weights.astype(v_BKSC.dtype), dropout_rate, keys_B)
     values = product("bkgts,bksc->bkgtc", kept, v_BKSC, dtype=jnp.float32)
-    return (values / jnp.sum(weights, axis=-1, keepdims=True)).astype(v_BKSC.dtype).reshape(B, H, T, C)
+    return join_axis((values / jnp.sum(weights, axis=-1, keepdims=True)).astype(v_BKSC.dtype), 1)
 
 
 class Attention(nnx.Module):
@@ -117,8 +115,8 @@ class Attention(nnx.Module):
         (Dehghani et al. 2023, arXiv:2302.05442; Wortsman et al. 2023, arXiv:2309.14322.)
         """
         q_BHTC, k_BKTC = self.queries_and_keys(self.layout.gather_sequence(x_BTD), rotation)
-        B, _, T, C = q_BHTC.shape
-        q_TBKGC = jnp.moveaxis(q_BHTC.reshape(B, k_BKTC.shape[1], -1, T, C), 3, 0)
+        q_TBKGC = jnp.moveaxis(split_axis(q_BHTC, 1, k_BKTC.shape[1]), 3, 0)
+        C = q_BHTC.shape[-1]
 
         def of_query(of: tuple[jax.Array, jax.Array]) -> jax.Array:
             q_BKGC, mask_B1S = of

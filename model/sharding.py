@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 MeshAxes = str | tuple[str, ...] | None
@@ -68,6 +69,26 @@ class Layout:
 
 
 WHOLE = Layout()
+
+
+def split_axis(x: jax.Array, axis: int, parts: int) -> jax.Array:
+    """[..., n, ...] as [..., parts, n / parts, ...]; the parts are where n was.
+
+    A mere reshape forgets where the shards are, if one of the sizes is 1.
+    """
+    sharding = jax.typeof(x).sharding
+    before, after = sharding.spec.partitions[: axis + 1], sharding.spec.partitions[axis + 1 :]
+    spec = None if sharding.mesh.empty else PartitionSpec(*before, None, *after)
+    shape = (*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :])
+    return jnp.reshape(x, shape, out_sharding=spec)
+
+
+def join_axis(x: jax.Array, axis: int) -> jax.Array:
+    """The inverse: this axis and the next as one."""
+    sharding = jax.typeof(x).sharding
+    before, after = sharding.spec.partitions[: axis + 1], sharding.spec.partitions[axis + 2 :]
+    spec = None if sharding.mesh.empty else PartitionSpec(*before, *after)
+    return jnp.reshape(x, (*x.shape[:axis], -1, *x.shape[axis + 2 :]), out_sharding=spec)
 
 
 def on_one_cpu() -> bool:
