@@ -72,23 +72,23 @@ WHOLE = Layout()
 
 
 def split_axis(x: jax.Array, axis: int, parts: int) -> jax.Array:
-    """[..., n, ...] as [..., parts, n / parts, ...]; the parts are where n was.
-
-    A mere reshape forgets where the shards are, if one of the sizes is 1.
-    """
-    sharding = jax.typeof(x).sharding
-    before, after = sharding.spec.partitions[: axis + 1], sharding.spec.partitions[axis + 1 :]
-    spec = None if sharding.mesh.empty else PartitionSpec(*before, None, *after)
+    """[..., n, ...] as [..., parts, n / parts, ...]; the parts are where n was."""
     shape = (*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :])
-    return jnp.reshape(x, shape, out_sharding=spec)
+    return _reshape(x, shape, axis, (*jax.typeof(x).sharding.spec.partitions[: axis + 1], None))
 
 
 def join_axis(x: jax.Array, axis: int) -> jax.Array:
     """The inverse: this axis and the next as one."""
-    sharding = jax.typeof(x).sharding
-    before, after = sharding.spec.partitions[: axis + 1], sharding.spec.partitions[axis + 2 :]
-    spec = None if sharding.mesh.empty else PartitionSpec(*before, *after)
-    return jnp.reshape(x, (*x.shape[:axis], -1, *x.shape[axis + 2 :]), out_sharding=spec)
+    shape = (*x.shape[:axis], -1, *x.shape[axis + 2 :])
+    return _reshape(x, shape, axis, jax.typeof(x).sharding.spec.partitions[: axis + 1])
+
+
+def _reshape(x: jax.Array, shape: tuple[int, ...], axis: int, spec: tuple[MeshAxes, ...]) -> jax.Array:
+    """JAX finds the shards after a reshape itself, but not behind a size of 1, and where it is told the compiler
+    moves more than it must.
+    """
+    told = 1 in x.shape[:axis] and not jax.typeof(x).sharding.mesh.empty
+    return jnp.reshape(x, shape, out_sharding=PartitionSpec(*spec) if told else None)
 
 
 def on_one_cpu() -> bool:
