@@ -17,7 +17,7 @@ PINNED_ELSEWHERE = re.compile(r"ziggurat|nvidia-.*|cuda-.*|triton")
 
 def resolve(python: str) -> tuple[str, dict[str, str]]:
     """The interpreter's version as `3.11`, and the version of each package that a fresh install would get there."""
-    output = subprocess.check_output([python, *RESOLVE, ".[test,tensorboard,peers]"], cwd=ROOT)
+    output = subprocess.check_output([python, *RESOLVE, ".[test,peers]"], cwd=ROOT)
     report = json.loads(output)
     packages = (item["metadata"] for item in report["install"])
     pins = {re.sub(r"[-_.]+", "-", p["name"]).lower(): p["version"].partition("+")[0] for p in packages}

@@ -1,26 +1,29 @@
-"""The corpus: its listing, its chunks, and the documents in them.
+"""A corpus: its files, their chunks, and the documents in them.
 
-A chunk is a byte range of a file, known from the listing alone. What begins in it belongs to it: a line of a .jsonl,
-which is a document; of a .txt, which is one document, the piece up to where the next chunk's begins.
+A chunk is a byte range of a file, known from the listing alone: what begins in it belongs to it (a line of a .jsonl, a
+row group of a .parquet, a document of a .txt with separators). A .txt without separators is one document, of which a
+chunk is the piece up to where the next chunk's begins. A compressed file is one chunk.
 """
 
-import glob
 import hashlib
+import itertools
 import json
-import os
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
+from data import formats
 from data.config import DataConfig
-from data.errors import InputError
-from data.formats import jsonl, text
+from data.errors import BadText, InputError
+from data.files import File, fingerprint, is_local, list_files
+from data.formats import parquet, text
 
-FORMATS = (".txt", ".jsonl")
-# A corpus up to this size is hashed, and looked through for damage, whole; of a larger one, each file's two ends are.
+log = logging.getLogger("ziggurat")
+
+# A local corpus up to this size is hashed, and looked through for damage, whole.
 WHOLE_BYTES = 2**28
-END_BYTES = 2**16
 SMALLEST_CHUNK = 256
 # Fewer .txt files than this give their ends to the held-out part, not whole files.
 MANY_FILES = 20
@@ -28,6 +31,7 @@ MANY_FILES = 20
 PIECE_BYTES = 2**24
 # Epochs whose order is remembered: streams reach the next one at different times.
 ORDERS = 4
+MOST_PROBLEMS = 10
 
 
 @dataclass(frozen=True)
@@ -46,14 +50,16 @@ class Document:
     Attributes:
         text: not empty.
         file: number of its file.
-        offset: byte of the file at which it begins.
+        place: where it begins: the byte of the file, or of what a compressed file holds; the row of a .parquet.
         ends: whether the document ends with it; else its next piece is in another chunk, or held out.
+        prompt: what stands before it and is not trained on.
     """
 
     text: str
     file: int
-    offset: int
+    place: int
     ends: bool = True
+    prompt: str = ""
 
 
 def digest(*parts: int | str) -> int:
@@ -65,192 +71,208 @@ class Corpus:
     """Files of text, each cut into chunks. Made by `open_corpus`.
 
     Attributes:
-        names: of the files, relative to what they have in common, sorted.
+        files: sorted by name.
+        size: bytes of all files.
         chunks: of all files, in order.
         order: (seed, epoch) → the chunks as they are dealt to the streams.
+        shared: there are fewer chunks than streams: each stream reads all of them, and takes its part of the documents.
+        skipped: (file, place) of each document that could not be read and was left out.
     """
 
-    def __init__(self, root: Path, names: list[str], config: DataConfig):
-        self.names = names
-        self._paths = [root / name for name in names]
-        self._config = config
-        self._sizes = [path.stat().st_size for path in self._paths]
-        self.size = sum(self._sizes)
-        # Where each file's training part ends.
-        self._ends = list(self._sizes)
-        texts = [file for file, name in enumerate(names) if name.endswith(".txt") and self._sizes[file]]
-        if config.validation_fraction and len(texts) >= MANY_FILES:
-            smallest = min(texts, key=lambda file: digest("held out", names[file]))
-            for file in texts:
-                if file == smallest or self._is_held_out(names[file]):
-                    self._ends[file] = 0
-        elif config.validation_fraction:
-            for file in texts:
-                self._ends[file] = self._held_out_from(file)
+    def __init__(self, files: list[File], config: DataConfig):
         assert config.num_streams is not None
+        self.files, self.size = files, sum(file.size for file in files)
+        self._config = config
+        self._fields = formats.Fields(config.text_field, config.prompt_field, config.text_separator)
+        self.skipped: set[tuple[int, int]] = set()
+        # Where each file's training part ends.
+        self._ends = [file.size for file in files]
+        texts = [number for number, file in enumerate(files) if self._is_one_document(file) and file.size]
+        if config.validation_fraction and len(texts) >= MANY_FILES:
+            smallest = min(texts, key=lambda number: digest("held out", files[number].name))
+            for number in texts:
+                if number == smallest or self._is_held_out(files[number].name):
+                    self._ends[number] = 0
+        elif config.validation_fraction:
+            for number in texts:
+                if not _is_compressed(files[number]):
+                    self._ends[number] = self._held_out_from(files[number])
         step = max(min(config.chunk_bytes, self.size // (4 * config.num_streams)), SMALLEST_CHUNK)
         self.chunks = [
-            Chunk(file, begin, min(begin + step, end))
-            for file, end in enumerate(self._ends)
-            for begin in range(0, end, step)
+            Chunk(number, begin, end if _is_compressed(file) else min(begin + step, end))
+            for number, (file, end) in enumerate(zip(files, self._ends, strict=True))
+            for begin in ([0] if _is_compressed(file) and end else range(0, end, step))
         ]
-
+        self.shared = self._parts() < config.num_streams
         self.order = lru_cache(ORDERS)(self._order)
+
+    def _parts(self) -> int:
+        """The chunks, where a .parquet has at most its row groups; looked up only if the files may be too few."""
+        assert self._config.num_streams is not None
+        if len(self.files) >= self._config.num_streams:
+            return len(self.chunks)
+        tables = {number for number, file in enumerate(self.files) if formats.kind(file.name)[0] == ".parquet"}
+        found = sum(chunk.file not in tables for chunk in self.chunks)
+        return found + sum(parquet.row_groups(self.files[number]) for number in tables)
 
     def _order(self, seed: int, epoch: int) -> list[Chunk]:
         return [self.chunks[i] for i in sorted(range(len(self.chunks)), key=lambda i: digest("chunk", seed, epoch, i))]
 
-    def _held_out_from(self, file: int) -> int:
+    def _is_one_document(self, file: File) -> bool:
+        return formats.kind(file.name)[0] == ".txt" and self._config.text_separator is None
+
+    def _held_out_from(self, file: File) -> int:
         """Where the held-out end of a .txt begins: at a line, or in the last one where that is longer."""
-        path, size = self._paths[file], self._sizes[file]
-        wanted = round(size * (1 - self._config.validation_fraction))
-        begin = text.cut(path, wanted, size)
-        return begin if begin < size else text.next_character(path, wanted, size)
+        wanted = round(file.size * (1 - self._config.validation_fraction))
+        begin = text.cut(file, wanted, file.size)
+        return begin if begin < file.size else text.next_character(file, wanted, file.size)
 
     def _is_held_out(self, key: str) -> bool:
         return digest("held out", key) < self._config.validation_fraction * 2**64
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the files' names, sizes and content (of a large corpus, of each file's two ends)."""
-        found = hashlib.sha256()
-        for name, path, size in zip(self.names, self._paths, self._sizes, strict=True):
-            found.update(json.dumps([name, size]).encode())
-            with path.open("rb") as file:
-                if self.size <= WHOLE_BYTES:
-                    found.update(file.read())
-                else:
-                    found.update(file.read(END_BYTES))
-                    file.seek(max(size - END_BYTES, 0))
-                    found.update(file.read())
-        return found.hexdigest()
+        """SHA-256 (hex) of the files' names, sizes and content (of a large corpus, of what identifies it)."""
+        whole = self.size <= WHOLE_BYTES
+        try:
+            return hashlib.sha256("".join(fingerprint(file, whole) for file in self.files).encode()).hexdigest()
+        except BadText as error:
+            raise InputError(f"data.corpus: {error}") from None
 
     def describe(self) -> str:
         """One line for a person."""
-        what = self.names[0] if len(self.names) == 1 else f"{len(self.names)} files"
-        return f"{what}, {self.size / 1e6:.1f} MB in {len(self.chunks)} chunks, fingerprint {self.fingerprint[:12]}"
+        what = self.files[0].name if len(self.files) == 1 else f"{len(self.files):,} files"
+        return f"{what}, {self.size / 1e6:,.1f} MB in {len(self.chunks):,} chunks"
 
-    def documents(self, chunk: Chunk) -> Iterator[Document]:
-        """The training documents and pieces that begin in a chunk.
+    def documents(self, chunk: Chunk, place: int = 0) -> Iterator[Document]:
+        """The training documents and pieces that begin in a chunk, from a place on.
 
         Raises:
-            InputError: bytes that are no UTF-8, a line that is no JSON or has no such field; names file and place.
+            InputError: one that cannot be read, with file and place, unless `on_bad_document` is "skip".
         """
-        path = self._paths[chunk.file]
-        if path.suffix == ".txt":
-            end = self._ends[chunk.file]
-            begin, stop = (text.cut(path, at, end) for at in (chunk.begin, chunk.end))
-            if begin < stop:
-                yield Document(text.read(path, begin, stop), chunk.file, begin, ends=stop == self._sizes[chunk.file])
-            return
-        for offset, content in jsonl.read(path, chunk.begin, chunk.end, self._config.text_field):
-            if content and not self._is_held_out(content):
-                yield Document(content, chunk.file, offset)
+        held_out_by_file = self._is_one_document(self.files[chunk.file])
+        for document in self._all(chunk.file, chunk.begin, chunk.end, place):
+            if held_out_by_file or not self._is_held_out(document.prompt + document.text):
+                yield document
 
-    def held_out_texts(self) -> Iterator[str]:
+    def held_out(self) -> Iterator[Document]:
         """The held-out documents; of few .txt files, their ends. Of a .txt in pieces, so that none fills the memory."""
-        for path, end, size in zip(self._paths, self._ends, self._sizes, strict=True):
-            if path.suffix == ".txt":
-                while end < size:
-                    begin, end = end, text.cut(path, end + PIECE_BYTES, size)
-                    yield text.read(path, begin, end)
-                continue
-            for _, content in jsonl.read(path, 0, size, self._config.text_field):
-                if content and self._is_held_out(content):
-                    yield content
+        for number, (file, end) in enumerate(zip(self.files, self._ends, strict=True)):
+            if not self._is_one_document(file):
+                found = self._all(number, 0, file.size)
+                yield from (document for document in found if self._is_held_out(document.prompt + document.text))
+            elif _is_compressed(file):
+                yield from self._all(number, 0, file.size) if end == 0 else ()
+            else:
+                while end < file.size:
+                    begin, end = end, text.cut(file, end + PIECE_BYTES, file.size)
+                    yield from self._piece(number, begin, end)
 
     def training_texts(self, seed: int) -> Iterator[str]:
-        """The training documents and pieces, chunk by chunk in an order that the seed determines."""
+        """The texts and prompts of the training documents, chunk by chunk in an order that the seed determines."""
         for i in sorted(range(len(self.chunks)), key=lambda i: digest("sample", seed, i)):
             for document in self.documents(self.chunks[i]):
-                yield document.text
+                yield from filter(None, (document.prompt, document.text))
 
-    def texts(self) -> Iterator[str]:
+    def all_documents(self) -> Iterator[Document]:
         """Every document whole, training or held out, in the order of the listing."""
-        for path, size in zip(self._paths, self._sizes, strict=True):
-            if path.suffix == ".txt":
-                yield text.read(path, 0, size)
-            else:
-                yield from (content for _, content in jsonl.read(path, 0, size, self._config.text_field) if content)
+        for number, file in enumerate(self.files):
+            yield from self._all(number, 0, file.size, whole=True)
 
     def check(self) -> None:
-        """Read a corpus of moderate size once.
+        """Read a local corpus of moderate size once.
 
         Raises:
-            InputError: up to ten of the problems in its documents, or that there is none to train on.
+            InputError: up to ten of the problems in its documents, or that there are too few to train on.
         """
+        if self.size > WHOLE_BYTES or not all(map(is_local, self.files)):
+            return
         problems: list[str] = []
-        for file, (path, size) in enumerate(zip(self._paths, self._sizes, strict=True)):
-            if self.size > WHOLE_BYTES or len(problems) >= 10:
-                break
+        for number, file in enumerate(self.files):
             try:
-                if self.names[file].endswith(".txt"):
-                    text.read(path, 0, size)
-                else:
-                    for _ in jsonl.read(path, 0, size, self._config.text_field):
-                        pass
+                for _ in self._all(number, 0, file.size, whole=True):
+                    pass
             except InputError as error:
                 problems.append(str(error))
+            if len(problems) == MOST_PROBLEMS:
+                break
         if problems:
             raise InputError("\n".join(problems))
-        if self.size <= WHOLE_BYTES and next(self.training_texts(seed=0), None) is None:
+        # Streams that share chunks need a document each; other streams may have theirs in another epoch.
+        assert self._config.num_streams is not None
+        least = self._config.num_streams if self.shared else 1
+        number = sum(1 for _ in itertools.islice((d for c in self.chunks for d in self.documents(c)), least))
+        if not number:
             raise InputError(
                 "data.corpus has no document to train on: all of its text is empty or held out "
                 f"(data.validation_fraction = {self._config.validation_fraction}); give more text, or hold out less"
             )
+        if number < least:
+            raise InputError(
+                f"data.corpus has {number} documents or pieces to train on, too few for data.num_streams = {least}; "
+                "lower data.num_streams (and train.batch_size), or give more text"
+            )
+
+    def _all(self, number: int, begin: int, end: int, place: int = 0, whole: bool = False) -> Iterator[Document]:
+        """The documents that begin in a range of a file; with `whole`, not the piece of a .txt, but all of it."""
+        file = self.files[number]
+        if self._is_one_document(file) and not _is_compressed(file):
+            if not whole:
+                begin, end = (text.cut(file, at, self._ends[number]) for at in (begin, end))
+            yield from self._piece(number, begin, end)
+            return
+        at = begin
+        try:
+            for at, content in formats.read(file, begin, end, self._fields, place):
+                if isinstance(content, BadText):
+                    self._bad(number, at, content)
+                elif content.text:
+                    yield Document(content.text, number, at, prompt=content.prompt)
+        except BadText as error:
+            self._bad(number, at, error)
+
+    def _piece(self, number: int, begin: int, end: int) -> Iterator[Document]:
+        """The text of a part of a .txt, if there is any."""
+        file = self.files[number]
+        try:
+            content = text.read(file, begin, end) if begin < end else ""
+        except BadText as error:
+            self._bad(number, begin, error)
+            return
+        if content:
+            yield Document(content, number, begin, ends=end == file.size)
+
+    def _bad(self, number: int, place: int, problem: BadText) -> None:
+        """End the run, or say once that a document is left out."""
+        where = f"{self.files[number].path}{formats.written_place(self.files[number], place)}"
+        if self._config.on_bad_document == "error":
+            raise InputError(f"{where}: {problem}; mend it, or leave it out with data.on_bad_document=skip")
+        if (number, place) not in self.skipped:
+            self.skipped.add((number, place))
+            log.warning("skipped %s: %s", where, problem)
 
 
-def open_corpus(where: str, config: DataConfig, leave_out: Path | None = None) -> Corpus:
-    """List a .txt or .jsonl file, a folder of them (with its subfolders) or a glob.
+def _is_compressed(file: File) -> bool:
+    return formats.kind(file.name)[1] != ""
+
+
+def open_corpus(where: str, config: DataConfig, leave_out: Path | None = None, field: str = "data.corpus") -> Corpus:
+    """List a file, a folder (with its subfolders) or a glob, here or wherever fsspec reads.
 
     Args:
-        where: the path; ~ is the home folder.
+        where: the path or URL; ~ is the home folder.
         config: with `num_streams` given.
         leave_out: a folder whose files don't count (a run's own), unless the corpus lies in it.
+        field: what the messages call it.
 
     Raises:
-        InputError: nothing there, nothing readable, or too little text for the streams.
+        InputError: nothing there, or nothing readable.
     """
-    where = os.path.expanduser(where)
-    path = Path(where)
-    # Path's own is_dir and is_file fail where a name is too long.
-    is_folder = os.path.isdir(where)
-    if is_folder:
-        found = [file for file in path.rglob("*") if file.suffix in FORMATS and file.is_file()]
-        root = path
-    elif os.path.isfile(where):
-        found, root = [path], path.parent
-    else:
-        found = [Path(file) for file in glob.glob(where, recursive=True) if Path(file).is_file()]
-        root = Path(*path.parts[: _first_magic(where)])
-    if found and leave_out is not None:
-        left_out = leave_out.resolve()
-        if not root.resolve().is_relative_to(left_out):
-            found = [file for file in found if not file.resolve().is_relative_to(left_out)]
-    if not found:
-        if is_folder:
-            problem = "the folder holds no .txt or .jsonl file"
-        else:
-            problem = "matches no file" if glob.has_magic(where) else "there is no such file or folder"
-        raise InputError(f"data.corpus = {where}: {problem}")
-    if others := [file for file in found if file.suffix not in FORMATS]:
-        raise InputError(f"data.corpus = {where}: {others[0].name} is neither .txt nor .jsonl; convert or rename it")
+    files = list_files(where, formats.ENDINGS, leave_out, field)
     try:
-        corpus = Corpus(root, sorted(file.relative_to(root).as_posix() for file in found), config)
-    except PermissionError as error:
-        raise InputError(f"data.corpus = {where}: {error.filename} cannot be read: {error.strerror}") from None
-    if corpus.size == 0:
-        raise InputError(f"data.corpus = {where}: there is no text in it")
-    assert config.num_streams is not None
-    if len(corpus.chunks) < config.num_streams:
-        raise InputError(
-            f"data.corpus = {where}: its {corpus.size} bytes give only {len(corpus.chunks)} chunks for "
-            f"data.num_streams = {config.num_streams}; lower data.num_streams (and train.batch_size), or give more text"
-        )
+        corpus = Corpus(files, config)
+    except BadText as error:
+        raise InputError(f"{field} = {where}: {error}") from None
+    if not corpus.size:
+        raise InputError(f"{field} = {where}: there is no text in it")
     return corpus
-
-
-def _first_magic(where: str) -> int:
-    """How many leading parts of a glob are plain names."""
-    parts = Path(where).parts
-    return next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))

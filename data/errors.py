@@ -7,3 +7,10 @@ class InputError(ValueError):
     The command line prints the text alone, without a traceback, and exits with status 2. Several problems found
     at once are joined by newlines, one a line.
     """
+
+
+class BadText(ValueError):
+    """A document, or the rest of a file, that cannot be read.
+
+    Its text says the problem, without the file's name. The corpus decides whether it ends the run or is skipped.
+    """

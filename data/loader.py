@@ -1,64 +1,83 @@
 """Streams to global batches: each process reads the streams of its own rows, a little ahead of the devices."""
 
+import itertools
 import queue
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from data.config import DataConfig
-from data.corpus import Corpus
-from data.segmenter import Row
-from data.stream import Stream
+from data.mixture import NUMBERS, Mixture, first_positions, open_streams
+from data.segmenter import Row, fill
 from data.tokenizer import Tokenizer
 from data.workers import Workers
 
 Batch = dict[str, jax.Array]
+# Stands for every number of a position that another process knows.
+UNREAD = np.iinfo(np.int64).min
+
+
+class Loaded(NamedTuple):
+    """A global batch.
+
+    Attributes:
+        batch: the arrays of a row stacked to [B, T] over all devices. Row b belongs to stream ⌊b·V/B⌋.
+        positions: after it, int64 [V, K, `NUMBERS`], `UNREAD` in the streams that other processes read: see
+            `gather_positions`.
+        left: int64 [K]: of the streams that this process reads, those in which the batch after this one still has
+            something of the corpus; of a corpus without end all of them. See `is_over`.
+    """
+
+    batch: Batch
+    positions: np.ndarray
+    left: np.ndarray
 
 
 class Loader:
-    """A context manager and iterator of (batch, positions after it), as long as there are batch sizes.
-
-    A batch holds the arrays of a row stacked to [B, T] over all devices. Row b belongs to stream ⌊b·V/B⌋. Positions are
-    int32 [V, 4], −1 in the streams that other processes read: see `gather_positions`.
+    """A context manager and iterator of `Loaded`, as long as there are batch sizes.
 
     Args:
-        corpus: the text.
+        mixture: the text.
         tokenizer: of the run.
-        config: of the data.
+        config: of the data, with `num_streams`: V divides each B, and is divided by the number of shards of a batch.
         seed: of the order.
         batch_sizes: B of each batch.
-        num_streams: V; divides each B, and is divided by the number of shards of a batch.
         sharding: of the batch's arrays.
-        positions: of all streams, [V, 4]; none: the beginning.
+        positions: of all streams, [V, K, `NUMBERS`]; none: the beginning.
+        step: number (from 0) of the first batch's step, which weights may follow.
     """
 
     def __init__(
         self,
-        corpus: Corpus,
+        mixture: Mixture,
         tokenizer: Tokenizer,
         config: DataConfig,
         seed: int,
-        batch_sizes: Iterator[int],
-        num_streams: int,
+        batch_sizes: Iterable[int],
         sharding: jax.sharding.Sharding,
         positions: np.ndarray | None = None,
+        step: int = 0,
     ):
-        self._batch_sizes, self._length, self._sharding = batch_sizes, config.segment_length, sharding
+        assert config.num_streams is not None
+        self._mixture, self._config, self._sharding = mixture, config, sharding
+        self._sizes = enumerate(batch_sizes, start=step)
         self._workers = Workers(tokenizer.folder, config.num_workers) if config.num_workers else None
-        tokenize = self._workers or (lambda texts: map(tokenizer.encode, texts))
-        begin = np.zeros((num_streams, 4), np.int32) if positions is None else positions
+        self._num_streams = config.num_streams
         # Shards are cut between streams, so those of a batch with one row a stream are those of every batch.
-        shards = sharding.addressable_devices_indices_map((num_streams, self._length)).values()
-        self._streams = {
-            v: Stream(corpus, tokenize, tokenizer.eos_id, config, seed, v, num_streams, tuple(begin[v].tolist()))
-            for v in sorted({v for shard in shards if shard for v in range(num_streams)[shard[0]]})
-        }
-        self._num_streams = num_streams
-        self._ready: queue.Queue[tuple[Batch, np.ndarray] | BaseException] = queue.Queue(config.prefetch)
+        shards = sharding.addressable_devices_indices_map((config.num_streams, config.segment_length)).values()
+        self._streams = open_streams(
+            mixture,
+            self._workers or tokenizer.encode_all,
+            tokenizer.eos_id,
+            seed,
+            sorted({v for shard in shards if shard for v in range(config.num_streams)[shard[0]]}),
+            first_positions(mixture, config.num_streams) if positions is None else positions,
+        )
+        self._ready: queue.Queue[Loaded | BaseException] = queue.Queue(config.prefetch)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._fill, name="loader", daemon=True)
 
@@ -72,10 +91,10 @@ class Loader:
         if self._workers:
             self._workers.close()
 
-    def __iter__(self) -> Iterator[tuple[Batch, np.ndarray]]:
+    def __iter__(self) -> Iterator[Loaded]:
         return self
 
-    def __next__(self) -> tuple[Batch, np.ndarray]:
+    def __next__(self) -> Loaded:
         found = self._ready.get()
         if isinstance(found, BaseException):
             raise found
@@ -83,10 +102,11 @@ class Loader:
 
     def _fill(self) -> None:
         """The thread: batches into the queue, until it is stopped or fails."""
+        batches = self._batches()
         while not self._stop.is_set():
-            made: tuple[Batch, np.ndarray] | BaseException
+            made: Loaded | BaseException
             try:
-                made = self._next_batch()
+                made = next(batches)
             except BaseException as error:  # raised again where the batch is asked for
                 made = error
             while not self._stop.is_set():
@@ -98,27 +118,56 @@ class Loader:
             if isinstance(made, BaseException):
                 return
 
-    def _next_batch(self) -> tuple[Batch, np.ndarray]:
-        shape = (next(self._batch_sizes), self._length)
-        rows_per_stream = shape[0] // self._num_streams
-        rows: dict[int, Row] = {}
-        positions = np.full((self._num_streams, 4), -1, np.int32)
-        for v, stream in self._streams.items():
-            for i in range(rows_per_stream):
-                rows[v * rows_per_stream + i], positions[v] = next(stream)
+    def _batches(self) -> Iterator[Loaded]:
+        """All batches; where a corpus may end, each is made once the next one is, to know what that one has."""
+        batches = itertools.starmap(self._make, self._sizes)
+        if not self._mixture.is_bounded:
+            yield from batches
+        for loaded, following in itertools.pairwise(batches):
+            yield loaded._replace(left=following.left)
+
+    def _make(self, step: int, size: int) -> Loaded:
+        rows, positions, left = self._read(step, size)
+        shape = (size, self._config.segment_length)
 
         def array(name: str) -> jax.Array:
             def shard(index: tuple[slice, ...] | None) -> np.ndarray:
                 assert index is not None
-                return np.stack([rows[b][name] for b in range(shape[0])[index[0]]])[:, index[1]]
+                return np.stack([rows[b][name] for b in range(size)[index[0]]])[:, index[1]]
 
             return jax.make_array_from_callback(shape, self._sharding, shard)
 
-        return {name: array(name) for name in next(iter(rows.values()))}, positions
+        return Loaded({name: array(name) for name in next(iter(rows.values()))}, positions, left)
+
+    def _read(self, step: int, size: int) -> tuple[dict[int, Row], np.ndarray, np.ndarray]:
+        """The rows of this process's streams by their numbers in the batch, and `Loaded`'s positions and left."""
+        K, each = len(self._mixture.sources), size // self._num_streams
+        rows: dict[int, Row] = {}
+        positions = np.full((self._num_streams, K, NUMBERS), UNREAD, np.int64)
+        left = np.zeros(K, np.int64)
+        for v, stream in self._streams.items():
+            gave = np.zeros(K, bool)
+            for b in range(v * each, (v + 1) * each):
+                k, parts = stream.take(step)
+                rows[b] = fill(parts, self._config)
+                gave[k] |= bool(parts)
+            positions[v] = stream.positions
+            left += np.logical_not(stream.ended) | gave
+        return rows, positions, left
 
 
 def gather_positions(positions: np.ndarray) -> np.ndarray:
-    """Positions of all streams [V, 4] from each process's own; all processes call it together."""
+    """Positions of all streams from each process's own; all processes call it together."""
     if jax.process_count() == 1:
         return positions
-    return np.asarray(multihost_utils.process_allgather(positions)).max(axis=0)
+    # As halves of 32 bits, which JAX has without its 64-bit mode.
+    halves = np.asarray(multihost_utils.process_allgather(positions.view(np.int32)))
+    return np.ascontiguousarray(halves).view(np.int64).max(axis=0)
+
+
+def is_over(left: np.ndarray, mixture: Mixture) -> bool:
+    """Whether a corpus that is read a number of times has ended in all streams; all processes call it together."""
+    if not mixture.is_bounded:
+        return False
+    everywhere = multihost_utils.process_allgather(left) if jax.process_count() > 1 else left[None]
+    return bool((np.asarray(everywhere).sum(axis=0) == 0).any())

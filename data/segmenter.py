@@ -1,13 +1,15 @@
 """Documents to segments: what the model sees at once.
 
 A document of tokens t1 … tn is n + 1 pairs of input and target: E → t1, t1 → t2, …, tn → E, where E is the end-of-text
-token, which also begins each document. So every token, and the end, is a target exactly once. All pairs stand one
-after the other, and a row is `segment_length` consecutive ones. A piece that its document does not end with has no last
-pair: what follows it is not E.
+token, which also begins each document. So every token, and the end, is a target exactly once. A row is made of parts of
+documents, and holds `segment_length` pairs. A piece that its document does not end with has no last pair: what follows
+it is not E. The pairs of a prompt are seen, and have no weight.
 """
 
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+import bisect
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,46 +19,114 @@ Row = dict[str, np.ndarray]
 
 
 class Pairs(NamedTuple):
-    """Inputs and targets of a document, int32 [n + 1]; `first` is the pair at which the rows begin."""
+    """Inputs and targets of a document, int32 [n + 1].
+
+    Attributes:
+        inputs: of the pairs.
+        targets: of the pairs.
+        prompt: how many of them come first and have no weight.
+        first: the pair at which the rows begin.
+        document: what they are of, for who asks where a row is from.
+    """
 
     inputs: np.ndarray
     targets: np.ndarray
+    prompt: int = 0
     first: int = 0
+    document: Any = None
 
 
-def make_pairs(tokens: np.ndarray, eos_id: int, ends: bool = True, first: int = 0) -> Pairs:
-    """The pairs of a document's tokens, int32 [n]."""
+class Part(NamedTuple):
+    """The pairs `begin` to `end` of a document, in a row."""
+
+    pairs: Pairs
+    begin: int
+    end: int
+
+
+def make_pairs(
+    tokens: np.ndarray, eos_id: int, ends: bool = True, first: int = 0, prompt: int = 0, document: Any = None
+) -> Pairs:
+    """The pairs of a document's tokens, int32 [n], of which the first `prompt` are not trained on."""
     around = np.concatenate([[eos_id], tokens, [eos_id]]).astype(np.int32)
     last = len(around) if ends else len(around) - 1
-    return Pairs(around[: last - 1], around[1:last], first)
+    return Pairs(around[: last - 1], around[1:last], prompt, first, document)
 
 
-def segments(documents: Iterable[Pairs], config: DataConfig) -> Iterator[tuple[Row, int]]:
-    """Rows of T = `segment_length` positions.
+def concatenate(documents: Iterable[Pairs], config: DataConfig) -> Iterator[tuple[list[Part], int]]:
+    """All documents one after the other, cut into rows.
 
     Yields:
-        (row, how many pairs of the newest document are in this and earlier rows). A row holds `tokens`, `targets`,
-        `positions`, `segment_ids` (int32) and `loss_weights` (float32), each [T]. With `mask_documents` every
-        document's part of a row has its own segment id, from 1 on, and its positions begin at 0. Where the documents
-        end, the last row is filled up with positions of segment id 0 and no weight.
+        (the parts of a row, the pair of the newest document with which the next row begins). Where the documents end,
+        the last row may hold fewer pairs.
     """
     T = config.segment_length
-    row, filled, parts = empty_row(T), 0, 0
-    for inputs, targets, begin in documents:
-        while begin < len(inputs):
-            count = min(T - filled, len(inputs) - begin)
-            here, parts = slice(filled, filled + count), parts + 1
-            row["tokens"][here] = inputs[begin : begin + count]
-            row["targets"][here] = targets[begin : begin + count]
-            row["positions"][here] = np.arange(count) + (0 if config.mask_documents else filled)
-            row["segment_ids"][here] = parts if config.mask_documents else 1
-            row["loss_weights"][here] = 1
-            filled, begin = filled + count, begin + count
+    parts: list[Part] = []
+    filled = begin = 0
+    for pairs in documents:
+        begin = pairs.first
+        while begin < len(pairs.inputs):
+            end = min(begin + T - filled, len(pairs.inputs))
+            parts.append(Part(pairs, begin, end))
+            filled, begin = filled + end - begin, end
             if filled == T:
-                yield row, begin
-                row, filled, parts = empty_row(T), 0, 0
-    if filled:
-        yield row, 0
+                # A last position that is not trained on is the next row's first.
+                begin -= not config.train_last_position
+                yield parts, begin
+                parts, filled = [], 0
+    if parts:
+        yield parts, begin
+
+
+def pack(documents: Sequence[Pairs], config: DataConfig) -> list[list[Part]]:
+    """The documents of a window, whole, in as few rows as best fit finds: the longest first, each where least is left.
+
+    A document longer than a row is cut into rows; what is left of it is packed like a document. Rows come in the order
+    of the first of their documents, parts in the order of the documents. (Best fit decreasing: Johnson 1973; for
+    pretraining: Ding et al. 2024, arXiv:2404.10830.)
+    """
+    T = config.segment_length if config.train_last_position else config.segment_length - 1
+    # (document, its pairs' begin and end)
+    pieces = [
+        (d, begin, min(begin + T, len(pairs.inputs)))
+        for d, pairs in enumerate(documents)
+        for begin in range(0, len(pairs.inputs), T)
+    ]
+    rows: list[list[tuple[int, int, int]]] = []
+    spaces: list[tuple[int, int]] = []  # what is left in each row that has space, least first
+    for d, begin, end in sorted(pieces, key=lambda piece: piece[1] - piece[2]):
+        place = bisect.bisect_left(spaces, (end - begin, 0))
+        if place < len(spaces):
+            space, row = spaces.pop(place)
+        else:
+            space, row = T, len(rows)
+            rows.append([])
+        rows[row].append((d, begin, end))
+        if space > end - begin:
+            bisect.insort(spaces, (space - (end - begin), row))
+    return [[Part(documents[d], begin, end) for d, begin, end in row] for row in sorted(map(sorted, rows))]
+
+
+def fill(parts: Sequence[Part], config: DataConfig) -> Row:
+    """The row of these parts.
+
+    Returns:
+        `tokens`, `targets`, `positions`, `segment_ids` (int32) and `loss_weights` (float32), each [T]. With
+        `document_mask` each part has its own segment id, from 1 on; with `restarts` its positions begin at 0. What is
+        left of the row has segment id 0 and no weight.
+    """
+    row, filled = empty_row(config.segment_length), 0
+    for number, (pairs, begin, end) in enumerate(parts, start=1):
+        here = slice(filled, filled + end - begin)
+        row["tokens"][here] = pairs.inputs[begin:end]
+        row["targets"][here] = pairs.targets[begin:end]
+        row["positions"][here] = np.arange(end - begin) + (0 if config.restarts else filled)
+        row["segment_ids"][here] = number if config.document_mask else 1
+        row["loss_weights"][here] = np.arange(begin, end) >= pairs.prompt
+        filled += end - begin
+    if not config.train_last_position:
+        row["loss_weights"][-1] = 0
+    return row
 
 
 def empty_row(T: int) -> Row:
@@ -65,7 +135,8 @@ def empty_row(T: int) -> Row:
     return row | {"loss_weights": np.zeros(T, np.float32)}
 
 
-def segment_documents(documents: Iterable[np.ndarray], eos_id: int, config: DataConfig) -> Iterator[Row]:
-    """Rows of a finite number of whole documents, given as their tokens."""
-    for row, _ in segments((make_pairs(tokens, eos_id) for tokens in documents), config):
-        yield row
+def segment_documents(documents: Iterable[Pairs], config: DataConfig) -> Iterator[Row]:
+    """Rows of a finite number of documents, one after the other, all of their pairs trained on."""
+    whole = dataclasses.replace(config, train_last_position=True)
+    for parts, _ in concatenate(documents, whole):
+        yield fill(parts, whole)

@@ -30,6 +30,10 @@ ESCAPES = {"\ue000": "\ue0000", SPACE: "\ue0001"}
 # One piece of whitespace for so many pieces of the vocabulary.
 PIECES_PER_WHITESPACE = 64
 CHARACTER_COVERAGE = 0.9995
+# SentencePiece's time for a text grows a little faster than its length, its memory by 50 bytes a character. So a text
+# is encoded in parts of a little more than PART characters, and of LONGEST_PART at most.
+PART = 1024
+LONGEST_PART = 2**20
 
 
 class Tokenizer:
@@ -68,10 +72,42 @@ class Tokenizer:
             raise InputError(f"{file} is damaged, or not made by `ziggurat tokenize`; restore it") from None
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids, int32 [n]; nothing is added. ValueError where the text has lone surrogates."""
+        """Token ids, int32 [n], which may be read-only; nothing is added. ValueError where it has lone surrogates."""
+        found = [self._encode(part) for part in self.parts(text)]
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def encode_all(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+        """The ids of each text, lazily and in order."""
+        return map(self.encode, texts)
+
+    def parts(self, text: str) -> Iterator[str]:
+        """The text cut into what is encoded at once: at least one part, and those of a part are the part itself.
+
+        A cut is made between two characters that no piece has side by side: what is left of it and what is right of
+        it are then never joined, so the ids are those of the whole text. A text without such a place for
+        `LONGEST_PART` characters (a run of one letter) is cut there all the same, and still comes back.
+        """
+        start = 0
+        while True:
+            stop = min(len(text), start + LONGEST_PART)
+            cuts = (i for i in range(start + PART, stop) if text[i - 1 : i + 1] not in self._neighbours)
+            end = next(cuts, stop)
+            yield text[start:end]
+            if end == len(text):
+                return
+            start = end
+
+    def _encode(self, part: str) -> np.ndarray:
         for plain, escaped in ESCAPES.items():
-            text = text.replace(plain, escaped)
-        return np.array(self._model.Encode(text.encode()), np.int32)
+            if plain in part:
+                part = part.replace(plain, escaped)
+        return self._model.EncodeAsNumpy(part.encode())
+
+    @cached_property
+    def _neighbours(self) -> frozenset[str]:
+        """Every two characters that stand side by side in a piece."""
+        pieces = (piece.replace(SPACE, " ") for piece in self.pieces)
+        return frozenset(piece[i : i + 2] for piece in pieces for i in range(len(piece) - 1))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of these ids; of characters cut in the middle, U+FFFD. IndexError where there is no such id."""

@@ -17,6 +17,7 @@ COMMANDS = {
     "tokenize": ("launch.train_tokenizer", "train a tokenizer on a corpus"),
     "pretrain": ("launch.pretrain", "train a model, or go on with its run"),
     "evaluate": ("launch.evaluate", "loss and bits per byte on held-out documents or another corpus"),
+    "inspect data": ("launch.inspect_data", "which documents a step's batch is made of, or what a corpus holds"),
     "inspect loss": ("launch.inspect_loss", "what the model predicts at each position of a text"),
     "generate": ("launch.generate", "continue a prompt"),
     "export": ("launch.export", "write a run's weights for inference elsewhere"),

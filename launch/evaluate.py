@@ -11,7 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `ziggurat evaluate`."""
     parser.add_argument("model", metavar="RUN|WEIGHTS", help="a run's folder, RUN@STEP, or exported weights")
     parser.add_argument(
-        "--corpus", metavar="PATH", help=".txt or .jsonl file, folder or glob; all of its documents count"
+        "--corpus", metavar="PATH", help="file, folder, glob or URL of text; all of its documents count"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
@@ -21,9 +21,9 @@ def run(arguments: argparse.Namespace) -> int:
     import jax
 
     from data.corpus import open_corpus
-    from train.evaluate import evaluate, gzip_bits_per_byte, make_evaluation_step
+    from train.evaluate import evaluate, gzip_bits_per_byte, make_evaluation_step, total
     from train.mesh import on_one_device
-    from train.run import load_trained
+    from train.run import Text, load_trained
 
     with jax.set_mesh(on_one_device()):
         trained = load_trained(arguments.model)
@@ -31,20 +31,17 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.corpus is not None:
             # Nothing is held out of it, so that a short text is enough.
             whole = dataclasses.replace(config.data, num_streams=1, validation_fraction=0.0)
-            try:
-                corpus = open_corpus(arguments.corpus, whole)
-            except InputError as error:
-                raise InputError(str(error).replace("data.corpus = ", "--corpus=")) from None
-            texts = list(corpus.texts())
+            found = open_corpus(arguments.corpus, whole, field="--corpus").all_documents()
+            texts = [Text(document.text, document.prompt) for document in found]
         elif trained.run is None:
             raise InputError(f"{arguments.model} holds weights without documents; give --corpus=PATH")
         elif not (texts := trained.run.held_out_texts()):
             raise InputError(f"{arguments.model} held no documents out; give --corpus=PATH")
-        if not any(texts):
+        if not texts:
             raise InputError(f"--corpus={arguments.corpus} has no text to evaluate on")
-        result = evaluate(make_evaluation_step(config), trained.weights, texts, trained.tokenizer, config)
+        results = evaluate(make_evaluation_step(config), trained.weights, texts, trained.tokenizer, config)
 
-    figures = dataclasses.asdict(result) | {"gzip_bits_per_byte": gzip_bits_per_byte(texts)}
+    figures = dataclasses.asdict(total(results.values())) | {"gzip_bits_per_byte": gzip_bits_per_byte(texts)}
     if trained.step is not None:
         figures = {"step": trained.step} | figures
     if arguments.json:

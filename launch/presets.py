@@ -16,11 +16,11 @@ from train.config import Config, config_fields, make_config, nearest
 PRESETS = Path(__file__).parent / "configs"
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+def add_config_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """`--config=NAME|FILE`, and `--config.GROUP.FIELD=VALUE` for every field; they end in `overrides`."""
     parser.add_argument(
         "--config",
-        required=True,
+        required=required,
         type=os.path.expanduser,
         metavar="NAME|FILE",
         help=f"one of {', '.join(presets())}, or a file",

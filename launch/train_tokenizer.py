@@ -24,11 +24,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(f"tokenizer.path = {config.tokenizer.path} is one already; leave it out to train another")
     if Path(arguments.to).exists():
         raise InputError(f"--to={arguments.to} exists already; name a new folder")
-    from train.prepare import open_run_corpus, train_run_tokenizer
+    from train.prepare import open_run_mixture, train_run_tokenizer
     from train.run import Run
 
     with tempfile.TemporaryDirectory() as folder:
-        corpus = open_run_corpus(config, Run(Path(folder)))
-        tokenizer = train_run_tokenizer(config, corpus, Path(arguments.to))
+        mixture = open_run_mixture(config, Run(Path(folder)))
+        tokenizer = train_run_tokenizer(config, mixture, Path(arguments.to))
     print(f"{arguments.to}: {tokenizer.vocab_size} token ids, fingerprint {tokenizer.fingerprint[:12]}")
     return 0

@@ -63,7 +63,7 @@ def test_every_dependency_is_bounded_and_pinned():
     pinned = {re.split("[= ;]", line)[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
     for requirement in [*project["dependencies"], *project["optional-dependencies"]["test"]]:
         assert re.search(r"<|==", requirement), requirement
-        name = re.split(r"[<>=\[]", requirement)[0].lower().replace("_", "-")
+        name = re.split(r"[<>=\[]", requirement)[0].lower().replace("_", "-").replace(".", "-")
         assert name in pinned, requirement
 
 

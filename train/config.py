@@ -238,8 +238,9 @@ def config_problems(config: Config) -> list[str]:
     found += c.optimizer.problems(c.train.num_steps)
     for name in ("train.run_dir", "data.corpus", "evaluation.prompt"):
         group, field_name = name.split(".")
+        value = getattr(getattr(c, group), field_name)
         try:
-            getattr(getattr(c, group), field_name).encode()
+            (value if isinstance(value, str) else repr(value)).encode()
         except UnicodeEncodeError:
             found.append(f"{name} is not valid UTF-8")
     if not c.train.run_dir:

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data.segmenter import segment_documents
+from data.segmenter import Pairs, make_pairs, segment_documents
 from data.tokenizer import END_OF_TEXT, Tokenizer
 from model.decoder import Decoder
 from train.config import Config
 from train.mesh import TRAINING, batch_sharding
+from train.run import Text
 from train.step import summed_loss
 
 
@@ -29,10 +30,25 @@ class Evaluation:
     bytes: int
     documents: int
 
-    def metrics(self) -> dict[str, float]:
-        """As fields of a line of metrics.jsonl."""
-        names = {"loss": "validation_loss", "bits_per_byte": "validation_bits_per_byte", "tokens": "validation_tokens"}
-        return {names[name]: value for name, value in asdict(self).items() if name in names}
+
+def total(results: Iterable[Evaluation]) -> Evaluation:
+    """Of several sets of documents as one."""
+    results = list(results)
+    tokens, size = sum(result.tokens for result in results), sum(result.bytes for result in results)
+    nats = sum(result.loss * result.tokens for result in results)
+    return Evaluation(nats / tokens, nats / math.log(2) / size, tokens, size, sum(r.documents for r in results))
+
+
+def evaluation_metrics(by_corpus: Mapping[str, Evaluation]) -> dict[str, Any]:
+    """Fields of a line of metrics.jsonl: of all documents, and of each corpus where there are several."""
+
+    def fields(result: Evaluation) -> dict[str, float]:
+        return {f"validation_{name}": asdict(result)[name] for name in ("loss", "bits_per_byte", "tokens")}
+
+    found: dict[str, Any] = fields(total(by_corpus.values()))
+    if len(by_corpus) > 1:
+        found["validation_by_corpus"] = {name: fields(result) for name, result in by_corpus.items()}
+    return found
 
 
 Batch = Mapping[str, jax.Array]
@@ -51,11 +67,11 @@ def make_evaluation_step(config: Config) -> EvaluationStep:
 def evaluate(
     step: EvaluationStep,
     weights: Any,
-    texts: Sequence[str],
+    texts: Sequence[Text],
     tokenizer: Tokenizer,
     config: Config,
-) -> Evaluation:
-    """Evaluate documents, cut into segments as in training: each token is predicted from its segment alone.
+) -> dict[str, Evaluation]:
+    """Evaluate documents, one after the other and cut into segments: each token is predicted from its segment alone.
 
     Args:
         step: from `make_evaluation_step`.
@@ -65,18 +81,33 @@ def evaluate(
         config: batch size, segment length and masking.
 
     Returns:
-        Figures over all tokens of all documents, their EOS included.
+        Of each corpus by its name, figures over all tokens of all its documents, their EOS included.
     """
-    mesh = jax.sharding.get_mesh()
-    sharding = batch_sharding(mesh)
-    rows = segment_documents((tokenizer.encode(text) for text in texts), tokenizer.eos_id, config.data)
+    names = dict.fromkeys(text.corpus for text in texts)
+    return {
+        name: _evaluate(step, weights, [text for text in texts if text.corpus == name], tokenizer, config)
+        for name in names
+    }
+
+
+def _evaluate(
+    step: EvaluationStep, weights: Any, texts: Sequence[Text], tokenizer: Tokenizer, config: Config
+) -> Evaluation:
+    sharding = batch_sharding(jax.sharding.get_mesh())
+
+    def pairs(text: Text) -> Pairs:
+        prompt = tokenizer.encode(text.prompt)
+        tokens = np.concatenate([prompt, tokenizer.encode(text.text)])
+        return make_pairs(tokens, tokenizer.eos_id, prompt=len(prompt))
+
+    rows = segment_documents(map(pairs, texts), config.data)
     batch_size = config.train.batch_size // config.train.accumulation_steps
     loss = weight = 0.0
     for batch in batches(rows, batch_size):
         arrays = {name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for name, x in batch.items()}
         batch_loss, batch_weight = step(weights, arrays)
         loss, weight = loss + float(batch_loss), weight + float(batch_weight)
-    size = sum(len(text.encode()) for text in texts)
+    size = sum(len(text.text.encode()) for text in texts)
     return Evaluation(loss / weight, loss / math.log(2) / size, int(weight), size, len(texts))
 
 
@@ -134,7 +165,7 @@ def inspect_positions(
     ]
 
 
-def gzip_bits_per_byte(texts: Sequence[str]) -> float:
+def gzip_bits_per_byte(texts: Sequence[Text]) -> float:
     """What `gzip -9` needs for the same documents, one by one: the figure to be below."""
-    compressed = sum(len(gzip.compress(text.encode(), 9, mtime=0)) for text in texts)
-    return 8 * compressed / sum(len(text.encode()) for text in texts)
+    encoded = [text.text.encode() for text in texts]
+    return 8 * sum(len(gzip.compress(text, 9, mtime=0)) for text in encoded) / sum(map(len, encoded))

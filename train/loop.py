@@ -12,15 +12,15 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from data.loader import Loader, gather_positions
+from data.loader import Loader, gather_positions, is_over
 from model.generate import generate
 from train.checkpoint import Checkpoints
 from train.config import Config
-from train.evaluate import evaluate, make_evaluation_step
+from train.evaluate import evaluate, evaluation_metrics, make_evaluation_step
 from train.mesh import GENERATION, batch_sharding, make_mesh, once
-from train.metrics import Display, MetricsFile, Rate, flops_per_token, peak_flops
+from train.metrics import Display, Rate, StepLog, flops_per_token, peak_flops
 from train.optimizer import make_optimizer
-from train.prepare import Prepared, check_fingerprints, prepare, up_to
+from train.prepare import Prepared, data_fingerprint, prepare, restored_positions, some_of
 from train.profiling import Profiler
 from train.report import opening
 from train.run import Run
@@ -33,6 +33,8 @@ from train.weights import check_export_folder, exported_step, why_no_export, wri
 
 def pretrain(config: Config) -> Run:
     """Train to `train.num_steps`, from the beginning or from the newest checkpoint in `train.run_dir`.
+
+    It ends before, once a corpus with a number of epochs has been read so often.
 
     All processes call it together.
 
@@ -58,21 +60,22 @@ def pretrain(config: Config) -> Run:
         stack.callback(checkpoints.close)
         if restored := checkpoints.restore(abstract_state(config, optimizer)):
             state, progress = restored
-            check_fingerprints(progress["fingerprints"], prepared.fingerprints, config)
-            positions = np.array(progress["positions"], np.int32)
+            positions = restored_positions(progress, prepared)
+            # With other data there may be more to read.
+            over = progress["is_over"] and progress["identity"] == prepared.identity
         else:
-            state, positions = make_state(config, optimizer), None
+            state, positions, over = make_state(config, optimizer), None, False
         once(lambda: run.save_config(config))
+        begin = int(state["step"])
+        if begin < config.train.num_steps and not over:
+            state = train(prepared, run, display, checkpoints, state, positions)
         step = int(state["step"])
 
-        if step < config.train.num_steps:
-            state = train(prepared, run, display, checkpoints, state, positions)
-
         # ── The end ────────────────────────────────────────────────────────────────────────────────────────────────
-        if exports and (step < config.train.num_steps or exported_step(run.export) != step):
+        if exports and (begin < step or exported_step(run.export) != step):
             whole = multihost_utils.process_allgather(evaluated_weights(state), tiled=True)
-            context, last = config.data.segment_length, config.train.num_steps
-            once(lambda: write_huggingface(run.export, config.model, whole, prepared.tokenizer, context, last))
+            context = config.data.segment_length
+            once(lambda: write_huggingface(run.export, config.model, whole, prepared.tokenizer, context, step))
     return run
 
 
@@ -88,7 +91,8 @@ def train(
     config, tokenizer = prepared.config, prepared.tokenizer
     optimizer, step, last_step = make_optimizer(config), int(state["step"]), config.train.num_steps
     programs, evaluation_step = Programs(config, optimizer), make_evaluation_step(config)
-    some_held_out = up_to(prepared.held_out, config.evaluation.loop_bytes)
+    data = data_fingerprint(prepared.identity)
+    some_held_out = some_of(prepared.held_out, config.evaluation.loop_bytes)
     flops = flops_per_token(config.model, config.data.segment_length)
     peak, source = peak_flops(config.model.compute_dtype)
     for line in opening(prepared, step, source):
@@ -98,19 +102,25 @@ def train(
         sharding = batch_sharding(jax.sharding.get_mesh())
         loader = stack.enter_context(
             Loader(
-                prepared.corpus,
+                prepared.mixture,
                 tokenizer,
                 config.data,
                 config.train.seed,
                 (batch_size(config, s) for s in itertools.count(step)),
-                config.num_streams,
                 sharding,
                 positions,
+                step,
             )
         )
-        metrics_file = MetricsFile(run.folder, step, config.train.tensorboard) if jax.process_index() == 0 else None
-        if metrics_file:
-            stack.callback(metrics_file.close)
+        logs = None
+        if jax.process_index() == 0:
+            board = run.folder / "tensorboard" if config.train.tensorboard else None
+            # After a resume the data may go on elsewhere, so the step that it goes on from is logged anew.
+            logs = StepLog(run.metrics, step, board), StepLog(run.positions, step - 1)
+            for log in logs:
+                stack.callback(log.close)
+            if positions is not None:
+                logs[1].write({"step": step, "data": data, "positions": positions.tolist()})
         profiler = Profiler(run.profile, config.train.profile_steps, step)
         stack.callback(profiler.stop)
         rate, rows_left = Rate(), sum(batch_size(config, s) for s in range(step, last_step))
@@ -121,9 +131,11 @@ def train(
 
         while step < last_step:
             asked = time.perf_counter()
-            batch, positions = next(loader)
+            batch, positions, left = next(loader)
             waited = time.perf_counter() - asked
             step += 1
+            if is_over(left, prepared.mixture):
+                last_step = step
             if not programs.has(step):
                 # Nothing is underway, so that no step's time has this in it.
                 programs.compiled(step, state, batch)
@@ -139,14 +151,17 @@ def train(
             evaluates = bool(prepared.held_out) and (
                 step in (1, last_step) or step % config.evaluation.every_steps == 0
             )
+            logs_position = saves or step % config.data.positions_every_steps == 0
             pauses = saves or evaluates or step == profiler.last or not programs.has(step + 1)
             while len(underway) > (0 if pauses else 1):
                 of_step, metrics, waited = underway.popleft()
                 record: dict[str, Any] = jax.tree.map(lambda x: x.tolist(), jax.device_get(metrics))
                 rate.finished(record["loss_weight"])
-                rows_left -= batch_size(config, of_step - 1)
+                rows = batch_size(config, of_step - 1)
+                rows_left -= rows
                 record = {"step": of_step} | record | {
-                    "tokens_per_second": rate.tokens_per_second, "data_wait_seconds": waited
+                    "utilization": record["loss_weight"] / (rows * config.data.segment_length),
+                    "tokens_per_second": rate.tokens_per_second, "data_wait_seconds": waited,
                 }  # fmt: skip
                 seconds_left = rate.seconds(rows_left * config.data.segment_length)
                 display.step(record, rate.tokens_per_second * flops / peak, seconds_left)
@@ -158,17 +173,22 @@ def train(
                 if evaluates and not underway:
                     texts = prepared.held_out if step == last_step else some_held_out
                     weights = evaluated_weights(state)
-                    result = evaluate(evaluation_step, weights, texts, tokenizer, config)
-                    record |= result.metrics() | {"sample": sample_text(prepared, weights)}
+                    results = evaluate(evaluation_step, weights, texts, tokenizer, config)
+                    record |= evaluation_metrics(results) | {"sample": sample_text(prepared, weights)}
                     display.evaluation(record)
                     rate.start()
-                if metrics_file:
-                    metrics_file.write(record)
+                if logs:
+                    logs[0].write(record)
+            if logs_position:
+                where = gather_positions(positions).tolist()
+                if logs:
+                    logs[1].write({"step": step, "data": data, "positions": where})
             if saves:
-                assert positions is not None
-                where = {"positions": gather_positions(positions).tolist(), "fingerprints": prepared.fingerprints}
-                checkpoints.save(state, where)
+                progress = {"positions": where, "identity": prepared.identity}
+                checkpoints.save(state, progress | {"is_over": is_over(left, prepared.mixture)})
                 rate.start()
+    if prepared.mixture.skipped:
+        display.say(f"{prepared.mixture.skipped} documents could not be read and were left out")
     return state
 
 

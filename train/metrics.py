@@ -72,18 +72,17 @@ def peak_flops(dtype: str) -> tuple[float, str]:
     return 2 * n**3 / min(seconds) * machines, f"a {n} × {n} {dtype} product measured here"
 
 
-class MetricsFile:
-    """metrics.jsonl: one line a step, written by process 0 alone. After a restart each step still stands there once.
+class StepLog:
+    """A file with at most one line a step, written by process 0 alone. After a restart no step stands there twice.
 
     Args:
-        folder: the run's.
+        path: of the file.
         step: the restored step; lines of later ones, and a torn last line, are dropped.
-        tensorboard: also write numbers to `folder/tensorboard`.
+        tensorboard: a folder to which the numbers are also written; none: nowhere else.
     """
 
-    def __init__(self, folder: Path, step: int, tensorboard: bool = False):
-        path = folder / "metrics.jsonl"
-        kept = [line for line, record in read_metrics(path) if record["step"] <= step]
+    def __init__(self, path: Path, step: int, tensorboard: Path | None = None):
+        kept = [line for line, record in read_steps(path) if record["step"] <= step]
         partial = path.with_suffix(".partial")
         partial.write_text("".join(kept))
         partial.replace(path)
@@ -92,10 +91,10 @@ class MetricsFile:
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            self._board = SummaryWriter(str(tensorboard), purge_step=step + 1)
 
     def write(self, record: dict[str, Any]) -> None:
-        """One step's line, with whatever was measured for it."""
+        """One step's line."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         if self._board:
@@ -121,8 +120,8 @@ def scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield prefix + name, value
 
 
-def read_metrics(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The complete (line, record) pairs of a metrics.jsonl, up to the first that is torn; none where there is none."""
+def read_steps(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The complete (line, record) pairs of a `StepLog`, up to the first that is torn; none where there is no file."""
     records = []
     for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
         try:

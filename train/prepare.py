@@ -1,9 +1,11 @@
 """What a run stands on before its first step: a folder of its own, its text, its tokenizer, what it holds out."""
 
+import hashlib
 import importlib.util
+import json
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +14,19 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from data.corpus import Corpus, open_corpus
+from data.config import OWN_FIELDS
 from data.errors import InputError
 from data.formats.stdlib import snapshot_stdlib
+from data.mixture import MixedStream, Mixture, field_of, first_positions, open_mixture, open_streams
 from data.tokenizer import MODEL_FILE, Tokenizer, copy_tokenizer, train_tokenizer
-from train.config import Config, resume_differences
+from train.config import Config, config_fields, resume_differences
 from train.mesh import once
-from train.run import Run
+from train.metrics import read_steps
+from train.run import Run, Text
 
 log = logging.getLogger("ziggurat")
+
+ACCEPT = "accept the change of the data with --config.data.accept_changes=true"
 
 
 @dataclass(frozen=True)
@@ -29,17 +35,17 @@ class Prepared:
 
     Attributes:
         config: every derived field filled in.
-        corpus: the text.
+        mixture: the text.
         tokenizer: of the run.
         held_out: the documents that it evaluates on at its end.
-        fingerprints: of corpus and tokenizer, kept in each checkpoint.
+        identity: what the order of the data follows from, kept in each checkpoint.
     """
 
     config: Config
-    corpus: Corpus
+    mixture: Mixture
     tokenizer: Tokenizer
-    held_out: list[str]
-    fingerprints: dict[str, str]
+    held_out: list[Text]
+    identity: dict[str, Any]
 
 
 def prepare(config: Config, run: Run) -> Prepared:
@@ -49,12 +55,12 @@ def prepare(config: Config, run: Run) -> Prepared:
         InputError: the folder is something else's, or config, corpus or tokenizer don't fit it or each other.
     """
     check_folder(config, run)
-    corpus = open_run_corpus(config, run)
+    mixture = open_run_mixture(config, run)
     # A run begins with its first checkpoint. What a start without one has left is made anew.
     if not run.last_step():
-        corpus.check()
+        mixture.check()
         once(lambda: claim(config, run))
-    tokenizer = run_tokenizer(config, run, corpus)
+    tokenizer = run_tokenizer(config, run, mixture)
     given = config.model.vocab_size
     if given is not None and given < tokenizer.vocab_size:
         raise InputError(
@@ -62,14 +68,13 @@ def prepare(config: Config, run: Run) -> Prepared:
             "raise it, or leave it at none"
         )
     config = config.resolved(tokenizer.vocab_size)
-    size = config.evaluation.max_bytes
-    make_once(run.held_out, lambda: run.save_held_out(up_to(corpus.held_out_texts(), size)))
+    make_once(run.held_out, lambda: run.save_held_out(held_out_of(mixture, config.evaluation.max_bytes)))
     held_out = run.held_out_texts()
     if config.data.validation_fraction and not held_out and jax.process_index() == 0:
         log.warning("no document is held out, so nothing is evaluated; raise data.validation_fraction, or give more")
-    fingerprints = {"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
+    fingerprints = mixture.fingerprints() | {"tokenizer": tokenizer.fingerprint}
     check_same_everywhere(fingerprints)
-    return Prepared(config, corpus, tokenizer, held_out, fingerprints)
+    return Prepared(config, mixture, tokenizer, held_out, identity_of(config, mixture) | fingerprints)
 
 
 def check_folder(config: Config, run: Run) -> None:
@@ -85,11 +90,13 @@ def check_folder(config: Config, run: Run) -> None:
         return
     saved = run.load_config()
     differences = resume_differences(saved, config.resolved(saved.model.vocab_size))
-    if differences["frozen"]:
-        changes = "\n".join(f"  {line}" for line in differences["frozen"])
+    accepts = config.data.accept_changes
+    if frozen := [line for line in differences["frozen"] if not (accepts and line.startswith("data."))]:
+        changes = "\n".join(f"  {line}" for line in frozen)
+        accept = ACCEPT + ", " if all(line.startswith("data.") for line in frozen) else ""
         raise InputError(
             f"{run.folder} holds a run with other settings, which cannot change on resume:\n{changes}\n"
-            "  give the old values, or start another run with --config.train.run_dir=FOLDER"
+            f"  give the old values, {accept}or start another run with --config.train.run_dir=FOLDER"
         )
     if config.train.num_steps < last_step:
         raise InputError(
@@ -106,16 +113,35 @@ def claim(config: Config, run: Run) -> None:
     run.clear()
 
 
-def open_run_corpus(config: Config, run: Run) -> Corpus:
-    """The corpus that the config names; the default one is kept in the run's folder on first use."""
-    path = config.data.corpus
-    if path == "stdlib":
-        path = str(run.snapshot)
+def open_run_mixture(config: Config, run: Run) -> Mixture:
+    """The corpora that the config names; the default one is kept in the run's folder on first use."""
+
+    def stdlib() -> str:
         make_once(run.snapshot, lambda: snapshot_stdlib(run.snapshot))
-    return open_corpus(path, config.resolved().data, leave_out=run.folder)
+        return str(run.snapshot)
+
+    return open_mixture(config.resolved().data, stdlib, leave_out=run.folder)
 
 
-def run_tokenizer(config: Config, run: Run, corpus: Corpus) -> Tokenizer:
+def held_out_of(mixture: Mixture, size: int) -> list[Text]:
+    """The first held-out documents of each corpus, of `size` bytes in all, shared equally."""
+    share = size // len(mixture.sources)
+    return [
+        text
+        for name, documents in mixture.held_out()
+        for text in up_to((Text(document.text, document.prompt, name) for document in documents), share)
+    ]
+
+
+def some_of(held_out: list[Text], size: int) -> list[Text]:
+    """The first of these documents, of `size` bytes in all, shared equally by their corpora."""
+    names = dict.fromkeys(text.corpus for text in held_out)
+    return [
+        text for name in names for text in up_to((text for text in held_out if text.corpus == name), size // len(names))
+    ]
+
+
+def run_tokenizer(config: Config, run: Run, mixture: Mixture) -> Tokenizer:
     """The run's tokenizer: what is there, else a copy of `tokenizer.path`, else a new one trained on a sample.
 
     Raises:
@@ -127,7 +153,7 @@ def run_tokenizer(config: Config, run: Run, corpus: Corpus) -> Tokenizer:
         if path:
             copy_tokenizer(Tokenizer.load(path), run.tokenizer)
         else:
-            train_run_tokenizer(config, corpus, run.tokenizer)
+            train_run_tokenizer(config, mixture, run.tokenizer)
 
     make_once(run.tokenizer / MODEL_FILE, make)
     tokenizer = Tokenizer.load(run.tokenizer)
@@ -138,36 +164,108 @@ def run_tokenizer(config: Config, run: Run, corpus: Corpus) -> Tokenizer:
     return tokenizer
 
 
-def train_run_tokenizer(config: Config, corpus: Corpus, folder: Path) -> Tokenizer:
-    """Train the tokenizer that the config asks for on a bounded sample of the corpus's training documents."""
+def train_run_tokenizer(config: Config, mixture: Mixture, folder: Path) -> Tokenizer:
+    """Train the tokenizer that the config asks for on a bounded sample of the training documents.
+
+    Of several corpora each gives the part that its first weight says.
+    """
     log.info("training a tokenizer of %d pieces", config.tokenizer.vocab_size)
-    sample = up_to(corpus.training_texts(config.train.seed), config.tokenizer.sample_bytes)
+    sample: list[str] = []
+    for source, share in zip(mixture.sources, mixture.shares(0), strict=True):
+        texts = source.corpus.training_texts(config.train.seed)
+        size = config.tokenizer.sample_bytes * share // sum(mixture.shares(0))
+        sample += [text.text for text in up_to(map(Text, texts), size)] if size else []
     return train_tokenizer(sample, config.tokenizer.vocab_size, folder)
 
 
-def up_to(texts: Iterable[str], size: int) -> list[str]:
+def up_to(texts: Iterable[Text], size: int) -> list[Text]:
     """The first texts, of `size` bytes in all; the last is cut where it is longer."""
-    taken: list[str] = []
+    taken: list[Text] = []
     for text in texts:
-        encoded = text.encode()
+        encoded = text.text.encode()
         if len(encoded) >= size:
             cut = encoded[:size].decode(errors="ignore")
-            return [*taken, cut] if cut else taken
+            return [*taken, text._replace(text=cut)] if cut else taken
         taken.append(text)
         size -= len(encoded)
     return taken
 
 
-def check_fingerprints(saved: dict[str, str], now: dict[str, str], config: Config) -> None:
-    """InputError where the corpus or the tokenizer is not what the checkpoint was trained on."""
-    if saved["corpus"] != now["corpus"]:
+def identity_of(config: Config, mixture: Mixture) -> dict[str, Any]:
+    """The settings that the order of the data follows from, by name (C1); beside them stand the fingerprints."""
+    found = {
+        f"data.{name}": getattr(config.data, name)
+        for group, name, setting in config_fields()
+        if group == "data" and setting.metadata.get("resume", "frozen") == "frozen"
+    }
+    for source in mixture.sources if isinstance(config.data.corpus, dict) else []:
+        found[f"{field_of(source.name)}.weight"] = [list(stage) for stage in source.weights]
+        for name in OWN_FIELDS:
+            found[f"{field_of(source.name)}.{name}"] = getattr(source.config, name)
+    return found | {"train.seed": config.train.seed}
+
+
+def restored_positions(progress: Mapping[str, Any], prepared: Prepared) -> np.ndarray:
+    """Where the streams go on: at the checkpoint's positions, or, where the data has changed, in an epoch of their own.
+
+    Raises:
+        InputError: corpus, tokenizer or data settings are not what the checkpoint was trained on, and
+            `data.accept_changes` is not set.
+    """
+    saved, now, config = progress["identity"], prepared.identity, prepared.config
+    positions = np.array(progress["positions"], np.int64)
+    names = [name for name in saved | now if saved.get(name) != now.get(name)]
+    if not names:
+        return positions
+    changes = [f"{name}: {_short(saved.get(name))} → {_short(now.get(name))}" for name in names]
+    if not config.data.accept_changes:
+        lines = "".join(f"  {line}\n" for line in changes)
         raise InputError(
-            f"data.corpus = {config.data.corpus} is not the text that this run began with (its fingerprint was "
-            f"{saved['corpus'][:12]}, now it is {now['corpus'][:12]}); restore it, or start another run with "
-            "--config.train.run_dir=FOLDER"
+            f"the data is not what the run in {config.train.run_dir} has been trained on:\n{lines}"
+            f"  restore it, {ACCEPT}, or start another run with --config.train.run_dir=FOLDER"
         )
-    if saved["tokenizer"] != now["tokenizer"]:
-        raise InputError(f"{config.train.run_dir}/tokenizer is not the one that this run began with; restore it")
+    for line in changes:
+        log.warning("changed on resume: %s", line)
+    if all(name.endswith((".weight", ".epochs")) for name in names):
+        return positions
+    epoch = int(positions[:, :, 0].max()) + 1
+    log.warning("the streams begin anew, with epoch %d", epoch)
+    assert config.data.num_streams is not None
+    return first_positions(prepared.mixture, config.data.num_streams, epoch)
+
+
+def data_fingerprint(identity: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of a `Prepared.identity`."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def streams_before(
+    step: int, config: Config, run: Run, mixture: Mixture, tokenizer: Tokenizer
+) -> tuple[int, dict[int, MixedStream]]:
+    """(s, all streams at the beginning of the batch that step s read), for the newest logged s up to `step`, from 0.
+
+    Raises:
+        InputError: the run has read other data around this step than its config and corpus say now.
+    """
+    logged = [record for _, record in read_steps(run.positions)]
+    identity = identity_of(config, mixture) | mixture.fingerprints() | {"tokenizer": tokenizer.fingerprint}
+    before = [record for record in logged if record["step"] <= step]
+    if any(record["data"] != data_fingerprint(identity) for record in before[-1:] or logged[:1]):
+        raise InputError(
+            f"the data that {run.folder} read in step {step + 1} is not what its corpus, tokenizer and data settings "
+            "are now; restore them"
+        )
+    assert config.data.num_streams is not None
+    begin, positions = 0, first_positions(mixture, config.data.num_streams)
+    if before:
+        begin, positions = before[-1]["step"], np.array(before[-1]["positions"], np.int64)
+    streams = range(config.data.num_streams)
+    return begin, open_streams(mixture, tokenizer.encode_all, tokenizer.eos_id, config.train.seed, streams, positions)
+
+
+def _short(value: Any) -> str:
+    """A value for a person; of a fingerprint the beginning."""
+    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
 
 
 def check_same_everywhere(fingerprints: dict[str, str]) -> None:

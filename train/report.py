@@ -4,9 +4,10 @@ import shlex
 
 import jax
 
+from data.mixture import Mixture, Source, field_of
 from model.parameters import count_parameters
 from train.evaluate import gzip_bits_per_byte
-from train.metrics import read_metrics
+from train.metrics import read_steps
 from train.prepare import Prepared
 from train.run import Run
 from train.schedule import batch_size
@@ -15,7 +16,7 @@ from train.weights import why_no_export
 
 def opening(prepared: Prepared, step: int, peak: str) -> list[str]:
     """What will be trained, on what and with what; one line each."""
-    config, corpus = prepared.config, prepared.corpus
+    config = prepared.config
     mesh = " × ".join(f"{axis} {size}" for axis, size in jax.sharding.get_mesh().shape.items())
     first, full = (rows * config.data.segment_length for rows in (batch_size(config, 0), config.train.batch_size))
     tokens = f"{full:,} tokens each"
@@ -24,7 +25,12 @@ def opening(prepared: Prepared, step: int, peak: str) -> list[str]:
     begin = f"goes on from step {step}" if step else "starts"
     lines = [
         f"{config.train.run_dir} {begin} of {config.train.num_steps} steps, {tokens}",
-        f"corpus: {corpus.describe()}; {prepared.tokenizer.vocab_size:,} token ids",
+        *(
+            f"{field_of(source.name).removeprefix('data.')}: {source.corpus.describe()}, "
+            f"fingerprint {source.corpus.fingerprint[:12]}{drawn(source, prepared.mixture)}"
+            for source in prepared.mixture.sources
+        ),
+        f"tokenizer: {prepared.tokenizer.vocab_size:,} token ids",
         f"model: {count_parameters(config.model):,} parameters, {config.model.compute_dtype} compute",
         f"devices: {jax.device_count()} {jax.devices()[0].device_kind} as {mesh}; processes: {jax.process_count()}",
         f"peak: {peak}",
@@ -36,12 +42,26 @@ def opening(prepared: Prepared, step: int, peak: str) -> list[str]:
     return lines
 
 
+def drawn(source: Source, mixture: Mixture) -> str:
+    """How often rows are of a corpus, and how often it is read."""
+    sums = [sum(other.weight(step) for other in mixture.sources) for step, _ in source.weights]
+    shares = [
+        f"{weight / total:.1%} of the rows" + (f" from step {step}" if step else "")
+        for (step, weight), total in zip(source.weights, sums, strict=True)
+    ]
+    epochs = [f"the run ends after {source.config.epochs} epochs of it"] if source.config.epochs else []
+    return "".join(f"; {word}" for word in ([*shares] if len(mixture.sources) > 1 else []) + epochs)
+
+
 def closing(run: Run, program: str) -> str:
     """How the run ended, and what can be done with it now; `program` is how the user calls ziggurat."""
     config, held_out = run.load_config(), run.held_out_texts()
-    records = [record for _, record in read_metrics(run.folder / "metrics.jsonl")]
+    records = [record for _, record in read_steps(run.metrics)]
     evaluated = [record for record in records if "validation_bits_per_byte" in record]
-    lines = [f"{run.folder} is finished: {config.train.num_steps} steps"]
+    steps = records[-1]["step"] if records else config.train.num_steps
+    lines = [f"{run.folder} is finished: {steps} steps"]
+    if steps < config.train.num_steps:
+        lines[0] += f" of {config.train.num_steps}, where its corpus ended"
     if records:
         rates = sorted(record["tokens_per_second"] for record in records)
         lines[0] += f", {rates[len(rates) // 2]:,.0f} tokens/s"

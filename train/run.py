@@ -1,4 +1,4 @@
-"""A run's folder: config.json, tokenizer/, checkpoints/, metrics.jsonl, and the documents that it holds out."""
+"""A run's folder: config.json, tokenizer/, checkpoints/, what it logs, and the documents that it holds out."""
 
 import dataclasses
 import json
@@ -6,7 +6,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -21,6 +21,14 @@ from train.weights import is_export, read_huggingface
 
 # Ends the name of a file that is not whole yet.
 PARTIAL = ".partial"
+
+
+class Text(NamedTuple):
+    """A held-out document: its text, what stands before it and is not counted, and the name of its corpus."""
+
+    text: str
+    prompt: str = ""
+    corpus: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,16 @@ class Run:
     def held_out(self) -> Path:
         """The documents that the run evaluates on, so that its folder is enough to evaluate it."""
         return self.folder / "held_out.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        """What was measured, a line a step."""
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def positions(self) -> Path:
+        """Where the data was after some of the steps."""
+        return self.folder / "positions.jsonl"
 
     @property
     def profile(self) -> Path:
@@ -115,15 +133,16 @@ class Run:
             lines = "\n".join(f"  {line}" for line in str(error).splitlines())
             raise InputError(f"{self.config_file} is not the config of a run of this version:\n{lines}") from None
 
-    def held_out_texts(self) -> list[str]:
+    def held_out_texts(self) -> list[Text]:
         """The documents of `held_out`."""
         if not self.held_out.is_file():
             return []
-        return [json.loads(line)["text"] for line in self.held_out.read_text().splitlines()]
+        return [Text(**json.loads(line)) for line in self.held_out.read_text().splitlines()]
 
-    def save_held_out(self, texts: list[str]) -> None:
+    def save_held_out(self, texts: list[Text]) -> None:
         """Keep these documents with the run."""
-        write_atomically(self.held_out, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+        records = ({name: value for name, value in text._asdict().items() if value} for text in texts)
+        write_atomically(self.held_out, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def write_atomically(path: Path, text: str) -> None:

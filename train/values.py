@@ -1,6 +1,7 @@
 """Reading the value of a field by its type: from Python, from JSON, or from a flag's text."""
 
 import dataclasses
+import json
 import math
 import types
 import typing
@@ -12,7 +13,8 @@ PAIR = tuple[int, int]
 def kinds_of(setting: dataclasses.Field) -> tuple[type, ...]:
     """The types that a field may have."""
     kind = setting.type
-    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (typing.cast(type, kind),)
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (typing.cast(type, kind),)
+    return tuple(dict if typing.get_origin(kind) is dict else kind for kind in kinds)
 
 
 def from_value(value: Any, kinds: tuple[type, ...]) -> Any:
@@ -40,6 +42,11 @@ def from_text(text: str, kinds: tuple[type, ...]) -> Any:
         if text.lower() in ("true", "false"):
             return text.lower() == "true"
         raise ValueError("true or false")
+    if dict in kinds and text.startswith("{"):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"JSON where it begins with {{: {error}") from None
     if str in kinds:
         return text
     if PAIR in kinds:
@@ -65,6 +72,12 @@ def from_text(text: str, kinds: tuple[type, ...]) -> Any:
 
 
 def _kinds_text(kinds: tuple[type, ...]) -> str:
-    names: dict[Any, str] = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+    names: dict[Any, str] = {
+        int: "a whole number",
+        float: "a number",
+        str: "a text",
+        bool: "true or false",
+        dict: "a mapping",
+    }
     names |= {PAIR: "two whole numbers, as in (5,8),", types.NoneType: "none"}
     return " or ".join(names[kind] for kind in kinds)

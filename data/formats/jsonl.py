@@ -2,42 +2,65 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
+from typing import BinaryIO
 
-from data.errors import InputError
+from data.errors import BadText
+from data.formats.content import Content, Fields, Found
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# Characters of the list of a record's fields in a message.
+MOST_NAMES = 200
 
 
-def read(path: Path, begin: int, end: int, field: str) -> Iterator[tuple[int, str]]:
-    """(byte offset, text) of each line that begins in this range; blank lines are passed over.
+def read(stream: BinaryIO, at: int, end: int | None, fields: Fields) -> Iterator[Found]:
+    """Each line that begins before a byte, as (byte, document or problem); blank lines are passed over.
+
+    Args:
+        stream: stands at a line's beginning.
+        at: the byte there.
+        end: none: all lines.
+        fields: of the objects.
+    """
+    while (end is None or at < end) and (line := stream.readline()):
+        begin, at = at, at + len(line)
+        if begin == 0:
+            line = line.removeprefix(BYTE_ORDER_MARK)
+        if not line or line.isspace():
+            continue
+        try:
+            yield begin, parse(line, fields)
+        except BadText as error:
+            yield begin, error
+
+
+def parse(line: bytes, fields: Fields) -> Content:
+    """The document of a line.
 
     Raises:
-        InputError: a line is no JSON object with a text in this field, or too deeply nested; names the line.
+        BadText: it is no JSON object with these fields, or too deeply nested.
     """
-    with path.open("rb") as file:
-        if begin:
-            file.seek(begin - 1)
-            file.readline()
-        while (offset := file.tell()) < end:
-            line = file.readline()
-            if not line:
-                return
-            if line.isspace():
-                continue
-            try:
-                record = json.loads(line)
-                if not isinstance(record, dict):
-                    raise ValueError(f"is no object but {type(record).__name__}")
-                if field not in record:
-                    raise ValueError(f"has no field {field!r}, only {', '.join(record)}; see data.text_field")
-                if not isinstance(record[field], str):
-                    raise ValueError(f"field {field!r} is no text but {type(record[field]).__name__}")
-                record[field].encode()
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{path}:{line_number(path, offset)}: {error}") from None
-            yield offset, record[field]
+    try:
+        record = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise BadText(f"byte {error.start} of the line is no UTF-8 ({error.reason})") from None
+    except json.JSONDecodeError as error:
+        raise BadText(f"is no JSON: {error.msg} at character {error.pos}") from None
+    except (ValueError, RecursionError) as error:
+        raise BadText(f"is JSON that cannot be read: {error}") from None
+    if not isinstance(record, dict):
+        raise BadText(f"is no object but {type(record).__name__}")
+    text = _text(record, fields.text, "data.text_field")
+    return Content(text, "" if fields.prompt is None else _text(record, fields.prompt, "data.prompt_field"))
 
 
-def line_number(path: Path, offset: int) -> int:
-    """Of the line that begins at this byte, from 1."""
-    with path.open("rb") as file:
-        return file.read(offset).count(b"\n") + 1
+def _text(record: dict[str, object], name: str, setting: str) -> str:
+    if name not in record:
+        raise BadText(f"has no field {name!r}, only {', '.join(record)[:MOST_NAMES]}; see {setting}")
+    value = record[name]
+    if not isinstance(value, str):
+        raise BadText(f"field {name!r} is no text but {type(value).__name__}; see {setting}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadText(f"field {name!r} has half a character at {error.start}: {value[error.start]!r}") from None
+    return value

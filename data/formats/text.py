@@ -1,43 +1,51 @@
 """Plain text: a file is a document, which may be read in pieces."""
 
-from pathlib import Path
-
-from data.errors import InputError
+from data.errors import BadText
+from data.files import File, open_file
 
 # How far behind the wanted place a cut looks for the end of a line.
 LINE_BYTES = 2**16
 
 
-def cut(path: Path, at: int, end: int) -> int:
+def cut(file: File, at: int, end: int) -> int:
     """The byte at which a piece that is wanted to begin at `at` begins: after the line that it falls into.
 
     In a very long line, at the next character. At least 0, at most `end`.
+
+    Raises:
+        InputError, BadText: as `open_file`.
     """
     if at <= 0 or at >= end:
         return min(max(at, 0), end)
-    with path.open("rb") as file:
-        file.seek(at - 1)
-        after = file.read(min(LINE_BYTES, end - at + 1))
+    with open_file(file, at - 1, end) as stream:
+        after = stream.read(min(LINE_BYTES, end - at + 1))
     if (newline := after.find(b"\n")) >= 0:
         return at + newline
-    return next_character(path, at, end)
+    return next_character(file, at, end)
 
 
-def next_character(path: Path, at: int, end: int) -> int:
-    """The first byte from `at` on at which a character begins; at most `end`."""
-    with path.open("rb") as file:
-        file.seek(at)
-        after = file.read(min(LINE_BYTES, end - at))
+def next_character(file: File, at: int, end: int) -> int:
+    """The first byte from `at` on at which a character begins; at most `end`.
+
+    Raises:
+        InputError, BadText: as `open_file`.
+    """
+    with open_file(file, at, end) as stream:
+        after = stream.read(min(LINE_BYTES, end - at))
     # A character's later bytes are 10xxxxxx.
     return at + next((i for i, byte in enumerate(after) if byte & 0xC0 != 0x80), end - at)
 
 
-def read(path: Path, begin: int, end: int) -> str:
-    """The text of these bytes. InputError where they are no UTF-8."""
-    with path.open("rb") as file:
-        file.seek(begin)
-        content = file.read(end - begin)
+def read(file: File, begin: int, end: int) -> str:
+    """The text of these bytes.
+
+    Raises:
+        BadText: they are no UTF-8, or as `open_file`.
+        InputError: as `open_file`.
+    """
+    with open_file(file, begin, end) as stream:
+        content = stream.read(end - begin)
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {begin + error.start} is no UTF-8 ({error.reason}); convert the file") from None
+        raise BadText(f"byte {begin + error.start} is no UTF-8 ({error.reason}); convert the file") from None

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from train.evaluate import gzip_bits_per_byte
-from train.metrics import read_metrics
-from train.prepare import open_run_corpus
+from train.metrics import read_steps
+from train.prepare import open_run_mixture
 from train.run import Run
 
 ORDER = 5
@@ -72,7 +72,7 @@ def peers(run: Run) -> dict[str, float]:
     """Bits a byte of the run's held-out documents by each that is no neural network."""
     config, held_out = run.load_config(), run.held_out_texts()
     size = sum(len(text.encode()) for text in held_out)
-    model = KneserNey(grams(open_run_corpus(config, run).training_texts(config.train.seed)))
+    model = KneserNey(grams(open_run_mixture(config, run).sources[0].corpus.training_texts(config.train.seed)))
     figures = {
         "byte_5_gram": float(-np.log2(model(grams(held_out))).sum() / size),
         "gzip_9": gzip_bits_per_byte(held_out),
@@ -86,7 +86,7 @@ def main(folder: Path) -> None:
     run = Run(folder)
     held_out = run.held_out_texts()
     size = sum(len(text.encode()) for text in held_out)
-    evaluated = [r for _, r in read_metrics(folder / "metrics.jsonl") if "validation_bits_per_byte" in r]
+    evaluated = [r for _, r in read_steps(folder / "metrics.jsonl") if "validation_bits_per_byte" in r]
     figures = {"run": evaluated[-1]["validation_bits_per_byte"]} | peers(run)
     print(f"{len(held_out)} held-out documents, {size:,} bytes, after {evaluated[-1]['step']} steps")
     for name, bits in figures.items():

@@ -28,7 +28,7 @@ from launch.presets import load_config
 from tests.benchmarks.compression import peers
 from train.config import Config
 from train.mesh import batch_sharding, make_mesh
-from train.metrics import read_metrics
+from train.metrics import read_steps
 from train.optimizer import make_optimizer
 from train.run import Run
 from train.state import make_state
@@ -56,7 +56,7 @@ def train(folder: Path, recipe: dict[str, str], seed: int) -> list[dict]:
     flags = [f"--config.{name}={value}" for name, value in fields.items()]
     command = [sys.executable, "-m", "launch.cli", "pretrain", "--config=tiny", *flags]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return [record for _, record in read_metrics(folder / "metrics.jsonl")]
+    return [record for _, record in read_steps(folder / "metrics.jsonl")]
 
 
 def steps_of(config: Config) -> Callable[[], float]:

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from launch.cli import main as ziggurat
-from train.metrics import read_metrics
-from train.prepare import open_run_corpus, run_tokenizer
+from train.metrics import read_steps
+from train.prepare import open_run_mixture, run_tokenizer
 from train.run import Run
 
 RATES = {"vaswani_base": 2e-4}
@@ -26,10 +26,10 @@ RATES = {"vaswani_base": 2e-4}
 def unigram_entropy(run: Run) -> float:
     """Nats a token of the training documents, ends included, for who knows the tokens' frequencies alone."""
     config = run.load_config()
-    corpus = open_run_corpus(config, run)
-    tokenizer = run_tokenizer(config, run, corpus)
+    mixture = open_run_mixture(config, run)
+    tokenizer = run_tokenizer(config, run, mixture)
     counts = np.zeros(tokenizer.vocab_size)
-    for text in corpus.training_texts(config.train.seed):
+    for text in mixture.sources[0].corpus.training_texts(config.train.seed):
         counts += np.bincount(tokenizer.encode(text), minlength=len(counts))
         counts[tokenizer.eos_id] += 1
     p = counts[counts > 0] / counts.sum()
@@ -56,7 +56,7 @@ def main() -> None:
             ["pretrain", f"--config={name}", *(f"--config.{key}={value}" for key, value in changes.items())]
         )
         assert status == 0, name
-        records = [record for _, record in read_metrics(run.folder / "metrics.jsonl")]
+        records = [record for _, record in read_steps(run.folder / "metrics.jsonl")]
         entropy, loss = unigram_entropy(run), records[-1]["validation_loss"]
         losses = [record["loss"] for record in records]
         below = next((n for n in range(10, steps + 1) if np.mean(losses[n - 10 : n]) < entropy), math.nan)

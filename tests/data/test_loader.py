@@ -10,13 +10,14 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from data.config import DataConfig
-from data.corpus import open_corpus
 from data.errors import InputError
-from data.loader import Loader, gather_positions
+from data.loader import UNREAD, Loader, gather_positions, is_over
+from data.mixture import NUMBERS, Mixture, open_mixture
+from data.segmenter import fill
 from data.tokenizer import train_tokenizer
 from tests.data.texts import code
 
-CONFIG = DataConfig(segment_length=32, num_streams=4, chunk_bytes=20_000, shuffle_bytes=50_000)
+CONFIG = DataConfig(segment_length=32, num_streams=4, chunk_bytes=20_000, shuffle_window=50_000)
 
 
 @pytest.fixture(scope="module")
@@ -24,20 +25,24 @@ def made(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("loader")
     (folder / "a.jsonl").write_text("".join(json.dumps({"text": text[:6000]}) + "\n" for text in code()))
     tokenizer = train_tokenizer(code()[:10], 1000, folder / "tokenizer")
-    return open_corpus(str(folder / "a.jsonl"), CONFIG), tokenizer
+    return mixture_of(folder / "a.jsonl"), tokenizer
+
+
+def mixture_of(path, **changes) -> Mixture:
+    return open_mixture(dataclasses.replace(CONFIG, corpus=str(path), **changes), lambda: "")
 
 
 def loader(made, devices: int = 1, positions=None, sizes=None, **changes) -> Loader:
     mesh = Mesh(np.array(jax.devices()[:devices]), ("batch",), axis_types=(AxisType.Explicit,))
     sharding = NamedSharding(mesh, PartitionSpec("batch"))
     config = dataclasses.replace(CONFIG, **changes)
-    corpus, tokenizer = made
-    return Loader(corpus, tokenizer, config, 0, sizes or itertools.repeat(8), 4, sharding, positions)
+    mixture, tokenizer = made
+    return Loader(mixture, tokenizer, config, 0, sizes or itertools.repeat(8), sharding, positions)
 
 
 def take(loader: Loader, count: int):
     with loader:
-        return [(jax.device_get(batch), positions) for batch, positions in itertools.islice(loader, count)]
+        return [(jax.device_get(batch), positions) for batch, positions, _ in itertools.islice(loader, count)]
 
 
 def assert_same(one, other):
@@ -59,7 +64,7 @@ def test_devices_workers_and_prefetch_change_nothing(made):
 def test_positions_of_what_was_taken_restore_the_rest(made):
     expected = take(loader(made), 9)
     positions = gather_positions(expected[3][1])
-    assert positions.shape == (4, 4)
+    assert positions.shape == (4, 1, NUMBERS)
     assert_same(take(loader(made, positions=positions), 5), expected[4:])
 
 
@@ -74,45 +79,75 @@ def test_a_process_reads_the_streams_of_its_own_rows_alone(made):
             cuts = {2: slice(2 * rows, 3 * rows), 3: slice(3 * rows, 4 * rows)}
             return {f"device {i}": (cut, slice(None)) for i, cut in cuts.items()}
 
-    mine = Loader(*made, CONFIG, 0, itertools.repeat(8), 4, Half())  # type: ignore[arg-type]
+    mine = Loader(*made, CONFIG, 0, itertools.repeat(8), Half())  # type: ignore[arg-type]
     assert sorted(mine._streams) == [2, 3]
     assert sorted(whole._streams) == [0, 1, 2, 3]
     for v in (2, 3):
         for _ in range(4):
-            row, position = next(mine._streams[v])
-            expected, expected_position = next(whole._streams[v])
-            assert position == expected_position
-            np.testing.assert_array_equal(row["tokens"], expected["tokens"])
+            assert tokens(mine, v) == tokens(whole, v)
+            np.testing.assert_array_equal(mine._streams[v].positions, whole._streams[v].positions)
 
 
 def test_rows_are_stream_major(made):
     batch, _ = take(loader(made), 1)[0]
     fresh = loader(made)
     for b in range(8):
-        row, _ = next(fresh._streams[b * 4 // 8])
-        np.testing.assert_array_equal(batch["tokens"][b], row["tokens"])
+        assert batch["tokens"][b].tolist() == tokens(fresh, b * 4 // 8)
 
 
 def test_batches_that_grow_read_on_in_every_stream(made):
     sizes = [4, 4, 8, 8, 16, 16]
     batches = take(loader(made, sizes=iter(sizes)), 6)
-    streams = loader(made)._streams
+    fresh = loader(made)
     for (batch, positions), size in zip(batches, sizes, strict=True):
         assert batch["tokens"].shape == (size, 32)
         for b in range(size):
-            row, position = next(streams[b * 4 // size])
-            np.testing.assert_array_equal(batch["tokens"][b], row["tokens"])
-            assert b * 4 // size == (b + 1) * 4 // size or tuple(positions[b * 4 // size]) == position
+            v = b * 4 // size
+            assert batch["tokens"][b].tolist() == tokens(fresh, v)
+            assert v == (b + 1) * 4 // size or (positions[v] == fresh._streams[v].positions).all()
     assert_same(take(loader(made, devices=4, sizes=iter(sizes)), 6), batches)
     for done in range(1, 6):
         rest = loader(made, positions=batches[done - 1][1], sizes=iter(sizes[done:]))
         assert_same(take(rest, 6 - done), batches[done:])
 
 
+def tokens(loader: Loader, v: int) -> list[int]:
+    """Of the next row of a stream."""
+    return fill(loader._streams[v].take(0)[1], CONFIG)["tokens"].tolist()
+
+
+def test_positions_of_other_processes_are_left_to_them():
+    positions = np.full((4, 2, NUMBERS), UNREAD)
+    positions[1:3] = np.arange(-6, 18).reshape(2, 2, NUMBERS)
+    np.testing.assert_array_equal(gather_positions(positions), positions)
+    halves = np.stack([positions, np.where(positions == UNREAD, -(2**40), UNREAD)]).view(np.int32)
+    whole = np.where(positions == UNREAD, -(2**40), positions)
+    np.testing.assert_array_equal(halves.view(np.int64).max(axis=0), whole)
+
+
+@pytest.mark.parametrize("segmentation", ["concatenate", "pack"])
+def test_a_run_of_some_epochs_trains_on_every_row_and_then_ends(tmp_path, made, segmentation):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{i} " * (10 + i % 50)}) + "\n" for i in range(400)))
+    changes = {"epochs": 2, "segmentation": segmentation, "chunk_bytes": 700, "shuffle_window": 3000}
+    mixture = mixture_of(path, **changes)
+    weight, ends = 0.0, 0
+    with loader((mixture, made[1]), **changes) as batches:
+        for batch, _, left in batches:
+            weight += float(batch["loss_weights"].sum())
+            ends += 1
+            if is_over(left, mixture):
+                break
+    [source] = mixture.sources
+    texts = list(source.corpus.training_texts(0))
+    assert weight == 2 * sum(len(made[1].encode(text)) + 1 for text in texts)
+    assert ends > 20
+
+
 def test_an_error_in_the_thread_is_raised_where_the_batch_is_asked_for(tmp_path, made):
     path = tmp_path / "a.jsonl"
     path.write_text((json.dumps({"text": "word " * 100}) + "\n") * 400)
-    corpus = open_corpus(str(path), CONFIG)
+    mixture = mixture_of(path)
     path.write_text(path.read_text().replace('"text"', '"tex_"'))
-    with pytest.raises(InputError, match=r"a\.jsonl:\d+: has no field 'text'"):
-        take(loader((corpus, made[1])), 50)
+    with pytest.raises(InputError, match=r"a\.jsonl.* has changed"):
+        take(loader((mixture, made[1])), 50)

@@ -1,11 +1,13 @@
 """The order (C1), that an epoch loses nothing (C2), and positions."""
 
 import dataclasses
+import gzip
 import itertools
 import json
 from collections import Counter
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 from hypothesis import given
@@ -15,144 +17,237 @@ from data import corpus as corpus_module
 from data.config import DataConfig
 from data.corpus import Corpus, open_corpus
 from data.errors import InputError
-from data.stream import EMPTY_EPOCHS, Stream
-from tests.data.stand_in import tokenize
+from data.segmenter import Part, fill
+from data.stream import BEGINNING, EMPTY_EPOCHS, Position, Reader, Start, Stream, open_readers
+from tests.data.stand_in import ByteTokenizer, tokenize
 
-CONFIG = DataConfig(segment_length=16, num_streams=3, chunk_bytes=400, shuffle_bytes=900, validation_fraction=0.1)
+CONFIG = DataConfig(segment_length=16, num_streams=3, chunk_bytes=400, shuffle_window=900, validation_fraction=0.1)
+SHAPES = [
+    {},
+    {"segmentation": "pack"},
+    {"train_last_position": False},
+    {"segmentation": "pack", "train_last_position": False, "shuffle_window": 2000},
+    {"document_mask": False, "shuffle_window": 1},
+]
 
 
-def write(folder: Path, texts: list[str], split: bool = False) -> str:
-    """The texts as one .jsonl, or each as a .txt."""
-    if split:
+def write(folder: Path, texts: list[str], ending: str = ".jsonl") -> str:
+    """The texts as one .jsonl, perhaps compressed, or each as a .txt."""
+    if ending == ".txt":
         for i, text in enumerate(texts):
             (folder / f"{i:03}.txt").write_text(text)
         return str(folder)
-    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return str(folder / "a.jsonl")
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    (folder / f"a{ending}").write_bytes(gzip.compress(lines) if ending.endswith(".gz") else lines)
+    return str(folder / f"a{ending}")
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+def some_texts() -> list[str]:
     random = np.random.default_rng(0)
-    texts = [f"{i}:" + "x" * int(random.integers(1, 80)) for i in range(150)]
-    return open_corpus(write(tmp_path_factory.mktemp("corpus"), texts), CONFIG)
+    return [f"{i}:" + "x" * int(random.integers(1, 80)) for i in range(150)]
 
 
-def stream(corpus: Corpus, v: int, position=(0, 0, 0, 0), seed: int = 0, config: DataConfig = CONFIG) -> Stream:
-    return Stream(corpus, tokenize, 0, config, seed, v, config.num_streams or 1, position)
+@pytest.fixture(scope="module", params=[".jsonl", ".jsonl.gz"])
+def corpus(request, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """One whose streams have chunks of their own, and one that they share."""
+    corpus = open_corpus(write(tmp_path_factory.mktemp("corpus"), some_texts(), request.param), CONFIG)
+    assert corpus.shared == (request.param == ".jsonl.gz")
+    return corpus
 
 
-def epoch_targets(corpus: Corpus, config: DataConfig, v: int, epoch: int) -> list[str]:
-    """The documents that a stream trains on in one epoch, read back from its rows' targets."""
-    targets: list[int] = []
-    expected = sum(
-        len(document.text.encode()) + document.ends
-        for window in stream(corpus, v, config=config).windows(epoch)
-        for document in stream(corpus, v, config=config).documents(epoch, window)
+def stream(corpus: Corpus, v: int, position=BEGINNING, seed: int = 0, config: DataConfig = CONFIG) -> Stream:
+    reader = open_readers(corpus, config, seed, {v: position})[v]
+    return Stream(reader, tokenize, ByteTokenizer.eos_id, config, v, position)
+
+
+def epoch_of(corpus: Corpus, config: DataConfig, v: int, epoch: int) -> list[list[Part]]:
+    """The rows of one epoch of a stream."""
+    bounded = dataclasses.replace(config, epochs=epoch + 1)
+    return [parts for parts, _ in stream(corpus, v, Position(epoch), config=bounded)]
+
+
+def pairs_in(rows: list[list[Part]], config: DataConfig) -> Counter:
+    """How often each (file, place, pair) of a document is trained on."""
+    found: Counter = Counter()
+    for parts in rows:
+        weights, filled = fill(parts, config)["loss_weights"], 0
+        for part in parts:
+            document = part.pairs.document
+            for pair, weight in enumerate(weights[filled : filled + part.end - part.begin], part.begin):
+                found[document.file, document.place, pair] += int(weight)
+            filled += part.end - part.begin
+    return found
+
+
+def wanted(corpus: Corpus) -> Counter:
+    """Once every pair of every training document."""
+    return Counter(
+        (document.file, document.place, pair)
+        for chunk in corpus.chunks
+        for document in corpus.documents(chunk)
+        for pair in range(len(document.text.encode()) + document.ends)
     )
-    for row, _ in stream(corpus, v, position=(epoch, 0, 0, 0), config=config):
-        assert (row["loss_weights"] == 1).all()
-        targets += row["targets"].tolist()
-        if len(targets) >= expected:
-            break
-    return bytes(t - 1 if t else 0 for t in targets[:expected]).decode().split("\0")
 
 
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".txt"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@hypothesis.settings(max_examples=15)
 @given(
     texts=st.lists(st.text("abc é\n", min_size=1, max_size=100), min_size=30, max_size=60),
     streams=st.integers(1, 4),
     T=st.integers(3, 40),
     chunk_bytes=st.integers(256, 1000),
-    shuffle_bytes=st.sampled_from([1, 700, 10**6]),
+    shuffle_window=st.sampled_from([1, 700, 10**6]),
 )
 def test_an_epoch_of_all_streams_trains_once_on_every_token(
-    tmp_path_factory, texts, streams, T, chunk_bytes, shuffle_bytes
+    tmp_path_factory, texts, streams, T, chunk_bytes, shuffle_window, ending, shape
 ):
     config = dataclasses.replace(
-        CONFIG, num_streams=streams, segment_length=T, chunk_bytes=chunk_bytes, shuffle_bytes=shuffle_bytes
+        CONFIG,
+        **{"num_streams": streams, "segment_length": T, "chunk_bytes": chunk_bytes, "shuffle_window": shuffle_window}
+        | shape,
     )
     texts = [f"{i} {text}" for i, text in enumerate(texts)] * 4
-    corpus = open_corpus(write(tmp_path_factory.mktemp("corpus"), texts), config)
-    held_out = set(corpus.held_out_texts())
+    corpus = open_corpus(write(tmp_path_factory.mktemp("corpus"), texts, ending), config)
+    held_out = [document.text for document in corpus.held_out()]
+    kept = Counter(document.text for chunk in corpus.chunks for document in corpus.documents(chunk))
+    assert kept + Counter(held_out) == Counter(texts)
     for epoch in (0, 3):
-        found = [text for v in range(streams) for text in epoch_targets(corpus, config, v, epoch)]
-        assert Counter(filter(None, found)) == Counter(text for text in texts if text not in held_out)
+        rows = [parts for v in range(streams) for parts in epoch_of(corpus, config, v, epoch)]
+        assert pairs_in(rows, config) == wanted(corpus)
 
 
 def test_pieces_of_long_files_are_all_trained_on(tmp_path: Path):
     texts = ["".join(f"{i} {j}\n" for j in range(600)) for i in range(2)]
     config = dataclasses.replace(CONFIG, num_streams=2)
-    corpus = open_corpus(write(tmp_path, texts, split=True), config)
-    held_out = "".join(corpus.held_out_texts())
-    found = "".join("".join(epoch_targets(corpus, config, v, 0)) for v in range(2))
+    corpus = open_corpus(write(tmp_path, texts, ".txt"), config)
+    held_out = "".join(document.text for document in corpus.held_out())
+    rows = [parts for v in range(2) for parts in epoch_of(corpus, config, v, 0)]
+    assert pairs_in(rows, config) == wanted(corpus)
+    found = "".join({part.pairs.document: part.pairs.document.text for parts in rows for part in parts}.values())
     assert Counter(found.splitlines()) + Counter(held_out.splitlines()) == Counter("".join(texts).splitlines())
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@hypothesis.settings(max_examples=20)
 @given(rows=st.integers(0, 400), v=st.integers(0, 2))
-def test_a_position_restores_the_rest_of_the_stream(corpus, rows, v):
-    straight = stream(corpus, v)
-    position = [(0, 0, 0, 0), *(after for _, after in itertools.islice(straight, rows))][-1]
-    again = stream(corpus, v, position)
+def test_a_position_restores_the_rest_of_the_stream(corpus, rows, v, shape):
+    config = dataclasses.replace(CONFIG, **shape)
+    straight = stream(corpus, v, config=config)
+    position = [BEGINNING, *(after for _, after in itertools.islice(straight, rows))][-1]
+    again = stream(corpus, v, position, config=config)
     for (expected, after), (found, after_found) in itertools.islice(zip(straight, again, strict=True), 30):
         assert after == after_found
-        for name in expected:
-            np.testing.assert_array_equal(found[name], expected[name])
+        for name, array in fill(expected, config).items():
+            np.testing.assert_array_equal(fill(found, config)[name], array)
 
 
-def test_restoring_reads_a_single_window(corpus, monkeypatch):
-    config = dataclasses.replace(CONFIG, shuffle_bytes=1)
+def test_a_stream_of_some_epochs_ends_and_stays_at_its_end(corpus):
+    config = dataclasses.replace(CONFIG, epochs=2)
+    *_, (_, position) = stream(corpus, 1, config=config)
+    assert position.epoch == 1
+    assert list(stream(corpus, 1, position, config=config)) == []
+
+
+def test_restoring_reads_a_single_window(tmp_path: Path, monkeypatch):
+    corpus = open_corpus(write(tmp_path, some_texts()), CONFIG)
+    config = dataclasses.replace(CONFIG, shuffle_window=1)
     *_, (_, position) = itertools.islice(stream(corpus, 0, config=config), 700)
-    assert position[0] > 2
-    assert position[1] > 0
+    assert position.epoch > 2
+    assert (position.chunk, position.place) > (0, 0)
+    read = []
+    original = Corpus._all
+    monkeypatch.setattr(
+        Corpus, "_all", lambda self, *where, **how: (read.append(d) or d for d in original(self, *where, **how))
+    )
+    next(stream(corpus, 0, position, config=config))
+    assert 1 <= len(read) <= 4
+
+
+def test_streams_that_share_a_file_read_it_once_and_tokenize_only_their_own(tmp_path: Path, monkeypatch):
+    corpus = open_corpus(write(tmp_path, some_texts() * 20, ".jsonl.gz"), CONFIG)
     read = []
     original = Corpus.documents
-    monkeypatch.setattr(Corpus, "documents", lambda self, chunk: read.append(chunk) or original(self, chunk))
-    next(stream(corpus, 0, position, config=config))
-    assert len(read) <= 2
+    monkeypatch.setattr(Corpus, "documents", lambda self, *where: read.append(where) or original(self, *where))
+    tokenized = Counter()
+
+    def counting(texts):
+        for text in texts:
+            tokenized["characters"] += len(text)
+            yield ByteTokenizer().encode(text)
+
+    config = dataclasses.replace(CONFIG, epochs=1)
+    readers = open_readers(corpus, config, 0, {0: BEGINNING, 2: BEGINNING})
+    streams = [Stream(readers[v], counting, 0, config, v) for v in (0, 2)]
+    for _ in itertools.zip_longest(*streams):
+        pass
+    assert len(read) == 1
+    whole = sum(len(document.text) for document in corpus.documents(corpus.chunks[0]))
+    assert 0.6 < tokenized["characters"] / whole < 0.72
+    assert not readers[0]._waiting
+
+
+def test_a_long_compressed_file_comes_in_windows_of_bounded_size(tmp_path: Path):
+    corpus = open_corpus(write(tmp_path, some_texts() * 20, ".jsonl.gz"), CONFIG)
+    reader, start = open_readers(corpus, CONFIG, 0, {0: BEGINNING})[0], Start()
+    sizes = []
+    while start.epoch == 0:
+        window = reader.take(0, start)
+        sizes.append(sum(len(document.text) for document in window.documents))
+        start = window.next
+    assert len(sizes) > 50
+    assert max(sizes) <= CONFIG.shuffle_window / 3 + 200
 
 
 def test_epochs_and_seeds_order_differently_and_repeatably(corpus):
     def first_rows(seed: int, epoch: int) -> list[list[int]]:
-        rows = itertools.islice(stream(corpus, 1, (epoch, 0, 0, 0), seed), 12)
-        return [row["tokens"].tolist() for row, _ in rows]
+        rows = itertools.islice(stream(corpus, 1, Position(epoch), seed), 12)
+        return [fill(parts, CONFIG)["tokens"].tolist() for parts, _ in rows]
 
     assert first_rows(0, 0) == first_rows(0, 0)
     orders = [first_rows(seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
     assert all(one != other for one, other in itertools.combinations(orders, 2))
 
 
-def test_the_order_is_pinned(tmp_path: Path):
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz"])
+def test_the_order_is_pinned(tmp_path: Path, ending: str):
     """The order belongs to saved runs: a change of it breaks their resumption."""
     texts = [f"document {i:02}" for i in range(60)]
-    corpus = open_corpus(write(tmp_path, texts), dataclasses.replace(CONFIG, num_streams=2))
-    rows = [row["tokens"] for v in range(2) for row, _ in itertools.islice(stream(corpus, v), 2)]
-    text = [bytes(t - 1 if t else 0 for t in row.tolist()).decode() for row in rows]
-    assert text == PINNED
+    corpus = open_corpus(write(tmp_path, texts * 5, ending), dataclasses.replace(CONFIG, num_streams=2))
+    config = dataclasses.replace(CONFIG, num_streams=2)
+    rows = [parts for v in range(2) for parts, _ in itertools.islice(stream(corpus, v, config=config), 2)]
+    tokens = [fill(parts, CONFIG)["tokens"].tolist() for parts in rows]
+    assert [bytes(t - 1 if t else 0 for t in row).decode() for row in tokens] == PINNED[ending]
 
 
-PINNED = ["\x00document 13\x00doc", "ument 47\x00documen", "\x00document 01\x00doc", "ument 09\x00documen"]
+PINNED = {
+    ".jsonl": ["\x00document 10\x00doc", "ument 42\x00documen", "\x00document 47\x00doc", "ument 03\x00documen"],
+    ".jsonl.gz": ["\x00document 13\x00doc", "ument 09\x00documen", "\x00document 01\x00doc", "ument 47\x00documen"],
+}
 
 
 def test_a_stream_without_documents_goes_on_to_an_epoch_that_has_some(tmp_path: Path):
     corpus = open_corpus(write(tmp_path, ["y" * 4000]), dataclasses.replace(CONFIG, chunk_bytes=500))
-    begins = [[position[0] for _, position in itertools.islice(stream(corpus, v), 600)] for v in range(3)]
+    begins = [[position.epoch for _, position in itertools.islice(stream(corpus, v), 600)] for v in range(3)]
     assert sorted(epochs[0] == 0 for epochs in begins) == [False, False, True]
     assert all(epochs[-1] > epochs[0] for epochs in begins)
 
 
 def test_streams_that_never_have_documents_are_an_error(tmp_path: Path, monkeypatch):
     corpus = open_corpus(write(tmp_path, [""] * 100), CONFIG)
-    epochs = []
-    monkeypatch.setattr(Stream, "windows", lambda self, epoch: epochs.append(epoch) or [corpus.chunks])
+    taken = []
+    original = Reader.take
+    monkeypatch.setattr(Reader, "take", lambda self, v, start: taken.append(start.epoch) or original(self, v, start))
     with pytest.raises(InputError, match=r"lower data\.num_streams"):
         next(stream(corpus, 0))
-    assert epochs == list(range(EMPTY_EPOCHS))
+    assert taken == list(range(EMPTY_EPOCHS + 1))
 
 
-def test_the_chunks_of_an_epoch_are_sorted_once_for_all_streams(corpus, monkeypatch):
+def test_the_chunks_of_an_epoch_are_sorted_once_for_all_streams(tmp_path: Path, monkeypatch):
+    corpus = open_corpus(write(tmp_path, some_texts()), CONFIG)
     hashed = []
     original = corpus_module.digest
     monkeypatch.setattr(corpus_module, "digest", lambda *parts: hashed.append(parts) or original(*parts))
-    dealt = [chunk for v in range(3) for window in stream(corpus, v, seed=7).windows(5) for chunk in window]
-    assert sorted(dealt, key=corpus.chunks.index) == corpus.chunks
+    orders = [corpus.order(7, 5) for _ in range(3)]
+    assert sorted(orders[0], key=corpus.chunks.index) == corpus.chunks
     assert len(hashed) == len(corpus.chunks)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.errors import InputError
-from data.tokenizer import Tokenizer, train_tokenizer
+from data.tokenizer import LONGEST_PART, PART, Tokenizer, train_tokenizer
 from tests.data.texts import NASTY, code
 
 
@@ -35,8 +36,9 @@ def test_every_text_comes_back(tokenizer: Tokenizer, text: str):
 
 
 def test_lone_surrogates_are_refused(tokenizer: Tokenizer):
-    with pytest.raises(ValueError):
-        tokenizer.encode("a \ud800 b")
+    for text in ("a \ud800 b", "a b " * PART + "\ud800"):
+        with pytest.raises(ValueError):
+            tokenizer.encode(text)
 
 
 def test_code_compresses(tokenizer: Tokenizer):
@@ -46,11 +48,82 @@ def test_code_compresses(tokenizer: Tokenizer):
     assert len(tokenizer.encode("\n        ")) == 1
 
 
-def test_a_line_of_megabytes_is_tokenized_like_its_parts(tokenizer: Tokenizer):
+def encode_in_parts(tokenizer: Tokenizer, text: str, part: int, longest: int) -> np.ndarray:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data.tokenizer.PART", part)
+        patch.setattr("data.tokenizer.LONGEST_PART", longest)
+        return tokenizer.encode(text)
+
+
+def encode_whole(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    ids = encode_in_parts(tokenizer, text, 2**40, 2**40)
+    assert tokenizer.decode(ids) == text
+    return ids
+
+
+def test_the_ids_of_a_long_text_are_those_of_the_whole(tokenizer: Tokenizer):
     line = "value = [0, 1, 2]; " * 100_000
     ids = tokenizer.encode(line)
-    assert tokenizer.decode(ids) == line
+    np.testing.assert_array_equal(ids, encode_whole(tokenizer, line))
     assert len(ids) < len(line) / 2
+    text = "".join(code())
+    for long in (text, text.replace(" ", ""), "\ue000 \u2581\n".join(code()[:20])):
+        np.testing.assert_array_equal(tokenizer.encode(long), encode_whole(tokenizer, long))
+
+
+@given(text=st.text() | st.text(alphabet=" \n\t\r\u2581\ue00001ab<>|=-", max_size=200) | st.sampled_from(NASTY))
+def test_cutting_wherever_it_may_changes_no_id(tokenizer: Tokenizer, text: str):
+    np.testing.assert_array_equal(encode_in_parts(tokenizer, text, 1, 2**20), encode_whole(tokenizer, text))
+
+
+def test_code_is_cut_the_same_in_short_parts(tokenizer: Tokenizer):
+    for text in code()[::8]:
+        np.testing.assert_array_equal(encode_in_parts(tokenizer, text, 1, 2**20), encode_whole(tokenizer, text))
+
+
+@given(text=st.text(alphabet=" \n\u2581\ue0000a=", max_size=200))
+def test_a_text_without_a_place_to_cut_comes_back(tokenizer: Tokenizer, text: str):
+    assert tokenizer.decode(encode_in_parts(tokenizer, text, 2, 5)) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "longest"),
+    [
+        ("", 0),
+        ("=" * (2 * LONGEST_PART + 7), LONGEST_PART),
+        ("value = [0, 1, 2]; " * 100_000, PART + 40),
+        ("値は零です" * 200_000, PART + 40),
+        ("a b" + "=" * (LONGEST_PART + PART), LONGEST_PART),
+    ],
+    ids=["empty", "a run", "words", "no spaces", "a run after words"],
+)
+def test_parts_are_bounded_and_are_their_own_parts(tokenizer: Tokenizer, text: str, longest: int):
+    parts = list(tokenizer.parts(text))
+    assert "".join(parts) == text
+    assert max(map(len, parts)) <= longest
+    for part in parts[:3] + parts[-3:]:
+        assert list(tokenizer.parts(part)) == [part]
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_text_up_to_the_limit_is_never_cut_where_it_matters(tokenizer: Tokenizer):
+    run = "=" * LONGEST_PART
+    assert list(tokenizer.parts(run)) == [run]
+    assert len(list(tokenizer.parts(run + "="))) == 2
+
+
+def test_all_texts_are_encoded_lazily_and_in_order(tokenizer: Tokenizer):
+    taken = []
+
+    def texts() -> Iterator[str]:
+        for text in code():
+            taken.append(text)
+            yield text
+
+    encoded = tokenizer.encode_all(texts())
+    for i, text in enumerate(code()[:20], start=1):
+        np.testing.assert_array_equal(next(encoded), tokenizer.encode(text))
+        assert len(taken) == i
 
 
 def test_long_texts_are_learned_from_not_dropped(tmp_path: Path):

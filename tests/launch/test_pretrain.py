@@ -50,7 +50,8 @@ def without_times(records: list[dict]) -> list[dict]:
 
 def test_a_run_leaves_its_config_tokenizer_checkpoints_metrics_and_weights(finished: Path):
     names = {path.name for path in finished.iterdir()}
-    assert names == {"config.json", "tokenizer", "checkpoints", "metrics.jsonl", "held_out.jsonl", "export"}
+    logs = {"metrics.jsonl", "positions.jsonl"}
+    assert names == {"config.json", "tokenizer", "checkpoints", "held_out.jsonl", "export"} | logs
     assert {path.name for path in (finished / "checkpoints").iterdir()} == {"8", "12"}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
         path.name for path in (finished / "export").iterdir()
@@ -59,6 +60,7 @@ def test_a_run_leaves_its_config_tokenizer_checkpoints_metrics_and_weights(finis
     assert [record["step"] for record in records] == list(range(1, 13))
     for record in records:
         assert {"loss", "learning_rate", "grad_norm", "tokens_per_second", "data_wait_seconds"} <= record.keys()
+        assert record["utilization"] == 1
         assert record["loss_weight"] == 8 * 32
         evaluated = record["step"] in (1, 6, 12)
         assert evaluated == ({"validation_loss", "validation_bits_per_byte", "sample"} <= record.keys())
@@ -148,7 +150,7 @@ def test_two_processes_of_two_devices_follow_one_of_four(tmp_path: Path):
     assert records[0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-7)
     (state, progress), (wanted_state, wanted_progress) = (state_of(tmp_path / name, 12) for name in ("two", "one"))
     assert progress["positions"] == wanted_progress["positions"]
-    assert progress["fingerprints"] == wanted_progress["fingerprints"]
+    assert progress["identity"] == wanted_progress["identity"]
     for array, wanted_array in zip(jax.tree.leaves(state), jax.tree.leaves(wanted_state), strict=True):
         np.testing.assert_allclose(array, wanted_array, atol=2e-3)
     assert (tmp_path / "two" / "export" / "model.safetensors").exists()
@@ -231,7 +233,7 @@ def test_a_start_without_a_checkpoint_is_made_anew(finished: Path, tmp_path: Pat
     changed = [f"--config.data.corpus={other}", "--config.train.num_steps=2", "--config.model.num_layers=1"]
     assert here("pretrain", f"--config={config}", *changed) == 0
     assert Tokenizer.load(run / "tokenizer").fingerprint != before
-    assert "cow" in Run(run).held_out_texts()[0]
+    assert "cow" in Run(run).held_out_texts()[0].text
     assert [record["step"] for record in metrics(run)] == [1, 2]
 
 
@@ -271,4 +273,4 @@ def test_a_newcomers_txt_gives_streams_a_held_out_end_and_a_smaller_vocabulary(t
     assert "8000 were asked for" in caplog.text
     held_out = Run(tmp_path / "run").held_out_texts()
     assert len(held_out) == 1
-    assert held_out[0].startswith("Chapter 27")
+    assert held_out[0].text.startswith("Chapter 27")

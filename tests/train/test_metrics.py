@@ -11,17 +11,17 @@ from rich.console import Console
 from model.decoder import Decoder
 from tests.peers import require
 from tests.small import small_batch, small_model, small_weights
-from train.metrics import Display, MetricsFile, Rate, duration, flops_per_token, peak_flops, read_metrics
+from train.metrics import Display, Rate, StepLog, duration, flops_per_token, peak_flops, read_steps
 
 
 def steps(path: Path) -> list[int]:
-    return [record["step"] for _, record in read_metrics(path)]
+    return [record["step"] for _, record in read_steps(path)]
 
 
 def test_after_a_restart_each_step_stands_once_and_a_torn_line_is_dropped(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": i, "loss": 1.0}) + "\n" for i in range(1, 8)) + '{"step": 8, "lo')
-    file = MetricsFile(tmp_path, step=4)
+    file = StepLog(path, step=4)
     assert steps(path) == [1, 2, 3, 4]
     file.write({"step": 5, "loss": 0.5})
     assert steps(path) == [1, 2, 3, 4, 5]
@@ -31,7 +31,7 @@ def test_after_a_restart_each_step_stands_once_and_a_torn_line_is_dropped(tmp_pa
 
 def test_numbers_go_to_tensorboard_too_where_asked(tmp_path: Path):
     require("tensorboardX")
-    file = MetricsFile(tmp_path, step=0, tensorboard=True)
+    file = StepLog(tmp_path / "metrics.jsonl", step=0, tensorboard=tmp_path / "tensorboard")
     watched = {"largest_logit": [1.0, 2.0], "grad_norm": {"norm.scale": 0.5, "blocks.attention.key": [0.1, 0.2]}}
     file.write({"step": 1, "loss": 0.5, "sample": "text", "watch": watched})
     file.close()

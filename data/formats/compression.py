@@ -1,0 +1,132 @@
+"""Compressed text: .gz, .zst and .xz, decompressed as it is read."""
+
+import gzip
+import importlib
+import io
+import lzma
+import sys
+import zlib
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+from data.errors import BadText, InputError
+from data.files import File, open_file
+
+COMPRESSIONS = (".gz", ".zst", ".xz")
+BLOCK_BYTES = 2**17
+# Bytes that a .zst may need of what came before, as a power of 2: what `zstd --long=31` makes is read too.
+WINDOW_LOG = 31
+
+
+def open_text(file: File, ending: str, begin: int = 0, end: int | None = None) -> BinaryIO:
+    """The text of a file, decompressed by its ending; `begin` and `end` are for a file that is not compressed ("").
+
+    Raises:
+        InputError, BadText: as `open_file`.
+    """
+    return open_compressed(open_file(file), ending) if ending else open_file(file, begin, end)
+
+
+def open_compressed(raw: BinaryIO, ending: str) -> BinaryIO:
+    """What a compressed stream holds, buffered; it cannot be sought in. Closing it closes the stream.
+
+    Args:
+        raw: the stream.
+        ending: ".gz", ".zst" or ".xz".
+
+    Raises:
+        InputError: a package for it is missing.
+        BadText: it is damaged or ends too early (while it is read).
+    """
+    return io.BufferedReader(_Decompressed(raw, ending), BLOCK_BYTES)
+
+
+def skip(stream: BinaryIO, number: int) -> None:
+    """Read this many bytes and forget them.
+
+    Raises:
+        BadText: there are fewer.
+    """
+    while number > 0:
+        if not (piece := stream.read(min(number, BLOCK_BYTES))):
+            raise BadText(f"its text ends {number} bytes before the place at which reading goes on")
+        number -= len(piece)
+
+
+class _Streams:
+    """Compressed streams, one after the other, as `lzma` and `zstd` decompress them.
+
+    Their own files take damage behind the first stream for the end.
+    """
+
+    def __init__(self, raw: BinaryIO, new: Callable[[], Any]):
+        self._raw, self._new = raw, new
+        self._stream: Any = None
+
+    def read1(self, size: int) -> bytes:
+        """Up to this many bytes; none at the end."""
+        found = b""
+        while not found:
+            if self._stream is None or self._stream.eof:
+                if not (block := self._next()):
+                    break
+                self._stream = self._new()
+            else:
+                block = self._raw.read(BLOCK_BYTES) if self._stream.needs_input else b""
+                if self._stream.needs_input and not block:
+                    raise EOFError
+            found = self._stream.decompress(block, size)
+        return found
+
+    def _next(self) -> bytes:
+        """How the next stream begins; zeros may stand before it."""
+        block = b"" if self._stream is None else self._stream.unused_data
+        while not (begin := block.lstrip(b"\0")) and (block := self._raw.read(BLOCK_BYTES)):
+            pass
+        return begin
+
+
+class _Decompressed(io.RawIOBase):
+    def __init__(self, raw: BinaryIO, ending: str):
+        self._raw, self._ending, self._at = raw, ending, 0
+        self._errors: tuple[type[Exception], ...] = (zlib.error, gzip.BadGzipFile)
+        self._stream: _Streams | gzip.GzipFile
+        if ending == ".gz":
+            self._stream = gzip.GzipFile(fileobj=raw, mode="rb")
+        elif ending == ".xz":
+            self._errors = (lzma.LZMAError,)
+            self._stream = _Streams(raw, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ))
+        else:
+            zstd = _zstd()
+            self._errors = (zstd.ZstdError,)
+            options = {zstd.DecompressionParameter.window_log_max: WINDOW_LOG}
+            self._stream = _Streams(raw, lambda: zstd.ZstdDecompressor(options=options))
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read up to as many bytes as the buffer holds; 0 at the end. BadText where there is damage."""
+        try:
+            found = self._stream.read1(len(buffer))
+        except EOFError:
+            raise BadText(f"its {self._ending} ends too early, after byte {self._at} of its text") from None
+        except self._errors as error:
+            raise BadText(f"its {self._ending} is damaged after byte {self._at} of its text: {error}") from None
+        buffer[: len(found)] = found
+        self._at += len(found)
+        return len(found)
+
+    def close(self) -> None:
+        """Close what it reads, too."""
+        self._raw.close()
+        super().close()
+
+
+def _zstd() -> Any:
+    name = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        raise InputError("a package is missing that reads .zst: pip install backports.zstd") from None

@@ -1,0 +1,149 @@
+"""Parquet: each row is a document, whose text is in a column. A document's place is its row, from 0.
+
+A row group belongs to the byte range in which its first byte lies.
+"""
+
+import importlib
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from data.errors import BadText, InputError
+from data.files import File, expect, open_file
+from data.formats.content import Content, Fields, Found
+
+# Text of a row group that is decoded at once, and read ahead of a column.
+BATCH_BYTES = 2**22
+BATCH_ROWS = 1024
+BUFFER_BYTES = 2**20
+FOOTERS = 256
+
+
+class Footer(NamedTuple):
+    """What a file says of itself.
+
+    Attributes:
+        metadata: pyarrow's `FileMetaData`.
+        begins: the first byte of each row group.
+        rows: the number of its first row.
+    """
+
+    metadata: Any
+    begins: tuple[int, ...]
+    rows: tuple[int, ...]
+
+
+@lru_cache(FOOTERS)
+def footer(file: File) -> Footer:
+    """Read and remember a file's footer.
+
+    Raises:
+        InputError: pyarrow is missing, or access is refused.
+        BadText: it is no parquet, or as `open_file`.
+    """
+    arrow, parquet = _pyarrow()
+    with open_file(file) as stream:
+        try:
+            metadata = parquet.ParquetFile(stream).metadata
+        except (arrow.ArrowException, OSError) as error:
+            raise BadText(f"is no parquet: {error}") from None
+    begins, rows, row = [], [], 0
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        begins.append(min(map(_begin, _columns(group)), default=0))
+        rows.append(row)
+        row += group.num_rows
+    return Footer(metadata, tuple(begins), tuple(rows))
+
+
+def row_groups(file: File) -> int:
+    """How many row groups, and so at most how many chunks with documents, a file has.
+
+    Raises:
+        InputError, BadText: as `footer`.
+    """
+    return len(footer(file).begins)
+
+
+def read(file: File, begin: int, end: int, fields: Fields, place: int = 0) -> Iterator[Found]:
+    """The rows from a place on of the row groups that begin in these bytes, as (row, document or problem).
+
+    Raises:
+        InputError: pyarrow is missing, or access is refused.
+        BadText: there is no such column, it holds no text, or the file is damaged, or as `open_file`.
+    """
+    metadata, begins, rows = footer(file)
+    wanted = [
+        number
+        for number, first in enumerate(begins)
+        if begin <= first < end and place < rows[number] + metadata.row_group(number).num_rows
+    ]
+    if not wanted:
+        return
+    arrow, parquet = _pyarrow()
+    with open_file(file) as stream:
+        try:
+            table = parquet.ParquetFile(
+                stream, metadata=metadata, pre_buffer=False, buffer_size=BUFFER_BYTES, page_checksum_verification=True
+            )
+            _check(arrow, table.schema_arrow, fields.text, "data.text_field")
+            if fields.prompt is not None:
+                _check(arrow, table.schema_arrow, fields.prompt, "data.prompt_field")
+            columns = [name for name in dict.fromkeys((fields.text, fields.prompt)) if name is not None]
+            for number in wanted:
+                row, group = rows[number], metadata.row_group(number)
+                expect(stream, _end(group, columns))
+                for batch in table.iter_batches(_batch_rows(group), [number], columns, use_threads=False):
+                    for i in range(max(place - row, 0), batch.num_rows):
+                        yield row + i, _document(batch, i, fields)
+                    row += batch.num_rows
+        except (arrow.ArrowException, OSError) as error:
+            raise BadText(f"is damaged: {error}") from None
+
+
+def _columns(group: Any) -> list[Any]:
+    return [group.column(i) for i in range(group.num_columns)]
+
+
+def _begin(column: Any) -> int:
+    return column.dictionary_page_offset or column.data_page_offset
+
+
+def _end(group: Any, names: list[str]) -> int:
+    """The byte behind the last of these columns."""
+    return max(_begin(c) + c.total_compressed_size for c in _columns(group) if c.path_in_schema in names)
+
+
+def _batch_rows(group: Any) -> int:
+    return min(max(group.num_rows * BATCH_BYTES // max(group.total_byte_size, 1), 1), BATCH_ROWS)
+
+
+def _check(arrow: Any, schema: Any, name: str, setting: str) -> None:
+    """BadText where a column is not there or holds no text."""
+    if name not in schema.names:
+        raise BadText(f"has no column {name!r}, only {', '.join(schema.names)}; see {setting}")
+    type_ = schema.field(name).type
+    held = type_.value_type if arrow.types.is_dictionary(type_) else type_
+    is_text = (arrow.types.is_string, arrow.types.is_large_string, arrow.types.is_string_view, arrow.types.is_null)
+    if not any(check(held) for check in is_text):
+        raise BadText(f"column {name!r} holds no text but {type_}; see {setting}")
+
+
+def _document(batch: Any, row: int, fields: Fields) -> Content | BadText:
+    found = []
+    for name in (fields.text, fields.prompt):
+        try:
+            value = "" if name is None else batch.column(name)[row].as_py()
+        except UnicodeDecodeError as error:
+            return BadText(f"column {name!r} is no UTF-8 at byte {error.start} ({error.reason})")
+        if value is None:
+            return BadText(f"column {name!r} is null")
+        found.append(value)
+    return Content(*found)
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
+    except ModuleNotFoundError:
+        raise InputError("a package is missing that reads .parquet: pip install -e '.[parquet]'") from None

@@ -1,0 +1,191 @@
+"""Several corpora as one: which of them each row is from.
+
+Each stream keeps a credit for each corpus. With each row the credits grow by the corpora's shares of the step, the
+corpus with the largest credit (the first of equals) gives the row, and pays 1 for it. So after any number of rows a
+stream has drawn each of K corpora less than K − 1 rows more or fewer than its shares say, and less than 1 for two.
+Streams begin at different places of that sequence, so that a rare corpus comes to them at different times.
+
+A position is that of `data.stream` for each corpus, and the corpus's credit.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.config import OWN_FIELDS, DataConfig
+from data.corpus import Corpus, Document, open_corpus
+from data.errors import InputError
+from data.segmenter import Part
+from data.stream import Position, Stream, Tokenize, open_readers
+
+# Credits are whole numbers, the same on every machine: a row costs so many.
+ROW = 2**32
+# Rows of the sequence at whose places the streams begin, at most.
+STAGGER = 2**16
+# Numbers of a corpus's position in a stream.
+NUMBERS = len(Position._fields) + 1
+
+
+@dataclass(frozen=True)
+class Source:
+    """A corpus of a mixture.
+
+    Attributes:
+        name: of the corpus; empty where it is the only one.
+        corpus: its text.
+        config: of the data, with the corpus's own fields.
+        weights: (step, weight from it on), by step from 0.
+    """
+
+    name: str
+    corpus: Corpus
+    config: DataConfig
+    weights: tuple[tuple[int, float], ...]
+
+    def weight(self, step: int) -> float:
+        """At a step."""
+        return next(weight for since, weight in reversed(self.weights) if since <= step)
+
+
+class Mixture:
+    """The corpora of a run. Made by `open_mixture`.
+
+    Attributes:
+        sources: at least one.
+        is_bounded: a corpus is read a number of times, and the run ends when such a one has ended in all streams.
+    """
+
+    def __init__(self, sources: Sequence[Source]):
+        self.sources = list(sources)
+        self.is_bounded = any(source.config.epochs is not None for source in sources)
+
+    def shares(self, step: int) -> list[int]:
+        """What each corpus's credit grows by with a row of a step; `ROW` in all."""
+        weights = [source.weight(step) for source in self.sources]
+        shares = [round(ROW * weight / sum(weights)) for weight in weights]
+        shares[shares.index(max(shares))] += ROW - sum(shares)
+        return shares
+
+    def fingerprints(self) -> dict[str, str]:
+        """Of each corpus by its name, in `data.corpus`'s words."""
+        return {field_of(source.name): source.corpus.fingerprint for source in self.sources}
+
+    def held_out(self) -> Iterator[tuple[str, Iterator[Document]]]:
+        """(name, held-out documents) of each corpus."""
+        for source in self.sources:
+            yield source.name, source.corpus.held_out()
+
+    def check(self) -> None:
+        """InputError where a local corpus of moderate size is damaged, or has nothing to train on."""
+        for source in self.sources:
+            source.corpus.check()
+
+    @property
+    def skipped(self) -> int:
+        """Documents that could not be read and were left out, so far and in this process."""
+        return sum(len(source.corpus.skipped) for source in self.sources)
+
+
+def field_of(name: str) -> str:
+    """What messages call a corpus."""
+    return f"data.corpus[{name!r}]" if name else "data.corpus"
+
+
+def open_mixture(config: DataConfig, stdlib: Callable[[], str], leave_out: Path | None = None) -> Mixture:
+    """List every corpus of `data.corpus`.
+
+    Args:
+        config: with `num_streams` given.
+        stdlib: gives the path of the default corpus, where it is asked for.
+        leave_out: a folder whose files don't count (a run's own).
+
+    Raises:
+        InputError: as `open_corpus`, for all corpora at once.
+    """
+    several = config.corpus if isinstance(config.corpus, Mapping) else {"": {"corpus": config.corpus}}
+    sources, problems = [], []
+    for name, values in several.items():
+        weight = values.get("weight", 1)
+        own: dict[str, Any] = {field: values[field] for field in OWN_FIELDS if field in values}
+        own["corpus"] = values["corpus"]
+        of_source = dataclasses.replace(config, **own)
+        path = stdlib() if values["corpus"] == "stdlib" else values["corpus"]
+        try:
+            corpus = open_corpus(path, of_source, leave_out, field_of(name))
+        except InputError as error:
+            problems.append(str(error))
+            continue
+        stages = weight if isinstance(weight, list | tuple) else [(0, weight)]
+        sources.append(Source(name, corpus, of_source, tuple((int(step), float(w)) for step, w in stages)))
+    if problems:
+        raise InputError("\n".join(problems))
+    return Mixture(sources)
+
+
+def choose(credits: list[int], shares: Sequence[int]) -> int:
+    """The corpus of the next row; `credits` follow."""
+    for k, share in enumerate(shares):
+        credits[k] += share
+    # What has no share now is not drawn, whatever its credit.
+    chosen = max((k for k, share in enumerate(shares) if share), key=lambda k: (credits[k], -k))
+    credits[chosen] -= ROW
+    return chosen
+
+
+def first_positions(mixture: Mixture, num_streams: int, epoch: int = 0) -> np.ndarray:
+    """Where all streams begin, int64 [V, K, `NUMBERS`]."""
+    shares = mixture.shares(0)
+    positions = np.zeros((num_streams, len(shares), NUMBERS), np.int64)
+    positions[:, :, 0] = epoch
+    rows = min(-(-ROW // min(filter(None, shares))), STAGGER)
+    credits, done = [0] * len(shares), 0
+    for v in range(num_streams):
+        while done < v * rows // num_streams:
+            choose(credits, shares)
+            done += 1
+        positions[v, :, -1] = credits
+    return positions
+
+
+class MixedStream:
+    """One of V virtual readers of all corpora.
+
+    Attributes:
+        ended: whether each corpus has ended in this stream.
+    """
+
+    def __init__(self, mixture: Mixture, streams: Sequence[Stream], positions: np.ndarray):
+        self._mixture, self._streams = mixture, streams
+        self._positions, self._credits = positions[:, :-1].copy(), positions[:, -1].tolist()
+        self.ended = [False] * len(streams)
+
+    @property
+    def positions(self) -> np.ndarray:
+        """Where its next row begins, int64 [K, `NUMBERS`]."""
+        return np.concatenate([self._positions, np.array(self._credits)[:, None]], axis=1)
+
+    def take(self, step: int) -> tuple[int, list[Part]]:
+        """(which corpus, the parts) of the next row, for a step; no parts where that corpus has ended."""
+        k = choose(self._credits, self._mixture.shares(step))
+        found = next(self._streams[k], None)
+        if found is None:
+            self.ended[k] = True
+            return k, []
+        parts, self._positions[k] = found
+        return k, parts
+
+
+def open_streams(
+    mixture: Mixture, tokenize: Tokenize, eos_id: int, seed: int, streams: Sequence[int], positions: np.ndarray
+) -> dict[int, MixedStream]:
+    """The streams with these numbers, from positions [V, K, `NUMBERS`] on."""
+    by_source = []
+    for k, source in enumerate(mixture.sources):
+        starts = {v: Position(*positions[v, k, :-1].tolist()) for v in streams}
+        readers = open_readers(source.corpus, source.config, seed, starts)
+        by_source.append({v: Stream(readers[v], tokenize, eos_id, source.config, v, starts[v]) for v in streams})
+    return {v: MixedStream(mixture, [of[v] for of in by_source], positions[v]) for v in streams}
