@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+from typing import Any
 
 from data.errors import InputError
 
@@ -41,12 +42,21 @@ def run(arguments: argparse.Namespace) -> int:
             raise InputError(f"--corpus={arguments.corpus} has no text to evaluate on")
         results = evaluate(make_evaluation_step(config), trained.weights, texts, trained.tokenizer, config)
 
-    figures = dataclasses.asdict(total(results.values())) | {"gzip_bits_per_byte": gzip_bits_per_byte(texts)}
+    figures: dict[str, Any] = dataclasses.asdict(total(results.values())) | {
+        "gzip_bits_per_byte": gzip_bits_per_byte(texts)
+    }
     if trained.step is not None:
         figures = {"step": trained.step} | figures
+    by_corpus = {name: dataclasses.asdict(result) for name, result in results.items()} if len(results) > 1 else {}
     if arguments.json:
-        print(json.dumps(figures))
-    else:
-        print("\n".join(f"{name:18} {value:,.4f}" if isinstance(value, float) else f"{name:18} {value:,}"
-                        for name, value in figures.items()))  # fmt: skip
+        print(json.dumps(figures | ({"by_corpus": by_corpus} if by_corpus else {})))
+        return 0
+    print("\n".join(line(name, value) for name, value in figures.items()))
+    for corpus, of_corpus in by_corpus.items():
+        print("\n".join([f"corpus {corpus}", *(f"  {line(name, value)}" for name, value in of_corpus.items())]))
     return 0
+
+
+def line(name: str, value: float) -> str:
+    """A figure of the table."""
+    return f"{name:18} {value:,.4f}" if isinstance(value, float) else f"{name:18} {value:,}"

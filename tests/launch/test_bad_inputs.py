@@ -1,5 +1,6 @@
 """What a user gets wrong: a clear line, status 2, no traceback, nothing overwritten (C9)."""
 
+import gzip
 import json
 import shutil
 import subprocess
@@ -31,6 +32,20 @@ TABLE = [
     ("corpus of another kind", ["pretrain", "--config={config}", "--config.data.corpus={dir}/a.csv"], "no .txt"),
     ("damaged corpus", ["pretrain", "--config={config}", "--config.data.corpus={dir}/bad.jsonl"], "bad.jsonl:2: "),
     ("corpus too short", ["pretrain", "--config={config}", "--config.data.corpus={dir}/short.txt"], "give more text"),
+    ("one file that is too short for its streams", ["pretrain", "--config={config}",
+     "--config.data.corpus={dir}/one.jsonl.gz"], "1 documents or pieces to train on, too few for data.num_streams = 8"),
+    ("mixture that is no JSON", ["pretrain", "--config=tiny", "--config.data.corpus={{web"], "JSON where it begins"),
+    ("mixture with an unknown field", ["pretrain", "--config=tiny",
+     '--config.data.corpus={{"a": {{"corpus": "stdlib", "wieght": 2}}}}'],
+     "data.corpus['a']: there is no field 'wieght'"),
+    ("mixture with corpora that are not there", ["pretrain", "--config={config}",
+     '--config.data.corpus={{"a": {{"corpus": "{dir}/none"}}}}'], "data.corpus['a'] = "),
+    ("no such segmentation", ["pretrain", "--config=tiny", "--config.data.segmentation=packed"],
+     "data.segmentation is 'packed'; it must be one of concatenate, pack"),
+    ("no such way with bad documents", ["pretrain", "--config=tiny", "--config.data.on_bad_document=drop"],
+     "data.on_bad_document is 'drop'; it must be one of error, skip"),
+    ("corpus behind an unknown protocol", ["pretrain", "--config={config}", "--config.data.corpus=nowhere://a/b"],
+     "s3://, gs://, hf:// and https://"),
     ("other field of the text", ["pretrain", "--config={config}", "--config.data.text_field=body"], "no field 'body'"),
     ("no tokenizer", ["pretrain", "--config={config}", "--config.tokenizer.path={dir}"], "holds no tokenizer"),
     ("vocabulary below the tokenizer's", ["pretrain", "--config={config}", "--config.model.vocab_size=100"],
@@ -91,6 +106,7 @@ def places(tmp_path: Path, finished: Path) -> dict[str, str]:
     (folder / "short.txt").write_text("a few words")
     (folder / "empty.jsonl").write_text('{"text": ""}\n')
     line = json.dumps({"text": "some words " * 50}) + "\n"
+    (folder / "one.jsonl.gz").write_bytes(gzip.compress(line.encode()))
     (folder / "bad.jsonl").write_text(line + "{oops\n" + line * 20)
     (folder / "other.jsonl").write_text(line * 200)
     copy = tmp_path / "copy" / "run"

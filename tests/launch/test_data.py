@@ -113,8 +113,7 @@ def test_a_changed_corpus_or_data_setting_is_refused_or_begins_a_new_epoch(
     assert here(*again, "--config.data.segmentation=pack", "--config.train.seed=1",
                 "--config.data.accept_changes=true") == 2  # fmt: skip
     assert "train.seed: 0 → 1" in capsys.readouterr().err
-    changed = {path for path, content in before.items() if path.read_bytes() != content}
-    assert {path.name for path in changed} <= {"config.json"}
+    assert {path: path.read_bytes() for path in before} == before
     accepted = [*again, "--config.data.segmentation=pack", "--config.data.accept_changes=true"]
     assert here(*accepted) == 0
     assert "the streams begin anew, with epoch 1" in caplog.text
@@ -142,6 +141,13 @@ def test_the_weights_of_a_mixture_may_change_without_a_new_epoch(tmp_path: Path,
     error = capsys.readouterr().err
     assert "corpus['a']: a.jsonl" in error
     assert "50.0% of the rows" in error
+    assert here("evaluate", tmp_path / "run", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["loss"] == pytest.approx(last["validation_loss"], rel=1e-5)
+    expected = last["validation_by_corpus"]["b"]["validation_bits_per_byte"]
+    assert found["by_corpus"]["b"]["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
+    assert here("evaluate", tmp_path / "run") == 0
+    assert "\ncorpus b\n  loss " in capsys.readouterr().out
     mixture["b"]["weight"] = 3
     heavier = [*common, f"--config.data.corpus={json.dumps(mixture)}", "--config.train.num_steps=12"]
     assert here(*heavier) == 2
