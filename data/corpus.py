@@ -67,6 +67,11 @@ def digest(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest())
 
 
+def draw(text: str) -> float:
+    """A number in [0, 1) that a text determines, which says whether it is held out."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6, person=b"held out").digest()) / 2**48
+
+
 class Corpus:
     """Files of text, each cut into chunks. Made by `open_corpus`.
 
@@ -89,7 +94,7 @@ class Corpus:
         self._ends = [file.size for file in files]
         texts = [number for number, file in enumerate(files) if self._is_one_document(file) and file.size]
         if config.validation_fraction and len(texts) >= MANY_FILES:
-            smallest = min(texts, key=lambda number: digest("held out", files[number].name))
+            smallest = min(texts, key=lambda number: draw(files[number].name))
             for number in texts:
                 if number == smallest or self._is_held_out(files[number].name):
                     self._ends[number] = 0
@@ -128,7 +133,7 @@ class Corpus:
         return begin if begin < file.size else text.next_character(file, wanted, file.size)
 
     def _is_held_out(self, key: str) -> bool:
-        return digest("held out", key) < self._config.validation_fraction * 2**64
+        return draw(key) < self._config.validation_fraction
 
     @cached_property
     def fingerprint(self) -> str:

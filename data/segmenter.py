@@ -48,7 +48,8 @@ def make_pairs(
     tokens: np.ndarray, eos_id: int, ends: bool = True, first: int = 0, prompt: int = 0, document: Any = None
 ) -> Pairs:
     """The pairs of a document's tokens, int32 [n], of which the first `prompt` are not trained on."""
-    around = np.concatenate([[eos_id], tokens, [eos_id]]).astype(np.int32)
+    around = np.full(len(tokens) + 2, eos_id, np.int32)
+    around[1:-1] = tokens
     last = len(around) if ends else len(around) - 1
     return Pairs(around[: last - 1], around[1:last], prompt, first, document)
 
@@ -116,13 +117,14 @@ def fill(parts: Sequence[Part], config: DataConfig) -> Row:
         left of the row has segment id 0 and no weight.
     """
     row, filled = empty_row(config.segment_length), 0
+    counted = np.arange(config.segment_length, dtype=np.int32)
     for number, (pairs, begin, end) in enumerate(parts, start=1):
         here = slice(filled, filled + end - begin)
         row["tokens"][here] = pairs.inputs[begin:end]
         row["targets"][here] = pairs.targets[begin:end]
-        row["positions"][here] = np.arange(end - begin) + (0 if config.restarts else filled)
+        row["positions"][here] = counted[: end - begin] if config.restarts else counted[here]
         row["segment_ids"][here] = number if config.document_mask else 1
-        row["loss_weights"][here] = np.arange(begin, end) >= pairs.prompt
+        row["loss_weights"][here.start + max(0, min(pairs.prompt, end) - begin) : here.stop] = 1
         filled += end - begin
     if not config.train_last_position:
         row["loss_weights"][-1] = 0
