@@ -1,11 +1,11 @@
 """Presets that really train at a reduced batch: their loss beside the unigram entropy of the corpus.
 
-    python -m tests.benchmarks.presets [NAME ...] [--steps=N] [--to=FOLDER]
+    python -m tests.benchmarks.presets [NAME ...] [--to=FOLDER]
 
-Each preset is run as it is but for 4 rows of 256 positions a step, a tokenizer of 4,096 pieces, a warm-up of a quarter
-of the steps, the default corpus, and the rate in RATES (with its own of 7e-4 and so small a batch, vaswani_base, which
-is post-norm, stays at the unigram entropy). Below the unigram entropy a model has learned more than frequencies.
-Interrupted, it goes on. The last line is one JSON object.
+Each preset is run as it is but for the batch, steps and rate of `SETTINGS`, a warm-up of a quarter of the steps, a
+tokenizer of 4,096 pieces, and the default corpus. (vaswani_base is post-norm: it learns no more than frequencies for
+hundreds of updates, so it gets more and smaller ones; with its own rate of 7e-4 it stays there.) Below the unigram
+entropy a model has learned more than frequencies. Interrupted, it goes on. The last line is one JSON object.
 """
 
 import argparse
@@ -20,7 +20,16 @@ from train.metrics import read_steps
 from train.prepare import open_run_mixture, run_tokenizer
 from train.run import Run
 
-RATES = {"vaswani_base": 2e-4}
+SETTINGS: dict[str, dict[str, float]] = {
+    "vaswani_base": {
+        "train.num_steps": 1500, "train.batch_size": 8, "data.segment_length": 64, "optimizer.learning_rate": 3e-4
+    },
+    "gpt2_124m": {"train.num_steps": 300, "train.batch_size": 4, "data.segment_length": 256},
+}  # fmt: skip
+
+
+# Steps whose training losses are averaged.
+WINDOW = 20
 
 
 def unigram_entropy(run: Run) -> float:
@@ -38,32 +47,31 @@ def unigram_entropy(run: Run) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", default=["vaswani_base", "gpt2_124m"])
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("names", nargs="*", metavar="NAME", default=[*SETTINGS])
     parser.add_argument("--to", type=Path, default=Path("runs/presets"))
     arguments = parser.parse_args()
     figures = {}
     for name in arguments.names:
-        run, steps = Run(arguments.to / name), arguments.steps
-        changes = {
-            "train.run_dir": run.folder, "train.num_steps": steps, "train.batch_size": 4, "train.accumulation_steps": 1,
-            "data.segment_length": 256, "tokenizer.vocab_size": 4096, "optimizer.warmup_steps": steps // 4,
-            "checkpoint.every_steps": steps, "evaluation.every_steps": steps, "evaluation.max_bytes": 2**17,
+        run, settings = Run(arguments.to / name), SETTINGS[name]
+        steps = int(settings["train.num_steps"])
+        tokens = int(settings["train.batch_size"] * settings["data.segment_length"])
+        changes = settings | {
+            "train.run_dir": run.folder, "train.accumulation_steps": 1, "tokenizer.vocab_size": 4096,
+            "optimizer.warmup_steps": steps // 4, "checkpoint.every_steps": steps, "evaluation.every_steps": steps,
+            "evaluation.max_bytes": 2**17,
         }  # fmt: skip
-        if name in RATES:
-            changes["optimizer.learning_rate"] = RATES[name]
         status = ziggurat(
             ["pretrain", f"--config={name}", *(f"--config.{key}={value}" for key, value in changes.items())]
         )
         assert status == 0, name
-        records = [record for _, record in read_steps(run.folder / "metrics.jsonl")]
+        records = [record for _, record in read_steps(run.metrics)]
         entropy, loss = unigram_entropy(run), records[-1]["validation_loss"]
         losses = [record["loss"] for record in records]
-        below = next((n for n in range(10, steps + 1) if np.mean(losses[n - 10 : n]) < entropy), math.nan)
+        below = next((n for n in range(WINDOW, steps + 1) if np.mean(losses[n - WINDOW : n]) < entropy), math.nan)
         figures[name] = {"steps": steps, "held_out_loss": loss, "unigram_entropy": entropy, "below_from_step": below}
         print(
-            f"{name:14} {steps} steps of {4 * 256:,} tokens: held-out loss {loss:.3f}, unigram entropy {entropy:.3f}; "
-            f"the mean training loss of ten steps is below it from step {below}"
+            f"{name:14} {steps} steps of {tokens:,} tokens: held-out loss {loss:.3f}, unigram entropy {entropy:.3f}; "
+            f"the mean training loss of {WINDOW} steps is below it from step {below}"
         )
     print(json.dumps(figures))
     assert all(found["held_out_loss"] < found["unigram_entropy"] for found in figures.values())
