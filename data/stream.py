@@ -93,6 +93,7 @@ class Reader:
         """The stream's part of the window that begins here. Each stream takes one window after the other."""
         while (stream, start) not in self._waiting:
             begin, documents, following = next(self._windows)
+            assert begin <= start, f"no window begins at {start}"
             parts = self._deal(documents, begin)
             for v, first in self._starts.items():
                 if first <= begin:

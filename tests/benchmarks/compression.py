@@ -71,12 +71,13 @@ def look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndar
 def peers(run: Run) -> dict[str, float]:
     """Bits a byte of the run's held-out documents by each that is no neural network."""
     config, held_out = run.load_config(), run.held_out_texts()
-    size = sum(len(text.encode()) for text in held_out)
+    texts = [text.text for text in held_out]
+    size = sum(len(text.encode()) for text in texts)
     model = KneserNey(grams(open_run_mixture(config, run).sources[0].corpus.training_texts(config.train.seed)))
     figures = {
-        "byte_5_gram": float(-np.log2(model(grams(held_out))).sum() / size),
+        "byte_5_gram": float(-np.log2(model(grams(texts))).sum() / size),
         "gzip_9": gzip_bits_per_byte(held_out),
-        "xz_9": sum(len(lzma.compress(text.encode(), preset=9)) for text in held_out) * 8 / size,
+        "xz_9": sum(len(lzma.compress(text.encode(), preset=9)) for text in texts) * 8 / size,
     }
     assert not math.isnan(figures["byte_5_gram"])
     return figures
@@ -85,7 +86,7 @@ def peers(run: Run) -> dict[str, float]:
 def main(folder: Path) -> None:
     run = Run(folder)
     held_out = run.held_out_texts()
-    size = sum(len(text.encode()) for text in held_out)
+    size = sum(len(text.text.encode()) for text in held_out)
     evaluated = [r for _, r in read_steps(folder / "metrics.jsonl") if "validation_bits_per_byte" in r]
     figures = {"run": evaluated[-1]["validation_bits_per_byte"]} | peers(run)
     print(f"{len(held_out)} held-out documents, {size:,} bytes, after {evaluated[-1]['step']} steps")

@@ -221,8 +221,8 @@ def test_the_order_is_pinned(tmp_path: Path, ending: str):
 
 
 PINNED = {
-    ".jsonl": ["\x00document 42\x00doc", "ument 15\x00documen", "\x00document 47\x00doc", "ument 03\x00documen"],
-    ".jsonl.gz": ["\x00document 13\x00doc", "ument 47\x00documen", "\x00document 01\x00doc", "ument 11\x00documen"],
+    ".jsonl": ["\x00document 10\x00doc", "ument 42\x00documen", "\x00document 47\x00doc", "ument 03\x00documen"],
+    ".jsonl.gz": ["\x00document 13\x00doc", "ument 09\x00documen", "\x00document 01\x00doc", "ument 47\x00documen"],
 }
 
 
