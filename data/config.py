@@ -5,7 +5,7 @@ resumed. "frozen" (where nothing is said) is refused, "warn" is accepted with a 
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,15 +111,53 @@ class DataConfig:
             if getattr(self, name) not in choices:
                 found.append(f"data.{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
         for name in ("text_field", "prompt_field", "text_separator"):
-            value = getattr(self, name)
-            if value == "" or (name == "text_separator" and value is not None and "\n" in value):
-                found.append(f"data.{name} is {value!r}; it must be {'one line' if value else 'some text'}")
+            if problem := _text_problem(name, getattr(self, name)):
+                found.append(f"data.{name} {problem}")
         if not self.corpus:
             found.append(f"data.corpus is empty; give {CORPUS_HELP}")
         elif isinstance(self.corpus, Mapping):
             for name, values in self.corpus.items():
                 found += _corpus_problems(f"data.corpus[{name!r}]", values)
+                if not isinstance(name, str) or not name:
+                    found.append(f"data.corpus: {name!r} is no name; give a text")
+            if not found:
+                found += _weight_problems([stages(values.get("weight", 1)) for values in self.corpus.values()])
         return found
+
+
+def stages(weight: Any) -> list[tuple[int, float]]:
+    """A corpus's weight as (step, weight from it on), by step from 0."""
+    return [(step, float(w)) for step, w in weight] if isinstance(weight, list | tuple) else [(0, float(weight))]
+
+
+def weight_at(step: int, weights: Sequence[tuple[int, float]]) -> float:
+    """Of a corpus with these `stages`."""
+    return next(weight for since, weight in reversed(weights) if since <= step)
+
+
+def _weight_problems(corpora: Sequence[Sequence[tuple[int, float]]]) -> list[str]:
+    """Steps from which on nothing has a weight."""
+    steps = sorted({step for weights in corpora for step, _ in weights})
+    return [
+        f"data.corpus: from step {step} on every weight is 0; give one corpus more"
+        for step in steps
+        if not any(weight_at(step, weights) for weights in corpora)
+    ][:1]
+
+
+def _text_problem(name: str, value: Any) -> str | None:
+    """What is wrong with a field that is a text or, but for `text_field`, none."""
+    if value is None and name != "text_field":
+        return None
+    if not isinstance(value, str) or not value:
+        return f"is {value!r}; it must be a text"
+    if name == "text_separator" and "\n" in value:
+        return f"is {value!r}; it must be one line"
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return "is not valid UTF-8"
+    return None
 
 
 def _corpus_problems(where: str, values: Any) -> list[str]:
@@ -133,18 +171,19 @@ def _corpus_problems(where: str, values: Any) -> list[str]:
     ]
     if not isinstance(values.get("corpus"), str) or not values["corpus"]:
         found.append(f"{where} has no 'corpus'; give {CORPUS_HELP}")
-    found += [
-        f"{where}: {name} is {values[name]!r}; it must be a text"
+    problems = {
+        name: _text_problem(name, values[name])
         for name in ("text_field", "prompt_field", "text_separator")
-        if not isinstance(values.get(name, "text"), str | None) or values.get(name) == ""
-    ]
+        if name in values
+    }
+    found += [f"{where}: {name} {problem}" for name, problem in problems.items() if problem]
     if not _is_count(values.get("epochs", 1)):
         found.append(f"{where}: epochs is {values['epochs']!r}; it must be a whole number from 1 on, or left out")
     weight = values.get("weight", 1)
     if not _is_weight(weight) and not _is_schedule(weight):
         found.append(
-            f"{where}: weight is {weight!r}; it must be a number above 0, or a schedule [[0, weight], [step, weight], "
-            "...] of steps that rise from 0 and weights of at least 0"
+            f"{where}: weight is {weight!r}; it must be a number from 1e-4 to 1e4, or a schedule "
+            "[[0, weight], [step, weight], ...] of steps that rise from 0 and such weights or 0"
         )
     return found
 
@@ -153,8 +192,8 @@ def _is_count(value: Any) -> bool:
     return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)
 
 
-def _is_weight(value: Any, least: float = 1e-6) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= 1e6
+def _is_weight(value: Any, least: float = 1e-4) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= 1e4
 
 
 def _is_schedule(value: Any) -> bool:
@@ -167,7 +206,7 @@ def _is_schedule(value: Any) -> bool:
         all(isinstance(step, int) and not isinstance(step, bool) for step in steps)
         and steps[0] == 0
         and all(one < other for one, other in itertools.pairwise(steps))
-        and all(_is_weight(weight, 0) for _, weight in value)
+        and all(weight == 0 or _is_weight(weight) for _, weight in value)
         and any(weight > 0 for _, weight in value)
     )
 

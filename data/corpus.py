@@ -33,6 +33,8 @@ PIECE_BYTES = 2**24
 # Epochs whose order is remembered: streams reach the next one at different times.
 ORDERS = 4
 MOST_PROBLEMS = 10
+# With fewer files than so many a stream, the footers of .parquet files are read for the chunks.
+FOOTERS_FROM = 4
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ class Corpus:
         chunks: of all files, in order.
         order: (seed, epoch) → the chunks as they are dealt to the streams.
         shared: there are fewer chunks than streams: each stream reads all of them, and takes its part of the documents.
-        skipped: (file, place) of each document that could not be read and was left out.
+        skipped: (file, place) of each document that could not be read and was left out; (file, problem) where what
+            was left of a file could not.
     """
 
     def __init__(self, files: list[File], config: DataConfig):
@@ -94,7 +97,7 @@ class Corpus:
         self.files, self.size = files, sum(file.size for file in files)
         self._config = config
         self._fields = formats.Fields(config.text_field, config.prompt_field, config.text_separator)
-        self.skipped: set[tuple[int, int]] = set()
+        self.skipped: set[tuple[int, int | str]] = set()
         # Where each file's training part ends.
         self._ends = [file.size for file in files]
         texts = [number for number, file in enumerate(files) if self._is_one_document(file) and file.size]
@@ -107,23 +110,26 @@ class Corpus:
             for number in texts:
                 if not _is_compressed(files[number]):
                     self._ends[number] = self._held_out_from(files[number])
-        step = max(min(config.chunk_bytes, self.size // (4 * config.num_streams)), SMALLEST_CHUNK)
+        self._step = max(min(config.chunk_bytes, self.size // (4 * config.num_streams)), SMALLEST_CHUNK)
         self.chunks = [
-            Chunk(number, begin, end if _is_compressed(file) else min(begin + step, end))
-            for number, (file, end) in enumerate(zip(files, self._ends, strict=True))
-            for begin in ([0] if _is_compressed(file) and end else range(0, end, step))
+            Chunk(number, begin, end)
+            for number, file in enumerate(files)
+            for begin, end in itertools.pairwise(self._borders(file, self._ends[number]))
         ]
-        self.shared = self._parts() < config.num_streams
+        self.shared = len(self.chunks) < config.num_streams
         self.order = lru_cache(ORDERS)(self._order)
 
-    def _parts(self) -> int:
-        """The chunks, where a .parquet has at most its row groups; looked up only if the files may be too few."""
+    def _borders(self, file: File, end: int) -> list[int]:
+        """The bytes at which a file's chunks begin and end."""
+        if not end:
+            return []
+        if _is_compressed(file):
+            return [0, end]
         assert self._config.num_streams is not None
-        if len(self.files) >= self._config.num_streams:
-            return len(self.chunks)
-        tables = {number for number, file in enumerate(self.files) if formats.kind(file.name)[0] == ".parquet"}
-        found = sum(chunk.file not in tables for chunk in self.chunks)
-        return found + sum(parquet.row_groups(self.files[number]) for number in tables)
+        if formats.kind(file.name)[0] == ".parquet" and len(self.files) < FOOTERS_FROM * self._config.num_streams:
+            # Few files: their row groups are looked up, so that no stream has chunks without any.
+            return [0, *parquet.footer(file).begins[1:], end]
+        return [*range(0, end, self._step), end]
 
     def _order(self, seed: int, epoch: int) -> list[Chunk]:
         return [self.chunks[i] for i in sorted(range(len(self.chunks)), key=lambda i: digest("chunk", seed, epoch, i))]
@@ -167,6 +173,8 @@ class Corpus:
 
     def held_out(self) -> Iterator[Document]:
         """The held-out documents; of few .txt files, their ends. Of a .txt in pieces, so that none fills the memory."""
+        if not self._config.validation_fraction:
+            return
         for number, (file, end) in enumerate(zip(self.files, self._ends, strict=True)):
             if not self._is_one_document(file):
                 found = self._all(number, 0, file.size)
@@ -198,7 +206,8 @@ class Corpus:
         if self.size > WHOLE_BYTES or not all(map(is_local, self.files)):
             return
         problems: list[str] = []
-        for number, file in enumerate(self.files):
+        # What is left out is said as it is read.
+        for number, file in enumerate(self.files if self._config.on_bad_document == "error" else []):
             try:
                 for _ in self._all(number, 0, file.size, whole=True):
                     pass
@@ -231,7 +240,6 @@ class Corpus:
                 begin, end = (text.cut(file, at, self._ends[number]) for at in (begin, end))
             yield from self._piece(number, begin, end)
             return
-        at = begin
         try:
             for at, content in formats.read(file, begin, end, self._fields, place):
                 if isinstance(content, BadText):
@@ -239,7 +247,7 @@ class Corpus:
                 elif content.text:
                     yield Document(content.text, number, at, prompt=content.prompt)
         except BadText as error:
-            self._bad(number, at, error)
+            self._bad(number, None, error)
 
     def _piece(self, number: int, begin: int, end: int) -> Iterator[Document]:
         """The text of a part of a .txt, if there is any."""
@@ -252,14 +260,20 @@ class Corpus:
         if content:
             yield Document(content, number, begin, ends=end == file.size)
 
-    def _bad(self, number: int, place: int, problem: BadText) -> None:
-        """End the run, or say once that a document is left out."""
-        where = f"{self.files[number].path}{formats.written_place(self.files[number], place)}"
-        if self._config.on_bad_document == "error":
+    def _bad(self, number: int, place: int | None, problem: BadText) -> None:
+        """End the run, or say once that a document is left out, or with no place what is left of a chunk."""
+        file, skips = self.files[number], self._config.on_bad_document == "skip"
+        key = (number, str(problem) if place is None else place)
+        if skips and key in self.skipped:
+            return
+        where = file.path
+        if place is not None:
+            # To count the lines before a place is to read them.
+            where += formats.written_place(file, place, counts_lines=len(self.skipped) < MOST_PROBLEMS)
+        if not skips:
             raise InputError(f"{where}: {problem}; mend it, or leave it out with data.on_bad_document=skip")
-        if (number, place) not in self.skipped:
-            self.skipped.add((number, place))
-            log.warning("skipped %s: %s", where, problem)
+        self.skipped.add(key)
+        log.warning("skipped %s: %s", where, problem)
 
 
 def _is_compressed(file: File) -> bool:

@@ -194,8 +194,8 @@ def open_file(file: File, begin: int = 0, end: int | None = None) -> BinaryIO:
 
     Raises:
         InputError: access is refused.
-        BadText: it has vanished or changed since it was listed, or cannot be read after several tries; reading from
-            it may raise both too.
+        BadText: it has vanished or changed since it was listed; reading from it may raise both too.
+        ConnectionError: it cannot be read after several tries.
     """
     if not is_local(file):
         return io.BufferedReader(Ranges(file.path, file.size, file.version, begin, file.size if end is None else end))

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from data.config import OWN_FIELDS, DataConfig
+from data.config import OWN_FIELDS, DataConfig, stages, weight_at
 from data.corpus import Corpus, Document, open_corpus
 from data.errors import InputError
 from data.segmenter import Part
@@ -48,7 +48,7 @@ class Source:
 
     def weight(self, step: int) -> float:
         """At a step."""
-        return next(weight for since, weight in reversed(self.weights) if since <= step)
+        return weight_at(step, self.weights)
 
 
 class Mixture:
@@ -108,8 +108,8 @@ def open_mixture(config: DataConfig, stdlib: Callable[[], str], leave_out: Path 
     """
     several = config.corpus if isinstance(config.corpus, Mapping) else {"": {"corpus": config.corpus}}
     sources, problems = [], []
-    for name, values in several.items():
-        weight = values.get("weight", 1)
+    # By name: a config file has its own order of them, and a JSON text another.
+    for name, values in sorted(several.items()):
         own: dict[str, Any] = {field: values[field] for field in OWN_FIELDS if field in values}
         own["corpus"] = values["corpus"]
         of_source = dataclasses.replace(config, **own)
@@ -119,8 +119,7 @@ def open_mixture(config: DataConfig, stdlib: Callable[[], str], leave_out: Path 
         except InputError as error:
             problems.append(str(error))
             continue
-        stages = weight if isinstance(weight, list | tuple) else [(0, weight)]
-        sources.append(Source(name, corpus, of_source, tuple((int(step), float(w)) for step, w in stages)))
+        sources.append(Source(name, corpus, of_source, tuple(stages(values.get("weight", 1)))))
     if problems:
         raise InputError("\n".join(problems))
     return Mixture(sources)
@@ -161,7 +160,8 @@ class MixedStream:
     def __init__(self, mixture: Mixture, streams: Sequence[Stream], positions: np.ndarray):
         self._mixture, self._streams = mixture, streams
         self._positions, self._credits = positions[:, :-1].copy(), positions[:, -1].tolist()
-        self.ended = [False] * len(streams)
+        epochs = [source.config.epochs for source in mixture.sources]
+        self.ended = [n is not None and self._positions[k, 0] >= n for k, n in enumerate(epochs)]
 
     @property
     def positions(self) -> np.ndarray:
@@ -174,6 +174,7 @@ class MixedStream:
         found = next(self._streams[k], None)
         if found is None:
             self.ended[k] = True
+            self._positions[k] = Position(epoch=self._mixture.sources[k].config.epochs or 0)
             return k, []
         parts, self._positions[k] = found
         return k, parts

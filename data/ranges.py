@@ -34,7 +34,8 @@ class Ranges(io.RawIOBase):
 
     Raises:
         InputError: access is refused.
-        BadText: it has vanished or changed, or cannot be read after `TRIES` tries.
+        BadText: it has vanished or changed.
+        ConnectionError: it cannot be read after `TRIES` tries.
     """
 
     def __init__(self, url: str, size: int, version: str, begin: int, end: int):
@@ -53,7 +54,9 @@ class Ranges(io.RawIOBase):
                 "changed": "has changed since the run listed it; start a new run, or put the old file back",
                 "no ranges": "cannot be read in parts: its server ignores ranges; download it",
             }
-            raise BadText(said.get(error.kind, str(error))) from None
+            if error.kind not in said:
+                raise ConnectionError(f"{self._url} {error}") from None
+            raise BadText(said[error.kind]) from None
 
     def _open(self) -> Any:
         files, path = filesystem(self._url)

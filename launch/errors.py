@@ -23,6 +23,9 @@ def report(error: BaseException) -> int:
     if isinstance(error, OSError) and error.errno in PATH_ERRORS and error.filename is not None:
         print(f"ziggurat: {error.filename}: {error.strerror}; name another path", file=sys.stderr)
         return 2
+    if isinstance(error, ConnectionError):
+        print(f"ziggurat: {error}; start again once it can be reached", file=sys.stderr)
+        return 1
     if isinstance(error, KeyboardInterrupt):
         print("ziggurat: interrupted", file=sys.stderr)
         return 130

@@ -240,7 +240,7 @@ def config_problems(config: Config) -> list[str]:
         group, field_name = name.split(".")
         value = getattr(getattr(c, group), field_name)
         try:
-            (value if isinstance(value, str) else repr(value)).encode()
+            (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)).encode()
         except UnicodeEncodeError:
             found.append(f"{name} is not valid UTF-8")
     if not c.train.run_dir:

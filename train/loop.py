@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from data.loader import Loader, gather_positions, is_over
+from data.mixture import first_positions
 from model.generate import generate
 from train.checkpoint import Checkpoints
 from train.config import Config
@@ -20,7 +21,7 @@ from train.evaluate import evaluate, evaluation_metrics, make_evaluation_step
 from train.mesh import GENERATION, batch_sharding, make_mesh, once
 from train.metrics import Display, Rate, StepLog, flops_per_token, peak_flops
 from train.optimizer import make_optimizer
-from train.prepare import Prepared, data_fingerprint, prepare, restored_positions, some_of
+from train.prepare import Prepared, data_fingerprint, go_on, prepare, some_of
 from train.profiling import Profiler
 from train.report import opening
 from train.run import Run
@@ -60,11 +61,13 @@ def pretrain(config: Config) -> Run:
         stack.callback(checkpoints.close)
         if restored := checkpoints.restore(abstract_state(config, optimizer)):
             state, progress = restored
-            positions = restored_positions(progress, prepared)
-            # With other data there may be more to read.
+            prepared, positions = go_on(progress, prepared, run)
+            # With other data there is more to read.
             over = progress["is_over"] and progress["identity"] == prepared.identity
         else:
-            state, positions, over = make_state(config, optimizer), None, False
+            assert config.data.num_streams is not None
+            positions, over = first_positions(prepared.mixture, config.data.num_streams), False
+            state = make_state(config, optimizer)
         once(lambda: run.save_config(config))
         begin = int(state["step"])
         if begin < config.train.num_steps and not over:
@@ -85,9 +88,9 @@ def train(
     display: Display,
     checkpoints: Checkpoints,
     state: dict[str, Any],
-    positions: np.ndarray | None,
+    positions: np.ndarray,
 ) -> dict[str, Any]:
-    """The loop: from `state` and the data at `positions` (none: the beginning) to the state after the last step."""
+    """The loop: from `state` and the data at `positions` to the state after the last step."""
     config, tokenizer = prepared.config, prepared.tokenizer
     optimizer, step, last_step = make_optimizer(config), int(state["step"]), config.train.num_steps
     programs, evaluation_step = Programs(config, optimizer), make_evaluation_step(config)
@@ -115,12 +118,11 @@ def train(
         logs = None
         if jax.process_index() == 0:
             board = run.folder / "tensorboard" if config.train.tensorboard else None
-            # After a resume the data may go on elsewhere, so the step that it goes on from is logged anew.
+            # The data may go on elsewhere than before, so the step that it goes on from is logged anew.
             logs = StepLog(run.metrics, step, board), StepLog(run.positions, step - 1)
             for log in logs:
                 stack.callback(log.close)
-            if positions is not None:
-                logs[1].write({"step": step, "data": data, "positions": positions.tolist()})
+            logs[1].write({"step": step, "data": data, "positions": positions.tolist()})
         profiler = Profiler(run.profile, config.train.profile_steps, step)
         stack.callback(profiler.stop)
         rate, rows_left = Rate(), sum(batch_size(config, s) for s in range(step, last_step))
@@ -148,9 +150,7 @@ def train(
 
             saves = step == last_step or step % config.checkpoint.every_steps == 0
             # The first evaluation comes after the first step: what is wrong with it should show at once.
-            evaluates = bool(prepared.held_out) and (
-                step in (1, last_step) or step % config.evaluation.every_steps == 0
-            )
+            evaluates = bool(some_held_out) and (step in (1, last_step) or step % config.evaluation.every_steps == 0)
             logs_position = saves or step % config.data.positions_every_steps == 0
             pauses = saves or evaluates or step == profiler.last or not programs.has(step + 1)
             while len(underway) > (0 if pauses else 1):

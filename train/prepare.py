@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -179,12 +179,13 @@ def train_run_tokenizer(config: Config, mixture: Mixture, folder: Path) -> Token
 
 
 def up_to(texts: Iterable[Text], size: int) -> list[Text]:
-    """The first texts, of `size` bytes in all; the last is cut where it is longer."""
+    """The first texts, of `size` bytes in all, prompts included; the last is cut where it is longer."""
     taken: list[Text] = []
     for text in texts:
         encoded = text.text.encode()
+        size -= len(text.prompt.encode())
         if len(encoded) >= size:
-            cut = encoded[:size].decode(errors="ignore")
+            cut = encoded[: max(size, 0)].decode(errors="ignore")
             return [*taken, text._replace(text=cut)] if cut else taken
         taken.append(text)
         size -= len(encoded)
@@ -205,18 +206,22 @@ def identity_of(config: Config, mixture: Mixture) -> dict[str, Any]:
     return found | {"train.seed": config.train.seed}
 
 
-def restored_positions(progress: Mapping[str, Any], prepared: Prepared) -> np.ndarray:
-    """Where the streams go on: at the checkpoint's positions, or, where the data has changed, in an epoch of their own.
+def go_on(progress: Mapping[str, Any], prepared: Prepared, run: Run) -> tuple[Prepared, np.ndarray]:
+    """What a checkpoint's run goes on with, and where in the data: there, or if the data has changed in a new epoch.
+
+    Other data has other held-out documents too. All processes call it together.
 
     Raises:
         InputError: corpus, tokenizer or data settings are not what the checkpoint was trained on, and
-            `data.accept_changes` is not set.
+            `data.accept_changes` is not set; or all of their epochs have been read.
     """
+    if "identity" not in progress:
+        raise InputError(f"{run.folder} was begun by an older version; start another run")
     saved, now, config = progress["identity"], prepared.identity, prepared.config
     positions = np.array(progress["positions"], np.int64)
     names = [name for name in saved | now if saved.get(name) != now.get(name)]
     if not names:
-        return positions
+        return prepared, positions
     changes = [f"{name}: {_short(saved.get(name))} → {_short(now.get(name))}" for name in names]
     if not config.data.accept_changes:
         lines = "".join(f"  {line}\n" for line in changes)
@@ -226,12 +231,22 @@ def restored_positions(progress: Mapping[str, Any], prepared: Prepared) -> np.nd
         )
     for line in changes:
         log.warning("changed on resume: %s", line)
-    if all(name.endswith((".weight", ".epochs")) for name in names):
-        return positions
-    epoch = int(positions[:, :, 0].max()) + 1
-    log.warning("the streams begin anew, with epoch %d", epoch)
-    assert config.data.num_streams is not None
-    return first_positions(prepared.mixture, config.data.num_streams, epoch)
+    moves = not all(name.endswith((".weight", ".epochs")) for name in names)
+    if moves:
+        epoch = int(positions[:, :, 0].max()) + 1
+        assert config.data.num_streams is not None
+        positions = first_positions(prepared.mixture, config.data.num_streams, epoch)
+    for source, epochs in zip(prepared.mixture.sources, positions[:, :, 0].min(axis=0).tolist(), strict=True):
+        if source.config.epochs is not None and epochs >= source.config.epochs:
+            raise InputError(
+                f"{field_of(source.name)}: {epochs} epochs have been read before the change; give more than that "
+                "(data.epochs), or leave it at none"
+            )
+    if moves:
+        log.warning("the streams begin anew, with epoch %d, and other documents are held out", epoch)
+        once(lambda: run.save_held_out(held_out_of(prepared.mixture, config.evaluation.max_bytes)))
+        prepared = replace(prepared, held_out=run.held_out_texts())
+    return prepared, positions
 
 
 def data_fingerprint(identity: Mapping[str, Any]) -> str:

@@ -79,14 +79,14 @@ def line_number(file: File, offset: int) -> int:
     return lines
 
 
-def written_place(file: File, place: int) -> str:
+def written_place(file: File, place: int, counts_lines: bool = True) -> str:
     """A document's place as it follows the file's path in a message; "" for a .txt, whose problems name the byte."""
     format_, compression = kind(file.name)
     if format_ == ".parquet":
         return f", row {place} (from 0)"
     if format_ == ".txt":
         return ""
-    if is_local(file) and place <= COUNTED_BYTES:
+    if counts_lines and is_local(file) and place <= COUNTED_BYTES:
         try:
             return f":{line_number(file, place)}"
         except BadText:

@@ -45,6 +45,8 @@ def footer(file: File) -> Footer:
     with open_file(file) as stream:
         try:
             metadata = parquet.ParquetFile(stream).metadata
+        except ConnectionError:
+            raise
         except (arrow.ArrowException, OSError) as error:
             raise BadText(f"is no parquet: {error}") from None
     begins, rows, row = [], [], 0
@@ -54,15 +56,6 @@ def footer(file: File) -> Footer:
         rows.append(row)
         row += group.num_rows
     return Footer(metadata, tuple(begins), tuple(rows))
-
-
-def row_groups(file: File) -> int:
-    """How many row groups, and so at most how many chunks with documents, a file has.
-
-    Raises:
-        InputError, BadText: as `footer`.
-    """
-    return len(footer(file).begins)
 
 
 def read(file: File, begin: int, end: int, fields: Fields, place: int = 0) -> Iterator[Found]:
@@ -97,6 +90,8 @@ def read(file: File, begin: int, end: int, fields: Fields, place: int = 0) -> It
                     for i in range(max(place - row, 0), batch.num_rows):
                         yield row + i, _document(batch, i, fields)
                     row += batch.num_rows
+        except ConnectionError:
+            raise
         except (arrow.ArrowException, OSError) as error:
             raise BadText(f"is damaged: {error}") from None
 

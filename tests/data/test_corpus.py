@@ -1,6 +1,7 @@
 """Listing, chunks, held-out parts, fingerprints, and what is wrong with a corpus."""
 
 import dataclasses
+import gzip
 import json
 import shutil
 from collections import Counter
@@ -14,8 +15,10 @@ from data import corpus as corpus_module
 from data.config import DataConfig
 from data.corpus import MANY_FILES, Corpus, open_corpus
 from data.errors import InputError
+from data.files import READ
 from data.formats import text as text_format
 from data.formats.stdlib import snapshot_stdlib
+from tests.peers import require
 
 CONFIG = DataConfig(num_streams=2, chunk_bytes=1000, validation_fraction=0.05)
 
@@ -194,6 +197,50 @@ def test_a_chunk_is_read_without_reading_its_file(tmp_path: Path):
     list(corpus.documents(corpus.chunks[len(corpus.chunks) // 2]))
     with open("/proc/self/io") as after:
         assert int(after.read().split()[1]) - began < 100_000
+
+
+def test_what_is_left_out_is_said_once_and_damage_behind_it_too(tmp_path: Path, caplog):
+    lines = [b'{"text": "line %d"}' % i for i in range(100)] + [b"not json"]
+    content = gzip.compress(b"\n".join(lines) + b"\n" + b"x" * 10_000)
+    (tmp_path / "a.jsonl.gz").write_bytes(content[: len(content) - 12])
+    config = dataclasses.replace(CONFIG, num_streams=1, validation_fraction=0.0, on_bad_document="skip")
+    corpus = open_corpus(str(tmp_path), config)
+    for _ in range(2):
+        assert len(training(corpus)) == 100
+    assert (0, sum(len(line) + 1 for line in lines[:-1])) in corpus.skipped
+    assert len(corpus.skipped) == 2
+    assert len(caplog.messages) == 2
+    assert "a.jsonl.gz:101: " in caplog.messages[0]
+    assert "ends too early" in caplog.messages[1]
+
+
+def test_many_bad_lines_are_not_counted_to_again_and_again(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_bytes(b"bad\n" * 2000 + b'{"text": "good"}\n')
+    corpus = open_corpus(str(tmp_path), dataclasses.replace(CONFIG, num_streams=1, on_bad_document="skip"))
+    READ.clear()
+    training(corpus)
+    assert len(corpus.skipped) == 2000
+    # Once for the documents, and for the first few messages to the line that they name.
+    assert READ["bytes"] < 20 * corpus.size
+
+
+def test_nothing_is_read_to_hold_nothing_out(tmp_path: Path):
+    write_jsonl(tmp_path / "a.jsonl", ["some text"] * 100)
+    corpus = open_corpus(str(tmp_path), dataclasses.replace(CONFIG, validation_fraction=0.0))
+    READ.clear()
+    assert held_out_of(corpus) == []
+    assert READ["bytes"] == 0
+
+
+def test_few_parquet_files_have_their_row_groups_as_chunks(tmp_path: Path):
+    pyarrow, parquet = require("pyarrow"), require("pyarrow.parquet")
+    texts = [f"{i} " * 50 for i in range(90)]
+    for name, part in (("a", texts[:60]), ("b", texts[60:])):
+        parquet.write_table(pyarrow.table({"text": part}), tmp_path / f"{name}.parquet", row_group_size=20)
+    corpus = open_corpus(str(tmp_path), dataclasses.replace(CONFIG, num_streams=5, validation_fraction=0.0))
+    assert not corpus.shared
+    assert [sum(1 for _ in corpus.documents(chunk)) for chunk in corpus.chunks] == [20, 20, 20, 20, 10]
+    assert open_corpus(str(tmp_path), dataclasses.replace(CONFIG, num_streams=6)).shared
 
 
 def test_the_default_corpus_is_the_standard_library_without_tests(tmp_path: Path):

@@ -129,6 +129,42 @@ def test_a_corpus_ends_or_repeats_as_its_own_field_says(folder: Path):
     assert read == Counter(dict.fromkeys(source.corpus.training_texts(0), 2))
 
 
+def test_a_corpus_ends_at_the_same_step_after_a_resume(folder: Path):
+    mixture = mixture_of(folder, CONFIG, a={"weight": 9}, c={"weight": 1, "epochs": 1})
+
+    def end(streams: dict[int, MixedStream], step: int) -> int:
+        while not all(stream.ended[1] for stream in streams.values()):
+            for stream in streams.values():
+                stream.take(step)
+            step += 1
+        return step
+
+    expected = end(streams_of(mixture), 0)
+    for stop in (expected - 1, expected - 3, expected - 8):
+        streams = streams_of(mixture)
+        for step in range(stop):
+            for stream in streams.values():
+                stream.take(step)
+        assert any(stream.ended[1] for stream in streams.values())
+        positions = np.stack([stream.positions for stream in streams.values()])
+        assert end(streams_of(mixture, positions), stop) == expected
+
+
+def test_the_order_of_the_names_means_nothing(folder: Path):
+    one, other = mixture_of(folder, a=1, b=2), mixture_of(folder, b=2, a=1)
+    assert [source.name for source in one.sources] == [source.name for source in other.sources]
+    assert list(one.fingerprints()) == list(other.fingerprints())
+
+
+def test_some_corpus_has_a_weight_at_any_step():
+    schedules = {"a": [[0, 1], [100, 0]], "b": [[0, 0], [200, 1]]}
+    corpora = {name: {"corpus": "x", "weight": weight} for name, weight in schedules.items()}
+    [problem] = dataclasses.replace(CONFIG, corpus=corpora).problems()
+    assert problem == "data.corpus: from step 100 on every weight is 0; give one corpus more"
+    corpora["b"]["weight"] = [[0, 0], [100, 1]]
+    assert dataclasses.replace(CONFIG, corpus=corpora).problems() == []
+
+
 def test_a_corpus_may_have_fields_of_its_own(folder: Path):
     (folder / "d.jsonl").write_text("".join(json.dumps({"q": f"{i}?", "a": "yes" * 20}) + "\n" for i in range(90)))
     mixture = mixture_of(folder, a=1, d={"text_field": "a", "prompt_field": "q"})
@@ -146,7 +182,7 @@ def test_what_is_wrong_with_all_corpora_is_said_at_once(folder: Path):
     lines = str(caught.value).splitlines()
     assert len(lines) == 2
     assert all("there is no such file or folder" in line for line in lines)
-    assert lines[0].startswith("data.corpus['none'] = ")
+    assert [line.split(" = ")[0] for line in lines] == ["data.corpus['neither']", "data.corpus['none']"]
 
 
 @pytest.mark.parametrize(
@@ -162,6 +198,9 @@ def test_what_is_wrong_with_all_corpora_is_said_at_once(folder: Path):
         ({"corpus": "x", "weight": [[0, 0], [5, 0]]}, "weight is"),
         ({"corpus": "x", "epochs": 0}, "epochs is 0"),
         ({"corpus": "x", "text_field": 3}, "text_field is 3"),
+        ({"corpus": "x", "text_field": None}, "text_field is None"),
+        ({"corpus": "x", "text_separator": "a\nb"}, "it must be one line"),
+        ({"corpus": "x", "text_separator": "\ud800"}, "text_separator is not valid UTF-8"),
     ],
 )
 def test_a_corpus_of_a_mixture_is_checked(values, words: str):

@@ -1,6 +1,7 @@
 """The data of a run as its user meets it: where a batch is from, changes on resume, mixtures, epochs, bad documents."""
 
 import gzip
+import itertools
 import json
 import re
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.corpus import open_corpus
 from data.tokenizer import Tokenizer
 from tests.launch.small_run import here, metrics, write_config, write_corpus, ziggurat
 from train.checkpoint import Checkpoints
@@ -49,7 +51,7 @@ def test_inspect_data_begins_at_the_position_logged_before(finished: Path, tmp_p
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     logged = positions(run)
-    assert [record["step"] for record in logged] == [4, 8, 12]
+    assert [record["step"] for record in logged] == [0, 4, 8, 12]
     expected = shown(capsys, run, "--step=12")
     taken = []
     from data.mixture import MixedStream
@@ -110,16 +112,27 @@ def test_a_changed_corpus_or_data_setting_is_refused_or_begins_a_new_epoch(
     assert "--config.data.accept_changes=true" in error
     assert here(*again, "--config.data.segmentation=pack") == 2
     assert "data.segmentation: concatenate → pack" in capsys.readouterr().err
+    once = ["--config.data.epochs=1", "--config.data.accept_changes=true", "--config.data.validation_fraction=0.2"]
+    assert here(*again, *once) == 2
+    assert "data.corpus: 1 epochs have been read before the change" in capsys.readouterr().err
     assert here(*again, "--config.data.segmentation=pack", "--config.train.seed=1",
                 "--config.data.accept_changes=true") == 2  # fmt: skip
     assert "train.seed: 0 → 1" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in before} == before
-    accepted = [*again, "--config.data.segmentation=pack", "--config.data.accept_changes=true"]
+    accepted = [*again, "--config.data.segmentation=pack", "--config.data.accept_changes=true",
+                "--config.data.validation_fraction=0.2"]  # fmt: skip
     assert here(*accepted) == 0
     assert "the streams begin anew, with epoch 1" in caplog.text
+    # What is evaluated now is held out of the new data.
+    kept = [text.text for text in Run(tmp_path / "run").held_out_texts()]
+    assert kept != [text.text for text in Run(finished).held_out_texts()]
+    corpus = open_corpus(str(tmp_path / "corpus.jsonl"), Run(tmp_path / "run").load_config().data)
+    *whole, cut = itertools.islice((document.text for document in corpus.held_out()), len(kept))
+    assert kept[:-1] == whole
+    assert cut.startswith(kept[-1])
     assert [record["step"] for record in metrics(tmp_path / "run")] == list(range(1, 17))
     assert metrics(tmp_path / "run")[-1]["utilization"] < 1
-    first, *_, last = positions(tmp_path / "run")[2:]
+    first, *_, last = positions(tmp_path / "run")[3:]
     assert first["step"] == 12
     assert np.array(first["positions"])[:, :, 0].tolist() == [[1]] * 8
     assert last["step"] == 16
