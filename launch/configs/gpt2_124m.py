@@ -2,7 +2,8 @@
 
 GPT-2's smallest model (Radford et al. 2019): 124,439,808 parameters, learned positions, dropout of 0.1, half a million
 tokens a step. Its training was not published; rate and decay are those of the 125M model of GPT-3 (Brown et al. 2020).
-`python -m tests.benchmarks.presets` trains it at a reduced batch.
+`python -m tests.benchmarks.presets` trains it at a reduced batch: after 300 steps of 1,024 tokens of the default corpus
+its loss on held-out documents is 6.39 nats a token; their unigram entropy is 7.05 (version 0.2.0).
 """
 
 from ml_collections import ConfigDict
