@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from data.tokenizer import train_tokenizer
+from launch.errors import report
 from tests.launch.small_run import ROOT, here, write_config
 
 LONG = "n" * 300
@@ -202,3 +203,10 @@ def test_a_hidden_room_is_refused(tmp_path: Path):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert "the package 'model' resolves to" in done.stderr
+
+
+def test_an_outage_is_a_fault_that_a_new_start_may_mend(capsys):
+    assert report(ConnectionError("s3://texts/a.jsonl cannot be read after 5 tries (TimeoutError)")) == 1
+    assert capsys.readouterr().err.startswith(
+        "ziggurat: s3://texts/a.jsonl cannot be read after 5 tries (TimeoutError); start again"
+    )
