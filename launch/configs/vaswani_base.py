@@ -3,8 +3,8 @@
 The decoder side of "Attention Is All You Need" (Vaswani et al. 2017), base model: 37,846,016 parameters, with the
 paper's recipe (section 5): post-norm, sinusoidal positions, 24,576 tokens a step, dropout and label smoothing 0.1, an
 inverse square root schedule whose peak is 512^-0.5 · 4000^-0.5. As in the paper, attention has no biases.
-`python -m tests.benchmarks.presets` trains it at a reduced batch: after 300 steps of 1,024 tokens of the default corpus,
-cut into 512 pieces, its loss on held-out documents is 4.62 nats a token; the unigram entropy is 5.00.
+`python -m tests.benchmarks.presets` trains it at a reduced batch: after 300 steps of 1,024 tokens of the default corpus
+in a vocabulary of 512, its loss on held-out documents is 4.62 nats a token; the unigram entropy is 5.00.
 """
 
 from ml_collections import ConfigDict
