@@ -13,7 +13,7 @@ from data.segmenter import Pairs, Part, concatenate, make_pairs, pack
 from data.tokenizer import Tokenizer
 
 # UTF-8 bytes of each corpus that a summary looks at.
-SAMPLE_BYTES = 2**22
+SAMPLE_BYTES = 2**24
 # What has small chunks; of the others a sample ends where it has enough.
 SPLITS = ((".jsonl", ""), (".txt", ""))
 
