@@ -122,9 +122,8 @@ class Loader:
         """All batches; where a corpus may end, each is made once the next one is, to know what that one has."""
         batches = itertools.starmap(self._make, self._sizes)
         if not self._mixture.is_bounded:
-            yield from batches
-        for loaded, following in itertools.pairwise(batches):
-            yield loaded._replace(left=following.left)
+            return batches
+        return (loaded._replace(left=following.left) for loaded, following in itertools.pairwise(batches))
 
     def _make(self, step: int, size: int) -> Loaded:
         rows, positions, left = self._read(step, size)

@@ -1,4 +1,5 @@
-"""The tokenizer as Hugging Face's `tokenizers` and Transformers read it: the same ids for every text.
+"""The tokenizer as Hugging Face's `tokenizers` and Transformers read it: the same ids for every text (but
+where nothing in a million characters can be cut apart: see `Tokenizer.parts`).
 
 Both do BPE over a whole text. Where SentencePiece writes U+2581 for a space, this file has the space itself, so
 nothing is normalized, and what SentencePiece keeps whole (whitespace runs, escapes) is an added token.
