@@ -4,7 +4,7 @@
 
 Each preset is run as it is but for its `SETTINGS`, on the default corpus. vaswani_base is post-norm: with so small a
 batch it had learned nothing but frequencies after 300 steps at its own rate of 7e-4, nor after 330 at 2e-4 (vocabulary
-4,096) or 200 at 4e-4 (512); at 1e-4 it learns more. Below the unigram entropy a model has learned more than frequencies.
+4,096) or 200 at 4e-4 (512); at 1e-4 it learns more. Below the unigram entropy a model knows more than frequencies.
 Interrupted, it goes on. The last line is one JSON object.
 """
 
