@@ -5,7 +5,7 @@ Each position looks at itself and what came before, in the same document. K key/
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,18 +18,23 @@ from model.linear import Linear
 from model.norm import RMSNorm
 from model.position import Rotation, rotate
 from model.product import product
-from model.sharding import Layout, join_axis, split_axis
+from model.sharding import WHOLE, Layout, join_axis, split_axis
 
 # What a layer tells beside its result: "key" and "value", its new cache.
 Aux = dict[str, jax.Array]
 Cache = dict[str, jax.Array]
+# Queries [B, H, T, C], keys and values [B, K, S, C] and the rows' keys for dropout → [B, H, T, C].
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Keys], jax.Array]
 
 
-def causal_mask(segment_ids_BT: jax.Array, window: int | None = None) -> jax.Array:
-    """Which keys a query sees, bool [B, 1, T, S]: not later ones, of its own document alone, the newest `window`."""
-    T = segment_ids_BT.shape[1]
-    ago_TS = jnp.arange(T)[:, None] - jnp.arange(T)[None, :]
-    same_BTS = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
+def causal_mask(segment_ids_BT: jax.Array, window: int | None = None, layout: Layout = WHOLE) -> jax.Array:
+    """Which keys a query sees, bool [B, 1, T, S]: not later ones, of its own document alone, the newest `window`.
+
+    Positions are in the order of `layout`, which shares queries, not keys.
+    """
+    order_T = jnp.asarray(layout.order(segment_ids_BT.shape[1]))
+    ago_TS = order_T[:, None] - order_T[None, :]
+    same_BTS = segment_ids_BT[:, :, None] == layout.place(segment_ids_BT, "batch", None)[:, None, :]
     return (within(ago_TS, window) & same_BTS)[:, None]
 
 
@@ -71,7 +76,7 @@ class Attention(nnx.Module):
         self.query = Linear("btd,dhc->bhtc", weights, "query", ("model", "heads", "head"), layout)
         self.key = Linear("btd,dkc->bktc", weights, "key", shared, layout)
         self.value = Linear("btd,dkc->bktc", weights, "value", shared, layout)
-        self.output = Linear("bhtc,hcd->btd", weights, "output", ("heads", "head", "model"), layout, to_residual=True)
+        self.output = Linear("bhtc,hcd->btd", weights, "output", ("heads", "head", "model"), layout, sums_over="heads")
         self.query_norm = RMSNorm(config, weights["query_norm"]) if config.qk_norm else None
         self.key_norm = RMSNorm(config, weights["key_norm"]) if config.qk_norm else None
         self.config, self.layout = config, layout
@@ -80,17 +85,17 @@ class Attention(nnx.Module):
         self,
         x_BTD: jax.Array,
         rotation: Rotation,
-        mask_B1TS: jax.Array,
+        attention: Attend,
         cache: Cache | None = None,
         start: jax.Array | None = None,
         keys_B: Keys = None,
     ) -> tuple[jax.Array, Aux]:
-        """[B, T, D] → [B, T, D].
+        """[B, T, D] → [B, T, D]; `attention` knows who sees whom.
 
         With a cache of earlier keys and values ("key", "value" [B, K, S, C]), those of `x` are written to it from
         position `start` on and the queries see all of it; the new cache is returned beside.
         """
-        x_BTD = self.layout.gather_sequence(x_BTD)
+        x_BTD = self.layout.gather_time(x_BTD, "heads")
         q_BHTC, k_BKTC, v_BKTC = *self.queries_and_keys(x_BTD, rotation), self.value(x_BTD)
         aux: Aux = {}
         if cache is not None:
@@ -98,9 +103,7 @@ class Attention(nnx.Module):
             k_BKTC = jax.lax.dynamic_update_slice_in_dim(cache["key"], k_BKTC, start, axis=2)
             v_BKTC = jax.lax.dynamic_update_slice_in_dim(cache["value"], v_BKTC, start, axis=2)
             aux = {"key": k_BKTC, "value": v_BKTC}
-        c = self.config
-        y_BHTC = attend(q_BHTC, k_BKTC, v_BKTC, mask_B1TS, c.attention_softcap, c.attention_dropout, keys_B)
-        return self.output(y_BHTC), aux
+        return self.output(attention(q_BHTC, k_BKTC, v_BKTC, keys_B)), aux
 
     def queries_and_keys(self, x_BTD: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array]:
         """What is compared with what, [B, H, T, C] and [B, K, T, C]."""
@@ -114,7 +117,9 @@ class Attention(nnx.Module):
 
         (Dehghani et al. 2023, arXiv:2302.05442; Wortsman et al. 2023, arXiv:2309.14322.)
         """
-        q_BHTC, k_BKTC = self.queries_and_keys(self.layout.gather_sequence(x_BTD), rotation)
+        q_BHTC, k_BKTC = self.queries_and_keys(self.layout.gather_time(x_BTD, "heads"), rotation)
+        q_BHTC = self.layout.place(q_BHTC, "batch", "heads", None, None)
+        k_BKTC = self.layout.place(k_BKTC, "batch", "kv_heads", None, None)
         q_TBKGC = jnp.moveaxis(split_axis(q_BHTC, 1, k_BKTC.shape[1]), 3, 0)
         C = q_BHTC.shape[-1]
 

@@ -15,7 +15,8 @@ CHOICES = {
     "norm": ("rmsnorm", "layernorm"),
     "norm_placement": ("pre", "post"),
     "compute_dtype": ("bfloat16", "float32"),
-    "remat_policy": ("none", "products", "full"),
+    "attention_kernel": ("auto", "plain", "splash", "cudnn"),
+    "remat_policy": ("none", "products", "attention", "full", "offload_products", "offload"),
 }
 # 256 MB in float32, forward; the backward pass has a few such arrays.
 LOGITS_AT_ONCE = 2**26
@@ -96,6 +97,14 @@ class ModelConfig:
         default=0.0, metadata={"help": "part of the attention weights that is dropped", "resume": "warn"}
     )
 
+    attention_kernel: str = field(
+        default="auto",
+        metadata={
+            "help": "auto: by the platform, splash on TPU, cudnn on GPU, else plain; or one of them",
+            "resume": "warn",
+        },
+    )
+
     # ── Floor 4: feed-forward ──────────────────────────────────────────────────────────────────────────────────────
     activation: str = field(default="silu", metadata={"help": "silu, gelu (exact), gelu_tanh (GPT-2's) or relu"})
     gated: bool = field(
@@ -152,7 +161,9 @@ class ModelConfig:
     remat_policy: str = field(
         default="none",
         metadata={
-            "help": "what the backward pass recomputes: none, products (all but matrix products) or full",
+            "help": "what the forward pass keeps: none (no remat: all), products (what matrix products and attention "
+            "give), attention, full (remat: each layer's input alone), offload_products and offload (products, or the "
+            "inputs alone, in the host's memory)",
             "resume": "free",
         },
     )

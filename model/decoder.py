@@ -1,27 +1,45 @@
 """The decoder: embedding, position, L blocks of attention and feed-forward, unembedding."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from model.attention import Attention, Aux, Cache, causal_mask, within
+from model.attention import Attend, Attention, Aux, Cache, attend, causal_mask, within
 from model.config import ModelConfig
 from model.dropout import Keys, at, dropout
 from model.embedding import Embedding
 from model.feedforward import FeedForward
+from model.kernels import attention_over
 from model.norm import NORMS
 from model.position import Position, Rotation
 from model.sharding import WHOLE, Layout, on_one_cpu
 from model.unembedding import Unembedding, logits
 
-# What the forward pass leaves for the backward pass; the rest is computed again.
+_names = jax.checkpoint_policies.save_only_these_names
+
+
+def _offload(*names: str) -> Callable[..., Any]:
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=names,
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+
+
+# What the forward pass leaves for the backward pass beside each layer's input; the rest is computed again.
 REMAT_POLICIES = {
     "none": None,
-    "products": jax.checkpoint_policies.save_only_these_names("product"),
+    "products": _names("product", "attention"),
+    "attention": _names("attention"),
     "full": jax.checkpoint_policies.nothing_saveable,
+    # The same in the host's memory; the last also moves the inputs there.
+    "offload_products": _offload("product", "attention"),
+    "offload": _offload("residual"),
 }
 
 
@@ -61,14 +79,15 @@ class Block(nnx.Module):
         self,
         x_BTD: jax.Array,
         rotation: Rotation,
-        mask_B1TS: jax.Array,
+        attention: Attend,
         cache: Cache | None,
         start: jax.Array | None,
         keys_B: Keys,
     ) -> tuple[jax.Array, Aux]:
         """[B, T, D] → [B, T, D], and what attention tells beside."""
+        x_BTD = checkpoint_name(x_BTD, "residual")
         y_BTD = self.attention_norm(x_BTD) if self.pre else x_BTD
-        y_BTD, aux = self.attention(y_BTD, rotation, mask_B1TS, cache, start, at(keys_B, 0))
+        y_BTD, aux = self.attention(y_BTD, rotation, attention, cache, start, at(keys_B, 0))
         x_BTD = x_BTD + dropout(y_BTD, self.dropout_rate, at(keys_B, 1))
         x_BTD = x_BTD if self.pre else self.attention_norm(x_BTD)
 
@@ -76,11 +95,13 @@ class Block(nnx.Module):
         x_BTD = x_BTD + dropout(y_BTD, self.dropout_rate, at(keys_B, 2))
         return x_BTD if self.pre else self.feedforward_norm(x_BTD), aux
 
-    def watch(self, x_BTD: jax.Array, rotation: Rotation, mask_B1TS: jax.Array) -> tuple[jax.Array, Aux]:
+    def watch(
+        self, x_BTD: jax.Array, rotation: Rotation, attention: Attend, mask_B1TS: jax.Array
+    ) -> tuple[jax.Array, Aux]:
         """The same result, and what `Decoder.watch` tells of this layer."""
         y_BTD = self.attention_norm(x_BTD) if self.pre else x_BTD
         largest_logit = self.attention.largest_logit(y_BTD, rotation, mask_B1TS)
-        x_BTD, _ = self(x_BTD, rotation, mask_B1TS, None, None, None)
+        x_BTD, _ = self(x_BTD, rotation, attention, None, None, None)
         rms = jnp.sqrt(jnp.mean(jnp.square(x_BTD.astype(jnp.float32))))
         return x_BTD, {"residual_rms": rms, "largest_logit": largest_logit}
 
@@ -108,23 +129,26 @@ class Decoder(nnx.Module):
         Args:
             tokens_BT: int32 ids.
             positions_BT: int32 places in their documents.
-            segment_ids_BT: int32; positions with different numbers do not see each other.
+            segment_ids_BT: int32; positions with different numbers do not see each other. All three are in the
+                layout's order (see `Layout.spread`), as is the result.
             keys_B: of the rows, where something is to be dropped (see `model.dropout`).
         """
-        mask_B1TS = causal_mask(segment_ids_BT, self.config.sliding_window)
-        return self._run(tokens_BT, positions_BT, mask_B1TS, keys_B=keys_B)[0]
+        attention = attention_over(self.config, self.layout, segment_ids_BT)
+        return self._run(tokens_BT, positions_BT, attention, keys_B=keys_B)[0]
 
     def watch(self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> Aux:
         """What to keep an eye on in each layer, float32 [L], of a pass that drops nothing.
 
         "residual_rms" is the root mean square of what the layer hands on; "largest_logit" is attention's largest.
         """
-        mask_B1TS = causal_mask(segment_ids_BT, self.config.sliding_window)
+        attention = attention_over(self.config, self.layout, segment_ids_BT)
+        mask_B1TS = causal_mask(segment_ids_BT, self.config.sliding_window, self.layout)
+        mask_B1TS = self.layout.place(mask_B1TS, "batch", None, None, None)
         x_BTD, rotation = self.position(self.embedding(tokens_BT), positions_BT)
         structure, stacked = nnx.split(self.blocks)
 
         def layer(x_BTD: jax.Array, weights: nnx.State) -> tuple[jax.Array, Aux]:
-            return nnx.merge(structure, weights).watch(x_BTD, rotation, mask_B1TS)
+            return nnx.merge(structure, weights).watch(x_BTD, rotation, attention, mask_B1TS)
 
         return jax.lax.scan(layer, x_BTD, stacked)[1]
 
@@ -138,13 +162,16 @@ class Decoder(nnx.Module):
         """
         positions_BT = jnp.broadcast_to(start + jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         ago_B1TS = positions_BT[:, None, :, None] - jnp.arange(cache["key"].shape[3])
-        return self._run(tokens_BT, positions_BT, within(ago_B1TS, self.config.sliding_window), cache, start)
+        mask_B1TS = within(ago_B1TS, self.config.sliding_window)
+        # The cache holds all positions.
+        attention = lambda q, k, v, keys_B: attend(q, k, v, mask_B1TS, self.config.attention_softcap)
+        return self._run(tokens_BT, positions_BT, attention, cache, start)
 
     def _run(
         self,
         tokens_BT: jax.Array,
         positions_BT: jax.Array,
-        mask_B1TS: jax.Array,
+        attention: Attend,
         cache: Cache | None = None,
         start: jax.Array | None = None,
         keys_B: Keys = None,
@@ -156,7 +183,7 @@ class Decoder(nnx.Module):
         def layer(x_BTD: jax.Array, of_layer: tuple[nnx.State, Cache | None, jax.Array]) -> tuple[jax.Array, Aux]:
             weights, layer_cache, number = of_layer
             block = nnx.merge(structure, weights)
-            return block(x_BTD, rotation, mask_B1TS, layer_cache, start, at(keys_B, number))
+            return block(x_BTD, rotation, attention, layer_cache, start, at(keys_B, number))
 
         remat = REMAT_POLICIES[self.config.remat_policy]
         if remat:
@@ -168,7 +195,7 @@ class Decoder(nnx.Module):
         else:
             x_BTD, aux = jax.lax.scan(layer, x_BTD, of_layers)
         x_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
-        return self.layout.place(x_BTD, "batch", None, None), aux
+        return self.layout.gather_time(x_BTD, "vocabulary"), aux
 
     def unembedding_matrix(self) -> jax.Array:
         """The last floor's weight [D, V] in the compute dtype; V is the padded vocabulary."""

@@ -12,10 +12,10 @@ from model.config import ModelConfig
 from model.sharding import Layout
 
 
-def look_up(table: jax.Array, ids_BT: jax.Array, layout: Layout) -> jax.Array:
-    """Rows [B, T, D] of a table [rows, D]. Tensor shards hold D of every row, so the look-up stays local."""
-    table = layout.gather(table, None, "lookup")
-    x_BTD = _rows(table, ids_BT, layout.sharding("batch", None, "lookup"))
+def look_up(table: jax.Array, rows: str, ids_BT: jax.Array, layout: Layout) -> jax.Array:
+    """Rows [B, T, D] of a table [rows, D]. Each device then holds a part of every row, so the look-up stays local."""
+    table = layout.gather_table(table, rows)
+    x_BTD = _rows(table, ids_BT, layout.sharding("batch", "time", "lookup"))
     return layout.place(x_BTD, "batch", "sequence", None)
 
 
@@ -51,4 +51,4 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         """Token ids [B, T] → vectors [B, T, D]."""
-        return look_up(self.table[...].astype(self.dtype), tokens_BT, self.layout) * self.scale
+        return look_up(self.table[...].astype(self.dtype), "vocabulary", tokens_BT, self.layout) * self.scale

@@ -28,14 +28,14 @@ class FeedForward(nnx.Module):
         inner, outer = ("model", "feedforward"), ("feedforward", "model")
         self.gate = Linear("btd,df->btf", weights, "gate", inner, layout) if config.gated else None
         self.up = Linear("btd,df->btf", weights, "up", inner, layout)
-        self.down = Linear("btf,fd->btd", weights, "down", outer, layout, to_residual=True)
+        self.down = Linear("btf,fd->btd", weights, "down", outer, layout, sums_over="feedforward")
         self.activation = config.activation
         self.layout = layout
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """[B, T, D] → [B, T, D]."""
         act = ACTIVATIONS[self.activation]
-        x_BTD = self.layout.gather_sequence(x_BTD)
+        x_BTD = self.layout.gather_time(x_BTD, "feedforward")
         if self.gate is None:
             return self.down(act(self.up(x_BTD)))
         return self.down(act(self.gate(x_BTD)) * self.up(x_BTD))

@@ -19,7 +19,7 @@ class Linear(nnx.Module):
         name: of the map.
         axes: logical axes of the weight, in its order.
         layout: where the weight is.
-        to_residual: the result [B, T, D] is summed over the devices that share an axis of the weight.
+        sums_over: the axis of the weight that is summed over to give residuals [B, T, D]; none: it gives no residuals.
     """
 
     def __init__(
@@ -29,17 +29,18 @@ class Linear(nnx.Module):
         name: str,
         axes: tuple[str, ...],
         layout: Layout,
-        to_residual: bool = False,
+        sums_over: str | None = None,
     ):
         self.weight = nnx.Param(weights[name])
         self.bias = nnx.Param(weights[f"{name}_bias"]) if f"{name}_bias" in weights else None
-        self.equation, self.axes, self.layout, self.to_residual = equation, axes, layout, to_residual
+        self.equation, self.axes, self.layout, self.sums_over = equation, axes, layout, sums_over
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x → y. What leaves is named, so that remat can keep it."""
         weight = self.layout.gather(self.weight[...].astype(x.dtype), *self.axes)
-        if self.to_residual:
-            y = self.layout.scatter_sequence(product(self.equation, x, weight, self.layout.partial_sums()))
+        if self.sums_over:
+            sums_BTD = product(self.equation, x, weight, self.layout.partial_sums(self.sums_over))
+            y = self.layout.scatter_time(sums_BTD)
         else:
             y = product(self.equation, x, weight)
         if self.bias is not None:

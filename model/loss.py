@@ -9,23 +9,38 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from model.sharding import Layout
 from model.unembedding import logits
 
 
-def _chunks(x: jax.Array, length: int, layout: Layout) -> jax.Array:
-    """[B, T, ...] → [T / length, B, length, ...]."""
-    chunks = x.reshape(x.shape[0], -1, length, *x.shape[2:])
-    # A reshape forgets on which axis the shards of a single row are.
-    return layout.place(chunks, "batch", *(None,) * (chunks.ndim - 1)).swapaxes(0, 1)
+def _chunks(x: jax.Array, count: int, layout: Layout) -> jax.Array:
+    """[B, T, ...] → [count, B, T / count, ...], filled up with zeros. Each device cuts its own positions."""
+    n, rest = layout.size("time"), (None,) * (x.ndim - 2)
+    x = _reshape(x, (x.shape[0], n, -1, *x.shape[2:]), layout.sharding("batch", "time", None, *rest))
+    padding = -x.shape[2] % count
+    x = jnp.pad(x, [(0, padding if axis == 2 else 0) for axis in range(x.ndim)])
+    x = _reshape(x, (*x.shape[:2], count, -1, *x.shape[3:]), layout.sharding("batch", "time", None, None, *rest))
+    x = jnp.moveaxis(x, 2, 0)
+    return _reshape(x, (count, x.shape[1], -1, *x.shape[4:]), layout.sharding(None, "batch", "time", *rest))
 
 
-def _joined(chunks: jax.Array, layout: Layout) -> jax.Array:
-    """The inverse of `_chunks`."""
-    x = chunks.swapaxes(0, 1)
-    x = x.reshape(x.shape[0], -1, *x.shape[3:])
-    return layout.place(x, "batch", *(None,) * (x.ndim - 1))
+def _joined(chunks: jax.Array, T: int, layout: Layout) -> jax.Array:
+    """The inverse of `_chunks`: [B, T, ...]."""
+    (count, B), n, rest = chunks.shape[:2], layout.size("time"), (None,) * (chunks.ndim - 3)
+    spread = layout.sharding(None, "batch", "time", None, *rest)
+    x = jnp.moveaxis(_reshape(chunks, (count, B, n, -1, *chunks.shape[3:]), spread), 0, 2)
+    x = _reshape(x, (B, n, -1, *x.shape[4:]), layout.sharding("batch", "time", None, *rest))[:, :, : T // n]
+    return _reshape(x, (B, T, *x.shape[3:]), layout.sharding("batch", "time", *rest))
+
+
+def _reshape(x: jax.Array, shape: tuple[int, ...], sharding: PartitionSpec | None) -> jax.Array:
+    if sharding is not None:
+        # What is to be summed stays so.
+        spec = jax.typeof(x).sharding.spec
+        sharding = PartitionSpec(*sharding, unreduced=spec.unreduced, reduced=spec.reduced)
+    return jnp.reshape(x, shape, out_sharding=sharding)
 
 
 class LogProbabilities(NamedTuple):
@@ -55,22 +70,15 @@ def token_log_probabilities(
         chunk: positions on one device whose logits exist at once, at most, but one a row.
         layout: where V is shared, and over which mesh axes the matrix's gradient is summed.
     """
-    T = targets_BT.shape[1]
     sharding = jax.typeof(x_BTD).sharding
-    rows = x_BTD.shape[0] if sharding.mesh.empty else sharding.shard_shape(x_BTD.shape)[0]
-    count = -(-T // max(chunk // rows, 1))
-    length = -(-T // count)
-    padding = count * length - T
-    if padding:
-        x_BTD = jnp.pad(x_BTD, ((0, 0), (0, padding), (0, 0)))
-        targets_BT = jnp.pad(targets_BT, ((0, 0), (0, padding)))
-    found = _log_probabilities(x_BTD, matrix_DV, targets_BT, vocab_size, length, layout)
-    return LogProbabilities(*(x_BT[:, :T] for x_BT in found))
+    rows, positions, _ = x_BTD.shape if sharding.mesh.empty else sharding.shard_shape(x_BTD.shape)
+    count = -(-positions // max(chunk // rows, 1))
+    return _log_probabilities(x_BTD, matrix_DV, targets_BT, vocab_size, count, layout)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _log_probabilities(x_BTD, matrix_DV, targets_BT, vocab_size, chunk, layout):  # type: ignore[no-untyped-def]
-    return _forward(x_BTD, matrix_DV, targets_BT, vocab_size, chunk, layout)[0]
+def _log_probabilities(x_BTD, matrix_DV, targets_BT, vocab_size, count, layout):  # type: ignore[no-untyped-def]
+    return _forward(x_BTD, matrix_DV, targets_BT, vocab_size, count, layout)[0]
 
 
 def _target_V(targets_BT: jax.Array, V: int) -> jax.Array:
@@ -78,7 +86,7 @@ def _target_V(targets_BT: jax.Array, V: int) -> jax.Array:
     return targets_BT[..., None] == jnp.arange(V)
 
 
-def _forward(x_BTD, matrix_DV, targets_BT, vocab_size, chunk, layout):  # type: ignore[no-untyped-def]
+def _forward(x_BTD, matrix_DV, targets_BT, vocab_size, count, layout):  # type: ignore[no-untyped-def]
     real_V = jnp.arange(matrix_DV.shape[1]) < vocab_size
 
     def of_chunk(_: None, of: tuple[jax.Array, ...]) -> tuple[None, LogProbabilities]:
@@ -89,15 +97,15 @@ def _forward(x_BTD, matrix_DV, targets_BT, vocab_size, chunk, layout):  # type: 
         mean = jnp.sum(jnp.where(real_V, scores, 0.0), axis=-1) / vocab_size
         return None, LogProbabilities(score - log_sum, mean - log_sum, log_sum)
 
-    _, chunks = jax.lax.scan(of_chunk, None, tuple(_chunks(x, chunk, layout) for x in (x_BTD, targets_BT)))
-    found = LogProbabilities(*(_joined(x, layout) for x in chunks))
+    _, chunks = jax.lax.scan(of_chunk, None, tuple(_chunks(x, count, layout) for x in (x_BTD, targets_BT)))
+    found = LogProbabilities(*(_joined(x, targets_BT.shape[1], layout) for x in chunks))
     return found, (x_BTD, matrix_DV, targets_BT, found.log_sum)
 
 
-def _backward(vocab_size, chunk, layout, kept, cotangents):  # type: ignore[no-untyped-def]
+def _backward(vocab_size, count, layout, kept, cotangents):  # type: ignore[no-untyped-def]
     x_BTD, matrix_DV, targets_BT, log_sum_BT = kept
-    sums_DV = layout.sharding(None, "vocabulary", unreduced=layout.mesh_axes("batch"))
-    partial_BTD = layout.sharding("batch", None, None, unreduced=layout.mesh_axes("vocabulary"))
+    sums_DV = layout.sharding(None, "vocabulary", unreduced=layout.tokens)
+    partial_BTD = layout.partial_sums("vocabulary")
     uniform_V = jnp.where(jnp.arange(matrix_DV.shape[1]) < vocab_size, 1 / vocab_size, 0.0)
 
     def of_chunk(gradient_DV: jax.Array, of: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
@@ -111,13 +119,12 @@ def _backward(vocab_size, chunk, layout, kept, cotangents):  # type: ignore[no-u
         # As in `model.product`: sums are float32, what leaves a device is in the compute dtype.
         einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
         dx = einsum("btv,dv->btd", slope, matrix_DV, out_sharding=partial_BTD).astype(x.dtype)
-        dx = layout.place(dx, "batch", None, None)
         return gradient_DV + einsum("btd,btv->dv", x, slope, out_sharding=sums_DV), dx
 
-    chunks = tuple(_chunks(x, chunk, layout) for x in (x_BTD, targets_BT, log_sum_BT, *cotangents))
+    chunks = tuple(_chunks(x, count, layout) for x in (x_BTD, targets_BT, log_sum_BT, *cotangents))
     zeros_DV = jnp.zeros(matrix_DV.shape, jnp.float32, out_sharding=sums_DV)
     gradient_DV, dx = jax.lax.scan(of_chunk, zeros_DV, chunks)
-    return _joined(dx, layout), gradient_DV.astype(matrix_DV.dtype), None
+    return _joined(dx, targets_BT.shape[1], layout), gradient_DV.astype(matrix_DV.dtype), None
 
 
 _log_probabilities.defvjp(_forward, _backward)

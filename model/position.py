@@ -42,7 +42,8 @@ class Position(nnx.Module):
                 return x_BTD + self.layout.place(added, "batch", "sequence", None), None
             case "learned":
                 assert self.table is not None
-                return x_BTD + look_up(self.table[...].astype(x_BTD.dtype), positions_BT, self.layout), None
+                table = self.table[...].astype(x_BTD.dtype)
+                return x_BTD + look_up(table, "positions", positions_BT, self.layout), None
         return x_BTD, None
 
 

@@ -1,12 +1,15 @@
 """Models and batches small enough for a test."""
 
+import math
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from model.config import ModelConfig
 from model.parameters import CONSTANT, flattened, initial_weights, nested, parameter_table
+from train.mesh import explicit_mesh
 
 VOCAB_SIZE = 300
 
@@ -25,6 +28,12 @@ def small_weights(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
     for name, key in zip(constant, jax.random.split(jax.random.key(seed), len(constant)), strict=True):
         weights[name] += 0.2 * jax.random.normal(key, weights[name].shape)
     return nested(weights)
+
+
+def mesh_of(slices: int = 1, data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1) -> Mesh:
+    """The first virtual devices, so many on each axis."""
+    shape = (slices, data, fsdp, context, tensor)
+    return explicit_mesh(np.array(jax.devices()[: math.prod(shape)]).reshape(shape))
 
 
 def small_batch(rows: int = 8, length: int = 16, seed: int = 0, padding: bool = True) -> dict[str, np.ndarray]:

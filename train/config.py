@@ -22,15 +22,30 @@ from train.values import from_text, from_value, kinds_of
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices on each mesh axis; −1 on one of them: all that are left."""
+    """Devices of a slice on each mesh axis; −1 on one of them: all that are left."""
 
+    slices: int | None = field(
+        default=None,
+        metadata={"help": "groups of devices with fast links inside; none: as the devices say", "resume": "free"},
+    )
     data: int = field(default=1, metadata={"help": "copies of the model, each with its rows", "resume": "free"})
     fsdp: int = field(
         default=-1,
         metadata={"help": "devices that share rows and the storage of weights and optimizer state", "resume": "free"},
     )
+    context: int = field(
+        default=1,
+        metadata={"help": "devices that share the positions of a row, and storage as fsdp does", "resume": "free"},
+    )
     tensor: int = field(
         default=1, metadata={"help": "devices that share each product's heads, F or V", "resume": "free"}
+    )
+    rules: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": 'other mesh axes for logical axes than train/mesh.py has, as in {"vocabulary": []}',
+            "resume": "free",
+        },
     )
 
 
@@ -260,11 +275,12 @@ def config_problems(config: Config) -> list[str]:
         )
     if c.evaluation.loop_bytes > c.evaluation.max_bytes:
         found.append("evaluation.loop_bytes is more than evaluation.max_bytes")
-    for axis in ("data", "fsdp", "tensor"):
+    at_least("mesh", 1, "slices")
+    for axis in ("data", "fsdp", "context", "tensor"):
         if (size := getattr(c.mesh, axis)) < 1 and size != -1:
             found.append(f"mesh.{axis} is {size}; it must be at least 1, or -1 for the devices that are left")
-    if [c.mesh.data, c.mesh.fsdp, c.mesh.tensor].count(-1) > 1:
-        found.append("only one of mesh.data, mesh.fsdp and mesh.tensor can be -1 (mesh.fsdp is by default)")
+    if [c.mesh.data, c.mesh.fsdp, c.mesh.context, c.mesh.tensor].count(-1) > 1:
+        found.append("only one of mesh.data, mesh.fsdp, mesh.context and mesh.tensor can be -1 (fsdp is by default)")
     return found
 
 

@@ -15,7 +15,7 @@ from data.segmenter import Pairs, make_pairs, segment_documents
 from data.tokenizer import END_OF_TEXT, Tokenizer
 from model.decoder import Decoder
 from train.config import Config
-from train.mesh import TRAINING, batch_sharding
+from train.mesh import TRAINING, batch_sharding, training_layout
 from train.run import Text
 from train.step import summed_loss
 
@@ -93,7 +93,7 @@ def evaluate(
 def _evaluate(
     step: EvaluationStep, weights: Any, texts: Sequence[Text], tokenizer: Tokenizer, config: Config
 ) -> Evaluation:
-    sharding = batch_sharding(jax.sharding.get_mesh())
+    sharding = batch_sharding(jax.sharding.get_mesh(), training_layout(config.mesh))
 
     def pairs(text: Text) -> Pairs:
         prompt = tokenizer.encode(text.prompt)

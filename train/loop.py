@@ -18,7 +18,7 @@ from model.generate import generate
 from train.checkpoint import Checkpoints
 from train.config import Config
 from train.evaluate import evaluate, evaluation_metrics, make_evaluation_step
-from train.mesh import GENERATION, batch_sharding, make_mesh, once
+from train.mesh import GENERATION, batch_sharding, make_mesh, once, training_layout
 from train.metrics import Display, Rate, StepLog, flops_per_token, peak_flops
 from train.optimizer import make_optimizer
 from train.prepare import Prepared, data_fingerprint, go_on, prepare, some_of
@@ -102,7 +102,7 @@ def train(
         display.say(line)
 
     with ExitStack() as stack:
-        sharding = batch_sharding(jax.sharding.get_mesh())
+        sharding = batch_sharding(jax.sharding.get_mesh(), training_layout(config.mesh))
         loader = stack.enter_context(
             Loader(
                 prepared.mixture,

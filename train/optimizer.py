@@ -12,6 +12,7 @@ from jax.lax import rsqrt
 from jax.sharding import PartitionSpec
 
 from model.parameters import Parameter, flattened, nested, parameter_table
+from model.sharding import as_tuple
 from train.config import Config
 from train.schedule import learning_rate
 
@@ -130,9 +131,10 @@ def way_to_whole_matrices(x: jax.Array, num_layers: int) -> list[PartitionSpec]:
     }
     places = [jax.typeof(x).sharding.spec]
     even = [axes for axes in devices if num_layers % devices[axes] == 0]
-    chosen = max(even, key=lambda axes: (devices[axes], sum(axis in places[0] for axis in axes)))
+    own = {axis for here in places[0] for axis in as_tuple(here)}
+    chosen = max(even, key=lambda axes: (devices[axes], sum(axis in own for axis in axes)))
     for count, axis in enumerate(chosen, 1):
-        kept = [None if here == axis else here for here in places[-1][1:]]
+        kept = [tuple(name for name in as_tuple(here) if name != axis) for here in places[-1][1:]]
         places.append(PartitionSpec(chosen[:count], *kept))
     return [*places, PartitionSpec(chosen)]
 

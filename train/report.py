@@ -5,8 +5,10 @@ import shlex
 import jax
 
 from data.mixture import Mixture, Source, field_of
+from model.kernels import choose
 from model.parameters import count_parameters
 from train.evaluate import gzip_bits_per_byte
+from train.mesh import training_layout
 from train.metrics import read_steps
 from train.prepare import Prepared
 from train.run import Run
@@ -17,7 +19,8 @@ from train.weights import why_no_export
 def opening(prepared: Prepared, step: int, peak: str) -> list[str]:
     """What will be trained, on what and with what; one line each."""
     config = prepared.config
-    mesh = " × ".join(f"{axis} {size}" for axis, size in jax.sharding.get_mesh().shape.items())
+    mesh = " × ".join(f"{axis} {size}" for axis, size in jax.sharding.get_mesh().shape.items() if size > 1)
+    kernel = choose(config.model, training_layout(config.mesh), config.data.segment_length)
     first, full = (rows * config.data.segment_length for rows in (batch_size(config, 0), config.train.batch_size))
     tokens = f"{full:,} tokens each"
     if first < full:
@@ -32,7 +35,9 @@ def opening(prepared: Prepared, step: int, peak: str) -> list[str]:
         ),
         f"tokenizer: {prepared.tokenizer.vocab_size:,} token ids",
         f"model: {count_parameters(config.model):,} parameters, {config.model.compute_dtype} compute",
-        f"devices: {jax.device_count()} {jax.devices()[0].device_kind} as {mesh}; processes: {jax.process_count()}",
+        f"devices: {jax.device_count()} {jax.devices()[0].device_kind}{mesh and f' as {mesh}'}; "
+        f"processes: {jax.process_count()}",
+        f"attention: {kernel}",
         f"peak: {peak}",
     ]
     if config.train.ema_decay:

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from model.parameters import initial_weights
 from train.config import Config
-from train.mesh import TRAINING
+from train.mesh import training_layout
 
 State = dict[str, Any]
 
@@ -39,6 +39,6 @@ def evaluated_weights(state: State) -> Any:
 
 
 def _state(config: Config, optimizer: optax.GradientTransformation) -> State:
-    weights = initial_weights(config.model, config.train.seed, TRAINING)
+    weights = initial_weights(config.model, config.train.seed, training_layout(config.mesh))
     state = {"step": jnp.zeros((), jnp.int32), "weights": weights, "optimizer": optimizer.init(weights)}
     return state | ({"average": weights} if config.train.ema_decay else {})

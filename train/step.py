@@ -11,8 +11,9 @@ import optax
 from model.decoder import Decoder
 from model.dropout import Keys, row_keys
 from model.loss import token_log_probabilities
+from model.sharding import Layout
 from train.config import Config
-from train.mesh import TRAINING
+from train.mesh import training_layout
 from train.schedule import accumulation_parts, batch_size, learning_rate
 from train.state import State
 from train.watch import watch
@@ -29,13 +30,14 @@ def summed_loss(
     The two differ by `model.label_smoothing` and `model.z_loss`, in every position:
     -(1 - ε) log p(target) - ε mean(log p) + z · log²(denominator).
     """
-    m = config.model
-    decoder = Decoder(m, weights, TRAINING)
+    m, layout = config.model, training_layout(config.mesh)
+    batch = {name: layout.spread(x) for name, x in batch.items()}
+    decoder = Decoder(m, weights, layout)
     x_BTD = decoder(batch["tokens"], batch["positions"], batch["segment_ids"], keys_B)
     assert m.vocab_size is not None
     assert m.loss_chunk is not None
     matrix_DV = decoder.unembedding_matrix()
-    log_p = token_log_probabilities(x_BTD, matrix_DV, batch["targets"], m.vocab_size, m.loss_chunk, TRAINING)
+    log_p = token_log_probabilities(x_BTD, matrix_DV, batch["targets"], m.vocab_size, m.loss_chunk, layout)
     objective_BT = cross_entropy_BT = -log_p.target
     if m.label_smoothing:
         objective_BT = (1 - m.label_smoothing) * cross_entropy_BT - m.label_smoothing * log_p.mean
@@ -55,13 +57,13 @@ def averaged(config: Config, average: dict[str, Any], weights: dict[str, Any], s
     return optax.incremental_update(weights, average, 1 - decay)
 
 
-def in_parts(parts: int, tree: Any) -> Any:
+def in_parts(parts: int, tree: Any, layout: Layout) -> Any:
     """Arrays [B, ...] as [parts, B / parts, ...]: part a takes rows a, a + parts, ..., so devices keep their rows."""
 
     def split(x: jax.Array) -> jax.Array:
         x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:])
         # A reshape forgets on which axis the shards of a single row are.
-        return TRAINING.place(x, "batch", *(None,) * (x.ndim - 1)).swapaxes(0, 1)
+        return layout.place(x, "batch", *(None,) * (x.ndim - 1)).swapaxes(0, 1)
 
     return jax.tree.map(split, tree)
 
@@ -77,7 +79,7 @@ def make_train_step(
     scalars: `loss` in nats a token, `grad_norm` before clipping, `learning_rate`, `loss_weight` (the tokens that
     counted). A step that watches also returns `watch` (see `train.watch`), for one more forward pass.
     """
-    schedule = learning_rate(config)
+    schedule, layout = learning_rate(config), training_layout(config.mesh)
 
     def gradient(weights: dict[str, Any], batch: Batch, keys_B: Keys) -> tuple[jax.Array, dict[str, Any]]:
         objective = partial(summed_loss, config, batch=batch, keys_B=keys_B)
@@ -91,13 +93,13 @@ def make_train_step(
             return jax.tree.map(jnp.add, total, gradient(weights, *part)), None
 
         zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, weights))
-        return jax.lax.scan(add, zeros, in_parts(parts, (batch, keys_B)))[0]
+        return jax.lax.scan(add, zeros, in_parts(parts, (batch, keys_B), layout))[0]
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         loss_weight = jnp.sum(batch["loss_weights"])
         keys_B = None
         if config.model.dropout:
-            rows_B = jnp.arange(batch["tokens"].shape[0], out_sharding=TRAINING.spec("batch"))
+            rows_B = jnp.arange(batch["tokens"].shape[0], out_sharding=layout.spec("batch"))
             keys_B = row_keys(config.train.seed, state["step"], rows_B)
         parts = accumulation_parts(config, batch["tokens"].shape[0])
         gradient_of = gradient if parts == 1 else partial(accumulated, parts)
@@ -112,7 +114,7 @@ def make_train_step(
             "loss_weight": loss_weight,
         }
         if watches:
-            metrics["watch"] = watch(config, state["weights"], in_parts(parts, batch), gradients, updates)
+            metrics["watch"] = watch(config, state["weights"], in_parts(parts, batch, layout), gradients, updates)
         weights = optax.apply_updates(state["weights"], updates)
         after = {"step": state["step"] + 1, "weights": weights, "optimizer": optimizer_state}
         if config.train.ema_decay:

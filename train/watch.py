@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from model.decoder import Decoder
 from model.parameters import flattened, parameter_table
 from train.config import Config
-from train.mesh import TRAINING
+from train.mesh import training_layout
 
 Watched = dict[str, Any]
 
@@ -31,8 +31,9 @@ def watch(config: Config, weights: Any, parts: Mapping[str, jax.Array], gradient
     """
 
     def of_part(part: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        decoder = Decoder(config.model, weights, TRAINING)
-        return decoder.watch(part["tokens"], part["positions"], part["segment_ids"])
+        layout = training_layout(config.mesh)
+        decoder = Decoder(config.model, weights, layout)
+        return decoder.watch(*(layout.spread(part[name]) for name in ("tokens", "positions", "segment_ids")))
 
     found_AL = jax.lax.map(of_part, parts)
     sizes, changes = norms(config, weights), norms(config, updates)

@@ -28,7 +28,7 @@ TABLE = [
     ("unknown flag", ["pretrain", "--config=tiny", "--steps=3"], "--steps=3: there is no such flag"),
     ("mesh that does not fit", ["pretrain", "--config={config}", "--config.mesh.data=3"], "does not fit 8 devices"),
     ("batch that cannot be shared", ["pretrain", "--config={config}", "--config.train.batch_size=12"],
-     "train.batch_size / train.accumulation_steps = 12 cannot be shared by mesh.data × mesh.fsdp = 8"),
+     "train.batch_size / train.accumulation_steps = 12 cannot be shared by mesh.fsdp = 8"),
     ("no corpus", ["pretrain", "--config={config}", "--config.data.corpus={dir}/none.txt"], "no such file or folder"),
     ("corpus of another kind", ["pretrain", "--config={config}", "--config.data.corpus={dir}/a.csv"], "no .txt"),
     ("damaged corpus", ["pretrain", "--config={config}", "--config.data.corpus={dir}/bad.jsonl"], "bad.jsonl:2: "),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from model.attention import Attention, attend, causal_mask
+from model.kernels import attention_over
 from model.position import rotate, rotation
 from model.sharding import WHOLE
 from tests.small import small_model, small_weights
@@ -39,7 +40,7 @@ def test_the_module_projects_rotates_and_attends():
     x = jnp.array(np.random.default_rng(1).normal(size=(2, 7, config.model_dim)), jnp.float32)
     positions, segment_ids = jnp.tile(jnp.arange(7), (2, 1)), jnp.ones((2, 7), jnp.int32)
     angles, mask = rotation(config, positions), causal_mask(segment_ids)
-    found, aux = Attention(config, weights, WHOLE)(x, angles, mask)
+    found, aux = Attention(config, weights, WHOLE)(x, angles, attention_over(config, WHOLE, segment_ids))
     query, key, value = (jnp.einsum("btd,dhc->bhtc", x, weights[name]) for name in ("query", "key", "value"))
     mixed = attend(rotate(query, angles), rotate(key, angles), value, mask)
     np.testing.assert_allclose(found, jnp.einsum("bhtc,hcd->btd", mixed, weights["output"]), atol=1e-6)
@@ -57,7 +58,8 @@ def test_normed_queries_and_keys_have_the_length_that_their_scales_say():
     config = small_model(qk_norm=True)
     weights = jax.tree.map(lambda x: x[0], small_weights(config)["blocks"]["attention"])
     x = jnp.array(np.random.default_rng(1).normal(size=(2, 7, config.model_dim)), jnp.float32)
-    arguments = rotation(config, jnp.tile(jnp.arange(7), (2, 1))), causal_mask(jnp.ones((2, 7), jnp.int32))
+    attention = attention_over(config, WHOLE, jnp.ones((2, 7), jnp.int32))
+    arguments = rotation(config, jnp.tile(jnp.arange(7), (2, 1))), attention
     once, _ = Attention(config, weights, WHOLE)(x, *arguments)
     # Longer queries and keys change nothing, longer scales do.
     for name in ("query", "key"):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import model.attention
+import model.kernels
 from model.config import CHOICES, ModelConfig
 from model.decoder import Block, Decoder
 from model.loss import token_log_probabilities
@@ -148,19 +148,19 @@ def test_what_is_watched_is_of_the_visible_keys_and_of_what_each_layer_hands_on(
     weights, batch = small_weights(config), small_batch(3)
     arguments = [jnp.array(batch[name]) for name in ("tokens", "positions", "segment_ids")]
     found = Decoder(config, weights).watch(*arguments)
-    logits, attend = [], model.attention.attend
+    logits, attend = [], model.kernels.attend
 
     def recording(q, k, v, mask, *rest):
         scores = np.einsum("bhtc,bhsc->bhts", np.asarray(q), np.repeat(np.asarray(k), 2, axis=1)) / np.sqrt(8)
         logits.append(np.abs(np.where(np.asarray(mask), scores, 0)).max())
         return attend(q, k, v, mask, *rest)
 
-    monkeypatch.setattr(model.attention, "attend", recording)
+    monkeypatch.setattr(model.kernels, "attend", recording)
     decoder = Decoder(config, weights)
     x, rotation = decoder.position(decoder.embedding(arguments[0]), arguments[1])
-    mask = model.attention.causal_mask(arguments[2], config.sliding_window)
+    attention = model.kernels.attention_over(config, WHOLE, arguments[2])
     for layer in range(2):
         block = Block(config, jax.tree.map(lambda w, i=layer: w[i], weights["blocks"]), WHOLE)
-        x, _ = block(x, rotation, mask, None, None, None)
+        x, _ = block(x, rotation, attention, None, None, None)
         np.testing.assert_allclose(found["residual_rms"][layer], np.sqrt(np.mean(np.square(x))), rtol=1e-5)
     np.testing.assert_allclose(found["largest_logit"], logits, rtol=1e-5)

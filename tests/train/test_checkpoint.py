@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
 
 from data.errors import InputError
-from tests.small import small_batch, small_model
+from tests.small import mesh_of, small_batch, small_model
 from train.checkpoint import Checkpoints, checksums, like, plain
 from train.config import CheckpointConfig, Config, make_config
-from train.mesh import AXES, batch_sharding
+from train.mesh import batch_sharding
 from train.optimizer import make_optimizer
 from train.state import abstract_state, make_state
 from train.step import make_train_step
@@ -22,11 +21,6 @@ from train.step import make_train_step
 CONFIG: Config = dataclasses.replace(make_config({"train": {"batch_size": 8}}), model=small_model(num_kv_heads=4))
 AVERAGED = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, ema_decay=0.5))
 OPTIMIZER = make_optimizer(CONFIG)
-
-
-def on(*shape: int) -> Mesh:
-    devices = np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape)
-    return Mesh(devices, AXES, axis_types=(AxisType.Explicit,) * 3)
 
 
 def trained(steps: int, config: Config = CONFIG):
@@ -63,16 +57,27 @@ def assert_same(one, other) -> None:
 def two_steps(tmp_path_factory: pytest.TempPathFactory):
     """A folder with checkpoints of steps 1 and 2, and the second state."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    with jax.set_mesh(on(2, 2, 2)):
+    with jax.set_mesh(mesh_of(data=2, fsdp=2, tensor=2)):
         state = trained(2)
         save(folder, trained(1), state)
         return folder, jax.device_get(state)
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 1), (1, 8, 1), (2, 1, 4)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        {},
+        {"fsdp": 8},
+        {"data": 2, "tensor": 4},
+        {"fsdp": 2, "context": 2, "tensor": 2},
+        {"slices": 2, "fsdp": 2},
+    ],
+    ids=str,
+)
 def test_every_bit_comes_back_on_any_mesh(two_steps, shape):
     folder, expected = two_steps
-    with jax.set_mesh(on(*shape)):
+    with jax.set_mesh(mesh_of(**shape)):
         state, progress = restore(folder)
         assert_same(state, expected)
         assert progress["of"] == 2
@@ -84,8 +89,12 @@ def test_every_bit_comes_back_on_any_mesh(two_steps, shape):
 def test_checksums_do_not_depend_on_the_mesh_and_see_each_flipped_bit():
     x = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
     sums = set()
-    for shape, spec in (((1, 1, 1), None), ((1, 4, 2), ("fsdp", "tensor")), ((2, 2, 2), (("data", "fsdp"), None))):
-        with jax.set_mesh(on(*shape)):
+    for shape, spec in (
+        ({}, None),
+        ({"fsdp": 4, "tensor": 2}, ("fsdp", "tensor")),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, (("data", "fsdp"), None)),
+    ):
+        with jax.set_mesh(mesh_of(**shape)):
             placed = jax.device_put(x, jax.P(*spec)) if spec else jnp.asarray(x)
             sums.add(int(checksums(placed)))
     assert len(sums) == 1
@@ -110,7 +119,7 @@ def flip_bits(folder: Path) -> int:
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(two_steps, tmp_path, caplog):
     shutil.copytree(two_steps[0], tmp_path / "copy")
     assert flip_bits(tmp_path / "copy" / "2") > 0
-    with jax.set_mesh(on(1, 1, 1)):
+    with jax.set_mesh(mesh_of()):
         state, progress = restore(tmp_path / "copy")
         assert int(state["step"]) == progress["of"] == 1
         assert "the checkpoint of step 2 is damaged" in caplog.text
@@ -128,12 +137,12 @@ def test_missing_files_are_damage_too(two_steps, tmp_path):
     shutil.copytree(two_steps[0], tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy" / "2" / "optimizer")
     (tmp_path / "copy" / "1" / "progress").rename(tmp_path / "copy" / "1" / "gone")
-    with jax.set_mesh(on(1, 1, 1)), pytest.raises(InputError, match="are damaged"):
+    with jax.set_mesh(mesh_of()), pytest.raises(InputError, match="are damaged"):
         restore(tmp_path / "copy")
 
 
 def test_no_checkpoint_is_none_and_the_newest_stay(tmp_path):
-    with jax.set_mesh(on(1, 1, 1)):
+    with jax.set_mesh(mesh_of()):
         assert restore(tmp_path / "empty") is None
         save(tmp_path / "kept", trained(1), trained(2), trained(3), keep=2)
         checkpoints = Checkpoints(tmp_path / "kept")
@@ -149,7 +158,7 @@ def test_no_checkpoint_is_none_and_the_newest_stay(tmp_path):
 def test_an_unfinished_save_is_invisible(two_steps, tmp_path):
     shutil.copytree(two_steps[0], tmp_path / "copy")
     (tmp_path / "copy" / "2").rename(tmp_path / "copy" / "2.orbax-checkpoint-tmp-0")
-    with jax.set_mesh(on(1, 1, 1)):
+    with jax.set_mesh(mesh_of()):
         state, _ = restore(tmp_path / "copy")
         assert int(state["step"]) == 1
 
@@ -158,7 +167,7 @@ def test_an_unfinished_save_is_invisible(two_steps, tmp_path):
 def two_averaged_steps(tmp_path_factory: pytest.TempPathFactory):
     """The same with a moving average of the weights."""
     folder = tmp_path_factory.mktemp("averaged")
-    with jax.set_mesh(on(2, 2, 2)):
+    with jax.set_mesh(mesh_of(data=2, fsdp=2, tensor=2)):
         state = trained(2, AVERAGED)
         save(folder, trained(1, AVERAGED), state)
         return folder, jax.device_get(state)
@@ -172,13 +181,13 @@ def test_an_average_comes_back_on_another_mesh_and_is_what_is_used(two_averaged_
     folder, expected = two_averaged_steps
     assert items(folder / "2") == {"weights", "optimizer", "average", "progress"}
     assert items(two_steps[0] / "2") == {"weights", "optimizer", "progress"}
-    with jax.set_mesh(on(1, 8, 1)):
+    with jax.set_mesh(mesh_of(fsdp=8)):
         state, progress = restore(folder, AVERAGED)
         assert_same(state, expected)
         assert progress["checksums"]["average"] == jax.tree.map(int, checksums(state["average"]))
         fresh = make_state(AVERAGED, OPTIMIZER)
         assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, fresh)
-    with jax.set_mesh(on(1, 1, 1)):
+    with jax.set_mesh(mesh_of()):
         checkpoints = Checkpoints(folder)
         step, weights = checkpoints.restore_weights(abstract_state(CONFIG, OPTIMIZER)["weights"])
         checkpoints.close()
@@ -189,7 +198,7 @@ def test_an_average_comes_back_on_another_mesh_and_is_what_is_used(two_averaged_
 def test_a_damaged_or_missing_average_is_damage(two_averaged_steps, tmp_path, caplog):
     shutil.copytree(two_averaged_steps[0], tmp_path / "copy")
     assert flip_bits(tmp_path / "copy" / "2" / "average") > 0
-    with jax.set_mesh(on(1, 1, 1)):
+    with jax.set_mesh(mesh_of()):
         assert restore(tmp_path / "copy", AVERAGED)[1]["of"] == 1
         assert "the checkpoint of step 2 is damaged" in caplog.text
         shutil.rmtree(tmp_path / "copy" / "1" / "average")
@@ -200,7 +209,7 @@ def test_a_damaged_or_missing_average_is_damage(two_averaged_steps, tmp_path, ca
 def test_an_average_begins_with_the_weights_and_ends_where_it_is_not_wanted(
     two_averaged_steps, two_steps, tmp_path, caplog
 ):
-    with jax.set_mesh(on(1, 4, 2)):
+    with jax.set_mesh(mesh_of(fsdp=4, tensor=2)):
         state, _ = restore(two_steps[0], AVERAGED)
         assert "the average begins with the weights of step 2" in caplog.text
         assert_same(state["average"], two_steps[1]["weights"])
@@ -216,7 +225,7 @@ def test_an_average_begins_with_the_weights_and_ends_where_it_is_not_wanted(
 
 
 def test_named_tuples_become_dictionaries_and_back():
-    with jax.set_mesh(on(1, 1, 1)):
+    with jax.set_mesh(mesh_of()):
         state = abstract_state(CONFIG, OPTIMIZER)["optimizer"]
     as_dictionaries = plain(state)
     assert set(as_dictionaries) == {"adam", "schedule"}

@@ -64,7 +64,7 @@ def test_everything_wrong_is_reported_at_once_with_the_nearest_name():
             {"optimizer": {"warmup_steps": 100}, "train": {"num_steps": 100}},
             "optimizer.warmup_steps = 100 leave none of train.num_steps = 100",
         ),
-        ({"mesh": {"data": -1}}, "only one of mesh.data, mesh.fsdp and mesh.tensor can be -1"),
+        ({"mesh": {"data": -1}}, "only one of mesh.data, mesh.fsdp, mesh.context and mesh.tensor can be -1"),
         ({"mesh": {"tensor": 0}}, "mesh.tensor is 0"),
         ({"optimizer": {"learning_rate": -1.0}}, "optimizer.learning_rate is -1.0"),
         ({"optimizer": {"learning_rate": float("nan")}}, "it must be a finite number"),

@@ -7,10 +7,10 @@ import jax
 import pytest
 
 from tests.data.stand_in import ByteTokenizer
-from tests.small import small_model
+from tests.small import mesh_of, small_model
 from train.config import make_config
 from train.evaluate import evaluate, evaluation_metrics, gzip_bits_per_byte, make_evaluation_step, total
-from train.mesh import AXES, on_one_device
+from train.mesh import on_one_device
 from train.optimizer import make_optimizer
 from train.run import Text
 from train.state import make_state
@@ -75,7 +75,7 @@ def test_a_prompt_is_seen_and_not_counted():
 
 def test_a_mesh_and_the_batch_size_change_nothing():
     one = evaluation(config_for(), on_one_device())
-    mesh = jax.make_mesh((1, 4, 2), AXES, axis_types=(jax.sharding.AxisType.Explicit,) * 3)
+    mesh = mesh_of(fsdp=4, tensor=2)
     assert evaluation(config_for(), mesh).loss == pytest.approx(one.loss, rel=1e-6)
     small = dataclasses.replace(config_for(), train=dataclasses.replace(config_for().train, batch_size=2))
     assert evaluation(small, on_one_device()).loss == pytest.approx(one.loss, rel=1e-6)

@@ -6,18 +6,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
 
 from data.errors import InputError
 from model.parameters import flattened
-from tests.small import small_batch, small_model
+from tests.small import mesh_of, small_batch, small_model
 from train.config import Config, MeshConfig, make_config
-from train.mesh import AXES, batch_sharding, make_mesh, mesh_problems, mesh_shape
+from train.mesh import batch_sharding, make_mesh, mesh_problems, mesh_shape, rule_problems, training_layout
 from train.optimizer import make_optimizer
 from train.state import abstract_state, make_state
 from train.step import make_train_step
 
-MESHES = [(8, 1, 1), (1, 8, 1), (2, 4, 1), (1, 4, 2), (2, 2, 2), (2, 1, 4), (1, 1, 2)]
+MESHES = [
+    {"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 4}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2},
+    {"data": 2, "tensor": 4}, {"tensor": 2}, {"context": 4}, {"fsdp": 2, "context": 4}, {"context": 2, "tensor": 2},
+    {"fsdp": 2, "context": 2, "tensor": 2}, {"slices": 2, "fsdp": 4}, {"slices": 2, "data": 2, "context": 2},
+    {"slices": 2, "fsdp": 2, "tensor": 2},
+]  # fmt: skip
+MIXED = {"data": 2, "fsdp": 2, "tensor": 2}
 
 
 def config_for(**model: object) -> Config:
@@ -26,14 +31,9 @@ def config_for(**model: object) -> Config:
     return dataclasses.replace(config, model=small_model(**({"num_kv_heads": 4} | model)))
 
 
-def on(shape: tuple[int, ...]) -> Mesh:
-    devices = np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape)
-    return Mesh(devices, AXES, axis_types=(AxisType.Explicit,) * 3)
-
-
-def three_steps(config: Config, shape: tuple[int, ...]):
+def three_steps(config: Config, shape: dict[str, int]):
     """Initial weights, and of three training steps on a mesh the metrics, the weights and their average."""
-    mesh = on(shape)
+    mesh = mesh_of(**shape)
     with jax.set_mesh(mesh):
         optimizer = make_optimizer(config)
         state = make_state(config, optimizer)
@@ -42,7 +42,8 @@ def three_steps(config: Config, shape: tuple[int, ...]):
         step, metrics = make_train_step(config, optimizer), []
         for seed in range(3):
             batch = {
-                name: jax.device_put(array, batch_sharding(mesh)) for name, array in small_batch(seed=seed).items()
+                name: jax.device_put(array, batch_sharding(mesh, training_layout(config.mesh)))
+                for name, array in small_batch(seed=seed).items()
             }
             state, found = step(state, batch)
             metrics.append({name: float(value) for name, value in found.items()})
@@ -52,7 +53,7 @@ def three_steps(config: Config, shape: tuple[int, ...]):
 
 @pytest.fixture(scope="module")
 def one_device():
-    return {dtype: three_steps(config_for(compute_dtype=dtype), (1, 1, 1)) for dtype in ("float32", "bfloat16")}
+    return {dtype: three_steps(config_for(compute_dtype=dtype), {}) for dtype in ("float32", "bfloat16")}
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
@@ -79,14 +80,14 @@ def test_gradients_agree_on_every_mesh():
     config = config_for()
 
     def gradients(shape):
-        mesh = on(shape)
+        mesh = mesh_of(**shape)
         with jax.set_mesh(mesh):
             weights = make_state(config, make_optimizer(config))["weights"]
             batch = {name: jax.device_put(array, batch_sharding(mesh)) for name, array in small_batch().items()}
             found = jax.jit(jax.grad(lambda weights: summed_loss(config, weights, batch)[0]))(weights)
             return flattened(jax.tree.map(np.asarray, found))
 
-    expected = gradients((1, 1, 1))
+    expected = gradients({})
     for shape in MESHES:
         for name, array in gradients(shape).items():
             error = np.linalg.norm(array - expected[name]) / np.linalg.norm(expected[name])
@@ -97,13 +98,13 @@ def test_gradients_agree_on_every_mesh():
 def test_remat_and_accumulation_work_on_a_mesh(policy: str, one_device):
     config = config_for(remat_policy=policy)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation_steps=2))
-    _, metrics, _ = three_steps(config, (2, 2, 2))
+    _, metrics, _ = three_steps(config, MIXED)
     for found, expected in zip(metrics, one_device["float32"][1], strict=True):
         assert found["loss"] == pytest.approx(expected["loss"], rel=2e-6)
         assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=5e-6)
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 8, 1)], ids=str)
+@pytest.mark.parametrize("shape", [MIXED, {"fsdp": 8}, {"fsdp": 2, "context": 4}], ids=str)
 def test_in_bfloat16_meshes_agree_to_its_precision(shape, one_device):
     _, metrics, _ = three_steps(config_for(compute_dtype="bfloat16"), shape)
     for found, expected in zip(metrics, one_device["bfloat16"][1], strict=True):
@@ -132,9 +133,9 @@ FAMILIES = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_floor_is_the_same_on_a_mesh_dropout_and_accumulation_included(family: str):
     config = config_for(**FAMILIES[family])
-    expected_initial, expected, _ = three_steps(config, (1, 1, 1))
+    expected_initial, expected, _ = three_steps(config, {})
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation_steps=2))
-    initial, metrics, _ = three_steps(config, (2, 2, 2))
+    initial, metrics, _ = three_steps(config, MIXED)
     for one, other in zip(jax.tree.leaves(initial), jax.tree.leaves(expected_initial), strict=True):
         np.testing.assert_array_equal(one, other)
     for one, other in zip(metrics, expected, strict=True):
@@ -144,7 +145,7 @@ def test_every_floor_is_the_same_on_a_mesh_dropout_and_accumulation_included(fam
 
 def test_weights_moments_and_gradients_are_stored_in_shards():
     config = config_for()
-    with jax.set_mesh(on((1, 4, 2))):
+    with jax.set_mesh(mesh_of(fsdp=4, tensor=2)):
         state = make_state(config, make_optimizer(config))
         table = state["weights"]["embedding"]["table"]
         assert table.sharding.shard_shape(table.shape) == (384 // 2, 32 // 4)
@@ -165,7 +166,7 @@ def test_weights_moments_and_gradients_are_stored_in_shards():
 
 def test_the_compiled_step_reuses_the_memory_of_its_state():
     config = config_for()
-    mesh = on((1, 4, 2))
+    mesh = mesh_of(fsdp=4, tensor=2)
     with jax.set_mesh(mesh):
         optimizer = make_optimizer(config)
         state = make_state(config, optimizer)
@@ -176,12 +177,21 @@ def test_the_compiled_step_reuses_the_memory_of_its_state():
 
 
 def test_minus_one_is_what_is_left():
-    assert mesh_shape(MeshConfig(), 8) == (1, 8, 1)
-    assert mesh_shape(MeshConfig(data=2, fsdp=-1, tensor=2), 8) == (2, 2, 2)
-    assert mesh_shape(MeshConfig(data=-1, fsdp=2), 8) == (4, 2, 1)
+    assert mesh_shape(MeshConfig(), 8) == (1, 1, 8, 1, 1)
+    assert mesh_shape(MeshConfig(data=2, fsdp=-1, tensor=2), 8) == (1, 2, 2, 1, 2)
+    assert mesh_shape(MeshConfig(data=-1, fsdp=2), 8) == (1, 4, 2, 1, 1)
+    assert mesh_shape(MeshConfig(fsdp=2, context=-1), 8) == (1, 1, 2, 4, 1)
+    assert mesh_shape(MeshConfig(slices=2), 8) == (2, 1, 4, 1, 1)
+    assert mesh_shape(MeshConfig(tensor=2), 16, num_slices=2) == (2, 1, 4, 1, 2)
+    assert mesh_shape(MeshConfig(slices=4), 16, num_slices=2) == (4, 1, 4, 1, 1)
     for wrong in (MeshConfig(data=3), MeshConfig(data=2, fsdp=2, tensor=1)):
         with pytest.raises(InputError, match="does not fit 8 devices"):
             mesh_shape(wrong, 8)
+    with pytest.raises(InputError, match="does not fit 4 devices a slice"):
+        mesh_shape(MeshConfig(fsdp=8), 8, num_slices=2)
+    for slices in (3, 1):
+        with pytest.raises(InputError, match="mesh.slices"):
+            mesh_shape(MeshConfig(slices=slices), 8, num_slices=2)
 
 
 def test_what_cannot_be_shared_is_named_with_the_axis_and_a_size_that_works():
@@ -192,9 +202,9 @@ def test_what_cannot_be_shared_is_named_with_the_axis_and_a_size_that_works():
             "train": {"batch_size": 6},
         }
     ).resolved()
-    found = "\n".join(mesh_problems(config, (1, 4, 4)))
+    found = "\n".join(mesh_problems(config, (1, 1, 4, 1, 4)))
     for words in (
-        "train.batch_size / train.accumulation_steps = 6 cannot be shared by mesh.data × mesh.fsdp = 4",
+        "train.batch_size / train.accumulation_steps = 6 cannot be shared by mesh.fsdp = 4",
         "data.num_streams = 2",
         "data.segment_length = 6 cannot be shared by mesh.tensor = 4; nearest size that works: 3",
         "model.num_heads = 6",
@@ -203,17 +213,66 @@ def test_what_cannot_be_shared_is_named_with_the_axis_and_a_size_that_works():
     ):
         assert words in found
     assert "model.model_dim" not in found
-    assert mesh_problems(make_config({"model": {"model_dim": 100, "head_dim": 16}}).resolved(512), (1, 1, 8)) == [
+    assert mesh_problems(make_config({"model": {"model_dim": 100, "head_dim": 16}}).resolved(512), (1, 1, 1, 1, 8)) == [
         "model.model_dim = 100 cannot be shared by mesh.tensor = 8; nearest size that works: 5",
         "model.num_heads = 4 cannot be shared by mesh.tensor = 8; nearest size that works: 4",
         "model.num_kv_heads = 4 cannot be shared by mesh.tensor = 8; nearest size that works: 4",
     ]
-    assert mesh_problems(make_config({}).resolved(4096), (1, 4, 2)) == []
+    assert mesh_problems(make_config({}).resolved(4096), (1, 1, 4, 1, 2)) == []
     ramp = make_config({"train": {"batch_ramp_start": 4, "batch_ramp_steps": 10}}).resolved(4096)
-    assert mesh_problems(ramp, (2, 4, 1)) == [
+    assert mesh_problems(ramp, (1, 2, 4, 1, 1)) == [
         "train.batch_ramp_start = 4 cannot be shared by mesh.data × mesh.fsdp = 8; nearest size that works: 4",
         "data.num_streams = 4 cannot be shared by mesh.data × mesh.fsdp = 8; nearest size that works: 4",
     ]
+    long = make_config({"data": {"segment_length": 40}}).resolved(4096)
+    assert mesh_problems(long, (1, 1, 1, 8, 1)) == [
+        "data.segment_length = 40 cannot be shared by mesh.context = 8 in 2 pieces each; nearest size that works: 5"
+    ]
     with pytest.raises(InputError, match="mesh.fsdp"):
         make_mesh(make_config({"train": {"batch_size": 3}}).resolved(4096))
-    assert jnp.zeros(()).dtype == jnp.float32
+    for kernel, words in (("splash", "positions a device are not a multiple of 128"), ("cudnn", "float32")):
+        model = {"attention_kernel": kernel, "compute_dtype": "float32"}
+        with pytest.raises(InputError, match=words):
+            make_mesh(make_config({"model": model, "data": {"segment_length": 40}}).resolved(4096))
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        ({"heds": ["tensor"]}, "there is no logical axis 'heds'"),
+        ({"heads": ["tensr"]}, "mesh.rules.heads: there is no mesh axis 'tensr'"),
+        ({"heads": "tensor"}, "it must be a list of mesh axes"),
+        ({"vocabulary": ["tensor", "context"]}, "'time' and 'vocabulary' of one array are both shared by 'context'"),
+        ({"feedforward": ["tensor", "tensor"]}, "'tensor' stands there twice"),
+        ({"feedforward": ["fsdp"], "batch": ["data"]}, "'feedforward' and 'model' of one weight are both shared by"),
+        ({"heads": []}, "'heads' and 'kv_heads' must be shared by the same mesh axes"),
+        ({"sequence": ["tensor", "context"]}, "'sequence' must begin with the mesh axes of 'time'"),
+    ],
+    ids=str,
+)
+def test_a_rule_that_cannot_be_is_named(rules: dict, words: str):
+    assert words in "\n".join(rule_problems(MeshConfig(rules=rules)))
+    with pytest.raises(InputError, match="mesh.rules"):
+        make_mesh(make_config({"mesh": {"rules": rules}}).resolved(4096))
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"model": ["fsdp", "context", "data"]},
+        {"model": []},
+        {"vocabulary": []},
+        {"feedforward": []},
+        {"heads": [], "kv_heads": []},
+        {"sequence": ["context"]},
+        {"batch": ["slice", "data"], "model": ["fsdp"], "time": ["fsdp", "context"], "sequence": ["fsdp", "context"]},
+    ],
+    ids=str,
+)
+def test_other_rules_are_the_same_model(rules: dict, one_device):
+    config = dataclasses.replace(config_for(), mesh=MeshConfig(rules=rules))
+    assert rule_problems(config.mesh) == []
+    _, metrics, _ = three_steps(config, {"data": 2, "context": 2, "tensor": 2})
+    for found, expected in zip(metrics, one_device["float32"][1], strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=2e-6)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=5e-6)

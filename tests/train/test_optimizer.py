@@ -9,8 +9,8 @@ import pytest
 
 from model.parameters import flattened, nested, parameter_table
 from tests import peers
-from tests.small import small_batch, small_model
-from tests.train.test_mesh import MESHES, on
+from tests.small import mesh_of, small_batch, small_model
+from tests.train.test_mesh import MESHES
 from train.checkpoint import Checkpoints
 from train.config import CheckpointConfig, Config, make_config
 from train.mesh import TRAINING, batch_sharding, on_one_device
@@ -39,10 +39,10 @@ def random_trees(config: Config) -> list[dict[str, np.ndarray]]:
     ]
 
 
-def updated_on(config: Config, shape: tuple[int, ...] = (1, 1, 1)) -> dict[str, np.ndarray]:
+def updated_on(config: Config, shape: dict[str, int] | None = None) -> dict[str, np.ndarray]:
     """The weights of `random_trees` after an update by each of its gradients, on a mesh."""
     table = parameter_table(config.model)
-    with jax.set_mesh(on(shape)):
+    with jax.set_mesh(mesh_of(**shape or {})):
         weights, *gradients = (
             nested({name: jax.device_put(x, TRAINING.spec(*table[name].axes)) for name, x in tree.items()})
             for tree in random_trees(config)
@@ -213,9 +213,9 @@ def test_every_mesh_updates_as_one_device_does(name: str):
         assert_close(moved, {name: expected[name] - x for name, x in before.items()}, 1e-4)
 
 
-def learn(config: Config, steps: int, shape: tuple[int, ...] = (1, 1, 1)):
+def learn(config: Config, steps: int, shape: dict[str, int] | None = None):
     """State and loss after training on one batch again and again."""
-    mesh = on(shape)
+    mesh = mesh_of(**shape or {})
     optimizer = make_optimizer(config)
     state, step = make_state(config, optimizer), make_train_step(config, optimizer)
     batch = {name: jax.device_put(array, batch_sharding(mesh)) for name, array in small_batch().items()}
@@ -240,12 +240,12 @@ def test_each_learns_a_batch_by_heart_and_stores_moments_as_told(name: str, dtyp
 @pytest.mark.parametrize("name", RATES)
 def test_a_checkpoint_keeps_every_bit_of_each_state(name: str, tmp_path):
     config = config_for(name, moment_dtype="bfloat16")
-    with jax.set_mesh(on((2, 2, 2))):
-        state, _ = learn(config, 2, (2, 2, 2))
+    with jax.set_mesh(mesh_of(data=2, fsdp=2, tensor=2)):
+        state, _ = learn(config, 2, {"data": 2, "fsdp": 2, "tensor": 2})
         checkpoints = Checkpoints(tmp_path, CheckpointConfig())
         checkpoints.save(state, {})
         saved = jax.device_get(state)
-    with jax.set_mesh(on((1, 4, 2))):
+    with jax.set_mesh(mesh_of(fsdp=4, tensor=2)):
         restored, _ = checkpoints.restore(abstract_state(config, make_optimizer(config)))
         fresh = make_state(config, make_optimizer(config))
     checkpoints.close()

@@ -6,12 +6,12 @@ import math
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from model.parameters import flattened, parameter_table
-from tests.small import small_batch, small_model
+from tests.small import mesh_of, small_batch, small_model
 from train.config import Config, make_config
-from train.mesh import AXES, batch_sharding, on_one_device
+from train.mesh import batch_sharding, on_one_device
 from train.optimizer import make_optimizer
 from train.state import make_state
 from train.step import Programs, make_train_step
@@ -88,9 +88,13 @@ def test_norms_and_ratios_are_of_each_parameter_and_of_each_layer(watched):
         np.testing.assert_allclose(ratio, expected, rtol=1e-3)
 
 
-@pytest.mark.parametrize(("shape", "parts"), [((1, 1, 1), 4), ((2, 2, 2), 1), ((1, 4, 2), 2)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "parts"),
+    [({}, 4), ({"data": 2, "tensor": 2}, 1), ({"fsdp": 2, "context": 2, "tensor": 2}, 2)],
+    ids=str,
+)
 def test_parts_and_meshes_see_the_same(shape, parts: int, watched):
-    mesh = Mesh(np.array(jax.devices()[: np.prod(shape)]).reshape(shape), AXES, axis_types=(AxisType.Explicit,) * 3)
+    mesh = mesh_of(**shape)
     found = one_step(config_for(accumulation_steps=parts), True, mesh)[2]["watch"]
     expected = watched[2]["watch"]
     assert jax.tree.structure(found) == jax.tree.structure(expected)

@@ -1,0 +1,202 @@
+"""Attention by the kernels of libraries, which never hold a score for every pair of positions.
+
+Each is the same function as `model.attention.attend` under `causal_mask`. One function chooses, by the platform of the
+ambient mesh, so that a plan for another platform chooses as that platform would.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from model.attention import Attend, attend, causal_mask
+from model.config import ModelConfig
+from model.dropout import Keys
+from model.sharding import Layout
+
+# Scores on the chip at once, of splash attention; a block's sides divide the positions.
+BLOCKS = (512, 256, 128)
+OF_PLATFORM = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}
+
+
+class Choice(NamedTuple):
+    """A kernel (plain, splash or cudnn), and why it is the one."""
+
+    kernel: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.kernel} ({self.reason})"
+
+
+def choose(config: ModelConfig, layout: Layout, T: int) -> Choice:
+    """The kernel for a pass over segments of T on the ambient mesh.
+
+    Raises:
+        ValueError: `model.attention_kernel` asks for one that cannot do it.
+    """
+    platform = _platform()
+    asked = config.attention_kernel
+    kernel = OF_PLATFORM.get(platform, "plain") if asked == "auto" else asked
+    limits = {"plain": lambda *_: None, "splash": _not_by_splash, "cudnn": _not_by_cudnn}
+    obstacle = limits[kernel](config, layout, T)
+    if asked != "auto":
+        if obstacle:
+            raise ValueError(f"model.attention_kernel = {asked}: {obstacle}; leave it at auto")
+        interpreted = kernel == "splash" and platform != "tpu"
+        return Choice(kernel, "model.attention_kernel asks for it" + (", interpreted here" if interpreted else ""))
+    if kernel == "plain":
+        return Choice("plain", f"there is no kernel for {platform}")
+    if obstacle:
+        return Choice("plain", f"not {kernel}: {obstacle}")
+    return Choice(kernel, f"on {platform}")
+
+
+def _platform() -> str:
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def _not_by_splash(config: ModelConfig, layout: Layout, T: int) -> str | None:
+    """What the kernel cannot do of this, if anything."""
+    if config.attention_dropout:
+        return "model.attention_dropout is done by plain attention alone"
+    shard = T // layout.size("time")
+    if shard % BLOCKS[-1]:
+        return f"{shard} positions a device are not a multiple of {BLOCKS[-1]}"
+    return None
+
+
+def _not_by_cudnn(config: ModelConfig, layout: Layout, T: int) -> str | None:
+    assert config.head_dim
+    if config.attention_dropout:
+        return "model.attention_dropout is done by plain attention alone"
+    if config.compute_dtype != "bfloat16":
+        return f"it takes bfloat16, model.compute_dtype is {config.compute_dtype}"
+    if config.attention_softcap is not None:
+        return "it has no model.attention_softcap"
+    if config.head_dim > 128 or config.head_dim % 8:
+        return f"model.head_dim = {config.head_dim} is not a multiple of 8 up to 128"
+    if T // layout.size("time") % 2:
+        return "the positions of a device are an odd number"
+    return None
+
+
+def attention_over(config: ModelConfig, layout: Layout, segment_ids_BT: jax.Array) -> Attend:
+    """Causal attention within the segments, as it is done best on the ambient mesh; T is spread as `Layout.order`."""
+    kernel = choose(config, layout, segment_ids_BT.shape[1]).kernel
+    if kernel == "splash":
+        return partial(_splash, config, layout, segment_ids_BT)
+    mask_B1TS = causal_mask(segment_ids_BT, config.sliding_window, layout)
+    if kernel == "cudnn":
+        return partial(_cudnn, config, layout, mask_B1TS)
+
+    def plain(q_BHTC: jax.Array, k_BKTC: jax.Array, v_BKTC: jax.Array, keys_B: Keys) -> jax.Array:
+        k_BKSC, v_BKSC = layout.gather_keys(k_BKTC), layout.gather_keys(v_BKTC)
+        return attend(q_BHTC, k_BKSC, v_BKSC, mask_B1TS, config.attention_softcap, config.attention_dropout, keys_B)
+
+    return plain
+
+
+def _on_each_device(
+    function: Callable[..., jax.Array], layout: Layout, arguments: tuple[Any, ...], specs: tuple[Any, ...]
+) -> jax.Array:
+    """The function of each device's heads, rows and positions; the result lies as the queries do."""
+    if not layout.rules:
+        return function(*arguments)
+    heads = layout.spec("batch", "heads", "time", None)
+    # Kernels say nothing of what varies over which axes.
+    return jax.shard_map(function, in_specs=specs, out_specs=heads, check_vma=False)(*arguments)
+
+
+def _all_positions(x: jax.Array, layout: Layout, axis: int) -> jax.Array:
+    """Inside a device: the positions of all that share the time, in the order of the row."""
+    shared = tuple(layout.mesh_axes("time"))
+    n = layout.size("time")
+    if n == 1:
+        return x
+    x = jax.lax.all_gather(x, shared, axis=axis, tiled=True)
+    pieces = jnp.split(x, 2 * n, axis)
+    # Pieces lie as 0, 2n - 1, 1, 2n - 2, ... : see `Layout.order`.
+    return jnp.concatenate([*pieces[::2], *pieces[1::2][::-1]], axis)
+
+
+def _splash(
+    config: ModelConfig,
+    layout: Layout,
+    segment_ids_BT: jax.Array,
+    q_BHTC: jax.Array,
+    k_BKTC: jax.Array,
+    v_BKTC: jax.Array,
+    keys_B: Keys,
+) -> jax.Array:
+    """Pallas splash attention, which skips blocks of scores that the mask leaves empty (TPU)."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    T, n, window = q_BHTC.shape[2], layout.size("time"), config.sliding_window
+    heads = q_BHTC.shape[1] // layout.size("heads")
+    mask = (
+        masks.CausalMask((T, T), shard_count=n)
+        if window is None
+        else masks.LocalMask((T, T), (window - 1, 0), offset=0, shard_count=n)
+    )
+    mask.q_sequence = layout.order(T)
+    block = next(size for size in BLOCKS if T // n % size == 0)
+    kernel = kernels.make_splash_mha(
+        masks.MultiHeadMask([mask] * heads),
+        block_sizes=kernels.BlockSizes(
+            block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+        ),
+        attn_logits_soft_cap=config.attention_softcap,
+        head_shards=1,
+        q_seq_shards=n,
+        residual_checkpoint_name="attention",
+        interpret=_platform() != "tpu",
+    )
+    of_kernel = None
+    if layout.rules:
+        mesh = jax.sharding.get_abstract_mesh()
+        of_kernel = kernel.manual_sharding_spec(NamedSharding(mesh, layout.spec(None, "time")))
+        kernel = jax.tree.map(jax.reshard, kernel, of_kernel)
+
+    def of_device(kernel: Any, ids_BT: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        # The kernel leaves the scores' scale to its caller.
+        q = (q.astype(jnp.float32) / math.sqrt(q.shape[-1])).astype(q.dtype)
+        k, v = _all_positions(k, layout, 2), _all_positions(v, layout, 2)
+        ids = kernels.SegmentIds(ids_BT, _all_positions(ids_BT, layout, 1))
+        return jax.vmap(kernel)(q, k, v, ids)
+
+    shared, own = layout.spec("batch", "kv_heads", "time", None), layout.spec("batch", "heads", "time", None)
+    specs = (of_kernel, layout.spec("batch", "time"), own, shared, shared)
+    return _on_each_device(of_device, layout, (kernel, segment_ids_BT, q_BHTC, k_BKTC, v_BKTC), specs)
+
+
+def _cudnn(
+    config: ModelConfig,
+    layout: Layout,
+    mask_B1TS: jax.Array,
+    q_BHTC: jax.Array,
+    k_BKTC: jax.Array,
+    v_BKTC: jax.Array,
+    keys_B: Keys,
+) -> jax.Array:
+    """cuDNN's flash attention; the mask of documents is one more number a pair of positions, for all heads (GPU)."""
+    n = layout.size("time")
+
+    def of_device(mask: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        if n > 1:
+            # The mask's keys lie as the devices do.
+            k, v = (jax.lax.all_gather(x, tuple(layout.mesh_axes("time")), axis=2, tiled=True) for x in (k, v))
+        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+        # Where it knows of causality, it skips what comes later.
+        y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=n == 1, implementation="cudnn")
+        return y.swapaxes(1, 2)
+
+    shared, own = layout.spec("batch", "kv_heads", "time", None), layout.spec("batch", "heads", "time", None)
+    specs = (layout.spec("batch", None, "time", None), own, shared, shared)
+    return _on_each_device(of_device, layout, (mask_B1TS, q_BHTC, k_BKTC, v_BKTC), specs)

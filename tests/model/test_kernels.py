@@ -1,0 +1,156 @@
+"""Every kernel is plain attention, computed otherwise: here in interpreter mode, on one device and on meshes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from model.config import ModelConfig
+from model.kernels import attention_over, choose
+from model.sharding import WHOLE
+from tests.small import mesh_of, small_model
+from train.mesh import TRAINING
+
+T = 256
+CHANGES = [{}, {"sliding_window": 40}, {"attention_softcap": 2.0}, {"num_kv_heads": 4}, {"num_kv_heads": 1}]
+
+
+def config_for(kernel: str, **changes: object) -> ModelConfig:
+    return small_model(**({"head_dim": 16, "attention_kernel": kernel} | changes))
+
+
+def inputs(config: ModelConfig, rows: int = 2, seed: int = 0):
+    """Queries, keys, values, what the result's gradient is, and segments that begin inside blocks and at their ends."""
+    random = np.random.default_rng(seed)
+    heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads, config.num_heads)
+    q, k, v, g = (random.normal(size=(rows, n, T, config.head_dim)).astype(np.float32) for n in heads)
+    begins = random.random((rows, T)) < 0.02
+    begins[:, [0, 128]] = True
+    return q, k, v, g, np.cumsum(begins, axis=1, dtype=np.int32)
+
+
+def result_and_gradients(config: ModelConfig, mesh, layout, arrays, dtype=jnp.float32):
+    """Of attention on a mesh, in the order of the rows."""
+    with jax.set_mesh(mesh):
+        order = layout.order(T)
+        axes = [("batch", heads, "time", None) for heads in ("heads", "kv_heads", "kv_heads", "heads")]
+        q, k, v, g = (
+            jax.device_put(jnp.asarray(x[:, :, order], dtype), layout.spec(*of))
+            for x, of in zip(arrays[:4], axes, strict=True)
+        )
+        ids = jax.device_put(arrays[4][:, order], layout.spec("batch", "time"))
+
+        @jax.jit
+        def both(q, k, v, g, ids):
+            attention = attention_over(config, layout, ids)
+            y, pull = jax.vjp(lambda *x: attention(*x, None), q, k, v)
+            return y, *pull(g)
+
+        found = [np.asarray(x, np.float32) for x in both(q, k, v, g, ids)]
+    return [x[:, :, np.argsort(order)] for x in found]
+
+
+def assert_close(found, expected, tolerance: float) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert np.linalg.norm(one - other) / np.linalg.norm(other) < tolerance
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+def test_splash_attention_is_plain_attention(changes: dict):
+    arrays = inputs(config_for("plain", **changes))
+    plain = result_and_gradients(config_for("plain", **changes), mesh_of(), TRAINING, arrays)
+    splash = result_and_gradients(config_for("splash", **changes), mesh_of(), TRAINING, arrays)
+    assert_close(splash, plain, 2e-6)
+
+
+def test_splash_attention_in_bfloat16_is_as_near_as_plain_attention_is():
+    arrays = inputs(config_for("plain"))
+    exact = result_and_gradients(config_for("plain"), mesh_of(), TRAINING, arrays)
+    found = result_and_gradients(config_for("splash"), mesh_of(), TRAINING, arrays, jnp.bfloat16)
+    assert_close(found, exact, 1e-2)
+
+
+@pytest.mark.parametrize("kernel", ["plain", "splash"])
+@pytest.mark.parametrize(
+    "shape", [{"context": 2}, {"fsdp": 2, "tensor": 2}, {"fsdp": 2, "context": 2, "tensor": 2}], ids=str
+)
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 40}], ids=str)
+def test_devices_that_share_rows_heads_and_positions_give_the_same(shape: dict, kernel: str, changes: dict):
+    arrays = inputs(config_for("plain", **changes))
+    expected = result_and_gradients(config_for("plain", **changes), mesh_of(), TRAINING, arrays)
+    found = result_and_gradients(config_for(kernel, **changes), mesh_of(**shape), TRAINING, arrays)
+    assert_close(found, expected, 2e-6)
+
+
+@pytest.mark.parametrize("kernel", ["plain", "splash"])
+def test_what_comes_later_or_in_another_segment_changes_not_one_bit(kernel: str):
+    config = config_for(kernel)
+    q, k, v, g, ids = inputs(config, rows=1)
+    place = 100
+    other = np.arange(T) > place
+    other |= ids[0] != ids[0, place]
+    changed = [np.where(other[:, None], x + 1, x).astype(np.float32) for x in (q, k, v)]
+    before = result_and_gradients(config, mesh_of(), TRAINING, (q, k, v, g, ids))[0]
+    after = result_and_gradients(config, mesh_of(), TRAINING, (*changed, g, ids))[0]
+    np.testing.assert_array_equal(before[:, :, place], after[:, :, place])
+    assert np.abs(before[:, :, -1] - after[:, :, -1]).max() > 1e-3
+
+
+@pytest.mark.parametrize("kernel", ["plain", "splash"])
+def test_a_packed_document_has_what_it_has_alone(kernel: str):
+    config = config_for(kernel)
+    q, k, v, g, ids = inputs(config, rows=1)
+    inside = ids[0] == ids[0, 128]
+    alone = np.where(inside, 1, 2)[None].astype(np.int32)
+    random = np.random.default_rng(9)
+    others = [np.where(inside[:, None], x, random.normal(size=x.shape)).astype(np.float32) for x in (q, k, v)]
+    packed = result_and_gradients(config, mesh_of(), TRAINING, (q, k, v, g, ids))[0]
+    single = result_and_gradients(config, mesh_of(), TRAINING, (*others, g, alone))[0]
+    np.testing.assert_allclose(packed[:, :, inside], single[:, :, inside], atol=1e-6)
+
+
+def test_devices_that_share_the_positions_have_equal_causal_work():
+    with jax.set_mesh(mesh_of(context=4)):
+        order = TRAINING.order(64)
+    assert sorted(order) == list(range(64))
+    assert len({int(np.sum(part + 1)) for part in order.reshape(4, 16)}) == 1
+
+
+def platform(name: str):
+    """A mesh of a platform that is not here, as far as a choice needs one."""
+    kind = {"tpu": "TPU v5e", "gpu": "NVIDIA H100"}[name]
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform=name)
+    return jax.sharding.AbstractMesh((1,), ("data",), axis_types=(AxisType.Explicit,), abstract_device=device)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "length", "kernel", "words"),
+    [
+        ("tpu", {}, 256, "splash", "on tpu"),
+        ("tpu", {"attention_softcap": 3.0, "sliding_window": 9}, 256, "splash", "on tpu"),
+        ("tpu", {}, 200, "plain", "not splash: 200 positions a device are not a multiple of 128"),
+        ("tpu", {"attention_dropout": 0.1}, 256, "plain", "not splash: model.attention_dropout"),
+        ("gpu", {"compute_dtype": "bfloat16"}, 256, "cudnn", "on gpu"),
+        ("gpu", {"compute_dtype": "bfloat16", "attention_dropout": 0.1}, 256, "plain", "model.attention_dropout"),
+        ("gpu", {"compute_dtype": "bfloat16", "attention_softcap": 3.0}, 256, "plain", "model.attention_softcap"),
+        ("gpu", {"compute_dtype": "bfloat16", "head_dim": 256}, 256, "plain", "model.head_dim = 256"),
+        ("gpu", {}, 256, "plain", "model.compute_dtype is float32"),
+    ],
+)
+def test_the_choice_follows_the_platform_and_says_why(name: str, changes: dict, length: int, kernel: str, words: str):
+    config = config_for("auto", **changes)
+    with jax.sharding.use_abstract_mesh(platform(name)):
+        found = choose(config, WHOLE, length)
+        assert found.kernel == kernel
+        assert words in str(found)
+        if kernel == "plain":
+            asked = dataclasses.replace(config, attention_kernel={"tpu": "splash", "gpu": "cudnn"}[name])
+            with pytest.raises(ValueError, match="leave it at auto"):
+                choose(asked, WHOLE, length)
+
+
+def test_on_a_cpu_there_is_no_kernel():
+    assert str(choose(config_for("auto"), WHOLE, 256)) == "plain (there is no kernel for cpu)"
