@@ -19,16 +19,20 @@ COMMANDS = {
     "evaluate": ("launch.evaluate", "loss and bits per byte on held-out documents or another corpus"),
     "inspect data": ("launch.inspect_data", "which documents a step's batch is made of, or what a corpus holds"),
     "inspect loss": ("launch.inspect_loss", "what the model predicts at each position of a text"),
+    "plan": ("launch.plan", "memory, speed, days and cost of a run, on this machine or on one that is not here"),
     "generate": ("launch.generate", "continue a prompt"),
     "export": ("launch.export", "write a run's weights for inference elsewhere"),
     "launch local": ("launch.local", "run a command as several processes on this machine"),
 }
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
+# What Linux has in /dev for NVIDIA's accelerators (dxg: under WSL), TPUs and AMD's.
+ACCELERATORS = ("nvidia[0-9]*", "dxg", "accel*", "vfio/[0-9]*", "kfd")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status: 0 done, 1 a fault, 2 the user's error, 130 interrupted."""
     if argv is None:
+        without_absent_accelerators()
         with_huge_pages()
         argv = sys.argv[1:]
     logging.basicConfig(format="%(message)s")
@@ -84,6 +88,16 @@ def check_rooms() -> None:
         where = Path(spec.origin).resolve().parent if spec and spec.origin else None
         if where != root / room:
             raise InputError(f"the package {room!r} resolves to {where}, not to {root / room}; use a venv of its own")
+
+
+def without_absent_accelerators() -> None:
+    """On a Linux machine with no accelerator, let JAX look for none.
+
+    Where the compilers for `ziggurat plan` are installed it would find their plugins, and print why each cannot start.
+    A JAX_PLATFORMS of the user's own is left alone.
+    """
+    if sys.platform == "linux" and not any(file for name in ACCELERATORS for file in Path("/dev").glob(name)):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def with_huge_pages() -> None:

@@ -194,8 +194,7 @@ class Decoder(nnx.Module):
             x_BTD, aux = written_out(layer, x_BTD, of_layers)
         else:
             x_BTD, aux = jax.lax.scan(layer, x_BTD, of_layers)
-        x_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
-        return self.layout.gather_time(x_BTD, "vocabulary"), aux
+        return x_BTD if self.norm is None else self.norm(x_BTD), aux
 
     def unembedding_matrix(self) -> jax.Array:
         """The last floor's weight [D, V] in the compute dtype; V is the padded vocabulary."""
@@ -204,4 +203,5 @@ class Decoder(nnx.Module):
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Scores [B, T, V] of every token as the next one. For a whole batch use `model.loss`, which makes none."""
         assert self.config.vocab_size is not None
+        x_BTD = self.layout.place(x_BTD, "batch", "time", None)
         return logits(x_BTD, self.unembedding_matrix(), self.config.vocab_size)

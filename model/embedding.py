@@ -1,7 +1,9 @@
 """Floor 1, token embedding: each token id becomes a vector."""
 
+import itertools
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +11,66 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from model.config import ModelConfig
-from model.sharding import Layout
+from model.sharding import Layout, as_tuple
 
 
-def look_up(table: jax.Array, rows: str, ids_BT: jax.Array, layout: Layout) -> jax.Array:
-    """Rows [B, T, D] of a table [rows, D]. Each device then holds a part of every row, so the look-up stays local."""
-    table = layout.gather_table(table, rows)
-    x_BTD = _rows(table, ids_BT, layout.sharding("batch", "time", "lookup"))
+def look_up(table: jax.Array, ids_BT: jax.Array, layout: Layout) -> jax.Array:
+    """Rows [B, T, D] of a table [rows, D].
+
+    Each device looks up its part of D for the positions of all that share D, and they exchange what they find: less
+    than the table is, and so are the gradients.
+    """
+    if not layout.rules:
+        return _rows(table, ids_BT, None)
+    exchange = Exchange.of(layout, table.shape[1])
+    table = exchange.cut(table)
+    ids_BT = jax.reshard(ids_BT, PartitionSpec(*exchange.places[0].partitions[:2]))
+    x_BTD = _rows(table, ids_BT, exchange.places[0])
+    for place in exchange.places[1:]:
+        x_BTD = jax.reshard(x_BTD, place)
     return layout.place(x_BTD, "batch", "sequence", None)
+
+
+class Exchange(NamedTuple):
+    """How look-ups are shared.
+
+    Attributes:
+        width: the mesh axes that share D, the last of which divides it finest.
+        places: of what is found, [B, T, D], from there on; one mesh axis moves at a time from D to B or T: an
+            all-to-all, where XLA would gather everything for several at once.
+    """
+
+    width: tuple[str, ...]
+    places: tuple[PartitionSpec, ...]
+
+    @classmethod
+    def of(cls, layout: Layout, D: int) -> "Exchange":
+        """Over the mesh axes that share the storage of D, and those of "lookup" too as far as D can be divided."""
+        sizes = jax.sharding.get_abstract_mesh().shape
+        sharing: list[str] = []
+        for mesh in dict.fromkeys((*as_tuple(layout.rules.get("model")), *as_tuple(layout.rules.get("lookup")))):
+            if D % math.prod(sizes[name] for name in (*sharing, mesh)) == 0:
+                sharing.append(mesh)
+        rows, time = as_tuple(layout.rules.get("batch")), as_tuple(layout.rules.get("sequence"))
+        kept_B = tuple(itertools.takewhile(lambda mesh: mesh not in sharing, rows))
+        kept_T = tuple(itertools.takewhile(lambda mesh: mesh not in sharing, time))
+        to_T = tuple(itertools.takewhile(lambda mesh: mesh in sharing, time[len(kept_T) :]))
+        to_B = tuple(itertools.takewhile(lambda mesh: mesh in sharing, rows[len(kept_B) :]))
+        moves = (*to_T, *to_B)
+        width = (*(mesh for mesh in sharing if mesh not in moves), *reversed(moves))
+        places = [PartitionSpec(kept_B, kept_T, width)]
+        for count in range(1, len(moves) + 1):
+            on_T, on_B = to_T[:count], to_B[: max(count - len(to_T), 0)]
+            places.append(PartitionSpec((*kept_B, *on_B), (*kept_T, *on_T), width[: len(width) - count]))
+        return cls(width, tuple(places))
+
+    def cut(self, table: jax.Array) -> jax.Array:
+        """All rows of a table, of each the device's part. Its gradient is summed over those that share B or T."""
+        kept_B, kept_T, _ = self.places[0].partitions
+        reduced = frozenset((*as_tuple(kept_B), *as_tuple(kept_T)))
+        stored = jax.typeof(table).sharding.spec.partitions
+        table = jax.reshard(table, PartitionSpec(*stored, reduced=reduced))
+        return jax.reshard(table, PartitionSpec(None, self.width, reduced=reduced))
 
 
 def _plain_rows(table: jax.Array, ids_BT: jax.Array, out_sharding: PartitionSpec | None) -> jax.Array:
@@ -51,4 +105,4 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         """Token ids [B, T] → vectors [B, T, D]."""
-        return look_up(self.table[...].astype(self.dtype), "vocabulary", tokens_BT, self.layout) * self.scale
+        return look_up(self.table[...].astype(self.dtype), tokens_BT, self.layout) * self.scale

@@ -16,11 +16,11 @@ from jax.sharding import NamedSharding
 from model.attention import Attend, attend, causal_mask
 from model.config import ModelConfig
 from model.dropout import Keys
-from model.sharding import Layout
+from model.sharding import Layout, platform
 
 # Scores on the chip at once, of splash attention; a block's sides divide the positions.
 BLOCKS = (512, 256, 128)
-OF_PLATFORM = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}
+OF_PLATFORM = {"tpu": "splash", "gpu": "cudnn"}
 
 
 class Choice(NamedTuple):
@@ -39,26 +39,21 @@ def choose(config: ModelConfig, layout: Layout, T: int) -> Choice:
     Raises:
         ValueError: `model.attention_kernel` asks for one that cannot do it.
     """
-    platform = _platform()
+    here = platform()
     asked = config.attention_kernel
-    kernel = OF_PLATFORM.get(platform, "plain") if asked == "auto" else asked
+    kernel = OF_PLATFORM.get(here, "plain") if asked == "auto" else asked
     limits = {"plain": lambda *_: None, "splash": _not_by_splash, "cudnn": _not_by_cudnn}
     obstacle = limits[kernel](config, layout, T)
     if asked != "auto":
         if obstacle:
             raise ValueError(f"model.attention_kernel = {asked}: {obstacle}; leave it at auto")
-        interpreted = kernel == "splash" and platform != "tpu"
+        interpreted = kernel == "splash" and here != "tpu"
         return Choice(kernel, "model.attention_kernel asks for it" + (", interpreted here" if interpreted else ""))
     if kernel == "plain":
-        return Choice("plain", f"there is no kernel for {platform}")
+        return Choice("plain", f"there is no kernel for {here}")
     if obstacle:
         return Choice("plain", f"not {kernel}: {obstacle}")
-    return Choice(kernel, f"on {platform}")
-
-
-def _platform() -> str:
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
+    return Choice(kernel, f"on {here}")
 
 
 def _not_by_splash(config: ModelConfig, layout: Layout, T: int) -> str | None:
@@ -156,7 +151,7 @@ def _splash(
         head_shards=1,
         q_seq_shards=n,
         residual_checkpoint_name="attention",
-        interpret=_platform() != "tpu",
+        interpret=platform() != "tpu",
     )
     of_kernel = None
     if layout.rules:

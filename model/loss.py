@@ -17,29 +17,26 @@ from model.unembedding import logits
 
 def _chunks(x: jax.Array, count: int, layout: Layout) -> jax.Array:
     """[B, T, ...] → [count, B, T / count, ...], filled up with zeros. Each device cuts its own positions."""
-    n, rest = layout.size("time"), (None,) * (x.ndim - 2)
-    x = _reshape(x, (x.shape[0], n, -1, *x.shape[2:]), layout.sharding("batch", "time", None, *rest))
-    padding = -x.shape[2] % count
-    x = jnp.pad(x, [(0, padding if axis == 2 else 0) for axis in range(x.ndim)])
-    x = _reshape(x, (*x.shape[:2], count, -1, *x.shape[3:]), layout.sharding("batch", "time", None, None, *rest))
+    n, rest = layout.size("sequence"), (None,) * (x.ndim - 2)
+    x = layout.place(x, "batch", "sequence", *rest)
+    x = _reshape(x, (x.shape[0], n, -1, *x.shape[2:]), layout.sharding("batch", "sequence", None, *rest))
+    if padding := -x.shape[2] % count:
+        x = jnp.pad(x, [(0, padding if axis == 2 else 0) for axis in range(x.ndim)])
+    x = _reshape(x, (*x.shape[:2], count, -1, *x.shape[3:]), layout.sharding("batch", "sequence", None, None, *rest))
     x = jnp.moveaxis(x, 2, 0)
-    return _reshape(x, (count, x.shape[1], -1, *x.shape[4:]), layout.sharding(None, "batch", "time", *rest))
+    return _reshape(x, (count, x.shape[1], -1, *x.shape[4:]), layout.sharding(None, "batch", "sequence", *rest))
 
 
 def _joined(chunks: jax.Array, T: int, layout: Layout) -> jax.Array:
     """The inverse of `_chunks`: [B, T, ...]."""
-    (count, B), n, rest = chunks.shape[:2], layout.size("time"), (None,) * (chunks.ndim - 3)
-    spread = layout.sharding(None, "batch", "time", None, *rest)
-    x = jnp.moveaxis(_reshape(chunks, (count, B, n, -1, *chunks.shape[3:]), spread), 0, 2)
-    x = _reshape(x, (B, n, -1, *x.shape[4:]), layout.sharding("batch", "time", None, *rest))[:, :, : T // n]
-    return _reshape(x, (B, T, *x.shape[3:]), layout.sharding("batch", "time", *rest))
+    (count, B), n, rest = chunks.shape[:2], layout.size("sequence"), (None,) * (chunks.ndim - 3)
+    cut = layout.sharding(None, "batch", "sequence", None, *rest)
+    x = jnp.moveaxis(_reshape(chunks, (count, B, n, -1, *chunks.shape[3:]), cut), 0, 2)
+    x = _reshape(x, (B, n, -1, *x.shape[4:]), layout.sharding("batch", "sequence", None, *rest))[:, :, : T // n]
+    return _reshape(x, (B, T, *x.shape[3:]), layout.sharding("batch", "sequence", *rest))
 
 
 def _reshape(x: jax.Array, shape: tuple[int, ...], sharding: PartitionSpec | None) -> jax.Array:
-    if sharding is not None:
-        # What is to be summed stays so.
-        spec = jax.typeof(x).sharding.spec
-        sharding = PartitionSpec(*sharding, unreduced=spec.unreduced, reduced=spec.reduced)
     return jnp.reshape(x, shape, out_sharding=sharding)
 
 
@@ -70,15 +67,23 @@ def token_log_probabilities(
         chunk: positions on one device whose logits exist at once, at most, but one a row.
         layout: where V is shared, and over which mesh axes the matrix's gradient is summed.
     """
-    sharding = jax.typeof(x_BTD).sharding
-    rows, positions, _ = x_BTD.shape if sharding.mesh.empty else sharding.shard_shape(x_BTD.shape)
-    count = -(-positions // max(chunk // rows, 1))
-    return _log_probabilities(x_BTD, matrix_DV, targets_BT, vocab_size, count, layout)
+    B, T = targets_BT.shape
+    rows, positions = B // layout.size("batch"), T // layout.size("time")
+    least, own = -(-positions // max(chunk // rows, 1)), T // layout.size("sequence")
+    # A few chunks more, where they need no filling up.
+    count = next((count for count in range(least, 2 * least) if own % count == 0), least)
+    found = _log_probabilities(x_BTD, matrix_DV, targets_BT, vocab_size, count, layout)
+    return LogProbabilities(*(layout.place(x_BT, "batch", "time") for x_BT in found))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _log_probabilities(x_BTD, matrix_DV, targets_BT, vocab_size, count, layout):  # type: ignore[no-untyped-def]
     return _forward(x_BTD, matrix_DV, targets_BT, vocab_size, count, layout)[0]
+
+
+def _whole(x: jax.Array, layout: Layout) -> jax.Array:
+    """The positions of a chunk for all devices that share the vocabulary."""
+    return layout.place(x, "batch", "time", *(None,) * (x.ndim - 2))
 
 
 def _target_V(targets_BT: jax.Array, V: int) -> jax.Array:
@@ -90,12 +95,13 @@ def _forward(x_BTD, matrix_DV, targets_BT, vocab_size, count, layout):  # type: 
     real_V = jnp.arange(matrix_DV.shape[1]) < vocab_size
 
     def of_chunk(_: None, of: tuple[jax.Array, ...]) -> tuple[None, LogProbabilities]:
-        x, targets = of
+        x, targets = (_whole(x, layout) for x in of)
         scores = logits(x, matrix_DV, vocab_size)
         log_sum = jax.nn.logsumexp(scores, axis=-1)
         score = jnp.sum(jnp.where(_target_V(targets, scores.shape[-1]), scores, 0.0), axis=-1)
         mean = jnp.sum(jnp.where(real_V, scores, 0.0), axis=-1) / vocab_size
-        return None, LogProbabilities(score - log_sum, mean - log_sum, log_sum)
+        found = LogProbabilities(score - log_sum, mean - log_sum, log_sum)
+        return None, LogProbabilities(*(layout.place(x_BT, "batch", "sequence") for x_BT in found))
 
     _, chunks = jax.lax.scan(of_chunk, None, tuple(_chunks(x, count, layout) for x in (x_BTD, targets_BT)))
     found = LogProbabilities(*(_joined(x, targets_BT.shape[1], layout) for x in chunks))
@@ -109,7 +115,7 @@ def _backward(vocab_size, count, layout, kept, cotangents):  # type: ignore[no-u
     uniform_V = jnp.where(jnp.arange(matrix_DV.shape[1]) < vocab_size, 1 / vocab_size, 0.0)
 
     def of_chunk(gradient_DV: jax.Array, of: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        x, targets, log_sum, *cotangent = of
+        x, targets, log_sum, *cotangent = (_whole(x, layout) for x in of)
         of_target, of_mean, of_log_sum = (c[..., None] for c in cotangent)
         scores = logits(x, matrix_DV, vocab_size)
         softmax = jnp.exp(scores - log_sum[..., None])
@@ -119,12 +125,15 @@ def _backward(vocab_size, count, layout, kept, cotangents):  # type: ignore[no-u
         # As in `model.product`: sums are float32, what leaves a device is in the compute dtype.
         einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
         dx = einsum("btv,dv->btd", slope, matrix_DV, out_sharding=partial_BTD).astype(x.dtype)
+        dx = layout.scatter_time(dx)
         return gradient_DV + einsum("btd,btv->dv", x, slope, out_sharding=sums_DV), dx
 
     chunks = tuple(_chunks(x, count, layout) for x in (x_BTD, targets_BT, log_sum_BT, *cotangents))
     zeros_DV = jnp.zeros(matrix_DV.shape, jnp.float32, out_sharding=sums_DV)
     gradient_DV, dx = jax.lax.scan(of_chunk, zeros_DV, chunks)
-    return _joined(dx, targets_BT.shape[1], layout), gradient_DV.astype(matrix_DV.dtype), None
+    # Both at once: else the float32 sums may stay in memory until the last layer's gradient is there.
+    dx, gradient_DV = jax.lax.optimization_barrier((dx, gradient_DV.astype(matrix_DV.dtype)))
+    return _joined(dx, targets_BT.shape[1], layout), gradient_DV, None
 
 
 _log_probabilities.defvjp(_forward, _backward)

@@ -43,7 +43,7 @@ class Position(nnx.Module):
             case "learned":
                 assert self.table is not None
                 table = self.table[...].astype(x_BTD.dtype)
-                return x_BTD + look_up(table, "positions", positions_BT, self.layout), None
+                return x_BTD + look_up(table, positions_BT, self.layout), None
         return x_BTD, None
 
 

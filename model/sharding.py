@@ -73,12 +73,6 @@ class Layout:
             parts = [part[:-1] if part != own else own for part, own in zip(parts, used, strict=True)]
             reduced = self.tokens - {mesh for part in parts for mesh in part}
 
-    def gather_table(self, table: jax.Array, rows: str) -> jax.Array:
-        """A table stored by the axis `rows` and "model" for look-ups: all rows, of each the part that is "lookup"."""
-        if not self.rules:
-            return table
-        return jax.reshard(self.gather(table, rows, "model"), self.spec(None, "lookup", reduced=self.tokens))
-
     def gather_time(self, x_BTD: jax.Array, over: str) -> jax.Array:
         """Residuals for products whose weights share the axis `over` (Korthikanti et al. 2022, arXiv:2205.05198).
 
@@ -161,7 +155,14 @@ def _reshape(x: jax.Array, shape: tuple[int, ...], spec: tuple[MeshAxes, ...], t
     return jnp.reshape(x, shape, out_sharding=PartitionSpec(*spec) if told else None)
 
 
+def platform() -> str:
+    """Of the ambient mesh's devices, or else of this process's: cpu, gpu or tpu."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    found: str = jax.default_backend() if device is None else device.platform
+    return "gpu" if found == "cuda" else found
+
+
 def on_one_cpu() -> bool:
     """Whether the ambient mesh is a single CPU: there a program may be larger, if that makes it faster."""
     mesh = jax.sharding.get_abstract_mesh()
-    return mesh.size == 1 and mesh.abstract_device is not None and mesh.abstract_device.platform == "cpu"
+    return mesh.size == 1 and mesh.abstract_device is not None and platform() == "cpu"

@@ -38,7 +38,6 @@ GENERATION = Layout(RULES | {"batch": None, "sequence": None, "time": None})
 # What the decoder makes, by its logical axes: in none of them may two axes be shared by the same mesh axis.
 ARRAYS = (
     ("batch", "sequence"),
-    ("batch", "time", "lookup"),
     ("batch", "time", "heads"),
     ("batch", "time", "kv_heads"),
     ("batch", "time", "feedforward"),
@@ -158,7 +157,6 @@ def mesh_problems(config: Config, shape: tuple[int, ...]) -> list[str]:
     must_divide("data.segment_length", config.data.segment_length, "sequence")
     if time > 1:
         must_divide("data.segment_length", config.data.segment_length, "time", pieces=2)
-    must_divide("model.model_dim", config.model.model_dim, "lookup")
     fields = {"model": "model_dim", "heads": "num_heads", "kv_heads": "num_kv_heads", "feedforward": "feedforward_dim"}
     seen = set()
     for parameter in parameter_table(config.model).values():

@@ -25,19 +25,9 @@ from rich.text import Text
 
 from model.config import ModelConfig
 from model.parameters import parameter_table
+from train.hardware import chip_of
 
 log = logging.getLogger("ziggurat")
-
-# Dense bfloat16 FLOP/s of one device, from the vendors' data sheets, by JAX's device_kind.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
 
 
 def flops_per_token(config: ModelConfig, T: int) -> float:
@@ -54,8 +44,8 @@ def flops_per_token(config: ModelConfig, T: int) -> float:
 def peak_flops(dtype: str) -> tuple[float, str]:
     """(FLOP/s of all devices, where the figure is from); a CPU's is measured by one large matrix product."""
     kind = jax.devices()[0].device_kind
-    if kind in PEAK_FLOPS:
-        return PEAK_FLOPS[kind] * jax.device_count(), f"{kind} data sheet, dense bfloat16"
+    if chip := chip_of(kind):
+        return chip.peak_flops * jax.device_count(), f"{kind} data sheet, dense bfloat16"
     n = 2048
     with jax.set_mesh(jax.sharding.Mesh(jax.local_devices()[:1], "x")):
         # As `model.product` does it: what leaves is float32, and in bfloat16 that is the faster way.

@@ -17,6 +17,7 @@ from train.mesh import training_layout
 from train.schedule import accumulation_parts, batch_size, learning_rate
 from train.state import State
 from train.watch import watch
+from train.xla import compiler_options
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, Any]
@@ -77,7 +78,8 @@ def make_train_step(
     With `accumulation_steps` = A, parts of B/A rows run one after the other (a smaller batch of a ramp has fewer);
     the loss is divided by the weight of the whole batch, so that A changes nothing but memory. Metrics are float32
     scalars: `loss` in nats a token, `grad_norm` before clipping, `learning_rate`, `loss_weight` (the tokens that
-    counted). A step that watches also returns `watch` (see `train.watch`), for one more forward pass.
+    counted). A step that watches also returns `watch` (see `train.watch`), for one more forward pass. The function is
+    for the platform of the ambient mesh.
     """
     schedule, layout = learning_rate(config), training_layout(config.mesh)
 
@@ -121,7 +123,7 @@ def make_train_step(
             after["average"] = averaged(config, state["average"], weights, state["step"])
         return after, metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options())
 
 
 class Programs:

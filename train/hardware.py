@@ -1,0 +1,80 @@
+"""The accelerators that there are figures for: what their makers say, and what the compilers say of them."""
+
+import os
+from dataclasses import dataclass, replace
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One accelerator as JAX sees it: one device.
+
+    Attributes:
+        name: as in `--topology`.
+        device_kinds: JAX's names of it.
+        platform: tpu, gpu or cpu.
+        peak_flops: dense bfloat16 FLOP/s.
+        memory_bytes: a TPU's: what the compiler lets a program have; others': all that the device has.
+        memory_bandwidth: bytes/s, data sheet.
+        link_bandwidth: bytes/s that a device can send to others of its slice or host. A TPU's is of one dimension of
+            the torus that closes to a ring, both ways round; a GPU's is of all its NVLinks.
+        network_bandwidth: bytes/s that a device can send to other slices or hosts.
+        host_bandwidth: bytes/s between the device and its host's memory, one way.
+        cycles_per_second: of the `estimated_cycles` that the TPU compiler writes on fusions; 0: it writes none.
+        full_ring: devices of a dimension of the torus whose ends are linked, and all multiples of it; 0: no torus.
+        max_devices: of a slice, or a host.
+    """
+
+    name: str
+    device_kinds: tuple[str, ...]
+    platform: str
+    peak_flops: float
+    memory_bytes: int
+    memory_bandwidth: float
+    link_bandwidth: float
+    network_bandwidth: float
+    host_bandwidth: float
+    cycles_per_second: float = 0.0
+    full_ring: int = 0
+    max_devices: int = 8
+
+
+# TPU: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, read in 2026.
+# - Links: given for all of a chip and both directions (400 GB/s for the 4 of v5e, 1,200 for the 6 of v5p, 800 for the 4
+#   of v6e): a ring uses two, sending on each half of that. v4's 6 links carry 50 GB/s each way (Jouppi et al. 2023,
+#   arXiv:2304.01433).
+# - Network: a host's cards shared by its chips (v5e 2 × 100 Gbit/s for 8, v6e 4 × 200 for 8), v5p 50 Gbit/s a chip;
+#   v4's is in no data sheet, taken as v5p's. Host: Austin et al. 2025, How to Scale Your Model, part 2.
+# - Memory: what the compiler names where a program is too large (libtpu 0.0.42), a little less than the data sheet's.
+# - Cycles: peak / FLOPs of a cycle, 2 × 128² on each of 4 matrix units a core (v6e: 2 × 256² × 2 rows on each of 2). Of
+#   large products the compiler's cycles then come to 91 to 98% of peak at best.
+# GPU: NVIDIA's data sheets of the SXM boards, and of a DGX of 8 that has a card of 200 (A100) or 400 Gbit/s for each.
+# NVLink is given for both directions (600, 900, 1,800 GB/s). Memory: XLA's xla/backends/gpu/target_config/specs.
+# fmt: off
+_TABLE = (
+    # name, JAX's names, FLOP/s, memory, its bytes/s, links, network, host; TPU: cycles/s, full ring, devices of a slice
+    ("v4", ("TPU v4",), 275e12, int(30.75 * GIB), 1200e9, 100e9, 6.25e9, 16e9, 1.05e9, 4, 4096),
+    ("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, int(15.75 * GIB), 819e9, 100e9, 3.125e9, 16e9, 1.5e9, 16, 256),
+    ("v5p", ("TPU v5", "TPU v5p"), 459e12, int(95.74 * GIB), 2765e9, 200e9, 6.25e9, 16e9, 1.75e9, 4, 6144),
+    ("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, int(31.25 * GIB), 1638e9, 200e9, 12.5e9, 32e9, 1.75e9, 16, 256),
+    ("a100", ("NVIDIA A100-SXM4-80GB",), 312e12, 85_100_068_864, 2039e9, 300e9, 25e9, 32e9),
+    ("h100", ("NVIDIA H100 80GB HBM3",), 989e12, 84_942_979_072, 3352e9, 450e9, 50e9, 64e9),
+    ("h200", ("NVIDIA H200",), 989e12, 151_397_597_184, 4800e9, 450e9, 50e9, 64e9),
+    ("b200", ("NVIDIA B200",), 2250e12, 191_514_411_008, 7672e9, 900e9, 50e9, 64e9),
+)
+# fmt: on
+CHIPS = {row[0]: Chip(row[0], row[1], "tpu" if len(row) > 8 else "gpu", *row[2:]) for row in _TABLE}
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip that JAX names so, where there are figures for it."""
+    return next((chip for chip in CHIPS.values() if device_kind in chip.device_kinds), None)
+
+
+def with_usable_memory(chip: Chip) -> Chip:
+    """The chip with as much memory as JAX lets a program have: of a GPU it takes a part, three quarters by default."""
+    if chip.platform != "gpu":
+        return chip
+    part = os.environ.get("XLA_CLIENT_MEM_FRACTION") or os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or "0.75"
+    return replace(chip, memory_bytes=int(chip.memory_bytes * float(part)))

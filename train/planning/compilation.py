@@ -1,0 +1,138 @@
+"""The training step of a run, compiled for devices that are here or for a topology's, and kept for the next time."""
+
+import functools
+import gzip
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from train.config import Config
+from train.mesh import batch_sharding, training_layout
+from train.optimizer import make_optimizer
+from train.planning.topology import without_jax_cache
+from train.state import abstract_state
+from train.step import make_train_step
+
+COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc", "nvidia-cudnn-cu13")
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """A training step as the compiler leaves it.
+
+    Attributes:
+        text: the optimized program; empty where the compiler refused it.
+        memory: bytes a device by the compiler's names: `argument`, `output`, `alias`, `temp`, `peak`, `host_temp`, ...
+        refused: what the compiler said of a program that does not fit; none: it compiled.
+        lower_seconds: from Python to what the compiler takes.
+        compile_seconds: of the compiler, when it did it.
+        cached: whether that was an earlier time.
+        executable: to run it; none where it was read from a cache or the devices are not here.
+    """
+
+    text: str
+    memory: Mapping[str, int]
+    refused: str | None
+    lower_seconds: float
+    compile_seconds: float
+    cached: bool = False
+    executable: Any = field(default=None, compare=False)
+
+
+def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of a full batch, [B, T] each."""
+    sharding = batch_sharding(mesh, training_layout(config.mesh))
+    shape = (config.train.batch_size, config.data.segment_length)
+    dtypes = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), jnp.int32) | {"loss_weights": jnp.float32}
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
+
+
+def compile_step(config: Config, mesh: Mesh, cache: Path | None = None) -> Compilation:
+    """Compile the function that `pretrain` jits, for the full batch.
+
+    Args:
+        config: resolved.
+        mesh: of devices that are here, or of a topology.
+        cache: a folder in which compiled programs of topologies are kept. JAX's own persistent cache takes those of
+            devices that are here alone: it cannot read back what has no device.
+    """
+    here = mesh.devices.flat[0] in jax.devices()
+    with jax.set_mesh(mesh):
+        start = time.perf_counter()
+        optimizer = make_optimizer(config)
+        step: Any = make_train_step(config, optimizer)
+        lowered = step.lower(abstract_state(config, optimizer), abstract_batch(config, mesh))
+        lowering = time.perf_counter() - start
+        if here:
+            hits = _cache_hits()
+            before = len(hits)
+            compiled = _compiled(lowered, lowering)
+            return compiled if len(hits) == before else replace(compiled, cached=True)
+        file = cache / f"{_key(config, mesh, lowered.as_text())}.json.gz" if cache else None
+        if file and file.exists():
+            kept = json.loads(gzip.decompress(file.read_bytes()))
+            return Compilation(**kept | {"lower_seconds": lowering, "cached": True})
+        with without_jax_cache():
+            compiled = replace(_compiled(lowered, lowering), executable=None)
+        if file:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            kept = {name: value for name, value in vars(compiled).items() if name not in ("executable", "cached")}
+            partial = file.with_suffix(f".{os.getpid()}")
+            partial.write_bytes(gzip.compress(json.dumps(kept).encode(), mtime=0))
+            partial.replace(file)
+        return compiled
+
+
+def _compiled(lowered: jax.stages.Lowered, lower_seconds: float) -> Compilation:
+    start = time.perf_counter()
+    try:
+        executable = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "CompileTimeHbmOom" not in str(error):
+            raise
+        refused = str(error).strip().splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
+        return Compilation("", {}, refused, lower_seconds, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    stats: Any = executable.memory_analysis()
+    suffix = "_size_in_bytes"
+    memory = {name.removesuffix(suffix): getattr(stats, name) for name in dir(stats) if name.endswith(suffix)}
+    memory["peak"] = stats.peak_memory_in_bytes
+    return Compilation(executable.as_text() or "", memory, None, lower_seconds, seconds, executable=executable)
+
+
+def _key(config: Config, mesh: Mesh, lowered: str) -> str:
+    """Of whatever the compiled program depends on."""
+    devices = [(device.device_kind, device.process_index, getattr(device, "coords", None),
+                getattr(device, "slice_index", 0)) for device in mesh.devices.flat]  # fmt: skip
+    versions = {name: _version(name) for name in COMPILERS}
+    flags = {name: os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
+    # The text leaves out what is in a program's large constants, such as masks; that follows from the settings.
+    parts = [asdict(config.model), config.data.segment_length, dict(mesh.shape), devices, versions, flags, lowered]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def _cache_hits() -> list[str]:
+    """Grows by one whenever JAX reads a program from its persistent cache."""
+    hits: list[str] = []
+    jax.monitoring.register_event_listener(
+        lambda event, **_: hits.append(event) if event.endswith("cache_hits") else None
+    )
+    return hits

@@ -1,0 +1,275 @@
+"""What a training step will take on given devices: memory, work, traffic and time, read from its compiled program."""
+
+import functools
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from model.kernels import choose
+from train.config import Config
+from train.hardware import Chip
+from train.mesh import training_layout
+from train.metrics import flops_per_token
+from train.optimizer import make_optimizer
+from train.planning.compilation import Compilation, abstract_batch
+from train.planning.program import Costs, Kernel, Program, Timeline, read_program, timeline
+from train.planning.topology import bandwidth_over
+from train.schedule import batch_size
+from train.state import abstract_state
+
+ROOFLINE = "a roofline: each operation at the peak of FLOPs or of memory bandwidth, so no kernel is slower than that"
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take; figures of a device are of each device, figures of a step of the full batch.
+
+    Attributes:
+        topology: as asked, or this machine.
+        device_kind: JAX's name of the devices.
+        mesh: sizes by axis.
+        attention: the kernel, and why it is the one.
+        fits: whether a device holds the step.
+        refused: what the compiler said where it does not; none: it compiled.
+        memory_bytes_per_device: that a program can have.
+        peak_bytes_per_device: at the worst moment; where the compiler refused, what it says it would need.
+        argument_bytes_per_device: the state and a batch.
+        memory: bytes a device of `weights`, `optimizer`, `average`, `batch` and, at the worst moment, `temporaries`;
+            of `output`, and of it `aliased` with the state that was given; of the program's `code`; in `host` memory.
+        model_flops_per_device: by the formula of `train.metrics`, a step.
+        flops_per_device: of the compiled program's matrix products and attention kernels, a step.
+        collective_bytes_per_device: payload of all collectives, a step.
+        collectives: by kind, mesh axes and dtype.
+        compute_seconds: of a step, by the compiler's own cycles where it has them.
+        estimated_step_seconds: by the compiled schedule, with the chip's figures.
+        estimated_by: what it takes the time of an operation from; of communication it is the bytes sent / bandwidth.
+        estimated_mfu: model FLOPs over the estimate, of the chip's peak.
+        breakdown: what the estimate is made of, [words, seconds]; the first is model FLOPs at peak.
+        bottleneck: the largest of what is not that.
+        measured_step_seconds: on this machine alone.
+        notes: what could not be read of the program.
+        days: of `tokens` at the estimated speed; so are device_hours, and cost in dollars.
+    """
+
+    topology: str
+    device_kind: str
+    devices: int
+    mesh: dict[str, int]
+    attention: str
+    remat_policy: str
+    rows_per_step: int
+    tokens_per_step: int
+    fits: bool
+    refused: str | None
+    memory_bytes_per_device: int
+    peak_bytes_per_device: int
+    argument_bytes_per_device: int
+    memory: dict[str, int]
+    model_flops_per_device: float
+    lower_seconds: float
+    compile_seconds: float
+    compiled_before: bool
+    tokens: float
+    price: float | None = None
+    flops_per_device: float | None = None
+    collective_bytes_per_device: int | None = None
+    collectives: list[dict[str, Any]] = field(default_factory=list)
+    compute_seconds: float | None = None
+    estimated_step_seconds: float | None = None
+    estimated_by: str | None = None
+    estimated_mfu: float | None = None
+    tokens_per_second: float | None = None
+    bottleneck: str | None = None
+    breakdown: list[tuple[str, float]] = field(default_factory=list)
+    days: float | None = None
+    device_hours: float | None = None
+    cost: float | None = None
+    measured_step_seconds: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Of plain values, for JSON."""
+        return asdict(self)
+
+
+def make_plan(
+    config: Config,
+    mesh: Mesh,
+    chip: Chip,
+    compilation: Compilation,
+    topology: str,
+    tokens: float | None = None,
+    price: float | None = None,
+) -> Plan:
+    """The plan that a compiled step comes to.
+
+    Args:
+        config: resolved.
+        mesh: that it was compiled for.
+        chip: figures of a device; its memory is what a program can have.
+        compilation: of `compile_step`.
+        topology: what the devices are called.
+        tokens: to train on; none: those of `train.num_steps`.
+        price: dollars of a device-hour.
+    """
+    T, rows = config.data.segment_length, config.train.batch_size
+    model_flops = flops_per_token(config.model, T) * rows * T / mesh.size
+    arguments = argument_bytes(config, mesh)
+    peak, memory = _memory(arguments, compilation, chip.platform == "cpu")
+    with jax.set_mesh(mesh):
+        attention = str(choose(config.model, training_layout(config.mesh), T))
+    if tokens is None:
+        tokens = float(sum(batch_size(config, step) for step in range(config.train.num_steps)) * T)
+    plan = Plan(
+        topology=topology,
+        device_kind=mesh.devices.flat[0].device_kind,
+        devices=mesh.size,
+        mesh=dict(mesh.shape),
+        attention=attention,
+        remat_policy=config.model.remat_policy,
+        rows_per_step=rows,
+        tokens_per_step=rows * T,
+        fits=compilation.refused is None and peak <= chip.memory_bytes,
+        refused=compilation.refused,
+        memory_bytes_per_device=chip.memory_bytes,
+        peak_bytes_per_device=peak,
+        argument_bytes_per_device=compilation.memory.get("argument", sum(arguments.values())),
+        memory=memory,
+        model_flops_per_device=model_flops,
+        lower_seconds=compilation.lower_seconds,
+        compile_seconds=compilation.compile_seconds,
+        compiled_before=compilation.cached,
+        tokens=tokens,
+        price=price,
+    )
+    return plan if compilation.refused else _with_estimate(plan, mesh, chip, compilation.text)
+
+
+def argument_bytes(config: Config, mesh: Mesh) -> dict[str, int]:
+    """Bytes a device of what a step is given, by kind: `weights`, `optimizer`, `average` and `batch`."""
+    with jax.set_mesh(mesh):
+        state = abstract_state(config, make_optimizer(config))
+    given: dict[str, Any] = {name: state[name] for name in ("weights", "optimizer", "average") if name in state}
+    given["batch"] = abstract_batch(config, mesh)
+
+    def of_device(x: jax.ShapeDtypeStruct) -> int:
+        assert x.sharding is not None
+        return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+
+    return {name: sum(map(of_device, jax.tree.leaves(part))) for name, part in given.items()}
+
+
+def _memory(arguments: Mapping[str, int], compilation: Compilation, cpu: bool) -> tuple[int, dict[str, int]]:
+    """(bytes at the worst moment, bytes by kind)."""
+    m = compilation.memory
+    if compilation.refused:
+        needed = [
+            float(number) * UNITS[unit] for number, unit in re.findall(r"(\d[\d.]*)([KMGT])", compilation.refused)
+        ]
+        return max(int(max(needed, default=0)), sum(arguments.values())), dict(arguments)
+    # On CPU the compiler's peak leaves the temporaries out.
+    peak = max(m["peak"], m["argument"] + m["temp"] + m["output"] - m["alias"]) if cpu else m["peak"]
+    host = sum(size for name, size in m.items() if name.startswith("host_") and name != "host_generated_code")
+    rest = {
+        "temporaries": max(peak - m["argument"], 0),
+        "output": m["output"],
+        "aliased": m["alias"],
+        "code": m["generated_code"],
+        "host": host,
+    }
+    return peak, dict(arguments) | rest
+
+
+def budget(
+    tokens: float, tokens_per_second: float, devices: int, price: float | None
+) -> tuple[float, float, float | None]:
+    """(days, device-hours, dollars where there is a price of a device-hour) of so many tokens."""
+    seconds = tokens / tokens_per_second
+    hours = seconds / 3600 * devices
+    return seconds / 86_400, hours, None if price is None else hours * price
+
+
+def _with_estimate(plan: Plan, mesh: Mesh, chip: Chip, text: str) -> Plan:
+    """The plan with what the compiled program tells."""
+    program = read_program(text, dict(mesh.shape))
+    bandwidth = functools.cache(lambda axes: bandwidth_over(mesh, axes, chip))
+    costs = Costs(chip.cycles_per_second, chip.peak_flops, chip.memory_bandwidth, bandwidth, chip.host_bandwidth)
+    line = timeline(program, costs)
+    flops = program.matmul_flops + sum(flops_of_kernel(kernel) * times for kernel, times in program.kernels.items())
+    collectives = _collectives(program, bandwidth)
+    tokens_per_second = plan.tokens_per_step / line.total
+    days, device_hours, cost = budget(plan.tokens, tokens_per_second, plan.devices, plan.price)
+    return replace(
+        plan,
+        flops_per_device=flops,
+        collectives=collectives,
+        collective_bytes_per_device=sum(c["bytes"] for c in collectives),
+        compute_seconds=line.compute,
+        estimated_step_seconds=line.total,
+        estimated_by="the compiler's cycles" if chip.cycles_per_second else ROOFLINE,
+        estimated_mfu=plan.model_flops_per_device / chip.peak_flops / line.total,
+        tokens_per_second=tokens_per_second,
+        breakdown=_breakdown(plan.model_flops_per_device, program, costs, line),
+        bottleneck=_bottleneck(line),
+        notes=list(program.notes),
+        days=days,
+        device_hours=device_hours,
+        cost=cost,
+    )
+
+
+def _collectives(program: Program, bandwidth: Callable[[tuple[str, ...]], float]) -> list[dict[str, Any]]:
+    """Per step and device, the largest first; `seconds` are of the links alone, hidden behind other work or not."""
+    found: dict[tuple[str, tuple[str, ...], str], Counter[str]] = defaultdict(Counter)
+    for c in program.collectives:
+        total = found[c.kind, c.axes, c.dtype]
+        total["bytes"] += c.payload_bytes * c.count
+        total["sent_bytes"] += round(c.sent_bytes * c.count)
+        total["count"] += c.count
+    rows = [
+        {"kind": kind, "axes": list(axes), "dtype": dtype, **of, "seconds": of["sent_bytes"] / bandwidth(axes)}
+        for (kind, axes, dtype), of in found.items()
+    ]
+    return sorted(rows, key=lambda row: -row["bytes"])
+
+
+def flops_of_kernel(kernel: Kernel) -> float:
+    """As the kernel says itself; of attention else all pairs of positions, masked or not; 0 where nothing is known."""
+    return kernel.attention_flops if kernel.estimate is None else kernel.estimate
+
+
+def _breakdown(model_flops: float, program: Program, costs: Costs, line: Timeline) -> list[tuple[str, float]]:
+    """What the estimate is made of; it adds up to it."""
+    at_peak: dict[str, float] = defaultdict(float)
+    below_peak: dict[str, float] = defaultdict(float)
+    for operation, times in program.walk():
+        of_kernel = flops_of_kernel(operation.kernel) if operation.kernel else 0.0
+        if flops := operation.flops + of_kernel:
+            what = "attention kernels" if of_kernel else "matrix products"
+            at_peak[what] += times * flops / costs.peak_flops
+            below_peak[what] += times * (costs.seconds(operation) - flops / costs.peak_flops)
+    useful, done, lost = model_flops / costs.peak_flops, sum(at_peak.values()), sum(below_peak.values())
+    parts = [
+        ("model FLOPs at the chip's peak", useful),
+        ("FLOPs beyond the model's: recomputed, masked by attention, of the optimizer", done - useful),
+        *((f"{what} below the peak", seconds) for what, seconds in below_peak.items()),
+        ("what is no product: norms, softmax, optimizer, copies", line.compute - done - lost),
+        *((f"waiting for communication over {' × '.join(axes)}", s) for axes, s in line.waiting.items()),
+        ("waiting for copies within the device's memory", line.memory),
+        ("waiting for the host's memory", line.host),
+    ]
+    return [(words, seconds) for words, seconds in parts if seconds]
+
+
+def _bottleneck(line: Timeline) -> str:
+    """What is busy for longest."""
+    busy = {f"communication over {' × '.join(axes)}": s for axes, s in line.communication.items()}
+    busy |= {"compute": line.compute, "the host's memory": line.transfer}
+    return max(busy, key=lambda name: busy[name])

@@ -1,0 +1,246 @@
+"""Devices that are not here: those of a TPU slice or of a GPU cluster, to compile for and no more.
+
+The TPU compiler is the package libtpu, the GPU's is JAX's CUDA plugin with NVIDIA's assembler: neither needs a device.
+"""
+
+import importlib.util
+import math
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from data.errors import InputError
+from train.config import nearest
+from train.hardware import CHIPS, Chip
+
+EXAMPLES = {"v4": "v4:4x4x8", "v5e": "v5e:16x16", "v5p": "v5p:8x8x8", "v6e": "v6e:16x16"}
+# What libtpu asks of its environment where there is no TPU, and who may load it beside whom.
+LIBTPU = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_LOG_DIR": "disabled",
+}
+# What the CUDA compiler asks about a GPU, as XLA's own xla/backends/gpu/target_config/specs have it: multiprocessors,
+# units of each, shared memory of each and of a block (bytes), second-level cache (bytes), clock (GHz), capability.
+GPUS = {
+    "a100": (108, 64, 167_936, 166_912, 41_943_040, 1.41, (8, "NONE")),
+    "h100": (132, 128, 233_472, 232_448, 52_428_800, 1.98, (9, "ACCELERATED_FEATURES")),
+    "h200": (132, 128, 233_472, 232_448, 52_428_800, 1.98, (9, "ACCELERATED_FEATURES")),
+    "b200": (148, 128, 233_472, 232_448, 132_644_864, 1.965, (10, "ACCELERATED_FEATURES")),
+}
+GPU_CONFIG = """
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  core_count: {cores} fpus_per_core: {units} clock_rate_ghz: {clock}
+  shared_memory_per_block: 49152 shared_memory_per_core: {shared} shared_memory_per_block_optin: {shared_of_block}
+  l2_cache_size: {cache} memory_bandwidth: {bandwidth:.0f} device_memory_size: {memory}
+  cuda_compute_capability {{ major: {major} feature_extension: {extension} }}
+  device_vendor: "NVIDIA Corporation" device_address_bits: 64 name: "{kind}"
+  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0" dnn_version: "9.12.0"
+}}
+platform_name: "CUDA" device_description_str: "{kind}"
+dnn_version_info {{ major: 9 minor: 12 patch: 0 }} runtime_version {{ major: 13 minor: 0 patch: 0 }}
+"""
+
+
+def topology_devices(text: str, slices: int = 1) -> list[Any]:
+    """The devices of a topology, for the compiler alone.
+
+    Args:
+        text: CHIP:SHAPE, as in `v5e:16x16` (the chips of a slice) or `h100:16x8` (hosts × GPUs of each).
+        slices: slices of this shape, of TPUs.
+
+    Raises:
+        InputError: an unknown chip, a shape that there is not, or a compiler that is not installed; in seconds.
+    """
+    chip, shape = parse_topology(text, slices)
+    return _tpus(text, chip, shape, slices) if chip.platform == "tpu" else _gpus(text, chip, shape)
+
+
+def parse_topology(text: str, slices: int = 1) -> tuple[Chip, tuple[int, ...]]:
+    """The chip and the shape that a topology's text names; InputError where there is no such thing."""
+    name, _, shape = text.partition(":")
+    if name not in CHIPS:
+        known = ", ".join(CHIPS)
+        raise InputError(f"--topology={text}: there is no chip {name!r}; there are {known}{nearest(name, list(CHIPS))}")
+    chip = CHIPS[name]
+    examples = _examples(chip)
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
+        raise InputError(f"--topology={text}: {shape!r} is no shape; give one as in {examples}")
+    sizes = tuple(map(int, shape.split("x")))
+    dimensions = EXAMPLES.get(name, "1x8").count("x") + 1
+    if len(sizes) != dimensions:
+        what = f"{dimensions} dimensions" if chip.platform == "tpu" else "hosts × GPUs of each"
+        raise InputError(f"--topology={text}: the shape of {name} has {what}, as in {examples}")
+    if slices < 1:
+        raise InputError(f"--slices={slices}: give at least 1")
+    if chip.platform == "gpu":
+        if slices > 1:
+            raise InputError(
+                f"--slices={slices}: slices are of TPUs; of GPUs give more hosts, as in "
+                f"--topology={name}:{slices * sizes[0]}x{sizes[1]}"
+            )
+        if sizes[1] > chip.max_devices:
+            raise InputError(
+                f"--topology={text}: a host has at most {chip.max_devices} GPUs; give hosts × GPUs, as in {examples}"
+            )
+        return chip, sizes
+    if math.prod(sizes) > chip.max_devices:
+        raise InputError(
+            f"--topology={text}: a slice of {name} has at most {chip.max_devices} chips; give several, as in "
+            f"--topology={EXAMPLES[name]} --slices={-(-math.prod(sizes) // math.prod(_sizes(EXAMPLES[name])))}"
+        )
+    # A host has 2 × 2 chips of a slice; a v5e or v6e also comes alone.
+    if any(size % 2 for size in sizes[:2]) and not (dimensions == 2 and sizes == (1, 1)):
+        raise InputError(
+            f"--topology={text}: hosts have 2 × 2 chips, so the first two sizes are even, as in {examples}"
+        )
+    return chip, sizes
+
+
+def bandwidth_over(mesh: Mesh, axes: Collection[str], chip: Chip) -> float:
+    """Bytes/s that each device can send to the others with which it shares these mesh axes, all sending at once.
+
+    As rings have it (Thakur et al. 2005; Chan et al. 2007): in a slice each dimension of the torus that they span adds
+    its links, both ways round where the ends are linked and one way where not; a dimension taken with gaps shares its
+    links with the groups in the gaps. Where they span slices or hosts, those of one share its cards, and the slower of
+    the two ways counts. Latency is not in it.
+    """
+    index = tuple(slice(None) if axis in axes else 0 for axis in mesh.axis_names)
+    group = np.atleast_1d(mesh.devices[index]).ravel().tolist()
+    place = _slice_of if chip.platform == "tpu" else _host_of
+    places = Counter(map(place, group))
+    inner = [device for device in group if place(device) == place(group[0])]
+    within = math.inf
+    if len(inner) > 1:
+        extents = [device.coords for device in mesh.devices.flat] if chip.full_ring else []
+        within = _within_slice(inner, extents, chip) if chip.full_ring else chip.link_bandwidth
+    return min(within, chip.network_bandwidth * len(inner)) if len(places) > 1 else within
+
+
+@contextmanager
+def without_jax_cache() -> Iterator[None]:
+    """What is compiled for a topology is not written to JAX's persistent cache, which could not read it back.
+
+    (JAX 0.10.2 and 0.12.0.1: "PjRtCompiler must be constructed with a Client".)
+    """
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, math.inf)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
+            yield
+    finally:
+        jax.config.update(name, before)
+
+
+def _slice_of(device: Any) -> int:
+    return getattr(device, "slice_index", 0)
+
+
+def _host_of(device: Any) -> int:
+    return int(device.process_index)
+
+
+def _within_slice(group: list[Any], coordinates: list[Any], chip: Chip) -> float:
+    total = 0.0
+    for dimension in range(len(coordinates[0])):
+        mine = sorted({device.coords[dimension] for device in group})
+        extent = max(place[dimension] for place in coordinates) + 1
+        if len(mine) > 1:
+            stride = (mine[-1] - mine[0]) / (len(mine) - 1)
+            is_ring = extent % chip.full_ring == 0 and stride * len(mine) == extent
+            total += chip.link_bandwidth * (1 if is_ring else 0.5) / stride
+    return total
+
+
+def _sizes(text: str) -> list[int]:
+    return [int(size) for size in text.partition(":")[2].split("x")]
+
+
+def _examples(chip: Chip) -> str:
+    small = {2: "2x2", 3: "2x2x1"}
+    if chip.platform == "gpu":
+        return f"{chip.name}:1x8 or {chip.name}:16x8"
+    return f"{chip.name}:{small[EXAMPLES[chip.name].count('x') + 1]} or {EXAMPLES[chip.name]}"
+
+
+def _tpus(text: str, chip: Chip, shape: tuple[int, ...], slices: int) -> list[Any]:
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError(
+            f"--topology={text}: the TPU compiler is not installed; it is for Linux: pip install -e '.[plan]'"
+        )
+    for name, value in LIBTPU.items():
+        os.environ.setdefault(name, value)
+    settings: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if math.prod(shape) == 1:
+        settings["chips_per_host_bounds"] = [1, 1, 1]
+    if chip.name == "v4":
+        # Both cores of a chip as one device, as JAX has them.
+        settings["chip_config_name"] = "megacore"
+    try:
+        topology = topologies.get_topology_desc(text, "tpu", **settings)
+    except jax.errors.JaxRuntimeError as error:
+        raise InputError(
+            f"--topology={text}: the TPU compiler says: {_first_line(error)}; try {_examples(chip)}"
+        ) from None
+    return list(topology.devices)
+
+
+def _gpus(text: str, chip: Chip, shape: tuple[int, ...]) -> list[Any]:
+    cores, units, shared, shared_of_block, cache, clock, (major, extension) = GPUS[chip.name]
+    config = GPU_CONFIG.format(
+        cores=cores, units=units, shared=shared, shared_of_block=shared_of_block, cache=cache, clock=clock, major=major,
+        extension=extension, kind=chip.device_kinds[0], memory=chip.memory_bytes, bandwidth=chip.memory_bandwidth,
+    )  # fmt: skip
+    settings = {"target_config": config, "topology": f"1x{shape[0]}x{shape[1]}"}
+    try:
+        devices = list(topologies.get_topology_desc("", "cuda", **settings).devices)
+    except NotImplementedError:
+        raise InputError(
+            f"--topology={text}: JAX's CUDA plugin is not installed, or is not of JAX {jax.__version__}; "
+            "it is for Linux: pip install -e '.[plan-cuda]'"
+        ) from None
+    _try_gpu_compiler(text, devices[0])
+    return devices
+
+
+def _try_gpu_compiler(text: str, device: Any) -> None:
+    """InputError where a part of the GPU compiler is missing: a large step would say so after minutes, if at all."""
+    x = jax.ShapeDtypeStruct((1, 128, 1, 64), jnp.bfloat16, sharding=SingleDeviceSharding(device))
+
+    def probe(x: jax.Array) -> jax.Array:
+        return jnp.sin(jax.nn.dot_product_attention(x, x, x, is_causal=True, implementation="cudnn"))
+
+    try:
+        with without_jax_cache():
+            jax.jit(probe).lower(x).compile()
+    except (RuntimeError, ValueError) as error:
+        parts = {"ptxas": "NVIDIA's assembler ptxas", "libdevice": "NVIDIA's libdevice", "cuDNN": "cuDNN"}
+        missing = [part for word, part in parts.items() if word in str(error)]
+        if not missing:
+            raise
+        raise InputError(
+            f"--topology={text}: {missing[0]} is not installed, which the GPU compiler needs: "
+            "pip install -e '.[plan-cuda]'"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].removeprefix("INVALID_ARGUMENT: ").rstrip(".")

@@ -1,0 +1,16 @@
+"""What the compiler is told, by platform: the same where a run trains and where it is planned."""
+
+from model.sharding import platform
+
+OPTIONS: dict[str, dict[str, bool | str]] = {
+    # Else the compiler keeps all layers' weights in bfloat16, too, because each layer's use of them is.
+    "tpu": {"xla_jf_bf16_propagation": False},
+    # Where a gathered array is cut to a device's own part again, XLA of jax 0.10 makes a permutation without pairs of
+    # it, whose result is all zeros.
+    "gpu": {"xla_disable_hlo_passes": "all-gather-to-collective-permute-simplifier"},
+}
+
+
+def compiler_options() -> dict[str, bool | str] | None:
+    """What `jax.jit` takes for the devices of the ambient mesh; none: nothing special."""
+    return OPTIONS.get(platform())
