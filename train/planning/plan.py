@@ -18,7 +18,9 @@ from train.mesh import training_layout
 from train.metrics import flops_per_token
 from train.optimizer import make_optimizer
 from train.planning.compilation import Compilation, abstract_batch
-from train.planning.program import Costs, Kernel, Program, Timeline, read_program, timeline
+from train.planning.program import Kernel, Program
+from train.planning.reader import read_program
+from train.planning.timeline import Costs, Timeline, timeline
 from train.planning.topology import bandwidth_over
 from train.schedule import batch_size
 from train.state import abstract_state

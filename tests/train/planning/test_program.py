@@ -10,7 +10,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests.peers import require
-from train.planning.program import Array, Costs, Program, read_program, timeline
+from train.planning.hlo import Array
+from train.planning.program import Program
+from train.planning.reader import read_program
+from train.planning.timeline import Costs, timeline
 from train.planning.topology import topology_devices, without_jax_cache
 
 MESH = {"slice": 1, "data": 2, "fsdp": 4, "tensor": 2}

@@ -1,0 +1,325 @@
+"""From the text of a compiled program to what one device does.
+
+XLA's optimized module is scheduled: the instructions of a computation stand in the order in which they run, loops and
+branches name the computations that they run, and what is asynchronous has a start and a done. Modules for TPU, GPU
+and CPU are read alike.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from train.planning.hlo import DEVICE, HOST, Array, Computation, Instruction, computations_of, device_groups, numbers
+from train.planning.program import Collective, Kernel, Operation, Program, walked
+
+KINDS = {
+    "all-gather": "all-gather",
+    "all-reduce": "all-reduce",
+    "reduce-scatter": "reduce-scatter",
+    "all-to-all": "all-to-all",
+    "ragged-all-to-all": "all-to-all",
+    "collective-permute": "permute",
+    "collective-broadcast": "permute",
+}
+COPIES = ("copy", "slice", "dynamic-slice", "dynamic-update-slice")
+NOTHING = {
+    "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "opt-barrier", "partition-id",
+    "replica-id", "add-dependency", "recv", "send-done", "async-update", "call-update", "domain",
+}  # fmt: skip
+BOOKKEEPING = {"AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "SliceId", "ZeroCrop", "Sharding"}
+# Of more the compiler has no idea: ten minutes.
+MOST_CYCLES = 10**12
+
+
+class _Reader:
+    def __init__(self, text: str, mesh_shape: dict[str, int]):
+        self.mesh_shape = mesh_shape
+        self.computations, self.entry = computations_of(text)
+        self.head = text.partition("\n")[0]
+        partitions = re.search(r"num_partitions=(\d+)", self.head)
+        self.devices = int(partitions[1]) if partitions else math.prod(mesh_shape.values())
+        self.notes: list[str] = []
+        self.arrays: set[Array] = set()
+        self.read: dict[str, tuple[Operation, ...]] = {}
+
+    def program(self) -> Program:
+        """The whole module."""
+        operations, instructions = self.operations(self.entry), sum(map(len, self.computations.values()))
+        aliases = len(re.findall(r"(?:may|must)-alias", self.head))
+        return Program(operations, frozenset(self.arrays), instructions, aliases, tuple(dict.fromkeys(self.notes)))
+
+    def operations(self, name: str) -> tuple[Operation, ...]:
+        """What a computation runs, in its order."""
+        if name not in self.read:
+            computation = self.computations[name]
+            # Which operation is behind the channel of a gather that has begun, and behind what a recv shares with its
+            # send.
+            begun: dict[int | None, str] = {}
+            sends = {_rendezvous(i): i.name for i in computation.values() if i.opcode == "send"}
+            found = []
+            for at in computation.values():
+                self.arrays.update(at.results)
+                if at.opcode not in NOTHING and at.target not in BOOKKEEPING:
+                    found.append(self.operation(at, computation, begun, sends))
+            self.read[name] = tuple(found)
+        return self.read[name]
+
+    def operation(
+        self, at: Instruction, computation: Computation, begun: dict[int | None, str], sends: dict[str, str]
+    ) -> Operation:
+        """One instruction, as far as it costs anything."""
+        opcode, starts = at.opcode.removesuffix("-start"), at.opcode.endswith("-start")
+        if opcode == "while":
+            return Operation(at.name, body=self.operations(at.called("body")[0]), trips=self.trips(at, computation))
+        if opcode == "conditional":
+            branches = at.called("branch_computations", "true_computation", "false_computation")
+            return Operation(at.name, body=max(map(self.operations, branches), key=_weight))
+        if opcode == "call":
+            body = self.operations(at.called("to_apply", "calls")[0])
+            apart = next((o.collective for o, _ in walked(body, 1) if o.collective), None) if starts else None
+            if apart:
+                return Operation(at.name, collective=replace(apart, asynchronous=True), asynchronous=True)
+            return Operation(at.name, body=body)
+        if opcode.endswith("-done"):
+            before = at.operands[0]
+            if opcode == "recv-done":
+                before = sends.get(_rendezvous(computation[before]), before)
+            return Operation(at.name, waits_for=before)
+        if opcode == "send" and not at.kind:
+            return self.sent(at, computation)
+        if opcode in COPIES:
+            return self.copied(at, computation, starts)
+
+        inside = list(self.inside(at))
+        operation = Operation(
+            at.name,
+            flops=sum(self.flops(i, c) for i, c in [(at, computation), *inside]),
+            bytes=self.bytes(at, computation),
+            cycles=self.cycles(at),
+            kernel=self.kernel(at, computation),
+        )
+        holder, around = next(((i, c) for i, c in [(at, computation), *inside] if i.kind), (None, computation))
+        if holder is None:
+            return operation
+        # The TPU compiler spreads a gather over fusions: it begins in one, goes on in others and ends in another.
+        channel, targets = holder.number("channel_id"), {i.target for i, _ in inside}
+        if "AsyncCollectiveDone" in targets:
+            return Operation(at.name, waits_for=begun.pop(channel, at.name))
+        if channel in begun:
+            return operation
+        if "AsyncCollectiveStart" in targets:
+            begun[channel], starts = at.name, True
+        elif starts or opcode == "send":
+            starts = not at.find(r'"is_sync":\s*(true)')
+        collective = self.collective(holder, around, starts, at)
+        # Its own traffic to and from memory is part of the communication.
+        bytes_ = operation.bytes if operation.flops else 0
+        return replace(operation, bytes=bytes_, collective=collective, asynchronous=starts and collective is not None)
+
+    def inside(self, at: Instruction) -> Iterator[tuple[Instruction, Computation]]:
+        """All that a fusion, or what wraps one instruction, is made of, and in which computation it stands."""
+        for name in at.called("calls"):
+            for instruction in self.computations[name].values():
+                yield instruction, self.computations[name]
+                yield from self.inside(instruction)
+
+    def collective(
+        self, at: Instruction, computation: Computation, asynchronous: bool, outer: Instruction
+    ) -> Collective | None:
+        """None: nothing leaves the device."""
+        groups, kind, operands = device_groups(at.rest, self.devices), at.kind, _results(at.operands, computation)
+        if "source_target_pairs={}" in at.rest:
+            self.notes.append(f"{at.name}: nobody sends anything, so that its result is all zeros ({at.source})")
+        if groups.size == 0 or groups.shape[1] == 1 or not operands:
+            return None
+        assert kind
+        if kind == "all-reduce" and at is not outer:
+            # A TPU's scattered sum of a group is a fusion which only a slice of the sum leaves.
+            sums = {at.name, *(i.name for i in computation.values() if at.name in i.operands)}
+            slices = [i for i in computation.values() if i.opcode == "dynamic-slice" and i.operands[0] in sums]
+            kind = "reduce-scatter" if slices else kind
+        places = np.unravel_index(groups, tuple(self.mesh_shape.values()))
+        axes = tuple(axis for axis, x in zip(self.mesh_shape, places, strict=True) if (x != x[:, :1]).any())
+        size = groups.shape[1]
+        payload = sum(array.bytes for array in operands) * (size if kind == "all-gather" else 1)
+        dtype = max(operands, key=lambda array: array.bytes).dtype
+        return Collective(kind, axes, size, dtype, payload, asynchronous, at.source or outer.source)
+
+    def sent(self, at: Instruction, computation: Computation) -> Operation:
+        """A send to the host, or to the runtime that carries out collectives between slices."""
+        array = _results(at.operands, computation)[0]
+        transfer = at.find(r'_xla_megascale_transfer_type="(\w+)"')
+        if not transfer:
+            return Operation(at.name, host_bytes=array.bytes, asynchronous=True)
+        slices = math.prod(self.mesh_shape.values()) // self.devices
+        kind = transfer.lower().replace("_", "-")
+        kind = kind if kind in KINDS else "all-to-all"
+        payload = array.bytes * (slices if kind == "all-gather" else 1)
+        collective = Collective(kind, ("slice",), slices, array.dtype, payload, True, at.source)
+        return Operation(at.name, collective=collective, asynchronous=True)
+
+    def copied(self, at: Instruction, computation: Computation, asynchronous: bool) -> Operation:
+        """A copy of an array or of a part, within the device's memory or between it and the host's."""
+        operands, kind = _results(at.operands, computation), at.opcode.removesuffix("-start")
+        if kind == "dynamic-update-slice":
+            before, into, moved = operands[1], operands[0], operands[1].bytes
+        else:
+            # What a slice's start gives holds its operands first.
+            before, into = operands[0], at.results[len(operands) if asynchronous and kind != "copy" else 0]
+            moved = into.bytes
+        spaces = {before.space, into.space}
+        if HOST in spaces and spaces != {HOST}:
+            return Operation(at.name, host_bytes=moved, asynchronous=asynchronous)
+        sides = 2 if spaces == {DEVICE} else int(DEVICE in spaces)
+        return Operation(at.name, bytes=moved * sides, cycles=self.cycles(at), asynchronous=asynchronous)
+
+    def kernel(self, at: Instruction, computation: Computation) -> Kernel | None:
+        """The kernel that an instruction calls, if it calls one."""
+        if at.opcode != "custom-call" or at.is_product:
+            return None
+        estimate = at.find(r'cost_estimate"?:\s*\{[^}]*?"flops":\s*"?(\d+)')
+        name = re.sub(r"(\.(\d+|clone|remat\d*))+$", "", at.name) if at.target == "tpu_custom_call" else at.target
+        operands = _results(at.operands, computation)
+        return Kernel(name, operands, at.results, float(estimate) if estimate else None, at.source)
+
+    def cycles(self, at: Instruction) -> int:
+        """The compiler's estimate, where it has one."""
+        cycles = at.number("estimated_cycles") or 0
+        if cycles > MOST_CYCLES:
+            self.notes.append(f"{at.name}: the compiler's estimate of {cycles} cycles is left out")
+        return cycles if cycles <= MOST_CYCLES else 0
+
+    def flops(self, at: Instruction, computation: Computation) -> float:
+        """2·M·N·K of a matrix product, however it is written."""
+        if at.opcode == "convolution":
+            return _convolution_flops(at, *_results(at.operands[:2], computation))
+        if at.opcode != "dot" and not at.is_product:
+            return 0.0
+        dims = _results(at.operands[:1], computation)[0].dims
+        contracted = numbers(at.find(r'lhs_contracting_dim\w*"?[=:]\s*[\[{]([^\]}]*)'))
+        if at.is_product and not contracted:
+            contracted = [len(dims) - 1]
+        return 2.0 * at.results[0].elements * math.prod(dims[axis] for axis in contracted)
+
+    def bytes(self, at: Instruction, computation: Computation) -> int:
+        """Device memory that it reads and writes: of what it slices or updates in place, only that part."""
+        operands = [computation[name].results for name in at.operands if name in computation]
+        if at.opcode in ("gather", "reshape"):
+            return 2 * _in_memory(at.results)
+        if at.opcode == "scatter":
+            return 2 * sum(map(_in_memory, operands[1:]))
+        if not (at.opcode.startswith("fusion") and at.called("calls")):
+            return sum(map(_in_memory, [*operands, at.results]))
+        body = self.computations[at.called("calls")[0]]
+        users: defaultdict[str, list[Instruction]] = defaultdict(list)
+        for instruction in body.values():
+            for name in instruction.operands:
+                users[name].append(instruction)
+        parameters = [i for i in body.values() if i.opcode == "parameter"]
+        total = sum(min(_in_memory(operands[int(i.inner)]), _part(i, users)) for i in parameters)
+        root = next(i for i in body.values() if i.is_root)
+        roots = [body[name] for name in root.operands] if root.opcode == "tuple" else [root]
+        for array, result in zip(at.results, roots, strict=False):
+            while result.opcode in ("bitcast", "convert", "copy"):
+                result = body[result.operands[0]]
+            updates = {"dynamic-update-slice": slice(1, 2), "scatter": slice(2, 3)}.get(result.opcode)
+            part = (array,) if updates is None else _results(result.operands[updates], body)
+            total += min(_in_memory((array,)), sum(x.bytes for x in part))
+        return int(total)
+
+    def trips(self, at: Instruction, computation: Computation) -> int:
+        """As XLA says; else from its counter's bound, start and step, where these are constants as those of a scan."""
+        known = at.number("known_trip_count")
+        if known is not None:
+            return known
+        condition, body = (self.computations[at.called(key)[0]] for key in ("condition", "body"))
+        compare, after = (next(i for i in c.values() if i.is_root) for c in (condition, body))
+        numbers = [_constant(condition, name) for name in compare.operands]
+        limit = next((number for number in numbers if number is not None), None)
+        counters = [
+            condition[name].number("index") for name in compare.operands if condition[name].opcode != "constant"
+        ]
+        if limit is None or len(counters) != 1 or counters[0] is None or "direction=GE" in compare.rest:
+            self.notes.append(f"{at.name}: how often it runs is not in the program; it is taken to run once")
+            return 1
+        before = computation[at.operands[0]]
+        first = _constant(computation, before.operands[counters[0]]) if before.opcode == "tuple" else 0
+        change = body[after.operands[counters[0]]] if after.opcode == "tuple" else after
+        steps = [_constant(body, name) for name in change.operands] if change.opcode == "add" else []
+        step = next((number for number in steps if number), 1)
+        return max(-(-abs(limit - (first or 0)) // abs(step)) + ("direction=LE" in compare.rest), 0)
+
+
+def _weight(operations: tuple[Operation, ...]) -> tuple[float, ...]:
+    steps = list(walked(operations, 1))
+    return tuple(sum(getattr(o, name) * times for o, times in steps) for name in ("cycles", "flops", "bytes"))
+
+
+def _rendezvous(at: Instruction) -> str:
+    """What a send and the recv that belongs to it have in common."""
+    return at.find(r'rendezvous="([^"]*)"') or str(at.number("channel_id"))
+
+
+def _results(names: tuple[str, ...], computation: Computation) -> tuple[Array, ...]:
+    return tuple(array for name in names if name in computation for array in computation[name].results)
+
+
+def _in_memory(arrays: tuple[Array, ...]) -> int:
+    return sum(array.bytes for array in arrays if array.space == DEVICE)
+
+
+def _part(at: Instruction, users: Mapping[str, list[Instruction]]) -> float:
+    """Bytes that a fusion reads of one of its arrays, where it reads but slices of it; else no bound."""
+    total = 0.0
+    for user in users[at.name]:
+        in_place = user.operands[0] == at.name
+        if user.opcode == "bitcast":
+            total += _part(user, users)
+        elif user.opcode in ("dynamic-slice", "slice", "gather") and in_place:
+            total += sum(array.bytes for array in user.results)
+        elif not (user.opcode in ("dynamic-update-slice", "scatter") and in_place):
+            return math.inf
+    return total
+
+
+def _constant(computation: Computation, name: str) -> int | None:
+    """The value of an integer, seen through copies."""
+    at = computation.get(name)
+    while at and at.opcode in ("copy", "bitcast", "convert"):
+        at = computation.get(at.operands[0])
+    return int(at.inner) if at and at.opcode == "constant" and re.fullmatch(r"-?\d+", at.inner) else None
+
+
+def _convolution_flops(at: Instruction, left: Array, right: Array) -> float:
+    """The batch, contracted and free dimensions of a product may each be a window; what a window pads is no work."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", at.rest)
+    assert labels
+    of_left, of_right, of_result = labels.groups()
+    window = dict(re.findall(r"(\w+)=([\dx_-]+)", at.find(r"window=\{([^}]*)\}")))
+    total = 2.0 * right.dims[of_right.index("i")] * right.dims[of_right.index("o")] * left.dims[of_left.index("b")]
+    total /= at.number("batch_group_count") or 1
+    for i in range(len(of_left) - 2):
+        stride, spread, dilation, low = (
+            int(window[name].split("x")[i].split("_")[0]) if name in window else default
+            for name, default in (("stride", 1), ("lhs_dilate", 1), ("rhs_dilate", 1), ("pad", 0))
+        )
+        base, kernel = left.dims[of_left.index(str(i))], right.dims[of_right.index(str(i))]
+        out = np.arange(at.results[0].dims[of_result.index(str(i))]) * stride - low
+        places = (out + k * dilation for k in range(kernel))
+        total *= sum(int(((x >= 0) & (x <= (base - 1) * spread) & (x % spread == 0)).sum()) for x in places)
+    return total
+
+
+def read_program(text: str, mesh_shape: Mapping[str, int]) -> Program:
+    """Read a compiled module's `as_text()`.
+
+    Args:
+        text: optimized and scheduled.
+        mesh_shape: axis → size, as in `mesh.shape`; partition i of the module is device i of the flattened mesh, or
+            of one slice of it.
+    """
+    return _Reader(text, dict(mesh_shape)).program()
