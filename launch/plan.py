@@ -35,6 +35,8 @@ MEMORY = {
     "code": "the program itself",
     "host": "in the host's memory",
 }
+# Seconds of a step, by the estimate; two at least are run.
+LONGEST_MEASURED = 60.0
 MORE_MEMORY = (
     "give more devices, a smaller train.batch_size, more train.accumulation_steps, model.remat_policy=full or offload, "
     "or share more over mesh.fsdp and mesh.tensor"
@@ -90,9 +92,12 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         chip = with_usable_memory(parse_topology(arguments.topology)[0])
     plan = make_plan(config, mesh, chip, compilation, topology, tokens, price)
-    if arguments.topology is None and plan.fits:
-        log.info("running some steps")
-        plan = replace(plan, measured_step_seconds=measured_step(config, mesh, compilation.executable))
+    if arguments.topology is None and plan.fits and plan.estimated_step_seconds:
+        if plan.estimated_step_seconds <= LONGEST_MEASURED:
+            log.info("running some steps")
+            plan = replace(plan, measured_step_seconds=measured_step(config, mesh, compilation.executable))
+        else:
+            log.info("a step takes too long to be measured")
     print(json.dumps(plan.to_dict()) if arguments.json else plan_text(plan, arguments.config))
     return 0
 

@@ -46,7 +46,7 @@ class Chip:
 #   arXiv:2304.01433).
 # - Network: a host's cards shared by its chips (v5e 2 × 100 Gbit/s for 8, v6e 4 × 200 for 8), v5p 50 Gbit/s a chip;
 #   v4's is in no data sheet, taken as v5p's. Host: Austin et al. 2025, How to Scale Your Model, part 2.
-# - Memory: what the compiler names where a program is too large (libtpu 0.0.42), a little less than the data sheet's.
+# - Memory: what the compiler names where a program is too large (libtpu 0.0.50), a little less than the data sheet's.
 # - Cycles: peak / FLOPs of a cycle, 2 × 128² on each of 4 matrix units a core (v6e: 2 × 256² × 2 rows on each of 2). Of
 #   large products the compiler's cycles then come to 91 to 98% of peak at best.
 # GPU: NVIDIA's data sheets of the SXM boards, and of a DGX of 8 that has a card of 200 (A100) or 400 Gbit/s for each.
@@ -56,8 +56,8 @@ _TABLE = (
     # name, JAX's names, FLOP/s, memory, its bytes/s, links, network, host; TPU: cycles/s, full ring, devices of a slice
     ("v4", ("TPU v4",), 275e12, int(30.75 * GIB), 1200e9, 100e9, 6.25e9, 16e9, 1.05e9, 4, 4096),
     ("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, int(15.75 * GIB), 819e9, 100e9, 3.125e9, 16e9, 1.5e9, 16, 256),
-    ("v5p", ("TPU v5", "TPU v5p"), 459e12, int(95.74 * GIB), 2765e9, 200e9, 6.25e9, 16e9, 1.75e9, 4, 6144),
-    ("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, int(31.25 * GIB), 1638e9, 200e9, 12.5e9, 32e9, 1.75e9, 16, 256),
+    ("v5p", ("TPU v5", "TPU v5p"), 459e12, int(95.73 * GIB), 2765e9, 200e9, 6.25e9, 16e9, 1.75e9, 4, 6144),
+    ("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, int(31.24 * GIB), 1638e9, 200e9, 12.5e9, 32e9, 1.75e9, 16, 256),
     ("a100", ("NVIDIA A100-SXM4-80GB",), 312e12, 85_100_068_864, 2039e9, 300e9, 25e9, 32e9),
     ("h100", ("NVIDIA H100 80GB HBM3",), 989e12, 84_942_979_072, 3352e9, 450e9, 50e9, 64e9),
     ("h200", ("NVIDIA H200",), 989e12, 151_397_597_184, 4800e9, 450e9, 50e9, 64e9),

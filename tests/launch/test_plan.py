@@ -93,6 +93,13 @@ def test_without_a_topology_it_plans_for_this_machine_and_measures(config: str, 
     assert f"measured here: {measured}; the estimate is off by" in plan_text(Plan(**found), "small")
 
 
+def test_a_step_that_takes_long_is_not_measured(config: str, monkeypatch, capsys, caplog):
+    monkeypatch.setattr("launch.plan.LONGEST_MEASURED", 0.0)
+    assert here("plan", config, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["measured_step_seconds"] is None
+    assert "too long to be measured" in caplog.text
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no /dev with these files")
 def test_compilers_for_absent_accelerators_are_left_alone_by_other_commands(monkeypatch):
     def platforms(files: tuple[str, ...], own: str | None) -> str | None:

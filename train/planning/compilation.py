@@ -4,8 +4,10 @@ import functools
 import gzip
 import hashlib
 import json
+import logging
 import os
 import time
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
@@ -22,6 +24,9 @@ from train.optimizer import make_optimizer
 from train.planning.topology import without_jax_cache
 from train.state import abstract_state
 from train.step import make_train_step
+from train.xla import compiler_options
+
+log = logging.getLogger("ziggurat")
 
 COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc", "nvidia-cudnn-cu13")
 
@@ -79,17 +84,12 @@ def compile_step(config: Config, mesh: Mesh, cache: Path | None = None) -> Compi
             compiled = _compiled(lowered, lowering)
             return compiled if len(hits) == before else replace(compiled, cached=True)
         file = cache / f"{_key(config, mesh, lowered.as_text())}.json.gz" if cache else None
-        if file and file.exists():
-            kept = json.loads(gzip.decompress(file.read_bytes()))
-            return Compilation(**kept | {"lower_seconds": lowering, "cached": True})
+        if file and (kept := _kept(file)):
+            return replace(kept, lower_seconds=lowering, cached=True)
         with without_jax_cache():
             compiled = replace(_compiled(lowered, lowering), executable=None)
         if file:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            kept = {name: value for name, value in vars(compiled).items() if name not in ("executable", "cached")}
-            partial = file.with_suffix(f".{os.getpid()}")
-            partial.write_bytes(gzip.compress(json.dumps(kept).encode(), mtime=0))
-            partial.replace(file)
+            _keep(file, compiled)
         return compiled
 
 
@@ -110,12 +110,31 @@ def _compiled(lowered: jax.stages.Lowered, lower_seconds: float) -> Compilation:
     return Compilation(executable.as_text() or "", memory, None, lower_seconds, seconds, executable=executable)
 
 
+def _kept(file: Path) -> Compilation | None:
+    """What an earlier process kept; none: nothing that can be read."""
+    try:
+        return Compilation(**json.loads(gzip.decompress(file.read_bytes())))
+    except (OSError, EOFError, ValueError, TypeError, zlib.error):
+        return None
+
+
+def _keep(file: Path, compilation: Compilation) -> None:
+    kept = {name: value for name, value in vars(compilation).items() if name not in ("executable", "cached")}
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}")
+        partial.write_bytes(gzip.compress(json.dumps(kept).encode(), mtime=0))
+        partial.replace(file)
+    except OSError as error:
+        log.warning("the compiled program is not kept for the next time: %s", error)
+
+
 def _key(config: Config, mesh: Mesh, lowered: str) -> str:
     """Of whatever the compiled program depends on."""
     devices = [(device.device_kind, device.process_index, getattr(device, "coords", None),
                 getattr(device, "slice_index", 0)) for device in mesh.devices.flat]  # fmt: skip
     versions = {name: _version(name) for name in COMPILERS}
-    flags = {name: os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
+    flags = [compiler_options(), *(os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"))]
     # The text leaves out what is in a program's large constants, such as masks; that follows from the settings.
     parts = [asdict(config.model), config.data.segment_length, dict(mesh.shape), devices, versions, flags, lowered]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -18,6 +18,7 @@ from train.planning.compilation import Compilation, compile_step
 from train.planning.here import chip_here, measured_step
 from train.planning.plan import Plan, argument_bytes, budget, make_plan
 from train.planning.topology import topology_devices
+from train.xla import OPTIONS
 
 ROWS, T = 8, 128
 
@@ -177,9 +178,19 @@ def test_a_program_for_a_topology_is_kept_for_the_next_time(tmp_path: Path, monk
     other = small(model={"num_layers": 1, "attention_kernel": "plain", "norm_epsilon": 1e-6})
     with pytest.raises(TypeError):
         compile_step(other, mesh, tmp_path)
-    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_other=1")
-    with pytest.raises(TypeError):
+    with monkeypatch.context() as changed, pytest.raises(TypeError):
+        changed.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_other=1")
         compile_step(config, mesh, tmp_path)
+    with monkeypatch.context() as changed, pytest.raises(TypeError):
+        changed.setitem(OPTIONS, "tpu", {})
+        compile_step(config, mesh, tmp_path)
+    # What cannot be read is compiled anew, and what cannot be written is no reason to fail.
+    next(tmp_path.iterdir()).write_bytes(b"torn")
+    monkeypatch.undo()
+    anew = compile_step(config, mesh, tmp_path)
+    assert (anew.memory, anew.cached) == (first.memory, False)
+    (tmp_path / "file").touch()
+    assert compile_step(config, mesh, tmp_path / "file" / "folder").memory == first.memory
 
 
 @pytest.mark.parametrize("text", ["h100:2x2"])
