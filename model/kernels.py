@@ -68,6 +68,8 @@ def _not_by_splash(config: ModelConfig, layout: Layout, T: int) -> str | None:
 
 def _not_by_cudnn(config: ModelConfig, layout: Layout, T: int) -> str | None:
     assert config.head_dim
+    if platform() != "gpu":
+        return f"there is none for {platform()}"
     if config.attention_dropout:
         return "model.attention_dropout is done by plain attention alone"
     if config.compute_dtype != "bfloat16":

@@ -23,8 +23,8 @@ class Layout:
     """A table logical axis → mesh axes, and the few moves that the decoder makes with it.
 
     Activations have "batch"; "sequence" on the residual stream and "time" inside the floors; "heads", "kv_heads",
-    "feedforward", "lookup" and "vocabulary" by what they hold. Weights have these and "model", which is how they are
-    stored only: it is gathered before use (FSDP).
+    "feedforward" and "vocabulary" by what they hold. Weights have these and "model", which is how they are stored only:
+    it is gathered before use (FSDP). "lookup" shares D while tables are looked up, beside "model".
 
     Attributes:
         rules: logical axis → the mesh axes that share it; none or missing: every device has it whole. Without any

@@ -18,6 +18,7 @@ from train.config import Config
 from train.mesh import TRAINING, batch_sharding, training_layout
 from train.run import Text
 from train.step import summed_loss
+from train.xla import compiler_options
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def make_evaluation_step(config: Config) -> EvaluationStep:
     def evaluation_step(weights: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         return summed_loss(config, weights, batch)[1], jnp.sum(batch["loss_weights"])
 
-    return jax.jit(evaluation_step)
+    return jax.jit(evaluation_step, compiler_options=compiler_options())
 
 
 def evaluate(

@@ -180,7 +180,8 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
             cannot do what it is asked for.
     """
     devices = jax.devices() if devices is None else devices
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # JAX numbers GPUs' hosts so, too; but a mesh axis may reach over hosts.
+    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
     if problems := rule_problems(config.mesh):
         raise InputError("\n".join(problems))
     shape = mesh_shape(config.mesh, len(devices), slices)

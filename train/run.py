@@ -197,7 +197,9 @@ def load_trained(where: str) -> Trained:
         raise InputError(f"{folder} has no checkpoint yet; let its `ziggurat pretrain` go on to the first one")
     tokenizer = Tokenizer.load(run.tokenizer)
     config = config.resolved(tokenizer.vocab_size)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype="float32"))
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, compute_dtype="float32", attention_kernel="auto")
+    )
     checkpoints = Checkpoints(run.checkpoints)
     abstract = abstract_state(config, make_optimizer(config))["weights"]
     found, weights = checkpoints.restore_weights(abstract, int(step) if step else None)

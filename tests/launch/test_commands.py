@@ -45,6 +45,15 @@ def evaluated(capsys, *arguments: object) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
+def test_a_run_that_asked_for_a_kernel_is_evaluated_where_there_is_none(finished: Path, tmp_path: Path, capsys):
+    elsewhere = tmp_path / "run"
+    shutil.copytree(finished, elsewhere)
+    config = json.loads((elsewhere / "config.json").read_text())
+    config["model"]["attention_kernel"] = "cudnn"
+    (elsewhere / "config.json").write_text(json.dumps(config))
+    assert evaluated(capsys, elsewhere)["loss"] == evaluated(capsys, finished)["loss"]
+
+
 def test_a_run_evaluates_to_the_figures_of_its_last_step(finished: Path, capsys):
     found, last = evaluated(capsys, finished), metrics(finished)[-1]
     assert found["step"] == 12

@@ -154,3 +154,14 @@ def test_the_choice_follows_the_platform_and_says_why(name: str, changes: dict, 
 
 def test_on_a_cpu_there_is_no_kernel():
     assert str(choose(config_for("auto"), WHOLE, 256)) == "plain (there is no kernel for cpu)"
+
+
+@pytest.mark.parametrize("mesh", [mesh_of, lambda: platform("tpu")])
+def test_cudnn_is_refused_where_there_is_no_gpu(mesh):
+    config = config_for("cudnn", compute_dtype="bfloat16")
+    made = mesh()
+    with (
+        jax.sharding.use_abstract_mesh(getattr(made, "abstract_mesh", made)),
+        pytest.raises(ValueError, match="none for"),
+    ):
+        choose(config, WHOLE, 256)

@@ -229,7 +229,10 @@ def test_what_cannot_be_shared_is_named_with_the_axis_and_a_size_that_works():
     ]
     with pytest.raises(InputError, match="mesh.fsdp"):
         make_mesh(make_config({"train": {"batch_size": 3}}).resolved(4096))
-    for kernel, words in (("splash", "positions a device are not a multiple of 128"), ("cudnn", "float32")):
+    for kernel, words in (
+        ("splash", "positions a device are not a multiple of 128"),
+        ("cudnn", "there is none for cpu"),
+    ):
         model = {"attention_kernel": kernel, "compute_dtype": "float32"}
         with pytest.raises(InputError, match=words):
             make_mesh(make_config({"model": model, "data": {"segment_length": 40}}).resolved(4096))

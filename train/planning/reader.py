@@ -13,18 +13,19 @@ from dataclasses import replace
 
 import numpy as np
 
-from train.planning.hlo import DEVICE, HOST, Array, Computation, Instruction, computations_of, device_groups, numbers
+from train.planning.hlo import (
+    DEVICE,
+    HOST,
+    KINDS,
+    Array,
+    Computation,
+    Instruction,
+    computations_of,
+    device_groups,
+    numbers,
+)
 from train.planning.program import Collective, Kernel, Operation, Program, walked
 
-KINDS = {
-    "all-gather": "all-gather",
-    "all-reduce": "all-reduce",
-    "reduce-scatter": "reduce-scatter",
-    "all-to-all": "all-to-all",
-    "ragged-all-to-all": "all-to-all",
-    "collective-permute": "permute",
-    "collective-broadcast": "permute",
-}
 COPIES = ("copy", "slice", "dynamic-slice", "dynamic-update-slice")
 NOTHING = {
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "opt-barrier", "partition-id",
