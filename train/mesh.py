@@ -181,7 +181,7 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     """
     devices = jax.devices() if devices is None else devices
     # JAX numbers GPUs' hosts so, too; but a mesh axis may reach over hosts.
-    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     if problems := rule_problems(config.mesh):
         raise InputError("\n".join(problems))
     shape = mesh_shape(config.mesh, len(devices), slices)
