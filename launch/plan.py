@@ -3,6 +3,9 @@
 The real compiler compiles the training step for a topology that is not here: --topology=v5e:16x16 (the chips of a TPU
 slice; --slices=N of them) or h100:16x8 (hosts × GPUs). Without --topology it plans for this machine, and holds its
 estimate against some steps. No text is read: the vocabulary is model.vocab_size, or else tokenizer.vocab_size.
+
+--search finds the fastest mesh, number of parts of the batch (train.accumulation_steps) and remat policy on a topology,
+of all that are legal; fields of these that flags give stay. It compiles N programs at most.
 """
 
 import argparse
@@ -10,16 +13,17 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from data.errors import InputError
 from launch.presets import add_config_arguments, load_config
 
 if TYPE_CHECKING:
+    from train.config import Config
     from train.planning.plan import Plan
 
 log = logging.getLogger("ziggurat")
@@ -37,6 +41,7 @@ MEMORY = {
 }
 # Seconds of a step, by the estimate; two at least are run.
 LONGEST_MEASURED = 60.0
+MOST_COMPILED = 16
 MORE_MEMORY = (
     "give more devices, a smaller train.batch_size, more train.accumulation_steps, model.remat_policy=full or offload, "
     "or share more over mesh.fsdp and mesh.tensor"
@@ -51,6 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--slices", metavar="N", default="1", help="TPU slices of this shape [1]")
     parser.add_argument("--tokens", metavar="N", help="tokens to train on, as in 2e12 [those of train.num_steps]")
     parser.add_argument("--price", metavar="P", help="dollars of a device-hour")
+    parser.add_argument(
+        "--search",
+        metavar="N",
+        nargs="?",
+        const=str(MOST_COMPILED),
+        help=f"rank meshes, parts of the batch and remat policies; compile N programs at most [{MOST_COMPILED}]",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     add_config_arguments(parser)
 
@@ -62,6 +74,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(f"--slices={arguments.slices}: give a whole number, at least 1")
     if arguments.slices != "1" and arguments.topology is None:
         raise InputError(f"--slices={arguments.slices} goes with --topology=CHIP:SHAPE")
+    if arguments.search is not None and not (arguments.search.isdecimal() and int(arguments.search)):
+        raise InputError(f"--search={arguments.search}: give a whole number of programs to compile, at least 1")
+    if arguments.search is not None and arguments.topology is None:
+        raise InputError("--search goes with --topology=CHIP:SHAPE; of GPUs that are here too, as in h100:1x8")
     config = load_config(arguments.config, arguments.overrides)
     config = config.resolved(config.tokenizer.vocab_size)
     import jax
@@ -82,6 +98,8 @@ def run(arguments: argparse.Namespace) -> int:
         slices = int(arguments.slices)
         devices = topology_devices(arguments.topology, slices)
         topology = arguments.topology + (f" × {slices} slices" if slices > 1 else "")
+    if arguments.search is not None:
+        return search(arguments, config, devices)
     mesh = make_mesh(config, devices)
     log.info("compiling for %d × %s as %s", mesh.size, devices[0].device_kind, mesh_text(mesh.shape))
     with ended_by_interrupts():
@@ -99,6 +117,30 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             log.info("a step takes too long to be measured")
     print(json.dumps(plan.to_dict()) if arguments.json else plan_text(plan, arguments.config))
+    return 0
+
+
+def search(arguments: argparse.Namespace, config: "Config", devices: Sequence[Any]) -> int:
+    """Print a ranking of what may be the fastest, and the plan of the best."""
+    from launch.search import ranked, search_text
+    from train.hardware import with_usable_memory
+    from train.planning.search import SEARCHED, candidates
+    from train.planning.topology import parse_topology
+
+    chip = with_usable_memory(parse_topology(arguments.topology)[0])
+    found = candidates(config, devices, chip, arguments.overrides)
+    log.info("%s legal ways to run the step may fit; compiling the most promising", f"{len(found):,}")
+    flags = [f"--{name}={value}" for name in ("config", "topology", "slices", "tokens", "price")
+             if (value := getattr(arguments, name)) is not None]  # fmt: skip
+    flags += [f"--config.{name}={value}" for name, value in arguments.overrides.items() if name not in SEARCHED]
+    outcomes = ranked(found, int(arguments.search), flags)
+    plans = [outcome.plan for outcome in outcomes if outcome.plan]
+    if arguments.json:
+        print(json.dumps({"candidates": len(found), "plans": [plan.to_dict() for plan in plans]}))
+        return 0
+    print(search_text(outcomes, len(found)))
+    if plans and plans[0].fits:
+        print("\n" + plan_text(plans[0], arguments.config))
     return 0
 
 

@@ -1,0 +1,108 @@
+"""The estimates that a search begins with: of what, in which order, and beside what is known exactly."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from data.errors import InputError
+from launch.presets import load_config
+from tests.peers import require
+from train.config import Config
+from train.hardware import CHIPS
+from train.mesh import AXES, make_mesh, mesh_problems
+from train.planning.plan import argument_bytes
+from train.planning.search import PARTS, REMAT, SEARCHED, SECONDS_ERROR, Candidate, candidates, worth_compiling
+from train.planning.topology import topology_devices
+
+CHIP = CHIPS["v5e"]
+ROOMY = replace(CHIP, memory_bytes=2**50)
+
+
+def config_of(**overrides: object) -> Config:
+    """Llama 2 7B, 64 rows."""
+    texts = {name.replace("__", "."): str(value) for name, value in overrides.items()}
+    config = load_config("llama2_7b", {"train.batch_size": "64"} | texts)
+    return config.resolved(config.tokenizer.vocab_size)
+
+
+def with_changes(config: Config, candidate: Candidate) -> Config:
+    """The config that the candidate's flags come to."""
+    model = replace(config.model, remat_policy=candidate.changes["model.remat_policy"])
+    train = replace(config.train, accumulation_steps=int(candidate.changes["train.accumulation_steps"]))
+    sizes = {axis: int(candidate.changes[f"mesh.{axis}"]) for axis in AXES[1:]}
+    return replace(config, model=model, train=train, mesh=replace(config.mesh, **sizes))
+
+
+@pytest.fixture(scope="module")
+def found() -> list[Candidate]:
+    """All candidates on 32 chips."""
+    require("libtpu")
+    return candidates(config_of(), topology_devices("v5e:4x8"), CHIP, ())
+
+
+def test_candidates_are_legal_different_and_the_fastest_come_first(found: list[Candidate]):
+    assert len({tuple(c.changes.items()) for c in found}) == len(found) > 100
+    assert all(set(c.changes) == set(SEARCHED) for c in found)
+    for candidate in found[:: len(found) // 50]:
+        config = with_changes(config_of(), candidate)
+        assert math.prod(candidate.mesh.values()) == 32
+        assert mesh_problems(config, tuple(candidate.mesh.values())) == []
+        parts, copies = config.train.accumulation_steps, math.prod(candidate.mesh[a] for a in ("slice", "data", "fsdp"))
+        assert candidate.rows * parts * copies == config.train.batch_size
+    seconds = [c.estimate.step_seconds for c in found]
+    assert seconds == sorted(seconds)
+    for axis in ("data", "fsdp", "context", "tensor"):
+        assert {c.mesh[axis] for c in found} >= {1, 2, 4}
+
+
+def test_fields_that_are_given_stay():
+    require("libtpu")
+    config = config_of(mesh__tensor=2, mesh__fsdp=1, mesh__data=-1, model__remat_policy="full")
+    given = {"mesh.tensor", "mesh.data", "model.remat_policy"}
+    found = candidates(config, topology_devices("v5e:2x4"), ROOMY, given)
+    assert {c.mesh["tensor"] for c in found} == {2}
+    assert {c.mesh["data"] for c in found} > {1}
+    assert {c.changes["model.remat_policy"] for c in found} == {"full"}
+
+
+def test_slices_stay_apart():
+    require("libtpu")
+    found = candidates(config_of(), topology_devices("v5e:4x4", slices=2), CHIP, ())
+    assert {c.mesh["slice"] for c in found} == {2}
+
+
+def test_the_estimated_state_is_what_the_devices_are_given(found: list[Candidate]):
+    devices = topology_devices("v5e:4x8")
+    for candidate in found[:: len(found) // 10]:
+        config = with_changes(config_of(), candidate)
+        given = argument_bytes(config, make_mesh(config, devices))
+        assert candidate.estimate.state_bytes == pytest.approx(sum(given.values()) - given["batch"], rel=1e-3)
+
+
+def test_more_is_held_and_less_is_done_where_less_is_made_again():
+    require("libtpu")
+    everything = candidates(config_of(), topology_devices("v5e:4x8"), ROOMY, ())
+    by = {(tuple(c.mesh.values()), c.changes[PARTS], c.changes[REMAT]): c.estimate for c in everything}
+    meshes = {key[:2] for key in by}
+    assert len(meshes) > 50
+    for key in meshes:
+        full, attention, products, none = (by[*key, name] for name in ("full", "attention", "products", "none"))
+        assert full.peak_bytes < attention.peak_bytes < products.peak_bytes < none.peak_bytes
+        assert full.step_seconds > attention.step_seconds > products.step_seconds >= none.step_seconds
+
+
+def test_what_cannot_be_is_said_with_what_to_do():
+    require("libtpu")
+    devices = topology_devices("v5e:2x2")
+    with pytest.raises(InputError, match=r"none of \d+ legal steps may fit: the smallest is estimated at"):
+        candidates(config_of(model__num_layers=400), devices, CHIP, ())
+    with pytest.raises(InputError, match="nearest size that works"):
+        candidates(config_of(train__batch_size=3, mesh__fsdp=4), devices, CHIP, ("mesh.fsdp",))
+
+
+def test_nothing_is_compiled_that_cannot_be_faster(found: list[Candidate]):
+    seconds = found[0].estimate.step_seconds
+    assert worth_compiling(found[0], math.inf)
+    assert worth_compiling(found[0], seconds * (1 - SECONDS_ERROR) * 1.01)
+    assert not worth_compiling(found[0], seconds * (1 - SECONDS_ERROR) * 0.99)
