@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -75,3 +76,12 @@ def here(*arguments: object) -> int:
 def metrics(run: Path) -> list[dict]:
     """The records of metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def back_to(step: int, run: Path, folder: Path) -> Path:
+    """A copy of a run as it was when its checkpoint of `step` was the newest."""
+    shutil.copytree(run, folder)
+    for checkpoint in (folder / "checkpoints").iterdir():
+        if int(checkpoint.name) > step:
+            shutil.rmtree(checkpoint)
+    return folder

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from data.tokenizer import Tokenizer
-from tests.launch.small_run import command, here, metrics, write_config, ziggurat
+from tests.launch.small_run import back_to, command, here, metrics, write_config, ziggurat
 from train.checkpoint import Checkpoints
 from train.mesh import on_one_device
 from train.optimizer import make_optimizer
@@ -130,39 +130,6 @@ def test_a_run_may_go_on_elsewhere_and_longer(finished: Path, tmp_path: Path, ca
     assert here("pretrain", f"--config={config}", moved, "--config.train.num_steps=14", "--config.mesh.tensor=2") == 0
     assert "changed on resume: train.num_steps: 12 → 14" in caplog.text
     assert [record["step"] for record in metrics(tmp_path / "run")] == list(range(1, 15))
-
-
-def test_two_processes_of_two_devices_follow_one_of_four(tmp_path: Path):
-    one, two = write_config(tmp_path, "one"), write_config(tmp_path, "two")
-    for config, arguments, devices in (
-        (one, [], 4),
-        (two, ["launch", "local", "--processes=2", "--devices=2", "--"], 1),
-    ):
-        done = ziggurat(*arguments, "pretrain", f"--config={config}", "--config.mesh.data=2", devices=devices)
-        assert done.returncode == 0, done.stderr
-    assert "[1] " in done.stderr + done.stdout or "[0] " in done.stderr
-    records, expected = metrics(tmp_path / "two"), metrics(tmp_path / "one")
-    assert len(records) == len(expected) == 12
-    for found, wanted in zip(records, expected, strict=True):
-        assert found["loss_weight"] == wanted["loss_weight"]
-        assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
-        assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-4)
-    assert records[0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-7)
-    (state, progress), (wanted_state, wanted_progress) = (state_of(tmp_path / name, 12) for name in ("two", "one"))
-    assert progress["positions"] == wanted_progress["positions"]
-    assert progress["identity"] == wanted_progress["identity"]
-    for array, wanted_array in zip(jax.tree.leaves(state), jax.tree.leaves(wanted_state), strict=True):
-        np.testing.assert_allclose(array, wanted_array, atol=2e-3)
-    assert (tmp_path / "two" / "export" / "model.safetensors").exists()
-
-
-def back_to(step: int, run: Path, folder: Path) -> Path:
-    """A copy of a run as it was when its checkpoint of `step` was the newest."""
-    shutil.copytree(run, folder)
-    for checkpoint in (folder / "checkpoints").iterdir():
-        if int(checkpoint.name) > step:
-            shutil.rmtree(checkpoint)
-    return folder
 
 
 def test_a_batch_ramp_resumes_exactly_and_an_average_is_what_is_evaluated_and_exported(tmp_path: Path, capsys):

@@ -17,9 +17,9 @@ from train.hardware import Chip
 from train.mesh import training_layout
 
 # Of the peak, large products reach on a TPU, by the compiler's cycles.
-PRODUCTS = {"v4": 0.8, "v5e": 0.8, "v5p": 0.8, "v6e": 0.65}
-# Times that a layer's residuals, and the results of its products, are read or written outside of products.
-MOVED = (20.0, 6.0)
+PRODUCTS = {"v4": 0.85, "v5e": 0.82, "v5p": 0.85, "v6e": 0.62}
+# Times that whole positions of residuals, and the results of a layer's products, are read or written beside products.
+MOVED = (60.0, 9.5)
 # Copies of a layer's residuals for whole positions, and of its weights, that its backward pass holds.
 HELD = (6.0, 4.0)
 # Products over all pairs of positions that attention makes, forward and backward (`train.planning.program`).
@@ -144,7 +144,7 @@ class _Step:
         forward, backward = PAIRS[self.machine.kernel]
         pairs = 2 * self.inside * self.config.data.segment_length * self.heads * L
         kernel = pairs * (backward + forward * (2 if self.again.kernel else 1))
-        stream, results = self.between * c.model_dim, self.inside * self.results()
+        stream, results = self.inside * c.model_dim, self.inside * self.results()
         moved = L * BF16 * (MOVED[0] * stream + MOVED[1] * results)
         of_part = products / PRODUCTS.get(chip.name, 1.0) / chip.peak_flops + kernel / chip.peak_flops
         return self.parts * (of_part + moved / chip.memory_bandwidth) + 2.5 * self.state_bytes / chip.memory_bandwidth

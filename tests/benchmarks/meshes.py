@@ -1,0 +1,120 @@
+"""How far training on a mesh is from training on one device.
+
+    python -m tests.benchmarks.meshes
+
+Eight virtual CPU devices; ten minutes on two cores, nearly all the compiler's. Each mesh takes the same three steps of
+AdamW as one device; the worst of each figure stands beside the bound that the tests hold it to. The last line is JSON.
+"""
+
+import dataclasses
+import json
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from model.parameters import flattened
+from tests.small import mesh_of, small_batch, small_model
+from train.config import Config, make_config
+from train.mesh import batch_sharding, training_layout
+from train.optimizer import make_optimizer
+from train.state import make_state
+from train.step import make_train_step
+
+AXES = [{"slices": 2}, {"data": 8}, {"fsdp": 8}, {"context": 4}, {"tensor": 4}]  # and every pair of them:
+MIXED = [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "context": 2, "tensor": 2},
+         {"slices": 2, "data": 2, "context": 2}, {"slices": 2, "fsdp": 2, "tensor": 2}]  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt-2": {"position": "learned", "max_positions": 16, "activation": "gelu_tanh", "gated": False,
+              "attention_bias": True, "feedforward_bias": True, "norm": "layernorm", "tie_embeddings": True,
+              "embedding_dropout": 0.1, "attention_dropout": 0.1, "residual_dropout": 0.1},
+    "vaswani": {"position": "sinusoidal", "scale_embeddings": True, "tie_embeddings": True, "activation": "relu",
+                "gated": False, "feedforward_bias": True, "norm": "layernorm", "norm_placement": "post",
+                "residual_dropout": 0.2, "label_smoothing": 0.1},
+    "others": {"qk_norm": True, "sliding_window": 5, "attention_softcap": 5.0, "z_loss": 1e-2, "rope_scaling": "yarn",
+               "rope_factor": 2.0, "rope_original_context": 8, "activation": "gelu", "head_dim": 16,
+               "attention_bias": True},
+}  # fmt: skip
+# What docs/tolerances.md promises.
+BOUNDS = {
+    "float32": {"loss": 2e-6, "grad_norm": 5e-6, "gradients": 5e-6, "weights": 5e-4},
+    "bfloat16": {"loss": 2e-3, "grad_norm": 2e-2, "gradients": 5e-2, "weights": 3e-1},
+    "every floor": {"loss": 5e-6, "grad_norm": 2e-5},
+    "processes": {"loss": 1e-5, "grad_norm": 1e-4},
+}
+
+
+class Steps(NamedTuple):
+    """Initial weights, the metrics of three steps, the first gradient, and the weights (and average) after them."""
+
+    initial: dict[str, np.ndarray]
+    metrics: list[dict[str, float]]
+    gradients: dict[str, np.ndarray]
+    weights: dict[str, np.ndarray]
+
+
+def config_for(accumulation_steps: int = 1, **model: Any) -> Config:
+    """A small model that every mesh here can share."""
+    train = {"batch_size": 8, "num_steps": 100, "ema_decay": 0.5, "accumulation_steps": accumulation_steps}
+    config = make_config({"train": train, "data": {"segment_length": 16}, "optimizer": {"clip_norm": 0.5}})
+    return dataclasses.replace(config, model=small_model(**({"num_kv_heads": 4} | model)))
+
+
+def three_steps(config: Config, shape: dict[str, int]) -> Steps:
+    """Three training steps on a mesh."""
+    mesh = mesh_of(**shape)
+    with jax.set_mesh(mesh):
+        optimizer, sharding = make_optimizer(config), batch_sharding(mesh, training_layout(config.mesh))
+        state = make_state(config, optimizer)
+        initial = flattened(jax.device_get(state["weights"]))
+        shardings = jax.tree.map(lambda x: x.sharding, state)
+        step, metrics, gradients = make_train_step(config, optimizer), [], {}
+        for seed in range(3):
+            state, found = step(state, jax.device_put(small_batch(seed=seed), sharding))
+            metrics.append({name: float(value) for name, value in found.items()})
+            # After the first step the first moment is a multiple of the clipped gradient.
+            gradients = gradients or flattened(jax.device_get(state["optimizer"]["adam"].mu))
+        assert jax.tree.map(lambda x: x.sharding, state) == shardings
+        weights = flattened(jax.device_get({"weights": state["weights"], "average": state["average"]}))
+        return Steps(initial, metrics, gradients, weights)
+
+
+def differences(found: Steps, expected: Steps) -> dict[str, float]:
+    """The worst of each figure, relative. Initial weights and counted tokens must be the same.
+
+    Gradients by the norm of each array; weights, too, and relative to how far they went: Adam divides each gradient by
+    its own size, so one that is mere rounding (as of a bias of keys) moves its weight freely.
+    """
+    for name, array in expected.initial.items():
+        np.testing.assert_array_equal(found.initial[name], array, err_msg=name)
+    pairs = list(zip(found.metrics, expected.metrics, strict=True))
+    assert all(one["loss_weight"] == other["loss_weight"] for one, other in pairs)
+    worst = {name: max(abs(one[name] / other[name] - 1) for one, other in pairs) for name in ("loss", "grad_norm")}
+    for figure in ("gradients", "weights"):
+        arrays, wanted = getattr(found, figure), getattr(expected, figure)
+        begin = {name: expected.initial[name.split(".", 1)[1]] if figure == "weights" else 0.0 for name in wanted}
+        errors = [np.linalg.norm(arrays[n] - x) / np.linalg.norm(x - begin[n]) for n, x in wanted.items()]
+        worst[figure] = float(max(errors))
+    return worst
+
+
+def main() -> None:
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+    worst: dict[str, dict[str, float]] = {}
+    cases = [(d, config_for(compute_dtype=d), config_for(compute_dtype=d), AXES + MIXED) for d in list(BOUNDS)[:2]]
+    cases += [("every floor", config_for(**f), config_for(2, **f), MIXED[:1]) for f in FAMILIES.values()]
+    for kind, alone, config, shapes in cases:
+        expected = three_steps(alone, {})
+        for shape in shapes:
+            figures = differences(three_steps(config, shape), expected)
+            found = {name: figures[name] for name in BOUNDS[kind]}
+            print(f"{kind:12}{shape!s:45}", *(f"{name} {value:.1e}" for name, value in found.items()), flush=True)
+            worst[kind] = {name: max(value, worst.get(kind, {}).get(name, 0)) for name, value in found.items()}
+    for kind, found in worst.items():
+        print(f"{kind:12}", *(f"{name} {found[name]:.1e} of {bound:.0e}" for name, bound in BOUNDS[kind].items()))
+    print(json.dumps({"jax": jax.__version__, "worst": worst, "bounds": BOUNDS}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""A run may move between meshes and numbers of processes: the same rows, bits and loss curve (C1, C5, C6)."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import train.loop
+from tests.benchmarks.meshes import BOUNDS
+from tests.launch.small_run import back_to, here, metrics, write_config, ziggurat
+from train.checkpoint import Checkpoints
+from train.config import MeshConfig
+from train.mesh import make_mesh
+from train.optimizer import make_optimizer
+from train.run import Run
+from train.state import abstract_state
+
+FLAGS = ["--config.data.positions_every_steps=1", "--config.evaluation.sample_tokens=0"]
+
+
+def state_of(run: Path, devices: int):
+    """The newest checkpoint, restored on the first devices of this process, and its progress."""
+    config = dataclasses.replace(Run(run).load_config(), mesh=MeshConfig())
+    with jax.set_mesh(make_mesh(config, jax.devices()[:devices])):
+        checkpoints = Checkpoints(run / "checkpoints")
+        found = checkpoints.restore(abstract_state(config, make_optimizer(config)))
+        checkpoints.close()
+        assert found is not None
+        return jax.device_get(found)
+
+
+def positions(run: Path) -> dict[int, list]:
+    """Of each step: the fingerprint of the data and where each stream stands."""
+    records = map(json.loads, (run / "positions.jsonl").read_text().splitlines())
+    return {record["step"]: [record["data"], record["positions"]] for record in records}
+
+
+def assert_same_curve(run: Path, expected: Path, first: int = 1) -> None:
+    found, wanted = ({record["step"]: record for record in metrics(folder)} for folder in (run, expected))
+    assert list(found) == list(wanted) == list(range(1, 13))
+    assert positions(run) == positions(expected)
+    worst = dict.fromkeys(BOUNDS["processes"], 0.0)
+    for step in range(first, 13):
+        assert found[step]["loss_weight"] == wanted[step]["loss_weight"]
+        for name in worst:
+            worst[name] = max(worst[name], abs(found[step][name] / wanted[step][name] - 1))
+    print(f"{run.name}: {worst}")
+    for name, bound in BOUNDS["processes"].items():
+        assert worst[name] <= bound, name
+    assert found[12]["validation_loss"] == pytest.approx(wanted[12]["validation_loss"], rel=BOUNDS["processes"]["loss"])
+
+
+@pytest.fixture
+def compiled_quickly(monkeypatch: pytest.MonkeyPatch):
+    """The same programs, here and in what is launched, but little optimized for the processor: it takes the longest."""
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.usefixtures("compiled_quickly")
+def test_a_run_on_several_processes_and_moved_between_meshes_is_the_run_on_one_device(tmp_path: Path, monkeypatch):
+    config, one, two = write_config(tmp_path, "one"), tmp_path / "one", tmp_path / "two"
+
+    def on_devices(number: int, run: Path, *flags: str) -> Path:
+        with monkeypatch.context() as patch:
+            patch.setattr(train.loop, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:number]))
+            assert here("pretrain", f"--config={config}", f"--config.train.run_dir={run}", *FLAGS, *flags) == 0
+        return run
+
+    def on_processes(number: int, devices: int, run: Path, *flags: str) -> Path:
+        done = ziggurat("launch", "local", f"--processes={number}", f"--devices={devices}", "--", "pretrain",
+                        f"--config={config}", f"--config.train.run_dir={run}", *FLAGS, *flags)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "[0] " in done.stderr
+        return run
+
+    on_devices(1, one)
+    # Every row's positions are shared by the devices of both processes.
+    assert_same_curve(on_processes(2, 2, two, "--config.mesh.context=4"), one)
+    # It goes on from step 8 on more processes: two have a slice, and share its heads and its vocabulary.
+    four = on_processes(4, 1, back_to(8, two, tmp_path / "four"), "--config.mesh.slices=2", "--config.mesh.tensor=2")
+    assert_same_curve(four, one, first=9)
+
+    # What they saved comes back on one process, on any mesh: the bits that process 0 exported.
+    expected, wanted = state_of(one, 1)
+    for run in (two, four):
+        (state, progress), (whole, _) = state_of(run, 8), state_of(run, 1)
+        for array, other, near in zip(*map(jax.tree.leaves, (state, whole, expected)), strict=True):
+            np.testing.assert_array_equal(array, other)
+            np.testing.assert_allclose(array, near, atol=2e-3)
+        exported, weights = load_file(run / "export" / "model.safetensors"), state["weights"]
+        np.testing.assert_array_equal(exported["model.norm.weight"], weights["norm"]["scale"])
+        table = exported["model.embed_tokens.weight"]
+        np.testing.assert_array_equal(table, weights["embedding"]["table"][: len(table)])
+        assert progress["positions"] == wanted["positions"]
+        assert progress["identity"] == wanted["identity"]
+
+    # And it goes on there: in shards, and on the mesh that it had over two processes, with the same sums.
+    assert_same_curve(on_devices(8, back_to(8, two, tmp_path / "shards")), one, first=9)
+    same = on_devices(4, back_to(8, two, tmp_path / "same"), "--config.mesh.context=4")
+    assert metrics(same)[8]["loss"] == pytest.approx(metrics(two)[8]["loss"], rel=1e-7)
