@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from data.errors import InputError
 from train.config import Config
 from train.mesh import batch_sharding, training_layout
 from train.optimizer import make_optimizer
@@ -70,6 +71,9 @@ def compile_step(config: Config, mesh: Mesh, cache: Path | None = None) -> Compi
         mesh: of devices that are here, or of a topology.
         cache: a folder in which compiled programs of topologies are kept. JAX's own persistent cache takes those of
             devices that are here alone: it cannot read back what has no device.
+
+    Raises:
+        InputError: the compiler has no way to make this program.
     """
     here = mesh.devices.flat[0] in jax.devices()
     with jax.set_mesh(mesh):
@@ -98,9 +102,15 @@ def _compiled(lowered: jax.stages.Lowered, lower_seconds: float) -> Compilation:
     try:
         executable = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
+        said = str(error).strip().splitlines()[0]
+        if "UNIMPLEMENTED" in said:
+            raise InputError(
+                f"the compiler cannot make this step: {said}; try another mesh, model.remat_policy or "
+                "train.accumulation_steps"
+            ) from None
         if "RESOURCE_EXHAUSTED" not in str(error) and "CompileTimeHbmOom" not in str(error):
             raise
-        refused = str(error).strip().splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
+        refused = said.removeprefix("RESOURCE_EXHAUSTED: ")
         return Compilation("", {}, refused, lower_seconds, time.perf_counter() - start)
     seconds = time.perf_counter() - start
     stats: Any = executable.memory_analysis()

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import pytest
 
+from data.errors import InputError
 from model.parameters import count_parameters
 from tests.peers import require
 from train.config import Config, make_config
@@ -202,3 +203,13 @@ def test_a_cluster_of_gpus_is_planned_by_a_roofline(text: str):
     check(plan, config)
     assert plan.attention == "cudnn (on gpu)"
     assert str(plan.estimated_by).startswith("a roofline")
+
+
+def test_what_the_compiler_cannot_make_is_the_users_to_change(monkeypatch):
+    def refuses(*_: Any, **__: Any) -> None:
+        raise jax.errors.JaxRuntimeError("UNIMPLEMENTED: no feasible span\nand a long story")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuses)
+    config = small()
+    with pytest.raises(InputError, match=r"cannot make this step: UNIMPLEMENTED: no feasible span; try another mesh"):
+        compile_step(config, make_mesh(config, jax.devices()[:4]))
