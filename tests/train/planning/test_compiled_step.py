@@ -1,0 +1,280 @@
+"""The training step as the compilers leave it: what it sends, holds and calls, against counts by formula.
+
+Each program is compiled once, for devices that are not here: a TPU's takes 10 to 15 seconds of one core, a GPU's 8.
+"""
+
+import functools
+import math
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from model.parameters import padded_vocabulary, parameter_table
+from tests.peers import require
+from train.config import Config, make_config
+from train.mesh import make_mesh
+from train.optimizer import make_optimizer
+from train.planning.compilation import Compilation, compile_step
+from train.planning.plan import argument_bytes
+from train.planning.program import Program
+from train.planning.reader import read_program
+from train.planning.topology import topology_devices, without_jax_cache
+from train.state import abstract_state
+
+# An array that is a multiple of 7 holds all layers, of 3 and 11 the logits of all positions. Sums that are smaller the
+# TPU compiler does not scatter.
+L, D, H, C, F, V = 7, 128, 4, 128, 512, 11 * 128
+ROWS, T, CHUNK = 3, 128, 96  # of a device: rows, positions of each, and those whose logits exist at once
+BF16, FLOAT = 2, 4  # bytes
+LAYER = (4 * D * H * C + 3 * D * F) * BF16  # weights of a layer, as they are gathered
+TABLE = D * V * BF16  # the embedding, and the unembedding
+COMPILERS = {"v": "libtpu", "h": "jax_cuda13_plugin"}
+FULL_GATHER = "Involuntary full rematerialization"
+
+
+class Case(NamedTuple):
+    """What a step is compiled for: a topology, and the mesh axes on which its devices are not those of fsdp."""
+
+    topology: str
+    axis: str = ""
+    layers: int = L
+    parts: int = 1
+    rows: int = ROWS
+
+    def __str__(self) -> str:
+        more = (f"{self.layers} layers" * (self.layers != L), f"{self.parts} parts" * (self.parts > 1))
+        return " ".join(filter(None, (self.topology, self.axis, *more)))
+
+
+class Step(NamedTuple):
+    """A compiled step, and what the compiler said meanwhile."""
+
+    config: Config
+    mesh: Mesh
+    compilation: Compilation
+    program: Program
+    said: str
+
+    @property
+    def size(self) -> Mapping[str, int]:
+        return self.mesh.shape
+
+
+TPU, GPU = "v5e:2x2", "h100:1x4"
+MESHES = [Case(TPU, axis) for axis in ("", "tensor", "context", "data", "slice")]
+MESHES += [Case(GPU, axis) for axis in ("", "tensor", "context")]
+IN_PARTS = Case(TPU, parts=2)
+DEEP = [Case(GPU, layers=96)]
+over_meshes = pytest.mark.parametrize("case", MESHES, ids=str)
+everywhere = pytest.mark.parametrize("case", [*MESHES, IN_PARTS, *DEEP], ids=str)
+
+
+@contextmanager
+def what_compilers_say() -> Iterator[list[str]]:
+    """What is written to the standard error itself, by code that is not Python."""
+    said: list[str] = []
+    before = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield said
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+            file.seek(0)
+            said.append(file.read().decode(errors="replace"))
+            os.write(2, said[0].encode())
+
+
+@functools.cache
+def step_of(case: Case) -> Step:
+    require(COMPILERS[case.topology[0]])
+    on_axis = {case.axis: 2} if case.axis not in ("", "slice") else {}
+    slices = 2 if case.axis == "slice" else 1
+    devices = topology_devices(case.topology, slices)
+    shares_row = on_axis.get("context", 1) * on_axis.get("tensor", 1)
+    values: dict[str, Any] = {
+        "model": {
+            "num_layers": case.layers, "model_dim": D, "num_heads": H, "head_dim": C, "feedforward_dim": F,
+            "vocab_size": V - 8, "loss_chunk": CHUNK, "remat_policy": "full",
+        },
+        "data": {"segment_length": T * on_axis.get("context", 1)},
+        "mesh": on_axis,
+        "train": {
+            "batch_size": case.parts * case.rows * len(devices) // shares_row, "accumulation_steps": case.parts
+        },
+    }  # fmt: skip
+    config = make_config(values).resolved()
+    assert padded_vocabulary(config.model) == V
+    mesh = make_mesh(config, devices)
+    with what_compilers_say() as said:
+        compilation = compile_step(config, mesh)
+    return Step(config, mesh, compilation, read_program(compilation.text, mesh.shape), said[0])
+
+
+# --- What is sent ---
+
+
+def stream(size: Mapping[str, int]) -> int:
+    """Bytes of the residual stream [B, T, D] on a device."""
+    return ROWS * T * D * BF16 // size["tensor"]
+
+
+def expected_traffic(size: Mapping[str, int], parts: int) -> Counter[tuple[str, str]]:
+    """Bytes a step by kind and mesh axis, all in bfloat16: the formula that the sharding was designed to.
+
+    Layers are gathered for each of the two passes, their gradients are summed once, each part of a batch anew.
+    """
+    sent: Counter[tuple[str, str]] = Counter()
+    fsdp, context, tensor = size["fsdp"], size["context"], size["tensor"]
+    layers, matrix = L * LAYER // tensor, TABLE // tensor
+    x = stream(size)
+    # Of what context and fsdp store, context's share moves first and is summed last; copies then sum what is left.
+    for axis, shards in (("fsdp", 1), ("context", fsdp)):
+        sent["all-gather", axis] += (2 * layers + matrix) // shards
+        sent["reduce-scatter", axis] += (layers + matrix) // shards
+    for axis in ("data", "slice"):
+        sent["all-reduce", axis] += (layers + matrix + TABLE) // (fsdp * context)
+    # Each device looks up a part of D for all and gets all of D for its own positions; backward the other way round.
+    for axis in ("fsdp", "context", "tensor"):
+        sent["all-to-all", axis] += 2 * x
+    sent["all-to-all", "tensor"] += 2 * TABLE // (fsdp * tensor)
+    # Attention over shared positions: keys and values of all, gathered, gathered again by remat, and their gradients.
+    keys_and_values = 2 * ROWS * context * T * H * C // tensor * BF16
+    sent["all-gather", "context"] += 2 * L * keys_and_values
+    sent["reduce-scatter", "context"] += L * keys_and_values
+    # Attention and feed-forward each gather the positions and scatter sums; so do their gradients, and remat, which
+    # needs all but the last scatter. The loss does it once, and gathers again for its gradient.
+    sent["all-gather", "tensor"] += (2 + 2 + 2) * L * x * tensor + 2 * x * tensor
+    sent["reduce-scatter", "tensor"] += (2 + 1 + 2) * L * x * tensor + x * tensor
+    return Counter({(kind, axis): parts * sent[kind, axis] for kind, axis in sent if size[axis] > 1})
+
+
+@pytest.mark.parametrize("case", [*MESHES, IN_PARTS], ids=str)
+def test_a_step_sends_what_the_formula_says_and_nothing_else(case: Case):
+    step = step_of(case)
+    found: Counter[tuple[str, tuple[str, ...], str]] = Counter()
+    for c in step.program.collectives:
+        found[c.kind, c.axes, c.dtype] += c.payload_bytes * c.count
+    expected = expected_traffic(step.size, case.parts)
+    wanted = {(kind, (axis,), "bf16"): number for (kind, axis), number in expected.items()}
+    # Ids, norms, the softmax's and the metrics' sums; together less than half a device's residual stream.
+    beside = {key: found[key] - wanted.get(key, 0) for key in {*found, *wanted}}
+    assert {key: number for key, number in beside.items() if not 0 <= number < stream(step.size) // 2} == {}
+
+
+@pytest.mark.parametrize("case", [*MESHES, IN_PARTS], ids=str)
+def test_small_sums_are_few(case: Case):
+    step = step_of(case)
+    small = [c for c in step.program.collectives if c.payload_bytes < stream(step.size) // 4]
+    # Three a chunk of the loss and pass where the vocabulary is shared; the ids' own gather in each layer's remat where
+    # positions are.
+    chunks = 6 * (ROWS * T // CHUNK) if case.axis == "tensor" else 0
+    ids = L if case.axis == "context" else 0
+    assert sum(c.count for c in small) <= 8 + chunks + ids, [(c.kind, c.axes, c.dtype, c.payload_bytes) for c in small]
+
+
+def test_the_residuals_of_a_single_row_are_scattered_too():
+    step = step_of(Case(TPU, "tensor", rows=1))
+    whole = [c for c in step.program.collectives if c.kind == "all-reduce" and "tensor" in c.axes]
+    assert max(c.payload_bytes for c in whole) < T * D * BF16 // 4
+
+
+def test_gradients_are_summed_for_each_part_of_a_batch():
+    def summed(case: Case) -> int:
+        of = [c for c in step_of(case).program.collectives if c.kind == "reduce-scatter"]
+        return sum(c.payload_bytes * c.count for c in of)
+
+    assert summed(IN_PARTS) == IN_PARTS.parts * summed(Case(TPU)) == IN_PARTS.parts * (L * LAYER + TABLE)
+
+
+@pytest.mark.parametrize("case", [case for case in MESHES if case.topology == GPU], ids=str)
+def test_the_partitioner_never_says_that_it_must_gather_an_array_whole(case: Case):
+    assert FULL_GATHER not in step_of(case).said
+
+
+def test_if_it_did_that_would_be_seen():
+    # The TPU compiler says nothing; its partitioner is the same.
+    require(COMPILERS["h"])
+    mesh = Mesh(np.array(topology_devices("h100:1x8")).reshape(2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+
+    def moved(x: jax.Array) -> jax.Array:
+        return jnp.sin(jax.lax.with_sharding_constraint(jnp.sin(x), NamedSharding(mesh, PartitionSpec(None, "x"))))
+
+    x = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(("x", "y"))))
+    with what_compilers_say() as said, without_jax_cache():
+        jax.jit(moved).lower(x).compile()
+    assert FULL_GATHER in said[0]
+
+
+# --- What is held ---
+
+
+@over_meshes
+def test_the_state_is_in_equal_shards(case: Case):
+    step = step_of(case)
+    shards = math.prod(step.size[axis] for axis in ("fsdp", "context", "tensor"))
+    parameters = sum(math.prod(p.shape) for p in parameter_table(step.config.model).values())
+    of_state = step.compilation.memory["argument"] - argument_bytes(step.config, step.mesh)["batch"]
+    # Weights and AdamW's two moments; norms are whole everywhere.
+    assert 1 <= of_state / (3 * parameters * FLOAT / shards) < 1.02
+
+
+@everywhere
+def test_the_new_state_takes_the_memory_of_the_old(case: Case):
+    step = step_of(case)
+    with jax.set_mesh(step.mesh):
+        arrays = len(jax.tree.leaves(abstract_state(step.config, make_optimizer(step.config))))
+    memory, batch = step.compilation.memory, argument_bytes(step.config, step.mesh)["batch"]
+    aliases = step.program.aliases
+    assert aliases == arrays
+    # A TPU has three rows as four.
+    assert batch <= memory["argument"] - memory["alias"] <= batch * 4 / 3
+
+
+@everywhere
+def test_the_logits_of_a_batch_are_never_there(case: Case):
+    step = step_of(case)
+    vocabulary = V // step.size["tensor"]
+    assert [a for a in step.program.holding(ROWS * T * vocabulary) if a.elements % (ROWS * vocabulary) == 0] == []
+
+
+@over_meshes
+def test_the_weights_of_all_layers_are_never_whole(case: Case):
+    step = step_of(case)
+    smallest = L * D * min(H * C, F) // step.size["tensor"]
+    assert [a for a in step.program.holding(smallest) if a.elements % L == 0] == []
+
+
+# --- What is called ---
+
+
+@everywhere
+def test_attention_is_done_by_kernels(case: Case):
+    times: Counter[str] = Counter()
+    for kernel, count in step_of(case).program.kernels.items():
+        if kernel.attention_flops:
+            times[kernel.name] += count
+    each = case.layers * case.parts
+    on_tpu = {"splash_mha_fwd_segmented_residuals": 2, "splash_mha_dq_segmented_no_residuals": 1}
+    on_tpu |= {"splash_mha_dkv_segmented_no_residuals": 1}
+    on_gpu = {"__cudnn$fmhaScaleBiasSoftmax": 2, "__cudnn$fmhaScaleBiasSoftmaxBackward": 1}
+    # Forward twice, because of remat.
+    assert times == {name: each * n for name, n in (on_tpu if case.topology == TPU else on_gpu).items()}
+
+
+@pytest.mark.parametrize("deep", DEEP, ids=str)
+def test_a_program_is_as_large_for_96_layers_as_for_7(deep: Case):
+    few, many = step_of(Case(deep.topology)), step_of(deep)
+    # Of more layers the sums of the norms' gradients may have another place.
+    assert many.program.instructions == pytest.approx(few.program.instructions, rel=0.05)
+    assert len(many.compilation.text) == pytest.approx(len(few.compilation.text), rel=0.05)
