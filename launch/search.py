@@ -68,8 +68,8 @@ def ranked(candidates: Sequence[Candidate], most: int, flags: Sequence[str]) -> 
     with tempfile.TemporaryDirectory() as folder:
         try:
             while left or running:
-                best = min((outcome.seconds for outcome in outcomes), default=math.inf)
-                left = left if left and worth_compiling(left[0], best) else []
+                compiled = [(o.candidate, o.seconds) for o in outcomes if o.seconds < math.inf]
+                left = left if left and worth_compiling(left[0], compiled) else []
                 while left and len(running) < at_once():
                     running.append(begin(left.pop(0), flags, f"{folder}/{len(left)}"))
                 time.sleep(0.1)

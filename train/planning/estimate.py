@@ -17,7 +17,7 @@ from train.hardware import Chip
 from train.mesh import training_layout
 
 # Of the peak, large products reach on a TPU, by the compiler's cycles.
-PRODUCTS = {"v4": 0.85, "v5e": 0.82, "v5p": 0.85, "v6e": 0.62}
+PRODUCTS = {"v4": 0.8, "v5e": 0.82, "v5p": 0.8, "v6e": 0.6}
 # Times that whole positions of residuals, and the results of a layer's products, are read or written beside products.
 MOVED = (60.0, 9.5)
 # Copies of a layer's residuals for whole positions, and of its weights, that its backward pass holds.
@@ -35,17 +35,19 @@ class Estimate(NamedTuple):
         state_bytes: of it, weights and the optimizer's.
         compute_seconds: of a step, without communication.
         communication_seconds: of all that the devices send each other, one after the other.
+        transfer_seconds: of copies to the host's memory and back.
     """
 
     peak_bytes: float
     state_bytes: float
     compute_seconds: float
     communication_seconds: float
+    transfer_seconds: float
 
     @property
     def step_seconds(self) -> float:
-        """Nothing is hidden behind anything."""
-        return self.compute_seconds + self.communication_seconds
+        """Copies to the host are hidden, communication is not."""
+        return max(self.compute_seconds + self.communication_seconds, self.transfer_seconds)
 
 
 class Recomputed(NamedTuple):
@@ -55,24 +57,24 @@ class Recomputed(NamedTuple):
         products: of a layer, all but the last one.
         kernel: attention's.
         sums: transfers of a layer's residuals between the devices that share its weights.
-        kept: what it finds from the forward pass, beside residuals: "attention", "products", "weights".
-        residuals: bytes of each residual on the device.
+        kept: what it finds in the device's memory: "residual", "attention", "products", "weights".
+        offloaded: what it finds in the host's.
     """
 
     products: bool
     kernel: bool
     sums: int
-    kept: frozenset[str]
-    residuals: int = BF16
+    kept: tuple[str, ...]
+    offloaded: tuple[str, ...] = ()
 
 
 RECOMPUTED = {
-    "none": Recomputed(False, False, 0, frozenset({"attention", "products", "weights"})),
-    "products": Recomputed(False, False, 2, frozenset({"attention", "products"})),
-    "attention": Recomputed(True, False, 3, frozenset({"attention"})),
-    "full": Recomputed(True, True, 3, frozenset()),
-    "offload_products": Recomputed(False, False, 2, frozenset()),
-    "offload": Recomputed(True, True, 3, frozenset(), 0),
+    "none": Recomputed(False, False, 0, ("residual", "attention", "products", "weights")),
+    "products": Recomputed(False, False, 2, ("residual", "attention", "products")),
+    "attention": Recomputed(True, False, 3, ("residual", "attention")),
+    "full": Recomputed(True, True, 3, ("residual",)),
+    "offload_products": Recomputed(False, False, 2, ("residual",), ("attention", "products")),
+    "offload": Recomputed(True, True, 3, (), ("residual",)),
 }
 
 
@@ -131,8 +133,15 @@ class _Step:
         return math.prod(self.machine.shape[name] for name in self.layout.mesh_axes(*axes))
 
     def estimate(self) -> Estimate:
-        """All three sums."""
-        return Estimate(self.held_bytes(), self.state_bytes, self.compute_seconds(), self.communication_seconds())
+        """All sums."""
+        moved = 2 * self.parts * self.kept_bytes(self.again.offloaded)
+        return Estimate(
+            self.held_bytes(),
+            self.state_bytes,
+            self.compute_seconds(),
+            self.communication_seconds(),
+            moved / self.chip.host_bandwidth,
+        )
 
     # ── Time ───────────────────────────────────────────────────────────────────────────────────────────────────────
     def compute_seconds(self) -> float:
@@ -190,15 +199,23 @@ class _Step:
         return payload * (n - 1) / n * (2 if kind == "sum" else 1) / self.machine.bandwidth(axes)
 
     # ── Memory ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    def kept_bytes(self, names: tuple[str, ...]) -> float:
+        """Bytes that the forward pass of all layers leaves for the backward pass."""
+        stream, results = self.between * self.model.model_dim, self.inside * self.results()
+        each = {
+            "residual": stream,
+            "attention": self.inside * self.heads,
+            "products": results + 2 * stream,
+            "weights": self.layer + 2 * self.inside * self.model.model_dim + 2 * results,
+        }
+        return self.model.num_layers * BF16 * sum(each[name] for name in names)
+
     def held_bytes(self) -> float:
         """The state, what waits for the backward pass, and what one layer or a chunk of the loss takes."""
-        c, L = self.model, self.model.num_layers
-        stream, results = self.between * c.model_dim, self.inside * self.results()
-        kept = L * self.again.residuals * stream
-        kept += L * BF16 * self.inside * self.heads * ("attention" in self.again.kept)
-        kept += L * BF16 * (results + 2 * stream) * ("products" in self.again.kept)
-        kept += L * BF16 * (self.layer + 2 * self.inside * c.model_dim + 2 * results) * ("weights" in self.again.kept)
-        gradients = self.weight_bytes * (1 if self.parts > 1 else 0.5)
+        c, results = self.model, self.inside * self.results()
+        kept = self.kept_bytes(self.again.kept)
+        # Of parts those of the last and the sum; else in bfloat16.
+        gradients = self.weight_bytes * (1.75 if self.parts > 1 else 0.5)
         chunk = min(c.loss_chunk or math.inf, self.between) * self.size("vocabulary")
         loss = self.head * (BF16 + F32) + chunk * 2 * F32 * self.head / c.model_dim
         layer = HELD[0] * BF16 * self.inside * c.model_dim + HELD[1] * BF16 * self.layer + 2 * BF16 * results

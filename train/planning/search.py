@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import statistics
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -22,8 +23,9 @@ from train.planning.topology import bandwidth_over
 SHARED = AXES[1:]
 PARTS, REMAT = "train.accumulation_steps", "model.remat_policy"
 SEARCHED = (*(f"mesh.{axis}" for axis in SHARED), PARTS, REMAT)
-# By how much a compiled step's peak may lie below its estimate, and its seconds: docs/scaling.md has what was measured.
-PEAK_ERROR, SECONDS_ERROR = 0.25, 0.25
+# By how much a compiled step's peak may lie below its estimate, and its seconds below theirs where others on the same
+# topology lie: docs/scaling.md has what was measured.
+PEAK_ERROR, SECONDS_ERROR = 0.2, 0.15
 
 
 class Candidate(NamedTuple):
@@ -72,9 +74,18 @@ def candidates(config: Config, devices: Sequence[Any], chip: Chip, given: Collec
     return sorted(fitting, key=lambda c: (c.estimate.step_seconds, c.estimate.peak_bytes))
 
 
-def worth_compiling(candidate: Candidate, best_seconds: float) -> bool:
-    """Whether it may be faster than what is compiled already, for all that the estimate's error allows."""
-    return candidate.estimate.step_seconds * (1 - SECONDS_ERROR) < best_seconds
+def worth_compiling(candidate: Candidate, compiled: Sequence[tuple[Candidate, float]]) -> bool:
+    """Whether it may be faster than what is compiled already, for all that the estimates' error allows.
+
+    Args:
+        candidate: the next one.
+        compiled: others, with the seconds of their steps. By how much all estimates are off alike they tell.
+    """
+    if not compiled:
+        return True
+    alike = statistics.median(seconds / other.estimate.step_seconds for other, seconds in compiled)
+    best = min(seconds for _, seconds in compiled)
+    return candidate.estimate.step_seconds * alike * (1 - SECONDS_ERROR) < best
 
 
 def _legal(config: Config, devices: Sequence[Any], chip: Chip, given: Collection[str]) -> Iterator[Candidate]:
