@@ -16,6 +16,7 @@ from model.feedforward import FeedForward
 from model.kernels import attention_over
 from model.norm import NORMS
 from model.position import Position, Rotation
+from model.product import in_turn
 from model.sharding import WHOLE, Layout, on_one_cpu
 from model.unembedding import Unembedding, logits
 
@@ -91,7 +92,8 @@ class Block(nnx.Module):
         x_BTD = x_BTD + dropout(y_BTD, self.dropout_rate, at(keys_B, 1))
         x_BTD = x_BTD if self.pre else self.attention_norm(x_BTD)
 
-        y_BTD = self.feedforward(self.feedforward_norm(x_BTD) if self.pre else x_BTD)
+        x_BTD, feedforward = in_turn(x_BTD, self.feedforward)
+        y_BTD = feedforward(self.feedforward_norm(x_BTD) if self.pre else x_BTD)
         x_BTD = x_BTD + dropout(y_BTD, self.dropout_rate, at(keys_B, 2))
         return x_BTD if self.pre else self.feedforward_norm(x_BTD), aux
 
@@ -119,7 +121,7 @@ class Decoder(nnx.Module):
         self.position = Position(config, weights.get("position"), layout)
         self.blocks = Block(config, weights["blocks"], layout)  # one block, its weights stacked [L, ...]
         self.norm = NORMS[config.norm](config, weights["norm"]) if config.norm_placement == "pre" else None
-        self.unembedding = Unembedding(config, weights.get("unembedding", {}).get("matrix"), layout)
+        self.unembedding = Unembedding(config, weights.get("unembedding", {}).get("matrix"))
 
     def __call__(
         self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, keys_B: Keys = None
@@ -183,7 +185,9 @@ class Decoder(nnx.Module):
         def layer(x_BTD: jax.Array, of_layer: tuple[nnx.State, Cache | None, jax.Array]) -> tuple[jax.Array, Aux]:
             weights, layer_cache, number = of_layer
             block = nnx.merge(structure, weights)
-            return block(x_BTD, rotation, attention, layer_cache, start, at(keys_B, number))
+            x_BTD, aux = block(x_BTD, rotation, attention, layer_cache, start, at(keys_B, number))
+            # It lies so already; this says it of its gradient, else each device sums all positions for a bias.
+            return self.layout.place(x_BTD, "batch", "sequence", None), aux
 
         remat = REMAT_POLICIES[self.config.remat_policy]
         if remat:
@@ -197,11 +201,12 @@ class Decoder(nnx.Module):
         return x_BTD if self.norm is None else self.norm(x_BTD), aux
 
     def unembedding_matrix(self) -> jax.Array:
-        """The last floor's weight [D, V] in the compute dtype; V is the padded vocabulary."""
+        """The last floor's weight [D, V] in the compute dtype, as it is stored; V is the padded vocabulary."""
         return self.unembedding.weight(self.embedding.table[...], jnp.dtype(self.config.compute_dtype))
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Scores [B, T, V] of every token as the next one. For a whole batch use `model.loss`, which makes none."""
         assert self.config.vocab_size is not None
         x_BTD = self.layout.place(x_BTD, "batch", "time", None)
-        return logits(x_BTD, self.unembedding_matrix(), self.config.vocab_size)
+        matrix_DV = self.layout.gather(self.unembedding_matrix(), "model", "vocabulary")
+        return logits(x_BTD, matrix_DV, self.config.vocab_size)

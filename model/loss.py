@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from model.product import in_turn
 from model.sharding import Layout
 from model.unembedding import logits
 
@@ -61,7 +62,8 @@ def token_log_probabilities(
 
     Args:
         x_BTD: the decoder's output.
-        matrix_DV: the unembedding, padded to V columns; those from `vocab_size` on have probability zero.
+        matrix_DV: the unembedding as it is stored, padded to V columns; those from `vocab_size` on have probability
+            zero.
         targets_BT: int32 ids.
         vocab_size: tokens that exist.
         chunk: positions on one device whose logits exist at once, at most, but one a row.
@@ -72,6 +74,8 @@ def token_log_probabilities(
     least, own = -(-positions // max(chunk // rows, 1)), T // layout.size("sequence")
     # A few chunks more, where they need no filling up.
     count = next((count for count in range(least, 2 * least) if own % count == 0), least)
+    x_BTD, matrix_DV = in_turn(x_BTD, matrix_DV)
+    matrix_DV = layout.gather(matrix_DV, "model", "vocabulary")
     found = _log_probabilities(x_BTD, matrix_DV, targets_BT, vocab_size, count, layout)
     return LogProbabilities(*(layout.place(x_BT, "batch", "time") for x_BT in found))
 

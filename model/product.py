@@ -58,3 +58,16 @@ def _gradient_sharding(x: jax.Array) -> PartitionSpec | None:
 
 
 product.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def in_turn(x: jax.Array, weights: Any) -> tuple[jax.Array, Any]:
+    """The same; but the backward pass goes on from the gradient of x only when those of the weights are there.
+
+    Else the compiler may put off products for weights, and keep what they are made of, or their unscattered sums, while
+    it computes the gradients of earlier layers.
+    """
+    return x, weights
+
+
+in_turn.defvjp(lambda *both: (both, None), lambda _, gradients: jax.lax.optimization_barrier(gradients))

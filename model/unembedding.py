@@ -8,23 +8,20 @@ import jax.numpy as jnp
 from flax import nnx
 
 from model.config import ModelConfig
-from model.sharding import Layout
 
 
 class Unembedding(nnx.Module):
     """A matrix [D, V]; where embeddings are tied, the embedding transposed."""
 
-    def __init__(self, config: ModelConfig, matrix_DV: jax.Array | None, layout: Layout):
+    def __init__(self, config: ModelConfig, matrix_DV: jax.Array | None):
         if matrix_DV is not None:
             self.matrix = nnx.Param(matrix_DV)
         self.vocab_size = config.vocab_size
-        self.layout = layout
 
     def weight(self, table_VD: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """The matrix [D, V] ready for products; `table_VD` serves where there is no own one."""
+        """The matrix [D, V], sharded as it is stored; `table_VD` serves where there is no own one."""
         own = hasattr(self, "matrix")
-        matrix_DV = self.matrix[...].astype(dtype) if own else table_VD.astype(dtype).T
-        return self.layout.gather(matrix_DV, "model", "vocabulary")
+        return self.matrix[...].astype(dtype) if own else table_VD.astype(dtype).T
 
 
 def logits(x_BTD: jax.Array, matrix_DV: jax.Array, vocab_size: int) -> jax.Array:
