@@ -41,7 +41,7 @@ MEMORY = {
 }
 # Seconds of a step, by the estimate; two at least are run.
 LONGEST_MEASURED = 60.0
-MOST_COMPILED = 16
+MOST_COMPILED = 6
 MORE_MEMORY = (
     "give more devices, a smaller train.batch_size, more train.accumulation_steps, model.remat_policy=full or offload, "
     "or share more over mesh.fsdp and mesh.tensor"

@@ -63,15 +63,16 @@ def ranked(candidates: Sequence[Candidate], most: int, flags: Sequence[str]) -> 
         flags: of `ziggurat plan`, the same for all.
     """
     outcomes: list[Outcome] = []
-    left, running = list(candidates[:most]), list[Compiler]()
+    left, running = list(candidates), list[Compiler]()
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         try:
             while left or running:
                 compiled = [(o.candidate, o.seconds) for o in outcomes if o.seconds < math.inf]
-                left = left if left and worth_compiling(left[0], compiled) else []
+                left = [candidate for candidate in left if worth_compiling(candidate, compiled)]
+                left = left[: most - len(outcomes) - len(running)]
                 while left and len(running) < at_once():
-                    running.append(begin(left.pop(0), flags, f"{folder}/{len(left)}"))
+                    running.append(begin(left.pop(0), flags, f"{folder}/{len(outcomes) + len(running)}"))
                 time.sleep(0.1)
                 for compiler in [compiler for compiler in running if compiler.process.poll() is not None]:
                     running.remove(compiler)

@@ -101,9 +101,8 @@ def exhaustive() -> dict[str, Any]:
         print(f"{candidate_text(candidate):<60}  {seconds[-1] * 1e3:.2f} ms  estimate × {ratio:.2f}", flush=True)
     tried: list[tuple[Candidate, float]] = []
     for candidate, of_candidate in zip(found, seconds, strict=True):
-        if not worth_compiling(candidate, tried):
-            break
-        tried.append((candidate, of_candidate))
+        if worth_compiling(candidate, tried):
+            tried.append((candidate, of_candidate))
     best_of_search = min(seconds for _, seconds in tried)
     return {
         "candidates": len(found),

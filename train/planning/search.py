@@ -45,7 +45,7 @@ class Candidate(NamedTuple):
 
 
 def candidates(config: Config, devices: Sequence[Any], chip: Chip, given: Collection[str]) -> list[Candidate]:
-    """All that are legal and may fit, the fastest first by their estimates.
+    """All that are legal and may fit: those that should, the fastest first by their estimates, then the others.
 
     The batch of a step stays: it is part of what is learned. A device's part of it follows from the mesh and from the
     number of parts.
@@ -71,7 +71,7 @@ def candidates(config: Config, devices: Sequence[Any], chip: Chip, given: Collec
             f"none of {len(legal)} legal steps may fit: the smallest is estimated at {least:.1f} GiB of "
             f"{chip.memory_bytes / 2**30:.1f} GiB a device; give more devices or a smaller model"
         )
-    return sorted(fitting, key=lambda c: (c.estimate.step_seconds, c.estimate.peak_bytes))
+    return sorted(fitting, key=lambda c: (c.estimate.peak_bytes > chip.memory_bytes, c.estimate.step_seconds))
 
 
 def worth_compiling(candidate: Candidate, compiled: Sequence[tuple[Candidate, float]]) -> bool:
