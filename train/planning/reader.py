@@ -191,7 +191,7 @@ class _Reader:
         """The compiler's estimate, where it has one."""
         cycles = at.number("estimated_cycles") or 0
         if cycles > MOST_CYCLES:
-            self.notes.append(f"{at.name}: the compiler's estimate of {cycles} cycles is left out")
+            self.notes.append(f"{at.name.partition('.')[0]}: the compiler's estimate of {cycles} cycles is left out")
         return cycles if cycles <= MOST_CYCLES else 0
 
     def flops(self, at: Instruction, computation: Computation) -> float:
