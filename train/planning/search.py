@@ -109,7 +109,11 @@ def _legal(config: Config, devices: Sequence[Any], chip: Chip, given: Collection
             in_parts = replace(on_mesh, train=replace(on_mesh.train, accumulation_steps=parts))
             if config_problems(in_parts) or mesh_problems(in_parts, shape):
                 continue
-            machine = machine or _machine(in_parts, devices, chip, state)
+            try:
+                machine = machine or _machine(in_parts, devices, chip, state)
+            except InputError:
+                # A kernel that is asked for cannot be on this mesh.
+                break
             share = rows // parts // math.prod(machine.shape[name] for name in _batch_axes(config))
             for policy in policies:
                 changed = replace(in_parts, model=replace(in_parts.model, remat_policy=policy))

@@ -66,6 +66,13 @@ def test_fields_that_are_given_stay():
     assert {c.changes["model.remat_policy"] for c in found} == {"full"}
 
 
+def test_meshes_on_which_a_kernel_that_is_asked_for_cannot_be_are_left_out():
+    require("libtpu")
+    config = config_of(model__attention_kernel="splash", data__segment_length=256)
+    found = candidates(config, topology_devices("v5e:2x4"), ROOMY, ())
+    assert {c.mesh["context"] for c in found} == {1, 2}
+
+
 def test_slices_stay_apart():
     require("libtpu")
     found = candidates(config_of(), topology_devices("v5e:4x4", slices=2), CHIP, ())
