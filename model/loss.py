@@ -1,19 +1,141 @@
-"""Cross-entropy without the logits of a whole batch: a chunk of positions at a time, forward and backward.
+"""Cross-entropy without the logits of a whole batch: those of a chunk of positions at a time.
 
-With a vocabulary of 200,000 the logits of one batch would outweigh everything else. The forward pass keeps one number
-a position (the log of the softmax's denominator); the backward pass makes each chunk's logits again from it.
+With a vocabulary of 200,000 the logits of one batch would outweigh everything else. And each chunk's are made once:
+while they are there, they give the chunk's gradients, too, which wait for the backward pass (as in Hsu et al. 2024,
+Liger Kernel, arXiv:2410.10989).
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from model.config import ModelConfig
 from model.product import in_turn
-from model.sharding import Layout
+from model.sharding import WHOLE, Layout
 from model.unembedding import logits
+
+
+class Losses(NamedTuple):
+    """Float32 nats: at each position [B, T], or summed.
+
+    Attributes:
+        objective: what is minimized, -(1 - ε) log p(target) - ε mean(log p) + z · log²(denominator), by
+            `model.label_smoothing` ε and `model.z_loss` z.
+        cross_entropy: -log p(target), for the record: no gradient comes from it.
+    """
+
+    objective: jax.Array
+    cross_entropy: jax.Array
+
+
+def summed_losses(
+    x_BTD: jax.Array,
+    matrix_DV: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    config: ModelConfig,
+    layout: Layout = WHOLE,
+) -> Losses:
+    """The sums over a batch.
+
+    Args:
+        x_BTD: the decoder's output.
+        matrix_DV: the unembedding as it is stored, padded to V columns; those from `vocab_size` on have probability
+            zero.
+        targets_BT: int32 ids.
+        weights_BT: float32, how much each position counts.
+        config: `loss_chunk` is how many positions' logits one device has at once, at most, but one a row.
+        layout: where V is shared, and over which mesh axes the matrix's gradient is summed.
+    """
+    x_BTD, matrix_DV = in_turn(x_BTD, matrix_DV)
+    return _summed_losses(
+        x_BTD, layout.gather(matrix_DV, "model", "vocabulary"), targets_BT, weights_BT, config, layout
+    )
+
+
+def token_losses(
+    x_BTD: jax.Array, matrix_DV: jax.Array, targets_BT: jax.Array, config: ModelConfig, layout: Layout = WHOLE
+) -> Losses:
+    """At each position; arguments as of `summed_losses`. Not for gradients, which would need all logits."""
+    return _in_chunks(x_BTD, layout.gather(matrix_DV, "model", "vocabulary"), (targets_BT,), config, layout)[0]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _summed_losses(x_BTD, matrix_DV, targets_BT, weights_BT, config, layout):  # type: ignore[no-untyped-def]
+    losses, _ = _in_chunks(x_BTD, matrix_DV, (targets_BT,), config, layout)
+    return _weighted(losses, weights_BT)
+
+
+def _forward(x_BTD, matrix_DV, targets_BT, weights_BT, config, layout):  # type: ignore[no-untyped-def]
+    losses, gradients = _in_chunks(x_BTD, matrix_DV, (targets_BT, weights_BT), config, layout)
+    return _weighted(losses, weights_BT), gradients
+
+
+def _backward(config, layout, gradients, cotangents):  # type: ignore[no-untyped-def]
+    dx_BTD, sums_DV = gradients
+    slope = cotangents.objective.astype(dx_BTD.dtype)
+    return dx_BTD * slope, sums_DV * layout.factor_of_sums(slope), None, None
+
+
+_summed_losses.defvjp(_forward, _backward)
+
+
+def _weighted(losses: Losses, weights_BT: jax.Array) -> Losses:
+    return Losses(*(jnp.sum(x_BT * weights_BT) for x_BT in losses))
+
+
+def _in_chunks(
+    x_BTD: jax.Array, matrix_DV: jax.Array, rest: tuple[jax.Array, ...], config: ModelConfig, layout: Layout
+) -> tuple[Losses, tuple[jax.Array, jax.Array] | None]:
+    """Losses at each position; where `rest` has weights beside the targets, also the gradients of x and the matrix."""
+    (B, T), V, vocab_size = rest[0].shape, matrix_DV.shape[1], config.vocab_size
+    assert vocab_size is not None
+    assert config.loss_chunk is not None
+    smoothing, z = config.label_smoothing, config.z_loss
+    uniform_V = jnp.where(jnp.arange(V) < vocab_size, 1 / vocab_size, 0.0)
+    sums_DV = layout.sharding(None, "vocabulary", unreduced=layout.tokens)
+    partial_BTD = layout.partial_sums("vocabulary")
+    # As in `model.product`: sums are float32, what leaves a device is in the compute dtype.
+    einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+    def of_chunk(gradient_DV: jax.Array | None, of: tuple[jax.Array, ...]) -> tuple[jax.Array | None, Any]:
+        x, targets, *weights = (layout.place(x, "batch", "time", *(None,) * (x.ndim - 2)) for x in of)
+        scores = logits(x, matrix_DV, vocab_size)
+        # One-hot by comparison: XLA fuses it, and it shards over V where a gather would not.
+        target_V = targets[..., None] == jnp.arange(V)
+        log_sum = jax.nn.logsumexp(scores, axis=-1)
+        cross_entropy = log_sum - jnp.sum(jnp.where(target_V, scores, 0.0), axis=-1)
+        objective = cross_entropy
+        if smoothing:
+            objective = (1 - smoothing) * cross_entropy + smoothing * (log_sum - jnp.sum(scores * uniform_V, axis=-1))
+        if z:
+            objective = objective + z * log_sum**2
+        losses = Losses(*(layout.place(x_BT, "batch", "sequence") for x_BT in (objective, cross_entropy)))
+        if gradient_DV is None:
+            return None, (losses, None)
+        # The slopes by the logits.
+        slope = jnp.exp(scores - log_sum[..., None]) * (1 + 2 * z * log_sum[..., None])
+        slope = slope - (1 - smoothing) * target_V - smoothing * uniform_V
+        slope = (slope * weights[0][..., None]).astype(x.dtype)
+        dx = layout.scatter_time(einsum("btv,dv->btd", slope, matrix_DV, out_sharding=partial_BTD).astype(x.dtype))
+        return gradient_DV + einsum("btd,btv->dv", x, slope, out_sharding=sums_DV), (losses, dx)
+
+    rows, positions = B // layout.size("batch"), T // layout.size("time")
+    least, own = -(-positions // max(config.loss_chunk // rows, 1)), T // layout.size("sequence")
+    # A few chunks more, where they need no filling up.
+    count = next((count for count in range(least, 2 * least) if own % count == 0), least)
+    zeros_DV = jnp.zeros(matrix_DV.shape, jnp.float32, out_sharding=sums_DV) if len(rest) > 1 else None
+    chunks = tuple(_chunks(x, count, layout) for x in (x_BTD, *rest))
+    gradient_DV, (losses, dx) = jax.lax.scan(of_chunk, zeros_DV, chunks)
+    found = Losses(*(layout.place(_joined(x, T, layout), "batch", "time") for x in losses))
+    if gradient_DV is None:
+        return found, None
+    # Both at once: else the float32 sums may stay in memory until the last layer's gradient is there.
+    dx, gradient_DV = jax.lax.optimization_barrier((dx, gradient_DV.astype(matrix_DV.dtype)))
+    return found, (_joined(dx, T, layout), gradient_DV)
 
 
 def _chunks(x: jax.Array, count: int, layout: Layout) -> jax.Array:
@@ -39,105 +161,3 @@ def _joined(chunks: jax.Array, T: int, layout: Layout) -> jax.Array:
 
 def _reshape(x: jax.Array, shape: tuple[int, ...], sharding: PartitionSpec | None) -> jax.Array:
     return jnp.reshape(x, shape, out_sharding=sharding)
-
-
-class LogProbabilities(NamedTuple):
-    """What the loss is made of, each float32 [B, T] in nats.
-
-    Attributes:
-        target: log p(target).
-        mean: of log p over all tokens: what label smoothing adds.
-        log_sum: log of the softmax's denominator: what the z-loss squares.
-    """
-
-    target: jax.Array
-    mean: jax.Array
-    log_sum: jax.Array
-
-
-def token_log_probabilities(
-    x_BTD: jax.Array, matrix_DV: jax.Array, targets_BT: jax.Array, vocab_size: int, chunk: int, layout: Layout
-) -> LogProbabilities:
-    """The log-probabilities at each position.
-
-    Args:
-        x_BTD: the decoder's output.
-        matrix_DV: the unembedding as it is stored, padded to V columns; those from `vocab_size` on have probability
-            zero.
-        targets_BT: int32 ids.
-        vocab_size: tokens that exist.
-        chunk: positions on one device whose logits exist at once, at most, but one a row.
-        layout: where V is shared, and over which mesh axes the matrix's gradient is summed.
-    """
-    B, T = targets_BT.shape
-    rows, positions = B // layout.size("batch"), T // layout.size("time")
-    least, own = -(-positions // max(chunk // rows, 1)), T // layout.size("sequence")
-    # A few chunks more, where they need no filling up.
-    count = next((count for count in range(least, 2 * least) if own % count == 0), least)
-    x_BTD, matrix_DV = in_turn(x_BTD, matrix_DV)
-    matrix_DV = layout.gather(matrix_DV, "model", "vocabulary")
-    found = _log_probabilities(x_BTD, matrix_DV, targets_BT, vocab_size, count, layout)
-    return LogProbabilities(*(layout.place(x_BT, "batch", "time") for x_BT in found))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _log_probabilities(x_BTD, matrix_DV, targets_BT, vocab_size, count, layout):  # type: ignore[no-untyped-def]
-    return _forward(x_BTD, matrix_DV, targets_BT, vocab_size, count, layout)[0]
-
-
-def _whole(x: jax.Array, layout: Layout) -> jax.Array:
-    """The positions of a chunk for all devices that share the vocabulary."""
-    return layout.place(x, "batch", "time", *(None,) * (x.ndim - 2))
-
-
-def _target_V(targets_BT: jax.Array, V: int) -> jax.Array:
-    """One-hot by comparison: XLA fuses it, and it shards over V where a gather would not."""
-    return targets_BT[..., None] == jnp.arange(V)
-
-
-def _forward(x_BTD, matrix_DV, targets_BT, vocab_size, count, layout):  # type: ignore[no-untyped-def]
-    real_V = jnp.arange(matrix_DV.shape[1]) < vocab_size
-
-    def of_chunk(_: None, of: tuple[jax.Array, ...]) -> tuple[None, LogProbabilities]:
-        x, targets = (_whole(x, layout) for x in of)
-        scores = logits(x, matrix_DV, vocab_size)
-        log_sum = jax.nn.logsumexp(scores, axis=-1)
-        score = jnp.sum(jnp.where(_target_V(targets, scores.shape[-1]), scores, 0.0), axis=-1)
-        mean = jnp.sum(jnp.where(real_V, scores, 0.0), axis=-1) / vocab_size
-        found = LogProbabilities(score - log_sum, mean - log_sum, log_sum)
-        return None, LogProbabilities(*(layout.place(x_BT, "batch", "sequence") for x_BT in found))
-
-    _, chunks = jax.lax.scan(of_chunk, None, tuple(_chunks(x, count, layout) for x in (x_BTD, targets_BT)))
-    found = LogProbabilities(*(_joined(x, targets_BT.shape[1], layout) for x in chunks))
-    return found, (x_BTD, matrix_DV, targets_BT, found.log_sum)
-
-
-def _backward(vocab_size, count, layout, kept, cotangents):  # type: ignore[no-untyped-def]
-    x_BTD, matrix_DV, targets_BT, log_sum_BT = kept
-    sums_DV = layout.sharding(None, "vocabulary", unreduced=layout.tokens)
-    partial_BTD = layout.partial_sums("vocabulary")
-    uniform_V = jnp.where(jnp.arange(matrix_DV.shape[1]) < vocab_size, 1 / vocab_size, 0.0)
-
-    def of_chunk(gradient_DV: jax.Array, of: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        x, targets, log_sum, *cotangent = (_whole(x, layout) for x in of)
-        of_target, of_mean, of_log_sum = (c[..., None] for c in cotangent)
-        scores = logits(x, matrix_DV, vocab_size)
-        softmax = jnp.exp(scores - log_sum[..., None])
-        # The slopes by the logits of their three terms: one-hot, uniform, softmax.
-        slope = _target_V(targets, scores.shape[-1]) * of_target + uniform_V * of_mean
-        slope = (slope + softmax * (of_log_sum - of_target - of_mean)).astype(x.dtype)
-        # As in `model.product`: sums are float32, what leaves a device is in the compute dtype.
-        einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
-        dx = einsum("btv,dv->btd", slope, matrix_DV, out_sharding=partial_BTD).astype(x.dtype)
-        dx = layout.scatter_time(dx)
-        return gradient_DV + einsum("btd,btv->dv", x, slope, out_sharding=sums_DV), dx
-
-    chunks = tuple(_chunks(x, count, layout) for x in (x_BTD, targets_BT, log_sum_BT, *cotangents))
-    zeros_DV = jnp.zeros(matrix_DV.shape, jnp.float32, out_sharding=sums_DV)
-    gradient_DV, dx = jax.lax.scan(of_chunk, zeros_DV, chunks)
-    # Both at once: else the float32 sums may stay in memory until the last layer's gradient is there.
-    dx, gradient_DV = jax.lax.optimization_barrier((dx, gradient_DV.astype(matrix_DV.dtype)))
-    return _joined(dx, targets_BT.shape[1], layout), gradient_DV, None
-
-
-_log_probabilities.defvjp(_forward, _backward)

@@ -73,6 +73,10 @@ class Layout:
             parts = [part[:-1] if part != own else own for part, own in zip(parts, used, strict=True)]
             reduced = self.tokens - {mesh for part in parts for mesh in part}
 
+    def factor_of_sums(self, factor: jax.Array) -> jax.Array:
+        """A scalar for gradients of weights that are still to be summed over all tokens."""
+        return jax.reshard(factor, self.spec(reduced=self.tokens)) if self.rules else factor
+
     def gather_time(self, x_BTD: jax.Array, over: str) -> jax.Array:
         """Residuals for products whose weights share the axis `over` (Korthikanti et al. 2022, arXiv:2205.05198).
 

@@ -10,7 +10,7 @@ import optax
 
 from model.decoder import Decoder
 from model.dropout import Keys, row_keys
-from model.loss import token_log_probabilities
+from model.loss import Losses, summed_losses
 from model.sharding import Layout
 from train.config import Config
 from train.mesh import training_layout
@@ -23,28 +23,14 @@ Batch = Mapping[str, jax.Array]
 Metrics = dict[str, Any]
 
 
-def summed_loss(
-    config: Config, weights: dict[str, Any], batch: Batch, keys_B: Keys = None
-) -> tuple[jax.Array, jax.Array]:
-    """What training minimizes, and the cross-entropy: nats summed over the batch by its loss weights, float32 scalars.
-
-    The two differ by `model.label_smoothing` and `model.z_loss`, in every position:
-    -(1 - ε) log p(target) - ε mean(log p) + z · log²(denominator).
-    """
-    m, layout = config.model, training_layout(config.mesh)
+def summed_loss(config: Config, weights: dict[str, Any], batch: Batch, keys_B: Keys = None) -> Losses:
+    """What training minimizes and the cross-entropy, summed over the batch by its loss weights."""
+    layout = training_layout(config.mesh)
     batch = {name: layout.spread(x) for name, x in batch.items()}
-    decoder = Decoder(m, weights, layout)
+    decoder = Decoder(config.model, weights, layout)
     x_BTD = decoder(batch["tokens"], batch["positions"], batch["segment_ids"], keys_B)
-    assert m.vocab_size is not None
-    assert m.loss_chunk is not None
     matrix_DV = decoder.unembedding_matrix()
-    log_p = token_log_probabilities(x_BTD, matrix_DV, batch["targets"], m.vocab_size, m.loss_chunk, layout)
-    objective_BT = cross_entropy_BT = -log_p.target
-    if m.label_smoothing:
-        objective_BT = (1 - m.label_smoothing) * cross_entropy_BT - m.label_smoothing * log_p.mean
-    if m.z_loss:
-        objective_BT = objective_BT + m.z_loss * log_p.log_sum**2
-    return jnp.sum(objective_BT * batch["loss_weights"]), jnp.sum(cross_entropy_BT * batch["loss_weights"])
+    return summed_losses(x_BTD, matrix_DV, batch["targets"], batch["loss_weights"], config.model, layout)
 
 
 def averaged(config: Config, average: dict[str, Any], weights: dict[str, Any], step: jax.Array) -> dict[str, Any]:

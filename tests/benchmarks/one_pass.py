@@ -15,12 +15,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from launch.presets import add_config_arguments, load_config
 from model.decoder import Decoder
-from model.loss import token_log_probabilities
+from model.loss import summed_losses
 from train.mesh import TRAINING, batch_sharding, on_one_device
 from train.optimizer import make_optimizer
 from train.state import make_state
@@ -51,9 +50,8 @@ def main() -> None:
     def loss_of_last(weights: dict[str, Any], batch: Batch) -> jax.Array:
         decoder = Decoder(config.model, weights, TRAINING)
         x_BTD = decoder(batch["tokens"], batch["positions"], batch["segment_ids"])[:, -1:]
-        matrix_DV, targets = decoder.unembedding_matrix(), batch["targets"][:, -1:]
-        assert config.model.vocab_size
-        return -jnp.sum(token_log_probabilities(x_BTD, matrix_DV, targets, config.model.vocab_size, 1, TRAINING).target)
+        targets, weights_BT = batch["targets"][:, -1:], batch["loss_weights"][:, -1:]
+        return summed_losses(x_BTD, decoder.unembedding_matrix(), targets, weights_BT, config.model, TRAINING).objective
 
     with jax.set_mesh(on_one_device()):
         weights = make_state(config, make_optimizer(config))["weights"]

@@ -8,7 +8,7 @@ import pytest
 import model.kernels
 from model.config import CHOICES, ModelConfig
 from model.decoder import Block, Decoder
-from model.loss import token_log_probabilities
+from model.loss import token_losses
 from model.sharding import WHOLE
 from tests.small import VOCAB_SIZE, small_batch, small_model, small_weights
 
@@ -24,12 +24,10 @@ def logits(config: ModelConfig, weights: dict, tokens: np.ndarray) -> np.ndarray
     return np.asarray(decoder.logits(decoder(*one_document(tokens)))[0])
 
 
-def log_probabilities(config: ModelConfig, weights: dict, batch: dict) -> np.ndarray:
+def losses(config: ModelConfig, weights: dict, batch: dict) -> np.ndarray:
     decoder = Decoder(config, weights)
     x = decoder(*(jnp.array(batch[name]) for name in ("tokens", "positions", "segment_ids")))
-    return np.asarray(
-        token_log_probabilities(x, decoder.unembedding_matrix(), batch["targets"], config.vocab_size, 1, WHOLE).target
-    )
+    return np.asarray(token_losses(x, decoder.unembedding_matrix(), batch["targets"], config).cross_entropy)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -59,7 +57,7 @@ def test_one_pass_gives_the_losses_of_all_prefixes():
 def test_a_document_in_a_packed_segment_has_the_losses_that_it_has_alone(dtype: str, tolerance: float):
     config = small_model(compute_dtype=dtype)
     weights, batch = small_weights(config), small_batch(4)
-    packed = log_probabilities(config, weights, batch)
+    packed = losses(config, weights, batch)
     pieces = 0
     for row in range(4):
         ids = batch["segment_ids"][row]
@@ -67,7 +65,7 @@ def test_a_document_in_a_packed_segment_has_the_losses_that_it_has_alone(dtype: 
             here = ids == segment
             alone = {name: array[row, here][None] for name, array in batch.items()}
             assert alone["positions"][0].tolist() == list(range(here.sum()))
-            np.testing.assert_allclose(packed[row, here], log_probabilities(config, weights, alone)[0], atol=tolerance)
+            np.testing.assert_allclose(packed[row, here], losses(config, weights, alone)[0], atol=tolerance)
             pieces += 1
     assert pieces > 8
 

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from model.config import ModelConfig
-from model.loss import token_log_probabilities
-from model.sharding import WHOLE
+from model.loss import summed_losses, token_losses
 from model.unembedding import logits
 
 B, T, D, V, VOCAB = 3, 12, 8, 40, 37
@@ -19,9 +18,19 @@ def example() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     return x, matrix, jax.random.randint(keys[2], (B, T), 0, VOCAB), jax.random.normal(keys[3], (B, T))
 
 
+def model(chunk: int, vocab_size: int = VOCAB, **changes: float) -> ModelConfig:
+    return ModelConfig(vocab_size=vocab_size, loss_chunk=chunk, **changes)
+
+
 def plain(x: jax.Array, matrix: jax.Array, targets: jax.Array) -> jax.Array:
+    """-log p(target)."""
     scores = jax.nn.log_softmax(x @ matrix[:, :VOCAB])
-    return jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
+    return -jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
+
+
+def assert_near(found: object, expected: object) -> None:
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("chunk", [1, 12, 15, 36, 300])
@@ -29,33 +38,38 @@ def test_values_and_gradients_are_those_of_log_softmax(chunk: int):
     x, matrix, targets, weights = example()
 
     def chunked(x: jax.Array, matrix: jax.Array) -> jax.Array:
-        return jnp.sum(weights * token_log_probabilities(x, matrix, targets, VOCAB, chunk, WHOLE).target)
+        return 3 * summed_losses(x, matrix, targets, weights, model(chunk)).objective
 
     def whole(x: jax.Array, matrix: jax.Array) -> jax.Array:
-        return jnp.sum(weights * plain(x, matrix, targets))
+        return 3 * jnp.sum(weights * plain(x, matrix, targets))
 
-    found, expected = jax.value_and_grad(chunked, (0, 1))(x, matrix), jax.value_and_grad(whole, (0, 1))(x, matrix)
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
+    assert_near(jax.value_and_grad(chunked, (0, 1))(x, matrix), jax.value_and_grad(whole, (0, 1))(x, matrix))
+    each = token_losses(x, matrix, targets, model(chunk))
+    assert_near(each.cross_entropy, plain(x, matrix, targets))
+    assert_near(each.objective, each.cross_entropy)
 
 
 def test_smoothing_and_z_loss_have_the_gradients_of_their_definitions():
     x, matrix, targets, weights = example()
-
-    def objective(log_p_target: jax.Array, log_p_mean: jax.Array, log_sum: jax.Array) -> jax.Array:
-        return jnp.sum(weights * (-0.9 * log_p_target - 0.1 * log_p_mean + 0.01 * log_sum**2))
+    config = model(15, label_smoothing=0.1, z_loss=0.01)
 
     def chunked(x: jax.Array, matrix: jax.Array) -> jax.Array:
-        return objective(*token_log_probabilities(x, matrix, targets, VOCAB, 15, WHOLE))
+        return summed_losses(x, matrix, targets, weights, config).objective
 
     def whole(x: jax.Array, matrix: jax.Array) -> jax.Array:
         scores = x @ matrix[:, :VOCAB]
         log_sum = jax.nn.logsumexp(scores, axis=-1)
-        return objective(plain(x, matrix, targets), jnp.mean(scores, axis=-1) - log_sum, log_sum)
+        mean = jnp.mean(scores, axis=-1) - log_sum
+        return jnp.sum(weights * (0.9 * plain(x, matrix, targets) - 0.1 * mean + 0.01 * log_sum**2))
 
-    found, expected = jax.value_and_grad(chunked, (0, 1))(x, matrix), jax.value_and_grad(whole, (0, 1))(x, matrix)
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
+    assert_near(jax.value_and_grad(chunked, (0, 1))(x, matrix), jax.value_and_grad(whole, (0, 1))(x, matrix))
+    cross_entropy = summed_losses(x, matrix, targets, weights, config).cross_entropy
+    assert_near(cross_entropy, jnp.sum(weights * plain(x, matrix, targets)))
+    # The same where gradients are computed beside, and no other value.
+    (objective, beside), _ = jax.value_and_grad(
+        lambda x: summed_losses(x, matrix, targets, weights, config), has_aux=True
+    )(x)
+    assert_near((objective, beside), (whole(x, matrix), cross_entropy))
 
 
 def test_a_large_vocabulary_fits_beside_what_must_be_there():
@@ -63,12 +77,13 @@ def test_a_large_vocabulary_fits_beside_what_must_be_there():
     chunk = ModelConfig().resolved(vocab_size).loss_chunk
     assert chunk is not None
 
-    def loss(x: jax.Array, matrix: jax.Array, targets: jax.Array) -> jax.Array:
-        return -jnp.sum(token_log_probabilities(x, matrix, targets, vocab_size, chunk, WHOLE).target)
+    def loss(x: jax.Array, matrix: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+        return summed_losses(x, matrix, targets, weights, model(chunk, vocab_size)).objective
 
     x = jax.ShapeDtypeStruct((B, T, D), jnp.bfloat16)
     matrix = jax.ShapeDtypeStruct((D, vocab_size + 64), jnp.bfloat16)
-    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(x, matrix, jax.ShapeDtypeStruct((B, T), jnp.int32)).compile()
+    targets, weights = (jax.ShapeDtypeStruct((B, T), dtype) for dtype in (jnp.int32, jnp.float32))
+    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(x, matrix, targets, weights).compile()
     memory = compiled.memory_analysis().temp_size_in_bytes
     # The matrix's gradient in float32, and less than six arrays of a chunk's logits; those of the batch are 13 GB.
     assert memory < 4 * D * vocab_size + 6 * 4 * chunk * vocab_size < 4 * B * T * vocab_size / 6
@@ -76,27 +91,28 @@ def test_a_large_vocabulary_fits_beside_what_must_be_there():
 
 
 def test_padding_of_the_vocabulary_is_never_predicted_nor_trained():
-    x, matrix, targets, _ = example()
-    loss = lambda matrix: jnp.sum(token_log_probabilities(x, matrix, targets, VOCAB, 4, WHOLE).target)
+    x, matrix, targets, weights = example()
+    loss = lambda matrix: summed_losses(x, matrix, targets, weights, model(4, label_smoothing=0.1)).objective
     gradient = jax.grad(loss)(matrix.at[:, VOCAB:].set(100.0))
     np.testing.assert_array_equal(gradient[:, VOCAB:], 0.0)
     assert jax.nn.softmax(logits(x, matrix, VOCAB))[..., VOCAB:].max() == 0.0
 
 
-def test_the_logits_of_a_whole_batch_never_exist():
-    x, matrix, targets, _ = example()
+def test_the_logits_of_a_whole_batch_never_exist_and_those_of_a_chunk_once():
+    x, matrix, targets, weights = example()
 
     def loss(x: jax.Array, matrix: jax.Array) -> jax.Array:
-        return jnp.sum(token_log_probabilities(x, matrix, targets, VOCAB, 3 * B, WHOLE).target)
+        return summed_losses(x, matrix, targets, weights, model(3 * B)).objective
 
     program = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(x, matrix))
     assert f"[{B},3,{V}]" in program
     assert f"[{B},{T},{V}]" not in program
+    assert program.count("dot_general") == 3
 
 
 def test_a_length_that_no_chunk_divides_takes_few_chunks():
     x, matrix, targets, _ = example()
     x, targets = x[:, :11], targets[:, :11]
-    program = str(jax.make_jaxpr(lambda x: token_log_probabilities(x, matrix, targets, VOCAB, 10 * B, WHOLE).target)(x))
+    program = str(jax.make_jaxpr(lambda x: token_losses(x, matrix, targets, model(10 * B)))(x))
     assert f"[{B},6,{V}]" in program
     assert f"[{B},1,{V}]" not in program
