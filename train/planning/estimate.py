@@ -148,8 +148,7 @@ class _Step:
         """Products, attention's kernel, and what the memory moves beside them."""
         c, L, chip = self.model, self.model.num_layers, self.chip
         again = self.layer - self.matrices["feedforward.down"] if self.again.products else 0.0
-        # The head's products are made again, too.
-        products = 2 * self.inside * (L * (3 * self.layer + again) + 4 * self.head)
+        products = 2 * self.inside * (L * (3 * self.layer + again) + 3 * self.head)
         forward, backward = PAIRS[self.machine.kernel]
         pairs = 2 * self.inside * self.config.data.segment_length * self.heads * L
         kernel = pairs * (backward + forward * (2 if self.again.kernel else 1))
@@ -172,8 +171,8 @@ class _Step:
         stream = self.inside * c.model_dim * BF16
         over = self.layout.mesh_axes("sequence") - self.layout.mesh_axes("time")
         seconds += parts * L * (8 + self.again.sums) * self.sent("gather", stream, over)
-        # The head: positions gathered, forward and backward, and the sums of their gradients.
-        seconds += parts * 3 * self.sent("gather", stream, over)
+        # The head: positions gathered, and the sums of their gradients.
+        seconds += parts * 2 * self.sent("gather", stream, over)
         keys = self.rows * self.config.data.segment_length * 2 * self.keys * BF16
         passes = 3 if self.again.kernel or self.again.products or self.again.sums else 2
         seconds += parts * L * passes * self.sent("gather", keys, self.layout.mesh_axes("time"))
