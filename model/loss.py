@@ -95,7 +95,8 @@ def _in_chunks(
     assert vocab_size is not None
     assert config.loss_chunk is not None
     smoothing, z = config.label_smoothing, config.z_loss
-    uniform_V = jnp.where(jnp.arange(V) < vocab_size, 1 / vocab_size, 0.0)
+    token_V = jnp.arange(V, out_sharding=layout.sharding("vocabulary"))
+    uniform_V = jnp.where(token_V < vocab_size, 1 / vocab_size, 0.0)
     sums_DV = layout.sharding(None, "vocabulary", unreduced=layout.tokens)
     partial_BTD = layout.partial_sums("vocabulary")
     # As in `model.product`: sums are float32, what leaves a device is in the compute dtype.
@@ -105,7 +106,7 @@ def _in_chunks(
         x, targets, *weights = (layout.place(x, "batch", "time", *(None,) * (x.ndim - 2)) for x in of)
         scores = logits(x, matrix_DV, vocab_size)
         # One-hot by comparison: XLA fuses it, and it shards over V where a gather would not.
-        target_V = targets[..., None] == jnp.arange(V)
+        target_V = targets[..., None] == token_V
         log_sum = jax.nn.logsumexp(scores, axis=-1)
         cross_entropy = log_sum - jnp.sum(jnp.where(target_V, scores, 0.0), axis=-1)
         objective = cross_entropy
