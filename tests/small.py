@@ -1,5 +1,6 @@
 """Models and batches small enough for a test."""
 
+import functools
 import math
 from typing import Any
 
@@ -23,11 +24,17 @@ def small_model(**changes: Any) -> ModelConfig:
 
 def small_weights(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
     """Initial weights, with norms and biases that are not all the same."""
+    return nested(_weights(config, seed))
+
+
+@functools.cache
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _weights(config: ModelConfig, seed: int) -> dict[str, Any]:
     weights = flattened(initial_weights(config, seed))
     constant = [name for name, parameter in parameter_table(config).items() if parameter.role in CONSTANT]
     for name, key in zip(constant, jax.random.split(jax.random.key(seed), len(constant)), strict=True):
         weights[name] += 0.2 * jax.random.normal(key, weights[name].shape)
-    return nested(weights)
+    return weights
 
 
 def mesh_of(slices: int = 1, data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1) -> Mesh:

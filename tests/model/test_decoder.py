@@ -1,5 +1,7 @@
 """The stack: causality (C12), packing (C3), remat policies, and a program that does not grow with depth."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,14 +22,20 @@ def one_document(tokens: np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def logits(config: ModelConfig, weights: dict, tokens: np.ndarray) -> np.ndarray:
-    decoder = Decoder(config, weights)
-    return np.asarray(decoder.logits(decoder(*one_document(tokens)))[0])
+    return np.asarray(_logits(config, weights, *one_document(tokens))[0])
 
 
-def losses(config: ModelConfig, weights: dict, batch: dict) -> np.ndarray:
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(config: ModelConfig, weights: dict, *document: jax.Array) -> jax.Array:
     decoder = Decoder(config, weights)
-    x = decoder(*(jnp.array(batch[name]) for name in ("tokens", "positions", "segment_ids")))
-    return np.asarray(token_losses(x, decoder.unembedding_matrix(), batch["targets"], config).cross_entropy)
+    return decoder.logits(decoder(*document))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def losses(config: ModelConfig, weights: dict, batch: dict) -> jax.Array:
+    decoder = Decoder(config, weights)
+    x = decoder(batch["tokens"], batch["positions"], batch["segment_ids"])
+    return token_losses(x, decoder.unembedding_matrix(), batch["targets"], config).cross_entropy
 
 
 @pytest.mark.parametrize("tied", [False, True])

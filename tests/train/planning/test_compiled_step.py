@@ -176,8 +176,8 @@ def test_a_step_sends_what_the_formula_says_and_nothing_else(case: Case):
 def test_small_sums_are_few(case: Case):
     step = step_of(case)
     small = [c for c in step.program.collectives if c.payload_bytes < stream(step.size) // 4]
-    # A few a chunk of the loss where the vocabulary is shared; the ids' own gather in each layer's remat where positions
-    # are.
+    # A few a chunk of the loss where the vocabulary is shared; the ids' own gather in each layer's remat where
+    # positions are.
     chunks = 6 * (ROWS * T // CHUNK) if case.axis == "tensor" else 0
     ids = L if case.axis == "context" else 0
     assert sum(c.count for c in small) <= 8 + chunks + ids, [(c.kind, c.axes, c.dtype, c.payload_bytes) for c in small]
