@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import model.position
 from model.decoder import Decoder
 from model.interchange.llama import rope_to_theirs
 from model.position import frequencies, rotate, rotation, sinusoids
@@ -39,6 +40,20 @@ def test_pair_i_turns_by_position_over_base_to_the_2i_over_width():
     turned = rotate(jnp.array([[[[1.0, 1.0, 0.0, 0.0]]]]), rotation(config, jnp.array([[3]])))
     expected = [np.cos(3), np.cos(0.3), np.sin(3), np.sin(0.3)]
     np.testing.assert_allclose(turned[0, 0, 0], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-2)])
+def test_the_way_of_a_tpu_turns_the_same_and_its_gradient_back(dtype: str, tolerance: float, monkeypatch):
+    config = small_model(head_dim=16)
+    x, slope = jnp.asarray(np.random.default_rng(2).normal(size=(2, 3, 2, 5, 16)), dtype)
+    by = rotation(config, jnp.arange(15).reshape(3, 5) * 7)
+    expected = rotate(x, by), *jax.vjp(lambda x: rotate(x, by), x)[1](slope)
+    monkeypatch.setattr(model.position, "platform", lambda: "tpu")
+    found = rotate(x, by), *jax.vjp(lambda x: rotate(x, by), x)[1](slope)
+    assert "dot_general" in str(jax.make_jaxpr(lambda x: rotate(x, by))(x))
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == x.dtype
+        np.testing.assert_allclose(np.asarray(one, np.float32), np.asarray(other, np.float32), atol=tolerance)
 
 
 SCALED = [
