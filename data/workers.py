@@ -153,8 +153,9 @@ def receive(pipe: BinaryIO) -> list[bytes] | None:
 
 
 def serve(folder: Path) -> None:
-    """Tokenize what comes on standard input until it closes; Ctrl-C, which reaches all processes, is the parent's."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Tokenize what comes on standard input until it closes; signals, which reach all processes, are the parent's."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     tokenizer = Tokenizer.load(folder)
     while (texts := receive(sys.stdin.buffer)) is not None:
         send(sys.stdout.buffer, [tokenizer.encode(text.decode()).tobytes() for text in texts])

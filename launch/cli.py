@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data.errors import InputError
@@ -30,7 +30,7 @@ ACCELERATORS = ("nvidia[0-9]*", "dxg", "accel*", "vfio/[0-9]*", "kfd")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit status: 0 done, 1 a fault, 2 the user's error, 130 interrupted."""
+    """Run one command; returns its exit status: 0 done, 1 a fault, 2 the user's error, 75 stopped, 130 interrupted."""
     if argv is None:
         without_absent_accelerators()
         with_huge_pages()
@@ -39,21 +39,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("ziggurat").setLevel(logging.INFO)
     try:
         check_rooms()
-        name, rest = find_command(argv)
-        module = importlib.import_module(COMMANDS[name][0])
-        parser = argparse.ArgumentParser(
-            f"ziggurat {name}",
-            description=module.__doc__,
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        module.add_arguments(parser)
-        arguments, unknown = parser.parse_known_args(rest)
-        add_unknown(arguments, unknown)
-        status: int = module.run(arguments)
-        return status
+        run, arguments = parse(argv)
+        return run(arguments)
     except (InputError, OSError, KeyboardInterrupt) as error:
         return report(error)
+
+
+def parse(argv: Sequence[str]) -> tuple[Callable[[argparse.Namespace], int], argparse.Namespace]:
+    """The function that runs a command, and what it takes."""
+    name, rest = find_command(argv)
+    module = importlib.import_module(COMMANDS[name][0])
+    parser = argparse.ArgumentParser(
+        f"ziggurat {name}",
+        description=module.__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    arguments, unknown = parser.parse_known_args(rest)
+    add_unknown(arguments, unknown)
+    return module.run, arguments
 
 
 def find_command(argv: Sequence[str]) -> tuple[str, list[str]]:

@@ -1,10 +1,12 @@
 """Run a command as several JAX processes on this machine: ziggurat launch local --processes=2 -- pretrain --config=tiny
 
 Every line that a process prints has its number before it. A signal goes on to all; when one fails, the others end too.
+A run that has failed or was stopped is started again, by its exit status: see `supervise`.
 """
 
 import argparse
 import ctypes
+import math
 import os
 import signal
 import socket
@@ -12,19 +14,27 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, BinaryIO
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
 from data.errors import InputError
+from launch.presets import load_config
 
-# Seconds that processes have to end by themselves before they are killed.
-GRACE = 10.0
+# Seconds that processes have before they are killed: when one has failed, and to save when they are asked to end.
+GRACE, PATIENCE = 3.0, 600.0
+DONE, USERS_ERROR, PREEMPTED = 0, 2, 75
+LONGEST_PAUSE = 60.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `ziggurat launch local`."""
     parser.add_argument("--processes", type=int, required=True, metavar="N", help="how many")
     parser.add_argument("--devices", type=int, metavar="K", help="virtual CPU devices of each [what JAX finds]")
+    parser.add_argument(
+        "--restarts", type=int, default=3, metavar="N",
+        help="how often in a row a run that saves nothing new is started again [3]; 0: never",
+    )  # fmt: skip
     parser.add_argument("command", nargs="*", metavar="COMMAND", help="a command of ziggurat with its flags, after --")
 
 
@@ -37,29 +47,96 @@ def run(arguments: argparse.Namespace) -> int:
         problems.append(f"--devices={arguments.devices} must be at least 1")
     if not arguments.command:
         problems.append("there is no command; give one after --, as in: -- pretrain --config=tiny")
+    if arguments.restarts < 0:
+        problems.append(f"--restarts={arguments.restarts} must be at least 0")
     if problems:
         raise InputError("\n".join(problems))
     environment = dict(os.environ)
     if arguments.devices:
         flags = f"{environment.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={arguments.devices}"
         environment["XLA_FLAGS"] = flags.strip()
-    environment |= {
-        "ZIGGURAT_COORDINATOR": f"127.0.0.1:{free_port()}",
-        "ZIGGURAT_NUM_PROCESSES": str(arguments.processes),
-    }
     command = [sys.executable, "-m", "launch.cli", *arguments.command]
-    return launch(command, [environment | {"ZIGGURAT_PROCESS_ID": str(i)} for i in range(arguments.processes)])
+
+    def start() -> Ended:
+        joined = environment | {
+            "ZIGGURAT_COORDINATOR": f"127.0.0.1:{free_port()}",
+            "ZIGGURAT_NUM_PROCESSES": str(arguments.processes),
+        }
+        return launch(command, [joined | {"ZIGGURAT_PROCESS_ID": str(i)} for i in range(arguments.processes)])
+
+    folder = run_folder(arguments.command) if arguments.restarts else None
+    return supervise(start, folder, arguments.restarts) if folder else start().status
 
 
-def launch(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> int:
-    """Run the command once in each environment; returns the first status that is not 0 (of a signal n, 128 + n)."""
+def run_folder(command: Sequence[str]) -> Path | None:
+    """Of the run that a command trains; none: it trains none. InputError where its config is wrong."""
+    if command[0] != "pretrain" or {"-h", "--help"} & set(command):
+        return None
+    from launch.cli import parse
+
+    _, arguments = parse(command)
+    return Path(load_config(arguments.config, arguments.overrides).train.run_dir).expanduser()
+
+
+class Ended(NamedTuple):
+    """How processes ended: the first `status` that is not 0 (of a signal n: 128 + n), and whether they were `asked`."""
+
+    status: int
+    asked: bool
+
+
+def supervise(
+    start: Callable[[], Ended], folder: Path, restarts: int, sleep: Callable[[float], None] = time.sleep
+) -> int:
+    """Start a run until it is done, as its exit statuses say.
+
+    0 is done and 2 the user's error: it ends. 75 is stopped: start at once. All else is a fault: start after a pause
+    that doubles, and give up after so many in a row that have saved nothing new. A signal to this process ends it, too.
+
+    Args:
+        start: runs all processes.
+        folder: of the run.
+        restarts: without progress.
+        sleep: in seconds.
+    """
+    in_vain, reached = 0, last_saved(folder)
+    while True:
+        ended = start()
+        if ended.asked or ended.status in (DONE, USERS_ERROR):
+            return ended.status
+        before, reached = reached, last_saved(folder)
+        in_vain = 0 if reached > before else in_vain + 1
+        if in_vain > restarts:
+            say(f"status {ended.status}, and nothing new saved in {in_vain} starts: given up")
+            return ended.status
+        pause = 0.0 if ended.status == PREEMPTED else min(2.0**in_vain, LONGEST_PAUSE)
+        say(
+            f"status {ended.status}, saved up to step {reached}: starting again"
+            + (f" in {pause:.0f} s" if pause else "")
+        )
+        sleep(pause)
+
+
+def last_saved(folder: Path) -> int:
+    """The step of a run's newest checkpoint, 0 where there is none; without JAX, which does not bear to be forked."""
+    names = [path.name for path in (folder / "checkpoints").glob("*")]
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def say(text: str) -> None:
+    """A line of the launcher's own."""
+    print(f"ziggurat: {text}", file=sys.stderr, flush=True)
+
+
+def launch(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> Ended:
+    """Run the command once in each environment, and wait until all have ended."""
     received: list[int] = []
     before = {
         number: signal.signal(number, lambda n, _: received.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
     }
     processes: list[subprocess.Popen] = []
     threads: list[threading.Thread] = []
-    status, ending = 0, None
+    status, asked, deadline = 0, False, math.inf
     try:
         for environment in environments:
             process = subprocess.Popen(
@@ -81,15 +158,16 @@ def launch(command: Sequence[str], environments: Sequence[Mapping[str, str]]) ->
         while None in [process.poll() for process in processes]:
             for number in received:
                 signal_all(processes, number)
-                ending = ending or time.monotonic()
+                if not asked:
+                    asked, deadline = True, min(deadline, time.monotonic() + PATIENCE)
             received.clear()
             failed = [process.returncode for process in processes if process.returncode]
             if failed and not status:
                 status = failed[0]
-                if ending is None:
-                    ending = time.monotonic()
+                deadline = min(deadline, time.monotonic() + GRACE)
+                if not asked:
                     signal_all(processes, signal.SIGTERM)
-            if ending and time.monotonic() > ending + GRACE:
+            if time.monotonic() > deadline:
                 signal_all(processes, signal.SIGKILL)
             time.sleep(0.05)
         status = status or next((process.returncode for process in processes if process.returncode), 0)
@@ -101,7 +179,7 @@ def launch(command: Sequence[str], environments: Sequence[Mapping[str, str]]) ->
             thread.join()
         for number, handler in before.items():
             signal.signal(number, handler)
-    return status if status >= 0 else 128 - status
+    return Ended(status if status >= 0 else 128 - status, asked)
 
 
 def signal_all(processes: Sequence[subprocess.Popen], number: int) -> None:

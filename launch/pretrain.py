@@ -22,12 +22,17 @@ def run(arguments: argparse.Namespace) -> int:
     from train.loop import pretrain
     from train.mesh import join_processes
     from train.report import closing
+    from train.stop import PREEMPTED, Stopped
 
     join_processes()
     try:
         finished = pretrain(config)
         if jax.process_index() == 0:
             print(closing(finished, program()))
+    except Stopped as stopped:
+        if jax.process_index() == 0:
+            print(f"{config.train.run_dir}: {stopped}; the same command goes on", file=sys.stderr)
+        return PREEMPTED
     except (Exception, KeyboardInterrupt) as error:
         if jax.distributed.is_initialized():
             exit_at_once(error)

@@ -80,8 +80,7 @@ class Checkpoints:
             max_to_keep=keep,
             create=writes,
             cleanup_tmp_directories=writes,
-            # A save that went on behind the next steps would lose them too, if the run is killed meanwhile.
-            enable_async_checkpointing=False,
+            enable_async_checkpointing=writes,
         )
         items = {
             "weights": ocp.StandardCheckpointHandler(),
@@ -97,7 +96,11 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, state: State, progress: Mapping[str, Any]) -> None:
-        """Save the state; its step is the checkpoint's. It is complete when this returns, or invisible."""
+        """Save the state; its step is the checkpoint's.
+
+        When this returns, the state may change: what is left is to write a copy of it behind the next steps. Until that
+        is complete the checkpoint is invisible. A save waits for the one before, and raises what went wrong with it.
+        """
         step = int(state["step"])
         items = {name: plain(tree) for name, tree in state.items() if name != "step"}
         sums = {name: jax.tree.map(int, checksums(tree)) for name, tree in items.items()}
@@ -106,6 +109,10 @@ class Checkpoints:
             step, args=ocp.args.Composite(**arrays, progress=ocp.args.JsonSave({**progress, "checksums": sums}))
         )
         assert saved, f"Orbax did not save step {step}"
+
+    def wait(self) -> None:
+        """Until all that was saved is complete. Raises what went wrong with it."""
+        self._manager.wait_until_finished()
 
     def restore(self, abstract: State) -> tuple[State, dict[str, Any]] | None:
         """The newest undamaged checkpoint as (state, progress), or none where there is none at all.

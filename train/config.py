@@ -88,6 +88,18 @@ class TrainConfig:
         default=False,
         metadata={"help": "also write metrics for TensorBoard to run_dir/tensorboard", "resume": "free"},
     )
+    watchdog_seconds: float = field(
+        default=3600.0,
+        metadata={
+            "help": "without a finished step, evaluation or save, after which a process shows what its threads do and "
+            "ends, to be started again; 0: never",
+            "resume": "free",
+        },
+    )
+    on_event: str | None = field(
+        default=None,
+        metadata={"help": "shell command that gets each event of the run as JSON on its input", "resume": "free"},
+    )
 
 
 @dataclass(frozen=True)
@@ -234,7 +246,7 @@ def config_problems(config: Config) -> list[str]:
         )
     at_least("train", 1, "num_steps", "batch_size", "batch_ramp_start", "batch_ramp_steps", "accumulation_steps",
              "log_every_steps")  # fmt: skip
-    at_least("train", 0, "watch_every_steps")
+    at_least("train", 0, "watch_every_steps", "watchdog_seconds")
     if c.train.profile_steps and not 1 <= c.train.profile_steps[0] <= c.train.profile_steps[1] <= c.train.num_steps:
         found.append(
             f"train.profile_steps is {c.train.profile_steps}; it must be a first and a last step from 1 to "

@@ -20,6 +20,7 @@ from data.formats.stdlib import snapshot_stdlib
 from data.mixture import MixedStream, Mixture, field_of, first_positions, open_mixture, open_streams
 from data.tokenizer import MODEL_FILE, Tokenizer, copy_tokenizer, train_tokenizer
 from train.config import Config, config_fields, resume_differences
+from train.lease import Lease
 from train.mesh import once
 from train.metrics import read_steps
 from train.run import Run, Text
@@ -48,8 +49,10 @@ class Prepared:
     identity: dict[str, Any]
 
 
-def prepare(config: Config, run: Run) -> Prepared:
+def prepare(config: Config, run: Run, lease: Lease) -> Prepared:
     """Make or find everything in the run's folder that the first step needs. All processes call it together.
+
+    Before it writes there, it takes the lease.
 
     Raises:
         InputError: the folder is something else's, or config, corpus or tokenizer don't fit it or each other.
@@ -57,8 +60,11 @@ def prepare(config: Config, run: Run) -> Prepared:
     check_folder(config, run)
     mixture = open_run_mixture(config, run)
     # A run begins with its first checkpoint. What a start without one has left is made anew.
-    if not run.last_step():
+    begins = not run.last_step()
+    if begins:
         mixture.check()
+    once(lease.take)
+    if begins:
         once(lambda: claim(config, run))
     tokenizer = run_tokenizer(config, run, mixture)
     given = config.model.vocab_size

@@ -73,6 +73,16 @@ class Run:
         return self.folder / "positions.jsonl"
 
     @property
+    def lease(self) -> Path:
+        """Who writes to the folder."""
+        return self.folder / "lease.json"
+
+    @property
+    def events(self) -> Path:
+        """What happened to the run beside its steps."""
+        return self.folder / "events.jsonl"
+
+    @property
     def profile(self) -> Path:
         """Traces of steps."""
         return self.folder / "profile"
@@ -102,7 +112,8 @@ class Run:
             )
         # The config is the first thing that a run writes, but for its snapshot of the default corpus.
         others = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
-        if others - {self.snapshot.parent.name, self.config_file.name + PARTIAL}:
+        before = {self.snapshot.parent.name, *(path.name + PARTIAL for path in (self.config_file, self.lease))}
+        if others - before - {self.lease.name}:
             raise InputError(f"train.run_dir = {self.folder} holds other things than a run; name a new folder")
         return False
 

@@ -1,7 +1,9 @@
 """Several processes on this machine: their output, statuses and signals, and that none is left."""
 
 import itertools
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from data.errors import InputError
-from launch.local import GRACE, add_arguments, free_port, launch, run
+from launch.local import Ended, add_arguments, free_port, launch, run, supervise
 from tests.launch.small_run import ROOT, command, write_config
 
 
@@ -40,7 +42,7 @@ def is_running(pid: int) -> bool:
 
 def test_every_line_of_both_streams_has_its_process_before_it(capfd):
     code = "print('out', i); print('err', i, file=sys.stderr); print('end', end='')"
-    assert launch(python(code), environments(3)) == 0
+    assert launch(python(code), environments(3)) == (0, False)
     out, err = capfd.readouterr()
     assert sorted(out.splitlines()) == sorted(f"[{i}] {line}" for i in range(3) for line in (f"out {i}", "end"))
     assert sorted(err.splitlines()) == [f"[{i}] err {i}" for i in range(3)]
@@ -48,9 +50,10 @@ def test_every_line_of_both_streams_has_its_process_before_it(capfd):
 
 def test_the_first_failure_is_the_status_and_ends_the_others():
     began = time.monotonic()
-    assert launch(python("sys.exit(7) if i == '1' else time.sleep(60)"), environments(3)) == 7
+    assert launch(python("sys.exit(7) if i == '1' else time.sleep(60)"), environments(3)).status == 7
     assert (
-        launch(python("os.kill(os.getpid(), signal.SIGKILL) if i == '0' else time.sleep(60)"), environments(2)) == 137
+        launch(python("os.kill(os.getpid(), signal.SIGKILL) if i == '0' else time.sleep(60)"), environments(2)).status
+        == 137
     )
     assert time.monotonic() - began < 30
 
@@ -58,7 +61,7 @@ def test_the_first_failure_is_the_status_and_ends_the_others():
 LAUNCHER = """
 import os, sys
 from launch.local import launch
-sys.exit(launch([sys.executable, "-c", sys.argv[1]], [dict(os.environ)] * 2))
+sys.exit(launch([sys.executable, "-c", sys.argv[1]], [dict(os.environ)] * 2).status)
 """
 
 
@@ -135,26 +138,125 @@ sys.exit(main(["pretrain", "--config={write_config(tmp_path)}"]))
         "ZIGGURAT_NUM_PROCESSES": "2",
     }
     began = time.monotonic()
-    assert launch([sys.executable, "-c", code], [environment | joined for environment in environments(2)]) == 1
+    assert launch([sys.executable, "-c", code], [environment | joined for environment in environments(2)]).status == 1
     assert time.monotonic() - began < 90
     assert "[1] RuntimeError: a fault" in capfd.readouterr().err
 
 
-def test_processes_that_train_end_at_once_on_a_signal(tmp_path: Path):
-    launcher = command("launch", "local", "--processes=2", "--", "pretrain", f"--config={write_config(tmp_path)}",
-                       "--config.train.num_steps=1000000", stderr=subprocess.PIPE)  # fmt: skip
+def test_a_signal_to_the_launcher_saves_on_all_processes_and_the_same_command_goes_on(tmp_path: Path):
+    train = ["launch", "local", "--processes=2", "--", "pretrain", f"--config={write_config(tmp_path)}",
+             "--config.checkpoint.every_steps=1000000"]  # fmt: skip
+    launcher = command(*train, "--config.train.num_steps=1000000", stderr=subprocess.PIPE)
     try:
         assert launcher.stderr is not None
         assert any(" loss " in line for line in itertools.islice(launcher.stderr, 100))
         children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
         assert len(children) == 2
-        began = time.monotonic()
         launcher.send_signal(signal.SIGTERM)
-        assert launcher.wait(60) == 128 + signal.SIGTERM
-        assert time.monotonic() - began < GRACE / 2
+        said = launcher.stderr.read()
+        assert launcher.wait(60) == 75
         assert not any(is_running(int(child)) for child in children)
     finally:
         launcher.kill()
+    stopped = re.search(r"stopped after step (\d+); the same command goes on", said)
+    assert stopped, said
+    step = int(stopped[1])
+    again = command(*train, f"--config.train.num_steps={step + 2}", stderr=subprocess.PIPE)
+    _, said = again.communicate(timeout=120)
+    assert again.returncode == 0, said
+    assert f"goes on from step {step} of {step + 2} steps" in said
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    kinds = [(event["event"], event["step"]) for event in events]
+    assert kinds == [
+        ("start", 0),
+        ("save", step),
+        ("stop", step),
+        ("start", step),
+        ("save", step + 2),
+        ("end", step + 2),
+    ]
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step_and_they_start_again(tmp_path: Path):
+    launcher = command("launch", "local", "--processes=2", "--", "pretrain", f"--config={write_config(tmp_path)}",
+                       "--config.checkpoint.every_steps=1000000", "--config.train.num_steps=1000000",
+                       stderr=subprocess.PIPE)  # fmt: skip
+    try:
+        assert launcher.stderr is not None
+        assert any(" loss " in line for line in itertools.islice(launcher.stderr, 100))
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        os.kill(int(children[1]), signal.SIGTERM)
+        said = list(itertools.takewhile(lambda line: "goes on from step" not in line, launcher.stderr))
+        launcher.send_signal(signal.SIGTERM)
+        launcher.communicate(timeout=60)
+    finally:
+        launcher.kill()
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    step = next(event["step"] for event in events if event["event"] == "stop")
+    assert f"ziggurat: status 75, saved up to step {step}: starting again\n" in said
+
+
+def test_a_second_signal_ends_at_once(tmp_path: Path):
+    run = command("pretrain", f"--config={write_config(tmp_path)}", "--config.train.num_steps=1000000",
+                  stderr=subprocess.PIPE)  # fmt: skip
+    try:
+        assert run.stderr is not None
+        assert any(" loss " in line for line in itertools.islice(run.stderr, 100))
+        run.send_signal(signal.SIGSTOP)
+        # Both come while it does nothing, so that it cannot have stopped by itself between them.
+        run.send_signal(signal.SIGINT)
+        run.send_signal(signal.SIGTERM)
+        run.send_signal(signal.SIGCONT)
+        assert run.wait(30) == 75
+        assert "ended at once" in run.stderr.read()
+    finally:
+        run.kill()
+
+
+def test_a_run_whose_data_stalls_shows_its_threads_and_ends(tmp_path: Path):
+    code = f"""
+import sys, time, train.loop
+from launch.cli import main
+
+class Loader(train.loop.Loader):
+    def __next__(self):
+        time.sleep(600)
+
+train.loop.Loader = Loader
+sys.exit(main(["pretrain", "--config={write_config(tmp_path)}", "--config.train.watchdog_seconds=2"]))
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1
+    assert "Timeout (0:00:02)!" in run.stderr
+    assert "in __next__" in run.stderr
+    assert run.stderr.count("Thread 0x") > 2
+
+
+def supervised(statuses: list[int], folder: Path, restarts: int = 3) -> tuple[int, list[float], int]:
+    """(status, pauses, starts) where starts end so; one of 75 or more has saved a step more before."""
+    left, pauses = list(statuses), []
+
+    def start() -> Ended:
+        status = left.pop(0)
+        if status >= 75:
+            (folder / "checkpoints" / str(len(statuses) - len(left))).mkdir(parents=True)
+        return Ended(status, False)
+
+    status = supervise(start, folder, restarts, pauses.append)
+    return status, pauses, len(statuses) - len(left)
+
+
+def test_a_run_is_started_again_by_its_exit_status(tmp_path: Path):
+    assert supervised([0, 1], tmp_path) == (0, [], 1)
+    assert supervised([2, 0], tmp_path) == (2, [], 1)
+    assert supervised([75, 75, 0], tmp_path / "stopped") == (0, [0, 0], 3)
+    # Each fault in a row waits longer; what has saved anything counts anew.
+    assert supervised([1, 1, 137, 1, 0], tmp_path / "faults") == (0, [2, 4, 1, 2], 5)
+    assert supervised([1] * 9, tmp_path / "vain") == (1, [2, 4, 8], 4)
+    assert supervised([1, 0], tmp_path / "once", restarts=0) == (1, [], 1)
+    asked = supervise(lambda: Ended(75, True), tmp_path, 3, lambda _: pytest.fail("it was asked to end"))
+    assert asked == 75
 
 
 def test_bad_flags_are_named_together():
@@ -163,5 +265,5 @@ def test_bad_flags_are_named_together():
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     with pytest.raises(InputError) as caught:
-        run(parser.parse_args(["--processes=0", "--devices=-1"]))
-    assert len(str(caught.value).splitlines()) == 3
+        run(parser.parse_args(["--processes=0", "--devices=-1", "--restarts=-1"]))
+    assert len(str(caught.value).splitlines()) == 4

@@ -50,7 +50,7 @@ def without_times(records: list[dict]) -> list[dict]:
 
 def test_a_run_leaves_its_config_tokenizer_checkpoints_metrics_and_weights(finished: Path):
     names = {path.name for path in finished.iterdir()}
-    logs = {"metrics.jsonl", "positions.jsonl"}
+    logs = {"metrics.jsonl", "positions.jsonl", "events.jsonl"}
     assert names == {"config.json", "tokenizer", "checkpoints", "held_out.jsonl", "export"} | logs
     assert {path.name for path in (finished / "checkpoints").iterdir()} == {"8", "12"}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
@@ -114,7 +114,8 @@ def test_killed_at_random_and_inside_saves_it_ends_with_the_same_bits(tmp_path: 
         assert process.returncode in (-signal.SIGKILL, 0)
         done_steps = metrics(folder)[-1]["step"] if (folder / "metrics.jsonl").exists() else 0
         complete = [int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit()]
-        assert done_steps - max(complete, default=0) <= 3
+        # A save is written while the next steps go on, and the next save waits for it.
+        assert done_steps - max(complete, default=0) < 2 * 3
     done = ziggurat("pretrain", f"--config={killed}", *shared)
     assert done.returncode == 0, done.stderr
     assert "goes on from step" in done.stderr

@@ -36,6 +36,7 @@ def save(folder: Path, *states, keep: int = 5) -> None:
     checkpoints = Checkpoints(folder, CheckpointConfig(keep=keep))
     for state in states:
         checkpoints.save(state, {"positions": [[1, 2, 3, 4]], "of": int(state["step"])})
+        checkpoints.wait()
     checkpoints.close()
 
 

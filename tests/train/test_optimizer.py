@@ -248,6 +248,7 @@ def test_a_checkpoint_keeps_every_bit_of_each_state(name: str, tmp_path):
         state, _ = learn(config, 2, {"data": 2, "fsdp": 2, "tensor": 2})
         checkpoints = Checkpoints(tmp_path, CheckpointConfig())
         checkpoints.save(state, {})
+        checkpoints.wait()
         saved = jax.device_get(state)
     with jax.set_mesh(mesh_of(fsdp=4, tensor=2)):
         restored, _ = checkpoints.restore(abstract_state(config, make_optimizer(config)))

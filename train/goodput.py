@@ -1,0 +1,63 @@
+"""Goodput: the share of a run's time that went into steps that count, and where the rest went.
+
+Each start keeps an account of its own; saves put it into the audit log, so that what a fault takes away is known, too.
+(The measure is that of Google Cloud's ML Goodput, 2024.)
+"""
+
+import datetime
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+# What a start does, in the order in which it is shown.
+KINDS = ("steps", "data", "evaluation", "checkpoint", "compile", "init")
+# What nobody does: steps done once more after a fault, and the time when nothing ran.
+LOST, DOWN = "lost", "down"
+
+
+class Account:
+    """Seconds of this start by KINDS. It begins with `init`."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock, self._kind, self._since = clock, "init", clock()
+        self._seconds = dict.fromkeys(KINDS, 0.0)
+
+    def turn_to(self, kind: str) -> None:
+        """From now on it does this."""
+        now = self._clock()
+        self._seconds[self._kind] += now - self._since
+        self._kind, self._since = kind, now
+
+    def seconds(self) -> dict[str, float]:
+        """So far."""
+        self.turn_to(self._kind)
+        return {kind: round(self._seconds[kind], 3) for kind in KINDS}
+
+
+def goodput(events: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Seconds of a whole run, from its first start to its last word, by KINDS, `lost` and `down`.
+
+    Args:
+        events: of its audit log. What came after the last save before a fault or a crash is lost.
+    """
+    found = dict.fromkeys((*KINDS, LOST, DOWN), 0.0)
+    account: dict[str, float] = {}
+    ended = kept = None
+
+    def add(seconds: dict[str, float]) -> None:
+        for kind, value in seconds.items():
+            found[kind] += value
+
+    for event in events:
+        at = datetime.datetime.fromisoformat(event["time"]).timestamp()
+        if event["event"] in ("crash", "fault") and kept is not None:
+            ended = max(event.get("alive_until", at), kept)
+            found[LOST] += ended - kept
+        if event["event"] == "start":
+            add(account)
+            if ended is not None:
+                found[DOWN] += max(at - sum(event["seconds"].values()) - ended, 0.0)
+        if event["event"] in ("start", "save", "stop", "end"):
+            account, kept, ended = event["seconds"], at, at
+    add(account)
+    return found

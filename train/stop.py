@@ -1,0 +1,95 @@
+"""Ending early, and well: a signal asks, all processes agree, the run saves and says so.
+
+The status of a process that was asked to end is 75 (sysexits' EX_TEMPFAIL): start it again at once.
+"""
+
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+PREEMPTED = 75
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(Exception):
+    """The run has ended before its last step because it was asked to; what it has done is saved.
+
+    Attributes:
+        step: the last that is done.
+    """
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped after step {step}")
+        self.step = step
+
+
+class StopSignals:
+    """SIGTERM and SIGINT while this is entered: the first is noted where someone will look, the next ends the process.
+
+    A thread of its own hears them, so that they count while the main thread waits for devices or other processes.
+
+    Attributes:
+        asked: whether a signal has come.
+        noted: whether the first is only noted. Before training begins there is nothing to save, so it ends at once.
+    """
+
+    def __init__(self, say: Callable[[str], None] = lambda _: None):
+        self.asked = self.noted = False
+        self._say = say
+
+    def __enter__(self) -> "StopSignals":
+        self._heard, self._told = socket.socketpair()
+        self._told.setblocking(False)
+        self._before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self._wakeup = signal.set_wakeup_fd(self._told.fileno(), warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._told.close()
+        self._thread.join()
+        self._heard.close()
+
+    def _listen(self) -> None:
+        while received := self._heard.recv(1):
+            if received[0] not in SIGNALS:
+                continue
+            name = signal.Signals(received[0]).name
+            if self.asked or not self.noted:
+                print(f"ziggurat: {name}: ended at once; the same command goes on", file=sys.stderr, flush=True)
+                os._exit(PREEMPTED)
+            self.asked = True
+            self._say(f"{name}: stopping after this step; once more ends it at once")
+
+
+class Agreement:
+    """What each process has to say of a step, known to all of them: they decide the same, at the same step.
+
+    Sending is one small program beside the step's own; it waits for nothing.
+    """
+
+    def __init__(self) -> None:
+        of_process = {device.process_index: device for device in reversed(jax.devices())}
+        self._mesh = Mesh(np.array([of_process[i] for i in sorted(of_process)]), "process")
+        everywhere = NamedSharding(self._mesh, PartitionSpec())
+        self._share = jax.jit(lambda x: x, out_shardings=everywhere)
+
+    def send(self, numbers: Sequence[float]) -> Any:
+        """Numbers of this process → those of all, float32 [processes, numbers], on their way."""
+        own = jax.device_put(np.array([numbers], np.float32), self._mesh.local_devices[0])
+        shape, sharding = (self._mesh.size, len(numbers)), NamedSharding(self._mesh, PartitionSpec("process"))
+        with jax.set_mesh(self._mesh):
+            return self._share(jax.make_array_from_single_device_arrays(shape, sharding, [own]))
