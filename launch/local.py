@@ -105,7 +105,7 @@ def supervise(
         if ended.asked or ended.status in (DONE, USERS_ERROR):
             return ended.status
         before, reached = reached, last_saved(folder)
-        in_vain = 0 if reached > before else in_vain + 1
+        in_vain = 0 if reached > before else in_vain + (ended.status != PREEMPTED)
         if in_vain > restarts:
             say(f"status {ended.status}, and nothing new saved in {in_vain} starts: given up")
             return ended.status
@@ -164,8 +164,10 @@ def launch(command: Sequence[str], environments: Sequence[Mapping[str, str]]) ->
             failed = [process.returncode for process in processes if process.returncode]
             if failed and not status:
                 status = failed[0]
-                deadline = min(deadline, time.monotonic() + GRACE)
-                if not asked:
+                # What has stopped by itself has told the others to: they are about to end, too.
+                stops = status == PREEMPTED
+                deadline = min(deadline, time.monotonic() + (PATIENCE if stops else GRACE))
+                if not asked and not stops:
                     signal_all(processes, signal.SIGTERM)
             if time.monotonic() > deadline:
                 signal_all(processes, signal.SIGKILL)

@@ -43,9 +43,6 @@ class Events:
         self.account = Account()
         self._path, self._hook = path, hook
         self._hooks: list[subprocess.Popen] = []
-        if path and path.exists() and path.read_bytes()[-1:] != b"\n":
-            with path.open("a") as file:
-                file.write("\n")  # A kill has torn the last line.
 
     def write(self, event: str, **fields: Any) -> None:
         """One event, with the time in UTC."""
@@ -56,8 +53,10 @@ class Events:
             return
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         line = json.dumps({"time": now} | fields)
-        with self._path.open("a") as file:
-            file.write(line + "\n")
+        with self._path.open("a+b") as file:
+            file.seek(max(file.tell() - 1, 0))
+            torn = file.read(1) not in (b"", b"\n")  # by a kill
+            file.write(("\n" * torn + line + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
         if self._hook:

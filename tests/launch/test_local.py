@@ -58,6 +58,13 @@ def test_the_first_failure_is_the_status_and_ends_the_others():
     assert time.monotonic() - began < 30
 
 
+def test_one_that_stopped_leaves_the_others_time_to_save(capfd):
+    told = "signal.signal(signal.SIGTERM, lambda *_: print('told', flush=True))"
+    code = f"{told}; time.sleep(0.5 + int(i)); print('saved', flush=True); os._exit(75)"
+    assert launch(python(code), environments(2)) == (75, False)
+    assert sorted(capfd.readouterr().out.splitlines()) == ["[0] saved", "[1] saved"]
+
+
 LAUNCHER = """
 import os, sys
 from launch.local import launch
@@ -253,6 +260,9 @@ def test_a_run_is_started_again_by_its_exit_status(tmp_path: Path):
     assert supervised([75, 75, 0], tmp_path / "stopped") == (0, [0, 0], 3)
     # Each fault in a row waits longer; what has saved anything counts anew.
     assert supervised([1, 1, 137, 1, 0], tmp_path / "faults") == (0, [2, 4, 1, 2], 5)
+    # To be stopped is no fault, however often.
+    stopped_early = iter([75] * 9 + [0])
+    assert supervise(lambda: Ended(next(stopped_early), False), tmp_path / "early", 3, lambda _: None) == 0
     assert supervised([1] * 9, tmp_path / "vain") == (1, [2, 4, 8], 4)
     assert supervised([1, 0], tmp_path / "once", restarts=0) == (1, [], 1)
     asked = supervise(lambda: Ended(75, True), tmp_path, 3, lambda _: pytest.fail("it was asked to end"))
