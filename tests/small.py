@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -24,12 +25,17 @@ def small_model(**changes: Any) -> ModelConfig:
 
 def small_weights(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
     """Initial weights, with norms and biases that are not all the same."""
-    return nested(_weights(config, seed))
+    # New arrays each time: a step takes the memory of those that it is given.
+    return nested({name: jnp.array(value) for name, value in _weights(config, seed).items()})
 
 
 @functools.cache
+def _weights(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
+    return jax.device_get(_made(config, seed))
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _weights(config: ModelConfig, seed: int) -> dict[str, Any]:
+def _made(config: ModelConfig, seed: int) -> dict[str, jax.Array]:
     weights = flattened(initial_weights(config, seed))
     constant = [name for name, parameter in parameter_table(config).items() if parameter.role in CONSTANT]
     for name, key in zip(constant, jax.random.split(jax.random.key(seed), len(constant)), strict=True):
