@@ -1,4 +1,4 @@
-"""The one exception that means "what the user gave is wrong"."""
+"""The exceptions whose text is all that a person needs."""
 
 
 class InputError(ValueError):
@@ -7,6 +7,10 @@ class InputError(ValueError):
     The command line prints the text alone, without a traceback, and exits with status 2. Several problems found
     at once are joined by newlines, one a line.
     """
+
+
+class Fault(Exception):
+    """What is wrong with neither the input nor this program, and a new start may find mended: exit status 1."""
 
 
 class BadText(ValueError):

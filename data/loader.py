@@ -3,7 +3,8 @@
 import itertools
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,8 @@ from jax.experimental import multihost_utils
 
 from data.config import DataConfig
 from data.mixture import NUMBERS, Mixture, first_positions, open_streams
-from data.segmenter import Row, fill
+from data.provenance import describe_row
+from data.segmenter import Part, Row, fill
 from data.tokenizer import Tokenizer
 from data.workers import Workers
 
@@ -30,11 +32,14 @@ class Loaded(NamedTuple):
             `gather_positions`.
         left: int64 [K]: of the streams that this process reads, those in which the batch after this one still has
             something of the corpus; of a corpus without end all of them. See `is_over`.
+        skipped: the rows of this process's streams that were left out before it, as `describe_row` says, with "batch",
+            the number of theirs.
     """
 
     batch: Batch
     positions: np.ndarray
     left: np.ndarray
+    skipped: list[dict[str, Any]]
 
 
 class Loader:
@@ -49,6 +54,7 @@ class Loader:
         sharding: of the batch's arrays.
         positions: of all streams, [V, K, `NUMBERS`]; none: the beginning.
         step: number (from 0) of the first batch's step, which weights may follow.
+        skips: step → how many batches of its size are read and left out before its own.
     """
 
     def __init__(
@@ -61,8 +67,10 @@ class Loader:
         sharding: jax.sharding.Sharding,
         positions: np.ndarray | None = None,
         step: int = 0,
+        skips: Mapping[int, int] = MappingProxyType({}),
     ):
         assert config.num_streams is not None
+        self._tokenizer, self._skips = tokenizer, skips
         self._mixture, self._config, self._sharding = mixture, config, sharding
         self._sizes = enumerate(batch_sizes, start=step)
         self._workers = Workers(tokenizer.folder, config.num_workers) if config.num_workers else None
@@ -126,7 +134,7 @@ class Loader:
         return (loaded._replace(left=following.left) for loaded, following in itertools.pairwise(batches))
 
     def _make(self, step: int, size: int) -> Loaded:
-        rows, positions, left = self._read(step, size)
+        rows, positions, left, skipped = self._read(step, size)
         shape = (size, self._config.segment_length)
 
         def array(name: str) -> jax.Array:
@@ -136,23 +144,32 @@ class Loader:
 
             return jax.make_array_from_callback(shape, self._sharding, shard)
 
-        return Loaded({name: array(name) for name in next(iter(rows.values()))}, positions, left)
+        return Loaded({name: array(name) for name in next(iter(rows.values()))}, positions, left, skipped)
 
-    def _read(self, step: int, size: int) -> tuple[dict[int, Row], np.ndarray, np.ndarray]:
-        """The rows of this process's streams by their numbers in the batch, and `Loaded`'s positions and left."""
+    def _read(self, step: int, size: int) -> tuple[dict[int, Row], np.ndarray, np.ndarray, list[dict[str, Any]]]:
+        """The rows of this process's streams by their numbers in the batch, and the rest of `Loaded`."""
+        skipped = [
+            {"batch": batch} | describe_row(self._mixture, self._tokenizer, b, k, parts)
+            for batch in range(self._skips.get(step, 0))
+            for b, (k, parts) in self._take(step, size)[0].items()
+        ]
+        taken, positions, left = self._take(step, size)
+        return {b: fill(parts, self._config) for b, (_, parts) in taken.items()}, positions, left, skipped
+
+    def _take(self, step: int, size: int) -> tuple[dict[int, tuple[int, list[Part]]], np.ndarray, np.ndarray]:
+        """Corpus and parts of the rows, positions and left."""
         K, each = len(self._mixture.sources), size // self._num_streams
-        rows: dict[int, Row] = {}
+        taken: dict[int, tuple[int, list[Part]]] = {}
         positions = np.full((self._num_streams, K, NUMBERS), UNREAD, np.int64)
         left = np.zeros(K, np.int64)
         for v, stream in self._streams.items():
             gave = np.zeros(K, bool)
             for b in range(v * each, (v + 1) * each):
-                k, parts = stream.take(step)
-                rows[b] = fill(parts, self._config)
+                taken[b] = k, parts = stream.take(step)
                 gave[k] |= bool(parts)
             positions[v] = stream.positions
             left += np.logical_not(stream.ended) | gave
-        return rows, positions, left
+        return taken, positions, left
 
 
 def gather_positions(positions: np.ndarray) -> np.ndarray:

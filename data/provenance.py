@@ -1,6 +1,6 @@
 """Where a batch is from: the documents of each row, by file, place and characters."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ SPLITS = ((".jsonl", ""), (".txt", ""))
 
 
 def rows_of_step(
-    streams: dict[int, MixedStream], batch_sizes: Sequence[int], step: int
+    streams: dict[int, MixedStream], batch_sizes: Sequence[int], step: int, skips: Mapping[int, int]
 ) -> Iterator[tuple[int, int, list[Part]]]:
     """Of each row of the last of some batches, its number, its corpus and its parts.
 
@@ -27,9 +27,13 @@ def rows_of_step(
         streams: all V, at the beginning of the first batch.
         batch_sizes: B of each batch up to the wanted one.
         step: number (from 0) of the wanted batch's step.
+        skips: step → how many batches were left out before its own.
     """
     for s, size in enumerate(batch_sizes, start=step + 1 - len(batch_sizes)):
         each = size // len(streams)
+        for stream in streams.values():
+            for _ in range(each * skips.get(s, 0)):
+                stream.take(s)
         for v, stream in streams.items():
             for b in range(v * each, (v + 1) * each):
                 k, parts = stream.take(s)

@@ -7,7 +7,7 @@ import time
 import traceback
 from typing import NoReturn
 
-from data.errors import InputError
+from data.errors import Fault, InputError
 
 # What is wrong with a path, not with this program.
 PATH_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
@@ -23,6 +23,9 @@ def report(error: BaseException) -> int:
     if isinstance(error, OSError) and error.errno in PATH_ERRORS and error.filename is not None:
         print(f"ziggurat: {error.filename}: {error.strerror}; name another path", file=sys.stderr)
         return 2
+    if isinstance(error, Fault):
+        print(f"ziggurat: {error}", file=sys.stderr)
+        return 1
     if isinstance(error, ConnectionError):
         print(f"ziggurat: {error}; start again once it can be reached", file=sys.stderr)
         return 1

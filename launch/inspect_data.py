@@ -36,6 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the batch or the summary."""
     from data.provenance import describe_row, rows_of_step, summarize
     from train.prepare import streams_before
+    from train.recovery import read_ledger, skipped_batches
     from train.schedule import batch_size
 
     if (arguments.run is None) == (arguments.config is None):
@@ -55,9 +56,10 @@ def run(arguments: argparse.Namespace) -> int:
             raise InputError(f"--row={arguments.row}: the batch has rows 0 to {batch_size(config, step) - 1}")
         begin, streams = streams_before(step, config, run, mixture, tokenizer)
         sizes = [batch_size(config, s) for s in range(begin, step + 1)]
+        skips = skipped_batches(config.recovery, read_ledger(run.recovery))
         rows = [
             describe_row(mixture, tokenizer, b, k, parts)
-            for b, k, parts in rows_of_step(streams, sizes, step)
+            for b, k, parts in rows_of_step(streams, sizes, step, skips)
             if arguments.row in (None, b)
         ]
         if arguments.config:

@@ -115,6 +115,36 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class RecoveryConfig:
+    """What a step does whose figures stand out: it is tried again once, then its rows are left out."""
+
+    spike_deviations: float = field(
+        default=10.0,
+        metadata={
+            "help": "a loss so many robust standard deviations above the last ones' median stands out; 0: none does",
+            "resume": "free",
+        },
+    )
+    spike_window: int = field(
+        default=128, metadata={"help": "steps whose losses a loss is compared with, from 32", "resume": "free"}
+    )
+    skip_batches: int = field(
+        default=1,
+        metadata={"help": "batches that are left out at a time, the one that stands out last", "resume": "free"},
+    )
+    max_skipped_batches: int = field(
+        default=10, metadata={"help": "batches left out before the run ends for a person to look", "resume": "free"}
+    )
+    skips: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": 'batches to leave out besides, by the step before which they would be read, as in {"120": 1}',
+            "resume": "warn",
+        },
+    )
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """Evaluation on held-out documents, and the sample that comes with it."""
 
@@ -140,6 +170,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def resolved(self, vocab_size: int | None = None) -> "Config":
@@ -257,6 +288,12 @@ def config_problems(config: Config) -> list[str]:
     if not 0 <= c.train.ema_decay < 1:
         found.append(f"train.ema_decay is {c.train.ema_decay}; it must be in [0, 1)")
     at_least("checkpoint", 1, "every_steps", "keep")
+    at_least("recovery", 0, "spike_deviations", "max_skipped_batches")
+    at_least("recovery", 32, "spike_window")
+    at_least("recovery", 1, "skip_batches")
+    for step, batches in c.recovery.skips.items():
+        if not (str(step).isdigit() and int(step) and isinstance(batches, int) and batches > 0):
+            found.append(f'recovery.skips: {step!r}: {batches!r} is no step and number of batches, as in {{"120": 1}}')
     at_least("evaluation", 1, "every_steps")
     # The longest character.
     at_least("evaluation", 4, "max_bytes", "loop_bytes")

@@ -11,7 +11,7 @@ from typing import Any
 
 # What a start does, in the order in which it is shown.
 KINDS = ("steps", "data", "evaluation", "checkpoint", "compile", "init")
-# What nobody does: steps done once more after a fault, and the time when nothing ran.
+# What nobody does: steps that a fault or a rollback has taken away, and the time when nothing ran.
 LOST, DOWN = "lost", "down"
 
 
@@ -20,7 +20,8 @@ class Account:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock, self._kind, self._since = clock, "init", clock()
-        self._seconds = dict.fromkeys(KINDS, 0.0)
+        self._seconds = dict.fromkeys((*KINDS, LOST), 0.0)
+        self._kept = 0.0
 
     def turn_to(self, kind: str) -> None:
         """From now on it does this."""
@@ -28,10 +29,21 @@ class Account:
         self._seconds[self._kind] += now - self._since
         self._kind, self._since = kind, now
 
-    def seconds(self) -> dict[str, float]:
-        """So far."""
+    def keep(self) -> None:
+        """The steps so far are saved."""
         self.turn_to(self._kind)
-        return {kind: round(self._seconds[kind], 3) for kind in KINDS}
+        self._kept = self._seconds["steps"]
+
+    def lose(self) -> None:
+        """The steps since the last save are undone."""
+        self.turn_to(self._kind)
+        self._seconds[LOST] += self._seconds["steps"] - self._kept
+        self._seconds["steps"] = self._kept
+
+    def seconds(self) -> dict[str, float]:
+        """So far, `lost` among them."""
+        self.turn_to(self._kind)
+        return {kind: round(seconds, 3) for kind, seconds in self._seconds.items()}
 
 
 def goodput(events: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The training run, told from top to bottom: prepare, restore, train, end."""
+"""The training run, told from top to bottom: prepare, restore, train, heal, end."""
 
 import collections
 import dataclasses
@@ -7,13 +7,13 @@ import itertools
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from data.loader import Loader, gather_positions, is_over
+from data.loader import Loaded, Loader, gather_positions, is_over
 from data.mixture import first_positions
 from model.generate import generate
 from train.checkpoint import Checkpoints
@@ -21,11 +21,13 @@ from train.config import Config
 from train.evaluate import evaluate, evaluation_metrics, make_evaluation_step
 from train.events import Events, start_fields
 from train.lease import Lease
-from train.mesh import GENERATION, batch_sharding, make_mesh, once, training_layout
+from train.mesh import GENERATION, batch_sharding, gathered, make_mesh, once, training_layout
 from train.metrics import Display, Rate, StepLog, flops_per_token, peak_flops
 from train.optimizer import make_optimizer
 from train.prepare import Prepared, data_fingerprint, go_on, prepare, some_of
 from train.profiling import Profiler
+from train.recovery import SKIP, Anomaly, Judge, Ledger
+from train.replicas import check_replicas
 from train.report import opening
 from train.run import Run
 from train.schedule import batch_size
@@ -44,7 +46,7 @@ def pretrain(config: Config) -> Run:
     All processes call it together.
 
     Raises:
-        InputError: whatever the user got wrong, before any device time is spent.
+        InputError: whatever the user got wrong, before any device time is spent; or too many rows stood out.
         Stopped: a signal has asked it to end before; what it has done is saved.
     """
     run = Run(Path(config.train.run_dir).expanduser())
@@ -64,27 +66,19 @@ def pretrain(config: Config) -> Run:
         config = prepared.config
         stack.enter_context(jax.set_mesh(mesh))
         stack.callback(events.close)
+        stack.callback(faulthandler.cancel_dump_traceback_later)
         events.note_crash(lease.last_beat)
-
-        # ── Fresh weights, or the newest checkpoint ────────────────────────────────────────────────────────────────
-        optimizer = make_optimizer(config)
         checkpoints = Checkpoints(run.checkpoints, config.checkpoint)
         stack.callback(checkpoints.close)
-        if restored := checkpoints.restore(abstract_state(config, optimizer)):
-            state, progress = restored
-            prepared, positions = go_on(progress, prepared, run)
-            # With other data there is more to read.
-            over = progress["is_over"] and progress["identity"] == prepared.identity
-        else:
-            assert config.data.num_streams is not None
-            positions, over = first_positions(prepared.mixture, config.data.num_streams), False
-            state = make_state(config, optimizer)
+
+        training = Training(prepared, run, display, checkpoints, signals, events)
         once(lambda: run.save_config(config))
-        begin = int(state["step"])
-        if begin < config.train.num_steps and not over:
-            events.write("start", step=begin, **start_fields(config, data_fingerprint(prepared.identity)))
+        begin = training.step
+        if begin < config.train.num_steps and not training.is_over:
+            fields = start_fields(config, data_fingerprint(prepared.identity))
+            events.write("start", step=begin, **fields)
             try:
-                state = train(prepared, run, display, checkpoints, state, positions, signals, events)
+                training.to_the_end()
             except Stopped:
                 raise
             except BaseException as error:
@@ -94,11 +88,10 @@ def pretrain(config: Config) -> Run:
                 # What is being written is good, whatever has happened since.
                 events.account.turn_to("checkpoint")
                 checkpoints.wait()
-        step = int(state["step"])
+        step = training.step
 
-        # ── The end ────────────────────────────────────────────────────────────────────────────────────────────────
         if exports and (begin < step or exported_step(run.export) != step):
-            whole = multihost_utils.process_allgather(evaluated_weights(state), tiled=True)
+            whole = multihost_utils.process_allgather(evaluated_weights(training.state), tiled=True)
             context = config.data.segment_length
             once(lambda: write_huggingface(run.export, config.model, whole, prepared.tokenizer, context, step))
         if begin < step:
@@ -106,143 +99,267 @@ def pretrain(config: Config) -> Run:
     return run
 
 
-def train(
-    prepared: Prepared,
-    run: Run,
-    display: Display,
-    checkpoints: Checkpoints,
-    state: dict[str, Any],
-    positions: np.ndarray,
-    signals: StopSignals,
-    events: Events,
-) -> dict[str, Any]:
-    """The loop: from `state` and the data at `positions` to the state after the last step.
+class Underway(NamedTuple):
+    """A step that the devices have been given: its metrics, and what each process has said of it, on their way."""
 
-    Raises:
-        Stopped: a process of the run has had a signal; the state is being saved.
+    step: int
+    metrics: Any
+    said: Any
+
+
+class Training:
+    """One start of a run.
+
+    Attributes:
+        state: of the training, after `step` steps.
+        step: how many are done.
+        is_over: whether there is nothing left to read.
     """
-    config, tokenizer = prepared.config, prepared.tokenizer
-    optimizer, step, last_step = make_optimizer(config), int(state["step"]), config.train.num_steps
-    programs, evaluation_step = Programs(config, optimizer), make_evaluation_step(config)
-    data = data_fingerprint(prepared.identity)
-    some_held_out = some_of(prepared.held_out, config.evaluation.loop_bytes)
-    flops = flops_per_token(config.model, config.data.segment_length)
-    peak, source = peak_flops(config.model.compute_dtype)
-    for line in opening(prepared, step, source):
-        display.say(line)
-    agreement, stops = Agreement(), False
 
-    with ExitStack() as stack:
-        sharding = batch_sharding(jax.sharding.get_mesh(), training_layout(config.mesh))
-        loader = stack.enter_context(
-            Loader(
-                prepared.mixture,
-                tokenizer,
-                config.data,
-                config.train.seed,
-                (batch_size(config, s) for s in itertools.count(step)),
-                sharding,
-                positions,
-                step,
-            )
-        )
-        logs = None
-        if jax.process_index() == 0:
-            board = run.folder / "tensorboard" if config.train.tensorboard else None
-            # The data may go on elsewhere than before, so the step that it goes on from is logged anew.
-            logs = StepLog(run.metrics, step, board), StepLog(run.positions, step - 1)
-            for log in logs:
-                stack.callback(log.close)
-            logs[1].write({"step": step, "data": data, "positions": positions.tolist()})
-        profiler = Profiler(run.profile, config.train.profile_steps, step)
-        stack.callback(profiler.stop)
-        rate, rows_left = Rate(), sum(batch_size(config, s) for s in range(step, last_step))
-        rate.start()
-        # Steps that the devices have been given and that nothing has been said of: never more than two, so that the
-        # devices always have work while the host writes down what they did before.
-        underway: collections.deque[tuple[int, Any, float, Any]] = collections.deque()
+    def __init__(
+        self,
+        prepared: Prepared,
+        run: Run,
+        display: Display,
+        checkpoints: Checkpoints,
+        signals: StopSignals,
+        events: Events,
+    ):
+        self.config, self.prepared, self.run = prepared.config, prepared, run
+        self.display, self.checkpoints, self.signals, self.events = display, checkpoints, signals, events
+        self.optimizer = make_optimizer(self.config)
+        self.programs = Programs(self.config, self.optimizer)
+        self.evaluation_step = make_evaluation_step(self.config)
+        self.some_held_out = some_of(prepared.held_out, self.config.evaluation.loop_bytes)
+        self.agreement, self.rate = Agreement(), Rate()
+        self.ledger = Ledger(run.recovery, self.config.recovery)
+        self.restore()
 
-        signals.noted = True
-        stack.callback(faulthandler.cancel_dump_traceback_later)
-        while step < last_step and not stops:
-            still_alive(config)
-            asked = time.perf_counter()
-            events.account.turn_to("data")
-            batch, positions, left = next(loader)
-            events.account.turn_to("steps")
-            waited = time.perf_counter() - asked
-            step += 1
-            if is_over(left, prepared.mixture):
-                last_step = step
-            if not programs.has(step):
-                # Nothing is underway, so that no step's time has this in it.
-                events.account.turn_to("compile")
-                programs.compiled(step, state, batch)
-                events.account.turn_to("steps")
-                rate.start()
-            if step == profiler.first:
-                profiler.start(programs.compiled(step, state, batch), state)
-            with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                state, metrics = programs(step, state, batch)
-            underway.append((step, metrics, waited, agreement.send([signals.asked])))
+    def restore(self) -> None:
+        """Fresh weights at the beginning of the data, or the newest checkpoint."""
+        if restored := self.checkpoints.restore(abstract_state(self.config, self.optimizer)):
+            self.state, progress = restored
+            identity = self.prepared.identity
+            self.prepared, self.positions = go_on(progress, self.prepared, self.run)
+            # With other data there is more to read, and its losses are others.
+            same = progress["identity"] == identity
+            self.is_over, losses = progress["is_over"] and same, progress.get("losses", []) if same else []
+        else:
+            assert self.config.data.num_streams is not None
+            self.positions = first_positions(self.prepared.mixture, self.config.data.num_streams)
+            self.state, self.is_over, losses = make_state(self.config, self.optimizer), False, []
+        self.step, self.judge = int(self.state["step"]), Judge(self.config.recovery, losses)
 
-            saves = step == last_step or step % config.checkpoint.every_steps == 0
-            # The first evaluation comes after the first step: what is wrong with it should show at once.
-            evaluates = bool(some_held_out) and (step in (1, last_step) or step % config.evaluation.every_steps == 0)
-            pauses = saves or evaluates or step == profiler.last or not programs.has(step + 1)
-            while len(underway) > (0 if pauses or stops else 1):
-                of_step, metrics, waited, asked_of = underway.popleft()
-                stops = stops or (bool(np.asarray(asked_of).any()) and step < last_step)
-                record: dict[str, Any] = jax.tree.map(lambda x: x.tolist(), jax.device_get(metrics))
-                rate.finished(record["loss_weight"])
-                rows = batch_size(config, of_step - 1)
-                rows_left -= rows
-                record = {"step": of_step} | record | {
-                    "utilization": record["loss_weight"] / (rows * config.data.segment_length),
-                    "tokens_per_second": rate.tokens_per_second, "data_wait_seconds": waited,
-                }  # fmt: skip
-                seconds_left = rate.seconds(rows_left * config.data.segment_length)
-                display.step(record, rate.tokens_per_second * flops / peak, seconds_left)
-                if "watch" in record:
-                    display.say(f"step {of_step}  {compact(record['watch'])}")
-                if step == profiler.last and not underway:
-                    profiler.stop(display.say)
-                    rate.start()
-                if evaluates and not underway and not stops:
-                    still_alive(config)
-                    events.account.turn_to("evaluation")
-                    texts = prepared.held_out if step == last_step else some_held_out
-                    weights = evaluated_weights(state)
-                    results = evaluate(evaluation_step, weights, texts, tokenizer, config)
-                    record |= evaluation_metrics(results) | {"sample": sample_text(prepared, weights)}
-                    display.evaluation(record)
-                    events.account.turn_to("steps")
-                    rate.start()
-                if logs:
-                    logs[0].write(record)
-            if saves or stops or step % config.data.positions_every_steps == 0:
-                where = gather_positions(positions).tolist()
-                if logs:
-                    logs[1].write({"step": step, "data": data, "positions": where})
-            if saves or stops:
-                progress = {"positions": where, "identity": prepared.identity}
+    def to_the_end(self) -> None:
+        """Train, going back where a step stands out. Raises as `train` does, but for Anomaly."""
+        peak, source = peak_flops(self.config.model.compute_dtype)
+        self.peak_share = flops_per_token(self.config.model, self.config.data.segment_length) / peak
+        for line in opening(self.prepared, self.step, source):
+            self.display.say(line)
+        healed = False
+        while not healed:
+            try:
+                self.train()
+                healed = True
+            except Anomaly as anomaly:
+                found = anomaly
+            if not healed:
+                self.heal(found)
+        if self.prepared.mixture.skipped:
+            self.display.say(f"{self.prepared.mixture.skipped} documents could not be read and were left out")
+
+    def heal(self, anomaly: Anomaly) -> None:
+        """Back to the last save, to try its steps again or to leave rows out. InputError where too many would be."""
+        still_alive(self.config)
+        self.events.account.turn_to("checkpoint")
+        self.events.account.lose()
+        self.state = {}  # Its memory is needed.
+        self.checkpoints.wait()
+        self.restore()
+        action = self.ledger.decide(anomaly, self.step)
+        self.events.write("rollback", step=anomaly.step, to=self.step, problem=anomaly.problem, action=action)
+        what = "its rows are left out" if action == SKIP else "they are tried again"
+        self.display.say(f"{anomaly}; back to step {self.step}: {what}")
+
+    def train(self) -> None:
+        """The loop: from `state` and the data at `positions` to the state after the last step.
+
+        Raises:
+            Stopped: a process of the run has had a signal; the state is saved.
+            Anomaly: a step stands out; `state` and `positions` are of no use.
+        """
+        config, events, programs = self.config, self.events, self.programs
+        last_step, stops = config.train.num_steps, False
+        with ExitStack() as stack:
+            loader = stack.enter_context(self.loader())
+            self.logs: tuple[StepLog, StepLog] | None = None
+            if jax.process_index() == 0:
+                board = self.run.folder / "tensorboard" if config.train.tensorboard else None
+                # The data may go on elsewhere than before, so the step that it goes on from is logged anew.
+                self.logs = StepLog(self.run.metrics, self.step, board), StepLog(self.run.positions, self.step - 1)
+                for log in self.logs:
+                    stack.callback(log.close)
+            self.log_positions(self.positions.tolist())
+            profiler = Profiler(self.run.profile, config.train.profile_steps, self.step)
+            stack.callback(profiler.stop)
+            self.rate.start()
+            self.rows_left = sum(batch_size(config, s) for s in range(self.step, last_step))
+            # Of these nothing has been said yet: never more than two, so that the devices always have work while the
+            # host writes down what they did before.
+            underway: collections.deque[Underway] = collections.deque()
+            self.signals.noted = True
+
+            while self.step < last_step and not stops:
                 still_alive(config)
-                events.account.turn_to("checkpoint")
                 begun = time.perf_counter()
-                checkpoints.save(state, progress | {"is_over": is_over(left, prepared.mixture)})
-                stall = round(time.perf_counter() - begun, 3)
-                events.write("save", step=step, stall_seconds=stall)
+                events.account.turn_to("data")
+                loaded = next(loader)
                 events.account.turn_to("steps")
-                rate.start()
-        signals.noted = False
-    if prepared.mixture.skipped:
-        display.say(f"{prepared.mixture.skipped} documents could not be read and were left out")
-    if stops:
-        events.account.turn_to("checkpoint")
-        checkpoints.wait()
-        events.write("stop", step=step)
-        raise Stopped(step)
-    return state
+                waited = time.perf_counter() - begun
+                batch, self.positions, left, _ = loaded
+                self.step += 1
+                step = self.step
+                self.report_skipped(loaded)
+                if is_over(left, self.prepared.mixture):
+                    last_step = step
+                if not programs.has(step):
+                    # Nothing is underway, so that no step's time has this in it.
+                    events.account.turn_to("compile")
+                    programs.compiled(step, self.state, batch)
+                    events.account.turn_to("steps")
+                    self.rate.start()
+                    begun = time.perf_counter() - waited
+                if step == profiler.first:
+                    profiler.start(programs.compiled(step, self.state, batch), self.state)
+                with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                    self.state, metrics = programs(step, self.state, batch)
+                says = [self.signals.asked, waited, time.perf_counter() - begun]
+                underway.append(Underway(step, metrics, self.agreement.send(says)))
+
+                saves = step == last_step or step % config.checkpoint.every_steps == 0
+                evaluates = self.evaluates(step, last_step)
+                pauses = saves or evaluates or step == profiler.last or not programs.has(step + 1)
+                while len(underway) > (0 if pauses or stops else 1):
+                    record, asked = self.finished(underway.popleft())
+                    stops = stops or (asked and step < last_step)
+                    if step == profiler.last and not underway:
+                        profiler.stop(self.display.say)
+                        self.rate.start()
+                    if evaluates and not underway and not stops:
+                        record |= self.evaluated(whole=step == last_step)
+                    if self.logs:
+                        self.logs[0].write(record)
+                if saves or stops:
+                    self.save(is_over(left, self.prepared.mixture))
+                elif step % config.data.positions_every_steps == 0:
+                    self.log_positions(gather_positions(self.positions).tolist())
+        self.signals.noted = False
+        if stops:
+            events.account.turn_to("checkpoint")
+            self.checkpoints.wait()
+            events.write("stop", step=self.step)
+            raise Stopped(self.step)
+
+    def loader(self) -> Loader:
+        """The batches from here on."""
+        config = self.config
+        return Loader(
+            self.prepared.mixture,
+            self.prepared.tokenizer,
+            config.data,
+            config.train.seed,
+            (batch_size(config, s) for s in itertools.count(self.step)),
+            batch_sharding(jax.sharding.get_mesh(), training_layout(config.mesh)),
+            self.positions,
+            self.step,
+            self.ledger.skips,
+        )
+
+    def report_skipped(self, loaded: Loaded) -> None:
+        """Write down the rows that were left out before this step's, with their documents."""
+        if not (batches := self.ledger.skips.get(self.step - 1, 0)):
+            return
+        rows = sorted(
+            (row for of_process in gathered(loaded.skipped) for row in of_process),
+            key=lambda row: (row["batch"], row["row"]),
+        )
+        # Processes that share a row each tell of it.
+        rows = [row for row, _ in itertools.groupby(rows)]
+        for row in rows:
+            row["parts"] = [{name: value for name, value in part.items() if name != "text"} for part in row["parts"]]
+        self.events.write("skip", step=self.step, batches=batches, rows=rows)
+        self.display.say(f"step {self.step}: {len(rows)} rows were left out before it")
+
+    def evaluates(self, step: int, last_step: int) -> bool:
+        """Whether an evaluation comes after a step. The first does at once: what is wrong with it should show."""
+        every = self.config.evaluation.every_steps
+        return bool(self.some_held_out) and (step in (1, last_step) or step % every == 0)
+
+    def finished(self, done: Underway) -> tuple[dict[str, Any], bool]:
+        """(what metrics.jsonl has of a step, whether a process has been asked to stop), once the devices have done it.
+
+        Raises:
+            Anomaly: it stands out.
+        """
+        config, step = self.config, done.step
+        metrics: dict[str, Any] = jax.tree.map(lambda x: x.tolist(), jax.device_get(done.metrics))
+        asked, waited, busy = np.asarray(done.said).T
+        record = {"step": step} | metrics
+        shares = self.prepared.mixture.shares
+        self.judge.check(record, anew=step > 1 and shares(step - 1) != shares(step - 2))
+        self.rate.finished(record["loss_weight"])
+        rows = batch_size(config, step - 1)
+        self.rows_left -= rows
+        record |= {
+            "utilization": record["loss_weight"] / (rows * config.data.segment_length),
+            "tokens_per_second": self.rate.tokens_per_second, "data_wait_seconds": float(waited.max()),
+        }  # fmt: skip
+        if len(busy) > 1:
+            # The others wait for it.
+            slowest = int(busy.argmax())
+            record |= {
+                "slowest_process": slowest, "slowest_process_seconds": float(busy[slowest]),
+                "slowest_process_data_wait_seconds": float(waited[slowest]),
+            }  # fmt: skip
+        seconds_left = self.rate.seconds(self.rows_left * config.data.segment_length)
+        self.display.step(record, self.rate.tokens_per_second * self.peak_share, seconds_left)
+        if "watch" in record:
+            self.display.say(f"step {step}  {compact(record['watch'])}")
+        return record, bool(asked.any())
+
+    def evaluated(self, whole: bool) -> dict[str, Any]:
+        """What an evaluation of the state finds, on all held-out documents or on some, and a sample."""
+        still_alive(self.config)
+        self.events.account.turn_to("evaluation")
+        texts, weights = self.prepared.held_out if whole else self.some_held_out, evaluated_weights(self.state)
+        results = evaluate(self.evaluation_step, weights, texts, self.prepared.tokenizer, self.config)
+        found = evaluation_metrics(results) | {"sample": sample_text(self.prepared, weights)}
+        self.display.evaluation({"step": self.step} | found)
+        self.events.account.turn_to("steps")
+        self.rate.start()
+        return found
+
+    def save(self, over: bool) -> None:
+        """A checkpoint of the state, whose replicas are the same."""
+        still_alive(self.config)
+        self.events.account.turn_to("checkpoint")
+        check_replicas(self.state)
+        positions = gather_positions(self.positions).tolist()
+        self.log_positions(positions)
+        begun = time.perf_counter()
+        progress = {"positions": positions, "identity": self.prepared.identity, "is_over": over}
+        self.checkpoints.save(self.state, progress | {"losses": list(self.judge.losses)})
+        stall = round(time.perf_counter() - begun, 3)
+        self.events.account.keep()
+        self.events.write("save", step=self.step, stall_seconds=stall)
+        self.events.account.turn_to("steps")
+        self.rate.start()
+
+    def log_positions(self, positions: list[Any]) -> None:
+        """Write down where the data is after this step."""
+        if self.logs:
+            data = data_fingerprint(self.prepared.identity)
+            self.logs[1].write({"step": self.step, "data": data, "positions": positions})
 
 
 def still_alive(config: Config) -> None:

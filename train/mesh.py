@@ -1,5 +1,6 @@
 """Devices: joining the other processes, arranging all devices on named axes, and who holds what."""
 
+import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -68,6 +69,23 @@ def once(action: Callable[[], Any]) -> None:
         action()
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("once")
+
+
+def gathered(value: Any) -> list[Any]:
+    """The values of all processes, which JSON can hold, by process; all call it together."""
+    if jax.process_count() == 1:
+        return [value]
+    mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array([mine.size]))[:, 0]
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: mine.size] = mine
+    everyones = multihost_utils.process_allgather(padded)
+    return [json.loads(text[:size].tobytes()) for text, size in zip(everyones, sizes.tolist(), strict=True)]
+
+
+def told(make: Callable[[], Any]) -> Any:
+    """A value that JSON can hold, made by process 0 for all."""
+    return gathered(make() if jax.process_index() == 0 else None)[0]
 
 
 def mesh_shape(config: MeshConfig, num_devices: int, num_slices: int = 1) -> tuple[int, ...]:

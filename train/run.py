@@ -83,6 +83,11 @@ class Run:
         return self.folder / "events.jsonl"
 
     @property
+    def recovery(self) -> Path:
+        """What the run has tried again and left out."""
+        return self.folder / "recovery.jsonl"
+
+    @property
     def profile(self) -> Path:
         """Traces of steps."""
         return self.folder / "profile"

@@ -103,7 +103,7 @@ def batches(
             where = np.full_like(loaders[0]._read(s, 0)[1], UNREAD)
             left = 0
             for loader in loaders:
-                read, positions, of_process = loader._read(s, 8 * (1 + s % 2))
+                read, positions, of_process, _ = loader._read(s, 8 * (1 + s % 2))
                 assert rows.keys().isdisjoint(read)
                 rows, where, left = rows | read, np.maximum(where, positions), left + of_process
             assert sorted(rows) == list(range(8 * (1 + s % 2)))

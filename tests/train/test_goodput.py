@@ -19,8 +19,26 @@ def test_an_account_gives_every_second_to_one_kind():
     now += 20.0
     assert account.seconds() == {
         "steps": 30.0, "data": 3.0, "evaluation": 0.0, "checkpoint": 0.0, "compile": 5.0, "init": 3.0,
+        "lost": 0.0,
     }  # fmt: skip
     assert sum(account.seconds().values()) == now - 100.0
+
+
+def test_steps_that_a_rollback_undoes_are_lost():
+    now = 0.0
+    account = Account(lambda: now)
+    account.turn_to("steps")
+    now += 7.0
+    account.keep()
+    now += 5.0
+    account.turn_to("checkpoint")
+    account.lose()
+    now += 1.0
+    account.turn_to("steps")
+    now += 2.0
+    account.lose()
+    found = account.seconds()
+    assert (found["steps"], found["lost"], found["checkpoint"]) == (7.0, 7.0, 1.0)
 
 
 def test_a_run_that_crashed_failed_and_was_stopped_is_accounted_for_to_the_second():

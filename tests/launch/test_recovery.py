@@ -1,0 +1,138 @@
+"""A run that heals itself: what stands out is tried again, then left out, and the rest is as if it had never been."""
+
+import contextlib
+import io
+import json
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import train.loop
+from tests.launch.small_run import here, metrics, write_config
+from tests.launch.test_pretrain import assert_same_end, without_times
+
+FLAGS = ["--config.train.num_steps=10", "--config.checkpoint.export=false", "--config.data.validation_fraction=0"]
+
+
+def events(run: Path, name: str) -> list[dict]:
+    lines = (run / "events.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == name]
+
+
+def run(folder: Path, name: str, *flags: str) -> Path:
+    assert here("pretrain", f"--config={write_config(folder, name)}", *FLAGS, *flags) == 0
+    return folder / name
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, is_bad, times: float = math.inf) -> None:
+    """Make the state and figures of steps NaN where `is_bad(step, tokens of the batch)`, so many times in all."""
+    left = [times]
+
+    class Programs(train.loop.Programs):
+        def __call__(self, step, state, batch):
+            if left[0] > 0 and is_bad(step, np.asarray(batch["tokens"])):
+                left[0] -= 1
+                state["weights"] = jax.tree.map(lambda x: x * math.nan, state["weights"])
+            return super().__call__(step, state, batch)
+
+    monkeypatch.setattr(train.loop, "Programs", Programs)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(tmp_path_factory.mktemp("straight"), "straight")
+
+
+# Before the first save, just behind one, and the last step.
+@pytest.mark.parametrize("step", [3, 9, 10])
+def test_after_an_error_of_a_device_the_same_steps_are_done_again(step, straight, tmp_path, monkeypatch, capfd):
+    poison(monkeypatch, lambda at, _: at == step, times=1)
+    healed = run(tmp_path, "healed")
+    assert_same_end(healed, straight, 10)
+    assert without_times(metrics(healed)) == without_times(metrics(straight))
+    (rollback,) = events(healed, "rollback")
+    back = {3: 0, 9: 8, 10: 8}[step]
+    assert (rollback["step"], rollback["to"], rollback["action"]) == (step, back, "retry")
+    assert f"step {step}: loss is nan; back to step {back}: they are tried again" in capfd.readouterr().err
+    assert rollback["seconds"]["lost"] > 0
+
+
+def test_rows_that_stand_out_again_are_left_out_as_in_a_run_that_was_told_to(straight, tmp_path, monkeypatch):
+    rows: list[bytes] = []
+
+    def is_bad(step: int, tokens: np.ndarray) -> bool:
+        if step == 6 and not rows:
+            rows.append(tokens.tobytes())
+        return tokens.tobytes() in rows
+
+    poison(monkeypatch, is_bad)
+    healed = run(tmp_path, "healed")
+    monkeypatch.undo()
+    told = run(tmp_path, "told", '--config.recovery.skips={"6": 1}')
+    assert_same_end(healed, told, 10)
+    assert without_times(metrics(healed)) == without_times(metrics(told))
+    assert metrics(healed)[4]["loss"] == metrics(straight)[4]["loss"]
+    assert metrics(healed)[5]["loss"] != metrics(straight)[5]["loss"]
+    # The row that it goes on with is the one behind the rows that were left out.
+    assert metrics(healed)[5]["loss"] != metrics(straight)[6]["loss"]
+    assert [event["action"] for event in events(healed, "rollback")] == ["retry", "skip"]
+    (skip,) = events(healed, "skip")
+    assert skip["step"] == 6
+    assert [row["row"] for row in skip["rows"]] == list(range(8))
+    assert skip["rows"] == events(told, "skip")[0]["rows"]
+    # They are the rows that the straight run trained on.
+    assert [{"batch": 0} | row for row in described(straight, 6)] == without_text(skip["rows"])
+    assert described(healed, 6) == described(straight, 7)
+    assert described(healed, 10) != described(straight, 10)
+
+
+def without_text(rows: list[dict]) -> list[dict]:
+    """Nor the names of files, which each test has its own of."""
+    for row in rows:
+        row["parts"] = [{name: part[name] for name in part if name not in ("text", "file")} for part in row["parts"]]
+    return rows
+
+
+def described(folder: Path, step: int) -> list[dict]:
+    """What `inspect data` says of a step's rows, without their text."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert here("inspect", "data", folder, f"--step={step}", "--json") == 0
+    return without_text(json.loads(out.getvalue())["rows"])
+
+
+def test_what_cannot_be_healed_ends_with_status_2_and_its_last_good_state(tmp_path, monkeypatch, capfd):
+    poison(monkeypatch, lambda at, _: at == 6)
+    status = here("pretrain", f"--config={write_config(tmp_path)}", *FLAGS, "--config.recovery.max_skipped_batches=2")
+    err = capfd.readouterr().err
+    assert status == 2
+    assert "step 6: loss is nan; 2 batches have been left out already, and recovery.max_skipped_batches is 2" in err
+    assert "Traceback" not in err
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["4"]
+    assert [event["action"] for event in events(tmp_path / "run", "rollback")] == ["retry", "skip"] * 2 + ["retry"]
+
+
+def test_a_spike_is_seen_against_losses_from_before_a_restart(tmp_path, monkeypatch):
+    long = ["--config.train.num_steps=44", "--config.checkpoint.every_steps=40"]
+    config = f"--config={write_config(tmp_path)}"
+    assert here("pretrain", config, *FLAGS, "--config.train.num_steps=40") == 0
+
+    class Programs(train.loop.Programs):
+        done = False
+
+        def __call__(self, step, state, batch):
+            state, metrics = super().__call__(step, state, batch)
+            if step == 42 and not Programs.done:
+                Programs.done = True
+                metrics = metrics | {"loss": metrics["loss"] + 3}
+            return state, metrics
+
+    monkeypatch.setattr(train.loop, "Programs", Programs)
+    assert here("pretrain", config, *FLAGS, *long) == 0
+    (rollback,) = events(tmp_path / "run", "rollback")
+    assert (rollback["step"], rollback["to"]) == (42, 40)
+    assert "stands out: the median of the 41 before is" in rollback["problem"]
+    assert [record["step"] for record in metrics(tmp_path / "run")] == list(range(1, 45))
