@@ -42,7 +42,7 @@ def loader(made, devices: int = 1, positions=None, sizes=None, **changes) -> Loa
 
 def take(loader: Loader, count: int):
     with loader:
-        return [(jax.device_get(batch), positions) for batch, positions, _ in itertools.islice(loader, count)]
+        return [(jax.device_get(made.batch), made.positions) for made in itertools.islice(loader, count)]
 
 
 def assert_same(one, other):
@@ -134,7 +134,7 @@ def test_a_run_of_some_epochs_trains_on_every_row_and_then_ends(tmp_path, made, 
     mixture = mixture_of(path, **changes)
     weight, ends = 0.0, 0
     with loader((mixture, made[1]), **changes) as batches:
-        for batch, _, left in batches:
+        for batch, _, left, _ in batches:
             weight += float(batch["loss_weights"].sum())
             ends += 1
             if is_over(left, mixture):

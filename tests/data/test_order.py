@@ -91,12 +91,22 @@ class Share:
 
 
 def batches(
-    mixture: Mixture, tokenizer: Tokenizer, config: DataConfig, processes: int, workers: int, begin=None, step: int = 0
+    mixture: Mixture,
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    processes: int,
+    workers: int,
+    begin=None,
+    step: int = 0,
+    skips: dict[int, int] | None = None,
 ) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]]:
     """The global batches of 8 and 16 rows in turn, and the positions after them, put together of all processes'."""
     config = dataclasses.replace(config, num_workers=workers)
     shares = [Share(process, processes) for process in range(processes)]
-    loaders = [Loader(mixture, tokenizer, config, 0, [], share, begin, step) for share in shares]  # type: ignore[arg-type]
+    loaders = [
+        Loader(mixture, tokenizer, config, 0, [], share, begin, step, skips or {})  # type: ignore[arg-type]
+        for share in shares
+    ]
     try:
         for s in itertools.count(step):
             rows: dict[int, dict[str, np.ndarray]] = {}
@@ -127,17 +137,38 @@ def opened(corpus: tuple[object, dict], **changes: object) -> tuple[Mixture, Dat
     workers=st.sampled_from([0, 1, 3]),
     stop=st.integers(1, 30),
     shape=st.sampled_from(SHAPES),
+    skips=st.dictionaries(st.integers(0, 35), st.integers(1, 3), max_size=2),
 )
-def test_processes_workers_and_restarts_change_no_byte(corpus, tokenizer, processes, after, workers, stop, shape):
+def test_processes_workers_and_restarts_change_no_byte(
+    corpus, tokenizer, processes, after, workers, stop, shape, skips
+):
     mixture, config = opened(corpus, **shape)
-    expected = list(itertools.islice(batches(mixture, tokenizer, config, 1, 0), stop + 6))
-    found = list(itertools.islice(batches(opened(corpus, **shape)[0], tokenizer, config, processes, workers), stop))
-    rest = batches(opened(corpus, **shape)[0], tokenizer, config, after, 0, found[-1][1], stop)
+    expected = list(itertools.islice(batches(mixture, tokenizer, config, 1, 0, skips=skips), stop + 6))
+    one = batches(opened(corpus, **shape)[0], tokenizer, config, processes, workers, skips=skips)
+    found = list(itertools.islice(one, stop))
+    rest = batches(opened(corpus, **shape)[0], tokenizer, config, after, 0, found[-1][1], stop, skips)
     found += itertools.islice(rest, 6)
     for (batch, positions, _), (other, other_positions, _) in zip(expected, found, strict=True):
         np.testing.assert_array_equal(positions, other_positions)
         for name, array in batch.items():
             np.testing.assert_array_equal(array, other[name])
+
+
+def test_what_is_left_out_is_read_and_told_and_what_comes_behind_it_moves_up(corpus, tokenizer):
+    mixture, config = opened(corpus)
+    loader = lambda skips: Loader(mixture, tokenizer, config, 0, [], Share(0, 1), None, 0, skips)  # type: ignore[arg-type]
+    straight, skipping = loader({}), loader({2: 2})
+    expected = [straight._read(s, 8) for s in range(6)]
+    found = [skipping._read(s, 8) for s in range(4)]
+    for s, of in ((0, 0), (1, 1), (2, 4), (3, 5)):
+        for b in range(8):
+            np.testing.assert_array_equal(found[s][0][b]["tokens"], expected[of][0][b]["tokens"])
+        np.testing.assert_array_equal(found[s][1], expected[of][1])
+    told = found[2][3]
+    assert [(row["batch"], row["row"]) for row in told] == [(batch, b) for batch in (0, 1) for b in range(8)]
+    for row in told:
+        tokens = expected[2 + row["batch"]][0][row["row"]]["loss_weights"].sum()
+        assert sum(part["tokens"] for part in row["parts"]) == tokens
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
