@@ -5,6 +5,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from data.errors import Fault
 from launch.errors import exit_at_once
 from launch.presets import add_config_arguments, load_config
 
@@ -34,6 +35,9 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"{config.train.run_dir}: {stopped}; the same command goes on", file=sys.stderr)
         return PREEMPTED
     except (Exception, KeyboardInterrupt) as error:
+        if any(name in str(error) for name in ("Gloo", "NCCL", "coordination service")):
+            # Where in this program it waited for the others tells nothing.
+            error = Fault(f"another process of this run cannot be reached: {str(error).splitlines()[0]}")
         if jax.distributed.is_initialized():
             exit_at_once(error)
         raise

@@ -1,0 +1,21 @@
+"""A run that is ill-treated ends as if nothing had been. `python -m tests.benchmarks.chaos` does it at length."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.chaos import Chaos, same_curve
+from tests.launch.test_pretrain import assert_same_end
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it looks for processes in /proc")
+def test_whatever_happens_the_end_is_that_of_an_undisturbed_run(tmp_path: Path):
+    chaos = Chaos(tmp_path, processes=[2], devices=2, steps=200)
+    chaos.start()
+    for fault in ("kill in a save", "terminate", "NaN twice", "flipped bit"):
+        chaos.suffer(fault)
+    chaos.to_the_end()
+    straight = chaos.straight(processes=2)
+    assert same_curve(chaos.run, straight) == 0
+    assert_same_end(chaos.run, straight, 200)
