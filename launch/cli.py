@@ -23,6 +23,8 @@ COMMANDS = {
     "generate": ("launch.generate", "continue a prompt"),
     "export": ("launch.export", "write a run's weights for inference elsewhere"),
     "launch local": ("launch.local", "run a command as several processes on this machine"),
+    "launch slurm": ("launch.slurm", "pretrain on a Slurm cluster"),
+    "launch kubernetes": ("launch.kubernetes", "write the manifest that pretrains on a Kubernetes cluster"),
 }
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 # What Linux has in /dev for NVIDIA's accelerators (dxg: under WSL), TPUs and AMD's.

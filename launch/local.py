@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from data.errors import InputError
 from launch.presets import load_config
+from train.processes import share_of_gpus
 
 # Seconds that processes have before they are killed: when one has failed, and to save when they are asked to end.
 GRACE, PATIENCE = 3.0, 600.0
@@ -56,16 +57,25 @@ def run(arguments: argparse.Namespace) -> int:
         flags = f"{environment.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={arguments.devices}"
         environment["XLA_FLAGS"] = flags.strip()
     command = [sys.executable, "-m", "launch.cli", *arguments.command]
+    own = [own_environment(environment, i, arguments.processes) for i in range(arguments.processes)]
 
     def start() -> Ended:
-        joined = environment | {
-            "ZIGGURAT_COORDINATOR": f"127.0.0.1:{free_port()}",
-            "ZIGGURAT_NUM_PROCESSES": str(arguments.processes),
-        }
-        return launch(command, [joined | {"ZIGGURAT_PROCESS_ID": str(i)} for i in range(arguments.processes)])
+        coordinator = {"ZIGGURAT_COORDINATOR": f"127.0.0.1:{free_port()}"}
+        return launch(command, [environment | coordinator for environment in own])
 
     folder = run_folder(arguments.command) if arguments.restarts else None
     return supervise(start, folder, arguments.restarts) if folder else start().status
+
+
+def own_environment(environment: Mapping[str, str], process: int, processes: int) -> dict[str, str]:
+    """Of one of so many processes: which it is, and its share of the machine's GPUs."""
+    gpus = share_of_gpus(environment, process, processes)
+    return {
+        **environment,
+        "ZIGGURAT_NUM_PROCESSES": str(processes),
+        "ZIGGURAT_PROCESS_ID": str(process),
+        **({"JAX_LOCAL_DEVICE_IDS": ",".join(map(str, gpus))} if gpus else {}),
+    }
 
 
 def run_folder(command: Sequence[str]) -> Path | None:

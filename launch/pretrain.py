@@ -21,7 +21,7 @@ def run(arguments: argparse.Namespace) -> int:
     import jax
 
     from train.loop import pretrain
-    from train.mesh import join_processes
+    from train.processes import join_processes
     from train.report import closing
     from train.stop import PREEMPTED, Stopped
 

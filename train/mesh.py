@@ -1,8 +1,7 @@
-"""Devices: joining the other processes, arranging all devices on named axes, and who holds what."""
+"""Devices: arranging those of all processes on named axes, and who holds what."""
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,18 +48,6 @@ ARRAYS = (
 def training_layout(config: MeshConfig) -> Layout:
     """The rules with what the config changes of them."""
     return Layout(RULES | {axis: tuple(mesh) for axis, mesh in config.rules.items()})
-
-
-def join_processes() -> None:
-    """Connect to the other processes of this run, where `ziggurat launch` has said that there are any."""
-    if "ZIGGURAT_COORDINATOR" in os.environ:
-        # It would take SIGTERM as a notice of preemption, which nothing here acts on: the process would not end.
-        jax.config.update("jax_enable_preemption_service", False)
-        jax.distributed.initialize(
-            coordinator_address=os.environ["ZIGGURAT_COORDINATOR"],
-            num_processes=int(os.environ["ZIGGURAT_NUM_PROCESSES"]),
-            process_id=int(os.environ["ZIGGURAT_PROCESS_ID"]),
-        )
 
 
 def once(action: Callable[[], Any]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from data.errors import InputError
-from launch.local import Ended, add_arguments, free_port, launch, run, supervise
+from launch.local import Ended, add_arguments, free_port, launch, own_environment, run, supervise
 from tests.launch.small_run import ROOT, command, write_config
 
 
@@ -267,6 +267,16 @@ def test_a_run_is_started_again_by_its_exit_status(tmp_path: Path):
     assert supervised([1, 0], tmp_path / "once", restarts=0) == (1, [], 1)
     asked = supervise(lambda: Ended(75, True), tmp_path, 3, lambda _: pytest.fail("it was asked to end"))
     assert asked == 75
+
+
+def test_each_process_has_its_own_share_of_the_gpus():
+    shown = {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}
+    found = [own_environment(shown, i, 2) for i in range(2)]
+    assert [environment["JAX_LOCAL_DEVICE_IDS"] for environment in found] == ["0,1", "2,3"]
+    assert [environment["ZIGGURAT_PROCESS_ID"] for environment in found] == ["0", "1"]
+    assert "JAX_LOCAL_DEVICE_IDS" not in own_environment({"CUDA_VISIBLE_DEVICES": ""}, 0, 2)
+    with pytest.raises(InputError, match="3 processes cannot share the 4 GPUs"):
+        own_environment(shown, 0, 3)
 
 
 def test_bad_flags_are_named_together():

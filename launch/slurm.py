@@ -1,0 +1,168 @@
+"""Run pretraining on a Slurm cluster: ziggurat launch slurm --nodes=2 --gpus-per-node=8 --submit -- pretrain --config=…
+
+Writes a script for sbatch to standard output, or submits it and prints the number of the job. The job is told some
+minutes before its time is up, saves, and goes back to the queue; what fails is started again, by its exit status.
+"""
+
+import argparse
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from data.errors import InputError
+from launch.queued import checked, put
+
+# Between the notice and the end of the job: a step, a save, and Slurm's own delay of up to a minute.
+NOTICE_SECONDS = 300
+# Once one task has ended, what the others have to end by themselves: to save, or to say what is wrong.
+WAIT_SECONDS = 60
+# srun gives the highest status of all tasks, so each is turned into one that is the higher the more it says: what is
+# killed because another has failed must not hide why that failed. The shell lets its child answer to signals.
+TASK = 'trap : TERM INT; "$@"; case $? in 0) ;; 75) exit 75 ;; 2) exit 200 ;; *) exit 100 ;; esac'
+SCRIPT = """\
+#!/bin/bash
+{lines}
+
+# 0: done. 2: the user's error. 75: stopped, so back to the queue. All else is a fault: started again here after a
+# pause, and given up after three in a row that have saved nothing new.
+run() {{
+    {srun} \\
+        sh -c {task} sh \\
+        {command}
+}}
+saved() {{ ls {checkpoints} 2>/dev/null | grep -E '^[0-9]+$' | sort -n | tail -n 1; }}
+
+in_vain=0
+reached=$(saved)
+while true; do
+    run
+    status=$?
+    before=$reached
+    reached=$(saved)
+    case $status in
+        0) exit 0 ;;
+        200) exit 2 ;;
+        75)
+            echo "ziggurat: stopped, saved up to step ${{reached:-0}}: back to the queue" >&2
+            trap '' TERM
+            scontrol requeue "$SLURM_JOB_ID"
+            exit 75
+            ;;
+    esac
+    [ "$reached" = "$before" ] && in_vain=$((in_vain + 1)) || in_vain=0
+    if [ $in_vain -gt 3 ]; then
+        echo "ziggurat: failed, and nothing new saved in $in_vain starts: given up" >&2
+        exit 1
+    fi
+    echo "ziggurat: failed, saved up to step ${{reached:-0}}: starting again in $((2 ** in_vain)) s" >&2
+    sleep $((2 ** in_vain))
+done
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `ziggurat launch slurm`."""
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="how many [1]")
+    parser.add_argument(
+        "--tasks-per-node", type=int, default=1, metavar="N",
+        help="processes of a node, which share its GPUs evenly [1]",
+    )  # fmt: skip
+    parser.add_argument("--gpus-per-node", type=int, metavar="N", help="how many of each node [none]")
+    parser.add_argument("--cpus-per-task", type=int, metavar="N", help="CPUs of a process [what the cluster gives]")
+    parser.add_argument("--time", metavar="LIMIT", help="as sbatch takes it, as in 1-00:00:00 [the partition's]")
+    parser.add_argument("--partition", metavar="NAME", help="where to run [the cluster's default]")
+    parser.add_argument("--account", metavar="NAME", help="who pays [the user's default]")
+    parser.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION",
+        help="a further option of sbatch, as in --sbatch=--qos=high; goes before what is written here",
+    )  # fmt: skip
+    parser.add_argument("--container-image", metavar="IMAGE", help="run in it (pyxis); ziggurat is on its PATH")
+    parser.add_argument("--container-mounts", metavar="FROM:TO,…", help="besides this folder, which is always mounted")
+    parser.add_argument("--output", metavar="FILE", help="where the script goes [standard output]")
+    parser.add_argument("--submit", action="store_true", help="submit it, and print the number of the job")
+    parser.add_argument("command", nargs="*", metavar="COMMAND", help="pretrain with its flags, after --")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the script, or submit it."""
+    text = script(arguments, Path.cwd())
+    if arguments.output or not arguments.submit:
+        put(text, arguments.output)
+    if arguments.submit:
+        print(submit(text))
+    return 0
+
+
+def script(arguments: argparse.Namespace, folder: Path) -> str:
+    """What sbatch is given.
+
+    Args:
+        arguments: of the command line.
+        folder: where it is to run.
+
+    Raises:
+        InputError: all that is wrong with the flags, or with the command.
+    """
+    problems = [
+        f"--{name.replace('_', '-')}={number} must be at least 1"
+        for name in ("nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task")
+        if (number := getattr(arguments, name)) is not None and number < 1
+    ]
+    problems += [f"--sbatch={option}: an option begins with - and is one line" for option in arguments.sbatch
+                 if not option.startswith("-") or "\n" in option]  # fmt: skip
+    if not problems and arguments.gpus_per_node and arguments.gpus_per_node % arguments.tasks_per_node:
+        problems.append(
+            f"--tasks-per-node={arguments.tasks_per_node} does not divide --gpus-per-node={arguments.gpus_per_node}"
+        )
+    if arguments.container_mounts and not arguments.container_image:
+        problems.append("--container-mounts without --container-image: there is nothing to mount it in")
+    if problems:
+        raise InputError("\n".join(problems))
+    gpus = arguments.gpus_per_node
+    config = checked(arguments.command, gpus and gpus * arguments.nodes)
+    run_dir = Path(config.train.run_dir).expanduser()
+    options = {
+        "job-name": run_dir.name,
+        "nodes": arguments.nodes,
+        "ntasks-per-node": arguments.tasks_per_node,
+        "gpus-per-node": gpus,
+        "cpus-per-task": arguments.cpus_per_task,
+        "time": arguments.time,
+        "partition": arguments.partition,
+        "account": arguments.account,
+        "chdir": folder,
+        "output": f"{run_dir.name}-%j.log",
+        "open-mode": "append",
+        "signal": f"TERM@{NOTICE_SECONDS}",
+    }
+    lines = [f"--{name}={shlex.quote(str(value))}" for name, value in options.items() if value is not None]
+    flags = ["--label", "--kill-on-bad-exit=0", f"--wait={WAIT_SECONDS}"]
+    # srun does not take it over from sbatch.
+    flags += [f"--cpus-per-task={arguments.cpus_per_task}"] if arguments.cpus_per_task else []
+    program = [sys.executable, "-m", "launch.cli"]
+    if arguments.container_image:
+        mounts = ",".join(filter(None, (f"{folder}:{folder}", arguments.container_mounts)))
+        flags += [f"--container-image={arguments.container_image}", f"--container-mounts={mounts}",
+                  f"--container-workdir={folder}"]  # fmt: skip
+        program = ["ziggurat"]
+    return SCRIPT.format(
+        # Of two lines for the same option the later one counts.
+        lines="\n".join(f"#SBATCH {option}" for option in [*lines, "--requeue", *arguments.sbatch]),
+        srun=shlex.join(["srun", *flags]),
+        task=shlex.quote(TASK),
+        command=shlex.join([*program, *arguments.command]),
+        checkpoints=shlex.quote(str(run_dir / "checkpoints")),
+    )
+
+
+def submit(text: str, sbatch: Sequence[str] = ("sbatch", "--parsable")) -> str:
+    """Give a script to Slurm; returns the number of the job. InputError where Slurm refuses it."""
+    if shutil.which(sbatch[0]) is None:
+        raise InputError(f"--submit: there is no {sbatch[0]} here; write the script and submit it where Slurm is")
+    done = subprocess.run(sbatch, input=text, capture_output=True, text=True)
+    if done.returncode:
+        raise InputError(done.stderr.strip() or f"{sbatch[0]} ended with status {done.returncode}")
+    return done.stdout.strip().partition(";")[0]
