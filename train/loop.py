@@ -178,8 +178,8 @@ class Training:
         self.restore()
         action = self.ledger.decide(anomaly, self.step)
         self.events.write("rollback", step=anomaly.step, to=self.step, problem=anomaly.problem, action=action)
-        what = "its rows are left out" if action == SKIP else "they are tried again"
-        self.display.say(f"{anomaly}; back to step {self.step}: {what}")
+        what = "to leave its rows out" if action == SKIP else "to try its rows again"
+        self.display.say(f"{anomaly}; back to step {self.step}, {what}")
 
     def train(self) -> None:
         """The loop: from `state` and the data at `positions` to the state after the last step.

@@ -56,7 +56,7 @@ def test_after_an_error_of_a_device_the_same_steps_are_done_again(step, straight
     (rollback,) = events(healed, "rollback")
     back = {3: 0, 9: 8, 10: 8}[step]
     assert (rollback["step"], rollback["to"], rollback["action"]) == (step, back, "retry")
-    assert f"step {step}: loss is nan; back to step {back}: they are tried again" in capfd.readouterr().err
+    assert f"step {step}: loss is nan; back to step {back}, to try its rows again" in capfd.readouterr().err
     assert rollback["seconds"]["lost"] > 0
 
 
