@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,11 @@ class Browser:
         its_input, self._to = os.pipe()
         self._from, its_output = os.pipe()
         # Chromium reads from descriptor 3 and writes to 4.
-        shell = f'exec "$@" 3<&{its_input} 4>&{its_output}'
+        becomes = (
+            f"import os, sys; os.dup2({its_input}, 3); os.dup2({its_output}, 4); os.execv(sys.argv[1], sys.argv[1:])"
+        )
         self._process = subprocess.Popen(
-            ["sh", "-c", shell, "sh", program, *FLAGS, f"--user-data-dir={folder}", "about:blank"],
+            [sys.executable, "-c", becomes, program, *FLAGS, f"--user-data-dir={folder}", "about:blank"],
             pass_fds=(its_input, its_output),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -47,7 +47,7 @@ figcaption output { white-space: nowrap; }
 svg { display: block; width: 100%; height: auto; touch-action: pan-y; cursor: crosshair; overflow: visible; }
 svg text { font-size: 11px; fill: var(--quiet); }
 svg path { fill: none; vector-effect: non-scaling-stroke; }
-.grid { stroke: var(--line); } .raw { stroke: var(--accent); opacity: .35; }
+.grid { stroke: var(--line); } .raw { stroke: var(--accent); opacity: .4; }
 .line { stroke: var(--accent); stroke-width: 1.6; stroke-linejoin: round; }
 .dots { stroke: var(--accent); stroke-width: 5; stroke-linecap: round; }
 .cursor { stroke: var(--quiet); } .when { fill: var(--text); paint-order: stroke; stroke: var(--page);
