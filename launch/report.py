@@ -18,9 +18,12 @@ def run(arguments: argparse.Namespace) -> int:
     from train.run import Run, write_atomically
 
     folder = arguments.run_folder.expanduser()
+    page = make_page(Run(folder))
     output = arguments.output.expanduser() if arguments.output else folder / "report.html"
-    if output.is_file() and GENERATOR not in output.read_text(errors="replace")[:100]:
+    if any(path.exists() and not path.is_dir() for path in output.parents):
+        raise InputError(f"--output={output} is in a file, not in a folder; name another path")
+    if output.exists() and not (output.is_file() and GENERATOR in output.read_text(errors="replace")[:100]):
         raise InputError(f"{output} exists and is no report; name another file with --output=FILE")
-    write_atomically(output, make_page(Run(folder)))
+    write_atomically(output, page)
     print(output)
     return 0

@@ -12,10 +12,14 @@ from train.page.markup import Html, tag
 # Of the drawing, in its own units: about a phone's pixels.
 WIDTH, HEIGHT = 400, 180
 LEFT, RIGHT, TOP, BOTTOM = 46, 394, 8, 156
+# Of large numbers on an axis.
+UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 # Points side by side, at most.
 COLUMNS = 320
 # Points that are few enough to be drawn as such.
 FEW = 40
+# Marks of one kind that are too many to go through a chart.
+MANY = 30
 
 
 @dataclass(frozen=True)
@@ -85,13 +89,13 @@ class Axes:
         return [
             tag("path", class_="grid", d="".join(f"M{LEFT} {self.y(value):.1f}H{RIGHT}" for value in values)),
             *(
-                tag("text", number(value), x=LEFT - 6, y=f"{self.y(value) + 4:.1f}", text_anchor="end")
-                for value in values
+                tag("text", text, x=LEFT - 6, y=f"{self.y(value) + 4:.1f}", text_anchor="end")
+                for value, text in zip(values, numbers(values), strict=True)
             ),
             *(
-                tag("text", f"{step:,.0f}", class_="step", x=f"{self.x(step):.1f}", y=BOTTOM + 17,
+                tag("text", text, class_="step", x=f"{self.x(step):.1f}", y=BOTTOM + 17,
                     text_anchor="start" if step == 0 else "end" if step == self.last else "middle")
-                for step in steps
+                for step, text in zip(steps, numbers(steps), strict=True)
                 if step == self.last or self.x(step) < RIGHT - 20
             ),
         ]  # fmt: skip
@@ -110,7 +114,7 @@ def draw(
     """
     found = [(record["step"], record[measure.field]) for record in records if measure.field in record]
     if not found:
-        none = tag("figure", caption(measure, ""), tag("div", missing, class_="none"))
+        none = tag("figure", caption(measure, [], ""), tag("div", missing, class_="none"))
         return Chart(none, [], []) if missing else None
     x = np.array([step for step, _ in found])
     y = np.array([value for _, value in found], float) * measure.factor
@@ -134,19 +138,20 @@ def draw(
         *axes.drawing(),
         *(tag("path", class_=f"mark {name}", d=marked(axes, name, steps)) for name, steps in marks.items()),
         *curves,
-        tag("text", "; ".join(notes), x=RIGHT, y=TOP + 4, text_anchor="end") if notes else None,
         tag("path", class_="cursor", d=""),
         tag("text", class_="when", x=LEFT, y=BOTTOM + 17, text_anchor="middle"),
         viewBox=f"0 0 {WIDTH} {HEIGHT}",
         role="img",
         aria_label=f"{measure.title}: {measure.text(float(y[0]))} at step {x[0]:,}, {values[-1]} at step {x[-1]:,}",
     )
-    return Chart(tag("figure", caption(measure, values[-1]), svg, data_chart=measure.field), x[ends].tolist(), values)
+    return Chart(
+        tag("figure", caption(measure, notes, values[-1]), svg, data_chart=measure.field), x[ends].tolist(), values
+    )
 
 
-def caption(measure: Measure, value: str) -> Html:
-    """Above a chart: its title, and the value where the pointer is, at first the last one."""
-    title = tag("span", measure.title, " ", tag("small", measure.unit))
+def caption(measure: Measure, notes: Sequence[str], value: str) -> Html:
+    """Above a chart: what it shows, and the value where the pointer is, at first the last one."""
+    title = tag("span", measure.title, " ", tag("small", "; ".join(filter(None, [measure.unit, *notes]))))
     return tag("figcaption", title, tag("output", value))
 
 
@@ -197,9 +202,9 @@ def curve(axes: Axes, x: np.ndarray, y: np.ndarray, is_line: bool = True) -> str
 
 
 def marked(axes: Axes, name: str, steps: Sequence[int]) -> str:
-    """The path of an event's marks: a save's are below the axis, the others go up through the chart."""
-    top, bottom = (BOTTOM, BOTTOM + 4) if name == "save" else (TOP, BOTTOM)
-    where = sorted({round(axes.x(step), 1) for step in steps if step <= axes.last})
+    """The path of an event's marks: a save's are below the axis; others go through the chart, or are many and short."""
+    where = sorted({round(axes.x(step)) for step in steps if step <= axes.last})
+    top, bottom = (BOTTOM, BOTTOM + 4) if name == "save" else (TOP, TOP + 5 if len(where) > MANY else BOTTOM)
     return "".join(f"M{x} {top}V{bottom}" for x in where)
 
 
@@ -211,9 +216,8 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     return [step * k for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def number(value: float) -> str:
-    """A short number for an axis."""
-    for factor, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= 10 * factor or (abs(value) >= factor and unit != "k"):
-            return f"{value / factor:g}{unit}"
-    return f"{value:.4g}".replace("e-0", "e-")
+def numbers(values: Sequence[float]) -> list[str]:
+    """Short texts for the numbers of an axis, each another."""
+    factor, unit = next(((f, u) for f, u in UNITS if max(map(abs, values), default=0.0) > 5 * f), (1.0, ""))
+    texts = ([f"{value / factor:.{digits}g}{unit if value else ''}" for value in values] for digits in range(4, 17))
+    return [text.replace("e-0", "e-") for text in next(t for t in texts if len(set(t)) == len(t))]

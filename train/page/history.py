@@ -6,6 +6,7 @@ from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from train.metrics import duration
+from train.page.chart import MANY
 from train.page.markup import Html, join, tag
 
 Event = Mapping[str, Any]
@@ -118,28 +119,29 @@ def line_of_time(events: Sequence[dict[str, Any]], now: float) -> Html:
     span = max(last - first, 1e-3)
 
     def place(seconds: float) -> str:
-        return f"{100 * (seconds - first) / span:.2f}%"
+        return f"{100 * (seconds - first) / span:.1f}%"
 
     def bar(begin: float, end: float, name: str) -> Html:
         style = f"left:{place(begin)};width:{100 * (end - begin) / span:.2f}%"
         return tag("div", class_=name, style=style)
 
-    at = {
-        (class_of(event), place(event.get("alive_until", seconds_of(event))))
-        for event in events
-        if event["event"] != "save"
-    }
+    at: dict[str, set[str]] = {}
+    for event in events:
+        at.setdefault(class_of(event), set()).add(place(event.get("alive_until", seconds_of(event))))
+    at.pop("save", None)
     every = next((s for s in INTERVALS if span / s <= LABELS), math.ceil(span / LABELS / 86400) * 86400)
     labels = [every * k for k in range(math.ceil(first / every), math.floor(last / every) + 1)]
-    form = "%H:%M:%S" if every < 60 else "%H:%M" if span < 86400 else "%-d %b %H:%M" if every < 86400 else "%-d %b"
     return tag(
         "div",
         *(bar(*stretch) for stretch in ran if stretch[0] < stretch[1]),
-        *(tag("div", class_=f"at {name}", style=f"left:{left}") for name, left in sorted(at)),
+        *(
+            tag("div", class_=f"at {name}" + " many" * (len(places) > MANY), style=f"left:{left}")
+            for name, places in at.items()
+            for left in sorted(places)
+        ),
         tag("div", class_="rule"),
         *(
-            tag("div", datetime.datetime.fromtimestamp(label, datetime.UTC).strftime(form), class_="tick",
-                style=f"left:{place(label)}")
+            tag("div", tick(label, every), class_="tick", style=f"left:{place(label)}")
             for label in labels
             if (label - first) / span < 0.88
         ),
@@ -147,6 +149,12 @@ def line_of_time(events: Sequence[dict[str, Any]], now: float) -> Html:
         role="img",
         aria_label=f"from {moment(first)} to {moment(last)} UTC: {sum(e['event'] == 'start' for e in events)} starts",
     )  # fmt: skip
+
+
+def tick(seconds: float, every: float) -> str:
+    """The label of a moment, where there is one each so many seconds: its time, at midnight its day."""
+    at = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    return at.strftime("%H:%M:%S" if every < 60 else "%H:%M" if seconds % 86400 else "%-d %b")
 
 
 def listing(events: Sequence[dict[str, Any]]) -> Html:

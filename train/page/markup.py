@@ -31,6 +31,7 @@ p { margin: .25rem 0; max-width: 46rem; }
 .time .up, .time .lost { top: .5rem; height: .8rem; min-width: 1px; background: var(--accent); }
 .time .lost { background: var(--bad); opacity: .55; }
 .time .at { top: .2rem; height: 1.4rem; width: 0; border-left: 2px solid; margin-left: -1px; }
+.time .at.many { height: .25rem; border-left-width: 1px; }
 .time .tick { top: 2rem; font-size: .75rem; color: var(--quiet); border-left: 1px solid var(--line);
   padding-left: .3rem; white-space: nowrap; }
 .time .rule { top: 1.8rem; left: 0; right: 0; border-top: 1px solid var(--line); }
