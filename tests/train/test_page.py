@@ -110,7 +110,7 @@ def test_a_page_can_be_made_at_any_moment(tmp_path: Path):
     page = make_page(running)
     assert ">running<" in page
     # 200 steps of 256 positions at 5,002 tokens a second.
-    assert re.search(r"<dt>steps left</dt><dd>10 s", page)
+    assert re.search(r"<dt>left</dt><dd>10 s", page)
     older = [{name: value for name, value in record(s).items() if name not in ("time", "peak_share", "memory_bytes")}
              for s in range(1, 9)]  # fmt: skip
     page = make_page(make_run(tmp_path / "d", older, []))

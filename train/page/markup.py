@@ -22,7 +22,7 @@ p { margin: .25rem 0; max-width: 46rem; }
 .quiet, dt, th, figcaption small { color: var(--quiet); font-weight: 400; }
 .state { font-weight: 600; }
 .end { color: var(--good); } .stop { color: var(--warn); } .fault { color: var(--bad); }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: 1rem 1.5rem;
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.2rem, 1fr)); gap: 1rem 1.25rem;
   margin: 1.5rem 0 0; }
 .figures dt { font-size: .8rem; } .figures dd { margin: 0; font-size: 1.15rem; line-height: 1.3; }
 .figures small { display: block; font-size: .8rem; color: var(--quiet); }

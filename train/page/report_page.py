@@ -59,7 +59,7 @@ def make_page(run: Run) -> str:
         section("Steps", tag("div", *(chart.figure for chart in charts.values()), class_="charts")) if charts else None,
         tag(
             "div",
-            section("Goodput", goodput_table(spent)) if events else None,
+            section("Goodput", goodput_table(spent), until(events)) if events else None,
             section("Data", data_table(config, records)),
             class_="columns",
         ),
@@ -116,7 +116,7 @@ def figures(
     if is_running and records:
         rows = sum(batch_size(config, s) for s in range(step, config.train.num_steps))
         left = rows * config.data.segment_length / max(records[-1]["tokens_per_second"], 1e-9)
-        found.append(("steps left", duration(left), "at the last rate"))
+        found.append(("left", duration(left), "of steps, at the last rate"))
     if records:
         tokens = sum(record["loss_weight"] for record in records)
         found.append(("trained on", f"{tokens:,.0f}", "tokens"))
@@ -158,6 +158,11 @@ def goodput_table(spent: Mapping[str, float]) -> Html:
         for kind, seconds in spent.items()
     )
     return tag("table", *rows)
+
+
+def until(events: Sequence[dict[str, Any]]) -> Html:
+    """What an account of the time knows."""
+    return tag("p", f"Until {moment(seconds_of(events[-1]))} UTC, when the run last wrote it down.", class_="quiet")
 
 
 def data_table(config: Config, records: Sequence[Mapping[str, Any]]) -> Html:
