@@ -70,7 +70,7 @@ class WeightsAndBiases:
             )  # fmt: skip
         except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
             raise InputError(
-                f"train.wandb = {project}: {error} Log in, set WANDB_MODE=offline, or leave the field at none"
+                f"train.wandb = {project}: {error} Or set WANDB_MODE=offline, or leave the field at none"
             ) from None
         if not self._run.offline:
             log.info("Weights & Biases: %s", self._run.url)
