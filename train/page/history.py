@@ -12,7 +12,7 @@ from train.page.markup import Html, join, tag
 Event = Mapping[str, Any]
 # Events → the class of their marks; others are faults.
 CLASSES = {"start": "start", "save": "save", "stop": "stop", "end": "end"}
-LEGEND = {"start": "start", "stop": "asked to stop", "fault": "crash or fault", "end": "end", "save": "save"}
+LEGEND = {"start": "start", "stop": "asked to stop", "fault": "crash, fault, rollback", "end": "end", "save": "save"}
 # Seconds between two labels of a line of time.
 INTERVALS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400)
 LABELS = 5
@@ -172,17 +172,17 @@ def listing(events: Sequence[dict[str, Any]]) -> Html:
                 tag("span", moment(seconds_of(event))),
                 tag("span", event["event"], class_=class_of(event)),
                 tag("span", f"step {event['step']:,}" if "step" in event else ""),
-                tag("span", "; ".join(f"{name} {short(name, value)}" for name, value in told.items() if value)),
+                tag("span", "; ".join(f"{name} {cut(short(name, value))}" for name, value in told.items() if value)),
             )
         )
     if (left_out := len(rows) - ROWS) > 0:
         rows[1 : 1 + left_out] = [tag("li", tag("span", f"{left_out:,} events are left out here", class_="quiet"))]
     stalls = sorted(event["stall_seconds"] for event in events if "stall_seconds" in event)
-    saves = stalls and (
-        f"{len(stalls):,} saves kept the steps waiting for {short_duration(stalls[len(stalls) // 2])} (median), "
-        f"{short_duration(stalls[-1])} at most. Times are UTC."
+    told_of_saves = stalls and (
+        f" {len(stalls):,} saves kept the steps waiting for {short_duration(stalls[len(stalls) // 2])} (median), "
+        f"{short_duration(stalls[-1])} at most."
     )
-    return join([tag("ol", *rows, class_="events"), tag("p", saves, class_="quiet") if saves else None])
+    return join([tag("ol", *rows, class_="events"), tag("p", "Times are UTC.", told_of_saves or "", class_="quiet")])
 
 
 def short_duration(seconds: float) -> str:
@@ -201,4 +201,9 @@ def short(name: str, value: Any) -> str:
     text = str(value)
     if name in ("commit", "config", "data") and len(text) >= 40:
         return text[:12] + text[40:41] * (name == "commit")
+    return text
+
+
+def cut(text: str) -> str:
+    """What is too long for the list ends early."""
     return text if len(text) <= CHARACTERS else text[:CHARACTERS] + "…"

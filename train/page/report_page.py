@@ -20,6 +20,7 @@ from train.metrics import duration, read_steps
 from train.page.chart import BOTTOM, LEFT, MEASURES, RIGHT, TOP, Chart, columns, draw
 from train.page.history import legend, line_of_time, listing, marks, moment, seconds_of, short_duration, state
 from train.page.markup import Html, document, join, tag
+from train.prepare import some_of
 from train.run import Run
 from train.schedule import batch_size
 
@@ -123,9 +124,11 @@ def figures(
         found.append(("training loss", f"{records[-1]['loss']:.4f}", "nats a token"))
     evaluated = [record for record in records if "validation_bits_per_byte" in record]
     if evaluated:
-        held_out = run.held_out_texts()
-        gzip = f"; gzip -9 needs {gzip_bits_per_byte(held_out):.3f}" if held_out else ""
-        found.append(("held-out text", f"{evaluated[-1]['validation_bits_per_byte']:.3f}", f"bits a byte{gzip}"))
+        last, texts = evaluated[-1], run.held_out_texts()
+        if not any(event["event"] == "end" and event["step"] == last["step"] for event in events):
+            texts = some_of(texts, config.evaluation.loop_bytes)  # as the run itself does on the way
+        gzip = f"; gzip -9 needs {gzip_bits_per_byte(texts):.3f}" if texts else ""
+        found.append(("held-out text", f"{last['validation_bits_per_byte']:.3f}", f"bits a byte{gzip}"))
     if records:
         rates = sorted(record["tokens_per_second"] for record in records)
         peaks = sorted(record["peak_share"] for record in records if "peak_share" in record)
@@ -150,7 +153,7 @@ def goodput_table(spent: Mapping[str, float]) -> Html:
     rows = (
         tag(
             "tr",
-            tag("td", KINDS[kind]),
+            tag("td", KINDS.get(kind, kind)),
             tag("td", short_duration(seconds), class_="number"),
             tag("td", f"{seconds / whole:.1%}", class_="number"),
             tag("td", tag("i", style=f"width:{100 * seconds / whole:.1f}%"), class_="bar"),
