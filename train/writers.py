@@ -87,7 +87,7 @@ class WeightsAndBiases:
 
 def run_id(run: Run) -> str:
     """The same over all starts of a run, and another for each run: from its first start, wherever its folder is."""
-    first = read_events(run.events)[0]
+    first = next(event for event in read_events(run.events) if event["event"] == "start")
     return hashlib.sha256(f"{first['time']} {first['host']} {first['pid']}".encode()).hexdigest()[:12]
 
 

@@ -105,10 +105,12 @@ def test_a_page_can_be_made_at_any_moment(tmp_path: Path):
     page = make_page(make_run(tmp_path / "b", [record(1)], [start(0, 0)]))
     assert ">crashed<" in page
     assert page.count("no evaluation yet") == 1
-    running = make_run(tmp_path / "c", [record(s) for s in range(1, 101)], [start(0, 0)])
+    slow = {"slowest_process": 3}
+    running = make_run(tmp_path / "c", [record(s, **slow) for s in range(1, 101)], [start(0, 0)])
     running.lease.write_text("{}")
     page = make_page(running)
     assert ">running<" in page
+    assert "process 3, in 100% of steps" in page
     # 200 steps of 256 positions at 5,002 tokens a second.
     assert re.search(r"<dt>left</dt><dd>10 s", page)
     older = [{name: value for name, value in record(s).items() if name not in ("time", "peak_share", "memory_bytes")}

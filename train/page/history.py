@@ -111,9 +111,8 @@ def stretches(events: Sequence[dict[str, Any]], now: float) -> list[tuple[float,
     return found
 
 
-def line_of_time(events: Sequence[dict[str, Any]], now: float) -> Html:
-    """All starts on one line of time, with what began and ended them."""
-    ran = stretches(events, now)
+def line_of_time(events: Sequence[dict[str, Any]], ran: Sequence[tuple[float, float, str]]) -> Html:
+    """All starts on one line of time (see `stretches`), with what began and ended them."""
     first = min([seconds_of(events[0]), *(begin for begin, _, _ in ran)])
     last = max([seconds_of(events[-1]), *(end for _, end, _ in ran)])
     span = max(last - first, 1e-3)

@@ -3,6 +3,7 @@
 It is made from the run's folder alone, at any moment of the run.
 """
 
+import collections
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,17 @@ from train.goodput import goodput
 from train.lease import BEAT_SECONDS, PATIENCE
 from train.metrics import duration, read_steps
 from train.page.chart import BOTTOM, LEFT, MEASURES, RIGHT, TOP, Chart, columns, draw
-from train.page.history import legend, line_of_time, listing, marks, moment, seconds_of, short_duration, state
+from train.page.history import (
+    legend,
+    line_of_time,
+    listing,
+    marks,
+    moment,
+    seconds_of,
+    short_duration,
+    state,
+    stretches,
+)
 from train.page.markup import Html, document, join, tag
 from train.prepare import some_of
 from train.run import Run
@@ -44,7 +55,7 @@ def make_page(run: Run) -> str:
     is_alive = now - beat < PATIENCE * BEAT_SECONDS
     seen = max([beat, *(record.get("time", 0.0) for record in records[-1:])])
     color, word, more = state(events, is_alive, seen)
-    spent, at = goodput(events), marks(events)
+    spent, at, ran = goodput(events), marks(events), stretches(events, now if is_alive else seen)
     drawn = {measure.field: draw(measure, records, at, missing(config, measure.field)) for measure in MEASURES}
     charts = {field: chart for field, chart in drawn.items() if chart and records}
     header = tag(
@@ -54,7 +65,7 @@ def make_page(run: Run) -> str:
         figures(config, run, records, events, is_running=word == "running"),
     )
     sections = (
-        section("Time", line_of_time(events, now if is_alive else seen), legend(at, spent["lost"] > 0))
+        section("Time", line_of_time(events, ran), legend(at, any(name == "lost" for *_, name in ran)))
         if events
         else None,
         section("Steps", tag("div", *(chart.figure for chart in charts.values()), class_="charts")) if charts else None,
@@ -195,6 +206,9 @@ def data_table(config: Config, records: Sequence[Mapping[str, Any]]) -> Html:
         waited = sum(record["data_wait_seconds"] for record in records)
         rows.append(("utilisation", f"{tokens / max(positions, 1e-9):.1%} of positions give a loss"))
         rows.append(("waiting", f"{waited / len(records):.3f} s a step"))
+        slowest = collections.Counter(r["slowest_process"] for r in records if "slowest_process" in r)
+        for process, steps in slowest.most_common(1):
+            rows.append(("slowest", f"process {process}, in {steps / slowest.total():.0%} of steps"))
     return tag("table", *(tag("tr", tag("th", name), tag("td", value)) for name, value in rows))
 
 
