@@ -20,6 +20,7 @@ COMMANDS = {
     "inspect data": ("launch.inspect_data", "which documents a step's batch is made of, or what a corpus holds"),
     "inspect loss": ("launch.inspect_loss", "what the model predicts at each position of a text"),
     "plan": ("launch.plan", "memory, speed, days and cost of a run, on this machine or on one that is not here"),
+    "report": ("launch.report", "one HTML page of a run: what was measured, what happened, where its time went"),
     "generate": ("launch.generate", "continue a prompt"),
     "export": ("launch.export", "write a run's weights for inference elsewhere"),
     "launch local": ("launch.local", "run a command as several processes on this machine"),

@@ -88,6 +88,10 @@ class TrainConfig:
         default=False,
         metadata={"help": "also write metrics for TensorBoard to run_dir/tensorboard", "resume": "free"},
     )
+    wandb: str | None = field(
+        default=None,
+        metadata={"help": "project of Weights & Biases that gets metrics, too; none: none", "resume": "free"},
+    )
     watchdog_seconds: float = field(
         default=3600.0,
         metadata={

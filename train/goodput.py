@@ -50,8 +50,11 @@ def goodput(events: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Seconds of a whole run, from its first start to its last word, by KINDS, `lost` and `down`.
 
     Args:
-        events: of its audit log. What came after the last save before a fault or a crash is lost.
+        events: of its audit log; none: there is nothing to account for. What came after the last save before a fault
+            or a crash is lost.
     """
+    if not events:
+        return {}
     found = dict.fromkeys((*KINDS, LOST, DOWN), 0.0)
     account: dict[str, float] = {}
     ended = kept = None

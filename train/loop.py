@@ -22,7 +22,7 @@ from train.evaluate import evaluate, evaluation_metrics, make_evaluation_step
 from train.events import Events, start_fields
 from train.lease import Lease
 from train.mesh import GENERATION, batch_sharding, gathered, make_mesh, once, training_layout
-from train.metrics import Display, Rate, StepLog, flops_per_token, peak_flops
+from train.metrics import Display, Rate, StepLog, flops_per_token, memory_bytes, peak_flops
 from train.optimizer import make_optimizer
 from train.prepare import Prepared, data_fingerprint, go_on, prepare, some_of
 from train.profiling import Profiler
@@ -36,6 +36,7 @@ from train.step import Programs
 from train.stop import Agreement, Stopped, StopSignals
 from train.watch import compact
 from train.weights import check_export_folder, exported_step, why_no_export, write_huggingface
+from train.writers import open_writers
 
 
 def pretrain(config: Config) -> Run:
@@ -194,9 +195,9 @@ class Training:
             loader = stack.enter_context(self.loader())
             self.logs: tuple[StepLog, StepLog] | None = None
             if jax.process_index() == 0:
-                board = self.run.folder / "tensorboard" if config.train.tensorboard else None
+                writers = open_writers(config, self.run, self.step)
                 # The data may go on elsewhere than before, so the step that it goes on from is logged anew.
-                self.logs = StepLog(self.run.metrics, self.step, board), StepLog(self.run.positions, self.step - 1)
+                self.logs = StepLog(self.run.metrics, self.step, writers), StepLog(self.run.positions, self.step - 1)
                 for log in self.logs:
                     stack.callback(log.close)
             self.log_positions(self.positions.tolist())
@@ -304,7 +305,7 @@ class Training:
         config, step = self.config, done.step
         metrics: dict[str, Any] = jax.tree.map(lambda x: x.tolist(), jax.device_get(done.metrics))
         asked, waited, busy = np.asarray(done.said).T
-        record = {"step": step} | metrics
+        record = {"step": step, "time": round(time.time(), 3)} | metrics
         shares = self.prepared.mixture.shares
         self.judge.check(record, anew=step > 1 and shares(step - 1) != shares(step - 2))
         self.rate.finished(record["loss_weight"])
@@ -312,7 +313,9 @@ class Training:
         self.rows_left -= rows
         record |= {
             "utilization": record["loss_weight"] / (rows * config.data.segment_length),
-            "tokens_per_second": self.rate.tokens_per_second, "data_wait_seconds": float(waited.max()),
+            "tokens_per_second": self.rate.tokens_per_second,
+            "peak_share": self.rate.tokens_per_second * self.peak_share,
+            "data_wait_seconds": float(waited.max()), "memory_bytes": memory_bytes(),
         }  # fmt: skip
         if len(busy) > 1:
             # The others wait for it.
@@ -322,7 +325,7 @@ class Training:
                 "slowest_process_data_wait_seconds": float(waited[slowest]),
             }  # fmt: skip
         seconds_left = self.rate.seconds(self.rows_left * config.data.segment_length)
-        self.display.step(record, self.rate.tokens_per_second * self.peak_share, seconds_left)
+        self.display.step(record, seconds_left)
         if "watch" in record:
             self.display.say(f"step {step}  {compact(record['watch'])}")
         return record, bool(asked.any())

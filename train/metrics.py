@@ -10,9 +10,10 @@ import json
 import logging
 import math
 import os
+import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from rich.text import Text
 from model.config import ModelConfig
 from model.parameters import parameter_table
 from train.hardware import chip_of
+from train.writers import Writer
 
 log = logging.getLogger("ziggurat")
 
@@ -62,41 +64,45 @@ def peak_flops(dtype: str) -> tuple[float, str]:
     return 2 * n**3 / min(seconds) * machines, f"a {n} × {n} {dtype} product measured here"
 
 
+def memory_bytes() -> int:
+    """The most so far of the fullest of this process's devices; of the process itself, where they don't tell."""
+    of_devices = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
+    # macOS counts in bytes, Linux in KiB.
+    of_process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return max(of_devices) or of_process
+
+
 class StepLog:
     """A file with at most one line a step, written by process 0 alone. After a restart no step stands there twice.
 
     Args:
         path: of the file.
         step: the restored step; lines of later ones, and a torn last line, are dropped.
-        tensorboard: a folder to which the numbers are also written; none: nowhere else.
+        writers: where the numbers also go.
     """
 
-    def __init__(self, path: Path, step: int, tensorboard: Path | None = None):
+    def __init__(self, path: Path, step: int, writers: Sequence[Writer] = ()):
         kept = [line for line, record in read_steps(path) if record["step"] <= step]
         partial = path.with_suffix(".partial")
         partial.write_text("".join(kept))
         partial.replace(path)
         self._file = path.open("a")
-        self._board = None
-        if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._board = SummaryWriter(str(tensorboard), purge_step=step + 1)
+        self._writers = writers
 
     def write(self, record: dict[str, Any]) -> None:
         """One step's line."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        if self._board:
-            for name, value in scalars({name: value for name, value in record.items() if name != "step"}):
-                self._board.add_scalar(name, value, record["step"])
+        for writer in self._writers:
+            numbers = {name: value for name, value in record.items() if name not in ("step", "time")}
+            writer.write(record["step"], dict(scalars(numbers)))
 
     def close(self) -> None:
         """Everything to disk."""
         os.fsync(self._file.fileno())
         self._file.close()
-        if self._board:
-            self._board.close()
+        for writer in self._writers:
+            writer.close()
 
 
 def scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -163,14 +169,14 @@ class Display:
         self._console = Console(file=sys.stderr)
         self._live: Live | None = None
 
-    def step(self, record: dict[str, Any], peak_share: float, seconds_left: float) -> None:
+    def step(self, record: dict[str, Any], seconds_left: float) -> None:
         """Show one finished step."""
         if self.quiet:
             return
         step = record["step"]
         line = (
             f"step {step}/{self.num_steps}  loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  "
-            f"{peak_share:.0%} of peak  data wait {record['data_wait_seconds']:.2f} s  "
+            f"{record['peak_share']:.0%} of peak  data wait {record['data_wait_seconds']:.2f} s  "
             f"ETA {duration(seconds_left)}"
         )
         if self._console.is_terminal:

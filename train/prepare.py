@@ -1,7 +1,6 @@
 """What a run stands on before its first step: a folder of its own, its text, its tokenizer, what it holds out."""
 
 import hashlib
-import importlib.util
 import json
 import logging
 import os
@@ -24,6 +23,7 @@ from train.lease import Lease
 from train.mesh import once
 from train.metrics import read_steps
 from train.run import Run, Text
+from train.writers import missing_packages
 
 log = logging.getLogger("ziggurat")
 
@@ -89,8 +89,8 @@ def check_folder(config: Config, run: Run) -> None:
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         problem = "cannot be written to" if existing.is_dir() else "is a file"
         raise InputError(f"train.run_dir = {run.folder}: {existing} {problem}; name another folder")
-    if config.train.tensorboard and importlib.util.find_spec("tensorboardX") is None:
-        raise InputError("train.tensorboard needs the package tensorboardX: pip install -e '.[tensorboard]'")
+    if missing := missing_packages(config):
+        raise InputError("\n".join(missing))
     last_step = run.last_step()
     if not run.is_claimed() or not last_step:
         return

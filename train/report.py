@@ -1,6 +1,7 @@
 """What a person reads of a run at its start and at its end."""
 
 import shlex
+from collections.abc import Mapping
 
 import jax
 
@@ -8,8 +9,10 @@ from data.mixture import Mixture, Source, field_of
 from model.kernels import choose
 from model.parameters import count_parameters
 from train.evaluate import gzip_bits_per_byte
+from train.events import read_events
+from train.goodput import goodput
 from train.mesh import training_layout
-from train.metrics import read_steps
+from train.metrics import duration, read_steps
 from train.prepare import Prepared
 from train.run import Run
 from train.schedule import batch_size
@@ -58,6 +61,14 @@ def drawn(source: Source, mixture: Mixture) -> str:
     return "".join(f"; {word}" for word in ([*shares] if len(mixture.sources) > 1 else []) + epochs)
 
 
+def shares(seconds: Mapping[str, float]) -> str:
+    """All the time of a run, and what it went into: steps, and whatever took more than 0.5% of it."""
+    whole = sum(seconds.values())
+    parts = {kind: value / max(whole, 1e-9) for kind, value in seconds.items()}
+    told = [f"{part:.0%} {kind}" for kind, part in parts.items() if kind == "steps" or part > 0.005]
+    return f"{duration(whole)}: {', '.join(told)}"
+
+
 def closing(run: Run, program: str) -> str:
     """How the run ended, and what can be done with it now; `program` is how the user calls ziggurat."""
     config, held_out = run.load_config(), run.held_out_texts()
@@ -73,6 +84,8 @@ def closing(run: Run, program: str) -> str:
     if evaluated and held_out:
         bits = evaluated[-1]["validation_bits_per_byte"]
         lines.append(f"held-out text   {bits:.3f} bits a byte; gzip -9 needs {gzip_bits_per_byte(held_out):.3f}")
+    if spent := goodput(read_events(run.events)):
+        lines.append(f"goodput         {shares(spent)}")
     lines.append(f"checkpoints     {run.checkpoints}")
     if run.export.exists():
         lines.append(f"weights         {run.export}")

@@ -45,7 +45,8 @@ def assert_same_end(run: Path, other: Path, step: int) -> None:
 
 
 def without_times(records: list[dict]) -> list[dict]:
-    return [{k: v for k, v in r.items() if k not in ("tokens_per_second", "data_wait_seconds")} for r in records]
+    of_the_machine = ("time", "tokens_per_second", "peak_share", "data_wait_seconds", "memory_bytes")
+    return [{k: v for k, v in r.items() if k not in of_the_machine} for r in records]
 
 
 def test_a_run_leaves_its_config_tokenizer_checkpoints_metrics_and_weights(finished: Path):
@@ -60,6 +61,8 @@ def test_a_run_leaves_its_config_tokenizer_checkpoints_metrics_and_weights(finis
     assert [record["step"] for record in records] == list(range(1, 13))
     for record in records:
         assert {"loss", "learning_rate", "grad_norm", "tokens_per_second", "data_wait_seconds"} <= record.keys()
+        assert record["memory_bytes"] > 2**20
+        assert 0 < record["peak_share"] < 1
         assert record["utilization"] == 1
         assert record["loss_weight"] == 8 * 32
         evaluated = record["step"] in (1, 6, 12)
