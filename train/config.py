@@ -123,7 +123,7 @@ class EvaluationConfig:
         default=2**20, metadata={"help": "bytes of held-out documents that the run keeps and evaluates at its end"}
     )
     loop_bytes: int = field(
-        default=2**17, metadata={"help": "bytes of them that it evaluates on the way", "resume": "free"}
+        default=2**17, metadata={"help": "bytes of them that it evaluates on the way", "resume": "warn"}
     )
     prompt: str = field(default="def ", metadata={"help": "what the sample continues", "resume": "free"})
     sample_tokens: int = field(default=64, metadata={"help": "new tokens of the sample", "resume": "free"})
@@ -328,17 +328,6 @@ def _ramp_problems(c: TrainConfig) -> list[str]:
 def _nearest_divisor(number: int, wanted: int) -> int:
     divisors = [d for d in range(1, max(number, 1) + 1) if number % d == 0]
     return min(divisors, key=lambda d: abs(d - wanted))
-
-
-def resume_differences(saved: Config, asked: Config) -> dict[str, list[str]]:
-    """What a resumed run would do otherwise than before, by its `resume` rule: {"frozen": [lines], "warn": [lines]}."""
-    lines: dict[str, list[str]] = {"frozen": [], "warn": [], "free": []}
-    for group, name, setting in config_fields():
-        before, now = getattr(getattr(saved, group), name), getattr(getattr(asked, group), name)
-        if before != now:
-            rule = setting.metadata.get("resume", "frozen")
-            lines[rule].append(f"{group}.{name}: {before} → {now}")
-    return lines
 
 
 def to_json(config: Config) -> str:

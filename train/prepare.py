@@ -19,7 +19,8 @@ from data.errors import InputError
 from data.formats.stdlib import snapshot_stdlib
 from data.mixture import MixedStream, Mixture, field_of, first_positions, open_mixture, open_streams
 from data.tokenizer import MODEL_FILE, Tokenizer, copy_tokenizer, train_tokenizer
-from train.config import Config, config_fields, resume_differences
+from train.changes import Change, changes_of, table
+from train.config import Config, config_fields
 from train.lease import Lease
 from train.mesh import once
 from train.metrics import read_steps
@@ -95,22 +96,20 @@ def check_folder(config: Config, run: Run) -> None:
     if not run.is_claimed() or not last_step:
         return
     saved = run.load_config()
-    differences = resume_differences(saved, config.resolved(saved.model.vocab_size))
-    accepts = config.data.accept_changes
-    if frozen := [line for line in differences["frozen"] if not (accepts and line.startswith("data."))]:
-        changes = "\n".join(f"  {line}" for line in frozen)
-        accept = ACCEPT + ", " if all(line.startswith("data.") for line in frozen) else ""
+    changes, accepts = changes_of(saved, config.resolved(saved.model.vocab_size)), config.data.accept_changes
+    if frozen := [change for change in changes["frozen"] if not (accepts and change.field.startswith("data."))]:
+        accept = ACCEPT + ", " if all(change.field.startswith("data.") for change in frozen) else ""
         raise InputError(
-            f"{run.folder} holds a run with other settings, which cannot change on resume:\n{changes}\n"
-            f"  give the old values, {accept}or start another run with --config.train.run_dir=FOLDER"
+            f"{run.folder} holds a run with other settings, which cannot change on resume:\n{table(frozen)}\n"
+            f"  give the values from before, {accept}or start another run with --config.train.run_dir=FOLDER"
         )
     if config.train.num_steps < last_step:
         raise InputError(
             f"train.num_steps = {config.train.num_steps}: the run in {run.folder} has done {last_step} steps already; "
             "raise it, or start another run with --config.train.run_dir=FOLDER"
         )
-    for line in differences["warn"]:
-        log.warning("changed on resume: %s", line)
+    if changes["warn"] and jax.process_index() == 0:
+        log.warning("changed on resume:\n%s", table(changes["warn"]))
 
 
 def claim(config: Config, run: Run) -> None:
@@ -225,19 +224,17 @@ def go_on(progress: Mapping[str, Any], prepared: Prepared, run: Run) -> tuple[Pr
         raise InputError(f"{run.folder} was begun by an older version; start another run")
     saved, now, config = progress["identity"], prepared.identity, prepared.config
     positions = np.array(progress["positions"], np.int64)
-    names = [name for name in saved | now if saved.get(name) != now.get(name)]
-    if not names:
+    changes = [Change(name, saved.get(name), now.get(name)) for name in saved | now if saved.get(name) != now.get(name)]
+    if not changes:
         return prepared, positions
-    changes = [f"{name}: {_short(saved.get(name))} → {_short(now.get(name))}" for name in names]
     if not config.data.accept_changes:
-        lines = "".join(f"  {line}\n" for line in changes)
         raise InputError(
-            f"the data is not what the run in {config.train.run_dir} has been trained on:\n{lines}"
+            f"the data is not what the run in {config.train.run_dir} has been trained on:\n{table(changes)}\n"
             f"  restore it, {ACCEPT}, or start another run with --config.train.run_dir=FOLDER"
         )
-    for line in changes:
-        log.warning("changed on resume: %s", line)
-    moves = not all(name.endswith((".weight", ".epochs")) for name in names)
+    if jax.process_index() == 0:
+        log.warning("changed on resume:\n%s", table(changes))
+    moves = not all(change.field.endswith((".weight", ".epochs")) for change in changes)
     if moves:
         epoch = int(positions[:, :, 0].max()) + 1
         assert config.data.num_streams is not None
@@ -282,11 +279,6 @@ def streams_before(
         begin, positions = before[-1]["step"], np.array(before[-1]["positions"], np.int64)
     streams = range(config.data.num_streams)
     return begin, open_streams(mixture, tokenizer.encode_all, tokenizer.eos_id, config.train.seed, streams, positions)
-
-
-def _short(value: Any) -> str:
-    """A value for a person; of a fingerprint the beginning."""
-    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
 
 
 def check_same_everywhere(fingerprints: dict[str, str]) -> None:
