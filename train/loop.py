@@ -6,7 +6,6 @@ import faulthandler
 import itertools
 import time
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,8 +13,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from data.loader import Loader, gather_positions, is_over
-from data.mixture import first_positions
 from model.generate import generate
+from train.begin import begin
 from train.checkpoint import Checkpoints
 from train.config import Config
 from train.evaluate import evaluate, evaluation_metrics, make_evaluation_step
@@ -24,12 +23,12 @@ from train.lease import Lease
 from train.mesh import GENERATION, batch_sharding, make_mesh, once, training_layout
 from train.metrics import Display, Rate, StepLog, flops_per_token, peak_flops
 from train.optimizer import make_optimizer
-from train.prepare import Prepared, data_fingerprint, go_on, prepare, some_of
+from train.prepare import Prepared, data_fingerprint, prepare, some_of
 from train.profiling import Profiler
 from train.report import opening
 from train.run import Run
 from train.schedule import batch_size
-from train.state import abstract_state, evaluated_weights, make_state
+from train.state import evaluated_weights
 from train.step import Programs
 from train.stop import Agreement, Stopped, StopSignals
 from train.watch import compact
@@ -47,7 +46,7 @@ def pretrain(config: Config) -> Run:
         InputError: whatever the user got wrong, before any device time is spent.
         Stopped: a signal has asked it to end before; what it has done is saved.
     """
-    run = Run(Path(config.train.run_dir).expanduser())
+    run = Run.of(config)
     events = Events(run.events if jax.process_index() == 0 else None, config.train.on_event)
     exports = config.checkpoint.export and why_no_export(config.model) is None
     if exports:
@@ -66,25 +65,19 @@ def pretrain(config: Config) -> Run:
         stack.callback(events.close)
         events.note_crash(lease.last_beat)
 
-        # ── Fresh weights, or the newest checkpoint ────────────────────────────────────────────────────────────────
+        # ── New weights, or those of a checkpoint ──────────────────────────────────────────────────────────────────
         optimizer = make_optimizer(config)
         checkpoints = Checkpoints(run.checkpoints, config.checkpoint)
         stack.callback(checkpoints.close)
-        if restored := checkpoints.restore(abstract_state(config, optimizer)):
-            state, progress = restored
-            prepared, positions = go_on(progress, prepared, run)
-            # With other data there is more to read.
-            over = progress["is_over"] and progress["identity"] == prepared.identity
-        else:
-            assert config.data.num_streams is not None
-            positions, over = first_positions(prepared.mixture, config.data.num_streams), False
-            state = make_state(config, optimizer)
+        begun = begin(prepared, run, checkpoints, optimizer)
+        prepared, state = begun.prepared, begun.state
         once(lambda: run.save_config(config))
-        begin = int(state["step"])
-        if begin < config.train.num_steps and not over:
-            events.write("start", step=begin, **start_fields(config, data_fingerprint(prepared.identity)))
+        first = int(state["step"])
+        if first < config.train.num_steps and not begun.over:
+            of_data = data_fingerprint(prepared.identity)
+            events.write("start", step=first, **begun.fields, **start_fields(config, of_data))
             try:
-                state = train(prepared, run, display, checkpoints, state, positions, signals, events)
+                state = train(prepared, run, display, checkpoints, state, begun.positions, signals, events)
             except Stopped:
                 raise
             except BaseException as error:
@@ -97,11 +90,11 @@ def pretrain(config: Config) -> Run:
         step = int(state["step"])
 
         # ── The end ────────────────────────────────────────────────────────────────────────────────────────────────
-        if exports and (begin < step or exported_step(run.export) != step):
+        if exports and (first < step or exported_step(run.export) != step):
             whole = multihost_utils.process_allgather(evaluated_weights(state), tiled=True)
             context = config.data.segment_length
             once(lambda: write_huggingface(run.export, config.model, whole, prepared.tokenizer, context, step))
-        if begin < step:
+        if first < step:
             events.write("end", step=step)
     return run
 
