@@ -38,7 +38,7 @@ class DataConfig:
         default="error",
         metadata={
             "help": "what a document that cannot be read does: 'error' ends the run, 'skip' leaves it out and says so",
-            "resume": "free",
+            "resume": "warn",
         },
     )
     validation_fraction: float = field(

@@ -99,14 +99,14 @@ def version(info: Mapping[str, Any]) -> str:
     return str(found.timestamp() if isinstance(found, datetime) else found)
 
 
-def attempt(url: str, call: Callable[[], T]) -> T:
-    """What the call returns; it is tried up to `TRIES` times.
+def attempt(url: str, call: Callable[[], T], tries: int = TRIES) -> T:
+    """What the call returns; it is tried up to so many times.
 
     Raises:
         RemoteError: it failed for good, or each time.
     """
     delay = FIRST_DELAY
-    for tried in range(1, TRIES + 1):
+    for tried in range(1, tries + 1):
         try:
             return call()
         except Exception as error:  # each filesystem's library has errors of its own
@@ -121,9 +121,9 @@ def attempt(url: str, call: Callable[[], T]) -> T:
                 ) from None
             if kind != "passing":
                 raise RemoteError(kind, f"cannot be read ({text})") from None
-            if tried == TRIES:
-                raise RemoteError("failed", f"cannot be read after {TRIES} tries ({text})") from None
-            log.warning("%s: %s; trying again in %.1f s (%d of %d)", url, text, delay, tried + 1, TRIES)
+            if tried == tries:
+                raise RemoteError("failed", f"cannot be read after {tries} tries ({text})") from None
+            log.warning("%s: %s; trying again in %.1f s (%d of %d)", url, text, delay, tried + 1, tries)
             sleep(delay)
             delay *= 2
     raise AssertionError("not reached")

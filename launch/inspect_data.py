@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the batch or the summary."""
     from data.provenance import describe_row, rows_of_step, summarize
-    from train.prepare import streams_before
+    from train.prepare import first_step, streams_before
     from train.recovery import read_ledger, skipped_batches
     from train.schedule import batch_size
 
@@ -52,6 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
         step = arguments.step - 1
         if not 0 <= step < config.train.num_steps:
             raise InputError(f"--step={arguments.step}: the run has steps 1 to {config.train.num_steps}")
+        if step < (first := first_step(config)):
+            raise InputError(f"--step={arguments.step}: the run begins after step {first} of its parent; look there")
         if arguments.row is not None and not 0 <= arguments.row < batch_size(config, step):
             raise InputError(f"--row={arguments.row}: the batch has rows 0 to {batch_size(config, step) - 1}")
         begin, streams = streams_before(step, config, run, mixture, tokenizer)

@@ -11,7 +11,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from data.errors import InputError
-from train.config import Config, config_fields, make_config, nearest
+from train.config import Config, config_fields, make_config, nearest, to_dict
+from train.saved import read_config, split_name
 
 PRESETS = Path(__file__).parent / "configs"
 
@@ -22,8 +23,8 @@ def add_config_arguments(parser: argparse.ArgumentParser, required: bool = True)
         "--config",
         required=required,
         type=os.path.expanduser,
-        metavar="NAME|FILE",
-        help=f"one of {', '.join(presets())}, or a file",
+        metavar="NAME|FILE|RUN",
+        help=f"one of {', '.join(presets())}, a file, a run's folder, or RUN@STEP to begin another run with that",
     )
     parser.set_defaults(overrides={})
     groups: dict[str, Any] = {}
@@ -49,11 +50,21 @@ def presets() -> list[str]:
 
 
 def load_config(name: str, overrides: Mapping[str, str]) -> Config:
-    """The config of a preset's name or a Python file that defines `get_config() -> ConfigDict`, overrides applied.
+    """The config of a preset's name, a Python file that defines `get_config() -> ConfigDict`, or a run.
+
+    RUN is a run as it was last started, wherever its folder is now. RUN@STEP is a fork of it (see `train.fork`).
+
+    Args:
+        name: of the config.
+        overrides: texts by field; they win.
 
     Raises:
         InputError: there is no such config, its file fails, or everything that is wrong with its values.
     """
+    if name not in presets() and not name.endswith(".py"):
+        folder, step = split_name(name)
+        if folder.is_dir():
+            return make_config(run_values(folder, step), overrides)
     file = Path(name) if name.endswith(".py") or "/" in name else PRESETS / f"{name}.py"
     if not file.is_file():
         problem = f"there is no such file{', nor a preset of this name' if file.parent == PRESETS else ''}"
@@ -71,3 +82,17 @@ def load_config(name: str, overrides: Mapping[str, str]) -> Config:
     if not isinstance(made, ConfigDict):
         raise InputError(f"{file}: get_config() returns {type(made).__name__}; it must return a ConfigDict")
     return make_config(made.to_dict(), overrides)
+
+
+def run_values(folder: Path, step: int | None) -> dict[str, dict[str, Any]]:
+    """The settings of a run, or of a fork that begins with its checkpoint of a step.
+
+    What a person has accepted once is not accepted for good, and a run's place for checkpoints is its own.
+    """
+    values = to_dict(read_config(folder))
+    values["data"]["accept_changes"] = False
+    values["train"]["run_dir"] = str(folder)
+    if step is not None:
+        values["train"] |= {"start_from": f"{folder}@{step}", "start_with": "all"}
+        values["checkpoint"]["dir"] = None
+    return values

@@ -7,23 +7,24 @@ on restore shows damage that it would not.
 """
 
 import logging
-import shutil
 import textwrap
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
 from data.errors import InputError
 from model.parameters import flattened
 from train.config import CheckpointConfig
 from train.mesh import once
 from train.state import State
+from train.storage import PathLike, is_remote
 
 log = logging.getLogger("ziggurat")
 
@@ -71,16 +72,24 @@ def like(template: Any, tree: Any) -> Any:
 
 
 class Checkpoints:
-    """The checkpoints of one run, in `run_dir/checkpoints`. Every process calls every method at the same step."""
+    """The checkpoints of one run. Every process calls every method at the same step.
 
-    def __init__(self, folder: Path, config: CheckpointConfig | None = None):
-        keep = config.keep if config else None
-        writes = config is not None
+    Args:
+        folder: where they are, here or in a bucket.
+        config: what is kept; none: they are read, and nothing in the folder changes.
+    """
+
+    def __init__(self, folder: PathLike, config: CheckpointConfig | None = None):
+        kept = None
+        if config:
+            kept = AnyPreservationPolicy([LatestN(config.keep)])
+            if config.keep_every_steps:
+                kept.policies.append(EveryNSteps(config.keep_every_steps))
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            create=writes,
-            cleanup_tmp_directories=writes,
-            enable_async_checkpointing=writes,
+            preservation_policy=kept,
+            create=config is not None,
+            cleanup_tmp_directories=config is not None,
+            enable_async_checkpointing=config is not None,
         )
         items = {
             "weights": ocp.StandardCheckpointHandler(),
@@ -88,8 +97,9 @@ class Checkpoints:
             "average": ocp.StandardCheckpointHandler(),
             "progress": ocp.JsonCheckpointHandler(),
         }
-        self._manager = ocp.CheckpointManager(folder.absolute(), item_handlers=items, options=options)
-        self.folder = folder
+        self.folder = epath.Path(folder)
+        place = self.folder if is_remote(folder) else self.folder.absolute()
+        self._manager = ocp.CheckpointManager(place, item_handlers=items, options=options)
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
@@ -126,26 +136,20 @@ class Checkpoints:
         Raises:
             InputError: there are checkpoints, and all are damaged.
         """
-        wanted = {name: plain(tree) for name, tree in abstract.items() if name != "step"}
-
-        def wanted_of(has_average: bool) -> dict[str, Any]:
-            return {name: tree for name, tree in wanted.items() if name != "average" or has_average}
-
         for step in reversed(self.steps()):
-            found = self._read(step, wanted_of)
-            if found is not None:
-                arrays, progress = found
+            if found := self._state(step, abstract):
                 self._set_aside([newer for newer in self.steps() if newer > step])
-                if "average" in wanted and "average" not in arrays:
-                    log.warning("train.ema_decay: the average begins with the weights of step %d", step)
-                    arrays["average"] = jax.tree.map(jnp.copy, arrays["weights"])
-                if "average" not in wanted and "average" in progress["checksums"]:
-                    log.warning("train.ema_decay is 0: the average up to step %d ends there", step)
-                count = jax.device_put(jnp.asarray(step, jnp.int32), abstract["step"].sharding)
-                return {"step": count} | {name: like(abstract[name], arrays[name]) for name in wanted}, progress
+                return found
         if self.steps():
             raise InputError(f"all checkpoints in {self.folder} are damaged; restore them from a copy, or start anew")
         return None
+
+    def restore_step(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
+        """The checkpoint of one step, as by `restore`. InputError where there is none, or it is damaged."""
+        self._check_step(step)
+        if found := self._state(step, abstract):
+            return found
+        raise InputError(f"the checkpoint of step {step} in {self.folder} is damaged; there are {self.steps()}")
 
     def restore_weights(self, abstract: Any, step: int | None = None) -> tuple[int, Any]:
         """(step, weights) of one checkpoint, by default the newest undamaged one; their average where it has one.
@@ -153,12 +157,35 @@ class Checkpoints:
         Raises:
             InputError: there is no such checkpoint, or it is damaged.
         """
-        if step is not None and step not in self.steps():
-            raise InputError(f"{self.folder} has no checkpoint of step {step}; there are {self.steps()}")
+        if step is not None:
+            self._check_step(step)
         for candidate in [step] if step is not None else reversed(self.steps()):
             if found := self._read(candidate, lambda averaged: {"average" if averaged else "weights": abstract}):
                 return candidate, next(iter(found[0].values()))
         raise InputError(f"{self.folder} holds no checkpoint that can be read")
+
+    def _check_step(self, step: int) -> None:
+        if step not in self.steps():
+            raise InputError(f"{self.folder} has no checkpoint of step {step}; there are {self.steps()}")
+
+    def _state(self, step: int, abstract: State) -> tuple[State, dict[str, Any]] | None:
+        """(state, progress) of one checkpoint; none, with a warning, where it is damaged."""
+        wanted = {name: plain(tree) for name, tree in abstract.items() if name != "step"}
+
+        def wanted_of(has_average: bool) -> dict[str, Any]:
+            return {name: tree for name, tree in wanted.items() if name != "average" or has_average}
+
+        found = self._read(step, wanted_of)
+        if found is None:
+            return None
+        arrays, progress = found
+        if "average" in wanted and "average" not in arrays:
+            log.warning("train.ema_decay: the average begins with the weights of step %d", step)
+            arrays["average"] = jax.tree.map(jnp.copy, arrays["weights"])
+        if "average" not in wanted and "average" in progress["checksums"]:
+            log.warning("train.ema_decay is 0: the average up to step %d ends there", step)
+        count = jax.device_put(jnp.asarray(step, jnp.int32), abstract["step"].sharding)
+        return {"step": count} | {name: like(abstract[name], arrays[name]) for name in wanted}, progress
 
     def _read(
         self, step: int, wanted: Callable[[bool], dict[str, Any]]
@@ -190,13 +217,13 @@ class Checkpoints:
         return None
 
     def _set_aside(self, steps: list[int]) -> None:
-        """Rename damaged checkpoints, so that their steps can be saved again."""
+        """Rename damaged checkpoints, so that their steps can be saved again; those of an earlier time are removed."""
 
         def rename() -> None:
+            for aside in self.folder.glob("*.damaged"):
+                aside.rmtree()
             for step in steps:
-                aside = self.folder / f"{step}.damaged"
-                shutil.rmtree(aside, ignore_errors=True)
-                (self.folder / str(step)).rename(aside)
+                (self.folder / str(step)).rename(self.folder / f"{step}.damaged")
 
         if steps:
             once(rename)

@@ -8,6 +8,7 @@ and `resume`: whether a change of it on resume is refused ("frozen", where nothi
 import dataclasses
 import difflib
 import json
+import re
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,8 +17,12 @@ from typing import Any
 from data.config import DataConfig, TokenizerConfig
 from data.errors import InputError
 from model.config import ModelConfig
+from train.checkpoint_config import CheckpointConfig
 from train.optimizer_config import OptimizerConfig
+from train.recovery_config import RecoveryConfig
 from train.values import from_text, from_value, kinds_of
+
+START_WITH = ("all", "optimizer", "weights")
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,17 @@ class TrainConfig:
         default=1, metadata={"help": "parts of the batch that are run one after the other", "resume": "free"}
     )
     seed: int = field(default=0, metadata={"help": "of the initial weights and the data order"})
+    start_from: str | None = field(
+        default=None,
+        metadata={"help": "RUN@STEP: the checkpoint of another run that this one begins with; none: new weights"},
+    )
+    start_with: str = field(
+        default="all",
+        metadata={
+            "help": "what of it: all (weights, optimizer, steps, place in the data), optimizer (all but that place: "
+            "the data from its beginning) or weights (alone: steps from 0)",
+        },
+    )
     ema_decay: float = field(
         default=0.0,
         metadata={
@@ -107,48 +123,6 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
-    """What is kept of the run."""
-
-    every_steps: int = field(default=500, metadata={"help": "steps between checkpoints", "resume": "free"})
-    keep: int = field(default=2, metadata={"help": "the newest checkpoints that stay", "resume": "free"})
-    export: bool = field(
-        default=True,
-        metadata={"help": "at the end write Hugging Face weights to run_dir/export", "resume": "free"},
-    )
-
-
-@dataclass(frozen=True)
-class RecoveryConfig:
-    """What a step does whose figures stand out: it is tried again once, then its rows are left out."""
-
-    spike_deviations: float = field(
-        default=10.0,
-        metadata={
-            "help": "a loss so many robust standard deviations above the last ones' median stands out; 0: none does",
-            "resume": "free",
-        },
-    )
-    spike_window: int = field(
-        default=128, metadata={"help": "steps whose losses a loss is compared with, from 32", "resume": "free"}
-    )
-    skip_batches: int = field(
-        default=1,
-        metadata={"help": "batches that are left out at a time, the one that stands out last", "resume": "free"},
-    )
-    max_skipped_batches: int = field(
-        default=10, metadata={"help": "batches left out before the run ends for a person to look", "resume": "free"}
-    )
-    skips: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={
-            "help": 'batches to leave out besides, by the step before which they would be read, as in {"120": 1}',
-            "resume": "warn",
-        },
-    )
-
-
-@dataclass(frozen=True)
 class EvaluationConfig:
     """Evaluation on held-out documents, and the sample that comes with it."""
 
@@ -157,7 +131,7 @@ class EvaluationConfig:
         default=2**20, metadata={"help": "bytes of held-out documents that the run keeps and evaluates at its end"}
     )
     loop_bytes: int = field(
-        default=2**17, metadata={"help": "bytes of them that it evaluates on the way", "resume": "free"}
+        default=2**17, metadata={"help": "bytes of them that it evaluates on the way", "resume": "warn"}
     )
     prompt: str = field(default="def ", metadata={"help": "what the sample continues", "resume": "free"})
     sample_tokens: int = field(default=64, metadata={"help": "new tokens of the sample", "resume": "free"})
@@ -183,6 +157,7 @@ class Config:
             self,
             model=self.model.resolved(vocab_size, self.data.segment_length),
             data=dataclasses.replace(self.data, num_streams=self.num_streams),
+            checkpoint=self.checkpoint.resolved(),
         )
 
     @property
@@ -291,13 +266,8 @@ def config_problems(config: Config) -> list[str]:
         found.append(f"train.seed is {c.train.seed}; it must be from 0 to {2**32 - 1}")
     if not 0 <= c.train.ema_decay < 1:
         found.append(f"train.ema_decay is {c.train.ema_decay}; it must be in [0, 1)")
-    at_least("checkpoint", 1, "every_steps", "keep")
-    at_least("recovery", 0, "spike_deviations", "max_skipped_batches")
-    at_least("recovery", 32, "spike_window")
-    at_least("recovery", 1, "skip_batches")
-    for step, batches in c.recovery.skips.items():
-        if not (str(step).isdigit() and int(step) and isinstance(batches, int) and batches > 0):
-            found.append(f'recovery.skips: {step!r}: {batches!r} is no step and number of batches, as in {{"120": 1}}')
+    at_least("checkpoint", 1, "every_steps", "keep", "keep_every_steps")
+    found += [*c.checkpoint.problems(), *c.recovery.problems()]
     at_least("evaluation", 1, "every_steps")
     # The longest character.
     at_least("evaluation", 4, "max_bytes", "loop_bytes")
@@ -318,7 +288,7 @@ def config_problems(config: Config) -> list[str]:
             f"train.batch_size = {c.train.batch_size} does not divide by train.accumulation_steps = "
             f"{c.train.accumulation_steps}"
         )
-    found += _ramp_problems(c.train)
+    found += _ramp_problems(c.train) + _start_problems(c.train)
     first = "batch_size" if c.train.batch_ramp_start is None else "batch_ramp_start"
     rows = getattr(c.train, first)
     if c.num_streams > 0 and rows % c.num_streams:
@@ -334,6 +304,17 @@ def config_problems(config: Config) -> list[str]:
             found.append(f"mesh.{axis} is {size}; it must be at least 1, or -1 for the devices that are left")
     if [c.mesh.data, c.mesh.fsdp, c.mesh.context, c.mesh.tensor].count(-1) > 1:
         found.append("only one of mesh.data, mesh.fsdp, mesh.context and mesh.tensor can be -1 (fsdp is by default)")
+    return found
+
+
+def _start_problems(c: TrainConfig) -> list[str]:
+    found = []
+    if c.start_with not in START_WITH:
+        found.append(f"train.start_with is {c.start_with!r}; it must be one of {', '.join(START_WITH)}")
+    if c.start_from is None and c.start_with != START_WITH[0]:
+        found.append(f"train.start_with = {c.start_with} has no effect without train.start_from; leave it at all")
+    if c.start_from is not None and not re.fullmatch(r".+@\d+", c.start_from):
+        found.append(f"train.start_from is {c.start_from!r}; it must be RUN@STEP, as in runs/tiny@500")
     return found
 
 
@@ -369,17 +350,6 @@ def _ramp_problems(c: TrainConfig) -> list[str]:
 def _nearest_divisor(number: int, wanted: int) -> int:
     divisors = [d for d in range(1, max(number, 1) + 1) if number % d == 0]
     return min(divisors, key=lambda d: abs(d - wanted))
-
-
-def resume_differences(saved: Config, asked: Config) -> dict[str, list[str]]:
-    """What a resumed run would do otherwise than before, by its `resume` rule: {"frozen": [lines], "warn": [lines]}."""
-    lines: dict[str, list[str]] = {"frozen": [], "warn": [], "free": []}
-    for group, name, setting in config_fields():
-        before, now = getattr(getattr(saved, group), name), getattr(getattr(asked, group), name)
-        if before != now:
-            rule = setting.metadata.get("resume", "frozen")
-            lines[rule].append(f"{group}.{name}: {before} → {now}")
-    return lines
 
 
 def to_json(config: Config) -> str:

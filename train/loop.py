@@ -6,7 +6,6 @@ import faulthandler
 import itertools
 import time
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,8 +13,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from data.loader import Loaded, Loader, gather_positions, is_over
-from data.mixture import first_positions
 from model.generate import generate
+from train.begin import begin
 from train.checkpoint import Checkpoints
 from train.config import Config
 from train.evaluate import evaluate, evaluation_metrics, make_evaluation_step
@@ -24,14 +23,14 @@ from train.lease import Lease
 from train.mesh import GENERATION, batch_sharding, gathered, make_mesh, once, training_layout
 from train.metrics import Display, Rate, StepLog, flops_per_token, memory_bytes, peak_flops
 from train.optimizer import make_optimizer
-from train.prepare import Prepared, data_fingerprint, go_on, prepare, some_of
+from train.prepare import Prepared, data_fingerprint, prepare, some_of
 from train.profiling import Profiler
 from train.recovery import SKIP, Anomaly, Judge, Ledger
 from train.replicas import check_replicas
 from train.report import opening
 from train.run import Run
 from train.schedule import batch_size
-from train.state import abstract_state, evaluated_weights, make_state
+from train.state import evaluated_weights
 from train.step import Programs
 from train.stop import Agreement, Stopped, StopSignals
 from train.watch import compact
@@ -50,7 +49,7 @@ def pretrain(config: Config) -> Run:
         InputError: whatever the user got wrong, before any device time is spent; or too many rows stood out.
         Stopped: a signal has asked it to end before; what it has done is saved.
     """
-    run = Run(Path(config.train.run_dir).expanduser())
+    run = Run.of(config)
     events = Events(run.events if jax.process_index() == 0 else None, config.train.on_event)
     exports = config.checkpoint.export and why_no_export(config.model) is None
     if exports:
@@ -74,10 +73,10 @@ def pretrain(config: Config) -> Run:
 
         training = Training(prepared, run, display, checkpoints, signals, events)
         once(lambda: run.save_config(config))
-        begin = training.step
-        if begin < config.train.num_steps and not training.is_over:
+        first = training.step
+        if first < config.train.num_steps and not training.begun.over:
             fields = start_fields(config, data_fingerprint(prepared.identity))
-            events.write("start", step=begin, **fields)
+            events.write("start", step=first, **training.begun.fields, **fields)
             try:
                 training.to_the_end()
             except Stopped:
@@ -91,11 +90,11 @@ def pretrain(config: Config) -> Run:
                 checkpoints.wait()
         step = training.step
 
-        if exports and (begin < step or exported_step(run.export) != step):
+        if exports and (first < step or exported_step(run.export) != step):
             whole = multihost_utils.process_allgather(evaluated_weights(training.state), tiled=True)
             context = config.data.segment_length
             once(lambda: write_huggingface(run.export, config.model, whole, prepared.tokenizer, context, step))
-        if begin < step:
+        if first < step:
             events.write("end", step=step)
     return run
 
@@ -114,7 +113,7 @@ class Training:
     Attributes:
         state: of the training, after `step` steps.
         step: how many are done.
-        is_over: whether there is nothing left to read.
+        begun: what it went on from.
     """
 
     def __init__(
@@ -137,19 +136,10 @@ class Training:
         self.restore()
 
     def restore(self) -> None:
-        """Fresh weights at the beginning of the data, or the newest checkpoint."""
-        if restored := self.checkpoints.restore(abstract_state(self.config, self.optimizer)):
-            self.state, progress = restored
-            identity = self.prepared.identity
-            self.prepared, self.positions = go_on(progress, self.prepared, self.run)
-            # With other data there is more to read, and its losses are others.
-            same = progress["identity"] == identity
-            self.is_over, losses = progress["is_over"] and same, progress.get("losses", []) if same else []
-        else:
-            assert self.config.data.num_streams is not None
-            self.positions = first_positions(self.prepared.mixture, self.config.data.num_streams)
-            self.state, self.is_over, losses = make_state(self.config, self.optimizer), False, []
-        self.step, self.judge = int(self.state["step"]), Judge(self.config.recovery, losses)
+        """What this start begins with, and what it goes back to."""
+        self.begun = begun = begin(self.prepared, self.run, self.checkpoints, self.optimizer)
+        self.prepared, self.state, self.positions = begun.prepared, begun.state, begun.positions
+        self.step, self.judge = int(self.state["step"]), Judge(self.config.recovery, begun.losses)
 
     def to_the_end(self) -> None:
         """Train, going back where a step stands out. Raises as `train` does, but for Anomaly."""

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,16 +19,21 @@ from data.errors import InputError
 from data.formats.stdlib import snapshot_stdlib
 from data.mixture import MixedStream, Mixture, field_of, first_positions, open_mixture, open_streams
 from data.tokenizer import MODEL_FILE, Tokenizer, copy_tokenizer, train_tokenizer
-from train.config import Config, config_fields, resume_differences
+from train.changes import Change, changes_of, table
+from train.config import Config, config_fields
+from train.fork import check_folders, check_fork, parent_of
 from train.lease import Lease
 from train.mesh import once
 from train.metrics import read_steps
-from train.run import Run, Text
+from train.run import Run, Text, write_atomically
+from train.saved import split_name
+from train.storage import check_writable
 from train.writers import missing_packages
 
 log = logging.getLogger("ziggurat")
 
 ACCEPT = "accept the change of the data with --config.data.accept_changes=true"
+ANOTHER_RUN = "start another run with --config.train.run_dir=FOLDER"
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,8 @@ def prepare(config: Config, run: Run, lease: Lease) -> Prepared:
     begins = not run.last_step()
     if begins:
         mixture.check()
+        if config.train.start_from:
+            check_fork(config)
     once(lease.take)
     if begins:
         once(lambda: claim(config, run))
@@ -84,49 +92,78 @@ def prepare(config: Config, run: Run, lease: Lease) -> Prepared:
 
 
 def check_folder(config: Config, run: Run) -> None:
-    """InputError where the folder cannot be, holds something else, or a run that this config would not continue."""
+    """InputError where a folder cannot be, holds something else, or a run that this config would not continue."""
     existing = next(path for path in (run.folder.absolute(), *run.folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         problem = "cannot be written to" if existing.is_dir() else "is a file"
         raise InputError(f"train.run_dir = {run.folder}: {existing} {problem}; name another folder")
     if missing := missing_packages(config):
         raise InputError("\n".join(missing))
+    check_folders(config, run)
     last_step = run.last_step()
-    if not run.is_claimed() or not last_step:
+    if run.is_claimed():
+        check_moved_checkpoints(run, last_step)
+    once(lambda: check_writable(run.checkpoints))
+    if not last_step:
         return
     saved = run.load_config()
-    differences = resume_differences(saved, config.resolved(saved.model.vocab_size))
-    accepts = config.data.accept_changes
-    if frozen := [line for line in differences["frozen"] if not (accepts and line.startswith("data."))]:
-        changes = "\n".join(f"  {line}" for line in frozen)
-        accept = ACCEPT + ", " if all(line.startswith("data.") for line in frozen) else ""
+    changes, accepts = changes_of(saved, config.resolved(saved.model.vocab_size)), config.data.accept_changes
+    if frozen := [change for change in changes["frozen"] if not (accepts and change.field.startswith("data."))]:
+        accept = ACCEPT + ", " if all(change.field.startswith("data.") for change in frozen) else ""
         raise InputError(
-            f"{run.folder} holds a run with other settings, which cannot change on resume:\n{changes}\n"
-            f"  give the old values, {accept}or start another run with --config.train.run_dir=FOLDER"
+            f"{run.folder} holds a run with other settings, which cannot change on resume:\n{table(frozen)}\n"
+            f"  give the values from before, {accept}or {ANOTHER_RUN}"
         )
     if config.train.num_steps < last_step:
         raise InputError(
             f"train.num_steps = {config.train.num_steps}: the run in {run.folder} has done {last_step} steps already; "
-            "raise it, or start another run with --config.train.run_dir=FOLDER"
+            f"raise it, or {ANOTHER_RUN}"
         )
-    for line in differences["warn"]:
-        log.warning("changed on resume: %s", line)
+    if changes["warn"] and jax.process_index() == 0:
+        log.warning("changed on resume:\n%s", table(changes["warn"]))
+
+
+def check_moved_checkpoints(run: Run, last_step: int) -> None:
+    """InputError where the run's newest checkpoint is where it was saved before, and not in `checkpoint.dir`."""
+    before, _ = Run.there(run.folder)
+    if before.checkpoints != run.checkpoints and (newest := before.last_step()) > last_step:
+        raise InputError(
+            f"checkpoint.dir: {run.folder} has saved its step {newest} in {before.checkpoints}, and {run.checkpoints} "
+            f"has {f'step {last_step}' if last_step else 'nothing'}; move the checkpoints there, or give the old place"
+        )
 
 
 def claim(config: Config, run: Run) -> None:
     """Make the folder this run's, and empty of what an earlier start has left."""
     run.save_config(config)
     run.clear()
+    if config.train.start_from and config.train.start_with == "all":
+        parent = parent_of(config).run
+        if parent.recovery.exists():
+            # Its data goes on as the parent's does, without what that leaves out.
+            shutil.copy(parent.recovery, run.recovery)
 
 
 def open_run_mixture(config: Config, run: Run) -> Mixture:
     """The corpora that the config names; the default one is kept in the run's folder on first use."""
 
     def stdlib() -> str:
-        make_once(run.snapshot, lambda: snapshot_stdlib(run.snapshot))
+        def make() -> None:
+            parent = folder_of_parent(config)
+            if parent and parent.snapshot.exists():
+                write_atomically(run.snapshot, parent.snapshot.read_text())
+            else:
+                snapshot_stdlib(run.snapshot)
+
+        make_once(run.snapshot, make)
         return str(run.snapshot)
 
     return open_mixture(config.resolved().data, stdlib, leave_out=run.folder)
+
+
+def folder_of_parent(config: Config) -> Run | None:
+    """The run that this one begins with a checkpoint of; none: none."""
+    return Run(split_name(config.train.start_from)[0]) if config.train.start_from else None
 
 
 def held_out_of(mixture: Mixture, size: int) -> list[Text]:
@@ -148,7 +185,7 @@ def some_of(held_out: list[Text], size: int) -> list[Text]:
 
 
 def run_tokenizer(config: Config, run: Run, mixture: Mixture) -> Tokenizer:
-    """The run's tokenizer: what is there, else a copy of `tokenizer.path`, else a new one trained on a sample.
+    """The run's tokenizer: what is there, else a copy (of a fork's parent or `tokenizer.path`), else a new one.
 
     Raises:
         InputError: `tokenizer.path` has none, or another than the run began with.
@@ -156,8 +193,9 @@ def run_tokenizer(config: Config, run: Run, mixture: Mixture) -> Tokenizer:
     path = Path(config.tokenizer.path).expanduser() if config.tokenizer.path else None
 
     def make() -> None:
-        if path:
-            copy_tokenizer(Tokenizer.load(path), run.tokenizer)
+        parent = folder_of_parent(config)
+        if source := parent.tokenizer if parent else path:
+            copy_tokenizer(Tokenizer.load(source), run.tokenizer)
         else:
             train_run_tokenizer(config, mixture, run.tokenizer)
 
@@ -212,32 +250,38 @@ def identity_of(config: Config, mixture: Mixture) -> dict[str, Any]:
     return found | {"train.seed": config.train.seed}
 
 
-def go_on(progress: Mapping[str, Any], prepared: Prepared, run: Run) -> tuple[Prepared, np.ndarray]:
+def go_on(
+    progress: Mapping[str, Any], prepared: Prepared, trained: Path, instead: str = ANOTHER_RUN
+) -> tuple[Prepared, np.ndarray]:
     """What a checkpoint's run goes on with, and where in the data: there, or if the data has changed in a new epoch.
 
     Other data has other held-out documents too. All processes call it together.
+
+    Args:
+        progress: of the checkpoint.
+        prepared: for the run that goes on.
+        trained: the folder of the run that has saved the checkpoint.
+        instead: what else can be done about other data.
 
     Raises:
         InputError: corpus, tokenizer or data settings are not what the checkpoint was trained on, and
             `data.accept_changes` is not set; or all of their epochs have been read.
     """
     if "identity" not in progress:
-        raise InputError(f"{run.folder} was begun by an older version; start another run")
+        raise InputError(f"{trained} was begun by an older version; start another run")
     saved, now, config = progress["identity"], prepared.identity, prepared.config
     positions = np.array(progress["positions"], np.int64)
-    names = [name for name in saved | now if saved.get(name) != now.get(name)]
-    if not names:
+    changes = [Change(name, saved.get(name), now.get(name)) for name in saved | now if saved.get(name) != now.get(name)]
+    if not changes:
         return prepared, positions
-    changes = [f"{name}: {_short(saved.get(name))} → {_short(now.get(name))}" for name in names]
     if not config.data.accept_changes:
-        lines = "".join(f"  {line}\n" for line in changes)
         raise InputError(
-            f"the data is not what the run in {config.train.run_dir} has been trained on:\n{lines}"
-            f"  restore it, {ACCEPT}, or start another run with --config.train.run_dir=FOLDER"
+            f"the data is not what the run in {trained} has been trained on:\n{table(changes)}\n"
+            f"  restore it, {ACCEPT}, or {instead}"
         )
-    for line in changes:
-        log.warning("changed on resume: %s", line)
-    moves = not all(name.endswith((".weight", ".epochs")) for name in names)
+    if jax.process_index() == 0:
+        log.warning("changed on resume:\n%s", table(changes))
+    moves = not all(change.field.endswith((".weight", ".epochs")) for change in changes)
     if moves:
         epoch = int(positions[:, :, 0].max()) + 1
         assert config.data.num_streams is not None
@@ -250,6 +294,7 @@ def go_on(progress: Mapping[str, Any], prepared: Prepared, run: Run) -> tuple[Pr
             )
     if moves:
         log.warning("the streams begin anew, with epoch %d, and other documents are held out", epoch)
+        run = Run.of(config)
         once(lambda: run.save_held_out(held_out_of(prepared.mixture, config.evaluation.max_bytes)))
         prepared = replace(prepared, held_out=run.held_out_texts())
     return prepared, positions
@@ -258,6 +303,13 @@ def go_on(progress: Mapping[str, Any], prepared: Prepared, run: Run) -> tuple[Pr
 def data_fingerprint(identity: Mapping[str, Any]) -> str:
     """SHA-256 (hex) of a `Prepared.identity`."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def first_step(config: Config) -> int:
+    """The step (from 0) that reads the beginning of the data: in a fork with the optimizer its parent's, else 0."""
+    if config.train.start_from and config.train.start_with == "optimizer":
+        return split_name(config.train.start_from)[1] or 0
+    return 0
 
 
 def streams_before(
@@ -277,16 +329,11 @@ def streams_before(
             "are now; restore them"
         )
     assert config.data.num_streams is not None
-    begin, positions = 0, first_positions(mixture, config.data.num_streams)
+    begin, positions = first_step(config), first_positions(mixture, config.data.num_streams)
     if before:
         begin, positions = before[-1]["step"], np.array(before[-1]["positions"], np.int64)
     streams = range(config.data.num_streams)
     return begin, open_streams(mixture, tokenizer.encode_all, tokenizer.eos_id, config.train.seed, streams, positions)
-
-
-def _short(value: Any) -> str:
-    """A value for a person; of a fingerprint the beginning."""
-    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
 
 
 def check_same_everywhere(fingerprints: dict[str, str]) -> None:

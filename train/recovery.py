@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import InputError
-from train.config import RecoveryConfig
 from train.mesh import once, told
+from train.recovery_config import RecoveryConfig
 
 # Losses before the first that can stand out, and nats a token that it must be above the median in any case.
 LEAST_LOSSES, LEAST_RISE = 32, 0.1

@@ -2,21 +2,23 @@
 
 import dataclasses
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from etils import epath
 
 from data.config import DataConfig
 from data.errors import InputError
 from data.tokenizer import Tokenizer
 from train.checkpoint import Checkpoints
-from train.config import Config, make_config, to_json
+from train.config import Config, to_json
 from train.optimizer import make_optimizer
+from train.saved import CONFIG_FILE, read_config, split_name
 from train.state import abstract_state
+from train.storage import steps_in
 from train.weights import is_export, read_huggingface
 
 # Ends the name of a file that is not whole yet.
@@ -33,14 +35,31 @@ class Text(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """The paths of a run's folder."""
+    """The paths of a run's folder.
+
+    Attributes:
+        folder: of the run.
+        checkpoint_dir: `checkpoint.dir`, where its checkpoints are elsewhere.
+    """
 
     folder: Path
+    checkpoint_dir: str | None = None
+
+    @classmethod
+    def of(cls, config: Config) -> "Run":
+        """The run of these settings."""
+        return cls(Path(config.train.run_dir).expanduser(), config.checkpoint.resolved().dir)
+
+    @classmethod
+    def there(cls, folder: Path) -> tuple["Run", Config]:
+        """A run that has begun, and its settings. InputError as `load_config`."""
+        config = cls(folder).load_config()
+        return cls(folder, config.checkpoint.dir), config
 
     @property
     def config_file(self) -> Path:
         """The resolved settings."""
-        return self.folder / "config.json"
+        return self.folder / CONFIG_FILE
 
     @property
     def tokenizer(self) -> Path:
@@ -48,9 +67,9 @@ class Run:
         return self.folder / "tokenizer"
 
     @property
-    def checkpoints(self) -> Path:
-        """Orbax's folder."""
-        return self.folder / "checkpoints"
+    def checkpoints(self) -> epath.Path:
+        """Orbax's folder, which may be in a bucket."""
+        return epath.Path(self.checkpoint_dir or self.folder / "checkpoints")
 
     @property
     def snapshot(self) -> Path:
@@ -99,8 +118,7 @@ class Run:
 
     def last_step(self) -> int:
         """Of the newest complete checkpoint; 0 where there is none."""
-        names = [path.name for path in self.checkpoints.iterdir()] if self.checkpoints.is_dir() else []
-        return max((int(name) for name in names if name.isdigit()), default=0)
+        return max(steps_in(self.checkpoints), default=0)
 
     def is_claimed(self) -> bool:
         """Whether the folder is a run's, even one that was killed as it began.
@@ -113,7 +131,8 @@ class Run:
             return True
         if self.last_step():
             raise InputError(
-                f"train.run_dir = {self.folder}: checkpoints, but no config.json; restore it, or name another"
+                f"train.run_dir = {self.folder}: checkpoints in {self.checkpoints}, but no config.json; restore it, or "
+                "name other folders"
             )
         # The config is the first thing that a run writes, but for its snapshot of the default corpus.
         others = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
@@ -126,6 +145,7 @@ class Run:
         """Remove what a start without a checkpoint has left: it may be of other settings or another corpus."""
         shutil.rmtree(self.tokenizer, ignore_errors=True)
         self.held_out.unlink(missing_ok=True)
+        self.recovery.unlink(missing_ok=True)
 
     def save_config(self, config: Config) -> None:
         """Write config.json at once."""
@@ -133,21 +153,7 @@ class Run:
 
     def load_config(self) -> Config:
         """The run's settings. InputError where the folder is no run or its config is damaged."""
-        if not self.folder.exists():
-            raise InputError(f"{self.folder}: there is no such folder; give a run's folder or exported weights")
-        if not self.config_file.is_file():
-            raise InputError(f"{self.folder} has no config.json: it is neither a run nor exported weights")
-        try:
-            values = json.loads(self.config_file.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{self.config_file}: not JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise InputError(f"{self.config_file}: holds no settings")
-        try:
-            return make_config(values)
-        except InputError as error:
-            lines = "\n".join(f"  {line}" for line in str(error).splitlines())
-            raise InputError(f"{self.config_file} is not the config of a run of this version:\n{lines}") from None
+        return read_config(self.folder)
 
     def held_out_texts(self) -> list[Text]:
         """The documents of `held_out`."""
@@ -196,20 +202,15 @@ def load_trained(where: str) -> Trained:
     Raises:
         InputError: nothing there, or damaged.
     """
-    where = os.path.expanduser(where)
-    path, _, step = where.rpartition("@") if "@" in where and not os.path.exists(where) else (where, "", "")
-    folder = Path(path)
+    folder, step = split_name(where)
     if is_export(folder):
-        if step:
+        if step is not None:
             raise InputError(f"{where}: exported weights have no steps; leave out @{step}")
         model, weights, tokenizer, context = read_huggingface(folder)
         config = Config(model=model, data=DataConfig(segment_length=context)).resolved()
         return Trained(config, jax.tree.map(jax.numpy.asarray, weights), tokenizer)
-    if step and not step.isdigit():
-        raise InputError(f"{where}: after @ comes the step of a checkpoint, a whole number")
-    run = Run(folder)
-    config = run.load_config()
-    if not run.checkpoints.is_dir():
+    run, config = Run.there(folder)
+    if not run.last_step():
         raise InputError(f"{folder} has no checkpoint yet; let its `ziggurat pretrain` go on to the first one")
     tokenizer = Tokenizer.load(run.tokenizer)
     config = config.resolved(tokenizer.vocab_size)
@@ -218,6 +219,6 @@ def load_trained(where: str) -> Trained:
     )
     checkpoints = Checkpoints(run.checkpoints)
     abstract = abstract_state(config, make_optimizer(config))["weights"]
-    found, weights = checkpoints.restore_weights(abstract, int(step) if step else None)
+    found, weights = checkpoints.restore_weights(abstract, step)
     checkpoints.close()
     return Trained(config, weights, tokenizer, run, found)

@@ -12,7 +12,8 @@ import pytest
 from data.errors import InputError
 from tests.small import mesh_of, small_batch, small_model
 from train.checkpoint import Checkpoints, checksums, like, plain
-from train.config import CheckpointConfig, Config, make_config
+from train.checkpoint_config import CheckpointConfig
+from train.config import Config, make_config
 from train.mesh import batch_sharding
 from train.optimizer import make_optimizer
 from train.state import abstract_state, make_state

@@ -7,7 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from data.errors import InputError
-from train.config import Config, config_fields, make_config, resume_differences, to_json
+from train.config import Config, config_fields, make_config, to_json
 
 
 def problems(values: dict, overrides: dict | None = None) -> list[str]:
@@ -184,17 +184,6 @@ def test_every_field_says_what_it_is_and_what_a_change_on_resume_does():
     for group, name, setting in config_fields():
         assert len(setting.metadata["help"]) > 10, (group, name)
         assert setting.metadata.get("resume", "frozen") in ("frozen", "warn", "free")
-
-
-def test_differences_on_resume_follow_the_rule_of_their_field():
-    before = Config()
-    after = make_config(
-        {}, {"model.num_layers": "9", "optimizer.learning_rate": "1e-4", "mesh.tensor": "2", "train.seed": "1"}
-    )
-    found = resume_differences(before, after)
-    assert found["frozen"] == ["model.num_layers: 4 → 9", "train.seed: 0 → 1"]
-    assert found["warn"] == ["optimizer.learning_rate: 0.0003 → 0.0001"]
-    assert found["free"] == ["mesh.tensor: 1 → 2"]
 
 
 def test_what_bfloat16_moments_can_follow_is_accepted_and_what_they_cannot_is_refused():

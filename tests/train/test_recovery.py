@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from data.errors import InputError
-from train.config import RecoveryConfig
 from train.recovery import LEAST_LOSSES, Anomaly, Judge, Ledger, read_ledger
+from train.recovery_config import RecoveryConfig
 
 
 def record(loss: float, step: int = 100, grad_norm: float = 1.0) -> dict:
