@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--account", metavar="NAME", help="who pays [the user's default]")
     parser.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION",
-        help="a further option of sbatch, as in --sbatch=--qos=high; goes before what is written here",
+        help="a further option of sbatch, as in --sbatch=--qos=high; it overrides what is written here",
     )  # fmt: skip
     parser.add_argument("--container-image", metavar="IMAGE", help="run in it (pyxis); ziggurat is on its PATH")
     parser.add_argument("--container-mounts", metavar="FROM:TO,…", help="besides this folder, which is always mounted")

@@ -40,6 +40,14 @@ def test_a_script_says_what_is_asked_and_quotes_what_needs_it():
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
 
 
+def test_the_script_goes_to_a_file_or_to_standard_output(tmp_path: Path, capsys):
+    flags = ("--nodes=2", "--", "pretrain", "--config=tiny")
+    assert here("launch", "slurm", f"--output={tmp_path / 'job.sh'}", *flags) == 0
+    assert capsys.readouterr().out == ""
+    assert here("launch", "slurm", *flags) == 0
+    assert capsys.readouterr().out == (tmp_path / "job.sh").read_text() == script(arguments(*flags), Path.cwd())
+
+
 def test_a_container_is_given_its_folder_and_calls_its_own_ziggurat():
     text = written(
         "--container-image=me/ziggurat:1", "--container-mounts=/data:/data", "--", "pretrain", "--config=tiny"
