@@ -59,6 +59,10 @@ while true; do
     fi
     echo "ziggurat: failed, saved up to step ${{reached:-0}}: starting again in $((2 ** in_vain)) s" >&2
     sleep $((2 ** in_vain))
+    until srun true; do
+        echo "ziggurat: a node does not answer; Slurm puts the job back into the queue once it notices" >&2
+        sleep 30
+    done
 done
 """
 

@@ -96,6 +96,7 @@ def test_a_refusal_of_slurm_is_passed_on():
         # The first that fails says why; what it drags with it ends by a signal.
         (["2 143"], 2, []),
         (["75 1", 0], 0, ["starting again in 2 s"]),
+        ([1, "a node dies", 0], 0, ["starting again in 2 s", "a node does not answer"]),
     ],
     ids=str,
 )
@@ -103,9 +104,12 @@ def test_a_job_ends_goes_on_or_goes_back_to_the_queue_by_the_statuses_of_its_tas
     tmp_path: Path, statuses: list, status: int, says: list[str]
 ):
     # In place of Slurm's commands: each start has the next statuses, a task each, and gives the highest.
-    (tmp_path / "statuses").write_text("".join(f"{line}\n" for line in statuses))
+    if "a node dies" in statuses:
+        (tmp_path / "dead").touch()
+    (tmp_path / "statuses").write_text("".join(f"{line}\n" for line in statuses if line != "a node dies"))
     (tmp_path / "srun").write_text(
         f"""#!/bin/bash
+if [[ $1 == true ]]; then ! rm {tmp_path}/dead 2>/dev/null; exit; fi
 read -r -a tasks < {tmp_path}/statuses; sed -i 1d {tmp_path}/statuses
 highest=0
 while [[ $1 != sh ]]; do shift; done
