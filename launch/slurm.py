@@ -59,6 +59,10 @@ while true; do
     fi
     echo "ziggurat: failed, saved up to step ${{reached:-0}}: starting again in $((2 ** in_vain)) s" >&2
     sleep $((2 ** in_vain))
+    until srun true; do
+        echo "ziggurat: a node does not answer; Slurm puts the job back into the queue once it notices" >&2
+        sleep 30
+    done
 done
 """
 
@@ -77,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--account", metavar="NAME", help="who pays [the user's default]")
     parser.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION",
-        help="a further option of sbatch, as in --sbatch=--qos=high; goes before what is written here",
+        help="a further option of sbatch, as in --sbatch=--qos=high; it overrides what is written here",
     )  # fmt: skip
     parser.add_argument("--container-image", metavar="IMAGE", help="run in it (pyxis); ziggurat is on its PATH")
     parser.add_argument("--container-mounts", metavar="FROM:TO,…", help="besides this folder, which is always mounted")

@@ -1,6 +1,6 @@
 """Runs on a real Slurm of two nodes on this machine, with what happens to them there: python -m tests.benchmarks.slurm
 
-Four runs of the same 1,500 steps on two nodes: one undisturbed; one in jobs of two minutes, which hits the limit twice
+Four runs of the same 2,000 steps on two nodes: one undisturbed; one in jobs of two minutes, which hits the limit twice
 and is given more time then, so that it ends on a slow machine too; one whose second node dies; one of whose processes
 is killed. Each must complete without help, its metrics have each step once and in order, and its weights be those of
 the undisturbed one, bit for bit. Slurm must be installed (slurm-wlm, slurm-wlm-plugins, munge). A table, and the same
@@ -22,7 +22,7 @@ from pathlib import Path
 from tests.launch.slurm_cluster import NODES, Slurm, slurm_cluster
 from tests.launch.small_run import ROOT, metrics, write_config
 
-STEPS, EVERY = 1500, 100
+STEPS, EVERY = 2000, 100
 FLAGS = (
     f"--config.train.num_steps={STEPS}", f"--config.checkpoint.every_steps={EVERY}",
     "--config.train.log_every_steps=100", "--config.evaluation.every_steps=500", "--config.evaluation.sample_tokens=0",
@@ -60,7 +60,7 @@ def process_dies(slurm: Slurm, job: str, run: Path) -> None:
 
 CASES: dict[str, tuple[tuple[str, ...], Callable[[Slurm, str, Path], None]]] = {
     "undisturbed": (("--time=60",), undisturbed),
-    "time limit": (("--time=2", "--sbatch=--signal=TERM@60"), limit_is_hit),
+    "time limit": (("--time=2", "--sbatch=--signal=TERM@45"), limit_is_hit),
     "node dies": (("--time=60",), node_dies),
     "process dies": (("--time=60",), process_dies),
 }

@@ -40,6 +40,14 @@ def test_a_script_says_what_is_asked_and_quotes_what_needs_it():
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
 
 
+def test_the_script_goes_to_a_file_or_to_standard_output(tmp_path: Path, capsys):
+    flags = ("--nodes=2", "--", "pretrain", "--config=tiny")
+    assert here("launch", "slurm", f"--output={tmp_path / 'job.sh'}", *flags) == 0
+    assert capsys.readouterr().out == ""
+    assert here("launch", "slurm", *flags) == 0
+    assert capsys.readouterr().out == (tmp_path / "job.sh").read_text() == script(arguments(*flags), Path.cwd())
+
+
 def test_a_container_is_given_its_folder_and_calls_its_own_ziggurat():
     text = written(
         "--container-image=me/ziggurat:1", "--container-mounts=/data:/data", "--", "pretrain", "--config=tiny"
@@ -88,6 +96,7 @@ def test_a_refusal_of_slurm_is_passed_on():
         # The first that fails says why; what it drags with it ends by a signal.
         (["2 143"], 2, []),
         (["75 1", 0], 0, ["starting again in 2 s"]),
+        ([1, "a node dies", 0], 0, ["starting again in 2 s", "a node does not answer"]),
     ],
     ids=str,
 )
@@ -95,9 +104,12 @@ def test_a_job_ends_goes_on_or_goes_back_to_the_queue_by_the_statuses_of_its_tas
     tmp_path: Path, statuses: list, status: int, says: list[str]
 ):
     # In place of Slurm's commands: each start has the next statuses, a task each, and gives the highest.
-    (tmp_path / "statuses").write_text("".join(f"{line}\n" for line in statuses))
+    if "a node dies" in statuses:
+        (tmp_path / "dead").touch()
+    (tmp_path / "statuses").write_text("".join(f"{line}\n" for line in statuses if line != "a node dies"))
     (tmp_path / "srun").write_text(
         f"""#!/bin/bash
+if [[ $1 == true ]]; then ! rm {tmp_path}/dead 2>/dev/null; exit; fi
 read -r -a tasks < {tmp_path}/statuses; sed -i 1d {tmp_path}/statuses
 highest=0
 while [[ $1 != sh ]]; do shift; done
