@@ -136,9 +136,9 @@ def test_the_page_of_a_long_run_is_small_and_fast(tmp_path: Path):
                    stall_seconds=0.1, seconds={"steps": 100.0 * k}) for k in range(1, 5)),
                    event(2 * begin + 480, "crash", step=begin + 200, alive_until=BEGIN + 2 * begin + 450)]  # fmt: skip
     run = make_run(tmp_path / "run", records, events, train={"num_steps": n, "batch_size": 8})
-    begun = time.perf_counter()
+    begun = time.process_time()
     page = make_page(run)
-    assert time.perf_counter() - begun < 30
+    assert time.process_time() - begun < 30
     assert len(page) < 600_000
     assert "1 not finite" in page
     assert f"{SAMPLES} of 200 evaluations" in page
