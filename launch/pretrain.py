@@ -5,6 +5,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from data.errors import StorageError
 from launch.errors import exit_at_once
 from launch.presets import add_config_arguments, load_config
 
@@ -34,7 +35,8 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"{config.train.run_dir}: {stopped}; the same command goes on", file=sys.stderr)
         return PREEMPTED
     except (Exception, KeyboardInterrupt) as error:
-        if jax.distributed.is_initialized():
+        # What Orbax has not written would be mourned in pages, as the process ends.
+        if jax.distributed.is_initialized() or isinstance(error, StorageError):
             exit_at_once(error)
         raise
     return 0

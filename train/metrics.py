@@ -26,6 +26,7 @@ from rich.text import Text
 from model.config import ModelConfig
 from model.parameters import parameter_table
 from train.hardware import chip_of
+from train.storage import writing
 
 log = logging.getLogger("ziggurat")
 
@@ -72,6 +73,7 @@ class StepLog:
     """
 
     def __init__(self, path: Path, step: int, tensorboard: Path | None = None):
+        self._path = path
         kept = [line for line, record in read_steps(path) if record["step"] <= step]
         partial = path.with_suffix(".partial")
         partial.write_text("".join(kept))
@@ -85,16 +87,20 @@ class StepLog:
 
     def write(self, record: dict[str, Any]) -> None:
         """One step's line."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with writing("a line", self._path):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
         if self._board:
             for name, value in scalars({name: value for name, value in record.items() if name != "step"}):
                 self._board.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
-        """Everything to disk."""
-        os.fsync(self._file.fileno())
-        self._file.close()
+        """Everything to disk. Where it has no room that is only said: something else may have ended the run."""
+        try:
+            os.fsync(self._file.fileno())
+            self._file.close()
+        except OSError as error:
+            log.warning("%s: not every line is on disk: %s", self._path, error.strerror)
         if self._board:
             self._board.close()
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from data.errors import InputError
-from launch.local import Ended, add_arguments, free_port, launch, run, supervise
+from launch.local import Ended, add_arguments, free_port, last_saved, launch, run, supervise
 from tests.launch.small_run import ROOT, command, write_config
 
 
@@ -67,7 +68,7 @@ def test_one_that_stopped_leaves_the_others_time_to_save(capfd):
 
 LAUNCHER = """
 import os, sys
-from launch.local import launch
+from launch.local import last_saved, launch
 sys.exit(launch([sys.executable, "-c", sys.argv[1]], [dict(os.environ)] * 2).status)
 """
 
@@ -267,6 +268,20 @@ def test_a_run_is_started_again_by_its_exit_status(tmp_path: Path):
     assert supervised([1, 0], tmp_path / "once", restarts=0) == (1, [], 1)
     asked = supervise(lambda: Ended(75, True), tmp_path, 3, lambda _: pytest.fail("it was asked to end"))
     assert asked == 75
+
+
+def test_what_is_saved_elsewhere_counts_too(tmp_path: Path):
+    for place in (tmp_path / "elsewhere", "gs://runs/one"):
+        run = tmp_path / "run"
+        run.mkdir(exist_ok=True)
+        (run / "config.json").write_text(json.dumps({"checkpoint": {"dir": str(place)}}))
+        assert last_saved(run) == 0
+        (tmp_path / "elsewhere" / "40").mkdir(parents=True)
+        lines = [{"event": "save", "step": 20}, {"event": "save", "step": 40}, {"event": "fault"}]
+        (run / "events.jsonl").write_text("".join(json.dumps({"time": "t"} | line) + "\n" for line in lines) + '{"ti')
+        assert last_saved(run) == 40
+        shutil.rmtree(tmp_path / "elsewhere")
+        shutil.rmtree(run)
 
 
 def test_bad_flags_are_named_together():
