@@ -13,6 +13,13 @@ class Fault(Exception):
     """What is wrong with neither the input nor this program, and a new start may find mended: exit status 1."""
 
 
+class StorageError(Exception):
+    """What a run writes cannot be written: a disk is full or gone, a bucket refuses. Its text is one line for a person.
+
+    It is a fault, not the user's error: once it is mended, the same command goes on.
+    """
+
+
 class BadText(ValueError):
     """A document, or the rest of a file, that cannot be read.
 

@@ -142,6 +142,8 @@ def _meaning(error: Exception) -> str | None:
     names = {type(cause).__name__ for cause in _causes(error)}
     if isinstance(error, PermissionError) or status in (401, 403, 407) or names & _REFUSALS:
         return "refused"
+    if isinstance(error, OSError) and str(error).startswith("Forbidden:"):  # gcsfs's 403
+        return "refused"
     if "FileExpired" in names or status == 412:
         return "changed"
     if status in (404, 410):

@@ -7,10 +7,12 @@ import time
 import traceback
 from typing import NoReturn
 
-from data.errors import Fault, InputError
+from data.errors import Fault, InputError, StorageError
 
 # What is wrong with a path, not with this program.
 PATH_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
+# What is wrong with a disk, and may pass.
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 SECONDS_TO_BE_ENDED = 1.0
 
 
@@ -25,6 +27,10 @@ def report(error: BaseException) -> int:
         return 2
     if isinstance(error, Fault):
         print(f"ziggurat: {error}", file=sys.stderr)
+        return 1
+    if isinstance(error, StorageError) or (isinstance(error, OSError) and error.errno in DISK_ERRORS):
+        where = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        print(f"ziggurat: {where}; once it can be written, the same command goes on", file=sys.stderr)
         return 1
     if isinstance(error, ConnectionError):
         print(f"ziggurat: {error}; start again once it can be reached", file=sys.stderr)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.errors import InputError
 from launch.presets import add_config_arguments, load_config
+from train.saved import split_name
 
 if TYPE_CHECKING:
     from data.mixture import Mixture
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `ziggurat inspect data`."""
-    parser.add_argument("run", metavar="RUN", nargs="?", help="a run's folder; or give --config")
+    parser.add_argument("run", metavar="RUN", nargs="?", help="a run's folder, or RUN@STEP; or give --config")
     parser.add_argument("--step", type=int, metavar="N", help="the step whose batch is shown, from 1")
     parser.add_argument("--row", type=int, metavar="R", help="one row of the batch, from 0; none: all")
     parser.add_argument("--summary", action="store_true", help="say what the corpus holds, from a sample of it")
@@ -41,6 +42,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     if (arguments.run is None) == (arguments.config is None):
         raise InputError("give a RUN or --config=NAME|FILE, one of the two")
+    if arguments.run is not None:
+        folder, step = split_name(arguments.run)
+        if step is not None and arguments.step is not None:
+            raise InputError(f"give --step={arguments.step} or {arguments.run}, one of the two")
+        arguments.run, arguments.step = folder, arguments.step if step is None else step
     if (arguments.step is None) != arguments.summary:
         raise InputError("give --step=N or --summary, one of the two")
     with opened(arguments) as (config, run, mixture, tokenizer):
@@ -86,7 +92,7 @@ def opened(arguments: argparse.Namespace) -> "Iterator[tuple[Config, Run, Mixtur
     if arguments.run is not None:
         if arguments.overrides:
             raise InputError("a RUN has its own config; leave out --config.GROUP.FIELD")
-        run = Run(Path(arguments.run).expanduser())
+        run = Run(arguments.run)
         config = run.load_config()
         tokenizer = Tokenizer.load(run.tokenizer)
         yield config, run, open_run_mixture(config, run), tokenizer

@@ -8,6 +8,7 @@ import argparse
 import ctypes
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,8 +20,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from data.errors import InputError
+from data.remote import protocol
 from launch.presets import load_config
 from train.processes import share_of_gpus
+from train.saved import CONFIG_FILE, read_config
 
 # Seconds that processes have before they are killed: when one has failed, and to save when they are asked to end.
 GRACE, PATIENCE = 3.0, 600.0
@@ -128,8 +131,16 @@ def supervise(
 
 
 def last_saved(folder: Path) -> int:
-    """The step of a run's newest checkpoint, 0 where there is none; without JAX, which does not bear to be forked."""
-    names = [path.name for path in (folder / "checkpoints").glob("*")]
+    """The step of a run's newest checkpoint, 0 where there is none; without JAX, which does not bear to be forked.
+
+    Nor do the threads of a bucket's library: of checkpoints there it is the newest that was on its way.
+    """
+    place = read_config(folder).checkpoint.dir if (folder / CONFIG_FILE).exists() else None
+    if place and protocol(place):
+        events = folder / "events.jsonl"
+        saves = re.findall(r'"event": "save", "step": (\d+)', events.read_text() if events.exists() else "")
+        return int(saves[-1]) if saves else 0
+    names = [path.name for path in Path(place or folder / "checkpoints").glob("*")]
     return max((int(name) for name in names if name.isdigit()), default=0)
 
 

@@ -5,7 +5,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from data.errors import Fault
+from data.errors import Fault, StorageError
 from launch.errors import exit_at_once
 from launch.presets import add_config_arguments, load_config
 
@@ -38,7 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
         if any(name in str(error) for name in ("Gloo", "NCCL", "coordination service")):
             # Where in this program it waited for the others tells nothing.
             error = Fault(f"another process of this run cannot be reached: {str(error).splitlines()[0]}")
-        if jax.distributed.is_initialized():
+        # What Orbax has not written would be mourned in pages, as the process ends.
+        if jax.distributed.is_initialized() or isinstance(error, StorageError):
             exit_at_once(error)
         raise
     return 0

@@ -1,14 +1,17 @@
 """Checkpoints: what a run needs to go on bit for bit, complete and checked or invisible.
 
 A checkpoint is three Orbax items: `weights`, `optimizer` (plain nested dictionaries of arrays, whatever the mesh) and
-`progress` (JSON, the same for all processes): the position of every stream, fingerprints, and a checksum of each
-array. Where weights are averaged, `average` is a fourth. Orbax commits all by one rename; a checksum that does not fit
-on restore shows damage that it would not.
+`progress` (JSON, the same for all processes): the position of every stream, fingerprints, a checksum of each array and
+one of itself. Where weights are averaged, `average` is a fourth. Orbax commits all by one rename; a checksum that does
+not fit on restore shows damage that it would not.
 """
 
+import hashlib
+import json
 import logging
 import textwrap
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -24,9 +27,12 @@ from model.parameters import flattened
 from train.config import CheckpointConfig
 from train.mesh import once
 from train.state import State
-from train.storage import PathLike, is_remote
+from train.storage import PathLike, is_remote, writing
 
 log = logging.getLogger("ziggurat")
+
+# In a checkpoint's progress.
+DIGEST = "digest"
 
 
 @jax.jit
@@ -50,6 +56,12 @@ def checksums(tree: Any) -> Any:
     return jax.tree.map(of_array, tree)
 
 
+def digest(progress: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of all else in a checkpoint's progress."""
+    rest = json.loads(json.dumps({name: value for name, value in progress.items() if name != DIGEST}))
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def plain(tree: Any) -> Any:
     """Named tuples (Optax's states) as dictionaries by their fields' names; empty ones left out."""
     if isinstance(tree, tuple) and hasattr(tree, "_asdict"):
@@ -69,6 +81,11 @@ def like(template: Any, tree: Any) -> Any:
         branches = {name: like(branch, tree.get(name, {})) for name, branch in template.items()}
         return type(template)(branches)  # type: ignore[call-arg]
     return tree
+
+
+def without_traceback(record: logging.LogRecord) -> bool:
+    """Whether a line of a log comes without."""
+    return record.exc_info is None
 
 
 class Checkpoints:
@@ -97,8 +114,11 @@ class Checkpoints:
             "average": ocp.StandardCheckpointHandler(),
             "progress": ocp.JsonCheckpointHandler(),
         }
-        self.folder = epath.Path(folder)
+        self.folder, self._newest = epath.Path(folder), 0
         place = self.folder if is_remote(folder) else self.folder.absolute()
+        # Each error that it raises is also logged, for each of its threads and tasks, with pages of where they stood.
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(without_traceback)
         self._manager = ocp.CheckpointManager(place, item_handlers=items, options=options)
 
     def steps(self) -> list[int]:
@@ -110,19 +130,30 @@ class Checkpoints:
 
         When this returns, the state may change: what is left is to write a copy of it behind the next steps. Until that
         is complete the checkpoint is invisible. A save waits for the one before, and raises what went wrong with it.
+
+        Raises:
+            StorageError: it cannot be written, or the one before could not.
         """
         step = int(state["step"])
         items = {name: plain(tree) for name, tree in state.items() if name != "step"}
         sums = {name: jax.tree.map(int, checksums(tree)) for name, tree in items.items()}
         arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        saved = self._manager.save(
-            step, args=ocp.args.Composite(**arrays, progress=ocp.args.JsonSave({**progress, "checksums": sums}))
-        )
+        noted = {**progress, "checksums": sums}
+        noted[DIGEST] = digest(noted)
+        arguments = ocp.args.Composite(**arrays, progress=ocp.args.JsonSave(noted))
+        self.wait()
+        self._newest = step
+        with self._writing():
+            saved = self._manager.save(step, args=arguments)
         assert saved, f"Orbax did not save step {step}"
 
     def wait(self) -> None:
-        """Until all that was saved is complete. Raises what went wrong with it."""
-        self._manager.wait_until_finished()
+        """Until all that was saved is complete. StorageError where it cannot be written."""
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return writing(f"the checkpoint of step {self._newest}", self.folder)
 
     def restore(self, abstract: State) -> tuple[State, dict[str, Any]] | None:
         """The newest undamaged checkpoint as (state, progress), or none where there is none at all.
@@ -197,6 +228,9 @@ class Checkpoints:
         damage = ""
         try:
             progress = self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
+            # Those of version 0.5 have none.
+            if progress.get(DIGEST, digest(progress)) != digest(progress):
+                raise ValueError("its progress is not what was saved")
             abstract = wanted("average" in progress["checksums"])
             arguments = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
             found = self._manager.restore(step, args=ocp.args.Composite(**arguments))
@@ -204,7 +238,7 @@ class Checkpoints:
             expected = flattened({name: progress["checksums"][name] for name in abstract})
         except PermissionError:
             raise
-        except (ValueError, KeyError, OSError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             # The libraries' own text goes on for kilobytes.
             damage = textwrap.shorten(f"{type(error).__name__}: {error}", 160)
         # One process that cannot read it decides for all; the checksums are the same everywhere.

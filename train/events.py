@@ -19,6 +19,7 @@ import jax
 
 from train.config import Config, to_json
 from train.goodput import Account
+from train.storage import writing
 
 log = logging.getLogger("ziggurat")
 
@@ -53,7 +54,7 @@ class Events:
             return
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         line = json.dumps({"time": now} | fields)
-        with self._path.open("a+b") as file:
+        with writing("an event", self._path), self._path.open("a+b") as file:
             file.seek(max(file.tell() - 1, 0))
             torn = file.read(1) not in (b"", b"\n")  # by a kill
             file.write(("\n" * torn + line + "\n").encode())

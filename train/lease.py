@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ class Lease:
         self._over.set()
         self._thread.join()
         if self._is_ours(read(self._path)):
-            self._path.unlink()
+            with suppress(OSError):  # A disk that has gone; the next start sees that this process is no more.
+                self._path.unlink()
 
     def _is_dead(self, holder: dict[str, Any]) -> bool:
         """Whether a holder on this machine is no more; of one elsewhere nobody knows."""
@@ -86,7 +88,11 @@ class Lease:
                 who = f"process {found['pid']} on {found['host']}"
                 print(f"ziggurat: {who} has taken over {self._path.parent}: ended at once", file=sys.stderr, flush=True)
                 os._exit(1)
-            self._write(beats)
+            try:
+                self._write(beats)
+            except OSError as error:
+                # A full disk may have room again by the next beat.
+                log.warning("%s cannot be written: %s", self._path, error.strerror)
 
     def _is_ours(self, found: dict[str, Any] | None) -> bool:
         return found is not None and {name: found[name] for name in self._holder} == self._holder

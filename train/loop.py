@@ -5,13 +5,14 @@ import dataclasses
 import faulthandler
 import itertools
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from data.errors import StorageError
 from data.loader import Loaded, Loader, gather_positions, is_over
 from model.generate import generate
 from train.begin import begin
@@ -33,6 +34,7 @@ from train.schedule import batch_size
 from train.state import evaluated_weights
 from train.step import Programs
 from train.stop import Agreement, Stopped, StopSignals
+from train.storage import writing
 from train.watch import compact
 from train.weights import check_export_folder, exported_step, why_no_export, write_huggingface
 from train.writers import open_writers
@@ -79,21 +81,25 @@ def pretrain(config: Config) -> Run:
             events.write("start", step=first, **training.begun.fields, **fields)
             try:
                 training.to_the_end()
+                events.account.turn_to("checkpoint")
+                checkpoints.wait()
             except Stopped:
                 raise
             except BaseException as error:
-                events.write("fault", error=f"{type(error).__name__}: {error}")
+                # The first error counts, whatever else a full disk makes of this.
+                with suppress(StorageError):
+                    events.write("fault", error=f"{type(error).__name__}: {error}")
+                with suppress(StorageError):
+                    # What is being written is good, whatever has happened since.
+                    checkpoints.wait()
                 raise
-            finally:
-                # What is being written is good, whatever has happened since.
-                events.account.turn_to("checkpoint")
-                checkpoints.wait()
         step = training.step
 
         if exports and (first < step or exported_step(run.export) != step):
             whole = multihost_utils.process_allgather(evaluated_weights(training.state), tiled=True)
             context = config.data.segment_length
-            once(lambda: write_huggingface(run.export, config.model, whole, prepared.tokenizer, context, step))
+            with writing("the export", run.export):
+                once(lambda: write_huggingface(run.export, config.model, whole, prepared.tokenizer, context, step))
         if first < step:
             events.write("end", step=step)
     return run

@@ -27,6 +27,7 @@ from rich.text import Text
 from model.config import ModelConfig
 from model.parameters import parameter_table
 from train.hardware import chip_of
+from train.storage import writing
 from train.writers import Writer
 
 log = logging.getLogger("ziggurat")
@@ -82,6 +83,7 @@ class StepLog:
     """
 
     def __init__(self, path: Path, step: int, writers: Sequence[Writer] = ()):
+        self._path = path
         kept = [line for line, record in read_steps(path) if record["step"] <= step]
         partial = path.with_suffix(".partial")
         partial.write_text("".join(kept))
@@ -91,16 +93,20 @@ class StepLog:
 
     def write(self, record: dict[str, Any]) -> None:
         """One step's line."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with writing("a line", self._path):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
         for writer in self._writers:
             numbers = {name: value for name, value in record.items() if name not in ("step", "time")}
             writer.write(record["step"], dict(scalars(numbers)))
 
     def close(self) -> None:
-        """Everything to disk."""
-        os.fsync(self._file.fileno())
-        self._file.close()
+        """Everything to disk. Where it has no room that is only said: something else may have ended the run."""
+        try:
+            os.fsync(self._file.fileno())
+            self._file.close()
+        except OSError as error:
+            log.warning("%s: not every line is on disk: %s", self._path, error.strerror)
         for writer in self._writers:
             writer.close()
 

@@ -19,6 +19,7 @@ from typing import Any
 from data.errors import InputError
 from train.mesh import once, told
 from train.recovery_config import RecoveryConfig
+from train.storage import writing
 
 # Losses before the first that can stand out, and nats a token that it must be above the median in any case.
 LEAST_LOSSES, LEAST_RISE = 32, 0.1
@@ -124,7 +125,7 @@ class Ledger:
     def _write(self, entry: Mapping[str, Any]) -> None:
         kept = read_ledger(self._path)
         partial = self._path.with_suffix(".partial")
-        with partial.open("w") as file:
+        with writing("what is left out", self._path), partial.open("w") as file:
             file.writelines(json.dumps(line) + "\n" for line in [*kept, entry])
             file.flush()
             os.fsync(file.fileno())

@@ -1,18 +1,28 @@
-"""Where checkpoints are: a folder, or a bucket of Google Cloud Storage."""
+"""Where a run writes: a folder, or for checkpoints a bucket of Google Cloud Storage; and what it means if it cannot."""
 
 import os
-from collections.abc import Callable
+import re
+import shutil
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
+import fsspec
 from etils import epath
 from orbax.checkpoint.utils import checkpoint_steps
 
 from data import remote
-from data.errors import InputError
+from data.errors import InputError, StorageError
+
+# The listings that it would remember don't have what other processes and libraries have written since.
+fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
 
 T = TypeVar("T")
 PathLike = os.PathLike[str] | str
 PROBE = "may-be-written"
+# How the libraries below Orbax and safetensors write the system's number of an error.
+_NUMBER = re.compile(r"os_error_code='(\d+)'|\(os error (\d+)\)")
 
 
 def is_remote(place: PathLike) -> bool:
@@ -49,3 +59,36 @@ def asked(place: epath.Path, question: Callable[[], T]) -> T:
     except remote.RemoteError as error:
         text = f"there is no such bucket, or no right to see it ({error})" if error.kind == "missing" else str(error)
         raise InputError(f"checkpoint.dir = {place}: {text}") from None
+
+
+@contextmanager
+def writing(what: str, place: PathLike) -> Iterator[None]:
+    """StorageError where the file system of a place refuses what is written in here; other errors pass.
+
+    Args:
+        what: it is, for the message.
+        place: where it is written.
+    """
+    try:
+        yield
+    except Exception as error:  # each library has an error of its own
+        if (reason := _refusal(error, place)) is None:
+            raise
+        raise StorageError(f"{what} cannot be written to {os.fspath(place)}: {reason}{_free(place)}") from error
+
+
+def _refusal(error: Exception, place: PathLike) -> str | None:
+    """What the file system says; none: the error is not its."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if found := _NUMBER.search(str(error)):
+        return os.strerror(int(found[1] or found[2]))
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 160) if is_remote(place) else None
+
+
+def _free(place: PathLike) -> str:
+    """How much room is left there, where that is known."""
+    try:
+        return f" ({shutil.disk_usage(os.fspath(place)).free / 1e6:,.1f} MB free)"
+    except OSError:
+        return ""

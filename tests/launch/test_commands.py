@@ -19,6 +19,7 @@ from tests.peers import require
 from train.evaluate import gzip_bits_per_byte, inspect_positions
 from train.mesh import on_one_device
 from train.run import Run, load_trained
+from train.weights import exported_step
 
 
 def test_help_lists_the_commands_and_imports_no_jax():
@@ -67,6 +68,24 @@ def test_a_run_evaluates_to_the_figures_of_its_last_step(finished: Path, capsys)
     assert found["gzip_bits_per_byte"] == pytest.approx(gzip_bits_per_byte(texts))
     assert here("evaluate", finished) == 0
     assert "bits_per_byte" in capsys.readouterr().out
+
+
+def test_every_command_takes_a_run_at_a_step(finished: Path, tmp_path: Path, capsys):
+    older = f"{finished}@8"
+    assert here("export", older, "--format=hf", f"--to={tmp_path / 'weights'}") == 0
+    assert exported_step(tmp_path / "weights") == 8
+    found = []
+    for model in (older, tmp_path / "weights", finished):
+        corpus = f"--corpus={finished / 'held_out.jsonl'}"
+        capsys.readouterr()
+        assert here("inspect", "loss", model, "--prompt=the cat eats", "--json") == 0
+        inspected = json.loads(capsys.readouterr().out)["loss"]
+        assert here("generate", model, "--prompt=the cat", "--greedy", "--max_new_tokens=8") == 0
+        assert capsys.readouterr().out.startswith("the cat")
+        found.append([evaluated(capsys, model, corpus)["loss"], inspected])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert found[0] != pytest.approx(found[2], rel=1e-2)
+    assert evaluated(capsys, older)["step"] == 8
 
 
 def test_inspect_loss_shows_what_one_pass_learns_at_every_position(finished: Path, tmp_path: Path, capsys):

@@ -68,7 +68,7 @@ def test_inspect_data_prints_text_and_a_summary(finished: Path, capsys):
     assert here("inspect", "data", finished, "--step=2", "--row=0") == 0
     text = capsys.readouterr().out
     assert re.match(r"step 2\nrow 0\n  \S+corpus\.jsonl, byte \d+, characters \d+ to \d+: \d+ tokens", text)
-    assert here("inspect", "data", finished, "--step=2", "--row=0") == 0
+    assert here("inspect", "data", f"{finished}@2", "--row=0") == 0
     assert capsys.readouterr().out == text
     [summary] = shown(capsys, finished, "--summary")["corpora"]
     lines = (finished.parent / "corpus.jsonl").read_text().splitlines()

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from data.errors import InputError
-from launch.local import Ended, add_arguments, free_port, launch, own_environment, run, supervise
+from launch.local import Ended, add_arguments, free_port, last_saved, launch, own_environment, run, supervise
 from tests.launch.small_run import ROOT, command, write_config
 
 
@@ -67,7 +68,7 @@ def test_one_that_stopped_leaves_the_others_time_to_save(capfd):
 
 LAUNCHER = """
 import os, sys
-from launch.local import launch
+from launch.local import last_saved, launch
 sys.exit(launch([sys.executable, "-c", sys.argv[1]], [dict(os.environ)] * 2).status)
 """
 
@@ -277,6 +278,20 @@ def test_each_process_has_its_own_share_of_the_gpus():
     assert "JAX_LOCAL_DEVICE_IDS" not in own_environment({"CUDA_VISIBLE_DEVICES": ""}, 0, 2)
     with pytest.raises(InputError, match="3 processes cannot share the 4 GPUs"):
         own_environment(shown, 0, 3)
+
+
+def test_what_is_saved_elsewhere_counts_too(tmp_path: Path):
+    for place in (tmp_path / "elsewhere", "gs://runs/one"):
+        run = tmp_path / "run"
+        run.mkdir(exist_ok=True)
+        (run / "config.json").write_text(json.dumps({"checkpoint": {"dir": str(place)}}))
+        assert last_saved(run) == 0
+        (tmp_path / "elsewhere" / "40").mkdir(parents=True)
+        lines = [{"event": "save", "step": 20}, {"event": "save", "step": 40}, {"event": "fault"}]
+        (run / "events.jsonl").write_text("".join(json.dumps({"time": "t"} | line) + "\n" for line in lines) + '{"ti')
+        assert last_saved(run) == 40
+        shutil.rmtree(tmp_path / "elsewhere")
+        shutil.rmtree(run)
 
 
 def test_bad_flags_are_named_together():

@@ -143,6 +143,67 @@ def test_missing_files_are_damage_too(two_steps, tmp_path):
         restore(tmp_path / "copy")
 
 
+def cut(folder: Path) -> None:
+    for file in folder.rglob("d/*"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def changed(*replaced: bytes):
+    """One who changes the progress: to a text, or one text in it to another."""
+
+    def change(folder: Path) -> None:
+        file = folder / "progress" / "metadata"
+        content = file.read_bytes()
+        if len(replaced) == 2:
+            assert replaced[0] in content
+        file.write_bytes(content.replace(*replaced) if len(replaced) == 2 else replaced[0])
+
+    return change
+
+
+DAMAGES = {
+    "truncated": cut,
+    "no weights": lambda folder: shutil.rmtree(folder / "weights"),
+    "no progress": lambda folder: shutil.rmtree(folder / "progress"),
+    "a manifest gone": lambda folder: next(folder.rglob("manifest.ocdbt")).unlink(),
+    "no JSON": changed(b'{"posi'),
+    "empty": changed(b""),
+    "other JSON": changed(b"[]"),
+    "nothing in it": changed(b"{}"),
+    "another position": changed(b"[[1, 2, 3, 4]]", b"[[1, 2, 3, 5]]"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_whatever_is_wrong_with_the_newest_it_is_set_aside(two_steps, tmp_path, caplog, damage):
+    shutil.copytree(two_steps[0], tmp_path / "copy")
+    shutil.copytree(two_steps[0] / "1", tmp_path / "copy" / "0.damaged")
+    damage(tmp_path / "copy" / "2")
+    with jax.set_mesh(mesh_of(data=2, fsdp=2, tensor=2)):
+        state, progress = restore(tmp_path / "copy")
+    assert int(state["step"]) == progress["of"] == 1
+    assert "the checkpoint of step 2 is damaged" in caplog.text
+    # What was set aside an earlier time makes room.
+    assert {path.name for path in (tmp_path / "copy").iterdir()} == {"1", "2.damaged"}
+
+
+def test_checkpoints_are_kept_by_number_and_by_spacing(tmp_path):
+    with jax.set_mesh(mesh_of()):
+        state = make_state(CONFIG, OPTIMIZER)
+        for config, steps, kept in (
+            (CheckpointConfig(keep=2, keep_every_steps=4), [2, 4, 6, 8, 10, 12], [4, 8, 10, 12]),
+            # On resume it may be another.
+            (CheckpointConfig(keep=1, keep_every_steps=8), [14], [8, 14]),
+            (CheckpointConfig(keep=1), [16], [16]),
+        ):
+            checkpoints = Checkpoints(tmp_path / "kept", config)
+            for step in steps:
+                checkpoints.save({**state, "step": jnp.int32(step)}, {})
+            checkpoints.wait()
+            assert checkpoints.steps() == kept
+            checkpoints.close()
+
+
 def test_no_checkpoint_is_none_and_the_newest_stay(tmp_path):
     with jax.set_mesh(mesh_of()):
         assert restore(tmp_path / "empty") is None

@@ -1,8 +1,10 @@
 """One writer of a run's folder."""
 
+import errno
 import json
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -31,6 +33,28 @@ def test_it_is_held_shows_that_it_lives_and_is_let_go(tmp_path: Path, monkeypatc
     assert read(tmp_path / "lease.json")["beats"] > first["beats"]
     lease.release()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_does_not_end_it(tmp_path: Path, monkeypatch, caplog):
+    monkeypatch.setattr(train.lease, "BEAT_SECONDS", 0.02)
+    lease = Lease(tmp_path / "lease.json")
+    lease.take()
+    write, refused = lease._write, threading.Event()
+
+    def refuse_once(beats: int) -> None:
+        if not refused.is_set():
+            refused.set()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(beats)
+
+    monkeypatch.setattr(lease, "_write", refuse_once)
+    assert refused.wait(10)
+    first, deadline = read(tmp_path / "lease.json"), time.monotonic() + 10
+    while read(tmp_path / "lease.json") == first and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert read(tmp_path / "lease.json")["beats"] > first["beats"]
+    assert "No space left on device" in caplog.text
+    lease.release()
 
 
 def test_a_holder_elsewhere_that_lives_keeps_it(tmp_path: Path):

@@ -1,0 +1,75 @@
+"""A disk that fills up while a run goes on, and is mended: one line, no bits lost (C8)."""
+
+import errno
+import json
+import resource
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import train.loop
+from data.errors import StorageError
+from launch.errors import report
+from tests.launch.small_run import back_to, command, here, metrics, ziggurat
+from train.events import Events
+
+
+def test_a_full_disk_ends_a_run_in_one_line_and_the_same_command_ends_with_the_same_bits(
+    finished: Path, tmp_path: Path
+):
+    run = back_to(8, finished, tmp_path / "run")
+    flags = ["pretrain", f"--config={run}"]
+    process = command(*flags, devices=8, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    # No file of the process grows beyond this: its logs do not, but a checkpoint's would.
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+    err = process.communicate()[1]
+    assert process.returncode == 1
+    last = err.splitlines()[-1]
+    assert last.startswith(
+        f"ziggurat: the checkpoint of step 12 cannot be written to {run / 'checkpoints'}: File too large ("
+    )
+    assert last.endswith("MB free); once it can be written, the same command goes on")
+    assert "Traceback" not in err
+    assert not (run / "lease.json").exists()
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert events[-1]["event"] == "fault"
+    assert "File too large" in events[-1]["error"]
+
+    done = ziggurat(*flags, devices=8)
+    assert done.returncode == 0, done.stderr
+    assert "goes on from step 8" in done.stderr
+    progress = [folder / "checkpoints" / "12" / "progress" / "metadata" for folder in (run, finished)]
+    assert progress[0].read_bytes() == progress[1].read_bytes()
+    assert [record["step"] for record in metrics(run)] == list(range(1, 13))
+
+
+def test_the_first_error_counts_whatever_a_full_disk_makes_of_it(finished: Path, tmp_path: Path, monkeypatch):
+    shutil.copytree(finished, tmp_path / "run")
+
+    def refuses(*_: object, **__: object) -> None:
+        raise StorageError("full")
+
+    def fails(*_: object) -> None:
+        monkeypatch.setattr(Events, "write", refuses)
+        monkeypatch.setattr(train.loop.Checkpoints, "wait", refuses)
+        raise RuntimeError("the first")
+
+    monkeypatch.setattr(train.loop, "train", fails)
+    with pytest.raises(RuntimeError, match="the first"):
+        here("pretrain", f"--config={tmp_path / 'run'}", "--config.train.num_steps=14")
+
+
+def test_a_disk_without_room_is_a_fault_that_may_pass(capsys):
+    for error, words in (
+        (OSError(errno.ENOSPC, "No space left on device", "runs/a/config.json"), "runs/a/config.json: No space left"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (StorageError("an event cannot be written to x: gone"), "an event cannot be written to x: gone"),
+    ):
+        assert report(error) == 1
+        error = capsys.readouterr().err
+        assert words in error
+        assert error.count("\n") == 1
+    # A path that cannot be is the user's to change.
+    assert report(PermissionError(errno.EACCES, "Permission denied", "/runs")) == 2
