@@ -167,9 +167,10 @@ def test_the_line_of_time_has_what_ran_and_what_was_lost():
     events = [
         start(100, 0), event(150, "save", step=50), event(200, "crash", step=50, alive_until=BEGIN + 180),
         start(210, 50), event(260, "stop", step=90), start(310, 90), event(330, "save", step=100),
+        event(345, "crash", step=100, alive_until=BEGIN + 330), start(360, 100),
     ]  # fmt: skip
-    found = [(begin - BEGIN, end - BEGIN, name) for begin, end, name in stretches(events, BEGIN + 340)]
-    assert found == [(90, 150, "up"), (150, 180, "lost"), (200, 260, "up"), (300, 340, "up")]
+    found = [(begin - BEGIN, end - BEGIN, name) for begin, end, name in stretches(events, BEGIN + 370)]
+    assert found == [(90, 150, "up"), (150, 180, "lost"), (200, 260, "up"), (300, 330, "up"), (350, 370, "up")]
 
 
 def test_thinning_keeps_every_spike_and_a_line_is_broken_where_a_value_is_not_finite():
