@@ -17,7 +17,7 @@ from data.errors import InputError
 from tests.browser import Browser
 from tests.peers import require_program
 from train.config import make_config, to_json
-from train.page.chart import COLUMNS, FEW, MEASURES, Axes, columns, curve, limits, numbers, smooth, ticks
+from train.page.chart import COLUMNS, FEW, LEFT, MEASURES, RIGHT, Axes, columns, curve, limits, numbers, smooth, ticks
 from train.page.history import state, stretches
 from train.page.markup import Html, document, tag
 from train.page.report_page import SAMPLES, make_page
@@ -117,6 +117,10 @@ def test_a_page_can_be_made_at_any_moment(tmp_path: Path):
              for s in range(1, 9)]  # fmt: skip
     page = make_page(make_run(tmp_path / "d", older, []))
     assert page.count("<figure data-chart") == len(MEASURES) - 3
+    fork = make_run(tmp_path / "f", [record(s) for s in range(5001, 5009)], [start(0, 5000)])
+    path = re.search(r'<path class="line" d="M([\d.]+) ', make_page(fork))
+    assert path is not None
+    assert float(path[1]) < LEFT + (RIGHT - LEFT) / 7
     mixture = {"web": {"corpus": "web", "weight": [[0, 3], [100, 1]]}, "<code>": {"corpus": "code", "weight": 1}}
     page = make_page(make_run(tmp_path / "e", [], [], data={"corpus": mixture}))
     assert "75.0% of rows; 50.0% of rows from step 100" in page
@@ -163,9 +167,10 @@ def test_the_line_of_time_has_what_ran_and_what_was_lost():
     events = [
         start(100, 0), event(150, "save", step=50), event(200, "crash", step=50, alive_until=BEGIN + 180),
         start(210, 50), event(260, "stop", step=90), start(310, 90), event(330, "save", step=100),
+        event(345, "crash", step=100, alive_until=BEGIN + 330), start(360, 100),
     ]  # fmt: skip
-    found = [(begin - BEGIN, end - BEGIN, name) for begin, end, name in stretches(events, BEGIN + 340)]
-    assert found == [(90, 150, "up"), (150, 180, "lost"), (200, 260, "up"), (300, 340, "up")]
+    found = [(begin - BEGIN, end - BEGIN, name) for begin, end, name in stretches(events, BEGIN + 370)]
+    assert found == [(90, 150, "up"), (150, 180, "lost"), (200, 260, "up"), (300, 330, "up"), (350, 370, "up")]
 
 
 def test_thinning_keeps_every_spike_and_a_line_is_broken_where_a_value_is_not_finite():
@@ -176,7 +181,7 @@ def test_thinning_keeps_every_spike_and_a_line_is_broken_where_a_value_is_not_fi
     assert len(kept) <= 3 * COLUMNS
     assert {777, 31_313, 49_999} <= set(kept.tolist())
     assert columns(x[:1], y[:1])[1].tolist() == [0]
-    axes = Axes(4, 0.0, 1.0)
+    axes = Axes(0, 4, 0.0, 1.0)
     values = np.array([0.0, 1.0, math.nan, 2.0, math.inf])
     assert re.sub(r"[\d. ]+", "", curve(axes, np.arange(5), values)) == "MLM"
     assert curve(axes, np.array([4]), np.array([9.0])) == "M394.0 8.0"

@@ -69,15 +69,16 @@ class Chart:
 
 @dataclass(frozen=True)
 class Axes:
-    """Where a step up to `last` and a value from `low` to `high` stand in the drawing."""
+    """Where a step from `first` to `last` and a value from `low` to `high` stand in the drawing."""
 
+    first: int
     last: int
     low: float
     high: float
 
     def x(self, step: float) -> float:
         """From the left."""
-        return LEFT + (RIGHT - LEFT) * step / max(self.last, 1)
+        return LEFT + (RIGHT - LEFT) * (step - self.first) / (self.last - self.first)
 
     def y(self, value: float) -> float:
         """From the top; what is beyond an end stands at it."""
@@ -85,7 +86,7 @@ class Axes:
 
     def drawing(self) -> list[Html]:
         """Lines at round values, and the numbers of both axes."""
-        values, steps = ticks(self.low, self.high), [step for step in ticks(0, self.last, 5) if step == int(step)]
+        values, steps = ticks(self.low, self.high), ticks(self.first, self.last, 5)
         return [
             tag("path", class_="grid", d="".join(f"M{LEFT} {self.y(value):.1f}H{RIGHT}" for value in values)),
             *(
@@ -94,9 +95,9 @@ class Axes:
             ),
             *(
                 tag("text", text, class_="step", x=f"{self.x(step):.1f}", y=BOTTOM + 17,
-                    text_anchor="start" if step == 0 else "end" if step == self.last else "middle")
+                    text_anchor="start" if step == self.first else "end" if step == self.last else "middle")
                 for step, text in zip(steps, numbers(steps), strict=True)
-                if step == self.last or self.x(step) < RIGHT - 20
+                if step == int(step) and (step == self.last or self.x(step) < RIGHT - 20)
             ),
         ]  # fmt: skip
 
@@ -119,7 +120,7 @@ def draw(
     x = np.array([step for step, _ in found])
     y = np.array([value for _, value in found], float) * measure.factor
     finite = y[np.isfinite(y)]
-    axes = Axes(int(records[-1]["step"]), *limits(finite, measure.from_zero))
+    axes = Axes(*between(records), *limits(finite, measure.from_zero))
     ends, kept = columns(x, y)
     curves = [tag("path", class_="line", d=curve(axes, x[kept], y[kept]))]
     if len(x) <= FEW:
@@ -147,6 +148,11 @@ def draw(
     return Chart(
         tag("figure", caption(measure, notes, values[-1]), svg, data_chart=measure.field), x[ends].tolist(), values
     )
+
+
+def between(records: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """The steps that the charts begin and end with: from before the first one, which of a fork is not step 1."""
+    return records[0]["step"] - 1, records[-1]["step"]
 
 
 def caption(measure: Measure, notes: Sequence[str], value: str) -> Html:
@@ -203,7 +209,7 @@ def curve(axes: Axes, x: np.ndarray, y: np.ndarray, is_line: bool = True) -> str
 
 def marked(axes: Axes, name: str, steps: Sequence[int]) -> str:
     """The path of an event's marks: a save's are below the axis; others go through the chart, or are many and short."""
-    where = sorted({round(axes.x(step)) for step in steps if step <= axes.last})
+    where = sorted({round(axes.x(step)) for step in steps if axes.first <= step <= axes.last})
     top, bottom = (BOTTOM, BOTTOM + 4) if name == "save" else (TOP, TOP + 5 if len(where) > MANY else BOTTOM)
     return "".join(f"M{x} {top}V{bottom}" for x in where)
 

@@ -108,7 +108,7 @@ def stretches(events: Sequence[dict[str, Any]], now: float) -> list[tuple[float,
             kept = at
     if begin is not None:
         found.append((begin, max(now, kept or begin), "up"))
-    return found
+    return [stretch for stretch in found if stretch[0] < stretch[1]]
 
 
 def line_of_time(events: Sequence[dict[str, Any]], ran: Sequence[tuple[float, float, str]]) -> Html:
@@ -132,7 +132,7 @@ def line_of_time(events: Sequence[dict[str, Any]], ran: Sequence[tuple[float, fl
     labels = [every * k for k in range(math.ceil(first / every), math.floor(last / every) + 1)]
     return tag(
         "div",
-        *(bar(*stretch) for stretch in ran if stretch[0] < stretch[1]),
+        *(bar(*stretch) for stretch in ran),
         *(
             tag("div", class_=f"at {name}" + " many" * (len(places) > MANY), style=f"left:{left}")
             for name, places in at.items()

@@ -90,7 +90,7 @@ summary { cursor: pointer; margin: .75rem 0 .25rem; color: var(--accent); }
 SCRIPT = """
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
-const [left, right] = data.edges;
+const [left, right] = data.edges, [first, last] = data.between;
 const nearest = (steps, step) => {
   let low = 0, high = steps.length - 1;
   while (high - low > 1) { const middle = (low + high) >> 1; steps[middle] <= step ? low = middle : high = middle; }
@@ -103,7 +103,7 @@ const figures = [...document.querySelectorAll("figure[data-chart]")].map(figure 
 const show = step => {
   document.body.className = "pointing";
   for (const {cursor, when, output, steps, values} of figures) {
-    const i = nearest(steps, step), x = left + (right - left) * steps[i] / data.last;
+    const i = nearest(steps, step), x = left + (right - left) * (steps[i] - first) / (last - first);
     cursor.setAttribute("d", `M${x} ${data.top}V${data.bottom}`);
     output.textContent = values[i];
     const time = data.times[nearest(data.steps, steps[i])];
@@ -121,7 +121,7 @@ for (const {svg} of figures) {
   svg.addEventListener("pointermove", event => {
     const box = svg.getBoundingClientRect();
     const x = (event.clientX - box.left) * svg.viewBox.baseVal.width / box.width;
-    show(Math.min(Math.max((x - left) / (right - left), 0), 1) * data.last);
+    show(first + Math.min(Math.max((x - left) / (right - left), 0), 1) * (last - first));
   });
   svg.addEventListener("pointerleave", forget);
 }

@@ -18,7 +18,7 @@ from train.events import read_events
 from train.goodput import goodput
 from train.lease import BEAT_SECONDS, PATIENCE
 from train.metrics import duration, read_steps
-from train.page.chart import BOTTOM, LEFT, MEASURES, RIGHT, TOP, Chart, columns, draw
+from train.page.chart import BOTTOM, LEFT, MEASURES, RIGHT, TOP, Chart, between, columns, draw
 from train.page.history import (
     legend,
     line_of_time,
@@ -107,7 +107,7 @@ def readouts(charts: Mapping[str, Chart], records: Sequence[Mapping[str, Any]]) 
     x = np.array([record["step"] for record in records])
     steps = columns(x, x)[0].tolist()
     return {
-        "edges": [LEFT, RIGHT], "top": TOP, "bottom": BOTTOM, "last": records[-1]["step"],
+        "edges": [LEFT, RIGHT], "top": TOP, "bottom": BOTTOM, "between": between(records),
         "steps": [records[i]["step"] for i in steps],
         "times": [moment(records[i]["time"]) if "time" in records[i] else "" for i in steps],
         "charts": {field: {"steps": c.steps, "values": c.values} for field, c in charts.items() if c.steps},
