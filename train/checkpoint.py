@@ -25,7 +25,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSt
 from data.errors import InputError
 from model.parameters import flattened
 from train.config import CheckpointConfig
-from train.mesh import once
+from train.mesh import once, told
 from train.state import State
 from train.storage import PathLike, is_remote, writing
 
@@ -122,8 +122,9 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(place, item_handlers=items, options=options)
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, oldest first."""
-        return sorted(self._manager.all_steps())
+        """Steps of the complete checkpoints, oldest first, as process 0 sees them."""
+        found: list[int] = told(lambda: sorted(self._manager.all_steps()))
+        return found
 
     def save(self, state: State, progress: Mapping[str, Any]) -> None:
         """Save the state; its step is the checkpoint's.
