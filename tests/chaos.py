@@ -174,13 +174,14 @@ class Chaos:
 
     def _truncated_checkpoint(self) -> None:
         self.stop()
-        file = self.chance.choice(self._array_files())
+        # Often one that only some of the processes read.
+        file = max(self._array_files(), key=lambda path: path.stat().st_size)
         os.truncate(file, file.stat().st_size // 2)
         self.start()
 
     def _flipped_bit(self) -> None:
         self.stop()
-        file = max(self._array_files(), key=lambda path: path.stat().st_size)
+        file = self.chance.choice(self._array_files())
         content = bytearray(file.read_bytes())
         content[self.chance.randrange(len(content))] ^= 1 << self.chance.randrange(8)
         file.write_bytes(content)
