@@ -16,6 +16,8 @@ NAMES = ("ZIGGURAT_COORDINATOR", "ZIGGURAT_NUM_PROCESSES", "ZIGGURAT_PROCESS_ID"
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE", "SLURM_NODEID", "SLURM_PROCID",
          "SLURM_LOCALID")  # fmt: skip
 METADATA_SECONDS = 2.0
+# Hosts of a cluster come minutes apart, each with its image to load.
+JOIN_SECONDS = 900
 
 
 def join_processes() -> None:
@@ -27,7 +29,7 @@ def join_processes() -> None:
 
     # It would take SIGTERM as a notice of preemption, which nothing here acts on: the process would not end.
     jax.config.update("jax_enable_preemption_service", False)
-    jax.distributed.initialize(**joining)
+    jax.distributed.initialize(**joining, initialization_timeout=JOIN_SECONDS)
 
 
 def how_to_join(environment: Mapping[str, str]) -> dict[str, Any] | None:
@@ -38,7 +40,7 @@ def how_to_join(environment: Mapping[str, str]) -> dict[str, Any] | None:
     Raises:
         InputError: variables that are missing or malformed.
     """
-    if any(name in environment for name in NAMES):
+    if any(environment.get(name) for name in NAMES):
         return explicit(environment)
     # A batch script or an interactive shell inside an allocation has many tasks to give away, but is none of them.
     if "SLURM_STEP_NUM_TASKS" in environment and whole(environment, "SLURM_STEP_NUM_TASKS") > 1:

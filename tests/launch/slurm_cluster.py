@@ -77,6 +77,8 @@ class Slurm:
         self.environment: Mapping[str, str] = os.environ | {
             "SLURM_CONF": str(folder / "slurm.conf"),
             "PATH": search_path(),
+            # Else it follows from the job's number, and clusters of several tests would meet there.
+            "JAX_COORDINATOR_PORT": str(free_port()),
         }
         self._daemons: dict[str, subprocess.Popen] = {}
 

@@ -142,7 +142,7 @@ def test_a_job_that_is_told_to_stop_goes_back_to_the_queue_and_completes(tmp_pat
     monkeypatch.setenv("XLA_FLAGS", "")
     config, run = write_config(tmp_path), tmp_path / "run"
     with slurm_cluster() as slurm:
-        for name in ("SLURM_CONF", "PATH"):
+        for name in ("SLURM_CONF", "PATH", "JAX_COORDINATOR_PORT"):
             monkeypatch.setenv(name, slurm.environment[name])
         assert here("launch", "slurm", "--nodes=2", "--time=10", "--submit", "--", "pretrain", f"--config={config}",
                     "--config.train.num_steps=100", "--config.checkpoint.every_steps=1000000",
