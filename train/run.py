@@ -171,7 +171,11 @@ def write_atomically(path: Path, text: str) -> None:
     """The file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + PARTIAL)
-    partial.write_text(text)
+    try:
+        partial.write_text(text)
+    except OSError as error:
+        # That of a full disk does not say where.
+        raise OSError(error.errno, error.strerror, str(path)) from None
     partial.replace(path)
 
 

@@ -12,6 +12,7 @@ import pytest
 import train.loop
 from data.errors import StorageError
 from launch.errors import report
+from launch.local import last_saved
 from tests.launch.small_run import back_to, command, here, metrics, ziggurat
 from train.events import Events
 
@@ -73,3 +74,24 @@ def test_a_disk_without_room_is_a_fault_that_may_pass(capsys):
         assert error.count("\n") == 1
     # A path that cannot be is the user's to change.
     assert report(PermissionError(errno.EACCES, "Permission denied", "/runs")) == 2
+
+
+def test_checkpoints_may_be_moved_to_another_disk_and_are_found_from_everywhere(
+    finished: Path, tmp_path: Path, monkeypatch, capsys
+):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    shutil.copytree(finished, run)
+    monkeypatch.chdir(tmp_path)
+    flags = ["pretrain", f"--config={run}", "--config.train.num_steps=13"]
+    assert here(*flags, "--config.checkpoint.dir=elsewhere") == 2
+    assert "has saved its step 12 in " in capsys.readouterr().err
+    assert not elsewhere.exists()
+    (run / "checkpoints").rename(elsewhere)
+    assert here(*flags, "--config.checkpoint.dir=elsewhere") == 0
+    assert not (run / "checkpoints").exists()
+    assert {path.name for path in elsewhere.iterdir()} == {"12", "13"}
+    monkeypatch.chdir("/")
+    capsys.readouterr()
+    assert here("evaluate", run, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 13
+    assert last_saved(run) == 13
