@@ -4,7 +4,7 @@ Four runs of the same 2,000 steps on two nodes: one undisturbed; one in jobs of 
 and is given more time then, so that it ends on a slow machine too; one whose second node dies; one of whose processes
 is killed. Each must complete without help, its metrics have each step once and in order, and its weights be those of
 the undisturbed one, bit for bit. Slurm must be installed (slurm-wlm, slurm-wlm-plugins, munge). A table, and the same
-as one line of JSON; status 1 where anything differs. Six to twenty minutes on two cores.
+as one line of JSON; status 1 where anything differs. Six to twenty-five minutes on two cores.
 """
 
 import hashlib
@@ -131,7 +131,8 @@ def main() -> int:
     for name, result in results.items():
         print(f"{name:14}" + "".join(f"{result[column]:>14}" for column in COLUMNS))
     found = problems(results)
-    print("\n".join(found))
+    for line in found:
+        print(line)
     print(json.dumps({"benchmark": "slurm", "problems": found, "cases": results}))
     return int(bool(found))
 
