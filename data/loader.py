@@ -32,13 +32,15 @@ class Loaded(NamedTuple):
             `gather_positions`.
         left: int64 [K]: of the streams that this process reads, those in which the batch after this one still has
             something of the corpus; of a corpus without end all of them. See `is_over`.
-        skipped: the rows of this process's streams that were left out before it, as `describe_row` says, with "batch",
-            the number of theirs.
+        here: int64 [K]: the same of this batch itself.
+        skipped: the rows of this process's streams that were left out before it, as `describe_row` says but for their
+            text, with "batch", which of the batches left out they are of.
     """
 
     batch: Batch
     positions: np.ndarray
     left: np.ndarray
+    here: np.ndarray
     skipped: list[dict[str, Any]]
 
 
@@ -144,7 +146,7 @@ class Loader:
 
             return jax.make_array_from_callback(shape, self._sharding, shard)
 
-        return Loaded({name: array(name) for name in next(iter(rows.values()))}, positions, left, skipped)
+        return Loaded({name: array(name) for name in next(iter(rows.values()))}, positions, left, left, skipped)
 
     def _read(self, step: int, size: int) -> tuple[dict[int, Row], np.ndarray, np.ndarray, list[dict[str, Any]]]:
         """The rows of this process's streams by their numbers in the batch, and the rest of `Loaded`."""
@@ -153,6 +155,8 @@ class Loader:
             for batch in range(self._skips.get(step, 0))
             for b, (k, parts) in self._take(step, size)[0].items()
         ]
+        for part in (part for row in skipped for part in row["parts"]):
+            del part["text"]
         taken, positions, left = self._take(step, size)
         return {b: fill(parts, self._config) for b, (_, parts) in taken.items()}, positions, left, skipped
 

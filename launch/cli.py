@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from data.errors import InputError, StorageError
+from data.errors import Fault, InputError, StorageError
 from launch.errors import report
 
 # Command → (its module, one line of help).
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_rooms()
         run, arguments = parse(argv)
         return run(arguments)
-    except (InputError, StorageError, OSError, KeyboardInterrupt) as error:
+    except (InputError, Fault, StorageError, OSError, KeyboardInterrupt) as error:
         return report(error)
 
 

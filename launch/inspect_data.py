@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the batch or the summary."""
     from data.provenance import describe_row, rows_of_step, summarize
     from train.prepare import first_step, streams_before
-    from train.recovery import read_ledger, skipped_batches
+    from train.recovery import read_ledger, skipped_batches, skips_by_step
     from train.schedule import batch_size
 
     if (arguments.run is None) == (arguments.config is None):
@@ -64,7 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
             raise InputError(f"--row={arguments.row}: the batch has rows 0 to {batch_size(config, step) - 1}")
         begin, streams = streams_before(step, config, run, mixture, tokenizer)
         sizes = [batch_size(config, s) for s in range(begin, step + 1)]
-        skips = skipped_batches(config.recovery, read_ledger(run.recovery))
+        skipped = skipped_batches(read_ledger(run.recovery)) or config.recovery.batches()
+        skips = skips_by_step(skipped)
         rows = [
             describe_row(mixture, tokenizer, b, k, parts)
             for b, k, parts in rows_of_step(streams, sizes, step, skips)

@@ -123,10 +123,7 @@ class Chaos:
     def straight(self, processes: int) -> Path:
         """Undisturbed, to the end, leaving out what this run has left out."""
         entries = [json.loads(line) for line in lines(self.run / "recovery.jsonl")]
-        skips: dict[str, int] = {}
-        for entry in entries:
-            if entry["action"] == "skip":
-                skips[str(entry["step"])] = skips.get(str(entry["step"]), 0) + entry["batches"]
+        skips = {str(batch): 1 for entry in entries for batch in entry.get("batches", [])}
         environment = self._environment | {"PYTHONPATH": str(ROOT)}
         command = self.command("straight", processes, f"--config.recovery.skips={json.dumps(skips)}")
         done = subprocess.run(command, env=environment, capture_output=True, text=True)

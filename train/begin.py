@@ -25,7 +25,7 @@ class Begun:
         state: on the ambient mesh.
         positions: where in the data it goes on: see `data.mixture.first_positions`.
         over: whether the data has been read to its end.
-        losses: of the last steps, with which the next ones are compared.
+        history: of the last steps' losses, with which the next ones are compared.
         fields: what its `start` event says of it.
     """
 
@@ -33,7 +33,7 @@ class Begun:
     state: State
     positions: np.ndarray
     over: bool = False
-    losses: list[float] = field(default_factory=list)
+    history: list[list[float]] = field(default_factory=list)
     fields: dict[str, Any] = field(default_factory=dict)
 
 
@@ -63,7 +63,7 @@ def _there(
     if progress["identity"] != prepared.identity:
         # There is more to read, and other losses are usual.
         return Begun(prepared, state, positions, fields=fields)
-    return Begun(prepared, state, positions, progress["is_over"], progress.get("losses", []), fields)
+    return Begun(prepared, state, positions, progress["is_over"], progress.get("history", []), fields)
 
 
 def _fork(prepared: Prepared, optimizer: optax.GradientTransformation) -> Begun:

@@ -1,5 +1,6 @@
-"""Loss and bits per byte on whole documents."""
+"""Loss and bits per byte on whole documents, and a sample."""
 
+import dataclasses
 import gzip
 import itertools
 import math
@@ -14,8 +15,9 @@ import numpy as np
 from data.segmenter import Pairs, make_pairs, segment_documents
 from data.tokenizer import END_OF_TEXT, Tokenizer
 from model.decoder import Decoder
+from model.generate import generate
 from train.config import Config
-from train.mesh import TRAINING, batch_sharding, training_layout
+from train.mesh import GENERATION, TRAINING, batch_sharding, training_layout
 from train.run import Text
 from train.step import summed_loss
 from train.xla import compiler_options
@@ -170,3 +172,20 @@ def gzip_bits_per_byte(texts: Sequence[Text]) -> float:
     """What `gzip -9` needs for the same documents, one by one: the figure to be below."""
     encoded = [text.text.encode() for text in texts]
     return 8 * sum(len(gzip.compress(text, 9, mtime=0)) for text in encoded) / sum(map(len, encoded))
+
+
+def sample_text(config: Config, tokenizer: Tokenizer, weights: Any) -> str:
+    """The prompt of `evaluation.prompt`, continued: the 40 most likely tokens at each place, always the same seed."""
+    prompt = tokenizer.encode(config.evaluation.prompt).tolist()
+    tokens = generate(
+        # What the tokenizer has no text for is not drawn.
+        dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size),
+        weights,
+        prompt,
+        context=config.data.segment_length,
+        eos_id=tokenizer.eos_id,
+        max_new_tokens=config.evaluation.sample_tokens,
+        top_k=40,
+        layout=GENERATION,
+    )
+    return tokenizer.decode([*prompt, *tokens])

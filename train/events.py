@@ -11,6 +11,8 @@ import os
 import platform
 import socket
 import subprocess
+import tempfile
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -61,14 +63,23 @@ class Events:
             file.flush()
             os.fsync(file.fileno())
         if self._hook:
-            hook = subprocess.Popen(self._hook, shell=True, stdin=subprocess.PIPE, text=True, start_new_session=True)
-            assert hook.stdin
-            try:
-                hook.stdin.write(line + "\n")
-                hook.stdin.close()
-            except BrokenPipeError:
-                pass  # It does not read; its status tells whether something is wrong.
-            self._hooks.append(hook)
+            self._call(line)
+
+    def _call(self, line: str) -> None:
+        """Start the hook. It may read when it likes: what it gets is in a file."""
+        self._hooks = [hook for hook in self._hooks if self._runs(hook)]
+        try:
+            with tempfile.TemporaryFile("w+") as file:
+                file.write(line + "\n")
+                file.seek(0)
+                self._hooks.append(subprocess.Popen(self._hook or "", shell=True, stdin=file, start_new_session=True))
+        except OSError as error:
+            log.warning("train.on_event cannot be started: %s", error)
+
+    def _runs(self, hook: subprocess.Popen) -> bool:
+        if status := hook.poll():
+            log.warning("train.on_event ended with status %d", status)
+        return hook.returncode is None
 
     def note_crash(self, alive_until: float | None) -> None:
         """Write down that the start before has ended without a word, where it has.
@@ -85,13 +96,10 @@ class Events:
     def close(self) -> None:
         """Wait for hooks that still run, for a while."""
         for hook in self._hooks:
-            try:
-                status = hook.wait(HOOK_PATIENCE)
-            except subprocess.TimeoutExpired:
+            with suppress(subprocess.TimeoutExpired):
+                hook.wait(HOOK_PATIENCE)
+            if self._runs(hook):
                 log.warning("train.on_event still runs after %.0f s; it is left alone", HOOK_PATIENCE)
-            else:
-                if status:
-                    log.warning("train.on_event ended with status %d", status)
         self._hooks.clear()
 
 

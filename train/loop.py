@@ -1,7 +1,6 @@
 """The training run, told from top to bottom: prepare, restore, train, heal, end."""
 
 import collections
-import dataclasses
 import faulthandler
 import itertools
 import time
@@ -14,20 +13,19 @@ from jax.experimental import multihost_utils
 
 from data.errors import StorageError
 from data.loader import Loaded, Loader, gather_positions, is_over
-from model.generate import generate
 from train.begin import begin
 from train.checkpoint import Checkpoints
 from train.config import Config
-from train.evaluate import evaluate, evaluation_metrics, make_evaluation_step
+from train.evaluate import evaluate, evaluation_metrics, make_evaluation_step, sample_text
 from train.events import Events, start_fields
 from train.lease import Lease
-from train.mesh import GENERATION, batch_sharding, gathered, make_mesh, once, training_layout
+from train.mesh import batch_sharding, gathered, make_mesh, once, training_layout
 from train.metrics import Display, Rate, StepLog, flops_per_token, memory_bytes, peak_flops
 from train.optimizer import make_optimizer
 from train.prepare import Prepared, data_fingerprint, prepare, some_of
 from train.profiling import Profiler
 from train.recovery import SKIP, Anomaly, Judge, Ledger
-from train.replicas import check_replicas
+from train.replicas import check_replicas, is_finite
 from train.report import opening
 from train.run import Run
 from train.schedule import batch_size
@@ -83,6 +81,7 @@ def pretrain(config: Config) -> Run:
                 training.to_the_end()
                 events.account.turn_to("checkpoint")
                 checkpoints.wait()
+                signals.noted = False
             except Stopped:
                 raise
             except BaseException as error:
@@ -136,16 +135,16 @@ class Training:
         self.optimizer = make_optimizer(self.config)
         self.programs = Programs(self.config, self.optimizer)
         self.evaluation_step = make_evaluation_step(self.config)
-        self.some_held_out = some_of(prepared.held_out, self.config.evaluation.loop_bytes)
         self.agreement, self.rate = Agreement(), Rate()
-        self.ledger = Ledger(run.recovery, self.config.recovery)
         self.restore()
+        self.ledger = Ledger(run.recovery, self.config.recovery, self.step)
 
     def restore(self) -> None:
         """What this start begins with, and what it goes back to."""
         self.begun = begun = begin(self.prepared, self.run, self.checkpoints, self.optimizer)
         self.prepared, self.state, self.positions = begun.prepared, begun.state, begun.positions
-        self.step, self.judge = int(self.state["step"]), Judge(self.config.recovery, begun.losses)
+        self.step, self.judge = int(self.state["step"]), Judge(self.config.recovery, begun.history)
+        self.some_held_out = some_of(self.prepared.held_out, self.config.evaluation.loop_bytes)
 
     def to_the_end(self) -> None:
         """Train, going back where a step stands out. Raises as `train` does, but for Anomaly."""
@@ -153,17 +152,21 @@ class Training:
         self.peak_share = flops_per_token(self.config.model, self.config.data.segment_length) / peak
         for line in opening(self.prepared, self.step, source):
             self.display.say(line)
-        healed = False
-        while not healed:
-            try:
-                self.train()
-                healed = True
-            except Anomaly as anomaly:
-                found = anomaly
-            if not healed:
-                self.heal(found)
+        while found := self.anomaly_of_training():
+            self.heal(found)
+        if self.ledger.skipped:
+            self.display.say(f"batches left out in all: {len(self.ledger.skipped)} (recovery.jsonl)")
         if self.prepared.mixture.skipped:
             self.display.say(f"{self.prepared.mixture.skipped} documents could not be read and were left out")
+
+    def anomaly_of_training(self) -> Anomaly | None:
+        """Train until a step stands out, which is returned, or to the end."""
+        try:
+            self.train()
+        except Anomaly as anomaly:
+            # Not the traceback, which would hold the loader.
+            return Anomaly(anomaly.step, anomaly.problem)
+        return None
 
     def heal(self, anomaly: Anomaly) -> None:
         """Back to the last save, to try its steps again or to leave rows out. InputError where too many would be."""
@@ -205,15 +208,20 @@ class Training:
             # host writes down what they did before.
             underway: collections.deque[Underway] = collections.deque()
             self.signals.noted = True
+            begins = True
 
             while self.step < last_step and not stops:
                 still_alive(config)
                 begun = time.perf_counter()
                 events.account.turn_to("data")
                 loaded = next(loader)
+                if begins and is_over(loaded.here, self.prepared.mixture):
+                    # All that was left has been left out.
+                    break
+                begins = False
                 events.account.turn_to("steps")
                 waited = time.perf_counter() - begun
-                batch, self.positions, left, _ = loaded
+                batch, self.positions, left = loaded.batch, loaded.positions, loaded.left
                 self.step += 1
                 step = self.step
                 self.report_skipped(loaded)
@@ -231,7 +239,8 @@ class Training:
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     self.state, metrics = programs(step, self.state, batch)
                 says = [self.signals.asked, waited, time.perf_counter() - begun]
-                underway.append(Underway(step, metrics, self.agreement.send(says)))
+                said = self.agreement.send(says, [metrics["loss"], metrics["grad_norm"]])
+                underway.append(Underway(step, metrics, said))
 
                 saves = step == last_step or step % config.checkpoint.every_steps == 0
                 evaluates = self.evaluates(step, last_step)
@@ -250,7 +259,6 @@ class Training:
                     self.save(is_over(left, self.prepared.mixture))
                 elif step % config.data.positions_every_steps == 0:
                     self.log_positions(gather_positions(self.positions).tolist())
-        self.signals.noted = False
         if stops:
             events.account.turn_to("checkpoint")
             self.checkpoints.wait()
@@ -300,10 +308,12 @@ class Training:
         """
         config, step = self.config, done.step
         metrics: dict[str, Any] = jax.tree.map(lambda x: x.tolist(), jax.device_get(done.metrics))
-        asked, waited, busy = np.asarray(done.said).T
+        asked, waited, busy, *seen = np.asarray(done.said).T
         record = {"step": step, "time": round(time.time(), 3)} | metrics
         shares = self.prepared.mixture.shares
-        self.judge.check(record, anew=step > 1 and shares(step - 1) != shares(step - 2))
+        # What one process alone has wrong all must know; of what is only unusual they have the same.
+        anew = step > 1 and shares(step - 1) != shares(step - 2)
+        self.judge.check(record, np.transpose(seen).tolist(), anew)
         self.rate.finished(record["loss_weight"])
         rows = batch_size(config, step - 1)
         self.rows_left -= rows
@@ -332,7 +342,7 @@ class Training:
         self.events.account.turn_to("evaluation")
         texts, weights = self.prepared.held_out if whole else self.some_held_out, evaluated_weights(self.state)
         results = evaluate(self.evaluation_step, weights, texts, self.prepared.tokenizer, self.config)
-        found = evaluation_metrics(results) | {"sample": sample_text(self.prepared, weights)}
+        found = evaluation_metrics(results) | {"sample": sample_text(self.config, self.prepared.tokenizer, weights)}
         self.display.evaluation({"step": self.step} | found)
         self.events.account.turn_to("steps")
         self.rate.start()
@@ -342,14 +352,17 @@ class Training:
         """A checkpoint of the state, whose replicas are the same."""
         still_alive(self.config)
         self.events.account.turn_to("checkpoint")
+        begun = time.perf_counter()
+        if not all(gathered(bool(is_finite(self.state)))):
+            raise Anomaly(self.step, "its weights or optimizer state hold what is no number")
         check_replicas(self.state)
         positions = gather_positions(self.positions).tolist()
         self.log_positions(positions)
-        begun = time.perf_counter()
         progress = {"positions": positions, "identity": self.prepared.identity, "is_over": over}
-        self.checkpoints.save(self.state, progress | {"losses": list(self.judge.losses)})
+        self.checkpoints.save(self.state, progress | {"history": [list(pair) for pair in self.judge.history]})
         stall = round(time.perf_counter() - begun, 3)
         self.events.account.keep()
+        self.ledger.saved()
         self.events.write("save", step=self.step, stall_seconds=stall)
         self.events.account.turn_to("steps")
         self.rate.start()
@@ -369,21 +382,3 @@ def still_alive(config: Config) -> None:
     if config.train.watchdog_seconds:
         # To the descriptor: what stands for standard error may be no file.
         faulthandler.dump_traceback_later(config.train.watchdog_seconds, exit=True, file=2)
-
-
-def sample_text(prepared: Prepared, weights: Any) -> str:
-    """The prompt of `evaluation.prompt`, continued: the 40 most likely tokens at each place, always the same seed."""
-    config, tokenizer = prepared.config, prepared.tokenizer
-    prompt = tokenizer.encode(config.evaluation.prompt).tolist()
-    tokens = generate(
-        # What the tokenizer has no text for is not drawn.
-        dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size),
-        weights,
-        prompt,
-        context=config.data.segment_length,
-        eos_id=tokenizer.eos_id,
-        max_new_tokens=config.evaluation.sample_tokens,
-        top_k=40,
-        layout=GENERATION,
-    )
-    return tokenizer.decode([*prompt, *tokens])

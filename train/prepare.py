@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from train.fork import check_folders, check_fork, parent_of
 from train.lease import Lease
 from train.mesh import once
 from train.metrics import read_steps
+from train.recovery import inherited, read_ledger, write_ledger
 from train.run import Run, Text, write_atomically
 from train.saved import split_name
 from train.storage import check_writable
@@ -138,10 +138,8 @@ def claim(config: Config, run: Run) -> None:
     run.save_config(config)
     run.clear()
     if config.train.start_from and config.train.start_with == "all":
-        parent = parent_of(config).run
-        if parent.recovery.exists():
-            # Its data goes on as the parent's does, without what that leaves out.
-            shutil.copy(parent.recovery, run.recovery)
+        # Its data goes on as the parent's does, without what that leaves out.
+        write_ledger(run.recovery, inherited(read_ledger(parent_of(config).run.recovery)))
 
 
 def open_run_mixture(config: Config, run: Run) -> Mixture:

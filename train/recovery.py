@@ -1,10 +1,13 @@
 """Healing: a step whose loss or gradient is no number, or whose loss stands out, takes the run back to its last save.
 
-The first time the same rows are tried again, since the cause may have been a device's. If the step stands out once
-more, its rows are left out (as was done by hand in training PaLM, Chowdhery et al. 2022).
+The first time the same rows are tried again, since the cause may have been a device's. If they stand out once more,
+they are left out (as was done by hand in training PaLM, Chowdhery et al. 2022).
 
 A loss stands out when it is so many robust standard deviations (1.4826 × the median of absolute deviations, which of a
 normal distribution is the standard deviation) above the median of the last steps' losses.
+
+Batches are counted from 1 in the order of the data as it is without anything left out, so that what is left out later
+changes nothing of what was before.
 """
 
 import collections
@@ -12,11 +15,11 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.errors import InputError
+from data.errors import Fault, InputError
 from train.mesh import once, told
 from train.recovery_config import RecoveryConfig
 from train.storage import writing
@@ -24,6 +27,8 @@ from train.storage import writing
 # Losses before the first that can stand out, and nats a token that it must be above the median in any case.
 LEAST_LOSSES, LEAST_RISE = 32, 0.1
 RETRY, SKIP = "retry", "skip"
+# Tries without a save between them, after which it is not the data that is wrong.
+MOST_RETRIES = 10
 
 
 class Anomaly(Exception):
@@ -43,40 +48,46 @@ class Judge:
     """Looks at each step's figures, in order.
 
     Attributes:
-        losses: of the last steps that were good, oldest first: kept in each checkpoint.
+        history: (loss, tokens that it is of) of the last steps that were good, oldest first: kept in each checkpoint.
 
     Args:
         config: when a loss stands out.
-        losses: that the checkpoint has.
+        history: that the checkpoint has.
     """
 
-    def __init__(self, config: RecoveryConfig, losses: Iterable[float] = ()):
+    def __init__(self, config: RecoveryConfig, history: Iterable[Sequence[float]] = ()):
         self._deviations = config.spike_deviations
-        self.losses = collections.deque(losses, config.spike_window)
+        self.history = collections.deque(((loss, tokens) for loss, tokens in history), config.spike_window)
 
-    def check(self, record: Mapping[str, Any], anew: bool = False) -> None:
+    def check(self, record: Mapping[str, Any], seen: Iterable[Sequence[float]] = (), anew: bool = False) -> None:
         """Anomaly, where the figures of a step are none to go on with.
 
         Args:
             record: as in metrics.jsonl.
+            seen: (loss, gradient norm) as each process has them.
             anew: the data of this step is another than before, so that other losses are usual.
         """
-        loss = record["loss"]
+        step, loss, tokens = record["step"], record["loss"], record["loss_weight"]
+        for figures in ((loss, record["grad_norm"]), *seen):
+            for name, value in zip(("loss", "grad_norm"), figures, strict=True):
+                if not math.isfinite(value):
+                    raise Anomaly(step, f"{name} is {value}")
         if anew:
-            self.losses.clear()
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(record[name]):
-                raise Anomaly(record["step"], f"{name} is {record[name]}")
-        if self._deviations and len(self.losses) >= LEAST_LOSSES:
-            median = statistics.median(self.losses)
-            deviation = 1.4826 * statistics.median(abs(other - median) for other in self.losses)
+            self.history.clear()
+        # The last batches of a corpus that ends are of few tokens, whose losses vary more.
+        if self.history and tokens < statistics.median(tokens for _, tokens in self.history) / 2:
+            return
+        losses = [other for other, _ in self.history]
+        if self._deviations and len(losses) >= LEAST_LOSSES:
+            median = statistics.median(losses)
+            deviation = 1.4826 * statistics.median(abs(other - median) for other in losses)
             if loss - median > max(self._deviations * deviation, LEAST_RISE):
                 raise Anomaly(
-                    record["step"],
-                    f"loss {loss:.4f} stands out: the median of the {len(self.losses)} before is {median:.4f}, their "
-                    f"robust deviation {deviation:.4f}",
+                    step,
+                    f"loss {loss:.4f} stands out: the median of the {len(losses)} before is {median:.4f}, their robust "
+                    f"deviation {deviation:.4f}",
                 )
-        self.losses.append(loss)
+        self.history.append((loss, tokens))
 
 
 class Ledger:
@@ -86,13 +97,38 @@ class Ledger:
     All processes call every method together; process 0 reads and writes.
 
     Attributes:
-        skips: step (from 0) → how many batches of its size are read and left out before its own.
+        skipped: numbers of the batches that are left out.
+        skips: step (from 0) → how many batches are read and left out before its own.
     """
 
-    def __init__(self, path: Path, config: RecoveryConfig):
-        self._path, self._config = path, config
+    def __init__(self, path: Path, config: RecoveryConfig, step: int):
+        """Read it, and write down what the config leaves out besides.
+
+        Args:
+            path: of the file.
+            config: the budget, and what is left out besides.
+            step: how many are done.
+
+        Raises:
+            InputError: batches are to be left out that these steps have been trained on.
+        """
+        self._path, self._config, self._retries = path, config, 0
         self._entries: list[dict[str, Any]] = told(lambda: read_ledger(path))
-        self.skips = skipped_batches(config, self._entries)
+        self._update()
+        if besides := sorted(config.batches() - set(self.skipped)):
+            if besides[0] < (first := self.batch_of(step + 1)):
+                raise InputError(
+                    f"recovery.skips: batch {besides[0]} has been trained on already; the next one is {first}"
+                )
+            self._write({"problem": "recovery.skips", "action": SKIP, "batches": besides})
+
+    def batch_of(self, step: int) -> int:
+        """The number of the batch of a step, from 1."""
+        return step + sum(count for before, count in self.skips.items() if before < step)
+
+    def saved(self) -> None:
+        """A checkpoint has been made."""
+        self._retries = 0
 
     def decide(self, anomaly: Anomaly, step: int) -> str:
         """RETRY or SKIP, written down.
@@ -103,33 +139,40 @@ class Ledger:
 
         Raises:
             InputError: more batches would be left out than the budget has.
+            Fault: it has been tried again and again, each time with another batch.
         """
-        tried = [entry["action"] for entry in self._entries if entry["found"] == anomaly.step][-1:] == [RETRY]
-        entry: dict[str, Any] = {"found": anomaly.step, "problem": anomaly.problem, "action": SKIP if tried else RETRY}
-        if tried:
-            batches, budget = self._config.skip_batches, self._config.max_skipped_batches
-            done = sum(entry.get("batches", 0) for entry in self._entries)
-            if done + batches > budget:
-                raise InputError(
-                    f"{anomaly}; {done} batches have been left out already, and recovery.max_skipped_batches is "
-                    f"{budget}: look at what they hold (`ziggurat inspect data`), lower optimizer.learning_rate, or "
-                    "raise the budget"
+        batch = self.batch_of(anomaly.step)
+        entry: dict[str, Any] = {"step": anomaly.step, "batch": batch, "problem": anomaly.problem, "action": RETRY}
+        if not any(other.get("batch") == batch for other in self._entries):
+            self._retries += 1
+            if self._retries > MOST_RETRIES:
+                raise Fault(
+                    f"{anomaly}; {MOST_RETRIES} other steps have stood out since step {step} was saved, so it is not "
+                    "the data: look at the devices, or lower optimizer.learning_rate"
                 )
-            # The last of them is the one that was found, but what a checkpoint has trained on cannot be left out.
-            entry |= {"step": max(anomaly.step - batches, step) + 1, "batches": batches}
-        once(lambda: self._write(entry))
-        self._entries.append(entry)
-        self.skips = skipped_batches(self._config, self._entries)
-        return str(entry["action"])
+            self._write(entry)
+            return RETRY
+        # What the checkpoint has been trained on cannot be left out.
+        first = max(batch - self._config.skip_batches + 1, self.batch_of(step + 1))
+        batches = sorted(set(range(first, batch + 1)) - set(self.skipped))
+        done = sum(len(other.get("batches", [])) for other in self._entries if "batch" in other)
+        if done + len(batches) > (budget := self._config.max_skipped_batches):
+            raise InputError(
+                f"{anomaly}; {done} batches have been left out already, and recovery.max_skipped_batches is {budget}: "
+                "look at what they hold (`skip` in events.jsonl), lower optimizer.learning_rate, begin again with an "
+                "earlier checkpoint (--config.train.start_from), or raise the budget"
+            )
+        self._write(entry | {"action": SKIP, "batches": batches})
+        return SKIP
 
-    def _write(self, entry: Mapping[str, Any]) -> None:
-        kept = read_ledger(self._path)
-        partial = self._path.with_suffix(".partial")
-        with writing("what is left out", self._path), partial.open("w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in [*kept, entry])
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self._path)
+    def _update(self) -> None:
+        self.skipped = sorted(skipped_batches(self._entries))
+        self.skips = skips_by_step(self.skipped)
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        self._entries.append(entry)
+        self._update()
+        once(lambda: write_ledger(self._path, self._entries))
 
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:
@@ -137,10 +180,29 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def skipped_batches(config: RecoveryConfig, entries: Iterable[Mapping[str, Any]]) -> dict[int, int]:
-    """`Ledger.skips` of a ledger's entries, and of what the config leaves out."""
-    found = collections.Counter({int(step) - 1: batches for step, batches in config.skips.items()})
-    for entry in entries:
-        if entry["action"] == SKIP:
-            found[entry["step"] - 1] += entry["batches"]
-    return dict(found)
+def write_ledger(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
+    """All of it at once, on disk when this returns."""
+    partial = path.with_suffix(".partial")
+    with writing("what is left out", path), partial.open("w") as file:
+        file.writelines(json.dumps(entry) + "\n" for entry in entries)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def inherited(entries: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What a fork takes over of its parent's ledger: what is left out, which its own budget does not pay for."""
+    batches = sorted(skipped_batches(entries))
+    return (
+        [{"problem": "left out by the run that this began with", "action": SKIP, "batches": batches}] if batches else []
+    )
+
+
+def skipped_batches(entries: Iterable[Mapping[str, Any]]) -> set[int]:
+    """The batches that a ledger leaves out."""
+    return {batch for entry in entries for batch in entry.get("batches", [])}
+
+
+def skips_by_step(batches: Iterable[int]) -> dict[int, int]:
+    """`Ledger.skips` of the numbers of batches: each moves those behind it up by one step."""
+    return dict(collections.Counter(batch - 1 - i for i, batch in enumerate(sorted(batches))))

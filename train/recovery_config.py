@@ -27,11 +27,17 @@ class RecoveryConfig:
     )
     skips: dict[str, Any] = field(
         default_factory=dict,
+        # What has been left out once stays so: see `train.recovery.Ledger`.
         metadata={
-            "help": 'batches to leave out besides, by the step before which they would be read, as in {"120": 1}',
-            "resume": "warn",
+            "help": 'other batches to leave out, number of the first → how many, as in {"120": 2}; their numbers are '
+            "those of the steps that would read them, were none left out",
+            "resume": "free",
         },
     )
+
+    def batches(self) -> set[int]:
+        """The numbers that `skips` names."""
+        return {int(first) + i for first, count in self.skips.items() for i in range(count)}
 
     def problems(self) -> list[str]:
         """Values that fit nothing, one line each."""
@@ -41,9 +47,7 @@ class RecoveryConfig:
             for name, minimum in least.items()
             if getattr(self, name) < minimum
         ]
-        for step, batches in self.skips.items():
-            if not (str(step).isdigit() and int(step) and isinstance(batches, int) and batches > 0):
-                found.append(
-                    f'recovery.skips: {step!r}: {batches!r} is no step and number of batches, as in {{"9": 1}}'
-                )
+        for first, count in self.skips.items():
+            if not (str(first).isdigit() and int(first) and isinstance(count, int) and count > 0):
+                found.append(f'recovery.skips: {first!r}: {count!r} is no step and number of batches, as in {{"9": 1}}')
         return found

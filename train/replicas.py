@@ -48,6 +48,13 @@ def check_replicas(state: State) -> None:
             )
 
 
+@jax.jit
+def is_finite(state: State) -> jax.Array:
+    """Whether every number of a state is one."""
+    floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))
+
+
 def _axes_of_copies(x: jax.Array) -> list[str]:
     """The mesh axes, of size above 1, along which each device has the same part of an array."""
     sharding = cast(NamedSharding, x.sharding)

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -84,12 +85,33 @@ class Agreement:
     def __init__(self) -> None:
         of_process = {device.process_index: device for device in reversed(jax.devices())}
         self._mesh = Mesh(np.array([of_process[i] for i in sorted(of_process)]), "process")
-        everywhere = NamedSharding(self._mesh, PartitionSpec())
-        self._share = jax.jit(lambda x: x, out_shardings=everywhere)
+        processes, everywhere = PartitionSpec("process"), PartitionSpec()
 
-    def send(self, numbers: Sequence[float]) -> Any:
-        """Numbers of this process → those of all, float32 [processes, numbers], on their way."""
-        own = jax.device_put(np.array([numbers], np.float32), self._mesh.local_devices[0])
-        shape, sharding = (self._mesh.size, len(numbers)), NamedSharding(self._mesh, PartitionSpec("process"))
+        def joined(numbers: jax.Array, figures: Sequence[jax.Array]) -> jax.Array:
+            return jnp.concatenate([numbers, *(x.reshape(1, 1) for x in figures)], axis=1)
+
+        # Each process's own copy of a figure, should they differ.
+        of_each = jax.shard_map(
+            joined, mesh=self._mesh, in_specs=(processes, everywhere), out_specs=processes, check_vma=False
+        )
+        self._share = jax.jit(of_each, out_shardings=NamedSharding(self._mesh, everywhere))
+
+    def send(self, numbers: Sequence[float], figures: Sequence[jax.Array] = ()) -> Any:
+        """What this process knows → what all know, float32 [processes, numbers and figures], on its way.
+
+        Args:
+            numbers: of the host.
+            figures: scalars that are still computed; every device has a copy.
+        """
+        device = self._mesh.local_devices[0]
+        copies = [shard.data for x in figures for shard in x.addressable_shards if shard.device == device]
+        own = jax.device_put(np.array([numbers], np.float32), device)
         with jax.set_mesh(self._mesh):
-            return self._share(jax.make_array_from_single_device_arrays(shape, sharding, [own]))
+            return self._share(
+                self._all((self._mesh.size, len(numbers)), PartitionSpec("process"), own),
+                [self._all((), PartitionSpec(), copy) for copy in copies],
+            )
+
+    def _all(self, shape: tuple[int, ...], spec: PartitionSpec, own: jax.Array) -> jax.Array:
+        """One array of what each process has of it."""
+        return jax.make_array_from_single_device_arrays(shape, NamedSharding(self._mesh, spec), [own])

@@ -134,7 +134,8 @@ def test_a_run_of_some_epochs_trains_on_every_row_and_then_ends(tmp_path, made, 
     mixture = mixture_of(path, **changes)
     weight, ends = 0.0, 0
     with loader((mixture, made[1]), **changes) as batches:
-        for batch, _, left, _ in batches:
+        for batch, _, left, here, _ in batches:
+            assert not is_over(here, mixture)
             weight += float(batch["loss_weights"].sum())
             ends += 1
             if is_over(left, mixture):

@@ -115,6 +115,40 @@ def test_what_cannot_be_healed_ends_with_status_2_and_its_last_good_state(tmp_pa
     assert [event["action"] for event in events(tmp_path / "run", "rollback")] == ["retry", "skip"] * 2 + ["retry"]
 
 
+def test_weights_that_are_no_numbers_are_not_saved(straight, tmp_path, monkeypatch):
+    class Programs(train.loop.Programs):
+        done = False
+
+        def __call__(self, step, state, batch):
+            state, metrics = super().__call__(step, state, batch)
+            if step == 8 and not Programs.done:
+                Programs.done = True
+                # The step's own figures are good.
+                state["weights"] = jax.tree.map(lambda x: x * math.nan, state["weights"])
+            return state, metrics
+
+    monkeypatch.setattr(train.loop, "Programs", Programs)
+    healed = run(tmp_path, "healed")
+    assert_same_end(healed, straight, 10)
+    (rollback,) = events(healed, "rollback")
+    assert (rollback["step"], rollback["to"]) == (8, 4)
+    assert "hold what is no number" in rollback["problem"]
+
+
+def test_where_the_last_rows_of_a_corpus_are_left_out_the_run_ends_before_them(tmp_path, monkeypatch):
+    flags = ["--config.train.num_steps=1000", "--config.data.epochs=1", "--config.checkpoint.every_steps=10"]
+    last = len(metrics(run(tmp_path, "straight", *flags)))
+    # A save just before the last step, which is poisoned twice.
+    flags[2] = f"--config.checkpoint.every_steps={last - 1}"
+    poison(monkeypatch, lambda at, _: at == last, times=2)
+    healed = run(tmp_path, "healed", *flags)
+    monkeypatch.undo()
+    told = run(tmp_path, "told", *flags, f'--config.recovery.skips={{"{last}": 1}}')
+    assert [len(metrics(folder)) for folder in (healed, told)] == [last - 1, last - 1]
+    assert [path.name for path in (healed / "checkpoints").iterdir()] == [str(last - 1)]
+    assert events(healed, "end")[0]["step"] == last - 1
+
+
 def test_a_spike_is_seen_against_losses_from_before_a_restart(tmp_path, monkeypatch):
     long = ["--config.train.num_steps=44", "--config.checkpoint.every_steps=40"]
     config = f"--config={write_config(tmp_path)}"

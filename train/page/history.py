@@ -104,7 +104,7 @@ def stretches(events: Sequence[dict[str, Any]], now: float) -> list[tuple[float,
         elif name in ("stop", "end") and begin is not None:
             found.append((begin, at, "up"))
             begin = None
-        else:
+        elif name == "save":
             kept = at
     if begin is not None:
         found.append((begin, max(now, kept or begin), "up"))
