@@ -256,7 +256,8 @@ class Checkpoints:
             damage = textwrap.shorten(f"{type(cause).__name__}: {cause}", 160)
         # One process that cannot read it decides for all; the checksums are the same everywhere.
         if not multihost_utils.process_allgather(np.array(bool(damage))).any():
-            actual = flattened(jax.tree.map(int, checksums(arrays)))
+            # Item by item as in a save, which then has its programs already.
+            actual = flattened({name: jax.tree.map(int, checksums(tree)) for name, tree in arrays.items()})
             damage = next((name for name in actual if actual[name] != expected.get(name)), "")
             if not damage:
                 return arrays, progress

@@ -135,6 +135,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(two_steps, tmp
             restore(tmp_path / "copy")
 
 
+def test_a_save_after_a_restore_compiles_no_checksums_again(two_steps, tmp_path):
+    shutil.copytree(two_steps[0], tmp_path / "copy")
+    with jax.set_mesh(mesh_of(data=2, fsdp=2, tensor=2)):
+        state, _ = restore(tmp_path / "copy")
+        compiled = checksums._cache_size()
+        save(tmp_path / "copy", {**state, "step": jnp.int32(3)})
+        assert checksums._cache_size() == compiled
+
+
 def test_missing_files_are_damage_too(two_steps, tmp_path):
     shutil.copytree(two_steps[0], tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy" / "2" / "optimizer")
