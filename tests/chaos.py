@@ -32,6 +32,7 @@ FAULTS = {
     "flipped bit": ("crash",),
     "NaN once": ("rollback",),
     "NaN twice": ("skip",),
+    "NaN in one process": ("rollback",),
 }
 PATIENCE = 300.0
 # In each process, as the interpreter starts: once train.loop is there, steps are poisoned as the file says.
@@ -52,7 +53,7 @@ class Finder(importlib.abc.MetaPathFinder):
         return spec
 
 def patch(module):
-    import jax
+    import jax, numpy
     path = os.environ["CHAOS_POISON"]
     class Programs(module.Programs):
         def __call__(self, step, state, batch):
@@ -66,8 +67,17 @@ def patch(module):
                 # The first step that it comes to, so many times.
                 if len(done) < wanted["times"] and step == (done or [step])[0]:
                     json.dump([*done, step], open(mine, "w"))
-                    state["weights"] = jax.tree.map(lambda x: x * math.nan, state["weights"])
+                    if wanted["all"]:
+                        state["weights"] = jax.tree.map(lambda x: x * math.nan, state["weights"])
+                    elif jax.process_index() == jax.process_count() - 1:
+                        state, metrics = super().__call__(step, state, batch)
+                        return state, metrics | {"grad_norm": wrong(metrics["grad_norm"])}
             return super().__call__(step, state, batch)
+
+    def wrong(x):
+        copies = [jax.device_put(numpy.float32(math.nan), shard.device) for shard in x.addressable_shards]
+        return jax.make_array_from_single_device_arrays(x.shape, x.sharding, copies)
+
     module.Programs = Programs
 
 sys.meta_path.insert(0, Finder())
@@ -190,10 +200,15 @@ class Chaos:
     def _NaN_twice(self) -> None:
         self._poison(2)
 
-    def _poison(self, times: int) -> None:
+    def _NaN_in_one_process(self) -> None:
+        self._poison(1, everywhere=False)
+
+    def _poison(self, times: int, everywhere: bool = True) -> None:
         self._poisoned += 1
         made = self.folder / "poison.partial"
-        made.write_text(json.dumps({"from": self.step() + 5, "times": times, "number": self._poisoned}))
+        made.write_text(
+            json.dumps({"from": self.step() + 5, "times": times, "all": everywhere, "number": self._poisoned})
+        )
         made.replace(self.folder / "poison")
 
     def _array_files(self) -> list[Path]:

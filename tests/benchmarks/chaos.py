@@ -1,4 +1,4 @@
-"""A run that is ill-treated 54 times, beside one that is not.
+"""A run that is ill-treated 60 times, beside one that is not.
 
     python -m tests.benchmarks.chaos
 

@@ -13,7 +13,7 @@ from tests.launch.test_pretrain import assert_same_end
 def test_whatever_happens_the_end_is_that_of_an_undisturbed_run(tmp_path: Path):
     chaos = Chaos(tmp_path, processes=[2], devices=2, steps=200)
     chaos.start()
-    for fault in ("kill in a save", "terminate", "NaN twice", "truncated checkpoint"):
+    for fault in ("kill in a save", "terminate", "NaN twice", "NaN in one process", "truncated checkpoint"):
         chaos.suffer(fault)
     chaos.to_the_end()
     straight = chaos.straight(processes=2)
