@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.errors import InputError
+from data.remote import protocol
 from launch.queued import checked, put
 
 # Between the notice and the end of the job: a step, a save, and Slurm's own delay of up to a minute.
@@ -33,7 +34,7 @@ run() {{
         sh -c {task} sh \\
         {command}
 }}
-saved() {{ ls {checkpoints} 2>/dev/null | grep -E '^[0-9]+$' | sort -n | tail -n 1; }}
+saved() {{ {saved}; }}
 
 in_vain=0
 reached=$(saved)
@@ -158,8 +159,22 @@ def script(arguments: argparse.Namespace, folder: Path) -> str:
         srun=shlex.join(["srun", *flags]),
         task=shlex.quote(TASK),
         command=shlex.join([*program, *arguments.command]),
-        checkpoints=shlex.quote(str(run_dir / "checkpoints")),
+        saved=newest_step(run_dir, config.checkpoint.dir),
     )
+
+
+def newest_step(run_dir: Path, place: str | None) -> str:
+    """What the shell prints the step of the newest checkpoint with. Of a bucket it knows what the run tells.
+
+    Args:
+        run_dir: the run's folder.
+        place: `checkpoint.dir`.
+    """
+    if place and protocol(place):
+        file = shlex.quote(str(run_dir / "events.jsonl"))
+        return f"""grep -o '"save", "step": [0-9]*' {file} 2>/dev/null | tail -n 1 | grep -o '[0-9]*$'"""
+    folder = shlex.quote(str(Path(place).expanduser() if place else run_dir / "checkpoints"))
+    return f"ls {folder} 2>/dev/null | grep -E '^[0-9]+$' | sort -n | tail -n 1"
 
 
 def submit(text: str, sbatch: Sequence[str] = ("sbatch", "--parsable")) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from data.errors import InputError
 from launch.cli import parse
-from launch.slurm import script, submit
+from launch.slurm import newest_step, script, submit
 from tests.launch.slurm_cluster import require_slurm, slurm_cluster
 from tests.launch.small_run import ROOT, here, metrics, write_config
 
@@ -163,3 +163,18 @@ def test_a_job_that_is_told_to_stop_goes_back_to_the_queue_and_completes(tmp_pat
     log = (tmp_path / f"run-{job}.log").read_text()
     assert f"ziggurat: stopped, saved up to step {events[2]['step']}: back to the queue" in log
     assert f"0: {run} goes on from step {events[2]['step']} of 100 steps" in log
+
+
+def test_the_script_finds_the_newest_checkpoint_wherever_it_is(tmp_path: Path):
+    def found(place: str | None) -> str:
+        return subprocess.run(["bash", "-c", newest_step(tmp_path, place)], capture_output=True, text=True).stdout
+
+    elsewhere = tmp_path / "else where"
+    for place in (None, str(elsewhere), "gs://bucket/run"):
+        assert found(place) == ""
+    for folder, step in ((tmp_path / "checkpoints", 100), (elsewhere, 200)):
+        for name in ("20", str(step), f"{step + 20}.damaged", f"{step + 40}.orbax-checkpoint-tmp"):
+            (folder / name).mkdir(parents=True)
+    saves = [{"time": "t", "event": "save", "step": step, "stall_seconds": 0.1} for step in (20, 300)]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in saves))
+    assert [found(place) for place in (None, str(elsewhere), "gs://bucket/run")] == ["100\n", "200\n", "300\n"]

@@ -67,7 +67,8 @@ def whole(folder: Path) -> Run:
         start(0, 0), event(50, "save", step=50, stall_seconds=0.2), event(60, "stop", step=60, seconds={"init": 10.0}),
         start(100, 60), event(150, "save", step=150, stall_seconds=0.1, seconds={"steps": 40.0}),
         event(200, "crash", step=150, alive_until=BEGIN + 180), start(210, 150, commit="c" * 40 + "+"),
-        event(220, "rollback", step=150, rows=[1, 2], documents=[{"file": HOSTILE}]),
+        event(220, "rollback", step=150, to=100, problem=HOSTILE, action="skip"),
+        event(225, "skip", step=150, batches=1, rows=[{"batch": 0, "row": 0, "parts": [{"file": HOSTILE}]}]),
         event(230, "fault", error=f"ValueError: {HOSTILE}", seconds={}), start(240, 150),
         event(300, "end", step=300, seconds={"steps": 60.0}),
     ]  # fmt: skip
