@@ -308,7 +308,7 @@ class Training:
         """
         config, step = self.config, done.step
         metrics: dict[str, Any] = jax.tree.map(lambda x: x.tolist(), jax.device_get(done.metrics))
-        asked, waited, busy, *seen = np.asarray(done.said).T
+        asked, waited, busy, *seen = self.agreement.read(done.said).T
         record = {"step": step, "time": round(time.time(), 3)} | metrics
         shares = self.prepared.mixture.shares
         # What one process alone has wrong all must know; of what is only unusual they have the same.

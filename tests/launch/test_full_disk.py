@@ -57,7 +57,7 @@ def test_the_first_error_counts_whatever_a_full_disk_makes_of_it(finished: Path,
         monkeypatch.setattr(train.loop.Checkpoints, "wait", refuses)
         raise RuntimeError("the first")
 
-    monkeypatch.setattr(train.loop, "train", fails)
+    monkeypatch.setattr(train.loop.Training, "train", fails)
     with pytest.raises(RuntimeError, match="the first"):
         here("pretrain", f"--config={tmp_path / 'run'}", "--config.train.num_steps=14")
 

@@ -55,16 +55,6 @@ def assert_same_curve(run: Path, expected: Path, first: int = 1) -> None:
     assert found[12]["validation_loss"] == pytest.approx(wanted[12]["validation_loss"], rel=BOUNDS["processes"]["loss"])
 
 
-@pytest.fixture
-def compiled_quickly(monkeypatch: pytest.MonkeyPatch):
-    """The same programs, here and in what is launched, but little optimized for the processor: it takes the longest."""
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.mark.usefixtures("compiled_quickly")
 def test_a_run_on_several_processes_and_moved_between_meshes_is_the_run_on_one_device(tmp_path: Path, monkeypatch):
     config, one, two = write_config(tmp_path, "one"), tmp_path / "one", tmp_path / "two"
 

@@ -23,14 +23,6 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 SHARED = MIXED[0]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    """The same partitioned programs, but little optimized for the processor: that is most of this module's time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def one_device(compute_dtype: str = "float32") -> Steps:
     return three_steps(config_for(compute_dtype=compute_dtype), {})
