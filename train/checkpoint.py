@@ -9,6 +9,7 @@ not fit on restore shows damage that it would not.
 import hashlib
 import json
 import logging
+import sys
 import textwrap
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -93,6 +94,12 @@ def without_traceback(record: logging.LogRecord) -> bool:
     return record.exc_info is None
 
 
+def without_closed_loops(unraisable: Any) -> None:
+    """What Python says of an error that nobody can catch; not of a read or write whose fellow has failed before it."""
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
+
+
 class Checkpoints:
     """The checkpoints of one run. Every process calls every method at the same step.
 
@@ -121,6 +128,7 @@ class Checkpoints:
         # Each error that it raises is also logged, for each of its threads and tasks, with pages of where they stood.
         for name in ("absl", "asyncio"):
             logging.getLogger(name).addFilter(without_traceback)
+        sys.unraisablehook = without_closed_loops
         self._manager = ocp.CheckpointManager(place, item_handlers=items, options=options)
         # The manager's own way to restore ends with a barrier, to which a process that finds damage does not come.
         self._reader = ocp.CompositeCheckpointHandler(**items)
