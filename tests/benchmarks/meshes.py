@@ -41,7 +41,7 @@ BOUNDS = {
     "bfloat16": {"loss": 2e-3, "grad_norm": 2e-2, "gradients": 5e-2, "weights": 3e-1},
     "every floor": {"loss": 5e-6, "grad_norm": 2e-5},
     "processes": {"loss": 1e-5, "grad_norm": 1e-4},
-    "chaos": {"loss": 1e-2},
+    "chaos": {"loss": 1e-4},
 }
 
 
