@@ -311,9 +311,11 @@ class Training:
         asked, waited, busy, *seen = self.agreement.read(done.said).T
         record = {"step": step, "time": round(time.time(), 3)} | metrics
         shares = self.prepared.mixture.shares
-        # What one process alone has wrong all must know; of what is only unusual they have the same.
+        # What one process alone has wrong all must know; what is only unusual is judged by the figures of the first.
+        figures = np.transpose(seen).tolist()
+        record |= dict(zip(("loss", "grad_norm"), figures[0], strict=True))
         anew = step > 1 and shares(step - 1) != shares(step - 2)
-        self.judge.check(record, np.transpose(seen).tolist(), anew)
+        self.judge.check(record, figures, anew)
         self.rate.finished(record["loss_weight"])
         rows = batch_size(config, step - 1)
         self.rows_left -= rows
