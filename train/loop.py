@@ -215,16 +215,16 @@ class Training:
                 begun = time.perf_counter()
                 events.account.turn_to("data")
                 loaded = next(loader)
+                events.account.turn_to("steps")
+                self.report_skipped(loaded, self.step + 1)
                 if begins and is_over(loaded.here, self.prepared.mixture):
                     # All that was left has been left out.
                     break
                 begins = False
-                events.account.turn_to("steps")
                 waited = time.perf_counter() - begun
                 batch, self.positions, left = loaded.batch, loaded.positions, loaded.left
                 self.step += 1
                 step = self.step
-                self.report_skipped(loaded)
                 if is_over(left, self.prepared.mixture):
                     last_step = step
                 if not programs.has(step):
@@ -280,9 +280,9 @@ class Training:
             self.ledger.skips,
         )
 
-    def report_skipped(self, loaded: Loaded) -> None:
+    def report_skipped(self, loaded: Loaded, step: int) -> None:
         """Write down the rows that were left out before this step's, with their documents."""
-        if not (batches := self.ledger.skips.get(self.step - 1, 0)):
+        if not (batches := self.ledger.skips.get(step - 1, 0)):
             return
         rows = sorted(
             (row for of_process in gathered(loaded.skipped) for row in of_process),
@@ -290,10 +290,8 @@ class Training:
         )
         # Processes that share a row each tell of it.
         rows = [row for row, _ in itertools.groupby(rows)]
-        for row in rows:
-            row["parts"] = [{name: value for name, value in part.items() if name != "text"} for part in row["parts"]]
-        self.events.write("skip", step=self.step, batches=batches, rows=rows)
-        self.display.say(f"step {self.step}: {len(rows)} rows were left out before it")
+        self.events.write("skip", step=step, batches=batches, rows=rows)
+        self.display.say(f"step {step}: {len(rows)} rows were left out before it")
 
     def evaluates(self, step: int, last_step: int) -> bool:
         """Whether an evaluation comes after a step. The first does at once: what is wrong with it should show."""

@@ -147,6 +147,7 @@ def test_where_the_last_rows_of_a_corpus_are_left_out_the_run_ends_before_them(t
     assert [len(metrics(folder)) for folder in (healed, told)] == [last - 1, last - 1]
     assert [path.name for path in (healed / "checkpoints").iterdir()] == [str(last - 1)]
     assert events(healed, "end")[0]["step"] == last - 1
+    assert [event["step"] for event in events(healed, "skip")] == [last]
 
 
 def test_a_spike_is_seen_against_losses_from_before_a_restart(tmp_path, monkeypatch):
