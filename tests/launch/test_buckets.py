@@ -92,7 +92,7 @@ def test_a_run_in_a_bucket_is_killed_damaged_resumed_evaluated_and_exported(
     process = command(*start, devices=8, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert process.stderr is not None
     for line in process.stderr:
-        if line.startswith("step 8/"):
+        if line.startswith("step 9/"):  # the save of step 8 has begun, so that of step 4 is whole
             break
     process.kill()
     process.communicate()
