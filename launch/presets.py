@@ -93,6 +93,6 @@ def run_values(folder: Path, step: int | None) -> dict[str, dict[str, Any]]:
     values["data"]["accept_changes"] = False
     values["train"]["run_dir"] = str(folder)
     if step is not None:
-        values["train"] |= {"start_from": f"{folder}@{step}", "start_with": "all"}
+        values["train"] |= {"init_from": f"{folder}@{step}", "init_with": "all"}
         values["checkpoint"]["dir"] = None
     return values

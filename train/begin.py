@@ -47,7 +47,7 @@ def begin(prepared: Prepared, run: Run, checkpoints: Checkpoints, optimizer: opt
     if restored := checkpoints.restore(abstract_state(config, optimizer)):
         state, progress = restored
         return _there(state, progress, *go_on(progress, prepared, run.folder), {})
-    if config.train.start_from:
+    if config.train.init_from:
         return _fork(prepared, optimizer)
     return Begun(prepared, make_state(config, optimizer), _first(prepared))
 
@@ -69,7 +69,7 @@ def _there(
 def _fork(prepared: Prepared, optimizer: optax.GradientTransformation) -> Begun:
     """With the checkpoint of another run: see `train.fork`."""
     config = prepared.config
-    parent, take, fields = parent_of(config), config.train.start_with, fork_fields(config)
+    parent, take, fields = parent_of(config), config.train.init_with, fork_fields(config)
     abstract, checkpoints = abstract_state(config, optimizer), Checkpoints(parent.run.checkpoints)
     try:
         if take == "weights":
@@ -85,5 +85,5 @@ def _fork(prepared: Prepared, optimizer: optax.GradientTransformation) -> Begun:
         checkpoints.close()
     if take == "optimizer":
         return Begun(prepared, state, _first(prepared), fields=fields)
-    found = go_on(progress, prepared, parent.run.folder, "read it from its beginning with train.start_with=optimizer")
+    found = go_on(progress, prepared, parent.run.folder, "read it from its beginning with train.init_with=optimizer")
     return _there(state, progress, *found, fields)

@@ -22,7 +22,7 @@ from train.optimizer_config import OptimizerConfig
 from train.recovery_config import RecoveryConfig
 from train.values import from_text, from_value, kinds_of
 
-START_WITH = ("all", "optimizer", "weights")
+INIT_WITH = ("all", "optimizer", "weights")
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,11 @@ class TrainConfig:
         default=1, metadata={"help": "parts of the batch that are run one after the other", "resume": "free"}
     )
     seed: int = field(default=0, metadata={"help": "of the initial weights and the data order"})
-    start_from: str | None = field(
+    init_from: str | None = field(
         default=None,
         metadata={"help": "RUN@STEP: the checkpoint of another run that this one begins with; none: new weights"},
     )
-    start_with: str = field(
+    init_with: str = field(
         default="all",
         metadata={
             "help": "what of it: all (weights, optimizer, steps, place in the data), optimizer (all but that place: "
@@ -309,12 +309,12 @@ def config_problems(config: Config) -> list[str]:
 
 def _start_problems(c: TrainConfig) -> list[str]:
     found = []
-    if c.start_with not in START_WITH:
-        found.append(f"train.start_with is {c.start_with!r}; it must be one of {', '.join(START_WITH)}")
-    if c.start_from is None and c.start_with != START_WITH[0]:
-        found.append(f"train.start_with = {c.start_with} has no effect without train.start_from; leave it at all")
-    if c.start_from is not None and not re.fullmatch(r".+@\d+", c.start_from):
-        found.append(f"train.start_from is {c.start_from!r}; it must be RUN@STEP, as in runs/tiny@500")
+    if c.init_with not in INIT_WITH:
+        found.append(f"train.init_with is {c.init_with!r}; it must be one of {', '.join(INIT_WITH)}")
+    if c.init_from is None and c.init_with != INIT_WITH[0]:
+        found.append(f"train.init_with = {c.init_with} has no effect without train.init_from; leave it at all")
+    if c.init_from is not None and not re.fullmatch(r".+@\d+", c.init_from):
+        found.append(f"train.init_from is {c.init_from!r}; it must be RUN@STEP, as in runs/tiny@500")
     return found
 
 

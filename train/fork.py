@@ -1,6 +1,6 @@
 """A fork: a new run that begins with a checkpoint of another, its parent, where nothing changes.
 
-`train.start_with` says what it takes over:
+`train.init_with` says what it takes over:
 - all: weights, optimizer, count of steps and the place in the data. Unchanged, it does what the parent would have done;
   with other steps and another schedule it is a decay branch.
 - optimizer: the same, but for the data, which may be other data and is read from its beginning.
@@ -37,33 +37,33 @@ class Parent(NamedTuple):
 
 
 def parent_of(config: Config) -> Parent:
-    """The checkpoint that `train.start_from` names. InputError where there is none."""
-    assert config.train.start_from is not None
-    folder, step = split_name(config.train.start_from)
+    """The checkpoint that `train.init_from` names. InputError where there is none."""
+    assert config.train.init_from is not None
+    folder, step = split_name(config.train.init_from)
     assert step is not None
     try:
         run, saved = Run.there(folder)
     except InputError as error:
-        raise InputError(f"train.start_from = {config.train.start_from}: {error}") from None
+        raise InputError(f"train.init_from = {config.train.init_from}: {error}") from None
     if step not in (there := steps_in(run.checkpoints)):
         raise InputError(
-            f"train.start_from = {config.train.start_from}: there is no checkpoint of step {step}; there are {there}"
+            f"train.init_from = {config.train.init_from}: there is no checkpoint of step {step}; there are {there}"
         )
     return Parent(run, saved, step)
 
 
 def check_folders(config: Config, run: Run) -> None:
     """InputError where a fork would be its own parent."""
-    if config.train.start_from and split_name(config.train.start_from)[0].resolve() == run.folder.resolve():
+    if config.train.init_from and split_name(config.train.init_from)[0].resolve() == run.folder.resolve():
         raise InputError(
-            f"train.run_dir = {run.folder} is the run that train.start_from = {config.train.start_from} takes from; "
+            f"train.run_dir = {run.folder} is the run that train.init_from = {config.train.init_from} takes from; "
             "name a new folder with --config.train.run_dir=FOLDER"
         )
 
 
 def check_fork(config: Config) -> None:
     """InputError where these settings cannot begin with the parent's checkpoint; what differs otherwise is said."""
-    parent, take, where = parent_of(config), config.train.start_with, config.train.start_from
+    parent, take, where = parent_of(config), config.train.init_with, config.train.init_from
     child = config.resolved(parent.config.model.vocab_size)
     by_rule = changes_of(parent.config, child)
     changes = by_rule["frozen"] + by_rule["warn"]
@@ -75,17 +75,17 @@ def check_fork(config: Config) -> None:
     if take == "all":
         data = [change for change in by_rule["frozen"] if change.field.startswith(("data.", "train.seed"))]
     if refused := model + optimizer + data:
-        remedy = "" if model else ", or train.start_with=weights" if optimizer else ", or train.start_with=optimizer"
+        remedy = "" if model else ", or train.init_with=weights" if optimizer else ", or train.init_with=optimizer"
         raise InputError(
-            f"train.start_from = {where}: these cannot be taken over with train.start_with = {take}:\n"
+            f"train.init_from = {where}: these cannot be taken over with train.init_with = {take}:\n"
             f"{table(refused)}\n  give the values from before{remedy}"
         )
     if take != "weights" and config.train.num_steps <= parent.step:
         raise InputError(
-            f"train.num_steps = {config.train.num_steps}: with train.start_with = {take} the run has done the "
+            f"train.num_steps = {config.train.num_steps}: with train.init_with = {take} the run has done the "
             f"{parent.step} steps of {where}; raise it"
         )
-    told = [change for change in changes if not change.field.startswith("train.start_")]
+    told = [change for change in changes if not change.field.startswith("train.init_")]
     if told and jax.process_index() == 0:
         log.warning("other than in %s:\n%s", parent.run.folder, table(told))
 
@@ -98,4 +98,4 @@ def shapes(config: Config) -> dict[str, tuple[int, ...]]:
 def fork_fields(config: Config) -> dict[str, Any]:
     """What the `start` event of a fork's beginning says of its parent."""
     parent = parent_of(config)
-    return {"fork": {"run": str(parent.run.folder.resolve()), "step": parent.step, "with": config.train.start_with}}
+    return {"fork": {"run": str(parent.run.folder.resolve()), "step": parent.step, "with": config.train.init_with}}

@@ -69,7 +69,7 @@ def prepare(config: Config, run: Run, lease: Lease) -> Prepared:
     begins = not run.last_step()
     if begins:
         mixture.check()
-        if config.train.start_from:
+        if config.train.init_from:
             check_fork(config)
     once(lease.take)
     if begins:
@@ -137,7 +137,7 @@ def claim(config: Config, run: Run) -> None:
     """Make the folder this run's, and empty of what an earlier start has left."""
     run.save_config(config)
     run.clear()
-    if config.train.start_from and config.train.start_with == "all":
+    if config.train.init_from and config.train.init_with == "all":
         # Its data goes on as the parent's does, without what that leaves out.
         write_ledger(run.recovery, inherited(read_ledger(parent_of(config).run.recovery)))
 
@@ -161,7 +161,7 @@ def open_run_mixture(config: Config, run: Run) -> Mixture:
 
 def folder_of_parent(config: Config) -> Run | None:
     """The run that this one begins with a checkpoint of; none: none."""
-    return Run(split_name(config.train.start_from)[0]) if config.train.start_from else None
+    return Run(split_name(config.train.init_from)[0]) if config.train.init_from else None
 
 
 def held_out_of(mixture: Mixture, size: int) -> list[Text]:
@@ -305,8 +305,8 @@ def data_fingerprint(identity: Mapping[str, Any]) -> str:
 
 def first_step(config: Config) -> int:
     """The step (from 0) that reads the beginning of the data: in a fork with the optimizer its parent's, else 0."""
-    if config.train.start_from and config.train.start_with == "optimizer":
-        return split_name(config.train.start_from)[1] or 0
+    if config.train.init_from and config.train.init_with == "optimizer":
+        return split_name(config.train.init_from)[1] or 0
     return 0
 
 

@@ -160,7 +160,7 @@ class Ledger:
             raise InputError(
                 f"{anomaly}; {done} batches have been left out already, and recovery.max_skipped_batches is {budget}: "
                 "look at what they hold (`skip` in events.jsonl), lower optimizer.learning_rate, begin again with an "
-                "earlier checkpoint (--config.train.start_from), or raise the budget"
+                "earlier checkpoint (--config.train.init_from), or raise the budget"
             )
         self._write(entry | {"action": SKIP, "batches": batches})
         return SKIP

@@ -47,7 +47,7 @@ def test_a_fork_with_all_is_the_parents_own_continuation_and_leaves_the_parent_a
     again = tmp_path / "again"
     shutil.copytree(fork, again)
     config = json.loads((again / "config.json").read_text())
-    config["train"]["start_from"] = f"{tmp_path / 'gone'}@8"
+    config["train"]["init_from"] = f"{tmp_path / 'gone'}@8"
     (again / "config.json").write_text(json.dumps(config))
     assert here("pretrain", f"--config={again}", "--config.train.num_steps=13") == 0
     assert metrics(again)[-1]["step"] == 13
@@ -80,8 +80,8 @@ def test_a_fork_with_the_optimizer_reads_other_data_from_its_beginning(parent: P
     assert here(*flags) == 2
     error = capsys.readouterr().err
     assert f"the data is not what the run in {parent} has been trained on" in error
-    assert "train.start_with=optimizer" in error
-    assert here(*flags, "--config.train.start_with=optimizer") == 0
+    assert "train.init_with=optimizer" in error
+    assert here(*flags, "--config.train.init_with=optimizer") == 0
     assert [record["step"] for record in metrics(fork)] == [9, 10]
     first = json.loads((fork / "positions.jsonl").read_text().splitlines()[0])
     assert first["step"] == 8
@@ -97,8 +97,8 @@ def test_a_fork_with_the_optimizer_reads_other_data_from_its_beginning(parent: P
 def test_a_fork_with_weights_alone_begins_at_step_0_with_its_parents_tokenizer(parent: Path, tmp_path: Path, capsys):
     write_corpus(tmp_path / "corpus.jsonl")
     config, fork = write_config(tmp_path, "fork"), tmp_path / "fork"
-    assert here("pretrain", f"--config={config}", f"--config.train.start_from={parent}@12", *KEPT,
-                "--config.train.start_with=weights", "--config.train.num_steps=1", "--config.train.seed=7",
+    assert here("pretrain", f"--config={config}", f"--config.train.init_from={parent}@12", *KEPT,
+                "--config.train.init_with=weights", "--config.train.num_steps=1", "--config.train.seed=7",
                 "--config.optimizer.name=lion", "--config.train.ema_decay=0.5",
                 "--config.optimizer.learning_rate=0") == 0  # fmt: skip
     assert [record["step"] for record in metrics(fork)] == [1]
@@ -118,18 +118,18 @@ def test_what_cannot_be_taken_over_is_refused_at_once_and_nothing_is_made(parent
     for flags, *words in (
         ([*start, *several], "  model.num_layers   2            3\n  optimizer.name     adamw        lion\n"
          "  data.segmentation  concatenate  pack\n  give the values from before\n"),
-        ([*start, *several, "--config.train.start_with=weights"], "  model.num_layers  2       3\n"),
-        ([*start, several[1]], "lion\n  give the values from before, or train.start_with=weights\n"),
-        ([*start, several[2]], "pack\n  give the values from before, or train.start_with=optimizer\n"),
+        ([*start, *several, "--config.train.init_with=weights"], "  model.num_layers  2       3\n"),
+        ([*start, several[1]], "lion\n  give the values from before, or train.init_with=weights\n"),
+        ([*start, several[2]], "pack\n  give the values from before, or train.init_with=optimizer\n"),
         ([*start, "--config.train.num_steps=8"], "has done the 8 steps of"),
         ([*start, f"--config.checkpoint.dir={parent / 'checkpoints'}"], "but no config.json"),
-        (["pretrain", f"--config={parent}@8"], "is the run that train.start_from", "--config.train.run_dir=FOLDER"),
+        (["pretrain", f"--config={parent}@8"], "is the run that train.init_from", "--config.train.run_dir=FOLDER"),
         (["pretrain", f"--config={parent}@7", start[2]], "there is no checkpoint of step 7; there are [4, 8, 12]"),
-        ([*start, f"--config.train.start_from={parent}"], "it must be RUN@STEP, as in runs/tiny@500"),
-        ([*start, f"--config.train.start_from={tmp_path / 'none'}@3"], "there is no such folder"),
-        ([*start, f"--config.train.start_from={weights}@3"], "is not the config of a run"),
-        (["pretrain", f"--config={parent}", "--config.train.start_with=weights"], "no effect without train.start_from"),
-        ([*start, "--config.train.start_with=half"], "it must be one of all, optimizer, weights"),
+        ([*start, f"--config.train.init_from={parent}"], "it must be RUN@STEP, as in runs/tiny@500"),
+        ([*start, f"--config.train.init_from={tmp_path / 'none'}@3"], "there is no such folder"),
+        ([*start, f"--config.train.init_from={weights}@3"], "is not the config of a run"),
+        (["pretrain", f"--config={parent}", "--config.train.init_with=weights"], "no effect without train.init_from"),
+        ([*start, "--config.train.init_with=half"], "it must be one of all, optimizer, weights"),
     ):  # fmt: skip
         assert here(*flags) == 2, flags
         error = capsys.readouterr().err
