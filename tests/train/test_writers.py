@@ -1,6 +1,7 @@
 """Numbers of steps elsewhere: in the files of TensorBoard and of Weights & Biases."""
 
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,12 +51,18 @@ def test_numbers_go_to_tensorboard(tmp_path: Path):
 
 
 def log_records(content: bytes) -> Iterator[bytes]:
-    """What a file of Weights & Biases holds: a log as of LevelDB, in blocks of 32 KiB, after seven bytes of its own."""
+    """What a file of Weights & Biases holds: a log as of LevelDB, in blocks of 32 KiB, after seven bytes of its own.
+
+    Its last record may not be whole yet.
+    """
     at, whole = 7, b""
-    while at < len(content):
+    while len(content) - at >= 7:
         if 2**15 - at % 2**15 < 7:
             at += 2**15 - at % 2**15
+            continue
         length, kind = struct.unpack_from("<HB", content, at + 4)
+        if len(content) - at < 7 + length:
+            return
         whole += content[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # all of it, or its last part
@@ -72,9 +79,15 @@ def test_numbers_go_to_one_run_of_weights_and_biases_over_all_starts(tmp_path: P
 
     def kept(path: Path) -> tuple[str, dict[int, dict[str, str]]]:
         """The run's id, and the values of each step."""
+        # Another process writes the file, and is not waited for.
+        deadline, whole = time.monotonic() + 60, False
+        while not whole:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+            records = [wandb_internal_pb2.Record.FromString(data) for data in log_records(path.read_bytes())]
+            whole = any(record.HasField("exit") for record in records)
         steps, name = {}, ""
-        for data in log_records(path.read_bytes()):
-            record = wandb_internal_pb2.Record.FromString(data)
+        for record in records:
             if record.HasField("run"):
                 name = record.run.run_id
                 assert record.run.project == "ziggurats"

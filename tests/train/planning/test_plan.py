@@ -155,8 +155,8 @@ def test_of_a_gpus_memory_jax_takes_a_part(monkeypatch):
 def test_on_this_machine_the_estimate_stands_beside_a_measured_step(here: tuple[Config, Any, Compilation]):
     config, mesh, compilation = here
     chip = chip_here(config.model.compute_dtype)
-    assert chip.peak_flops > 1e8
-    assert 1e8 < chip.memory_bandwidth < 1e13
+    assert 0 < chip.peak_flops < 1e14
+    assert 0 < chip.memory_bandwidth < 1e13
     assert chip.memory_bytes > 2**26
     plan = make_plan(config, mesh, chip, compilation, "this machine")
     check(plan, config)
