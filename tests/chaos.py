@@ -180,14 +180,14 @@ class Chaos:
         self.start()
 
     def _truncated_checkpoint(self) -> None:
-        self.stop()
+        self._stop_with_an_older_checkpoint()
         # Often one that only some of the processes read.
         file = max(self._array_files(), key=lambda path: path.stat().st_size)
         os.truncate(file, file.stat().st_size // 2)
         self.start()
 
     def _flipped_bit(self) -> None:
-        self.stop()
+        self._stop_with_an_older_checkpoint()
         file = self.chance.choice(self._array_files())
         content = bytearray(file.read_bytes())
         content[self.chance.randrange(len(content))] ^= 1 << self.chance.randrange(8)
@@ -213,8 +213,16 @@ class Chaos:
 
     def _array_files(self) -> list[Path]:
         """Of the newest checkpoint: those with the bytes of arrays."""
-        steps = [int(path.name) for path in (self.run / "checkpoints").iterdir() if path.name.isdigit()]
-        return [path for path in (self.run / "checkpoints" / str(max(steps))).rglob("d/*") if path.is_file()]
+        return [path for path in (self.run / "checkpoints" / str(max(self._saved()))).rglob("d/*") if path.is_file()]
+
+    def _saved(self) -> list[int]:
+        """Steps of the run's checkpoints."""
+        return [int(path.name) for path in (self.run / "checkpoints").iterdir() if path.name.isdigit()]
+
+    def _stop_with_an_older_checkpoint(self) -> None:
+        """Where the only one is damaged, nothing but a person helps."""
+        self.wait(lambda: len(self._saved()) > 1)
+        self.stop()
 
     def stop(self) -> None:
         """Kill the launcher, and with it all."""
