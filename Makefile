@@ -21,7 +21,7 @@ pretrain: $(VENV)/base  ## train the tiny model; what it makes is in runs/tiny (
 	$(BIN)/ziggurat pretrain --config=tiny $(ARGS)
 
 test: $(VENV)/test check  ## lint, types and all tests
-	$(BIN)/python -m pytest -q -n logical --maxprocesses=4 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -q -n logical --maxprocesses=4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(VENV)/test  ## linter, formatter and type checker
 	$(BIN)/ruff check --quiet

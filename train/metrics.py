@@ -49,7 +49,7 @@ def peak_flops(dtype: str) -> tuple[float, str]:
     kind = jax.devices()[0].device_kind
     if chip := chip_of(kind):
         return chip.peak_flops * jax.device_count(), f"{kind} data sheet, dense bfloat16"
-    n = 2048
+    n = 1024
     with jax.set_mesh(jax.sharding.Mesh(jax.local_devices()[:1], "x")):
         # As `model.product` does it: what leaves is float32, and in bfloat16 that is the faster way.
         product = jax.jit(partial(jnp.matmul, preferred_element_type=jnp.float32))
