@@ -17,7 +17,7 @@ from data.config import OWN_FIELDS
 from data.errors import InputError
 from data.formats.stdlib import snapshot_stdlib
 from data.mixture import MixedStream, Mixture, field_of, first_positions, open_mixture, open_streams
-from data.tokenizer import MODEL_FILE, Tokenizer, copy_tokenizer, train_tokenizer
+from data.tokenizer import Tokenizer, copy_tokenizer, holds_tokenizer, train_tokenizer
 from train.changes import Change, changes_of, table
 from train.config import Config, config_fields
 from train.fork import check_folders, check_fork, parent_of
@@ -197,7 +197,7 @@ def run_tokenizer(config: Config, run: Run, mixture: Mixture) -> Tokenizer:
         else:
             train_run_tokenizer(config, mixture, run.tokenizer)
 
-    make_once(run.tokenizer / MODEL_FILE, make)
+    once(lambda: None if holds_tokenizer(run.tokenizer) else make())
     tokenizer = Tokenizer.load(run.tokenizer)
     if path and path.exists() and Tokenizer.load(path).fingerprint != tokenizer.fingerprint:
         raise InputError(
