@@ -13,7 +13,7 @@ from data.errors import InputError
 from data.tokenizer import MODEL_FILE, Tokenizer
 from data.tokenizer_export import write_huggingface_tokenizer
 from model.config import ModelConfig
-from model.interchange import llama
+from model import interchange
 
 WEIGHTS_FILE = "model.safetensors"
 # In config.json: how far the run was.
@@ -46,11 +46,11 @@ def write_huggingface(
     partial, old = (folder.with_name(f".{folder.name}.ziggurat-{what}") for what in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    values = llama.config_to_theirs(config, context, tokenizer.eos_id) | {STEP: step}
+    values = interchange.config_to_theirs(config, context, tokenizer.eos_id) | {STEP: step}
     (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     generation = {"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id}
     (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    save_file(llama.to_theirs(config, weights), partial / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_file(dict(interchange.to_theirs(config, context, interchange.reader_of(weights))), partial / WEIGHTS_FILE, metadata={"format": "pt"})
     write_huggingface_tokenizer(tokenizer, partial, context)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -70,7 +70,7 @@ def check_export_folder(folder: Path) -> None:
 def why_no_export(config: ModelConfig) -> str | None:
     """What in this model no Transformers class has; none where it can be exported."""
     try:
-        llama.family(config)
+        interchange.family_of(config)
     except ValueError as error:
         return str(error)
     return None
@@ -106,11 +106,11 @@ def read_huggingface(folder: Path) -> tuple[ModelConfig, dict[str, Any], Tokeniz
             raise InputError(f"{folder} has no {name}; export the weights anew")
     try:
         values = json.loads((folder / "config.json").read_text())
-        config = llama.config_from_theirs(values)
-        context = llama.whole_number(values, "max_position_embeddings", 2048)
+        config = interchange.config_from_theirs(values)
+        context = interchange.context_from_theirs(values)
         # NumPy alone has no bfloat16.
         with safe_open(folder / WEIGHTS_FILE, framework="flax") as file:
-            weights = llama.from_theirs(config, lambda name: np.asarray(file.get_tensor(name)))
+            weights = interchange.from_theirs(config, context, lambda name: np.asarray(file.get_tensor(name)))
     except (ValueError, SafetensorError) as error:
         raise InputError(f"{folder}: these weights cannot be read: {error}") from None
     return config, weights, Tokenizer.load(folder), context
