@@ -218,7 +218,8 @@ class TokenizerConfig:
     path: str | None = field(
         default=None,
         metadata={
-            "help": "folder of a tokenizer made by `ziggurat tokenize`; none: the run trains its own",
+            "help": "folder of a tokenizer made by `ziggurat tokenize`, or with another's tokenizer.json; none: the "
+            "run trains its own",
             "resume": "free",
         },
     )

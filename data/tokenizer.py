@@ -1,8 +1,10 @@
-"""Text to token ids and back: SentencePiece BPE (Kudo and Richardson 2018, arXiv:1808.06226) that loses nothing.
+"""Text to token ids and back. Ours is SentencePiece BPE (Kudo and Richardson 2018, arXiv:1808.06226), losing nothing.
 
 What the pieces of the vocabulary don't cover falls back to bytes, and nothing is normalized. SentencePiece writes a
 space as U+2581, so a real U+2581 would come back as a space: it is escaped, as is the escape, by pieces of their own.
 Runs of spaces and line ends that the sample holds often (a program's indentation) are pieces too.
+
+Other people's tokenizers are in `data.huggingface_tokenizer`.
 """
 
 import collections
@@ -10,7 +12,8 @@ import hashlib
 import io
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -24,6 +27,8 @@ log = logging.getLogger("ziggurat")
 # Ends a document, and so begins the next. As text in a document it is ordinary text.
 END_OF_TEXT = "<|endoftext|>"
 MODEL_FILE = "tokenizer.model"
+# Of other people's.
+JSON_FILE = "tokenizer.json"
 SPACE = "\u2581"
 # Text → the piece that stands for it. U+E000 is of the private use area.
 ESCAPES = {"\ue000": "\ue0000", SPACE: "\ue0001"}
@@ -36,16 +41,87 @@ PART = 1024
 LONGEST_PART = 2**20
 
 
-class Tokenizer:
-    """A trained tokenizer, in memory.
+class Tokenizer(ABC):
+    """A tokenizer, in memory.
 
     Attributes:
         folder: where it was read.
         vocab_size: number of token ids.
         eos_id: of the token that ends a document.
-        fingerprint: SHA-256 (hex) of its file.
-        pieces: the text that each id stands for as SentencePiece writes it.
+        fingerprint: SHA-256 (hex) of what its ids follow from.
+        pieces: the text that each id stands for as its file writes it.
     """
+
+    folder: Path
+    vocab_size: int
+    eos_id: int
+    fingerprint: str
+    pieces: list[str]
+
+    @staticmethod
+    def load(folder: Path) -> "Tokenizer":
+        """Read the tokenizer of a folder: ours, or else the one in its `tokenizer.json`.
+
+        Raises:
+            InputError: there is none, or it is damaged or of another kind.
+        """
+        own = folder / MODEL_FILE
+        if own.is_file():
+            try:
+                return SentencePieceTokenizer(folder, own.read_bytes())
+            except (RuntimeError, ValueError):
+                if not (folder / JSON_FILE).is_file():
+                    raise InputError(
+                        f"{own} is damaged, or not made by `ziggurat tokenize`; restore it, or put the {JSON_FILE} of "
+                        "its makers beside it"
+                    ) from None
+        if (folder / JSON_FILE).is_file():
+            from data.huggingface_tokenizer import HuggingFaceTokenizer
+
+            return HuggingFaceTokenizer(folder)
+        raise InputError(
+            f"{folder} holds no tokenizer ({MODEL_FILE} or {JSON_FILE}); make one with `ziggurat tokenize`"
+        )
+
+    @abstractmethod
+    def files(self) -> dict[str, bytes]:
+        """What makes the same tokenizer in another folder, by name; the file that it is known by comes last."""
+
+    @abstractmethod
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids, int32 [n], which may be read-only; nothing is added. ValueError where it has lone surrogates."""
+
+    def encode_all(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+        """The ids of each text, lazily and in order."""
+        return map(self.encode, texts)
+
+    def parts(self, text: str) -> Iterator[str]:
+        """The text cut into what can be encoded apart from each other: here, not at all."""
+        yield text
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of these ids; of characters cut in the middle, U+FFFD. IndexError where there is no such id."""
+        return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        """The UTF-8 bytes of one token, which may be a part of a character; of one that is no text none."""
+        if token < 0:
+            raise IndexError(f"there is no token {token}")
+        return self._bytes[token]
+
+    @cached_property
+    @abstractmethod
+    def _bytes(self) -> list[bytes]:
+        """Of each id."""
+
+    @cached_property
+    @abstractmethod
+    def kinds(self) -> list[str]:
+        """Of each id: unknown, control, byte, whole (never part of a longer piece), piece, or unused."""
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """Ours, from the bytes of its file. RuntimeError or ValueError where they are no such file's."""
 
     def __init__(self, folder: Path, model: bytes):
         self.folder = folder
@@ -54,31 +130,22 @@ class Tokenizer:
         self._model.LoadFromSerializedProto(model)
         self.vocab_size = self._model.GetPieceSize()
         self.pieces = [self._model.IdToPiece(i) for i in range(self.vocab_size)]
+        if not {END_OF_TEXT, *ESCAPES.values()} <= set(self.pieces):
+            raise ValueError("a SentencePiece model, but not ours")
         self.eos_id = self.pieces.index(END_OF_TEXT)
 
-    @classmethod
-    def load(cls, folder: Path) -> "Tokenizer":
-        """Read the tokenizer of a folder.
+    def scores(self) -> list[float]:
+        """Of each id: of all pairs that make a piece, the one of the highest score is joined first."""
+        return [self._model.GetScore(i) for i in range(self.vocab_size)]
 
-        Raises:
-            InputError: there is none, or it is damaged or of another kind.
-        """
-        file = folder / MODEL_FILE
-        if not file.is_file():
-            raise InputError(f"{folder} holds no tokenizer ({MODEL_FILE}); make one with `ziggurat tokenize`")
-        try:
-            return cls(folder, file.read_bytes())
-        except (RuntimeError, ValueError):
-            raise InputError(f"{file} is damaged, or not made by `ziggurat tokenize`; restore it") from None
+    def files(self) -> dict[str, bytes]:
+        """`tokenizer.model`."""
+        return {MODEL_FILE: (self.folder / MODEL_FILE).read_bytes()}
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids, int32 [n], which may be read-only; nothing is added. ValueError where it has lone surrogates."""
+        """Those of the whole text, found in parts."""
         found = [self._encode(part) for part in self.parts(text)]
         return found[0] if len(found) == 1 else np.concatenate(found)
-
-    def encode_all(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
-        """The ids of each text, lazily and in order."""
-        return map(self.encode, texts)
 
     def parts(self, text: str) -> Iterator[str]:
         """The text cut into what is encoded at once: at least one part, and those of a part are the part itself.
@@ -109,16 +176,6 @@ class Tokenizer:
         pieces = (piece.replace(SPACE, " ") for piece in self.pieces)
         return frozenset(piece[i : i + 2] for piece in pieces for i in range(len(piece) - 1))
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of these ids; of characters cut in the middle, U+FFFD. IndexError where there is no such id."""
-        return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
-
-    def token_bytes(self, token: int) -> bytes:
-        """The UTF-8 bytes of one token, which may be a part of a character; of END_OF_TEXT none."""
-        if token < 0:
-            raise IndexError(f"there is no token {token}")
-        return self._bytes[token]
-
     @cached_property
     def _bytes(self) -> list[bytes]:
         escaped = {piece: plain for plain, piece in ESCAPES.items()}
@@ -134,7 +191,7 @@ class Tokenizer:
 
     @cached_property
     def kinds(self) -> list[str]:
-        """Of each id: unknown, control, byte, whole (never part of a longer piece) or piece."""
+        """Of each id."""
         return [
             "unknown" if self._model.IsUnknown(i)
             else "control" if self._model.IsControl(i)
@@ -170,19 +227,25 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, folder: Path) -> Toke
         size = model
     if size < vocab_size:
         log.info("tokenizer: the text supports %d token ids; %d were asked for", size, vocab_size)
-    return _write(model, folder)
+    return _write({MODEL_FILE: model}, folder)
 
 
 def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
     """Write a tokenizer to another folder, which is made where it is missing, all or nothing."""
-    return _write((tokenizer.folder / MODEL_FILE).read_bytes(), folder)
+    return _write(tokenizer.files(), folder)
 
 
-def _write(model: bytes, folder: Path) -> Tokenizer:
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer has been written to a folder."""
+    return (folder / MODEL_FILE).exists() or (folder / JSON_FILE).exists()
+
+
+def _write(files: Mapping[str, bytes], folder: Path) -> Tokenizer:
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / (MODEL_FILE + ".partial")
-    partial.write_bytes(model)
-    partial.rename(folder / MODEL_FILE)
+    for name, content in files.items():
+        partial = folder / (name + ".partial")
+        partial.write_bytes(content)
+        partial.rename(folder / name)
     return Tokenizer.load(folder)
 
 

@@ -1,27 +1,31 @@
 """The tokenizer as Hugging Face's `tokenizers` and Transformers read it: the same ids for every text (but
 where nothing in a million characters can be cut apart: see `Tokenizer.parts`).
 
+Other people's are written as they were read.
+
 Both do BPE over a whole text. Where SentencePiece writes U+2581 for a space, this file has the space itself, so
 nothing is normalized, and what SentencePiece keeps whole (whitespace runs, escapes) is an added token.
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
-from data.tokenizer import END_OF_TEXT, ESCAPES, MODEL_FILE, SPACE, Tokenizer
+from data.tokenizer import END_OF_TEXT, ESCAPES, JSON_FILE, SPACE, SentencePieceTokenizer, Tokenizer
 
 
 def write_huggingface_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
-    """Write `tokenizer.json`, `tokenizer_config.json` and our own `tokenizer.model` to a folder.
+    """Write `tokenizer.json`, `tokenizer_config.json` and, of ours, `tokenizer.model` to a folder.
 
     Args:
         tokenizer: to write.
         folder: exists.
         context: positions that the model sees at once.
     """
-    shutil.copyfile(tokenizer.folder / MODEL_FILE, folder / MODEL_FILE)
+    for name, content in tokenizer.files().items():
+        (folder / name).write_bytes(content)
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        return
     written = {
         "version": "1.0",
         "truncation": None,
@@ -44,7 +48,7 @@ def write_huggingface_tokenizer(tokenizer: Tokenizer, folder: Path, context: int
             "merges": merges(tokenizer),
         },
     }
-    (folder / "tokenizer.json").write_text(json.dumps(written, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    (folder / JSON_FILE).write_text(json.dumps(written, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from data.segmenter import Pairs, make_pairs, segment_documents
-from data.tokenizer import END_OF_TEXT, Tokenizer
+from data.tokenizer import Tokenizer
 from model.decoder import Decoder
 from model.generate import generate
 from train.config import Config
@@ -153,8 +153,8 @@ def inspect_positions(
 
     def text(token: int) -> str:
         if token == tokenizer.eos_id:
-            return END_OF_TEXT
-        return tokenizer.decode([token]) if token < tokenizer.vocab_size else f"<{token}>"
+            return tokenizer.pieces[token]
+        return tokenizer.token_bytes(token).decode(errors="replace") if token < tokenizer.vocab_size else f"<{token}>"
 
     return [
         {

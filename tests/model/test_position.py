@@ -7,7 +7,7 @@ import pytest
 
 import model.position
 from model.decoder import Decoder
-from model.interchange.llama import rope_to_theirs
+from model.interchange.rope import rope_to_theirs
 from model.position import frequencies, rotate, rotation, sinusoids
 from tests.peers import require
 from tests.small import small_model, small_weights

@@ -1,0 +1,197 @@
+"""Models as llama.cpp's files have them: the names and layouts of GGUF, as tables over Hugging Face's tensors.
+
+llama.cpp reads what it knows of an architecture and computes the rest as that architecture does, without a word. So a
+model is written only where every choice of it is one that the architecture makes.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from model.config import ModelConfig
+from model.position import frequencies
+
+NO_LLAMA3 = ("none", "linear", "yarn")
+
+
+class Architecture(NamedTuple):
+    """One of llama.cpp's.
+
+    Attributes:
+        name: its.
+        choices: our field → the values that it computes; a field that is not here follows from the class of
+            Transformers.
+        interleaved: whether the components that are turned together stand side by side.
+        added: what its norms do not add, and the class of Transformers does.
+    """
+
+    name: str
+    choices: Mapping[str, tuple[Any, ...]]
+    interleaved: bool = False
+    added: float = 0.0
+
+
+LLAMA = Architecture("llama", {"activation": ("silu",)}, interleaved=True)
+# By the model_type of Transformers.
+ARCHITECTURES = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen3": Architecture(
+        "qwen3", {"activation": ("silu",), "attention_bias": (False,), "rope_scaling": NO_LLAMA3}
+    ),
+    "gemma": Architecture(
+        "gemma",
+        {
+            "activation": ("gelu_tanh",),
+            "attention_bias": (False,),
+            "tie_embeddings": (True,),
+            "rope_scaling": NO_LLAMA3,
+        },
+        added=1.0,
+    ),
+    "gpt2": Architecture("gpt2", {"activation": ("gelu_tanh",)}),
+}  # fmt: skip
+
+# Names of Transformers → those of llama.cpp: what there is once, and what there is in each layer.
+WHOLE = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "transformer.wte": "token_embd",
+    "transformer.wpe": "position_embd",
+    "transformer.ln_f": "output_norm",
+}
+BLOCK = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "ln_1": "attn_norm",
+    "ln_2": "ffn_norm",
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+}
+LAYER = re.compile(r"(?:model\.layers|transformer\.h)\.(\d+)\.(.+)")
+# GPT-2's products, which Transformers keeps as [inputs, outputs].
+TRANSPOSED = re.compile(r"transformer\.h\.\d+\..*\.c_\w+\.weight")
+# Are always float32.
+PRECISE = ("position_embd.weight", "rope_freqs.weight")
+
+
+def architecture_of(config: ModelConfig, kind: str, context: int) -> Architecture:
+    """What llama.cpp computes as this model.
+
+    Args:
+        config: resolved.
+        kind: the model_type of its class in Transformers.
+        context: positions that the model sees at once.
+
+    Raises:
+        ValueError: names the choices that prevent it.
+    """
+    if kind not in ARCHITECTURES:
+        raise ValueError(f"llama.cpp has no model.norm_placement = {config.norm_placement}")
+    found = ARCHITECTURES[kind]
+    missing = [f"model.{name} = {getattr(config, name)}" for name, values in found.choices.items()
+               if getattr(config, name) not in values]  # fmt: skip
+    # All positions that there can be are in the window.
+    if config.sliding_window and config.sliding_window < context:
+        missing.append(f"model.sliding_window = {config.sliding_window}")
+    if missing:
+        raise ValueError(f"llama.cpp's {found.name} has no {', no '.join(missing)}")
+    return found
+
+
+def metadata(config: ModelConfig, architecture: Architecture, context: int) -> dict[str, Any]:
+    """The architecture's settings, by the names that stand behind its own."""
+    found: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "context_length": context,
+        "embedding_length": config.model_dim,
+        "block_count": config.num_layers,
+        "feed_forward_length": config.feedforward_dim,
+        "attention.head_count": config.num_heads,
+        "attention.head_count_kv": config.num_kv_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        f"attention.layer_norm_{'rms_' if config.norm == 'rmsnorm' else ''}epsilon": config.norm_epsilon,
+    }
+    if config.position != "rope":
+        return found
+    found |= {"rope.dimension_count": config.head_dim, "rope.freq_base": config.rope_base}
+    if config.rope_scaling in ("linear", "yarn"):
+        found |= {"rope.scaling.type": config.rope_scaling, "rope.scaling.factor": config.rope_factor}
+    if config.rope_scaling == "yarn":
+        found |= {
+            "rope.scaling.original_context_length": config.rope_original_context,
+            "rope.scaling.yarn_beta_fast": config.rope_high_turns,
+            "rope.scaling.yarn_beta_slow": config.rope_low_turns,
+        }
+    return found
+
+
+def name_in_gguf(theirs: str) -> str:
+    """The name that a tensor of Transformers has."""
+    module, _, part = theirs.rpartition(".")
+    if layer := LAYER.fullmatch(module):
+        return f"blk.{layer[1]}.{BLOCK[layer[2]]}.{part}"
+    return f"{WHOLE[module]}.{part}"
+
+
+def shapes(config: ModelConfig, theirs: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor, in the order of `tensors`, from those of Transformers'."""
+    found = {
+        name_in_gguf(name): shape[::-1] if TRANSPOSED.fullmatch(name) else shape for name, shape in theirs.items()
+    }
+    assert config.head_dim is not None
+    return found | ({"rope_freqs.weight": (config.head_dim // 2,)} if config.rope_scaling == "llama3" else {})
+
+
+def tensors(
+    config: ModelConfig, architecture: Architecture, theirs: Iterator[tuple[str, np.ndarray]]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, float32 array [outputs, inputs], vector or table), one at a time, from those of Transformers."""
+    for name, array in theirs:
+        array = array.astype(np.float32, copy=False)
+        if TRANSPOSED.fullmatch(name):
+            array = array.T
+        if architecture.interleaved and ".q_proj." in name:
+            array = interleaved(array, config.num_heads)
+        if architecture.interleaved and ".k_proj." in name:
+            assert config.num_kv_heads is not None
+            array = interleaved(array, config.num_kv_heads)
+        if architecture.added and name.endswith("norm.weight"):
+            array = array + np.float32(architecture.added)
+        yield name_in_gguf(name), np.ascontiguousarray(array)
+    if config.rope_scaling == "llama3":
+        yield "rope_freqs.weight", slowed(config)
+
+
+def interleaved(array: np.ndarray, heads: int) -> np.ndarray:
+    """Rows [heads · C, ...] whose pairs of components are (i, i + C/2) → pairs (2i, 2i + 1)."""
+    halves = array.reshape(heads, 2, -1, *array.shape[1:])
+    return halves.swapaxes(1, 2).reshape(array.shape)
+
+
+def slowed(config: ModelConfig) -> np.ndarray:
+    """How many times slower each pair turns than without scaling, float32 [C/2]."""
+    assert config.head_dim is not None
+    plain = config.rope_base ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
+    return (plain / frequencies(config)).astype(np.float32)
+
+
+def size(shape: tuple[int, ...]) -> int:
+    """How many values."""
+    return math.prod(shape)

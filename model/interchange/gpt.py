@@ -1,0 +1,100 @@
+"""OpenAI's GPT-2 and its first GPT in Transformers: a table of positions, LayerNorm, biases, matrices as [in, out].
+
+GPT-2 (Radford et al. 2019) is pre-norm; the first (Radford et al. 2018) is post-norm, as Vaswani et al. 2017.
+"""
+
+from typing import Any
+
+from model.interchange.family import Family
+from model.interchange.settings import Setting, flag, number, whole_number, whole_or_none, word
+from model.interchange.tensors import Tensor, linear, plain
+
+# The name that both give GPT-2's approximation; "gelu" is the exact one in GPT-2 and the approximation in the first.
+GPT2_ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu", "silu": "silu"}
+GPT1_ACTIVATIONS = {"gelu_tanh": "gelu", "relu": "relu", "silu": "silu"}
+SIZES = (
+    Setting("vocab_size", "vocab_size", whole_number),
+    Setting("n_embd", "model_dim", whole_number),
+    Setting("n_layer", "num_layers", whole_number),
+    Setting("n_head", "num_heads", whole_number),
+    Setting("layer_norm_epsilon", "norm_epsilon", number, 1e-5),
+    Setting("embd_pdrop", "embedding_dropout", number, 0.1),
+    Setting("attn_pdrop", "attention_dropout", number, 0.1),
+    Setting("resid_pdrop", "residual_dropout", number, 0.1),
+    Setting("tie_word_embeddings", "tie_embeddings", flag, True),
+)
+CONTEXT = Setting("n_positions", "max_positions", whole_number, 1024)
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "position": ("learned", "sinusoidal", "none"),
+    "norm": ("layernorm",),
+    "gated": (False,),
+    "scale_embeddings": (False, True),
+    "attention_softcap": (None,),
+    "qk_norm": (False,),
+    "sliding_window": (None,),
+}
+LIMITS = {
+    "num_kv_heads": lambda config: config.num_kv_heads == config.num_heads,
+    "head_dim": lambda config: config.head_dim * config.num_heads == config.model_dim,
+}
+ALWAYS = {"position": "learned", "attention_bias": True, "feedforward_bias": True}
+# Masks, which older files have with the weights.
+MASKS = (".attn.bias", ".attn.masked_bias")
+
+
+def tensors(token_table: str, position_table: str) -> tuple[Tensor, ...]:
+    """The names that both have, but for those of their tables."""
+    layer = "transformer.h.{layer}."
+    heads = [f"blocks.attention.{name}" for name in ("query", "key", "value")]
+    weights = {
+        "attn.c_proj": "blocks.attention.output",
+        "mlp.c_fc": "blocks.feedforward.up",
+        "mlp.c_proj": "blocks.feedforward.down",
+    }
+    return (
+        plain(f"transformer.{token_table}.weight", "embedding.table"),
+        plain(f"transformer.{position_table}.weight", "position.table"),
+        plain(layer + "ln_1.weight", "blocks.attention_norm.scale"),
+        plain(layer + "ln_1.bias", "blocks.attention_norm.bias"),
+        plain(layer + "ln_2.weight", "blocks.feedforward_norm.scale"),
+        plain(layer + "ln_2.bias", "blocks.feedforward_norm.bias"),
+        plain(layer + "attn.c_attn.weight", *heads),
+        plain(layer + "attn.c_attn.bias", *(f"{name}_bias" for name in heads)),
+        *(plain(f"{layer}{theirs}.weight", ours) for theirs, ours in weights.items()),
+        *(plain(f"{layer}{theirs}.bias", f"{ours}_bias") for theirs, ours in weights.items()),
+        plain("transformer.ln_f.weight", "norm.scale"),
+        plain("transformer.ln_f.bias", "norm.bias"),
+        linear("lm_head.weight", "unembedding.matrix"),
+    )
+
+
+GPT2 = Family(
+    kind="gpt2",
+    architecture="GPT2LMHeadModel",
+    first="transformer.",
+    settings=(
+        *SIZES,
+        # Null is four times the width, as ours is.
+        Setting("n_inner", "feedforward_dim", whole_or_none),
+        Setting("activation_function", "activation", word, "gelu_new", GPT2_ACTIVATIONS),
+    ),
+    tensors=tensors("wte", "wpe"),
+    context=CONTEXT,
+    choices=CHOICES | {"norm_placement": ("pre",)},
+    limits=LIMITS,
+    always=ALWAYS,
+    fixed={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+    without=MASKS,
+)
+GPT1 = Family(
+    kind="openai-gpt",
+    architecture="OpenAIGPTLMHeadModel",
+    first="transformer.",
+    settings=(*SIZES, Setting("afn", "activation", word, "gelu", GPT1_ACTIVATIONS)),
+    tensors=tensors("tokens_embed", "positions_embed"),
+    context=CONTEXT._replace(default=512),
+    choices=CHOICES | {"norm_placement": ("post",)},
+    limits=LIMITS | {"feedforward_dim": lambda config: config.feedforward_dim == 4 * config.model_dim},
+    always=ALWAYS,
+    without=MASKS,
+)

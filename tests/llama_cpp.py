@@ -1,0 +1,53 @@
+"""llama.cpp, as its Python package xllamacpp runs it: what a GGUF file says."""
+
+import json
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.peers import require
+
+
+class LlamaCpp:
+    """A model that llama.cpp has read, on the CPU with a float32 cache."""
+
+    def __init__(self, file: Path, context: int = 64):
+        library = require("xllamacpp")
+        settings = library.CommonParams()
+        settings.model.path = str(file)
+        settings.n_ctx = context
+        settings.n_parallel = 1
+        settings.warmup = False
+        settings.fit_params = False
+        settings.cache_type_k = settings.cache_type_v = library.ggml_type.GGML_TYPE_F32
+        settings.flash_attn_type = library.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
+        settings.verbosity = -1
+        self._server = library.Server(settings)
+
+    def greedy(self, prompt: list[int], tokens: int, vocab_size: int) -> tuple[list[int], np.ndarray]:
+        """(the tokens that it goes on with, the log-probabilities [tokens, V] that it took them by)."""
+        answer: dict[str, Any] = {}
+        request = {"prompt": prompt, "n_predict": tokens, "temperature": 0, "n_probs": vocab_size, "ignore_eos": False}
+        self._server.handle_completions(request | {"cache_prompt": False, "return_tokens": True}, answer.update)
+        log_p = np.full((len(answer["tokens"]), vocab_size), -np.inf)
+        for row, step in zip(log_p, answer["completion_probabilities"], strict=True):
+            for best in step["top_logprobs"]:
+                row[best["id"]] = best["logprob"]
+        return answer["tokens"], log_p
+
+    def tokenize(self, text: str, special: bool = False) -> list[int]:
+        """Token ids; `special`: with what stands before every text."""
+        return self._ask("tokenize", {"content": text, "add_special": special})["tokens"]
+
+    def detokenize(self, ids: list[int]) -> str:
+        """The text of token ids."""
+        return self._ask("detokenize", {"tokens": ids})["content"]
+
+    def _ask(self, what: str, content: dict[str, Any]) -> Any:
+        url = f"{self._server.listening_address}/{what}"
+        request = urllib.request.Request(url, json.dumps(content).encode(), {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)
