@@ -29,9 +29,8 @@ class LlamaCpp:
 
     def greedy(self, prompt: list[int], tokens: int, vocab_size: int) -> tuple[list[int], np.ndarray]:
         """(the tokens that it goes on with, the log-probabilities [tokens, V] that it took them by)."""
-        answer: dict[str, Any] = {}
-        request = {"prompt": prompt, "n_predict": tokens, "temperature": 0, "n_probs": vocab_size, "ignore_eos": False}
-        self._server.handle_completions(request | {"cache_prompt": False, "return_tokens": True}, answer.update)
+        request = {"prompt": prompt, "n_predict": tokens, "temperature": 0, "n_probs": vocab_size}
+        answer = self._ask("completion", request | {"cache_prompt": False, "return_tokens": True})
         log_p = np.full((len(answer["tokens"]), vocab_size), -np.inf)
         for row, step in zip(log_p, answer["completion_probabilities"], strict=True):
             for best in step["top_logprobs"]:

@@ -50,7 +50,11 @@ def write_huggingface(
     (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     generation = {"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id}
     (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    save_file(dict(interchange.to_theirs(config, context, interchange.reader_of(weights))), partial / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_file(
+        dict(interchange.to_theirs(config, context, interchange.reader_of(weights))),
+        partial / WEIGHTS_FILE,
+        metadata={"format": "pt"},
+    )
     write_huggingface_tokenizer(tokenizer, partial, context)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():

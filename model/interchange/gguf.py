@@ -152,9 +152,7 @@ def name_in_gguf(theirs: str) -> str:
 
 def shapes(config: ModelConfig, theirs: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor, in the order of `tensors`, from those of Transformers'."""
-    found = {
-        name_in_gguf(name): shape[::-1] if TRANSPOSED.fullmatch(name) else shape for name, shape in theirs.items()
-    }
+    found = {name_in_gguf(name): shape[::-1] if TRANSPOSED.fullmatch(name) else shape for name, shape in theirs.items()}
     assert config.head_dim is not None
     return found | ({"rope_freqs.weight": (config.head_dim // 2,)} if config.rope_scaling == "llama3" else {})
 

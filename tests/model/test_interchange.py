@@ -78,9 +78,7 @@ def assert_comes_back(config: ModelConfig, weights: Any) -> None:
     folds = config.scale_embeddings and not config.tie_embeddings and not math.log2(config.model_dim) % 2 == 0
     rounded = folds or values["model_type"] == "gemma"
     same = np.testing.assert_allclose if rounded else np.testing.assert_array_equal
-    for (name, found), kept in zip(
-        without_padding(back).items(), without_padding(weights).values(), strict=True
-    ):
+    for (name, found), kept in zip(without_padding(back).items(), without_padding(weights).values(), strict=True):
         same(found, kept, **({"rtol": 1e-6, "atol": 1e-7} if rounded else {}))
         assert found.dtype == np.float32, name
     assert padded_vocabulary(config) > VOCAB_SIZE
