@@ -45,7 +45,7 @@ class LlamaCpp:
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         """Token ids; `special`: with what stands before every text."""
-        return self._ask("tokenize", {"content": text, "add_special": special})["tokens"]
+        return self._ask("tokenize", {"content": text, "add_special": special, "parse_special": False})["tokens"]
 
     def detokenize(self, ids: list[int]) -> str:
         """The text of token ids."""

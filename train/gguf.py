@@ -52,7 +52,8 @@ def write_gguf(
         dtype: one of `DTYPES`.
 
     Raises:
-        InputError: the file is something else, or llama.cpp computes no such model or finds other tokens.
+        InputError: the file is something else, llama.cpp computes no such model or finds other tokens, or a value is
+            too large for the dtype.
     """
     check_gguf_file(file)
     library = _library()
@@ -82,6 +83,8 @@ def write_gguf(
         theirs = interchange.to_theirs(config, context, read)
         for name, array in layout.tensors(config, architecture, theirs):
             assert array.shape == shapes[name], name
+            if kinds[name] == types.F16 and np.abs(array).max() > np.finfo(np.float16).max:
+                raise InputError(f"these weights cannot be exported: {name} has values too large for f16; take bf16")
             writer.write_tensor_data(library.quants.quantize(array, kinds[name]))
         writer.close()
         partial.rename(file)
