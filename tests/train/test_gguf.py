@@ -39,7 +39,7 @@ GPT: dict[str, Any] = {
     "tie_embeddings": True,
 }
 LLAMA3: dict[str, Any] = {"rope_scaling": "llama3", "rope_factor": 4.0, "rope_original_context": 16}
-YARN: dict[str, Any] = {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_context": 8, "rope_high_turns": 2.0}
+YARN: dict[str, Any] = {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_context": 64}
 GEMMA: dict[str, Any] = {"scale_embeddings": True, "tie_embeddings": True, "activation": "gelu_tanh", "head_dim": 32}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -77,7 +77,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> SentencePieceTokenize
 
 
 def model_of(tokenizer: Tokenizer, changes: dict[str, Any]) -> ModelConfig:
-    return small_model(**{"model_dim": 64, "feedforward_dim": 96, "vocab_size": tokenizer.vocab_size} | changes)
+    sizes = {"model_dim": 64, "feedforward_dim": 96, "vocab_size": tokenizer.vocab_size, "norm_epsilon": 0.01}
+    return small_model(**sizes | changes)
 
 
 def weights_of(config: ModelConfig) -> Any:
@@ -199,6 +200,7 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused_by_name(tokenizer, tm
         ({"activation": "gelu_tanh"}, "llama.cpp's llama has no model.activation = gelu_tanh"),
         ({"sliding_window": CONTEXT - 1}, "no model.sliding_window = 31"),
         ({"qk_norm": True, "attention_bias": True}, "qwen3 has no model.attention_bias = True"),
+        (YARN | {"rope_high_turns": 16.0, "rope_low_turns": 2.0}, "no model.rope_high_turns = 16.0, no model.rope_low"),
         ({"qk_norm": True} | LLAMA3, "qwen3 has no model.rope_scaling = llama3"),
         (GEMMA | {"tie_embeddings": False}, "gemma has no model.tie_embeddings = False"),
         (GPT | {"activation": "relu"}, "gpt2 has no model.activation = relu"),
