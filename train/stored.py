@@ -48,9 +48,7 @@ class StoredWeights:
     def __init__(self, place: epath.Path, sums: Mapping[str, int], parameters: Mapping[str, Parameter]):
         self.place, self.parameters, self._expected = place, parameters, sums
         self._sums = dict.fromkeys(parameters, 0)
-        self._left = {
-            name: set(range(p.shape[0]) if "layers" in p.axes else [None]) for name, p in parameters.items()
-        }
+        self._left = {name: set(range(p.shape[0]) if "layers" in p.axes else [None]) for name, p in parameters.items()}
         self._context = tensorstore.Context({"cache_pool": {"total_bytes_limit": KEPT}})
         self._arrays: dict[str, Any] = {}
 
@@ -79,7 +77,9 @@ class StoredWeights:
             store = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
             array = tensorstore.open({"driver": "zarr", "kvstore": store}, context=self._context, read=True).result()
             if tuple(array.shape) != self.parameters[name].shape:
-                raise ValueError(f"it has the shape {tuple(array.shape)}; the config says {self.parameters[name].shape}")
+                raise ValueError(
+                    f"it has the shape {tuple(array.shape)}; the config says {self.parameters[name].shape}"
+                )
             self._arrays[name] = array
         return self._arrays[name]
 

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from data.errors import InputError
+
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # Hugging Face's own limit.
@@ -107,7 +109,9 @@ def write_tensor_files(
         OSError: of the disk.
     """
     files = list(_shares(shapes, dtype))
-    names = [FILE] if len(files) == 1 else [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
+    names = (
+        [FILE] if len(files) == 1 else [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
+    )
     arrays = iter(tensors)
     for name, share in zip(names, files, strict=True):
         with (folder / name).open("wb") as file:
@@ -116,7 +120,7 @@ def write_tensor_files(
                 found, array = next(arrays)
                 assert (found, array.shape) == (expected, shape), found
                 array = _cast(found, array, dtype)
-                file.write(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+                file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     if len(files) > 1:
         total = sum(_size(shape, dtype) for shape in shapes.values())
         where = {tensor: name for name, share in zip(names, files, strict=True) for tensor in share}
@@ -152,7 +156,7 @@ def _cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     with np.errstate(over="ignore"):
         cast = array.astype(dtype, copy=False)
     if dtype == np.float16 and not np.isfinite(cast).all() and np.isfinite(array).all():
-        raise ValueError(f"{name} has values above 65504, the largest of float16; take bfloat16")
+        raise InputError(f"{name} has values above 65504, the largest of float16; give --dtype=bfloat16")
     return cast
 
 

@@ -83,15 +83,14 @@ def write_huggingface(folder: Path, weights: Weights, dtype: str = "float32", ca
         write_huggingface_tokenizer(tokenizer, partial, context)
         shapes = interchange.shapes_of_theirs(config, context)
         write_tensor_files(partial, shapes, FLOATS[dtype], interchange.to_theirs(config, context, weights.read))
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-    except ValueError as error:
-        raise error if isinstance(error, InputError) else InputError(f"these weights cannot be exported: {error}")
-    finally:
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_export_folder(folder: Path) -> None:
@@ -107,7 +106,7 @@ def check_export_folder(folder: Path) -> None:
 def why_no_export(config: ModelConfig) -> str | None:
     """What in this model no Transformers class has; none where it can be exported."""
     try:
-        interchange.family_of(config)
+        interchange.family_of(config.resolved())
     except ValueError as error:
         return str(error)
     return None

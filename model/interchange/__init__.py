@@ -9,6 +9,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from model.config import CHOICES, ModelConfig
@@ -137,7 +138,7 @@ def context_from_theirs(theirs: Mapping[str, Any]) -> int:
 def reader_from_theirs(config: ModelConfig, context: int, read: Theirs) -> Reader:
     """Our parameters, float32, one at a time, from their tensors: the inverse of `to_theirs`.
 
-    The reader raises ValueError where a tensor has another shape than the config says.
+    Their names and shapes are as `check_theirs` wants them.
     """
     wide, layout = _wide(config, context), _layout(config, context)
 
@@ -158,13 +159,16 @@ def check_theirs(config: ModelConfig, context: int, names: Collection[str], read
         config: resolved.
         context: as their config says.
         names: of all tensors that there are.
-        read: gives them. Of what only pads the model to what their class has, it is read whether it does no more.
+        read: gives them, or views of them. What only fills the model up to their class must be no more than that.
     """
     layout, wide, own = _layout(config, context), _wide(config, context), parameter_table(config)
-    wanted = set(shapes_of_theirs(config, context))
-    if missing := sorted(wanted - set(names)):
+    wanted = shapes_of_theirs(config, context)
+    if missing := sorted(wanted.keys() - set(names)):
         raise ValueError(f"there is no {missing[0]}" + (f", nor {len(missing) - 1} others" if missing[1:] else ""))
-    extra = [name for name in sorted(set(names) - wanted) if not name.endswith(family_of(config).without)]
+    for name, shape in wanted.items():
+        if (found := read(name).shape) != shape:
+            raise ValueError(f"{name} has the shape {found}; the config wants {shape}")
+    extra = [name for name in sorted(set(names) - wanted.keys()) if not name.endswith(family_of(config).without)]
     table = layout.read("embedding.table", None, read)
     if HEAD in extra and wide.tie_embeddings:
         extra.remove(HEAD)
@@ -193,7 +197,7 @@ def full_names(theirs: Mapping[str, Any], names: Collection[str]) -> dict[str, s
 
 
 def from_theirs(config: ModelConfig, context: int, read: Theirs) -> dict[str, Any]:
-    """Their tensors, got by name, → nested float32 weights. ValueError as of `reader_from_theirs`."""
+    """Their tensors, got by name, → nested float32 weights."""
     return stacked(config, reader_from_theirs(config, context, read))
 
 
@@ -223,7 +227,7 @@ def _filling(config: ModelConfig, layout: Layout, name: str) -> np.ndarray:
     parameter = layout.parameters[name]
     shape = tuple(size for axis, size in parameter.axes.items() if axis != "layers")
     if name == "position.table" and config.position == "sinusoidal":
-        return np.asarray(sinusoids(np.arange(shape[0])[None], shape[1]))[0]
+        return np.asarray(sinusoids(jnp.arange(shape[0])[None], shape[1]))[0]
     return np.zeros(shape, np.float32)
 
 
