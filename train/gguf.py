@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ def check_gguf_file(file: Path) -> None:
         with file.open("rb") as there:
             if there.read(len(MAGIC)) != MAGIC:
                 raise InputError(f"{file} is something else than a GGUF file; name a new file")
+    above = next(path for path in file.absolute().parents if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"{file}: {above} is no folder that can be written to; name another file")
     _library()
 
 

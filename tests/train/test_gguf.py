@@ -254,7 +254,11 @@ def test_a_file_appears_whole_and_replaces_only_its_like(tokenizer, tmp_path: Pa
     assert file.read_bytes() == content
     assert write(file, config, weights, tokenizer, "f16").stat().st_size < len(content)
     (tmp_path / "notes").write_text("notes")
-    for there, words in [(tmp_path / "notes", "something else than a GGUF file"), (tmp_path, "is a folder")]:
+    for there, words in [
+        (tmp_path / "notes", "something else than a GGUF file"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "notes" / "model.gguf", "notes is no folder that can be written to"),
+    ]:
         with pytest.raises(InputError, match=words):
             write(there, config, weights, tokenizer)
     assert (tmp_path / "notes").read_text() == "notes"
