@@ -96,7 +96,7 @@ class HuggingFaceTokenizer(Tokenizer):
         )
 
     def steps(self, part: str) -> list[dict[str, Any]]:
-        """The steps of its normalizer, pre_tokenizer or decoder, which in the file is none, one or a sequence of them."""
+        """The steps of its normalizer, pre_tokenizer or decoder, none, one or a sequence of them in the file."""
         found = self.settings.get(part)
         if found is None:
             return []

@@ -192,13 +192,15 @@ class SentencePieceTokenizer(Tokenizer):
     @cached_property
     def kinds(self) -> list[str]:
         """Of each id."""
+        # The trainer puts what it was told to keep whole before the bytes; a run of line ends may also be learned.
+        first_byte = self.pieces.index("<0x00>")
         return [
             "unknown" if self._model.IsUnknown(i)
             else "control" if self._model.IsControl(i)
             else "byte" if self._model.IsByte(i)
-            else "whole" if piece in ESCAPES.values() or _WHITESPACE.fullmatch(piece.replace(SPACE, " "))
+            else "whole" if i < first_byte
             else "piece"
-            for i, piece in enumerate(self.pieces)
+            for i in range(self.vocab_size)
         ]  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """The tokenizer as llama.cpp reads it, in the metadata of a GGUF file: the same ids.
 
 - Ours and vocabularies with byte fallback are its "llama" (SentencePiece's BPE): the pair whose piece has the highest
-  score is joined first. Whitespace runs and escapes are user-defined: found before. It finds the longest in a text first,
-  SentencePiece the one that begins first, so a run that is no piece itself may be cut at another place.
+  score is joined first. Whitespace runs and escapes are user-defined: found before. It finds the longest of a text
+  first, SentencePiece the one that begins first, so a run that is no piece itself may be cut at another place.
 - Byte-level ones are its "gpt2", with merges, and a name for what splits a text before.
 
 llama.cpp writes a space as U+2581, as SentencePiece does, and does not escape a real one: it reads it as a space.
@@ -19,7 +19,7 @@ TYPES = {"piece": 1, "unknown": 2, "control": 3, "whole": 4, "unused": 5, "byte"
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# (what splits a text, whether a whole word that is a piece is taken as it is) → llama.cpp's name; none: GPT-2's pattern.
+# (what splits a text, whether a word that is a piece is taken as it is) → llama.cpp's name; none: GPT-2's pattern.
 PRE = {
     (None, False): "gpt-2",
     (rf"{CONTRACTIONS}|{WORDS}|\p{{N}}{{1,3}}|{REST}", True): "llama-bpe",
@@ -51,7 +51,7 @@ def gguf_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         scores = tokenizer.scores()
         for i, (text, kind) in enumerate(zip(tokenizer.pieces, tokenizer.kinds, strict=True)):
             if text == ESCAPES[SPACE]:
-                # The text U+2581 is taken, and found in no text but where a space is. A model that writes it writes " ".
+                # The text U+2581 is taken: it is found where a space is. A model that writes it writes a space.
                 texts[i], kinds[i] = " ", "piece"
             elif kind == "whole":
                 texts[i] = PLAIN.get(text, text.replace(SPACE, " "))
@@ -95,7 +95,7 @@ def _pre(tokenizer: HuggingFaceTokenizer) -> str:
 
 
 def _scores(tokenizer: HuggingFaceTokenizer) -> list[float]:
-    """SentencePiece's scores, as far as merges tell them: the earlier a piece is made, the higher; 0 of those not made."""
+    """SentencePiece's scores, as far as merges tell them: the earlier a piece is made, the higher; else 0."""
     steps = [*tokenizer.steps("normalizer"), *tokenizer.steps("pre_tokenizer")]
     if not {step["type"] for step in steps} <= {"Prepend", "Replace", "Metaspace", "Split"} or not steps:
         raise _refused(tokenizer, "changes a text in a way that llama.cpp does not")
@@ -105,7 +105,9 @@ def _scores(tokenizer: HuggingFaceTokenizer) -> list[float]:
     order = list(dict.fromkeys(made))
     # SentencePiece joins every pair that makes a piece, and those that make the same one at the same time.
     grouped = [piece for i, piece in enumerate(made) if not i or made[i - 1] != piece]
-    usable = {piece for piece, kind in zip(tokenizer.pieces, tokenizer.kinds, strict=True) if kind in ("piece", "whole")}
+    usable = {
+        piece for piece, kind in zip(tokenizer.pieces, tokenizer.kinds, strict=True) if kind in ("piece", "whole")
+    }
     every = {
         (piece[:cut], piece[cut:])
         for piece in usable
