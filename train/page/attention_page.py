@@ -13,6 +13,8 @@ GENERATOR = "<!-- ziggurat attention -->"
 MOST_BYTES = 12 * 2**20
 # Tokens that are few enough to be named beside the large head, on a wide page and on a phone.
 NAMED, NAMED_ON_PHONE = 40, 24
+# Heads of a layer that leave room for a large one beside the grid.
+SIDE_BY_SIDE = 12
 
 STYLE = """
 .look { display: grid; gap: 0 3rem; grid-template-columns: minmax(0, 1fr); }
@@ -21,6 +23,7 @@ STYLE = """
 .heads span { color: var(--quiet); font-size: .75rem; align-self: center; justify-self: center; }
 .heads button { padding: 0; border: 1px solid var(--line); background: none; cursor: pointer; aspect-ratio: 1;
   min-width: 0; }
+.heads.fine canvas { image-rendering: auto; }
 .heads button:hover { border-color: var(--quiet); }
 .heads button[aria-pressed=true] { outline: 2px solid var(--accent); border-color: var(--accent); }
 canvas { display: block; width: 100%; height: 100%; image-rendering: pixelated; }
@@ -48,9 +51,9 @@ canvas { display: block; width: 100%; height: 100%; image-rendering: pixelated; 
 .keys b { max-height: 100%; }
 @media (max-width: 59.99rem) { .names.wide { display: none; } }
 @media (min-width: 60rem) {
-  .look { grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); align-items: start; }
-  .heads { max-height: none; }
-  .one { position: sticky; top: 1rem; }
+  .look:not(.many) { grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); align-items: start; }
+  .look:not(.many) .heads { max-height: none; }
+  .look:not(.many) .one { position: sticky; top: 1rem; }
 }
 output { display: block; min-height: 3rem; overflow-wrap: anywhere; }
 """
@@ -172,7 +175,7 @@ def make_attention_page(model: str, tokens: Sequence[str], weights_LHTT: np.ndar
             tag("span", ""),
             *(tag("span", head) for head in range(H)),
             *(cell for layer in range(L) for cell in (tag("span", layer), *(button(layer, head) for head in range(H)))),
-            class_="heads",
+            class_="heads" + " fine" * (T > NAMED),
             style=f"grid-template-columns:1.4rem repeat({H},minmax(2rem,1fr))",
         ),
     )  # fmt: skip
@@ -193,7 +196,7 @@ def make_attention_page(model: str, tokens: Sequence[str], weights_LHTT: np.ndar
         class_="one",
     )
     data = {"tokens": names, "layers": L, "heads": H, "weights": base64.b64encode(packed.tobytes()).decode()}
-    body = Html(header + tag("div", grid, one, class_="look"))
+    body = Html(header + tag("div", grid, one, class_="look" + " many" * (H > SIDE_BY_SIDE)))
     return document(f"{model}: attention", GENERATOR, body, data, SCRIPT, STYLE)
 
 
