@@ -16,9 +16,11 @@ from launch.errors import report
 COMMANDS = {
     "tokenize": ("launch.train_tokenizer", "train a tokenizer on a corpus"),
     "pretrain": ("launch.pretrain", "train a model, or go on with its run"),
-    "evaluate": ("launch.evaluate", "loss and bits per byte on held-out documents or another corpus"),
+    "evaluate": ("launch.evaluate", "loss and bits per byte on held-out documents or another corpus, and tasks"),
     "inspect data": ("launch.inspect_data", "which documents a step's batch is made of, or what a corpus holds"),
     "inspect loss": ("launch.inspect_loss", "what the model predicts at each position of a text"),
+    "inspect attention": ("launch.inspect_attention", "one HTML page of each head's attention over a text"),
+    "inspect embedding": ("launch.inspect_embedding", "which tokens' embeddings are nearest to a word's"),
     "plan": ("launch.plan", "memory, speed, days and cost of a run, on this machine or on one that is not here"),
     "report": ("launch.report", "one HTML page of a run: what was measured, what happened, where its time went"),
     "generate": ("launch.generate", "continue a prompt"),

@@ -20,10 +20,15 @@ def run(arguments: argparse.Namespace) -> int:
     folder = arguments.run_folder.expanduser()
     page = make_page(Run(folder))
     output = arguments.output.expanduser() if arguments.output else folder / "report.html"
-    if any(path.exists() and not path.is_dir() for path in output.parents):
-        raise InputError(f"--output={output} is in a file, not in a folder; name another path")
-    if output.exists() and not (output.is_file() and GENERATOR in output.read_text(errors="replace")[:100]):
-        raise InputError(f"{output} exists and is no report; name another file with --output=FILE")
+    check_output(output, "--output", GENERATOR, "report")
     write_atomically(output, page)
     print(output)
     return 0
+
+
+def check_output(output: Path, flag: str, generator: str, kind: str) -> None:
+    """InputError where a page cannot go to this file, or would replace what is no such page."""
+    if any(path.exists() and not path.is_dir() for path in output.parents):
+        raise InputError(f"{flag}={output} is in a file, not in a folder; name another path")
+    if output.exists() and not (output.is_file() and generator in output.read_text(errors="replace")[:100]):
+        raise InputError(f"{output} exists and is no {kind}; name another file with {flag}=FILE")

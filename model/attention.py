@@ -57,15 +57,30 @@ def attend(
     The softmax's denominator divides the sum of values, not each weight (as in FlashAttention; Dao et al. 2022,
     arXiv:2205.14135): T·C divisions for T·S, and a backward pass that sums nothing over the keys.
     """
-    q_BKGTC = split_axis(q_BHTC, 1, k_BKSC.shape[1])
-    scores = product("bkgtc,bksc->bkgts", q_BKGTC, k_BKSC, dtype=jnp.float32) / math.sqrt(q_BHTC.shape[-1])
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
-    scores = jnp.where(mask_B1TS[:, :, None], scores, jnp.finfo(jnp.float32).min)
+    scores = _scores(q_BHTC, k_BKSC, mask_B1TS, softcap)
     weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
     kept = dropout(weights.astype(v_BKSC.dtype), dropout_rate, keys_B)
     values = product("bkgts,bksc->bkgtc", kept, v_BKSC, dtype=jnp.float32)
     return join_axis((values / jnp.sum(weights, axis=-1, keepdims=True)).astype(v_BKSC.dtype), 1)
+
+
+def attention_weights(
+    q_BHTC: jax.Array, k_BKSC: jax.Array, mask_B1TS: jax.Array, softcap: float | None = None
+) -> jax.Array:
+    """How much of each key's value a query gathers, float32 [B, H, T, S]: `attend` without the values.
+
+    For looking at: all weights of all heads are there at once.
+    """
+    return join_axis(jax.nn.softmax(_scores(q_BHTC, k_BKSC, mask_B1TS, softcap), axis=-1), 1)
+
+
+def _scores(q_BHTC: jax.Array, k_BKSC: jax.Array, mask_B1TS: jax.Array, softcap: float | None) -> jax.Array:
+    """q·k/√C, capped, float32 [B, K, G, T, S]; of what a query does not see the lowest number."""
+    q_BKGTC = split_axis(q_BHTC, 1, k_BKSC.shape[1])
+    scores = product("bkgtc,bksc->bkgts", q_BKGTC, k_BKSC, dtype=jnp.float32) / math.sqrt(q_BHTC.shape[-1])
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    return jnp.where(mask_B1TS[:, :, None], scores, jnp.finfo(jnp.float32).min)
 
 
 class Attention(nnx.Module):
@@ -111,6 +126,11 @@ class Attention(nnx.Module):
         if self.query_norm and self.key_norm:
             q_BHTC, k_BKTC = self.query_norm(q_BHTC), self.key_norm(k_BKTC)
         return rotate(q_BHTC, rotation), rotate(k_BKTC, rotation)
+
+    def weights(self, x_BTD: jax.Array, rotation: Rotation, mask_B1TS: jax.Array) -> jax.Array:
+        """Who looks at whom, float32 [B, H, T, T]: see `attention_weights`."""
+        q_BHTC, k_BKTC = self.queries_and_keys(self.layout.gather_time(x_BTD, "heads"), rotation)
+        return attention_weights(q_BHTC, self.layout.gather_keys(k_BKTC), mask_B1TS, self.config.attention_softcap)
 
     def largest_logit(self, x_BTD: jax.Array, rotation: Rotation, mask_B1TS: jax.Array) -> jax.Array:
         """The largest |q·k/√C| of a visible key, before any cap, float32: where it grows, training is about to diverge.

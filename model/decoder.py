@@ -107,6 +107,13 @@ class Block(nnx.Module):
         rms = jnp.sqrt(jnp.mean(jnp.square(x_BTD.astype(jnp.float32))))
         return x_BTD, {"residual_rms": rms, "largest_logit": largest_logit}
 
+    def attention_weights(
+        self, x_BTD: jax.Array, rotation: Rotation, attention: Attend, mask_B1TS: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The same result, and what `Decoder.attention_weights` tells of this layer."""
+        weights_BHTT = self.attention.weights(self.attention_norm(x_BTD) if self.pre else x_BTD, rotation, mask_B1TS)
+        return self(x_BTD, rotation, attention, None, None, None)[0], weights_BHTT
+
 
 class Decoder(nnx.Module):
     """The model over a nested dictionary of weights (see `model.parameters`); it holds no other state.
@@ -143,14 +150,27 @@ class Decoder(nnx.Module):
 
         "residual_rms" is the root mean square of what the layer hands on; "largest_logit" is attention's largest.
         """
+        found: Aux = self._told(Block.watch, tokens_BT, positions_BT, segment_ids_BT)
+        return found
+
+    def attention_weights(self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+        """Who looks at whom in each layer and head, float32 [L, B, H, T, T]: a query's weights sum to 1."""
+        found: jax.Array = self._told(Block.attention_weights, tokens_BT, positions_BT, segment_ids_BT)
+        return found
+
+    def _told(
+        self, tell: Callable[..., Any], tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
+    ) -> Any:
+        """What a method of `Block` tells of each layer beside its result."""
         attention = attention_over(self.config, self.layout, segment_ids_BT)
         mask_B1TS = causal_mask(segment_ids_BT, self.config.sliding_window, self.layout)
         mask_B1TS = self.layout.place(mask_B1TS, "batch", None, None, None)
         x_BTD, rotation = self.position(self.embedding(tokens_BT), positions_BT)
         structure, stacked = nnx.split(self.blocks)
 
-        def layer(x_BTD: jax.Array, weights: nnx.State) -> tuple[jax.Array, Aux]:
-            return nnx.merge(structure, weights).watch(x_BTD, rotation, attention, mask_B1TS)
+        def layer(x_BTD: jax.Array, weights: nnx.State) -> tuple[jax.Array, Any]:
+            told: tuple[jax.Array, Any] = tell(nnx.merge(structure, weights), x_BTD, rotation, attention, mask_B1TS)
+            return told
 
         return jax.lax.scan(layer, x_BTD, stacked)[1]
 

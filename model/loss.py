@@ -63,6 +63,33 @@ def token_losses(
     return _in_chunks(x_BTD, layout.gather(matrix_DV, "model", "vocabulary"), (targets_BT,), config, layout)[0]
 
 
+def predictions(
+    x_BTD: jax.Array, matrix_DV: jax.Array, targets_BT: jax.Array, config: ModelConfig, layout: Layout = WHOLE
+) -> tuple[jax.Array, jax.Array]:
+    """(log p(target) in float32 nats, whether the target is the first of the likeliest tokens) at each position [B, T].
+
+    Arguments as of `summed_losses`. Not for gradients.
+    """
+    matrix_DV, vocab_size = layout.gather(matrix_DV, "model", "vocabulary"), config.vocab_size
+    assert vocab_size is not None
+    token_V = jnp.arange(matrix_DV.shape[1], out_sharding=layout.sharding("vocabulary"))
+
+    def of_chunk(_: None, of: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
+        x, targets = (layout.place(x, "batch", "time", *(None,) * (x.ndim - 2)) for x in of)
+        scores = logits(x, matrix_DV, vocab_size)
+        target_V = targets[..., None] == token_V
+        score = jnp.sum(jnp.where(target_V, scores, 0.0), axis=-1, keepdims=True)
+        ahead_V = (scores > score) | ((scores == score) & (token_V < targets[..., None]))
+        found = score[..., 0] - jax.nn.logsumexp(scores, axis=-1), ~jnp.any(ahead_V & ~target_V, axis=-1)
+        return None, (layout.place(found[0], "batch", "sequence"), layout.place(found[1], "batch", "sequence"))
+
+    (B, T) = targets_BT.shape
+    chunks = _count(B, T, config, layout)
+    parts = _chunks(x_BTD, chunks, layout), _chunks(targets_BT, chunks, layout)
+    log_p, is_first = (_joined(x, T, layout) for x in jax.lax.scan(of_chunk, None, parts)[1])
+    return layout.place(log_p, "batch", "time"), layout.place(is_first, "batch", "time")
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _summed_losses(x_BTD, matrix_DV, targets_BT, weights_BT, config, layout):  # type: ignore[no-untyped-def]
     losses, _ = _in_chunks(x_BTD, matrix_DV, (targets_BT,), config, layout)
@@ -93,7 +120,6 @@ def _in_chunks(
     """Losses at each position; where `rest` has weights beside the targets, also the gradients of x and the matrix."""
     (B, T), V, vocab_size = rest[0].shape, matrix_DV.shape[1], config.vocab_size
     assert vocab_size is not None
-    assert config.loss_chunk is not None
     smoothing, z = config.label_smoothing, config.z_loss
     token_V = jnp.arange(V, out_sharding=layout.sharding("vocabulary"))
     uniform_V = jnp.where(token_V < vocab_size, 1 / vocab_size, 0.0)
@@ -124,10 +150,7 @@ def _in_chunks(
         dx = layout.scatter_time(einsum("btv,dv->btd", slope, matrix_DV, out_sharding=partial_BTD).astype(x.dtype))
         return gradient_DV + einsum("btd,btv->dv", x, slope, out_sharding=sums_DV), (losses, dx)
 
-    rows, positions = B // layout.size("batch"), T // layout.size("time")
-    least, own = -(-positions // max(config.loss_chunk // rows, 1)), T // layout.size("sequence")
-    # A few chunks more, where they need no filling up.
-    count = next((count for count in range(least, 2 * least) if own % count == 0), least)
+    count = _count(B, T, config, layout)
     zeros_DV = jnp.zeros(matrix_DV.shape, jnp.float32, out_sharding=sums_DV) if len(rest) > 1 else None
     chunks = tuple(_chunks(x, count, layout) for x in (x_BTD, *rest))
     gradient_DV, (losses, dx) = jax.lax.scan(of_chunk, zeros_DV, chunks)
@@ -137,6 +160,15 @@ def _in_chunks(
     # Both at once: else the float32 sums may stay in memory until the last layer's gradient is there.
     dx, gradient_DV = jax.lax.optimization_barrier((dx, gradient_DV.astype(matrix_DV.dtype)))
     return found, (_joined(dx, T, layout), gradient_DV)
+
+
+def _count(B: int, T: int, config: ModelConfig, layout: Layout) -> int:
+    """How many chunks the positions of a batch are cut in."""
+    assert config.loss_chunk is not None
+    rows, positions = B // layout.size("batch"), T // layout.size("time")
+    least, own = -(-positions // max(config.loss_chunk // rows, 1)), T // layout.size("sequence")
+    # A few chunks more, where they need no filling up.
+    return next((count for count in range(least, 2 * least) if own % count == 0), least)
 
 
 def _chunks(x: jax.Array, count: int, layout: Layout) -> jax.Array:

@@ -135,6 +135,23 @@ class EvaluationConfig:
     )
     prompt: str = field(default="def ", metadata={"help": "what the sample continues", "resume": "free"})
     sample_tokens: int = field(default=64, metadata={"help": "new tokens of the sample", "resume": "free"})
+    tasks: str | None = field(
+        default=None,
+        metadata={
+            "help": "tasks of lm-evaluation-harness that it is evaluated on, as in hellaswag,arc_easy; none: none",
+            "resume": "free",
+        },
+    )
+    task_dir: str | None = field(
+        default=None,
+        metadata={"help": "folder with the tasks' YAML files; none: the harness's own", "resume": "free"},
+    )
+    tasks_every_steps: int = field(
+        default=1000, metadata={"help": "steps between evaluations on tasks", "resume": "free"}
+    )
+    task_limit: int | None = field(
+        default=None, metadata={"help": "documents of each task that count, at most; none: all", "resume": "free"}
+    )
 
 
 @dataclass(frozen=True)
@@ -268,7 +285,9 @@ def config_problems(config: Config) -> list[str]:
         found.append(f"train.ema_decay is {c.train.ema_decay}; it must be in [0, 1)")
     at_least("checkpoint", 1, "every_steps", "keep", "keep_every_steps")
     found += [*c.checkpoint.problems(), *c.recovery.problems()]
-    at_least("evaluation", 1, "every_steps")
+    at_least("evaluation", 1, "every_steps", "tasks_every_steps", "task_limit")
+    if c.evaluation.task_dir is not None and c.evaluation.tasks is None:
+        found.append("evaluation.task_dir has no effect without evaluation.tasks; name the tasks, or leave it at none")
     # The longest character.
     at_least("evaluation", 4, "max_bytes", "loop_bytes")
     at_least("evaluation", 0, "sample_tokens")

@@ -2,25 +2,32 @@
 
 import dataclasses
 import gzip
+import importlib.util
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
+from data.errors import InputError
 from data.segmenter import Pairs, make_pairs, segment_documents
 from data.tokenizer import Tokenizer
 from model.decoder import Decoder
 from model.generate import generate
-from train.config import Config
+from train.config import Config, EvaluationConfig
 from train.mesh import GENERATION, TRAINING, batch_sharding, training_layout
 from train.run import Text
 from train.step import summed_loss
 from train.xla import compiler_options
+
+if TYPE_CHECKING:
+    # The harness is imported where it is used.
+    from train.tasks import Tasks
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,24 @@ def evaluation_metrics(by_corpus: Mapping[str, Evaluation]) -> dict[str, Any]:
     if len(by_corpus) > 1:
         found["validation_by_corpus"] = {name: fields(result) for name, result in by_corpus.items()}
     return found
+
+
+@dataclass(frozen=True)
+class Result:
+    """The metric of a task or group of tasks; `error` is its standard error, where it is known."""
+
+    task: str
+    metric: str
+    value: float
+    error: float | None
+
+
+def task_metrics(results: Iterable[Result]) -> dict[str, Any]:
+    """The field `tasks` of a line of metrics.jsonl: values by task and metric."""
+    found: dict[str, dict[str, float]] = {}
+    for result in results:
+        found.setdefault(result.task, {})[result.metric] = result.value
+    return {"tasks": found}
 
 
 Batch = Mapping[str, jax.Array]
@@ -107,11 +132,15 @@ def _evaluate(
     batch_size = config.train.batch_size // config.train.accumulation_steps
     loss = weight = 0.0
     for batch in batches(rows, batch_size):
-        arrays = {name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for name, x in batch.items()}
-        batch_loss, batch_weight = step(weights, arrays)
+        batch_loss, batch_weight = step(weights, placed(batch, sharding))
         loss, weight = loss + float(batch_loss), weight + float(batch_weight)
     size = sum(len(text.text.encode()) for text in texts)
     return Evaluation(loss / weight, loss / math.log(2) / size, int(weight), size, len(texts))
+
+
+def placed(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> Batch:
+    """Arrays that every process has, on the devices."""
+    return {name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for name, x in batch.items()}
 
 
 def batches(rows: Iterable[dict[str, np.ndarray]], size: int) -> Iterable[dict[str, np.ndarray]]:
@@ -121,6 +150,25 @@ def batches(rows: Iterable[dict[str, np.ndarray]], size: int) -> Iterable[dict[s
         empty = {name: np.zeros_like(array) for name, array in group[0].items()}
         group += [empty] * (size - len(group))
         yield {name: np.stack([row[name] for row in group]) for name in empty}
+
+
+def open_tasks(
+    names: str, folder: str | None, limit: int | None, num_fewshot: int | None = None, asked: str = "evaluation.tasks"
+) -> "Tasks":
+    """Tasks by their names, as in a,b; see `train.tasks.Tasks`. InputError also where the harness is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise InputError(f"{asked} needs the package lm-eval: pip install -e '.[tasks]'")
+    given = [name for part in names.split(",") if (name := part.strip())]
+    if not given:
+        raise InputError(f"{asked} is empty; name a task, as in {asked}=hellaswag")
+    from train.tasks import Tasks
+
+    return Tasks(given, folder, limit, num_fewshot, asked)
+
+
+def run_tasks(config: EvaluationConfig) -> "Tasks | None":
+    """The tasks that a run is evaluated on, if any. InputError as of `open_tasks`."""
+    return None if config.tasks is None else open_tasks(config.tasks, config.task_dir, config.task_limit)
 
 
 def inspect_positions(

@@ -5,6 +5,7 @@ import faulthandler
 import itertools
 import time
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ from train.begin import begin
 from train.card import model_card
 from train.checkpoint import Checkpoints
 from train.config import Config
-from train.evaluate import evaluate, evaluation_metrics, make_evaluation_step, sample_text
+from train.evaluate import evaluate, evaluation_metrics, make_evaluation_step, sample_text, task_metrics
 from train.events import Events, start_fields
 from train.lease import Lease
 from train.mesh import batch_sharding, gathered, make_mesh, once, training_layout
@@ -142,6 +143,8 @@ class Training:
         self.optimizer = make_optimizer(self.config)
         self.programs = Programs(self.config, self.optimizer)
         self.evaluation_step = make_evaluation_step(self.config)
+        alive, tasks = partial(still_alive, self.config), prepared.tasks
+        self.on_tasks = tasks.of_model(self.config, prepared.tokenizer, alive) if tasks else None
         self.agreement, self.rate = Agreement(), Rate()
         self.restore()
         self.ledger = Ledger(run.recovery, self.config.recovery, self.step)
@@ -250,7 +253,7 @@ class Training:
                 underway.append(Underway(step, metrics, said))
 
                 saves = step == last_step or step % config.checkpoint.every_steps == 0
-                evaluates = self.evaluates(step, last_step)
+                evaluates = any(self.evaluates(step, last_step))
                 pauses = saves or evaluates or step == profiler.last or not programs.has(step + 1)
                 while len(underway) > (0 if pauses or stops else 1):
                     record, asked = self.finished(underway.popleft())
@@ -259,7 +262,7 @@ class Training:
                         profiler.stop(self.display.say)
                         self.rate.start()
                     if evaluates and not underway and not stops:
-                        record |= self.evaluated(whole=step == last_step)
+                        record |= self.evaluated(last_step)
                     if self.logs:
                         self.logs[0].write(record)
                 if saves or stops:
@@ -300,10 +303,16 @@ class Training:
         self.events.write("skip", step=step, batches=batches, rows=rows)
         self.display.say(f"step {step}: {len(rows)} rows were left out before it")
 
-    def evaluates(self, step: int, last_step: int) -> bool:
-        """Whether an evaluation comes after a step. The first does at once: what is wrong with it should show."""
-        every = self.config.evaluation.every_steps
-        return bool(self.some_held_out) and (step in (1, last_step) or step % every == 0)
+    def evaluates(self, step: int, last_step: int) -> tuple[bool, bool]:
+        """Whether evaluations on held-out text and on tasks come after a step.
+
+        The first do at once: what is wrong with them should show.
+        """
+        settings, is_end = self.config.evaluation, step in (1, last_step)
+        return (
+            bool(self.some_held_out) and (is_end or step % settings.every_steps == 0),
+            self.on_tasks is not None and (is_end or step % settings.tasks_every_steps == 0),
+        )
 
     def finished(self, done: Underway) -> tuple[dict[str, Any], bool]:
         """(what metrics.jsonl has of a step, whether a process has been asked to stop), once the devices have done it.
@@ -343,14 +352,19 @@ class Training:
             self.display.say(f"step {step}  {compact(record['watch'])}")
         return record, bool(asked.any())
 
-    def evaluated(self, whole: bool) -> dict[str, Any]:
-        """What an evaluation of the state finds, on all held-out documents or on some, and a sample."""
+    def evaluated(self, last_step: int) -> dict[str, Any]:
+        """What the evaluations find that are due: on all held-out documents or on some, with a sample; on tasks."""
         still_alive(self.config)
         self.events.account.turn_to("evaluation")
-        texts, weights = self.prepared.held_out if whole else self.some_held_out, evaluated_weights(self.state)
-        results = evaluate(self.evaluation_step, weights, texts, self.prepared.tokenizer, self.config)
-        found = evaluation_metrics(results) | {"sample": sample_text(self.config, self.prepared.tokenizer, weights)}
-        self.display.evaluation({"step": self.step} | found)
+        step, weights, tokenizer, found = self.step, evaluated_weights(self.state), self.prepared.tokenizer, {}
+        on_text, on_tasks = self.evaluates(step, last_step)
+        if on_text:
+            texts = self.prepared.held_out if step == last_step else self.some_held_out
+            found = evaluation_metrics(evaluate(self.evaluation_step, weights, texts, tokenizer, self.config))
+            found["sample"] = sample_text(self.config, tokenizer, weights)
+        if on_tasks and self.on_tasks:
+            found |= task_metrics(self.on_tasks(weights))
+        self.display.evaluation({"step": step} | found)
         self.events.account.turn_to("steps")
         self.rate.start()
         return found

@@ -195,10 +195,14 @@ class Display:
             self.say(line)
 
     def evaluation(self, record: dict[str, Any]) -> None:
-        """Show what an evaluation found, and its sample."""
-        bits, loss = record["validation_bits_per_byte"], record["validation_loss"]
-        self.say(f"step {record['step']}  held-out: {bits:.3f} bits a byte, loss {loss:.4f}; sample:")
-        self.say("\n".join("    " + line for line in record["sample"].splitlines()))
+        """Show what an evaluation found: on held-out text, with a sample, on tasks, or on both."""
+        if "sample" in record:
+            bits, loss = record["validation_bits_per_byte"], record["validation_loss"]
+            self.say(f"step {record['step']}  held-out: {bits:.3f} bits a byte, loss {loss:.4f}; sample:")
+            self.say("\n".join("    " + line for line in record["sample"].splitlines()))
+        for task, values in record.get("tasks", {}).items():
+            found = ", ".join(f"{metric} {value:.4f}" for metric, value in values.items())
+            self.say(f"step {record['step']}  {task}: {found}")
 
     def say(self, text: str) -> None:
         """Lines that stay."""

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -20,6 +20,7 @@ from data.mixture import MixedStream, Mixture, field_of, first_positions, open_m
 from data.tokenizer import Tokenizer, copy_tokenizer, holds_tokenizer, train_tokenizer
 from train.changes import Change, changes_of, table
 from train.config import Config, config_fields
+from train.evaluate import run_tasks
 from train.fork import check_folders, check_fork, parent_of
 from train.lease import Lease
 from train.mesh import once
@@ -29,6 +30,9 @@ from train.run import Run, Text, write_atomically
 from train.saved import split_name
 from train.storage import check_writable
 from train.writers import missing_packages
+
+if TYPE_CHECKING:
+    from train.tasks import Tasks
 
 log = logging.getLogger("ziggurat")
 
@@ -46,6 +50,7 @@ class Prepared:
         tokenizer: of the run.
         held_out: the documents that it evaluates on at its end.
         identity: what the order of the data follows from, kept in each checkpoint.
+        tasks: of lm-evaluation-harness, that it evaluates on.
     """
 
     config: Config
@@ -53,6 +58,7 @@ class Prepared:
     tokenizer: Tokenizer
     held_out: list[Text]
     identity: dict[str, Any]
+    tasks: "Tasks | None" = None
 
 
 def prepare(config: Config, run: Run, lease: Lease) -> Prepared:
@@ -64,6 +70,7 @@ def prepare(config: Config, run: Run, lease: Lease) -> Prepared:
         InputError: the folder is something else's, or config, corpus or tokenizer don't fit it or each other.
     """
     check_folder(config, run)
+    tasks = run_tasks(config.evaluation)
     mixture = open_run_mixture(config, run)
     # A run begins with its first checkpoint. What a start without one has left is made anew.
     begins = run.last_step() is None
@@ -88,7 +95,7 @@ def prepare(config: Config, run: Run, lease: Lease) -> Prepared:
         log.warning("no document is held out, so nothing is evaluated; raise data.validation_fraction, or give more")
     fingerprints = mixture.fingerprints() | {"tokenizer": tokenizer.fingerprint}
     check_same_everywhere(fingerprints)
-    return Prepared(config, mixture, tokenizer, held_out, identity_of(config, mixture) | fingerprints)
+    return Prepared(config, mixture, tokenizer, held_out, identity_of(config, mixture) | fingerprints, tasks)
 
 
 def check_folder(config: Config, run: Run) -> None:

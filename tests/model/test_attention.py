@@ -5,10 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.attention import Attention, attend, causal_mask
+from model.attention import Attention, attend, attention_weights, causal_mask
+from model.decoder import Decoder
 from model.kernels import attention_over
 from model.position import rotate, rotation
 from model.sharding import WHOLE
+from tests import theirs
+from tests.peers import require
 from tests.small import small_model, small_weights
 
 
@@ -67,3 +70,35 @@ def test_normed_queries_and_keys_have_the_length_that_their_scales_say():
     np.testing.assert_allclose(Attention(config, weights, WHOLE)(x, *arguments)[0], once, atol=1e-3)
     weights["query_norm"]["scale"] = 10 * weights["query_norm"]["scale"]
     assert np.abs(Attention(config, weights, WHOLE)(x, *arguments)[0] - once).max() > 1e-2
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (2, None), (3, 1.5)])
+def test_weights_to_look_at_sum_to_one_see_what_attend_sees_and_give_its_result(
+    window: int | None, softcap: float | None
+):
+    random = np.random.default_rng(0)
+    B, H, K, T, C = 2, 6, 2, 7, 4
+    q, k, v = (jnp.array(random.normal(size=(B, n, T, C)), jnp.float32) for n in (H, K, K))
+    mask = causal_mask(jnp.array([[1, 1, 1, 2, 2, 2, 2], [1] * 7]), window)
+    weights = attention_weights(q, k, mask, softcap)
+    assert weights.shape == (B, H, T, T)
+    np.testing.assert_allclose(jnp.sum(weights, axis=-1), 1, atol=1e-6)
+    np.testing.assert_array_equal(weights > 0, np.broadcast_to(mask, weights.shape))
+    mixed = jnp.einsum("bhts,bhsc->bhtc", weights, jnp.repeat(v, H // K, axis=1))
+    np.testing.assert_allclose(mixed, attend(q, k, v, mask, softcap), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", theirs.MODELS)
+def test_transformers_tells_the_same_weights_of_every_layer_and_head(name: str):
+    torch = require("torch")
+    config = theirs.MODELS[name]
+    weights, T = small_weights(config), 16
+    tokens = np.random.default_rng(2).integers(0, 300, (2, T), dtype=np.int32)
+    model, _ = theirs.load(name, weights)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected = model(torch.tensor(tokens, dtype=torch.long), output_attentions=True).attentions
+    positions, one = jnp.tile(jnp.arange(T), (2, 1)), jnp.ones((2, T), jnp.int32)
+    found = jax.jit(lambda weights: Decoder(config, weights).attention_weights(tokens, positions, one))(weights)
+    assert found.shape == (config.num_layers, 2, config.num_heads, T, T)
+    assert np.abs(np.asarray(found) - np.stack([layer.numpy() for layer in expected])).max() <= 1e-5

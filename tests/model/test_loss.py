@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from model.config import ModelConfig
-from model.loss import summed_losses, token_losses
+from model.loss import predictions, summed_losses, token_losses
 from model.unembedding import logits
 
 B, T, D, V, VOCAB = 3, 12, 8, 40, 37
@@ -47,6 +47,21 @@ def test_values_and_gradients_are_those_of_log_softmax(chunk: int):
     each = token_losses(x, matrix, targets, model(chunk))
     assert_near(each.cross_entropy, plain(x, matrix, targets))
     assert_near(each.objective, each.cross_entropy)
+
+
+@pytest.mark.parametrize("chunk", [1, 15, 300])
+def test_predictions_are_log_softmax_and_argmax_and_of_equal_tokens_the_first(chunk: int):
+    x, matrix, _, _ = example()
+    # Whole numbers, so that scores are equal and exact.
+    x, matrix = jnp.round(x), jnp.round(matrix).at[:, VOCAB:].set(100.0)
+    first = jnp.argmax(x @ matrix[:, :VOCAB], axis=-1)
+    likeliest = (x @ matrix[:, :VOCAB]) == jnp.max(x @ matrix[:, :VOCAB], axis=-1, keepdims=True)
+    last = VOCAB - 1 - jnp.argmax(likeliest[..., ::-1], axis=-1)
+    assert (first != last).any()
+    for targets in (first, last):
+        log_p, is_first = predictions(x, matrix, targets, model(chunk))
+        assert_near(log_p, -plain(x, matrix, targets))
+        np.testing.assert_array_equal(is_first, targets == first)
 
 
 def test_smoothing_and_z_loss_have_the_gradients_of_their_definitions():

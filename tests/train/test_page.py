@@ -118,6 +118,11 @@ def test_a_page_can_be_made_at_any_moment(tmp_path: Path):
              for s in range(1, 9)]  # fmt: skip
     page = make_page(make_run(tmp_path / "d", older, []))
     assert page.count("<figure data-chart") == len(MEASURES) - 3
+    tasks = {"tasks": {"a/b": {"acc": 0.5, "acc_norm": 0.25}, HOSTILE: {"acc": 0.125}}}
+    page = make_page(make_run(tmp_path / "g", [record(s) | (tasks if s % 4 == 0 else {}) for s in range(1, 9)], []))
+    assert page.count("<figure data-chart") == len(MEASURES) - 1 + 3
+    assert 'data-chart="tasks/a/b/acc_norm"' in page
+    assert "<span>a/b <small>acc_norm</small></span><output>0.25</output>" in page
     fork = make_run(tmp_path / "f", [record(s) for s in range(5001, 5009)], [start(0, 5000)])
     path = re.search(r'<path class="line" d="M([\d.]+) ', make_page(fork))
     assert path is not None

@@ -56,6 +56,18 @@ MEASURES = (
     Measure("memory_bytes", "Memory", "GiB, the most so far", "{:.2f} GiB".format, 2**-30, from_zero=True),
     Measure("utilization", "Utilisation", "% of positions trained on", "{:.1f}%".format, 100, True, is_smoothed=True),
 )
+# Charts of tasks, at most: a group may have very many.
+TASK_CHARTS = 24
+
+
+def task_measures(records: Sequence[Mapping[str, Any]]) -> list[Measure]:
+    """One for each metric of each task that `records` have as a field `tasks/TASK/METRIC`."""
+    fields = dict.fromkeys(name for record in records for name in record if name.startswith("tasks/"))
+    found = []
+    for field in list(fields)[:TASK_CHARTS]:
+        task, _, metric = field.removeprefix("tasks/").rpartition("/")
+        found.append(Measure(field, task, metric, "{:.4g}".format))
+    return found
 
 
 @dataclass(frozen=True)

@@ -151,9 +151,9 @@ def join(parts: Any) -> Html:
     return Html("".join(part if isinstance(part, Html) else html.escape(str(part)) for part in given))
 
 
-def document(title: str, generator: str, body: Html, data: Any) -> str:
-    """A whole page. It may load nothing, and run no script but its own, which gets `data`."""
-    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+def document(title: str, generator: str, body: Html, data: Any, script: str = SCRIPT, style: str = "") -> str:
+    """A whole page. It may load nothing, and run no script but its own, which gets `data`; `style` is added to ours."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
     # In a script's text only < could end it.
     numbers = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
@@ -168,13 +168,13 @@ def document(title: str, generator: str, body: Html, data: Any) -> str:
                 # Else a browser asks for an icon.
                 Html('<link rel="icon" href="data:,">'),
                 tag("title", title),
-                tag("style", Html(STYLE)),
+                tag("style", Html(STYLE + style)),
             ),
             tag(
                 "body",
                 body,
                 tag("script", Html(numbers), type="application/json", id="data"),
-                tag("script", Html(SCRIPT)) if data else None,
+                tag("script", Html(script)) if data else None,
             ),
             lang="en",
         )

@@ -17,8 +17,8 @@ from train.evaluate import gzip_bits_per_byte
 from train.events import read_events
 from train.goodput import goodput
 from train.lease import BEAT_SECONDS, PATIENCE
-from train.metrics import duration, read_steps
-from train.page.chart import BOTTOM, LEFT, MEASURES, RIGHT, TOP, Chart, between, columns, draw
+from train.metrics import duration, read_steps, scalars
+from train.page.chart import BOTTOM, LEFT, MEASURES, RIGHT, TOP, Chart, between, columns, draw, task_measures
 from train.page.history import (
     legend,
     line_of_time,
@@ -50,13 +50,14 @@ KINDS = {
 def make_page(run: Run) -> str:
     """The whole page. InputError where the folder is no run, or its config is damaged."""
     config = run.load_config()
-    records = [record for _, record in read_steps(run.metrics)]
+    records = [record | dict(scalars({"tasks": record.get("tasks", {})})) for _, record in read_steps(run.metrics)]
+    measures = (*MEASURES, *task_measures(records))
     events, now, beat = read_events(run.events), time.time(), last_beat(run)
     is_alive = now - beat < PATIENCE * BEAT_SECONDS
     seen = max([beat, *(record.get("time", 0.0) for record in records[-1:])])
     color, word, more = state(events, is_alive, seen)
     spent, at, ran = goodput(events), marks(events), stretches(events, now if is_alive else seen)
-    drawn = {measure.field: draw(measure, records, at, missing(config, measure.field)) for measure in MEASURES}
+    drawn = {measure.field: draw(measure, records, at, missing(config, measure.field)) for measure in measures}
     charts = {field: chart for field, chart in drawn.items() if chart and records}
     header = tag(
         "header",
