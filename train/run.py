@@ -14,7 +14,8 @@ from data.config import DataConfig
 from data.errors import InputError
 from data.tokenizer import Tokenizer
 from train.checkpoint import Checkpoints
-from train.config import Config, to_json
+from train.config import Config, MeshConfig, to_json
+from train.mesh import check_sharing
 from train.optimizer import make_optimizer
 from train.saved import CONFIG_FILE, read_config, split_name
 from train.state import abstract_state
@@ -201,10 +202,11 @@ class Trained:
 def load_trained(where: str) -> Trained:
     """Load a RUN, RUN@STEP or a folder of exported WEIGHTS onto the ambient mesh.
 
-    Its config says float32 compute, whatever the run trained in: a run and its export give the same figures and text.
+    Its config says float32 compute and no mesh, whatever the run trained in: a run and its export give the same figures
+    and text.
 
     Raises:
-        InputError: nothing there, or damaged.
+        InputError: nothing there, or damaged, or the mesh cannot share the model.
     """
     folder, step = split_name(where)
     if is_export(folder):
@@ -212,15 +214,20 @@ def load_trained(where: str) -> Trained:
             raise InputError(f"{where}: exported weights have no steps; leave out @{step}")
         model, weights, tokenizer, context = read_huggingface(folder)
         config = Config(model=model, data=DataConfig(segment_length=context)).resolved()
-        return Trained(config, jax.tree.map(jax.numpy.asarray, weights), tokenizer)
+        check_sharing(config.model)
+        abstract = abstract_state(config, make_optimizer(config))["weights"]
+        return Trained(config, jax.tree.map(lambda w, a: jax.device_put(w, a.sharding), weights, abstract), tokenizer)
     run, config = Run.there(folder)
     if not run.last_step():
         raise InputError(f"{folder} has no checkpoint yet; let its `ziggurat pretrain` go on to the first one")
     tokenizer = Tokenizer.load(run.tokenizer)
     config = config.resolved(tokenizer.vocab_size)
     config = dataclasses.replace(
-        config, model=dataclasses.replace(config.model, compute_dtype="float32", attention_kernel="auto")
+        config,
+        model=dataclasses.replace(config.model, compute_dtype="float32", attention_kernel="auto"),
+        mesh=MeshConfig(),
     )
+    check_sharing(config.model)
     checkpoints = Checkpoints(run.checkpoints)
     abstract = abstract_state(config, make_optimizer(config))["weights"]
     found, weights = checkpoints.restore_weights(abstract, step)
