@@ -6,6 +6,7 @@ Each position looks at itself and what came before, in the same document. K key/
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -102,21 +103,22 @@ class Attention(nnx.Module):
         rotation: Rotation,
         attention: Attend,
         cache: Cache | None = None,
-        start: jax.Array | None = None,
+        starts_B: jax.Array | None = None,
         keys_B: Keys = None,
     ) -> tuple[jax.Array, Aux]:
         """[B, T, D] → [B, T, D]; `attention` knows who sees whom.
 
-        With a cache of earlier keys and values ("key", "value" [B, K, S, C]), those of `x` are written to it from
-        position `start` on and the queries see all of it; the new cache is returned beside.
+        With a cache of earlier keys and values ("key", "value" [B, K, S, C]), those of `x` are written to it from each
+        row's position `starts_B` on and the queries see all of it; the new cache is returned beside.
         """
         x_BTD = self.layout.gather_time(x_BTD, "heads")
         q_BHTC, k_BKTC, v_BKTC = *self.queries_and_keys(x_BTD, rotation), self.value(x_BTD)
         aux: Aux = {}
         if cache is not None:
-            assert start is not None
-            k_BKTC = jax.lax.dynamic_update_slice_in_dim(cache["key"], k_BKTC, start, axis=2)
-            v_BKTC = jax.lax.dynamic_update_slice_in_dim(cache["value"], v_BKTC, start, axis=2)
+            assert starts_B is not None
+            write = jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=1))
+            k_BKTC = write(cache["key"], k_BKTC, starts_B)
+            v_BKTC = write(cache["value"], v_BKTC, starts_B)
             aux = {"key": k_BKTC, "value": v_BKTC}
         return self.output(attention(q_BHTC, k_BKTC, v_BKTC, keys_B)), aux
 

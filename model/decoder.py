@@ -16,9 +16,9 @@ from model.feedforward import FeedForward
 from model.kernels import attention_over
 from model.norm import NORMS
 from model.position import Position, Rotation
-from model.product import in_turn
+from model.product import in_turn, turned_product
 from model.sharding import WHOLE, Layout, on_one_cpu
-from model.unembedding import Unembedding, logits
+from model.unembedding import Unembedding, logits, without_padding
 
 _names = jax.checkpoint_policies.save_only_these_names
 
@@ -82,13 +82,13 @@ class Block(nnx.Module):
         rotation: Rotation,
         attention: Attend,
         cache: Cache | None,
-        start: jax.Array | None,
+        starts_B: jax.Array | None,
         keys_B: Keys,
     ) -> tuple[jax.Array, Aux]:
         """[B, T, D] → [B, T, D], and what attention tells beside."""
         x_BTD = checkpoint_name(x_BTD, "residual")
         y_BTD = self.attention_norm(x_BTD) if self.pre else x_BTD
-        y_BTD, aux = self.attention(y_BTD, rotation, attention, cache, start, at(keys_B, 0))
+        y_BTD, aux = self.attention(y_BTD, rotation, attention, cache, starts_B, at(keys_B, 0))
         x_BTD = x_BTD + dropout(y_BTD, self.dropout_rate, at(keys_B, 1))
         x_BTD = x_BTD if self.pre else self.attention_norm(x_BTD)
 
@@ -126,9 +126,16 @@ class Decoder(nnx.Module):
         self.layout = layout
         self.embedding = Embedding(config, weights["embedding"], layout)
         self.position = Position(config, weights.get("position"), layout)
-        self.blocks = Block(config, weights["blocks"], layout)  # one block, its weights stacked [L, ...]
+        blocks = weights["blocks"]
+        # One block, its weights stacked [L, ...]; where they are prepared for generation, one a layer.
+        several = isinstance(blocks, list)
+        self.blocks: Any = (
+            nnx.List(Block(config, of_layer, layout) for of_layer in blocks)
+            if several
+            else Block(config, blocks, layout)
+        )
         self.norm = NORMS[config.norm](config, weights["norm"]) if config.norm_placement == "pre" else None
-        self.unembedding = Unembedding(config, weights.get("unembedding", {}).get("matrix"))
+        self.unembedding = Unembedding(config, weights.get("unembedding", {}).get("matrix"), layout)
 
     def __call__(
         self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, keys_B: Keys = None
@@ -143,7 +150,7 @@ class Decoder(nnx.Module):
             keys_B: of the rows, where something is to be dropped (see `model.dropout`).
         """
         attention = attention_over(self.config, self.layout, segment_ids_BT)
-        return self._run(tokens_BT, positions_BT, attention, keys_B=keys_B)[0]
+        return self._run(tokens_BT, positions_BT, attention, keys_B)
 
     def watch(self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> Aux:
         """What to keep an eye on in each layer, float32 [L], of a pass that drops nothing.
@@ -174,51 +181,53 @@ class Decoder(nnx.Module):
 
         return jax.lax.scan(layer, x_BTD, stacked)[1]
 
-    def extend(self, tokens_BT: jax.Array, start: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """As `__call__` for the T tokens of one document that follow the first `start`, which the cache holds.
+    def extend(self, tokens_BT: jax.Array, starts_B: jax.Array, cache: list[Cache]) -> tuple[jax.Array, list[Cache]]:
+        """As `__call__` for T tokens of one document a row, which follow those that the cache holds of it.
+
+        The weights must be as `model.generate.prepared` makes them, and so must the layout be.
 
         Args:
             tokens_BT: int32 ids.
-            start: int32 scalar, the position of the first of them.
-            cache: "key" and "value" of all layers, each [L, B, K, S, C], S the longest context.
+            starts_B: int32, the position of each row's first token.
+            cache: of every layer "key" and "value", each [B, K, S, C], S the longest context; those of the tokens are
+                written to it. Where S is T, it holds nothing before.
         """
-        positions_BT = jnp.broadcast_to(start + jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        ago_B1TS = positions_BT[:, None, :, None] - jnp.arange(cache["key"].shape[3])
-        mask_B1TS = within(ago_B1TS, self.config.sliding_window)
-        # The cache holds all positions.
-        attention = lambda q, k, v, keys_B: attend(q, k, v, mask_B1TS, self.config.attention_softcap)
-        return self._run(tokens_BT, positions_BT, attention, cache, start)
+        T, S = tokens_BT.shape[1], cache[0]["key"].shape[2]
+        positions_BT = starts_B[:, None] + jnp.arange(T)
+        if S == T:
+            attention = attention_over(self.config, self.layout, jnp.ones_like(tokens_BT))
+        else:
+            ago_B1TS = positions_BT[:, None, :, None] - jnp.arange(S)
+            mask_B1TS = within(ago_B1TS, self.config.sliding_window)
+            attention = lambda q, k, v, keys_B: attend(q, k, v, mask_B1TS, self.config.attention_softcap)
+        x_BTD, rotation = self.position(self.embedding(tokens_BT), positions_BT)
+        extended = []
+        for block, of_layer in zip(self.blocks, cache, strict=True):
+            x_BTD, of_layer = block(x_BTD, rotation, attention, of_layer, starts_B, None)
+            extended.append(of_layer)
+        return x_BTD if self.norm is None else self.norm(x_BTD), extended
 
-    def _run(
-        self,
-        tokens_BT: jax.Array,
-        positions_BT: jax.Array,
-        attention: Attend,
-        cache: Cache | None = None,
-        start: jax.Array | None = None,
-        keys_B: Keys = None,
-    ) -> tuple[jax.Array, Aux]:
+    def _run(self, tokens_BT: jax.Array, positions_BT: jax.Array, attention: Attend, keys_B: Keys = None) -> jax.Array:
         x_BTD, rotation = self.position(self.embedding(tokens_BT), positions_BT)
         x_BTD = dropout(x_BTD, self.config.embedding_dropout, at(keys_B, 0))
         structure, stacked = nnx.split(self.blocks)
 
-        def layer(x_BTD: jax.Array, of_layer: tuple[nnx.State, Cache | None, jax.Array]) -> tuple[jax.Array, Aux]:
-            weights, layer_cache, number = of_layer
+        def layer(x_BTD: jax.Array, of_layer: tuple[nnx.State, jax.Array]) -> tuple[jax.Array, Aux]:
+            weights, number = of_layer
             block = nnx.merge(structure, weights)
-            x_BTD, aux = block(x_BTD, rotation, attention, layer_cache, start, at(keys_B, number))
+            x_BTD, aux = block(x_BTD, rotation, attention, None, None, at(keys_B, number))
             # It lies so already; this says it of its gradient, else each device sums all positions for a bias.
             return self.layout.place(x_BTD, "batch", "sequence", None), aux
 
         remat = REMAT_POLICIES[self.config.remat_policy]
         if remat:
             layer = jax.checkpoint(layer, policy=remat, prevent_cse=False)
-        numbers_L = jnp.arange(1, self.config.num_layers + 1)
-        of_layers = (stacked, cache, numbers_L)
-        if on_one_cpu() and self.config.num_layers <= WRITTEN_OUT and not remat and cache is None:
-            x_BTD, aux = written_out(layer, x_BTD, of_layers)
+        of_layers = (stacked, jnp.arange(1, self.config.num_layers + 1))
+        if on_one_cpu() and self.config.num_layers <= WRITTEN_OUT and not remat:
+            x_BTD, _ = written_out(layer, x_BTD, of_layers)
         else:
-            x_BTD, aux = jax.lax.scan(layer, x_BTD, of_layers)
-        return x_BTD if self.norm is None else self.norm(x_BTD), aux
+            x_BTD, _ = jax.lax.scan(layer, x_BTD, of_layers)
+        return x_BTD if self.norm is None else self.norm(x_BTD)
 
     def unembedding_matrix(self) -> jax.Array:
         """The last floor's weight [D, V] in the compute dtype, as it is stored; V is the padded vocabulary."""
@@ -229,4 +238,7 @@ class Decoder(nnx.Module):
         assert self.config.vocab_size is not None
         x_BTD = self.layout.place(x_BTD, "batch", "time", None)
         matrix_DV = self.layout.gather(self.unembedding_matrix(), "model", "vocabulary")
+        if self.layout.inputs_last:
+            scores = turned_product("btd,dv->btv", x_BTD, matrix_DV.T, dtype=jnp.float32)
+            return without_padding(scores, self.config.vocab_size)
         return logits(x_BTD, matrix_DV, self.config.vocab_size)

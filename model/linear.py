@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from model.product import product
+from model.product import product, turned, turned_product
 from model.sharding import Layout
 
 
@@ -33,16 +33,20 @@ class Linear(nnx.Module):
     ):
         self.weight = nnx.Param(weights[name])
         self.bias = nnx.Param(weights[f"{name}_bias"]) if f"{name}_bias" in weights else None
+        of_x, of_weight, _ = equation.replace("->", ",").split(",")
+        if layout.inputs_last:
+            axes = tuple(axes[of_weight.index(letter)] for letter in turned(of_weight, of_x))
         self.equation, self.axes, self.layout, self.sums_over = equation, axes, layout, sums_over
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x → y. What leaves is named, so that remat can keep it."""
         weight = self.layout.gather(self.weight[...].astype(x.dtype), *self.axes)
+        multiply = turned_product if self.layout.inputs_last else product
         if self.sums_over:
-            sums_BTD = product(self.equation, x, weight, self.layout.partial_sums(self.sums_over))
+            sums_BTD = multiply(self.equation, x, weight, self.layout.partial_sums(self.sums_over))
             y = self.layout.scatter_time(sums_BTD)
         else:
-            y = product(self.equation, x, weight)
+            y = multiply(self.equation, x, weight)
         if self.bias is not None:
             of_x, of_weight, of_y = self.equation.replace("->", ",").split(",")
             own = (slice(None) if axis in of_weight and axis not in of_x else None for axis in of_y)

@@ -29,9 +29,12 @@ class Layout:
     Attributes:
         rules: logical axis → the mesh axes that share it; none or missing: every device has it whole. Without any
             rules every move is the identity, on one device.
+        inputs_last: each layer has its own weights, of which the axes that are summed over come last: see
+            `model.generate.prepared`.
     """
 
     rules: Mapping[str, MeshAxes] = field(default_factory=dict, hash=False)
+    inputs_last: bool = False
 
     def mesh_axes(self, *axes: str) -> frozenset[str]:
         """The mesh axes that share any of these logical axes."""

@@ -1,6 +1,5 @@
 """Loss and bits per byte on whole documents, and a sample."""
 
-import dataclasses
 import gzip
 import importlib.util
 import itertools
@@ -18,9 +17,10 @@ from data.errors import InputError
 from data.segmenter import Pairs, make_pairs, segment_documents
 from data.tokenizer import Tokenizer
 from model.decoder import Decoder
-from model.generate import generate
+from model.sampling import Sampling
 from train.config import Config, EvaluationConfig
-from train.mesh import GENERATION, TRAINING, batch_sharding, training_layout
+from train.continuation import make_generator
+from train.mesh import TRAINING, batch_sharding, training_layout
 from train.run import Text
 from train.step import summed_loss
 from train.xla import compiler_options
@@ -225,15 +225,6 @@ def gzip_bits_per_byte(texts: Sequence[Text]) -> float:
 def sample_text(config: Config, tokenizer: Tokenizer, weights: Any) -> str:
     """The prompt of `evaluation.prompt`, continued: the 40 most likely tokens at each place, always the same seed."""
     prompt = tokenizer.encode(config.evaluation.prompt).tolist()
-    tokens = generate(
-        # What the tokenizer has no text for is not drawn.
-        dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size),
-        weights,
-        prompt,
-        context=config.data.segment_length,
-        eos_id=tokenizer.eos_id,
-        max_new_tokens=config.evaluation.sample_tokens,
-        top_k=40,
-        layout=GENERATION,
-    )
-    return tokenizer.decode([*prompt, *tokens])
+    generator = make_generator(config, weights, tokenizer)
+    pieces = generator([prompt], max_new_tokens=config.evaluation.sample_tokens, sampling=Sampling(top_k=40))
+    return tokenizer.decode([*prompt, *(token for piece in pieces for token in piece.tokens)])

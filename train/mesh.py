@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from data.errors import InputError
+from model.config import ModelConfig
 from model.kernels import choose
 from model.parameters import parameter_table
 from model.sharding import Layout, MeshAxes, as_tuple
@@ -138,39 +140,48 @@ def mesh_problems(config: Config, shape: tuple[int, ...]) -> list[str]:
     """What this model and batch cannot share over this mesh, one line each, naming field, axis and sizes that work."""
     size, layout = dict(zip(AXES, shape, strict=True)), training_layout(config.mesh)
     rows = config.train.batch_size // config.train.accumulation_steps
-    found = []
-
-    def must_divide(name: str, number: int, *axes: str, pieces: int = 1) -> None:
-        names = [mesh for axis in axes for mesh in AXES if mesh in layout.mesh_axes(axis)]
-        by = math.prod(size[mesh] for mesh in names) * pieces
-        if number % by:
-            works = [d for d in range(1, by // pieces + 1) if number % (d * pieces) == 0]
-            # Slices are counted, not chosen.
-            shown = " × ".join(f"mesh.{mesh}" + ("s" if mesh == "slice" else "") for mesh in names
-                               if size[mesh] > 1) or f"mesh.{names[0]}"  # fmt: skip
-            most = f"; nearest size that works: {works[-1]}" if works else ""
-            times = f" in {pieces} pieces each" if pieces > 1 else ""
-            found.append(f"{name} = {number} cannot be shared by {shown} = {by // pieces}{times}{most}")
-
-    must_divide("train.batch_size / train.accumulation_steps", rows, "batch")
+    must_divide = partial(indivisible, layout, size)
+    found = must_divide("train.batch_size / train.accumulation_steps", rows, "batch")
     if config.train.batch_ramp_start:
         # The later stages are multiples of it, and their parts of it or of a part of the full batch.
-        must_divide("train.batch_ramp_start", config.train.batch_ramp_start, "batch")
-    must_divide("data.num_streams", config.num_streams, "batch")
+        found += must_divide("train.batch_ramp_start", config.train.batch_ramp_start, "batch")
+    found += must_divide("data.num_streams", config.num_streams, "batch")
     # Each device takes a piece from either end: `Layout.order`.
     time = math.prod(size[mesh] for mesh in layout.mesh_axes("time"))
-    must_divide("data.segment_length", config.data.segment_length, "sequence")
+    found += must_divide("data.segment_length", config.data.segment_length, "sequence")
     if time > 1:
-        must_divide("data.segment_length", config.data.segment_length, "time", pieces=2)
+        found += must_divide("data.segment_length", config.data.segment_length, "time", pieces=2)
+    return found + weight_problems(config.model, layout, size)
+
+
+def weight_problems(config: ModelConfig, layout: Layout, size: Mapping[str, int]) -> list[str]:
+    """Those of the model's weights alone, over mesh axes of these sizes."""
     fields = {"model": "model_dim", "heads": "num_heads", "kv_heads": "num_kv_heads", "feedforward": "feedforward_dim"}
-    seen = set()
-    for parameter in parameter_table(config.model).values():
+    found, seen = [], set()
+    for parameter in parameter_table(config).values():
         for axis, number in parameter.axes.items():
             if layout.mesh_axes(axis) and axis not in seen:
                 seen.add(axis)
-                name = f"model.{fields.get(axis, axis)}"
-                must_divide(name + (" (padded)" if axis == "vocabulary" else ""), number, axis)
+                name = f"model.{fields.get(axis, axis)}" + (" (padded)" if axis == "vocabulary" else "")
+                found += indivisible(layout, size, name, number, axis)
     return found
+
+
+def indivisible(
+    layout: Layout, size: Mapping[str, int], name: str, number: int, axis: str, pieces: int = 1
+) -> list[str]:
+    """A line where the mesh axes that share a logical axis, in so many pieces each, do not divide a number."""
+    names = [mesh for mesh in AXES if mesh in layout.mesh_axes(axis)]
+    by = math.prod(size[mesh] for mesh in names) * pieces
+    if number % by == 0:
+        return []
+    works = [d for d in range(1, by // pieces + 1) if number % (d * pieces) == 0]
+    # Slices are counted, not chosen.
+    shown = " × ".join(f"mesh.{mesh}" + ("s" if mesh == "slice" else "") for mesh in names
+                       if size[mesh] > 1) or f"mesh.{names[0]}"  # fmt: skip
+    most = f"; nearest size that works: {works[-1]}" if works else ""
+    times = f" in {pieces} pieces each" if pieces > 1 else ""
+    return [f"{name} = {number} cannot be shared by {shown} = {by // pieces}{times}{most}"]
 
 
 def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
@@ -219,3 +230,23 @@ def batch_sharding(mesh: Mesh, layout: Layout = TRAINING) -> NamedSharding:
 def on_one_device() -> Mesh:
     """The mesh of a single device, for commands that need no more."""
     return explicit_mesh(np.array(jax.local_devices()[:1]).reshape((1,) * len(AXES)))
+
+
+def generation_mesh(config: MeshConfig) -> Mesh:
+    """The first devices of this process, as many as the sizes of `config` come to; -1 stands for all the rest.
+
+    Raises:
+        InputError: there are not so many.
+    """
+    devices = jax.local_devices()
+    asked = math.prod(getattr(config, axis) for axis in AXES[1:])
+    if asked > len(devices):
+        raise InputError(f"mesh.tensor × mesh.fsdp = {asked}, but there are {len(devices)} devices")
+    shape = mesh_shape(config, asked if asked > 0 else len(devices))
+    return explicit_mesh(np.array(devices[: math.prod(shape)]).reshape(shape))
+
+
+def check_sharing(config: ModelConfig) -> None:
+    """InputError where the ambient mesh cannot share a model's weights."""
+    if problems := weight_problems(config, TRAINING, jax.sharding.get_mesh().shape):
+        raise InputError("\n".join(problems))

@@ -15,7 +15,8 @@ from data.errors import InputError
 from data.tokenizer import Tokenizer
 from model.parameters import parameter_table
 from train.checkpoint import Checkpoints
-from train.config import Config, to_json
+from train.config import Config, MeshConfig, to_json
+from train.mesh import check_sharing
 from train.optimizer import make_optimizer
 from train.saved import CONFIG_FILE, read_config, split_name
 from train.state import abstract_state
@@ -202,18 +203,23 @@ class Trained:
 def load_trained(where: str) -> Trained:
     """Load a RUN, RUN@STEP or a folder of exported WEIGHTS onto the ambient mesh.
 
-    Its config says float32 compute, whatever the run trained in: a run and its export give the same figures and text.
+    Its config says float32 compute and no mesh, whatever the run trained in: a run and its export give the same figures
+    and text.
 
     Raises:
-        InputError: nothing there, or damaged.
+        InputError: nothing there, or damaged, or the mesh cannot share the model.
     """
     folder, step = split_name(where)
     if is_export(folder):
         opened = open_weights(where)
         data = DataConfig(segment_length=opened.context)
         config = Config(model=opened.config, data=data).resolved()
-        return Trained(config, jax.tree.map(jax.numpy.asarray, in_memory(opened)), opened.tokenizer)
+        check_sharing(config.model)
+        abstract = abstract_state(config, make_optimizer(config))["weights"]
+        place = lambda w, a: jax.device_put(w, a.sharding)
+        return Trained(config, jax.tree.map(place, in_memory(opened), abstract), opened.tokenizer)
     run, config, tokenizer = saved_run(folder)
+    check_sharing(config.model)
     checkpoints = Checkpoints(run.checkpoints)
     abstract = abstract_state(config, make_optimizer(config))["weights"]
     found, weights = checkpoints.restore_weights(abstract, step)
@@ -253,4 +259,4 @@ def saved_run(folder: Path) -> tuple[Run, Config, Tokenizer]:
     tokenizer = Tokenizer.load(run.tokenizer)
     config = config.resolved(tokenizer.vocab_size)
     model = dataclasses.replace(config.model, compute_dtype="float32", attention_kernel="auto")
-    return run, dataclasses.replace(config, model=model), tokenizer
+    return run, dataclasses.replace(config, model=model, mesh=MeshConfig()), tokenizer

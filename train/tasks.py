@@ -27,11 +27,12 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from data.errors import InputError
 from data.tokenizer import Tokenizer
 from model.decoder import Decoder
-from model.generate import generate
 from model.loss import predictions
+from model.sampling import Sampling
 from train.config import Config, nearest
+from train.continuation import continuations, make_generator
 from train.evaluate import Batch, Result, batches, placed
-from train.mesh import GENERATION, batch_sharding, training_layout
+from train.mesh import batch_sharding, training_layout
 from train.xla import compiler_options
 
 log = logging.getLogger("ziggurat")
@@ -221,7 +222,15 @@ class Model(LM):
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Continuations of the contexts, each up to the first of its stop strings, the end of text or its length."""
-        return [self.continuation(*request.args) for request in requests]
+        # Those of the same settings are continued together.
+        alike, found = dict[str, list[int]](), [""] * len(requests)
+        for i, request in enumerate(requests):
+            alike.setdefault(repr(sorted(request.args[1].items())), []).append(i)
+        for numbers in alike.values():
+            texts = self.continued([requests[i].args[0] for i in numbers], requests[numbers[0]].args[1])
+            for i, text in zip(numbers, texts, strict=True):
+                found[i] = text
+        return found
 
     def pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """The tokens of both as the harness's own adapters cut them.
@@ -256,34 +265,27 @@ class Model(LM):
                 found[i] = found[i][0] + score, found[i][1] and greedy
         return found
 
-    def continuation(self, context: str, settings: dict[str, Any]) -> str:
-        """One continuation, as `generate_until` says."""
+    def continued(self, contexts: Sequence[str], settings: dict[str, Any]) -> list[str]:
+        """Their continuations, as `generate_until` says."""
         given = normalize_gen_kwargs(settings, NEW_TOKENS)
         for name in sorted(given.keys() - GENERATION_SETTINGS):
             log.warning("generation_kwargs: %s has no effect", name)
         T, most = self.config.data.segment_length, given["max_gen_toks"]
-        stops = [stop for stop in given["until"] if stop]
-        tokens = generate(
-            # What the tokenizer has no text for is not drawn.
-            dataclasses.replace(self.config.model, vocab_size=self.tokenizer.vocab_size),
-            self.weights,
-            # All is seen at once where it can be.
-            self.tokenizer.encode(context).tolist()[-(T - most if most < T else T // 2) :],
-            context=T,
-            eos_id=self.tokenizer.eos_id,
+        # All is seen at once where it can be.
+        seen = T - most if most < T else T // 2
+        texts = [""] * len(contexts)
+        for part in continuations(
+            make_generator(self.config, self.weights, self.tokenizer),
+            self.tokenizer,
+            [self.tokenizer.encode(context).tolist()[-seen:] for context in contexts],
             max_new_tokens=most,
-            top_k=given.get("top_k", 0),
-            temperature=given.get("temperature", 0.0),
-            layout=GENERATION,
-        )
-        seen: list[int] = []
-        for token in tokens:
-            seen.append(token)
-            if any(stop in self.tokenizer.decode(seen) for stop in stops):
-                break
-        self.alive()
-        text = self.tokenizer.decode(seen)
-        return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
+            sampling=Sampling(temperature=given.get("temperature", 0.0), top_k=given.get("top_k", 0)),
+            stop=[stop for stop in given["until"] if stop],
+            batch_size=self.config.train.batch_size // self.config.train.accumulation_steps,
+        ):
+            texts[part.number] += part.text
+            self.alive()
+        return texts
 
 
 def row_lengths(config: Config) -> list[int]:

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from model.config import CHOICES, ModelConfig
 from model.decoder import Decoder
-from model.generate import empty_cache
+from model.generate import empty_cache, prepared
+from model.sharding import Layout
 from tests.small import VOCAB_SIZE, small_model, small_weights
 
 T, PART = 12, 5
@@ -61,9 +62,9 @@ def log_probabilities(config: ModelConfig):
         return of(decoder, decoder(tokens, positions, segment_ids))
 
     @jax.jit
-    def extend(weights: dict, tokens: jax.Array, start: int, cache: dict) -> tuple[jax.Array, dict]:
-        decoder = Decoder(config, weights)
-        x_BTD, cache = decoder.extend(tokens, start, cache)
+    def extend(weights: dict, tokens: jax.Array, starts: jax.Array, cache: list) -> tuple[jax.Array, list]:
+        decoder = Decoder(config, weights, Layout(inputs_last=True))
+        x_BTD, cache = decoder.extend(tokens, starts, cache)
         return of(decoder, x_BTD), cache
 
     return at_once, extend
@@ -96,6 +97,7 @@ def test_any_model_is_causal_trains_all_prefixes_at_once_packs_and_decodes_from_
     np.testing.assert_allclose(packed[:-PART], whole[:-PART], atol=2e-5)
 
     # Read in two parts, the second through the cache of the first.
-    first, cache = extend(weights, tokens[None, :-PART], 0, empty_cache(config, 1, T))
-    rest, _ = extend(weights, tokens[None, -PART:], T - PART, cache)
+    weights = prepared(config, weights)
+    first, cache = extend(weights, tokens[None, :-PART], np.array([0]), empty_cache(config, 1, T))
+    rest, _ = extend(weights, tokens[None, -PART:], np.array([T - PART]), cache)
     np.testing.assert_allclose(np.concatenate([first[0], rest[0]]), whole, atol=2e-5)

@@ -28,8 +28,8 @@ class Letters(ByteTokenizer):
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("latin-1"), np.uint8).astype(np.int32) + 1
 
-    def decode(self, ids) -> str:
-        return bytes(i - 1 for i in ids).decode("latin-1")
+    def token_bytes(self, token: int) -> bytes:
+        return chr(token - 1).encode() if token else b""
 
 
 def adapter():
@@ -86,16 +86,15 @@ def test_scores_are_those_of_the_logits_on_every_mesh():
 def test_a_continuation_ends_before_its_first_stop_string():
     with jax.set_mesh(on_one_device()):
         model = adapter()
-        whole = model.continuation("some words", {"until": [], "max_gen_toks": 12})
+        whole = model.continued(["some words"], {"until": [], "max_gen_toks": 12})[0]
         assert 0 < len(whole) <= 12
         stops = [whole[7:], whole[3:5], ""]
-        assert model.continuation("some words", {"until": stops}) == whole[: whole.find(whole[3:5])]
+        assert model.continued(["some words"], {"until": stops})[0] == whole[: whole.find(whole[3:5])]
         # Also what is no list; and a prompt that the model cannot see at once with what is to come.
-        assert model.continuation("some words", {"until": whole[0]}) == ""
-        assert model.continuation("some words" * 9, {"max_gen_toks": 4}) == model.continuation(
-            ("some words" * 9)[-(T - 4) :], {"max_gen_toks": 4}
-        )
-        assert len(model.continuation("x" * 99, {"max_gen_toks": 50})) <= 50
+        assert model.continued(["some words"], {"until": whole[0]})[0] == ""
+        whole, newest = model.continued(["some words" * 9, ("some words" * 9)[-(T - 4) :]], {"max_gen_toks": 4})
+        assert whole == newest
+        assert len(model.continued(["x" * 99], {"max_gen_toks": 50})[0]) <= 50
 
 
 def test_a_whole_text_is_read_in_the_harnesss_own_disjoint_windows():

@@ -1,0 +1,146 @@
+"""Tokens a second of prefill and cached decoding, beside Transformers and llama.cpp with the same weights.
+
+    python -m tests.benchmarks.generate
+
+A model of 40 M random parameters continues the same prompts greedily, in float32 with a float32 cache, on the CPU with
+the same number of threads, one prompt at a time and eight at once. Prefill is timed to the first token; decoding is the
+time beyond that. Each is run in turn with the others, and the median of the rounds counts. llama.cpp (xllamacpp) is left
+out where it is not installed. The last line is one JSON object.
+"""
+
+import importlib.util
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+THREADS = 2
+# Before JAX counts them.
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import numpy as np
+import torch
+import transformers
+
+from data.tokenizer import Tokenizer, train_tokenizer
+from model import interchange
+from model.config import ModelConfig
+from model.generate import Generator
+from model.parameters import count_parameters, initial_weights
+from model.sampling import GREEDY
+from tests.llama_cpp import LlamaCpp
+from train.gguf import write_gguf
+from train.mesh import GENERATION, on_one_device
+from train.weights import write_huggingface
+
+PROMPT, NEW, BATCHES, ROUNDS, CONTEXT = 256, 64, (1, 8), 5, 512
+MODEL = {"num_layers": 12, "model_dim": 512, "num_heads": 8, "feedforward_dim": 1408, "compute_dtype": "float32"}
+
+# Continues prompts of the same length by so many tokens each.
+Continue = Callable[[list[list[int]], int], list[list[int]]]
+
+
+def ours(config: ModelConfig, tokenizer: Tokenizer) -> Continue:
+    weights = jax.jit(lambda: initial_weights(config, 0, GENERATION))()
+    generator = Generator(config, weights, context=CONTEXT, eos_id=-1, layout=GENERATION)
+
+    def go(prompts: list[list[int]], new: int) -> list[list[int]]:
+        found: list[list[int]] = [[] for _ in prompts]
+        for piece in generator(prompts, max_new_tokens=new, sampling=GREEDY, batch_size=len(prompts)):
+            found[piece.number] += piece.tokens
+        return found
+
+    return go
+
+
+def of_transformers(folder: Path) -> Continue:
+    torch.set_num_threads(THREADS)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.generation_config.eos_token_id = None
+
+    def go(prompts: list[list[int]], new: int) -> list[list[int]]:
+        ids = torch.tensor(prompts)
+        with torch.inference_mode():
+            found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
+        return found[:, ids.shape[1] :].tolist()
+
+    return go
+
+
+def of_llama_cpp(file: Path, rows: int) -> Continue:
+    server = LlamaCpp(file, context=CONTEXT * rows, parallel=rows, threads=THREADS)
+    pool = ThreadPoolExecutor(rows)
+
+    def go(prompts: list[list[int]], new: int) -> list[list[int]]:
+        return list(pool.map(lambda prompt: server.continue_(prompt, new), prompts))
+
+    return go
+
+
+def seconds(go: Continue, prompts: list[list[int]], new: int) -> float:
+    begun = time.perf_counter()
+    found = go(prompts, new)
+    took = time.perf_counter() - begun
+    assert [len(tokens) for tokens in found] == [new] * len(prompts)
+    return took
+
+
+def measure(programs: dict[str, Continue], prompts: list[list[int]]) -> dict[str, dict[str, float]]:
+    """By program: tokens a second of "prefill" and "decode", and the part of its tokens that are as ours."""
+    first = {name: go(prompts, NEW) for name, go in programs.items()}
+    for go in programs.values():
+        go(prompts, 1)
+    took: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
+    for _ in range(ROUNDS):
+        for name, go in programs.items():
+            took[name].append((seconds(go, prompts, 1), seconds(go, prompts, NEW)))
+    found = {}
+    for name, times in took.items():
+        prefill = statistics.median(to_first for to_first, _ in times)
+        decode = statistics.median(whole - to_first for to_first, whole in times)
+        same = np.mean(np.array(first[name]) == np.array(first["ziggurat"]))
+        found[name] = {
+            "prefill": len(prompts) * PROMPT / prefill,
+            "decode": len(prompts) * (NEW - 1) / decode,
+            "same_tokens": float(same),
+        }
+    return found
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as temporary, jax.set_mesh(on_one_device()):
+        folder = Path(temporary)
+        sources = sorted(Path(__file__).parent.parent.parent.glob("*/*.py"))
+        tokenizer = train_tokenizer([file.read_text() for file in sources], 2048, folder / "tokenizer")
+        config = ModelConfig(**MODEL).resolved(tokenizer.vocab_size)
+        weights = jax.device_get(jax.jit(lambda: initial_weights(config, 0, GENERATION))())
+        write_huggingface(folder / "hf", config, weights, tokenizer, CONTEXT, 0)
+        llama_cpp = importlib.util.find_spec("xllamacpp") is not None
+        if llama_cpp:
+            write_gguf(folder / "f32.gguf", config, CONTEXT, interchange.reader_of(weights), tokenizer)
+        programs = {"ziggurat": ours(config, tokenizer), "transformers": of_transformers(folder / "hf")}
+        print(f"{count_parameters(config):,} parameters, {PROMPT} tokens a prompt, {NEW} new, {THREADS} threads")
+        print(f"{'tokens/s':14} {'batch':>5} {'prefill':>9} {'decode':>9}   as ours")
+        random, results = np.random.default_rng(0), {}
+        for batch in BATCHES:
+            prompts = random.integers(3, config.vocab_size, (batch, PROMPT)).tolist()
+            of_batch = {"llama.cpp": of_llama_cpp(folder / "f32.gguf", batch)} if llama_cpp else {}
+            found = measure(programs | of_batch, prompts)
+            for name, of in found.items():
+                print(f"{name:14} {batch:5} {of['prefill']:9.1f} {of['decode']:9.1f}   {of['same_tokens']:.0%}")
+            results[f"batch_{batch}"] = found
+        for found in results.values():
+            for peer in set(found) - {"ziggurat"}:
+                for what in ("prefill", "decode"):
+                    found["ziggurat"][f"{what}_of_{peer}"] = found["ziggurat"][what] / found[peer][what]
+        print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
