@@ -174,7 +174,7 @@ def test_the_card_says_what_the_run_was(finished: Path):
     card = (finished / "export" / "README.md").read_text()
     last = metrics(finished)[-1]
     for words in (
-        "12 steps, 3,072 tokens at most", "| parameters | 4", "2 layers of width 32", "corpus.jsonl",
+        "12 steps, 3,072 tokens, padding included", "| parameters | 4", "2 layers of width 32", "corpus.jsonl",
         f"{last['validation_bits_per_byte']:.4f} bits a byte", "AutoModelForCausalLM", "No license is stated here",
     ):  # fmt: skip
         assert words in card, words
