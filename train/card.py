@@ -72,7 +72,7 @@ def _training(run: Run, step: int) -> dict[str, Any]:
     records = [record for _, record in read_steps(run.metrics) if record["step"] == step]
     corpus = config.data.corpus
     facts = {
-        "training": f"{step:,} steps, {tokens:,} tokens at most",
+        "training": f"{step:,} steps, {tokens:,} tokens, padding included",
         "corpus": ", ".join(corpus) if isinstance(corpus, dict) else corpus,
         "fingerprint of the data": starts[-1]["data"][:12] if starts else "not known",
         "optimizer": f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate}",

@@ -44,7 +44,7 @@ LAYERED = ("weights", "average")
 # In a checkpoint's progress.
 DIGEST = "digest"
 # Where a layer of such an array has so many bytes on a device, it is stored on its own.
-OWN_CHUNK = 2**20
+OWN_CHUNK = 2**18
 
 
 @jax.jit

@@ -5,17 +5,16 @@ import shutil
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from model import interchange
-from model.decoder import Decoder
 from model.parameters import flattened
 from tests.launch.small_run import here, metrics, write_corpus
 from tests.peers import require
 from tests.small import small_model, small_weights
+from tests.theirs import assert_same_logits
 from train import tensor_files
 from train.mesh import on_one_device
 from train.run import Run, load_trained
@@ -139,17 +138,7 @@ def test_a_published_architecture_gives_the_same_logits(architecture: str, finis
         shutil.copy(finished / "export" / name, folder)
     assert here("import", folder, f"--to={tmp_path / 'run'}") == 0
 
-    tokens = np.random.default_rng(0).integers(0, vocab_size, (2, 24))
-    with jax.set_mesh(on_one_device()):
-        found = load_trained(str(tmp_path / "run"))
-        decoder = Decoder(found.config.model, jax.tree.map(jnp.asarray, jax.device_get(found.weights)))
-        positions = jnp.tile(jnp.arange(24), (2, 1))
-        x_BTD = decoder(jnp.array(tokens), positions, jnp.ones((2, 24), jnp.int32))
-        logits = np.asarray(decoder.logits(x_BTD))[..., :vocab_size]
-    with torch.no_grad():
-        expected = model(torch.tensor(tokens)).logits.numpy()
-    assert np.abs(logits - expected).max() <= 1e-4
-    assert np.abs(expected).max() > 0.1
+    assert_same_logits(tmp_path / "run", folder)
 
 
 def test_an_export_of_several_files_in_16_bits_is_what_transformers_reads(finished: Path, tmp_path: Path, monkeypatch):
@@ -185,7 +174,7 @@ def test_the_card_says_what_the_run_was(finished: Path):
     card = (finished / "export" / "README.md").read_text()
     last = metrics(finished)[-1]
     for words in (
-        "12 steps, 3,072 tokens at most", "| parameters | 4", "2 layers of width 32", "corpus.jsonl",
+        "12 steps, 3,072 tokens, padding included", "| parameters | 4", "2 layers of width 32", "corpus.jsonl",
         f"{last['validation_bits_per_byte']:.4f} bits a byte", "AutoModelForCausalLM", "No license is stated here",
     ):  # fmt: skip
         assert words in card, words
@@ -213,7 +202,7 @@ def test_what_cannot_be_imported_is_told_and_nothing_is_made(finished: Path, imp
     cases = [
         (broken("a", {"architectures": ["BertModel"]}), "architectures is ['BertModel']; what can be read is Gemma"),
         (broken("b", {"rms_norm_eps": float("nan")}), "rms_norm_eps is nan; it must be a number"),
-        (broken("c", {"hidden_size": 40}), "model.embed_tokens.weight has the shape (366, 32); the config wants (366, 40)"),
+        (broken("c", {"hidden_size": 40}), "model.embed_tokens.weight has the shape (366, 32); the config wants"),
         (broken("d", tensors=lambda t: t | extra), "this model has no place for model.layers.0.self_attn.q_proj.bias"),
         (broken("e", tensors=lambda t: {n: x for n, x in t.items() if n != norm}), f"there is no {norm}"),
         (broken("f", tensors=lambda t: t | {norm: t[norm].astype(np.int32)}), f"{norm} is of the dtype I32"),
