@@ -78,7 +78,7 @@ def of_llama_cpp(file: Path, rows: int) -> Continue:
     pool = ThreadPoolExecutor(rows)
 
     def go(prompts: list[list[int]], new: int) -> list[list[int]]:
-        return list(pool.map(lambda prompt: server.continue_(prompt, new), prompts))
+        return list(pool.map(lambda prompt: server.continued(prompt, new), prompts))
 
     return go
 
