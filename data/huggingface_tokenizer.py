@@ -35,7 +35,6 @@ class HuggingFaceTokenizer(Tokenizer):
             pieces of their own.
         settings: of `tokenizer.json`, without vocabulary and merges.
         merges: pairs of pieces, the first joined first.
-        adds_space: a text is read as if a space stood before it.
 
     Raises:
         InputError: a file is damaged, there is no such token, or some bytes have no token.

@@ -64,6 +64,10 @@ def describe_part(mixture: Mixture, tokenizer: Tokenizer, k: int, part: Part) ->
     sizes = np.cumsum([0, *(len(tokenizer.token_bytes(int(token))) for token in tokens[:end])])
     whole = document.prompt + document.text
     encoded = whole.encode()
+    if tokenizer.adds_space:
+        # One that is in no text stands before the prompt, and one before what follows it.
+        behind_prompt = len(document.prompt.encode()) + 1 if document.prompt else len(encoded)
+        sizes = sizes - (sizes > 0) - (sizes > behind_prompt)
     first, last = (len(encoded[: sizes[min(at, len(sizes) - 1)]].decode(errors="ignore")) for at in (begin, end))
     found: dict[str, Any] = {
         "file": file.path,

@@ -50,6 +50,7 @@ class Tokenizer(ABC):
         eos_id: of the token that ends a document.
         fingerprint: SHA-256 (hex) of what its ids follow from.
         pieces: the text that each id stands for as its file writes it.
+        adds_space: a text is read as if a space stood before it. Never by ours.
     """
 
     folder: Path
@@ -57,6 +58,7 @@ class Tokenizer(ABC):
     eos_id: int
     fingerprint: str
     pieces: list[str]
+    adds_space: bool = False
 
     @staticmethod
     def load(folder: Path) -> "Tokenizer":

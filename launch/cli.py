@@ -23,6 +23,7 @@ COMMANDS = {
     "report": ("launch.report", "one HTML page of a run: what was measured, what happened, where its time went"),
     "generate": ("launch.generate", "continue a prompt"),
     "export": ("launch.export", "write a run's weights for inference elsewhere"),
+    "import": ("launch.import_weights", "take weights from elsewhere as a run"),
     "launch local": ("launch.local", "run a command as several processes on this machine"),
     "launch slurm": ("launch.slurm", "pretrain on a Slurm cluster"),
     "launch kubernetes": ("launch.kubernetes", "write the manifest that pretrains on a Kubernetes cluster"),

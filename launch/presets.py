@@ -93,6 +93,7 @@ def run_values(folder: Path, step: int | None) -> dict[str, dict[str, Any]]:
     values["data"]["accept_changes"] = False
     values["train"]["run_dir"] = str(folder)
     if step is not None:
-        values["train"] |= {"init_from": f"{folder}@{step}", "init_with": "all"}
+        # Imported weights are at step 0, and alone.
+        values["train"] |= {"init_from": f"{folder}@{step}", "init_with": "all" if step else "weights"}
         values["checkpoint"]["dir"] = None
     return values

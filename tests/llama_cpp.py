@@ -33,18 +33,24 @@ class LlamaCpp:
         return self._ask("completion", request | {"cache_prompt": False, "return_tokens": True})["tokens"]
 
     def greedy(self, prompt: list[int], tokens: int, vocab_size: int) -> tuple[list[int], np.ndarray]:
-        """(the tokens that it goes on with, the log-probabilities [tokens, V] that it took them by)."""
+        """(the tokens that it goes on with, the log-probabilities [tokens, V] that it took them by).
+
+        Of a token that only begins a character it gives none: NaN.
+        """
         request = {"prompt": prompt, "n_predict": tokens, "temperature": 0, "n_probs": vocab_size}
         answer = self._ask("completion", request | {"cache_prompt": False, "return_tokens": True})
-        log_p = np.full((len(answer["tokens"]), vocab_size), -np.inf)
-        for row, step in zip(log_p, answer["completion_probabilities"], strict=True):
-            for best in step["top_logprobs"]:
-                row[best["id"]] = best["logprob"]
+        log_p = np.full((len(answer["tokens"]), vocab_size), np.nan)
+        steps = answer["completion_probabilities"]
+        for row, token in zip(log_p, answer["tokens"], strict=True):
+            if steps and steps[0]["id"] == token:
+                for best in steps.pop(0)["top_logprobs"]:
+                    row[best["id"]] = best["logprob"]
+        assert not steps
         return answer["tokens"], log_p
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         """Token ids; `special`: with what stands before every text."""
-        return self._ask("tokenize", {"content": text, "add_special": special})["tokens"]
+        return self._ask("tokenize", {"content": text, "add_special": special, "parse_special": False})["tokens"]
 
     def detokenize(self, ids: list[int]) -> str:
         """The text of token ids."""

@@ -3,13 +3,19 @@
 The map of weights is linear and one to one, so gradients go through it too.
 """
 
+from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from model import interchange
+from model.decoder import Decoder
 from tests.peers import require
 from tests.small import small_model
+from train.mesh import on_one_device
+from train.run import load_trained
 
 CONTEXT = 16
 GPT = {
@@ -61,3 +67,18 @@ def load(name: str, weights: Any) -> tuple[Any, dict[str, Any]]:
     # What our model does not have is fixed there, or zero.
     fixed = FIXED if name == "vaswani" else ()
     return model, {key: parameter for key, parameter in parameters.items() if not key.endswith(fixed)}
+
+
+def assert_same_logits(run: Path, folder: Path) -> None:
+    """A run, or its import, computes what Transformers does with the weights in a folder, to 1e-4."""
+    torch, transformers = require("torch"), require("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 24))
+    with jax.set_mesh(on_one_device()):
+        trained = load_trained(str(run))
+    decoder = Decoder(trained.config.model, jax.tree.map(jnp.asarray, jax.device_get(trained.weights)))
+    x_BTD = decoder(jnp.array(tokens), jnp.tile(jnp.arange(24), (2, 1)), jnp.ones((2, 24), jnp.int32))
+    with torch.no_grad():
+        expected = model(torch.tensor(tokens)).logits.numpy()
+    assert np.abs(expected).max() > 0.1
+    assert np.abs(decoder.logits(x_BTD)[..., : model.config.vocab_size] - expected).max() <= 1e-4

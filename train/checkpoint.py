@@ -9,6 +9,7 @@ not fit on restore shows damage that it would not.
 import hashlib
 import json
 import logging
+import math
 import sys
 import textwrap
 from collections.abc import Callable, Mapping
@@ -25,11 +26,12 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSt
 from orbax.checkpoint.checkpoint_utils import construct_restore_args
 
 from data.errors import InputError
-from model.parameters import flattened
+from model.parameters import Parameter, flattened
 from train.config import CheckpointConfig
 from train.mesh import once, told
 from train.state import State
 from train.storage import PathLike, is_remote, writing
+from train.stored import StoredWeights
 
 log = logging.getLogger("ziggurat")
 
@@ -37,8 +39,12 @@ log = logging.getLogger("ziggurat")
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OSError)
 # Items of arrays.
 ARRAYS = ("weights", "optimizer", "average")
+# Those that are read for other uses than training.
+LAYERED = ("weights", "average")
 # In a checkpoint's progress.
 DIGEST = "digest"
+# Where a layer of such an array has so many bytes on a device, it is stored on its own.
+OWN_CHUNK = 2**18
 
 
 @jax.jit
@@ -68,6 +74,12 @@ def digest(progress: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
+def check_digest(progress: Mapping[str, Any]) -> None:
+    """ValueError where a checkpoint's progress is not what was saved. Those of version 0.5 have no digest."""
+    if progress.get(DIGEST, digest(progress)) != digest(progress):
+        raise ValueError("its progress is not what was saved")
+
+
 def plain(tree: Any) -> Any:
     """Named tuples (Optax's states) as dictionaries by their fields' names; empty ones left out."""
     if isinstance(tree, tuple) and hasattr(tree, "_asdict"):
@@ -87,6 +99,20 @@ def like(template: Any, tree: Any) -> Any:
         branches = {name: like(branch, tree.get(name, {})) for name, branch in template.items()}
         return type(template)(branches)  # type: ignore[call-arg]
     return tree
+
+
+def stored_as(item: str, tree: Any) -> Any:
+    """How the arrays of an item lie on the disk: large weights of the blocks by layer, so that one is read alone.
+
+    Of all others what a device holds is one chunk, which is read as a whole.
+    """
+
+    def of_array(path: tuple[Any, ...], array: jax.Array) -> ocp.SaveArgs:
+        stacked = item in LAYERED and path[0].key == "blocks"
+        layer = array.sharding.shard_shape(array.shape)[1:] if stacked else ()
+        return ocp.SaveArgs(shard_axes=(0,) if math.prod(layer) * array.dtype.itemsize >= OWN_CHUNK else ())
+
+    return jax.tree.map_with_path(of_array, tree)
 
 
 def without_traceback(record: logging.LogRecord) -> bool:
@@ -150,7 +176,7 @@ class Checkpoints:
         step = int(state["step"])
         items = {name: plain(tree) for name, tree in state.items() if name != "step"}
         sums = {name: jax.tree.map(int, checksums(tree)) for name, tree in items.items()}
-        arrays = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
+        arrays = {name: ocp.args.PyTreeSave(tree, save_args=stored_as(name, tree)) for name, tree in items.items()}
         noted = {**progress, "checksums": sums}
         noted[DIGEST] = digest(noted)
         arguments = ocp.args.Composite(**arrays, progress=ocp.args.JsonSave(noted))
@@ -208,6 +234,26 @@ class Checkpoints:
                 return candidate, next(iter(found[0].values()))
         raise InputError(f"{self.folder} holds no checkpoint that can be read")
 
+    def open_weights(self, parameters: Mapping[str, Parameter], step: int | None = None) -> tuple[int, StoredWeights]:
+        """(step, weights) as of `restore_weights`, to be read a layer at a time. One process alone may call it.
+
+        Raises:
+            InputError: there is no such checkpoint, or what says what is in it is damaged.
+        """
+        there = sorted(self._manager.all_steps())
+        if step is not None and step not in there:
+            raise InputError(f"{self.folder} has no checkpoint of step {step}; there are {there}")
+        for candidate in [step] if step is not None else reversed(there):
+            place = self.folder / str(candidate)
+            try:
+                progress = json.loads((place / "progress" / "metadata").read_text())
+                check_digest(progress)
+                item = "average" if "average" in progress["checksums"] else "weights"
+                return candidate, StoredWeights(place / item, flattened(progress["checksums"][item]), parameters)
+            except DAMAGE as error:
+                log.warning("the checkpoint of step %d is damaged (%s); it is not used", candidate, error)
+        raise InputError(f"{self.folder} holds no checkpoint that can be read")
+
     def _check_step(self, step: int) -> None:
         if step not in self.steps():
             raise InputError(f"{self.folder} has no checkpoint of step {step}; there are {self.steps()}")
@@ -242,9 +288,7 @@ class Checkpoints:
         try:
             place = self._manager.directory / str(step)
             progress = self._reader.restore(place, ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
-            # Those of version 0.5 have none.
-            if progress.get(DIGEST, digest(progress)) != digest(progress):
-                raise ValueError("its progress is not what was saved")
+            check_digest(progress)
             abstract = wanted("average" in progress["checksums"])
             arguments = {
                 name: ocp.args.PyTreeRestore(tree, restore_args=construct_restore_args(tree))

@@ -4,7 +4,8 @@
 - all: weights, optimizer, count of steps and the place in the data. Unchanged, it does what the parent would have done;
   with other steps and another schedule it is a decay branch.
 - optimizer: the same, but for the data, which may be other data and is read from its beginning.
-- weights: those alone, as they are evaluated (their average, where there is one). Steps count from 0.
+- weights: those alone, as they are evaluated (their average, where there is one). Steps count from 0. Imported weights,
+  a checkpoint of step 0, can be taken over in no other way.
 
 The tokenizer is the parent's. Once the fork has a checkpoint of its own it goes on from that.
 """
@@ -64,6 +65,8 @@ def check_folders(config: Config, run: Run) -> None:
 def check_fork(config: Config) -> None:
     """InputError where these settings cannot begin with the parent's checkpoint; what differs otherwise is said."""
     parent, take, where = parent_of(config), config.train.init_with, config.train.init_from
+    if parent.step == 0 and take != "weights":
+        raise InputError(f"train.init_from = {where} holds weights alone; set train.init_with=weights")
     child = config.resolved(parent.config.model.vocab_size)
     by_rule = changes_of(parent.config, child)
     changes = by_rule["frozen"] + by_rule["warn"]

@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ def check_gguf_file(file: Path) -> None:
         with file.open("rb") as there:
             if there.read(len(MAGIC)) != MAGIC:
                 raise InputError(f"{file} is something else than a GGUF file; name a new file")
+    above = next(path for path in file.absolute().parents if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"{file}: {above} is no folder that can be written to; name another file")
     _library()
 
 
@@ -52,7 +56,8 @@ def write_gguf(
         dtype: one of `DTYPES`.
 
     Raises:
-        InputError: the file is something else, or llama.cpp computes no such model or finds other tokens.
+        InputError: the file is something else, llama.cpp computes no such model or finds other tokens, or a value is
+            too large for the dtype.
     """
     check_gguf_file(file)
     library = _library()
@@ -82,6 +87,8 @@ def write_gguf(
         theirs = interchange.to_theirs(config, context, read)
         for name, array in layout.tensors(config, architecture, theirs):
             assert array.shape == shapes[name], name
+            if kinds[name] == types.F16 and np.abs(array).max() > np.finfo(np.float16).max:
+                raise InputError(f"these weights cannot be exported: {name} has values too large for f16; take bf16")
             writer.write_tensor_data(library.quants.quantize(array, kinds[name]))
         writer.close()
         partial.rename(file)

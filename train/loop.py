@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from data.errors import StorageError
 from data.loader import Loaded, Loader, gather_positions, is_over
+from data.tokenizer import Tokenizer
+from model.parameters import parameter_table
 from train.begin import begin
+from train.card import model_card
 from train.checkpoint import Checkpoints
 from train.config import Config
 from train.evaluate import evaluate, evaluation_metrics, make_evaluation_step, sample_text
@@ -34,7 +36,7 @@ from train.step import Programs
 from train.stop import Agreement, Stopped, StopSignals
 from train.storage import writing
 from train.watch import compact
-from train.weights import check_export_folder, exported_step, why_no_export, write_huggingface
+from train.weights import Weights, check_export_folder, exported_step, why_no_export, write_huggingface
 from train.writers import open_writers
 
 
@@ -95,13 +97,18 @@ def pretrain(config: Config) -> Run:
         step = training.step
 
         if exports and (first < step or exported_step(run.export) != step):
-            whole = multihost_utils.process_allgather(evaluated_weights(training.state), tiled=True)
-            context = config.data.segment_length
             with writing("the export", run.export):
-                once(lambda: write_huggingface(run.export, config.model, whole, prepared.tokenizer, context, step))
+                once(lambda: export(run, config, checkpoints, prepared.tokenizer, step))
         if first < step:
             events.write("end", step=step)
     return run
+
+
+def export(run: Run, config: Config, checkpoints: Checkpoints, tokenizer: Tokenizer, step: int) -> None:
+    """Write the weights of a checkpoint for inference; they are read from there, not gathered from the devices."""
+    _, read = checkpoints.open_weights(parameter_table(config.model), step)
+    weights = Weights(config.model, config.data.segment_length, tokenizer, read, step)
+    write_huggingface(run.export, weights, card=model_card(weights, run))
 
 
 class Underway(NamedTuple):

@@ -66,7 +66,7 @@ def prepare(config: Config, run: Run, lease: Lease) -> Prepared:
     check_folder(config, run)
     mixture = open_run_mixture(config, run)
     # A run begins with its first checkpoint. What a start without one has left is made anew.
-    begins = not run.last_step()
+    begins = run.last_step() is None
     if begins:
         mixture.check()
         if config.train.init_from:
@@ -104,8 +104,13 @@ def check_folder(config: Config, run: Run) -> None:
     if run.is_claimed():
         check_moved_checkpoints(run, last_step)
     once(lambda: check_writable(run.checkpoints))
-    if not last_step:
+    if last_step is None:
         return
+    if last_step == 0:
+        raise InputError(
+            f"train.run_dir = {run.folder} holds imported weights, with which another run can begin: "
+            f"--config={run.folder}@0 --config.train.run_dir=FOLDER"
+        )
     saved = run.load_config()
     changes, accepts = changes_of(saved, config.resolved(saved.model.vocab_size)), config.data.accept_changes
     if frozen := [change for change in changes["frozen"] if not (accepts and change.field.startswith("data."))]:
@@ -123,10 +128,10 @@ def check_folder(config: Config, run: Run) -> None:
         log.warning("changed on resume:\n%s", table(changes["warn"]))
 
 
-def check_moved_checkpoints(run: Run, last_step: int) -> None:
+def check_moved_checkpoints(run: Run, last_step: int | None) -> None:
     """InputError where the run's newest checkpoint is where it was saved before, and not in `checkpoint.dir`."""
     before, _ = Run.there(run.folder)
-    if before.checkpoints != run.checkpoints and (newest := before.last_step()) > last_step:
+    if before.checkpoints != run.checkpoints and (newest := before.last_step() or 0) > (last_step or 0):
         raise InputError(
             f"checkpoint.dir: {run.folder} has saved its step {newest} in {before.checkpoints}, and {run.checkpoints} "
             f"has {f'step {last_step}' if last_step else 'nothing'}; move the checkpoints there, or give the old place"

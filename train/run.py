@@ -13,6 +13,7 @@ from etils import epath
 from data.config import DataConfig
 from data.errors import InputError
 from data.tokenizer import Tokenizer
+from model.parameters import parameter_table
 from train.checkpoint import Checkpoints
 from train.config import Config, MeshConfig, to_json
 from train.mesh import check_sharing
@@ -20,7 +21,7 @@ from train.optimizer import make_optimizer
 from train.saved import CONFIG_FILE, read_config, split_name
 from train.state import abstract_state
 from train.storage import steps_in
-from train.weights import is_export, read_huggingface
+from train.weights import Weights, in_memory, is_export, open_huggingface
 
 # Ends the name of a file that is not whole yet.
 PARTIAL = ".partial"
@@ -117,9 +118,9 @@ class Run:
         """Weights for inference, written at the end."""
         return self.folder / "export"
 
-    def last_step(self) -> int:
-        """Of the newest complete checkpoint; 0 where there is none."""
-        return max(steps_in(self.checkpoints), default=0)
+    def last_step(self) -> int | None:
+        """Of the newest complete checkpoint; none where there is none. That of imported weights is of step 0."""
+        return max(steps_in(self.checkpoints), default=None)
 
     def is_claimed(self) -> bool:
         """Whether the folder is a run's, even one that was killed as it began.
@@ -130,7 +131,7 @@ class Run:
         if self.config_file.exists():
             self.load_config()
             return True
-        if self.last_step():
+        if self.last_step() is not None:
             raise InputError(
                 f"train.run_dir = {self.folder}: checkpoints in {self.checkpoints}, but no config.json; restore it, or "
                 "name other folders"
@@ -210,26 +211,52 @@ def load_trained(where: str) -> Trained:
     """
     folder, step = split_name(where)
     if is_export(folder):
-        if step is not None:
-            raise InputError(f"{where}: exported weights have no steps; leave out @{step}")
-        model, weights, tokenizer, context = read_huggingface(folder)
-        config = Config(model=model, data=DataConfig(segment_length=context)).resolved()
+        opened = open_weights(where)
+        data = DataConfig(segment_length=opened.context)
+        config = Config(model=opened.config, data=data).resolved()
         check_sharing(config.model)
         abstract = abstract_state(config, make_optimizer(config))["weights"]
-        return Trained(config, jax.tree.map(lambda w, a: jax.device_put(w, a.sharding), weights, abstract), tokenizer)
-    run, config = Run.there(folder)
-    if not run.last_step():
-        raise InputError(f"{folder} has no checkpoint yet; let its `ziggurat pretrain` go on to the first one")
-    tokenizer = Tokenizer.load(run.tokenizer)
-    config = config.resolved(tokenizer.vocab_size)
-    config = dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, compute_dtype="float32", attention_kernel="auto"),
-        mesh=MeshConfig(),
-    )
+        weights = jax.tree.map(lambda array, like: jax.device_put(array, like.sharding), in_memory(opened), abstract)
+        return Trained(config, weights, opened.tokenizer)
+    run, config, tokenizer = saved_run(folder)
     check_sharing(config.model)
     checkpoints = Checkpoints(run.checkpoints)
     abstract = abstract_state(config, make_optimizer(config))["weights"]
     found, weights = checkpoints.restore_weights(abstract, step)
     checkpoints.close()
     return Trained(config, weights, tokenizer, run, found)
+
+
+def open_weights(where: str) -> Weights:
+    """The weights of a RUN, RUN@STEP or a folder of WEIGHTS as they lie there: see `train.weights.Weights`.
+
+    Raises:
+        InputError: nothing there, or damaged.
+    """
+    folder, step = split_name(where)
+    if is_export(folder):
+        if step is not None:
+            raise InputError(f"{where}: exported weights have no steps; leave out @{step}")
+        return open_huggingface(folder)
+    run, config, tokenizer = saved_run(folder)
+    checkpoints = Checkpoints(run.checkpoints)
+    found, read = checkpoints.open_weights(parameter_table(config.model), step)
+    checkpoints.close()
+    return Weights(config.model, config.data.segment_length, tokenizer, read, found)
+
+
+def run_of(where: str) -> Run | None:
+    """The run of a RUN or RUN@STEP; none: they are exported weights."""
+    folder, _ = split_name(where)
+    return None if is_export(folder) else Run.there(folder)[0]
+
+
+def saved_run(folder: Path) -> tuple[Run, Config, Tokenizer]:
+    """(run, resolved settings for its use after training, tokenizer) of a run that has a checkpoint."""
+    run, config = Run.there(folder)
+    if run.last_step() is None:
+        raise InputError(f"{folder} has no checkpoint yet; let its `ziggurat pretrain` go on to the first one")
+    tokenizer = Tokenizer.load(run.tokenizer)
+    config = config.resolved(tokenizer.vocab_size)
+    model = dataclasses.replace(config.model, compute_dtype="float32", attention_kernel="auto")
+    return run, dataclasses.replace(config, model=model, mesh=MeshConfig()), tokenizer

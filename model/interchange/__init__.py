@@ -9,6 +9,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from model.config import CHOICES, ModelConfig
@@ -25,7 +26,7 @@ FAMILIES = (GEMMA, LLAMA, MISTRAL, QWEN3, GPT2, GPT1)
 # In config.json: fields of ours that their class has in another way.
 OWN = "ziggurat"
 OWN_FIELDS = ("position", "attention_bias", "feedforward_bias", "scale_embeddings", "tie_embeddings")
-TIED_COPY = "lm_head.weight"
+HEAD = "lm_head.weight"
 # How far a value may be from another because a file has 16 bits for it.
 ROUNDED = 2**-7
 
@@ -137,7 +138,7 @@ def context_from_theirs(theirs: Mapping[str, Any]) -> int:
 def reader_from_theirs(config: ModelConfig, context: int, read: Theirs) -> Reader:
     """Our parameters, float32, one at a time, from their tensors: the inverse of `to_theirs`.
 
-    The reader raises ValueError where a tensor has another shape than the config says.
+    Their names and shapes are as `check_theirs` wants them.
     """
     wide, layout = _wide(config, context), _layout(config, context)
 
@@ -158,18 +159,21 @@ def check_theirs(config: ModelConfig, context: int, names: Collection[str], read
         config: resolved.
         context: as their config says.
         names: of all tensors that there are.
-        read: gives them. Of what only pads the model to what their class has, it is read whether it does no more.
+        read: gives them, or views of them. What only fills the model up to their class must be no more than that.
     """
     layout, wide, own = _layout(config, context), _wide(config, context), parameter_table(config)
-    wanted = set(shapes_of_theirs(config, context))
-    if missing := sorted(wanted - set(names)):
+    wanted = shapes_of_theirs(config, context)
+    if missing := sorted(wanted.keys() - set(names)):
         raise ValueError(f"there is no {missing[0]}" + (f", nor {len(missing) - 1} others" if missing[1:] else ""))
-    extra = [name for name in sorted(set(names) - wanted) if not name.endswith(family_of(config).without)]
+    for name, shape in wanted.items():
+        if (found := read(name).shape) != shape:
+            raise ValueError(f"{name} has the shape {found}; the config wants {shape}")
+    extra = [name for name in sorted(set(names) - wanted.keys()) if not name.endswith(family_of(config).without)]
     table = layout.read("embedding.table", None, read)
-    if TIED_COPY in extra and wide.tie_embeddings:
-        extra.remove(TIED_COPY)
-        if not np.array_equal(read(TIED_COPY), table[: config.vocab_size]):
-            raise ValueError(f"{TIED_COPY} is not the embedding, and the config says that they are tied")
+    if HEAD in extra and wide.tie_embeddings:
+        extra.remove(HEAD)
+        if not np.array_equal(read(HEAD), table[: config.vocab_size]):
+            raise ValueError(f"{HEAD} is not the embedding, and the config says that they are tied")
     if extra:
         others = f", nor for {len(extra) - 1} others" if extra[1:] else ""
         raise ValueError(f"this model has no place for {extra[0]}{others}")
@@ -185,17 +189,28 @@ def check_theirs(config: ModelConfig, context: int, names: Collection[str], read
         raise ValueError(f"{OWN} in the config is {_own(config, wide)}, which the weights are not; leave it out there")
 
 
+def full_names(theirs: Mapping[str, Any], names: Collection[str]) -> dict[str, str]:
+    """The name that each tensor of theirs has in its class → its name in files that leave the first word out."""
+    first = _family_of_theirs(theirs).first
+    leaves_out = not any(name.startswith(first) for name in names)
+    return {first + name if leaves_out and name != HEAD else name: name for name in names}
+
+
 def from_theirs(config: ModelConfig, context: int, read: Theirs) -> dict[str, Any]:
-    """Their tensors, got by name, → nested float32 weights. ValueError as of `reader_from_theirs`."""
-    ours = reader_from_theirs(config, context, read)
+    """Their tensors, got by name, → nested float32 weights."""
+    return stacked(config, reader_from_theirs(config, context, read))
+
+
+def stacked(config: ModelConfig, read: Reader) -> dict[str, Any]:
+    """All parameters that a reader gives, as nested arrays: the inverse of `reader_of`."""
     weights = {}
     for name, parameter in parameter_table(config).items():
         if "layers" not in parameter.axes:
-            weights[name] = ours(name, None)
+            weights[name] = read(name, None)
             continue
         weights[name] = np.empty(parameter.shape, np.float32)
         for layer in range(config.num_layers):
-            weights[name][layer] = ours(name, layer)
+            weights[name][layer] = read(name, layer)
     return nested(weights)
 
 
@@ -212,7 +227,7 @@ def _filling(config: ModelConfig, layout: Layout, name: str) -> np.ndarray:
     parameter = layout.parameters[name]
     shape = tuple(size for axis, size in parameter.axes.items() if axis != "layers")
     if name == "position.table" and config.position == "sinusoidal":
-        return np.asarray(sinusoids(np.arange(shape[0])[None], shape[1]))[0]
+        return np.asarray(sinusoids(jnp.arange(shape[0])[None], shape[1]))[0]
     return np.zeros(shape, np.float32)
 
 

@@ -15,6 +15,7 @@ class Family:
 
     Attributes:
         kind: its `model_type`.
+        first: the word that its tensors' names begin with, but for the unembedding's.
         architecture: the class's name.
         settings: of its config.json.
         tensors: all that its files may have, in their order.
@@ -31,6 +32,7 @@ class Family:
 
     kind: str
     architecture: str
+    first: str
     settings: tuple[Setting, ...]
     tensors: tuple[Tensor, ...]
     context: Setting

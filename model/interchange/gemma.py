@@ -11,6 +11,7 @@ ACTIVATIONS = {name: theirs for name, theirs in llama.ACTIVATIONS.items() if nam
 GEMMA = Family(
     kind="gemma",
     architecture="GemmaForCausalLM",
+    first="model.",
     settings=(
         *llama.SIZES,
         llama.HEAD._replace(default=256),

@@ -15,6 +15,8 @@ from model.config import ModelConfig
 from model.position import frequencies
 
 NO_LLAMA3 = ("none", "linear", "yarn")
+# These architectures do not read them from a file.
+YARN = {"rope_high_turns": (32.0,), "rope_low_turns": (1.0,)}
 
 
 class Architecture(NamedTuple):
@@ -104,8 +106,12 @@ def architecture_of(config: ModelConfig, kind: str, context: int) -> Architectur
     if kind not in ARCHITECTURES:
         raise ValueError(f"llama.cpp has no model.norm_placement = {config.norm_placement}")
     found = ARCHITECTURES[kind]
-    missing = [f"model.{name} = {getattr(config, name)}" for name, values in found.choices.items()
-               if getattr(config, name) not in values]  # fmt: skip
+    choices = {**found.choices, **(YARN if config.rope_scaling == "yarn" else {})}
+    missing = [
+        f"model.{name} = {getattr(config, name)}"
+        for name, values in choices.items()
+        if getattr(config, name) not in values
+    ]
     # All positions that there can be are in the window.
     if config.sliding_window and config.sliding_window < context:
         missing.append(f"model.sliding_window = {config.sliding_window}")
@@ -134,11 +140,7 @@ def metadata(config: ModelConfig, architecture: Architecture, context: int) -> d
     if config.rope_scaling in ("linear", "yarn"):
         found |= {"rope.scaling.type": config.rope_scaling, "rope.scaling.factor": config.rope_factor}
     if config.rope_scaling == "yarn":
-        found |= {
-            "rope.scaling.original_context_length": config.rope_original_context,
-            "rope.scaling.yarn_beta_fast": config.rope_high_turns,
-            "rope.scaling.yarn_beta_slow": config.rope_low_turns,
-        }
+        found["rope.scaling.original_context_length"] = config.rope_original_context
     return found
 
 

@@ -71,6 +71,7 @@ def tensors(token_table: str, position_table: str) -> tuple[Tensor, ...]:
 GPT2 = Family(
     kind="gpt2",
     architecture="GPT2LMHeadModel",
+    first="transformer.",
     settings=(
         *SIZES,
         # Null is four times the width, as ours is.
@@ -88,6 +89,7 @@ GPT2 = Family(
 GPT1 = Family(
     kind="openai-gpt",
     architecture="OpenAIGPTLMHeadModel",
+    first="transformer.",
     settings=(*SIZES, Setting("afn", "activation", word, "gelu", GPT1_ACTIVATIONS)),
     tensors=tensors("tokens_embed", "positions_embed"),
     context=CONTEXT._replace(default=512),

@@ -86,6 +86,7 @@ def qwen3_from_theirs(theirs: Mapping[str, Any]) -> dict[str, Any]:
 LLAMA = Family(
     kind="llama",
     architecture="LlamaForCausalLM",
+    first="model.",
     settings=(
         *SIZES, HEAD, ACTIVATION, TIED, ATTENTION_BIAS, Setting("mlp_bias", "feedforward_bias", flag, False)
     ),
@@ -101,6 +102,7 @@ LLAMA = Family(
 MISTRAL = Family(
     kind="mistral",
     architecture="MistralForCausalLM",
+    first="model.",
     settings=(*SIZES, HEAD, ACTIVATION, TIED, Setting("sliding_window", "sliding_window", whole_or_none, 4096)),
     tensors=TENSORS,
     context=CONTEXT,
@@ -112,6 +114,7 @@ MISTRAL = Family(
 QWEN3 = Family(
     kind="qwen3",
     architecture="Qwen3ForCausalLM",
+    first="model.",
     settings=(*SIZES, HEAD._replace(default=128), ACTIVATION, TIED, ATTENTION_BIAS),
     tensors=TENSORS,
     context=CONTEXT,

@@ -96,12 +96,10 @@ class Layout:
         return np.ascontiguousarray(whole.T if tensor.transposed else whole)
 
     def read(self, name: str, layer: int | None, read: Theirs) -> np.ndarray:
-        """One of our parameters, float32, from theirs. ValueError names one of another shape."""
+        """One of our parameters, float32, from theirs."""
         tensor, parameter = self._of[name], self.parameters[name]
-        theirs = tensor.name.format(layer=layer)
-        array = read(theirs)
-        if array.shape != self.shape(tensor):
-            raise ValueError(f"{theirs} has the shape {array.shape}; the config wants {self.shape(tensor)}")
+        array = read(tensor.name.format(layer=layer))
+        assert array.shape == self.shape(tensor)
         array = array.T if tensor.transposed else array
         start = sum(self._shape(self.parameters[other])[-1] for other in tensor.ours[: tensor.ours.index(name)])
         array = array[..., start : start + self._shape(parameter)[-1]].astype(np.float32)

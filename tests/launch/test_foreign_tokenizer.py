@@ -1,9 +1,12 @@
 """A run on somebody else's tokenizer, from its text to its export."""
 
+import json
 from pathlib import Path
 
+import pytest
+
 from data.huggingface_tokenizer import HuggingFaceTokenizer
-from data.tokenizer import Tokenizer
+from data.tokenizer import SentencePieceTokenizer, Tokenizer, train_tokenizer
 from tests.data import others
 from tests.launch.small_run import here, metrics, write_config
 
@@ -13,14 +16,15 @@ def test_a_run_trains_with_it_and_hands_it_on(tmp_path: Path, capsys):
     config, run = write_config(tmp_path), tmp_path / "run"
     arguments = [f"--config={config}", f"--config.tokenizer.path={folder}", "--config.data.num_workers=1"]
     # More ids than the tokenizer has, and more than fill its last 128.
-    assert here("pretrain", *arguments, "--config.model.vocab_size=900") == 0
+    steps = ["--config.train.num_steps=6", "--config.model.vocab_size=900"]
+    assert here("pretrain", *arguments, *steps) == 0
     tokenizer = Tokenizer.load(run / "tokenizer")
     assert isinstance(tokenizer, HuggingFaceTokenizer)
     assert tokenizer.fingerprint == Tokenizer.load(folder).fingerprint
     losses = [record["loss"] for record in metrics(run) if "loss" in record]
     assert losses[-1] < losses[0]
     capsys.readouterr()
-    assert here("generate", run, "--prompt=the cat", "--max-new-tokens=8") == 0
+    assert here("generate", run, "--prompt=the cat", "--max_new_tokens=8") == 0
     assert capsys.readouterr().out.startswith("the cat")
     assert Tokenizer.load(run / "export").fingerprint == tokenizer.fingerprint
     assert here("evaluate", run / "export", f"--corpus={tmp_path / 'corpus.jsonl'}") == 0
@@ -28,3 +32,27 @@ def test_a_run_trains_with_it_and_hands_it_on(tmp_path: Path, capsys):
         here("pretrain", *arguments, "--config.model.vocab_size=100", f"--config.train.run_dir={tmp_path / 'b'}") == 2
     )
     assert f"model.vocab_size = 100 is less than the tokenizer's {tokenizer.vocab_size}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("prompts", [False, True])
+def test_the_space_before_a_text_is_not_counted_as_its_own(tmp_path: Path, capsys, prompts: bool):
+    config, corpus = write_config(tmp_path), tmp_path / "corpus.jsonl"
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    learned = train_tokenizer(texts, 330, tmp_path / "ours")
+    assert isinstance(learned, SentencePieceTokenizer)
+    folder = others.write(tmp_path / "llama2", others.byte_fallback("llama2", learned), "</s>")
+    tokenizer = Tokenizer.load(folder)
+    if prompts:
+        corpus.write_text("".join(json.dumps({"prompt": text[:9], "text": text[9:]}) + "\n" for text in texts))
+    arguments = [f"--config={config}", f"--config.tokenizer.path={folder}", "--config.data.prompt_field=prompt"]
+    assert here("inspect", "data", *arguments[: 3 if prompts else 2], "--step=1", "--json") == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    parts = [part for row in rows for part in row["parts"] if part["characters"][0] == 0 and not part["end"]]
+    assert parts
+    for part in parts:
+        document = json.loads(corpus.read_bytes()[part["byte"] :].splitlines()[0])
+        prompt = document.get("prompt", "")
+        read = [tokenizer.encode(text) for text in (prompt, document["text"])]
+        behind = max(part["tokens"] - len(read[0]), 0)
+        decoded = tokenizer.decode(read[0][: part["tokens"]]) + tokenizer.decode(read[1][:behind])
+        assert part["text"] == decoded
