@@ -13,19 +13,24 @@ from tests.peers import require
 class LlamaCpp:
     """A model that llama.cpp has read, on the CPU with a float32 cache."""
 
-    def __init__(self, file: Path, context: int = 64):
+    def __init__(self, file: Path, context: int = 64, parallel: int = 1, threads: int = 1):
         library = require("xllamacpp")
         settings = library.CommonParams()
         settings.model.path = str(file)
         settings.n_ctx = context
-        settings.n_parallel = 1
+        settings.n_parallel = parallel
         settings.warmup = False
         settings.fit_params = False
         settings.cache_type_k = settings.cache_type_v = library.ggml_type.GGML_TYPE_F32
         settings.flash_attn_type = library.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
+        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
         settings.verbosity = -1
         self._server = library.Server(settings)
+
+    def continued(self, prompt: list[int], tokens: int) -> list[int]:
+        """So many tokens, each the most likely one, whatever they are."""
+        request = {"prompt": prompt, "n_predict": tokens, "temperature": 0, "ignore_eos": True}
+        return self._ask("completion", request | {"cache_prompt": False, "return_tokens": True})["tokens"]
 
     def greedy(self, prompt: list[int], tokens: int, vocab_size: int) -> tuple[list[int], np.ndarray]:
         """(the tokens that it goes on with, the log-probabilities [tokens, V] that it took them by).

@@ -216,8 +216,8 @@ def load_trained(where: str) -> Trained:
         config = Config(model=opened.config, data=data).resolved()
         check_sharing(config.model)
         abstract = abstract_state(config, make_optimizer(config))["weights"]
-        place = lambda w, a: jax.device_put(w, a.sharding)
-        return Trained(config, jax.tree.map(place, in_memory(opened), abstract), opened.tokenizer)
+        weights = jax.tree.map(lambda array, like: jax.device_put(array, like.sharding), in_memory(opened), abstract)
+        return Trained(config, weights, opened.tokenizer)
     run, config, tokenizer = saved_run(folder)
     check_sharing(config.model)
     checkpoints = Checkpoints(run.checkpoints)

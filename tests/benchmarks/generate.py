@@ -3,9 +3,9 @@
     python -m tests.benchmarks.generate
 
 A model of 40 M random parameters continues the same prompts greedily, in float32 with a float32 cache, on the CPU with
-the same number of threads, one prompt at a time and eight at once. Prefill is timed to the first token; decoding is the
-time beyond that. Each is run in turn with the others, and the median of the rounds counts. llama.cpp (xllamacpp) is left
-out where it is not installed. The last line is one JSON object.
+the same number of threads, one prompt at a time and eight at once. Prefill is timed to the first token; decoding is
+what NEW tokens take beyond that. The programs take turns, and the median of the rounds counts. llama.cpp (xllamacpp) is
+left out where it is not installed. The last line is one JSON object.
 """
 
 import importlib.util
@@ -17,11 +17,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-THREADS = 2
-# Before JAX counts them.
-os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
-os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import numpy as np
@@ -37,8 +32,9 @@ from model.sampling import GREEDY
 from tests.llama_cpp import LlamaCpp
 from train.gguf import write_gguf
 from train.mesh import GENERATION, on_one_device
-from train.weights import write_huggingface
+from train.weights import Weights, write_huggingface
 
+THREADS = 2
 PROMPT, NEW, BATCHES, ROUNDS, CONTEXT = 256, 64, (1, 8), 5, 512
 MODEL = {"num_layers": 12, "model_dim": 512, "num_heads": 8, "feedforward_dim": 1408, "compute_dtype": "float32"}
 
@@ -78,7 +74,7 @@ def of_llama_cpp(file: Path, rows: int) -> Continue:
     pool = ThreadPoolExecutor(rows)
 
     def go(prompts: list[list[int]], new: int) -> list[list[int]]:
-        return list(pool.map(lambda prompt: server.continue_(prompt, new), prompts))
+        return list(pool.map(lambda prompt: server.continued(prompt, new), prompts))
 
     return go
 
@@ -114,16 +110,20 @@ def measure(programs: dict[str, Continue], prompts: list[list[int]]) -> dict[str
 
 
 def main() -> None:
+    # JAX takes as many threads as there are processors when it first starts.
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
+    jax.config.update("jax_platforms", "cpu")
     with tempfile.TemporaryDirectory() as temporary, jax.set_mesh(on_one_device()):
         folder = Path(temporary)
         sources = sorted(Path(__file__).parent.parent.parent.glob("*/*.py"))
         tokenizer = train_tokenizer([file.read_text() for file in sources], 2048, folder / "tokenizer")
         config = ModelConfig(**MODEL).resolved(tokenizer.vocab_size)
         weights = jax.device_get(jax.jit(lambda: initial_weights(config, 0, GENERATION))())
-        write_huggingface(folder / "hf", config, weights, tokenizer, CONTEXT, 0)
+        reader = interchange.reader_of(weights)
+        write_huggingface(folder / "hf", Weights(config, CONTEXT, tokenizer, reader))
         llama_cpp = importlib.util.find_spec("xllamacpp") is not None
         if llama_cpp:
-            write_gguf(folder / "f32.gguf", config, CONTEXT, interchange.reader_of(weights), tokenizer)
+            write_gguf(folder / "f32.gguf", config, CONTEXT, reader, tokenizer)
         programs = {"ziggurat": ours(config, tokenizer), "transformers": of_transformers(folder / "hf")}
         print(f"{count_parameters(config):,} parameters, {PROMPT} tokens a prompt, {NEW} new, {THREADS} threads")
         print(f"{'tokens/s':14} {'batch':>5} {'prefill':>9} {'decode':>9}   as ours")

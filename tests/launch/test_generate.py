@@ -1,0 +1,94 @@
+"""`ziggurat generate`: many prompts from JSONL, stop strings, seeds, devices, and everything wrong at once."""
+
+import io
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.launch.small_run import here
+
+PROMPTS = ["the cat", "a dog sees my", "", "one fish likes the bird. my cat"]
+
+
+def write_prompts(folder: Path) -> Path:
+    file = folder / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": prompt, "id": i}) + "\n" for i, prompt in enumerate(PROMPTS)))
+    return file
+
+
+def lines(capsys, *arguments: object) -> list[dict]:
+    assert here("generate", *arguments) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_many_prompts_are_continued_in_their_order_each_as_alone(finished: Path, tmp_path: Path, capsys, caplog):
+    file = write_prompts(tmp_path)
+    flags = ("--greedy", "--max_new_tokens=20", "--repetition_penalty=1.2")
+    found = lines(capsys, finished, f"--prompts={file}", "--batch_size=3", *flags)
+    assert [(line["prompt"], line["id"]) for line in found] == [(prompt, i) for i, prompt in enumerate(PROMPTS)]
+    assert all(line["ended"] == ("length" if line["tokens"] == 20 else "eos") for line in found)
+    assert "4 of 4 prompts" in caplog.text
+    for line in found[:2]:
+        assert here("generate", finished, f"--prompt={line['prompt']}", *flags) == 0
+        assert capsys.readouterr().out == line["prompt"] + line["text"]
+
+
+def test_a_text_ends_before_the_stop_string(finished: Path, tmp_path: Path, capsys):
+    file = write_prompts(tmp_path)
+    flags = (f"--prompts={file}", "--seed=7", "--top_k=3", "--max_new_tokens=20")
+    free = lines(capsys, finished, *flags)
+    assert lines(capsys, finished, *flags) == free
+    # Of two letters, which may be of two tokens.
+    stop = next(
+        text[i : i + 2] for text in (free[0]["text"],) for i in range(4, 30) if text.index(text[i : i + 2]) == i
+    )
+    found = lines(capsys, finished, *flags, f"--stop={stop}", "--stop=\x00")
+    for line, whole in zip(found, free, strict=True):
+        if stop in whole["text"]:
+            assert (line["text"], line["ended"]) == (whole["text"][: whole["text"].index(stop)], "stop")
+            assert line["tokens"] <= whole["tokens"]
+        else:
+            assert line == whole
+
+
+def test_devices_share_a_model_and_give_the_same_text(finished: Path, capsys):
+    texts = []
+    for flags in ((), ("--mesh.tensor=2", "--mesh.fsdp=-1")):
+        assert here("generate", finished / "export", "--prompt=the cat", "--seed=1", "--max_new_tokens=12", *flags) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+
+
+BAD = [
+    (["--prompt=a", "--top_p=0", "--stop=", "--repetition_penalty=-1", "--batch_size=2"],
+     ["--top_p=0.0 must be", "--stop is empty", "--repetition_penalty=-1.0", "--batch_size has no effect"]),
+    ([], ["give --prompt=TEXT, or --prompts=FILE"]),
+    (["--prompt=a", "--prompts=-"], ["give --prompt=TEXT, or --prompts=FILE"]),
+    (["--prompts={dir}/none", "--greedy", "--top_p=0.5"], ["none cannot be read", "--top_p has no effect"]),
+    (["--prompts={dir}/bad.jsonl"], ["bad.jsonl:2: no JSON", "bad.jsonl:4: no JSON", "bad.jsonl:5: no JSON"]),
+    (["--prompts={dir}/empty.jsonl"], ["empty.jsonl has no prompts"]),
+    (["--prompt=a", "--mesh.tensor=8"], ["model.num_kv_heads = 4 cannot be shared by mesh.tensor = 8; nearest size"]),
+    (["--prompt=a", "--mesh.tensor=9"], ["mesh.tensor × mesh.fsdp = 9, but there are 8 devices"]),
+    (["--prompt=a", "--mesh.tensor=-1", "--mesh.fsdp=-1"], ["are both -1"]),
+    (["--prompt=a", "--mesh.tensor=0"], ["--mesh.tensor=0 must be at least 1"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("flags", "words"), BAD, ids=lambda value: " ".join(value)[:40])
+def test_all_that_is_wrong_is_told_at_once(flags: list, words: list, finished: Path, tmp_path: Path, capsys, caplog):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n["a"]\n\n{"prompt": 1}\n{"prompt": "\\ud800"}\n')
+    (tmp_path / "empty.jsonl").write_text("\n")
+    assert here("generate", finished, *(flag.format(dir=tmp_path) for flag in flags)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    for word in words:
+        assert word in captured.err + caplog.text
+
+
+def test_prompts_come_from_standard_input(finished: Path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b'{"prompt": "a"}\n')))
+    [line] = lines(capsys, finished, "--prompts=-", "--max_new_tokens=2")
+    assert line["prompt"] == "a"
