@@ -34,7 +34,7 @@ from train.run import Run
 from train.schedule import batch_size
 from train.state import evaluated_weights
 from train.step import Programs
-from train.stop import Agreement, Stopped, StopSignals
+from train.stop import Agreement, StopSignals, Stopped, still_alive
 from train.storage import writing
 from train.watch import compact
 from train.weights import Weights, check_export_folder, exported_step, why_no_export, write_huggingface
@@ -393,13 +393,3 @@ class Training:
         if self.logs:
             data = data_fingerprint(self.prepared.identity)
             self.logs[1].write({"step": self.step, "data": data, "positions": positions})
-
-
-def still_alive(config: Config) -> None:
-    """Unless this is called again in time, the process shows where all its threads stand and ends with status 1.
-
-    A collective that waits for a process that is no more, or a dead file system, would wait for ever.
-    """
-    if config.train.watchdog_seconds:
-        # To the descriptor: what stands for standard error may be no file.
-        faulthandler.dump_traceback_later(config.train.watchdog_seconds, exit=True, file=2)

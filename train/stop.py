@@ -3,6 +3,7 @@
 The status of a process that was asked to end is 75 (sysexits' EX_TEMPFAIL): start it again at once.
 """
 
+import faulthandler
 import os
 import signal
 import socket
@@ -16,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from train.config import Config
 
 PREEMPTED = 75
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -125,3 +128,13 @@ class Agreement:
     def _all(self, shape: tuple[int, ...], spec: PartitionSpec, own: list[jax.Array]) -> jax.Array:
         """One array of what each device has of it."""
         return jax.make_array_from_single_device_arrays(shape, NamedSharding(self._mesh, spec), own)
+
+
+def still_alive(config: Config) -> None:
+    """Unless this is called again in time, the process shows where all its threads stand and ends with status 1.
+
+    A collective that waits for a process that is no more, or a dead file system, would wait for ever.
+    """
+    if config.train.watchdog_seconds:
+        # To the descriptor: what stands for standard error may be no file.
+        faulthandler.dump_traceback_later(config.train.watchdog_seconds, exit=True, file=2)
