@@ -34,7 +34,7 @@ from train.run import Run
 from train.schedule import batch_size
 from train.state import evaluated_weights
 from train.step import Programs
-from train.stop import Agreement, StopSignals, Stopped, still_alive
+from train.stop import Agreement, Stopped, StopSignals, still_alive
 from train.storage import writing
 from train.watch import compact
 from train.weights import Weights, check_export_folder, exported_step, why_no_export, write_huggingface
