@@ -49,7 +49,7 @@ class StoredWeights:
         self.place, self.parameters, self._expected = place, parameters, sums
         self._sums = dict.fromkeys(parameters, 0)
         self._left = {name: set(range(p.shape[0]) if "layers" in p.axes else [None]) for name, p in parameters.items()}
-        self._context = tensorstore.Context({"cache_pool": {"total_bytes_limit": KEPT}})
+        self._keeping = tensorstore.Context({"cache_pool": {"total_bytes_limit": KEPT}})
         self._arrays: dict[str, Any] = {}
 
     def __call__(self, name: str, layer: int | None) -> np.ndarray:
@@ -75,7 +75,10 @@ class StoredWeights:
             place = os.fspath(self.place)
             base = place if is_remote(place) else {"driver": "file", "path": f"{os.path.abspath(place)}/"}
             store = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
-            array = tensorstore.open({"driver": "zarr", "kvstore": store}, context=self._context, read=True).result()
+            spec = {"driver": "zarr", "kvstore": store}
+            array = tensorstore.open(spec, read=True).result()
+            if "layers" in self.parameters[name].axes and array.chunk_layout.read_chunk.shape[0] > 1:
+                array = tensorstore.open(spec, context=self._keeping, read=True).result()
             if tuple(array.shape) != self.parameters[name].shape:
                 raise ValueError(
                     f"it has the shape {tuple(array.shape)}; the config says {self.parameters[name].shape}"
