@@ -34,7 +34,6 @@ class HuggingFaceTokenizer(Tokenizer):
         byte_level: each character of a piece stands for a byte, as in GPT-2; else pieces are text, and bytes have
             pieces of their own.
         settings: of `tokenizer.json`, without vocabulary and merges.
-        merges: pairs of pieces, the first joined first.
 
     Raises:
         InputError: a file is damaged, there is no such token, or some bytes have no token.
@@ -48,8 +47,9 @@ class HuggingFaceTokenizer(Tokenizer):
             self._model = tokenizers.Tokenizer.from_buffer(content)
         except ValueError as error:
             raise InputError(f"{folder / JSON_FILE} is damaged, or no tokenizer ({error}); restore it") from None
-        self.merges = self.settings["model"].pop("merges", [])
-        self.settings["model"].pop("vocab")
+        # Most of what the file takes in memory; the merges are read again where they are wanted.
+        for large in ("vocab", "merges"):
+            self.settings["model"].pop(large, None)
         # What is for training models on single texts, not for reading a corpus.
         self._model.no_truncation()
         self._model.no_padding()
@@ -100,6 +100,11 @@ class HuggingFaceTokenizer(Tokenizer):
         if found is None:
             return []
         return found[STEPS[part]] if found["type"] == "Sequence" else [found]
+
+    def merges(self) -> list[tuple[str, str]]:
+        """Pairs of pieces; the first is joined first."""
+        found = json.loads((self.folder / JSON_FILE).read_bytes())["model"].get("merges", [])
+        return [tuple(pair.split(" ", 1) if isinstance(pair, str) else pair) for pair in found]
 
     def files(self) -> dict[str, bytes]:
         """`tokenizer_config.json`, which names the EOS token, and `tokenizer.json`."""

@@ -59,7 +59,7 @@ def gguf_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     else:
         assert isinstance(tokenizer, HuggingFaceTokenizer)
         if tokenizer.byte_level:
-            merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in tokenizer.merges]
+            merges = [" ".join(pair) for pair in tokenizer.merges()]
             found |= {"model": "gpt2", "pre": _pre(tokenizer), "merges": merges}
             scores = []
         else:
@@ -100,7 +100,7 @@ def _scores(tokenizer: HuggingFaceTokenizer) -> list[float]:
     if not {step["type"] for step in steps} <= {"Prepend", "Replace", "Metaspace", "Split"} or not steps:
         raise _refused(tokenizer, "changes a text in a way that llama.cpp does not")
     ids = {piece: i for i, piece in enumerate(tokenizer.pieces)}
-    pairs = [tuple(pair.split(" ", 1) if isinstance(pair, str) else pair) for pair in tokenizer.merges]
+    pairs = tokenizer.merges()
     made = [one + other for one, other in pairs]
     order = list(dict.fromkeys(made))
     # SentencePiece joins every pair that makes a piece, and those that make the same one at the same time.

@@ -9,29 +9,51 @@ from data.huggingface_tokenizer import HuggingFaceTokenizer
 from data.tokenizer import SentencePieceTokenizer, Tokenizer, train_tokenizer
 from tests.data import others
 from tests.launch.small_run import here, metrics, write_config
+from tests.llama_cpp import LlamaCpp
+from tests.peers import require
 
 
-def test_a_run_trains_with_it_and_hands_it_on(tmp_path: Path, capsys):
-    folder = others.write(tmp_path / "gpt2", others.byte_level("gpt2"), others.EOS)
-    config, run = write_config(tmp_path), tmp_path / "run"
-    arguments = [f"--config={config}", f"--config.tokenizer.path={folder}", "--config.data.num_workers=1"]
-    # More ids than the tokenizer has, and more than fill its last 128.
-    steps = ["--config.train.num_steps=6", "--config.model.vocab_size=900"]
-    assert here("pretrain", *arguments, *steps) == 0
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Of `pretrain`, for a run in the config's folder."""
+    root = tmp_path_factory.mktemp("foreign")
+    folder = others.write(root / "gpt2", others.byte_level("gpt2"), others.EOS)
+    return [f"--config={write_config(root)}", f"--config.tokenizer.path={folder}", "--config.data.num_workers=1"]
+
+
+@pytest.fixture(scope="module")
+def run(arguments: list[str]) -> Path:
+    """One that has trained. It has more ids than the tokenizer, and more than fill the last 128 of that."""
+    assert here("pretrain", *arguments, "--config.train.num_steps=6", "--config.model.vocab_size=900") == 0
+    return Path(arguments[0].removeprefix("--config=")).parent / "run"
+
+
+def test_a_run_trains_with_it_and_hands_it_on(arguments: list[str], run: Path, tmp_path: Path, capsys):
     tokenizer = Tokenizer.load(run / "tokenizer")
     assert isinstance(tokenizer, HuggingFaceTokenizer)
-    assert tokenizer.fingerprint == Tokenizer.load(folder).fingerprint
+    assert tokenizer.fingerprint == Tokenizer.load(run.parent / "gpt2").fingerprint
     losses = [record["loss"] for record in metrics(run) if "loss" in record]
     assert losses[-1] < losses[0]
-    capsys.readouterr()
     assert here("generate", run, "--prompt=the cat", "--max_new_tokens=8") == 0
     assert capsys.readouterr().out.startswith("the cat")
     assert Tokenizer.load(run / "export").fingerprint == tokenizer.fingerprint
-    assert here("evaluate", run / "export", f"--corpus={tmp_path / 'corpus.jsonl'}") == 0
+    assert here("evaluate", run / "export", f"--corpus={run.parent / 'corpus.jsonl'}") == 0
     assert (
         here("pretrain", *arguments, "--config.model.vocab_size=100", f"--config.train.run_dir={tmp_path / 'b'}") == 2
     )
     assert f"model.vocab_size = 100 is less than the tokenizer's {tokenizer.vocab_size}" in capsys.readouterr().err
+
+
+def test_it_goes_into_a_gguf_file(run: Path, tmp_path: Path, capsys):
+    require("gguf")
+    file = tmp_path / "model.gguf"
+    assert here("export", run, "--format=gguf", f"--to={file}", "--dtype=f16") == 0
+    assert capsys.readouterr().out == f"{file}\n"
+    assert file.read_bytes()[:4] == b"GGUF"
+    assert here("export", run, "--format=gguf", f"--to={run / 'config.json'}") == 2
+    assert "is something else than a GGUF file" in capsys.readouterr().err
+    text = "the cat sees  a dog.\n\n    my bird"
+    assert LlamaCpp(file).tokenize(text) == Tokenizer.load(run / "tokenizer").encode(text).tolist()
 
 
 @pytest.mark.parametrize("prompts", [False, True])
