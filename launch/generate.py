@@ -167,7 +167,7 @@ def check(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         lines.append({"prompt": arguments.prompt})
         if not is_text(arguments.prompt):
             problems.append("--prompt is not valid UTF-8")
-    if arguments.prompts is not None:
+    if arguments.prompts is not None and arguments.prompt is None:
         try:
             lines += read_prompts(arguments.prompts)
         except InputError as error:
