@@ -41,10 +41,8 @@ class TensorFiles:
         self._of: dict[str, tuple[Path, dict[str, Any], int]] = {}
         if (folder / FILE).is_file():
             self._add(folder / FILE)
-        elif (folder / INDEX).is_file():
-            self._add_shards(folder)
         else:
-            raise ValueError(f"there is neither {FILE} nor {INDEX}")
+            self._add_shards(folder)
 
     @property
     def names(self) -> list[str]:

@@ -141,6 +141,8 @@ def open_huggingface(folder: Path) -> Weights:
     """
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} has no config.json; export the weights anew")
+    if not (folder / FILE).is_file() and not (folder / INDEX).is_file():
+        raise InputError(f"{folder} has no {FILE}, nor {INDEX}; export the weights anew")
     try:
         values = json.loads((folder / "config.json").read_text())
         config = interchange.config_from_theirs(values)

@@ -206,7 +206,7 @@ def test_what_cannot_be_imported_is_told_and_nothing_is_made(finished: Path, imp
         (broken("d", tensors=lambda t: t | extra), "this model has no place for model.layers.0.self_attn.q_proj.bias"),
         (broken("e", tensors=lambda t: {n: x for n, x in t.items() if n != norm}), f"there is no {norm}"),
         (broken("f", tensors=lambda t: t | {norm: t[norm].astype(np.int32)}), f"{norm} is of the dtype I32"),
-        (broken("g", file=False), "there is neither model.safetensors nor model.safetensors.index.json"),
+        (broken("g", file=False), "has no model.safetensors, nor model.safetensors.index.json"),
         (broken("h", {"vocab_size": 64}, lambda t: t | {table: t[table][:64], "lm_head.weight": t[table][:64]}),
          "the tokenizer has 366 ids, the model 64"),
         (broken("i", {"ziggurat": {"qk_norm": True}}), "ziggurat is {'qk_norm': True}; it may hold position"),
