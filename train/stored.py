@@ -77,7 +77,8 @@ class StoredWeights:
             store = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
             spec = {"driver": "zarr", "kvstore": store}
             array = tensorstore.open(spec, read=True).result()
-            if "layers" in self.parameters[name].axes and array.chunk_layout.read_chunk.shape[0] > 1:
+            chunk: Any = array.chunk_layout.read_chunk.shape
+            if "layers" in self.parameters[name].axes and chunk[0] > 1:
                 array = tensorstore.open(spec, context=self._keeping, read=True).result()
             if tuple(array.shape) != self.parameters[name].shape:
                 raise ValueError(
