@@ -279,7 +279,8 @@ class Generator:
         waiting = deque(
             Row(i, [*prompt], [*prompt][-self.context :] or [self.eos_id]) for i, prompt in enumerate(prompts)
         )
-        if not waiting:
+        if not waiting or not max_new_tokens:
+            yield from (Piece(row.number, [], "length") for row in waiting)
             return
         rows: list[Row | None] = [None] * power_of_two(min(batch_size, len(waiting)))
         longest = max(len(row.seen) for row in waiting) + max_new_tokens

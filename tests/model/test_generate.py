@@ -114,6 +114,7 @@ def test_an_empty_prompt_begins_a_document_and_a_long_one_keeps_its_end():
     assert found[0] == found[1]
     assert found[2] == found[3]
     assert list(rows([], max_new_tokens=1, sampling=GREEDY)) == []
+    assert list(rows(PROMPTS[:2], max_new_tokens=0, sampling=GREEDY)) == [(0, [], "length"), (1, [], "length")]
 
 
 def test_the_penalty_counts_all_of_the_prompt_and_of_what_was_drawn():
