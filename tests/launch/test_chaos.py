@@ -11,11 +11,11 @@ from tests.launch.test_pretrain import assert_same_end
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it looks for processes in /proc")
 def test_whatever_happens_the_end_is_that_of_an_undisturbed_run(tmp_path: Path):
-    chaos = Chaos(tmp_path, processes=[2], devices=2, steps=160)
+    chaos = Chaos(tmp_path, processes=[2], devices=2, steps=120)
     chaos.start()
-    for fault in ("kill in a save", "terminate", "NaN in one process", "truncated checkpoint"):
+    for fault in ("kill in a save", "NaN in one process", "truncated checkpoint"):
         chaos.suffer(fault)
     chaos.to_the_end()
     straight = chaos.straight(processes=2)
     assert same_curve(chaos.run, straight) == 0
-    assert_same_end(chaos.run, straight, 160)
+    assert_same_end(chaos.run, straight, 120)

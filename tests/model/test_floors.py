@@ -70,7 +70,7 @@ def log_probabilities(config: ModelConfig):
     return at_once, extend
 
 
-@settings(max_examples=16)
+@settings(max_examples=10)
 @given(config=models(), seed=st.integers(0, 100))
 def test_any_model_is_causal_trains_all_prefixes_at_once_packs_and_decodes_from_a_cache(config: ModelConfig, seed: int):
     weights, (at_once, extend) = small_weights(config, seed), log_probabilities(config)
