@@ -97,6 +97,8 @@ def test_a_run_begins_with_imported_weights_and_learns_another_corpus(imported: 
 
     # In its own folder it cannot go on: it has no optimizer, and no place in any data.
     for flags, words in (
+        (["report", imported], "holds imported weights, which have no steps and no data"),
+        (["inspect", "data", imported, "--step=1"], "holds imported weights, which have no steps and no data"),
         (["pretrain", f"--config={imported}"], "holds imported weights, with which another run can begin"),
         ([*start, "--config.train.run_dir=x", "--config.train.init_with=all"], "set train.init_with=weights"),
     ):
