@@ -142,9 +142,14 @@ def open_huggingface(folder: Path) -> Weights:
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} has no config.json; export the weights anew")
     if not (folder / FILE).is_file() and not (folder / INDEX).is_file():
-        raise InputError(f"{folder} has no {FILE}, nor {INDEX}; export the weights anew")
+        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
+        remedy = "save pickled ones with Transformers' save_pretrained" if pickled else "export the weights anew"
+        raise InputError(f"{folder} has no {FILE}, nor {INDEX}; {remedy}")
     try:
         values = json.loads((folder / "config.json").read_text())
+    except (ValueError, OSError) as error:
+        raise InputError(f"{folder / 'config.json'} is damaged ({error}); restore it") from None
+    try:
         config = interchange.config_from_theirs(values)
         context = interchange.context_from_theirs(values)
         tensors = TensorFiles(folder)

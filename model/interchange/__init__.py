@@ -167,6 +167,8 @@ def check_theirs(config: ModelConfig, context: int, names: Collection[str], read
         names: of all tensors that there are.
         read: gives them, or views of them. What only fills the model up to their class must be no more than that.
     """
+    if config.num_layers > len(names):
+        raise ValueError(f"the config says {config.num_layers} layers, and there are {len(names)} tensors")
     layout, wide, own = _layout(config, context), _wide(config, context), parameter_table(config)
     wanted = shapes_of_theirs(config, context)
     if missing := sorted(wanted.keys() - set(names)):

@@ -211,6 +211,7 @@ def test_what_cannot_be_imported_is_told_and_nothing_is_made(finished: Path, imp
         (broken("g", file=False), "has no model.safetensors, nor model.safetensors.index.json"),
         (broken("h", {"vocab_size": 64}, lambda t: t | {table: t[table][:64], "lm_head.weight": t[table][:64]}),
          "the tokenizer has 366 ids, the model 64"),
+        (broken("k", {"num_hidden_layers": 10**9}), "the config says 1000000000 layers, and there are 21 tensors"),
         (broken("i", {"ziggurat": {"qk_norm": True}}), "ziggurat is {'qk_norm': True}; it may hold position"),
         (tmp_path / "none", "there is no such folder"),
         (finished, "has no model.safetensors"),
@@ -221,6 +222,12 @@ def test_what_cannot_be_imported_is_told_and_nothing_is_made(finished: Path, imp
     index = {"weight_map": dict.fromkeys(load_file(shards / first), second)}
     (shards / "model.safetensors.index.json").write_text(json.dumps(index))
     cases.append((shards, f"there is no {second}, which model.safetensors.index.json names"))
+    (damaged := broken("l") / "config.json").write_text("{")
+    (pickled := broken("m", file=False) / "pytorch_model.bin").write_bytes(b"")
+    cases += [
+        (damaged.parent, f"{damaged} is damaged (Expecting property name"),
+        (pickled.parent, "save pickled ones with Transformers' save_pretrained"),
+    ]
     for folder, words in cases:
         capsys.readouterr()
         assert here("import", folder, f"--to={to}") == 2, words
