@@ -67,8 +67,7 @@ def write_huggingface(folder: Path, weights: Weights, dtype: str = "float32", ca
     """
     check_export_folder(folder)
     config, context, tokenizer = weights.config, weights.context, weights.tokenizer
-    if problem := why_no_export(config):
-        raise InputError(f"these weights cannot be exported: {problem}")
+    check_expressible(config)
     folder = folder.resolve()
     # Names that no folder of the user's own has: both are removed.
     partial, old = (folder.with_name(f".{folder.name}.ziggurat-{what}") for what in ("partial", "old"))
@@ -110,6 +109,12 @@ def why_no_export(config: ModelConfig) -> str | None:
     except ValueError as error:
         return str(error)
     return None
+
+
+def check_expressible(config: ModelConfig) -> None:
+    """InputError where no Transformers class has this model's choices."""
+    if problem := why_no_export(config):
+        raise InputError(f"these weights cannot be exported: {problem}")
 
 
 def exported_step(folder: Path) -> int | None:

@@ -244,13 +244,19 @@ def test_what_cannot_be_exported_is_told_and_nothing_is_overwritten(finished: Pa
     values = json.loads((others / "config.json").read_text())
     del values["pretraining_step"]
     (others / "config.json").write_text(json.dumps(values))
-    for flags, words in (
-        (["--format=hf", f"--to={others}"], "holds other things than an export"),
-        (["--format=hf", f"--to={tmp_path / 'x'}", "--dtype=int8"], "it is one of float32, bfloat16, float16"),
-        (["--format=hf", f"--to={others / 'config.json'}"], "is a file; name a folder"),
+    capped = shutil.copytree(finished, tmp_path / "capped")
+    settings = json.loads((capped / "config.json").read_text())
+    settings["model"]["attention_softcap"] = 30.0
+    (capped / "config.json").write_text(json.dumps(settings))
+    other = f"--to={tmp_path / 'x'}"
+    for run, flags, words in (
+        (finished, [f"--to={others}"], "holds other things than an export"),
+        (finished, [other, "--dtype=int8"], "it is one of float32, bfloat16, float16"),
+        (finished, [f"--to={others / 'config.json'}"], "is a file; name a folder"),
+        (capped, [other], "cannot be exported: LlamaForCausalLM in Transformers has no model.attention_softcap = 30.0"),
     ):
         capsys.readouterr()
-        assert here("export", finished, *flags) == 2
+        assert here("export", run, "--format=hf", *flags) == 2
         assert words in capsys.readouterr().err
     assert json.loads((others / "config.json").read_text()) == values
     assert not (tmp_path / "x").exists()
