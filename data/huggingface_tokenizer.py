@@ -21,6 +21,8 @@ from data.errors import InputError
 from data.tokenizer import JSON_FILE, SPACE, Tokenizer
 
 CONFIG_FILE = "tokenizer_config.json"
+# Of models that chat; nothing here reads it.
+TEMPLATE_FILE = "chat_template.jinja"
 # Where the token that ends a document may stand too, as an id.
 MODEL_CONFIG_FILES = ("generation_config.json", "config.json")
 STEPS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
@@ -105,11 +107,13 @@ class HuggingFaceTokenizer(Tokenizer):
         return [tuple(pair.split(" ", 1) if isinstance(pair, str) else pair) for pair in found]
 
     def files(self) -> dict[str, bytes]:
-        """`tokenizer_config.json`, which names the EOS token, and `tokenizer.json`."""
+        """`tokenizer_config.json`, which names the EOS token, `tokenizer.json`, and the template of chats."""
         config = _read(self.folder / CONFIG_FILE)
         if _eos_token(config) is None:
             config["eos_token"] = self.pieces[self.eos_id]
-        return {
+        template = self.folder / TEMPLATE_FILE
+        kept = {TEMPLATE_FILE: template.read_bytes()} if template.is_file() else {}
+        return kept | {
             CONFIG_FILE: (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(),
             JSON_FILE: (self.folder / JSON_FILE).read_bytes(),
         }

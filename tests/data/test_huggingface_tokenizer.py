@@ -163,10 +163,12 @@ def test_the_end_of_a_document_may_be_named_by_the_models_config(folders, loaded
     (folder / "config.json").write_text('{"eos_token_id": [1, 0]}')
     found = Tokenizer.load(folder)
     assert found.eos_id == 1
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
     for number, odd in enumerate(({}, {"eos_token": None}, {"eos_token": 3})):
         (folder / "tokenizer_config.json").write_text(json.dumps(odd))
         copy = copy_tokenizer(Tokenizer.load(folder), tmp_path / f"copy{number}")
         assert copy.fingerprint == found.fingerprint == loaded["gpt2"].fingerprint
+        assert (copy.folder / "chat_template.jinja").read_text() == "{{ messages }}"
     (folder / "generation_config.json").write_text('{"eos_token_id": 0}')
     assert Tokenizer.load(folder).eos_id == 0
     assert Tokenizer.load(folder).fingerprint != copy.fingerprint

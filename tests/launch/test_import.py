@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -239,7 +240,9 @@ def test_what_cannot_be_imported_is_told_and_nothing_is_made(finished: Path, imp
     assert not list(tmp_path.glob(".*"))
 
 
-def test_what_cannot_be_exported_is_told_and_nothing_is_overwritten(finished: Path, tmp_path: Path, capsys):
+def test_what_cannot_be_exported_is_told_and_nothing_is_overwritten(
+    finished: Path, tmp_path: Path, capsys, monkeypatch
+):
     others = shutil.copytree(finished / "export", tmp_path / "others")
     values = json.loads((others / "config.json").read_text())
     del values["pretraining_step"]
@@ -258,6 +261,9 @@ def test_what_cannot_be_exported_is_told_and_nothing_is_overwritten(finished: Pa
         capsys.readouterr()
         assert here("export", run, "--format=hf", *flags) == 2
         assert words in capsys.readouterr().err
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=10**3))
+    assert here("export", finished, "--format=hf", other) == 1
+    assert f"{tmp_path} has 0.0 MB free, and 0." in capsys.readouterr().err
     assert json.loads((others / "config.json").read_text()) == values
     assert not (tmp_path / "x").exists()
 
