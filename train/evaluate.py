@@ -22,7 +22,7 @@ from train.config import Config, EvaluationConfig
 from train.continuation import make_generator
 from train.mesh import TRAINING, batch_sharding, training_layout
 from train.run import Text
-from train.step import summed_loss
+from train.step import counted, summed_loss
 from train.xla import compiler_options
 
 if TYPE_CHECKING:
@@ -87,7 +87,8 @@ def make_evaluation_step(config: Config) -> EvaluationStep:
     """The compiled function (weights, batch) → (summed loss in nats, summed loss weight)."""
 
     def evaluation_step(weights: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        return summed_loss(config, weights, batch)[1], jnp.sum(batch["loss_weights"])
+        batch, loss_weight = counted(batch)
+        return summed_loss(config, weights, batch)[1], loss_weight
 
     return jax.jit(evaluation_step, compiler_options=compiler_options())
 

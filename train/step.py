@@ -11,7 +11,7 @@ import optax
 from model.decoder import Decoder
 from model.dropout import Keys, row_keys
 from model.loss import Losses, summed_losses
-from model.sharding import Layout
+from model.sharding import Layout, platform
 from train.config import Config
 from train.mesh import training_layout
 from train.schedule import accumulation_parts, batch_size, learning_rate
@@ -31,6 +31,18 @@ def summed_loss(config: Config, weights: dict[str, Any], batch: Batch, keys_B: K
     x_BTD = decoder(batch["tokens"], batch["positions"], batch["segment_ids"], keys_B)
     matrix_DV = decoder.unembedding_matrix()
     return summed_losses(x_BTD, matrix_DV, batch["targets"], batch["loss_weights"], config.model, layout)
+
+
+def counted(batch: Batch) -> tuple[Batch, jax.Array]:
+    """The batch, and its loss weights summed.
+
+    On CPUs all else waits for the sum: devices of jax 0.12's runtime may begin it before a loop or after it, each as
+    it likes, and then wait for one another's collectives without end.
+    """
+    total = jnp.sum(batch["loss_weights"])
+    if platform() == "cpu":
+        batch = {**batch, "tokens": jnp.where(total >= 0, batch["tokens"], 0)}
+    return batch, total
 
 
 def averaged(config: Config, average: dict[str, Any], weights: dict[str, Any], step: jax.Array) -> dict[str, Any]:
@@ -84,7 +96,7 @@ def make_train_step(
         return jax.lax.scan(add, zeros, in_parts(parts, (batch, keys_B), layout))[0]
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        loss_weight = jnp.sum(batch["loss_weights"])
+        batch, loss_weight = counted(batch)
         keys_B = None
         if config.model.dropout:
             rows_B = jnp.arange(batch["tokens"].shape[0], out_sharding=layout.spec("batch"))
