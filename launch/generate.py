@@ -79,12 +79,10 @@ def run(arguments: argparse.Namespace) -> int:
     with jax.set_mesh(generation_mesh(MeshConfig(tensor=arguments.tensor, fsdp=arguments.fsdp))):
         trained = load_trained(arguments.model)
         tokenizer, context = trained.tokenizer, trained.config.data.segment_length
-        prompts = [tokenizer.encode(line["prompt"]).tolist() for line in lines]
-        for prompt in prompts if arguments.prompts is None else ():
-            if len(prompt) > context:
-                log.warning("the prompt has %d tokens; the model sees the last %d", len(prompt), context)
-        if arguments.prompts is not None and (cut := sum(len(prompt) > context for prompt in prompts)):
-            log.warning("%d prompts have more than %d tokens; the model sees the last %d", cut, context, context)
+        prompts = [tokenizer.begin(line["prompt"]) for line in lines]
+        if cut := sum(len(prompt) - 1 > context for prompt in prompts):
+            which = "the prompt has" if arguments.prompts is None else f"{cut} of {len(prompts)} prompts have"
+            log.warning("%s more than %d tokens; the model sees the last %d", which, context, context)
         generator = make_generator(trained.config, trained.weights, tokenizer)
         # The generator has its own copy.
         del trained

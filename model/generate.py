@@ -265,20 +265,18 @@ class Generator:
         """Continue prompts; yields pieces as they are drawn, those of a prompt in order.
 
         The model sees at most `context` positions. When they are full a row goes on from the newer half of them, read
-        anew from position 0 (so what the model sees is always a segment as in training). A prompt longer than the
-        context keeps its newest part; an empty one begins a document. The same seed and number give the same tokens.
+        anew from position 0 (so what the model sees is always a segment as in training). Of a prompt longer than the
+        context the newest part is seen. The same seed and number give the same tokens.
 
         Args:
-            prompts: token ids of each.
+            prompts: token ids of each, at least one.
             max_new_tokens: the limit of each.
             sampling: how tokens are drawn.
             seed: of the random keys.
             batch_size: how many prompts are continued at once, at most.
             stopped: numbers of prompts of which no more is wanted; the caller may add to it after each piece.
         """
-        waiting = deque(
-            Row(i, [*prompt], [*prompt][-self.context :] or [self.eos_id]) for i, prompt in enumerate(prompts)
-        )
+        waiting = deque(Row(i, [*prompt], [*prompt][-self.context :]) for i, prompt in enumerate(prompts))
         if not waiting or not max_new_tokens:
             yield from (Piece(row.number, [], "length") for row in waiting)
             return

@@ -50,7 +50,7 @@ MODELS = [
 
 def theirs_of(config: ModelConfig, weights: Any) -> tuple[dict, dict[str, np.ndarray]]:
     """(their config.json, their tensors)."""
-    values = interchange.config_to_theirs(config, CONTEXT, eos_id=0)
+    values = interchange.config_to_theirs(config, CONTEXT, bos_id=0, eos_id=0)
     return values, dict(interchange.to_theirs(config, CONTEXT, interchange.reader_of(weights)))
 
 
@@ -190,7 +190,7 @@ def test_a_norm_below_a_half_loses_no_more_than_rounding_in_gemma():
 
 
 def test_a_model_with_other_floors_is_refused_by_name():
-    theirs = interchange.config_to_theirs(a_model({}), context=16, eos_id=0)
+    theirs = interchange.config_to_theirs(a_model({}), context=16, bos_id=0, eos_id=0)
     for changes, word in (
         ({"architectures": ["GPTNeoXForCausalLM"]}, "GPTNeoXForCausalLM"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type is longrope"),
@@ -213,7 +213,7 @@ def test_a_model_with_other_floors_is_refused_by_name():
     del theirs["hidden_size"]
     with pytest.raises(ValueError, match="hidden_size"):
         interchange.config_from_theirs(theirs)
-    gpt = interchange.config_to_theirs(a_model(GPT), context=CONTEXT, eos_id=0)
+    gpt = interchange.config_to_theirs(a_model(GPT), context=CONTEXT, bos_id=0, eos_id=0)
     with pytest.raises(ValueError, match="scale_attn_by_inverse_layer_idx is True; in this decoder it is False"):
         interchange.config_from_theirs(gpt | {"scale_attn_by_inverse_layer_idx": True})
 
@@ -233,7 +233,7 @@ def test_what_only_fills_a_class_up_must_be_no_more_than_that():
 
 
 def test_scalings_of_older_files_are_read():
-    theirs = interchange.config_to_theirs(a_model({}), context=16, eos_id=0)
+    theirs = interchange.config_to_theirs(a_model({}), context=16, bos_id=0, eos_id=0)
     theirs |= {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 4}, "rope_theta": 5e5}
     config = interchange.config_from_theirs(theirs)
     assert (config.rope_scaling, config.rope_factor, config.rope_base) == ("linear", 4.0, 5e5)
