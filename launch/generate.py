@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import json
 import logging
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -119,7 +118,7 @@ def write_lines(lines: list[dict[str, Any]], parts: Iterator["Part"]) -> None:
         while written in done:
             text = "".join(texts[written])
             result = {"text": text, "tokens": tokens[written], "ended": done[written]}
-            print(json.dumps(lines[written] | result, ensure_ascii=False), flush=True)
+            print(as_line(lines[written] | result), flush=True)
             written += 1
         if (now := time.monotonic()) - told >= PROGRESS or len(done) == len(lines):
             told = now
@@ -136,20 +135,24 @@ def check(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         problems.append("--batch_size has no effect without --prompts; leave it out")
     if arguments.batch_size is not None and arguments.batch_size < 1:
         problems.append(f"--batch_size={arguments.batch_size} must be at least 1")
-    if arguments.max_new_tokens < 1:
-        problems.append(f"--max_new_tokens={arguments.max_new_tokens} must be at least 1")
+    if not 1 <= arguments.max_new_tokens < 2**31:
+        problems.append(f"--max_new_tokens={arguments.max_new_tokens} must be from 1 to 2147483647")
     if "" in arguments.stop:
         problems.append("--stop is empty; give some text")
     if arguments.top_k is not None and arguments.top_k < 0:
         problems.append(f"--top_k={arguments.top_k} must be 0 or more")
     if arguments.top_p is not None and not 0 < arguments.top_p <= 1:
         problems.append(f"--top_p={arguments.top_p} must be above 0 and at most 1")
-    if arguments.temperature is not None and not 0 < arguments.temperature < math.inf:
+    # Beyond these float32 has no logits left to tell tokens apart.
+    if arguments.temperature is not None and not 1e-6 <= arguments.temperature <= 1e6:
         problems.append(
-            f"--temperature={arguments.temperature} must be above 0; for the most likely token use --greedy"
+            f"--temperature={arguments.temperature} must be from 0.000001 to 1000000; for the most likely token use "
+            "--greedy"
         )
-    if not 0 < arguments.repetition_penalty < math.inf:
-        problems.append(f"--repetition_penalty={arguments.repetition_penalty} must be above 0; 1 is none")
+    if not 1e-6 <= arguments.repetition_penalty <= 1e6:
+        problems.append(
+            f"--repetition_penalty={arguments.repetition_penalty} must be from 0.000001 to 1000000; 1 is none"
+        )
     if arguments.seed is not None and not 0 <= arguments.seed < 2**31:
         problems.append(f"--seed={arguments.seed} must be from 0 to 2147483647")
     if arguments.greedy:
@@ -190,9 +193,11 @@ def read_prompts(file: str) -> list[dict[str, Any]]:
             continue
         try:
             value = json.loads(line)
-        except ValueError:
-            value = None
-        if isinstance(value, dict) and isinstance(value.get("prompt"), str) and is_text(value["prompt"]):
+            # All of it is written again.
+            good = isinstance(value, dict) and isinstance(value.get("prompt"), str) and is_text(as_line(value))
+        except (ValueError, RecursionError):
+            good = False
+        if good:
             found.append(value)
         else:
             problems.append(f'{name}:{number}: no JSON object with a text as its "prompt"')
@@ -201,6 +206,11 @@ def read_prompts(file: str) -> list[dict[str, Any]]:
     if not found:
         raise InputError(f'{name} has no prompts; give a line {{"prompt": "…"}} for each')
     return found
+
+
+def as_line(value: dict[str, Any]) -> str:
+    """As JSON."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def is_text(text: str) -> bool:
