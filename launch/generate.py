@@ -118,7 +118,7 @@ def write_lines(lines: list[dict[str, Any]], parts: Iterator["Part"]) -> None:
         while written in done:
             text = "".join(texts[written])
             result = {"text": text, "tokens": tokens[written], "ended": done[written]}
-            print(as_line(lines[written] | result), flush=True)
+            print(json.dumps(lines[written] | result, ensure_ascii=False), flush=True)
             written += 1
         if (now := time.monotonic()) - told >= PROGRESS or len(done) == len(lines):
             told = now
@@ -194,10 +194,10 @@ def read_prompts(file: str) -> list[dict[str, Any]]:
         try:
             value = json.loads(line)
             # All of it is written again.
-            good = isinstance(value, dict) and isinstance(value.get("prompt"), str) and is_text(as_line(value))
+            json.dumps(value, ensure_ascii=False).encode()
         except (ValueError, RecursionError):
-            good = False
-        if good:
+            value = None
+        if isinstance(value, dict) and isinstance(value.get("prompt"), str):
             found.append(value)
         else:
             problems.append(f'{name}:{number}: no JSON object with a text as its "prompt"')
@@ -206,11 +206,6 @@ def read_prompts(file: str) -> list[dict[str, Any]]:
     if not found:
         raise InputError(f'{name} has no prompts; give a line {{"prompt": "…"}} for each')
     return found
-
-
-def as_line(value: dict[str, Any]) -> str:
-    """As JSON."""
-    return json.dumps(value, ensure_ascii=False)
 
 
 def is_text(text: str) -> bool:
