@@ -279,8 +279,8 @@ class Generator:
             yield from (Piece(row.number, [], "length") for row in waiting)
             return
         rows: list[Row | None] = [None] * power_of_two(min(batch_size, len(waiting)))
-        longest = max(len(row.seen) for row in waiting) + max_new_tokens
-        capacity = min(power_of_two(longest), self.context)
+        longest = max(len(row.seen) for row in waiting)
+        capacity = min(max(power_of_two(longest), rounded(longest + max_new_tokens)), self.context)
         state = State(
             empty_cache(self.config, len(rows), capacity, self.layout),
             self._none_had(len(rows)) if sampling.penalizes else None,
@@ -340,6 +340,12 @@ class Generator:
         had_1V = np.zeros((1, len(self.weights["embedding"]["table"])), bool)
         had_1V[0, list(tokens)] = True
         return had_1V
+
+
+def rounded(n: int) -> int:
+    """The next number of three binary digits and zeros: a quarter more than n at most."""
+    unit = 1 << max((n - 1).bit_length() - 3, 0)
+    return -(-n // unit) * unit
 
 
 def power_of_two(n: int) -> int:
