@@ -9,7 +9,7 @@ characters, Llama 2 puts a space before it), so it comes back normalized.
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from data.errors import InputError
 from data.tokenizer import JSON_FILE, SPACE, Tokenizer
 
 CONFIG_FILE = "tokenizer_config.json"
+# Of models that chat; nothing here reads it.
+TEMPLATE_FILE = "chat_template.jinja"
 # Where the token that ends a document may stand too, as an id.
 MODEL_CONFIG_FILES = ("generation_config.json", "config.json")
 STEPS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
@@ -57,7 +59,7 @@ class HuggingFaceTokenizer(Tokenizer):
             self._model.model.dropout = None
         self._model.encode_special_tokens = True
         vocabulary = self._model.get_vocab(with_added_tokens=True)
-        self.vocab_size = 1 + max(vocabulary.values())
+        self.vocab_size = 1 + max(vocabulary.values(), default=-1)
         self.pieces = [""] * self.vocab_size
         for piece, i in vocabulary.items():
             self.pieces[i] = piece
@@ -77,9 +79,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.adds_space = b"".join(map(self.token_bytes, self.encode("a"))) == b" a"
 
     def _find_eos(self) -> int:
-        named = _read(self.folder / CONFIG_FILE).get("eos_token")
-        named = named.get("content") if isinstance(named, dict) else named
-        if isinstance(named, str):
+        if (named := _eos_token(_read(self.folder / CONFIG_FILE))) is not None:
             token = self._model.token_to_id(named)
             if token is None:
                 raise InputError(f"{self.folder / CONFIG_FILE}: eos_token = {named!r} is no token of {JSON_FILE}")
@@ -110,11 +110,13 @@ class HuggingFaceTokenizer(Tokenizer):
         return [tuple(pair.split(" ", 1) if isinstance(pair, str) else pair) for pair in found]
 
     def files(self) -> dict[str, bytes]:
-        """`tokenizer_config.json`, which names the EOS token, and `tokenizer.json`."""
+        """`tokenizer_config.json`, which names the EOS token, `tokenizer.json`, and the template of chats."""
         config = _read(self.folder / CONFIG_FILE)
-        if not config.get("eos_token"):
+        if _eos_token(config) is None:
             config["eos_token"] = self.pieces[self.eos_id]
-        return {
+        template = self.folder / TEMPLATE_FILE
+        kept = {TEMPLATE_FILE: template.read_bytes()} if template.is_file() else {}
+        return kept | {
             CONFIG_FILE: (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(),
             JSON_FILE: (self.folder / JSON_FILE).read_bytes(),
         }
@@ -174,6 +176,13 @@ def _byte_characters() -> dict[str, int]:
 
 
 BYTES = _byte_characters()
+
+
+def _eos_token(config: Mapping[str, Any]) -> str | None:
+    """What a `tokenizer_config.json` names as the token that ends a text."""
+    named = config.get("eos_token")
+    named = named.get("content") if isinstance(named, dict) else named
+    return named if isinstance(named, str) else None
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -43,12 +43,13 @@ def run(arguments: argparse.Namespace) -> int:
     from train.card import model_card
     from train.gguf import check_gguf_file, write_gguf
     from train.run import open_weights, run_of
-    from train.weights import check_export_folder, write_huggingface
+    from train.weights import check_export_folder, check_expressible, write_huggingface
 
     check = check_export_folder if arguments.format == "hf" else check_gguf_file
     check(to)
     weights = open_weights(arguments.model)
     if arguments.format == "hf":
+        check_expressible(weights.config)
         write_huggingface(to, weights, dtype, model_card(weights, run_of(arguments.model)))
     else:
         write_gguf(to, weights.config, weights.context, weights.read, weights.tokenizer, dtype)

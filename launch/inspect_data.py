@@ -95,6 +95,7 @@ def opened(arguments: argparse.Namespace) -> "Iterator[tuple[Config, Run, Mixtur
             raise InputError("a RUN has its own config; leave out --config.GROUP.FIELD")
         run = Run(arguments.run)
         config = run.load_config()
+        run.check_not_imported()
         tokenizer = Tokenizer.load(run.tokenizer)
         yield config, run, open_run_mixture(config, run), tokenizer
         return

@@ -18,6 +18,7 @@ def run(arguments: argparse.Namespace) -> int:
     from train.run import Run, write_atomically
 
     folder = arguments.run_folder.expanduser()
+    Run(folder).check_not_imported()
     page = make_page(Run(folder))
     output = arguments.output.expanduser() if arguments.output else folder / "report.html"
     check_output(output, "--output", GENERATOR, "report")

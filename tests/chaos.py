@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.launch.small_run import ROOT, write_config
+from tests.launch.small_run import ROOT, environment, write_config
 
 # Fault → events, of which the run's audit log must have one. (Of a process that is killed the others say that they
 # fail, or are ended before they can.)
@@ -104,10 +104,8 @@ class Chaos:
         hooks = folder / "hooks"
         hooks.mkdir()
         (hooks / "sitecustomize.py").write_text(POISON)
-        self._environment = os.environ | {
+        self._environment = environment() | {
             "PYTHONPATH": os.pathsep.join([str(hooks), str(ROOT)]),
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "",
             "CHAOS_POISON": str(folder / "poison"),
         }
 

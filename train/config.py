@@ -8,7 +8,6 @@ and `resume`: whether a change of it on resume is refused ("frozen", where nothi
 import dataclasses
 import difflib
 import json
-import re
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -332,8 +331,8 @@ def _start_problems(c: TrainConfig) -> list[str]:
         found.append(f"train.init_with is {c.init_with!r}; it must be one of {', '.join(INIT_WITH)}")
     if c.init_from is None and c.init_with != INIT_WITH[0]:
         found.append(f"train.init_with = {c.init_with} has no effect without train.init_from; leave it at all")
-    if c.init_from is not None and not re.fullmatch(r".+@\d+", c.init_from):
-        found.append(f"train.init_from is {c.init_from!r}; it must be RUN@STEP, as in runs/tiny@500")
+    if c.init_from == "":
+        found.append("train.init_from is empty; it must be RUN@STEP, as in runs/tiny@500, or none")
     return found
 
 

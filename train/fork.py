@@ -40,13 +40,17 @@ class Parent(NamedTuple):
 def parent_of(config: Config) -> Parent:
     """The checkpoint that `train.init_from` names. InputError where there is none."""
     assert config.train.init_from is not None
-    folder, step = split_name(config.train.init_from)
-    assert step is not None
     try:
+        folder, step = split_name(config.train.init_from)
         run, saved = Run.there(folder)
     except InputError as error:
         raise InputError(f"train.init_from = {config.train.init_from}: {error}") from None
-    if step not in (there := steps_in(run.checkpoints)):
+    there = steps_in(run.checkpoints)
+    if step is None:
+        # What a run begins with must stand in its config, whatever its parent has saved since.
+        newest = f"the newest is {folder}@{there[-1]}" if there else "it has none yet"
+        raise InputError(f"train.init_from = {config.train.init_from} names no checkpoint, as RUN@STEP does; {newest}")
+    if step not in there:
         raise InputError(
             f"train.init_from = {config.train.init_from}: there is no checkpoint of step {step}; there are {there}"
         )

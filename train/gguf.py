@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from data.errors import InputError
+from data.errors import InputError, StorageError
 from data.tokenizer import Tokenizer
 from data.tokenizer_gguf import gguf_metadata
 from model import interchange
 from model.config import ModelConfig
 from model.interchange import gguf as layout
 from model.interchange.tensors import Reader
+from train.storage import check_room
 
 log = logging.getLogger("ziggurat")
 
@@ -58,6 +60,7 @@ def write_gguf(
     Raises:
         InputError: the file is something else, llama.cpp computes no such model or finds other tokens, or a value is
             too large for the dtype.
+        StorageError: the disk has not enough room.
     """
     check_gguf_file(file)
     library = _library()
@@ -66,11 +69,14 @@ def write_gguf(
     types = library.GGMLQuantizationType
     shapes = layout.shapes(config, interchange.shapes_of_theirs(config, context))
     kinds = {name: types[_dtype(name, shape, dtype)] for name, shape in shapes.items()}
+    blocks = {name: library.GGML_QUANT_SIZES[kind] for name, kind in kinds.items()}
+    sizes = {name: math.prod(shape) // blocks[name][0] * blocks[name][1] for name, shape in shapes.items()}
     if others := [name for name, kind in kinds.items() if dtype == "q8_0" and kind == types.F16]:
         log.warning("%d matrices have rows that do not divide by %d; they are f16", len(others), BLOCK)
 
     file = file.resolve()
     file.parent.mkdir(parents=True, exist_ok=True)
+    check_room(file.parent, sum(sizes.values()))
     partial = file.with_name(f".{file.name}.ziggurat-partial")
     writer = library.GGUFWriter(partial, architecture.name)
     try:
@@ -79,8 +85,7 @@ def write_gguf(
         _add(writer, {f"{architecture.name}.{name}": value for name, value in settings.items()})
         _add(writer, {f"tokenizer.ggml.{name}": value for name, value in tokens.items()})
         for name, shape in shapes.items():
-            block, size = library.GGML_QUANT_SIZES[kinds[name]]
-            writer.add_tensor_info(name, shape, np.dtype(np.float32), layout.size(shape) // block * size, kinds[name])
+            writer.add_tensor_info(name, shape, np.dtype(np.float32), sizes[name], kinds[name])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -92,6 +97,11 @@ def write_gguf(
             writer.write_tensor_data(library.quants.quantize(array, kinds[name]))
         writer.close()
         partial.rename(file)
+    except OSError as error:
+        if error.strerror:
+            raise
+        # NumPy's, which names no cause.
+        raise StorageError(f"{file} cannot be written: {error}") from None
     finally:
         writer.close()
         partial.unlink(missing_ok=True)

@@ -143,6 +143,13 @@ class Run:
             raise InputError(f"train.run_dir = {self.folder} holds other things than a run; name a new folder")
         return False
 
+    def check_not_imported(self) -> None:
+        """InputError where it holds imported weights alone, which no step of its own has made."""
+        if self.last_step() == 0:
+            raise InputError(
+                f"{self.folder} holds imported weights, which have no steps and no data; give a run begun with them"
+            )
+
     def clear(self) -> None:
         """Remove what a start without a checkpoint has left: it may be of other settings or another corpus."""
         shutil.rmtree(self.tokenizer, ignore_errors=True)

@@ -48,6 +48,12 @@ def check_writable(place: epath.Path) -> None:
         raise InputError(f"checkpoint.dir = {place}: {existing} {problem}; name another folder")
 
 
+def check_room(folder: PathLike, size: int) -> None:
+    """StorageError where the disk of a folder, which exists, has less room than so many bytes."""
+    if (free := shutil.disk_usage(folder).free) < size:
+        raise StorageError(f"{folder} has {free / 1e6:,.1f} MB free, and {size / 1e6:,.1f} MB are to be written")
+
+
 def asked(place: epath.Path, question: Callable[[], T]) -> T:
     """What a file system answers. InputError where a bucket is not there, or says no."""
     if not is_remote(place):

@@ -1,6 +1,7 @@
 """Weights as files for inference: a folder that Hugging Face Transformers opens, written and read."""
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from data.tokenizer_export import write_huggingface_tokenizer
 from model import interchange
 from model.config import ModelConfig
 from model.interchange.tensors import Reader
+from train.storage import check_room
 from train.tensor_files import DTYPES, FILE, INDEX, TensorFiles, write_tensor_files
 
 # In config.json: how far the run was. What has it is an export.
@@ -24,7 +26,7 @@ CARD = "README.md"
 # All that an export has, beside files of a model that is more than one.
 FILES = {
     "config.json", "generation_config.json", FILE, INDEX, CARD, "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", MODEL_FILE
+    "special_tokens_map.json", "chat_template.jinja", MODEL_FILE
 }  # fmt: skip
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 # What --dtype takes: the name of a NumPy dtype, and of a PyTorch one.
@@ -64,17 +66,19 @@ def write_huggingface(folder: Path, weights: Weights, dtype: str = "float32", ca
     Raises:
         InputError: the folder holds something else, no Transformers class has this model's choices, its values are too
             large for the dtype, or what is read of it is damaged.
+        StorageError: the disk has not enough room.
     """
     check_export_folder(folder)
     config, context, tokenizer = weights.config, weights.context, weights.tokenizer
-    if problem := why_no_export(config):
-        raise InputError(f"these weights cannot be exported: {problem}")
+    check_expressible(config)
     folder = folder.resolve()
     # Names that no folder of the user's own has: both are removed.
     partial, old = (folder.with_name(f".{folder.name}.ziggurat-{what}") for what in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
+        shapes = interchange.shapes_of_theirs(config, context)
+        check_room(folder.parent, sum(map(math.prod, shapes.values())) * FLOATS[dtype].itemsize)
         bos_id, eos_id = tokenizer.bos_id, tokenizer.eos_id
         values = interchange.config_to_theirs(config, context, bos_id, eos_id, dtype) | {STEP: weights.step}
         (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
@@ -82,7 +86,6 @@ def write_huggingface(folder: Path, weights: Weights, dtype: str = "float32", ca
         (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
         (partial / CARD).write_text(card)
         write_huggingface_tokenizer(tokenizer, partial, context)
-        shapes = interchange.shapes_of_theirs(config, context)
         write_tensor_files(partial, shapes, FLOATS[dtype], interchange.to_theirs(config, context, weights.read))
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -111,6 +114,12 @@ def why_no_export(config: ModelConfig) -> str | None:
     except ValueError as error:
         return str(error)
     return None
+
+
+def check_expressible(config: ModelConfig) -> None:
+    """InputError where no Transformers class has this model's choices."""
+    if problem := why_no_export(config):
+        raise InputError(f"these weights cannot be exported: {problem}")
 
 
 def exported_step(folder: Path) -> int | None:
@@ -143,9 +152,14 @@ def open_huggingface(folder: Path) -> Weights:
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} has no config.json; export the weights anew")
     if not (folder / FILE).is_file() and not (folder / INDEX).is_file():
-        raise InputError(f"{folder} has no {FILE}, nor {INDEX}; export the weights anew")
+        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
+        remedy = "save pickled ones with Transformers' save_pretrained" if pickled else "export the weights anew"
+        raise InputError(f"{folder} has no {FILE}, nor {INDEX}; {remedy}")
     try:
         values = json.loads((folder / "config.json").read_text())
+    except (ValueError, OSError) as error:
+        raise InputError(f"{folder / 'config.json'} is damaged ({error}); restore it") from None
+    try:
         config = interchange.config_from_theirs(values)
         context = interchange.context_from_theirs(values)
         tensors = TensorFiles(folder)

@@ -5,6 +5,7 @@ then holds fixed ones. Embeddings that are scaled by √D are written scaled whe
 model itself has stands in config.json under "ziggurat", so that it comes back as it was.
 """
 
+import functools
 import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -115,6 +116,11 @@ def config_from_theirs(theirs: Mapping[str, Any]) -> ModelConfig:
     for name, value in family.fixed.items():
         if theirs.get(name) is not None and theirs[name] != value:
             raise ValueError(f"{name} is {theirs[name]!r}; in this decoder it is {value}")
+    kinds = theirs.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != kinds[0] for kind in kinds):
+        raise ValueError(f"layer_types is {kinds!r}; in this decoder all layers are alike")
+    if theirs.get("quantization_config"):
+        raise ValueError("quantization_config: quantized weights are not read; take those that they were made of")
     found = {name: values[0] for name, values in family.choices.items() if len(values) == 1} | {**family.always}
     found |= {setting.ours: setting.read(theirs) for setting in family.settings}
     found |= family.more_from(theirs)
@@ -164,6 +170,8 @@ def check_theirs(config: ModelConfig, context: int, names: Collection[str], read
         names: of all tensors that there are.
         read: gives them, or views of them. What only fills the model up to their class must be no more than that.
     """
+    if config.num_layers > len(names):
+        raise ValueError(f"the config says {config.num_layers} layers, and there are {len(names)} tensors")
     layout, wide, own = _layout(config, context), _wide(config, context), parameter_table(config)
     wanted = shapes_of_theirs(config, context)
     if missing := sorted(wanted.keys() - set(names)):
@@ -172,10 +180,10 @@ def check_theirs(config: ModelConfig, context: int, names: Collection[str], read
         if (found := read(name).shape) != shape:
             raise ValueError(f"{name} has the shape {found}; the config wants {shape}")
     extra = [name for name in sorted(set(names) - wanted.keys()) if not name.endswith(family_of(config).without)]
-    table = layout.read("embedding.table", None, read)
+    table = functools.cache(lambda: layout.read("embedding.table", None, read))
     if HEAD in extra and wide.tie_embeddings:
         extra.remove(HEAD)
-        if not np.array_equal(read(HEAD), table[: config.vocab_size]):
+        if not np.array_equal(read(HEAD), table()[: config.vocab_size]):
             raise ValueError(f"{HEAD} is not the embedding, and the config says that they are tied")
     if extra:
         others = f", nor for {len(extra) - 1} others" if extra[1:] else ""
@@ -183,7 +191,7 @@ def check_theirs(config: ModelConfig, context: int, names: Collection[str], read
     same = True
     if wide.tie_embeddings != config.tie_embeddings:
         scaled = layout.read("unembedding.matrix", None, read).T * np.float32(math.sqrt(config.model_dim))
-        same = np.allclose(table, scaled, rtol=ROUNDED, atol=0)
+        same = np.allclose(table(), scaled, rtol=ROUNDED, atol=0)
     for name in layout.parameters.keys() - own.keys() - {"unembedding.matrix"}:
         for layer in range(config.num_layers) if "layers" in layout.parameters[name].axes else [None]:
             filling = _filling(config, layout, name)

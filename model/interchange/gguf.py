@@ -4,7 +4,6 @@ llama.cpp reads what it knows of an architecture and computes the rest as that a
 model is written only where every choice of it is one that the architecture makes.
 """
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -190,8 +189,3 @@ def slowed(config: ModelConfig) -> np.ndarray:
     assert config.head_dim is not None
     plain = config.rope_base ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
     return (plain / frequencies(config)).astype(np.float32)
-
-
-def size(shape: tuple[int, ...]) -> int:
-    """How many values."""
-    return math.prod(shape)

@@ -6,7 +6,7 @@ GPT-2 (Radford et al. 2019) is pre-norm; the first (Radford et al. 2018) is post
 from typing import Any
 
 from model.interchange.family import Family
-from model.interchange.settings import Setting, flag, number, whole_number, whole_or_none, word
+from model.interchange.settings import ALSO, Setting, flag, number, whole_number, whole_or_none, word
 from model.interchange.tensors import Tensor, linear, plain
 
 # The name that both give GPT-2's approximation; "gelu" is the exact one in GPT-2 and the approximation in the first.
@@ -76,7 +76,7 @@ GPT2 = Family(
         *SIZES,
         # Null is four times the width, as ours is.
         Setting("n_inner", "feedforward_dim", whole_or_none),
-        Setting("activation_function", "activation", word, "gelu_new", GPT2_ACTIVATIONS),
+        Setting("activation_function", "activation", word, "gelu_new", GPT2_ACTIVATIONS, ALSO),
     ),
     tensors=tensors("wte", "wpe"),
     context=CONTEXT,
@@ -90,7 +90,7 @@ GPT1 = Family(
     kind="openai-gpt",
     architecture="OpenAIGPTLMHeadModel",
     first="transformer.",
-    settings=(*SIZES, Setting("afn", "activation", word, "gelu", GPT1_ACTIVATIONS)),
+    settings=(*SIZES, Setting("afn", "activation", word, "gelu", GPT1_ACTIVATIONS, {"swish": "silu"})),
     tensors=tensors("tokens_embed", "positions_embed"),
     context=CONTEXT._replace(default=512),
     choices=CHOICES | {"norm_placement": ("post",)},

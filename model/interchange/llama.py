@@ -6,7 +6,7 @@ from typing import Any
 from model.config import ModelConfig
 from model.interchange.family import Family
 from model.interchange.rope import rope_from_theirs, rope_to_theirs
-from model.interchange.settings import Setting, flag, number, whole_number, whole_or_none, word
+from model.interchange.settings import ALSO, Setting, flag, number, whole_number, whole_or_none, word
 from model.interchange.tensors import linear, plain
 
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
@@ -16,14 +16,16 @@ SIZES = (
     Setting("intermediate_size", "feedforward_dim", whole_number),
     Setting("num_hidden_layers", "num_layers", whole_number),
     Setting("num_attention_heads", "num_heads", whole_number),
-    Setting("num_key_value_heads", "num_kv_heads", whole_or_none),
     Setting("rms_norm_eps", "norm_epsilon", number, 1e-6),
     Setting("attention_dropout", "attention_dropout", number, 0.0),
 )
+# Null is as many as there are of queries.
+KV_HEADS = Setting("num_key_value_heads", "num_kv_heads", whole_or_none)
 HEAD = Setting("head_dim", "head_dim", whole_or_none)
-ACTIVATION = Setting("hidden_act", "activation", word, "silu", ACTIVATIONS)
+ACTIVATION = Setting("hidden_act", "activation", word, "silu", ACTIVATIONS, ALSO)
 TIED = Setting("tie_word_embeddings", "tie_embeddings", flag, False)
 ATTENTION_BIAS = Setting("attention_bias", "attention_bias", flag, False)
+WINDOW = Setting("sliding_window", "sliding_window", whole_or_none, 4096)
 CONTEXT = Setting("max_position_embeddings", "max_positions", whole_number, 2048)
 
 # The rows of a layer's linear maps: their name → ours.
@@ -64,8 +66,10 @@ INVERSE_FREQUENCIES = ("rotary_emb.inv_freq",)
 
 
 def rotary(config: ModelConfig) -> dict[str, Any]:
-    """Their rotary settings, once more at the place where older versions look for them."""
-    return {"rope_theta": config.rope_base, "rope_parameters": rope_to_theirs(config)}
+    """Their rotary settings, once more at the places where older versions, and other programs, look for them."""
+    rope = rope_to_theirs(config)
+    scaling = None if config.rope_scaling == "none" else rope
+    return {"rope_theta": config.rope_base, "rope_scaling": scaling, "rope_parameters": rope}
 
 
 def qwen3_to_theirs(config: ModelConfig) -> dict[str, Any]:
@@ -76,11 +80,14 @@ def qwen3_to_theirs(config: ModelConfig) -> dict[str, Any]:
 
 def qwen3_from_theirs(theirs: Mapping[str, Any]) -> dict[str, Any]:
     """ValueError where some layers have a window and others have none."""
-    windowed = flag(theirs, "use_sliding_window", False)
-    if windowed and theirs.get("max_window_layers") != 0:
+    windowed, first = flag(theirs, "use_sliding_window", False), whole_number(theirs, "max_window_layers", 28)
+    layers = whole_number(theirs, "num_hidden_layers")
+    if theirs.get("layer_types"):
+        # All are alike.
+        first = 0 if theirs["layer_types"][0] == "sliding_attention" else layers
+    if windowed and 0 < first < layers:
         raise ValueError("max_window_layers: in this decoder all layers have the sliding window, or none")
-    window = whole_or_none(theirs, "sliding_window", 4096) if windowed else None
-    return rope_from_theirs(theirs) | {"sliding_window": window}
+    return rope_from_theirs(theirs) | {"sliding_window": WINDOW.read(theirs) if windowed and first < layers else None}
 
 
 LLAMA = Family(
@@ -88,7 +95,7 @@ LLAMA = Family(
     architecture="LlamaForCausalLM",
     first="model.",
     settings=(
-        *SIZES, HEAD, ACTIVATION, TIED, ATTENTION_BIAS, Setting("mlp_bias", "feedforward_bias", flag, False)
+        *SIZES, KV_HEADS, HEAD, ACTIVATION, TIED, ATTENTION_BIAS, Setting("mlp_bias", "feedforward_bias", flag, False)
     ),
     tensors=TENSORS,
     context=CONTEXT,
@@ -103,9 +110,9 @@ MISTRAL = Family(
     kind="mistral",
     architecture="MistralForCausalLM",
     first="model.",
-    settings=(*SIZES, HEAD, ACTIVATION, TIED, Setting("sliding_window", "sliding_window", whole_or_none, 4096)),
+    settings=(*SIZES, KV_HEADS._replace(default=8), HEAD, ACTIVATION, TIED, WINDOW),
     tensors=TENSORS,
-    context=CONTEXT,
+    context=CONTEXT._replace(default=131_072),
     choices=CHOICES | NO_FEEDFORWARD_BIAS | {"attention_bias": (False,)},
     more_to=rotary,
     more_from=rope_from_theirs,
@@ -115,11 +122,13 @@ QWEN3 = Family(
     kind="qwen3",
     architecture="Qwen3ForCausalLM",
     first="model.",
-    settings=(*SIZES, HEAD._replace(default=128), ACTIVATION, TIED, ATTENTION_BIAS),
+    settings=(
+        *SIZES, KV_HEADS._replace(default=32), HEAD._replace(default=128), ACTIVATION, TIED, ATTENTION_BIAS
+    ),
     tensors=TENSORS,
-    context=CONTEXT,
+    context=CONTEXT._replace(default=32_768),
     choices=CHOICES | NO_FEEDFORWARD_BIAS | {"qk_norm": (True,)},
     more_to=qwen3_to_theirs,
     more_from=qwen3_from_theirs,
     without=INVERSE_FREQUENCIES,
-)
+)  # fmt: skip

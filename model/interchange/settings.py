@@ -2,8 +2,11 @@
 
 import sys
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+# Other names of functions that are ours but for rounding.
+ALSO = {"swish": "silu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
 # How a value is read: the settings, its name, and what a file without it means (none: it must be there).
 Kind = Callable[[Mapping[str, Any], str, Any], Any]
 
@@ -17,6 +20,7 @@ class Setting(NamedTuple):
         kind: how it is read.
         default: what a file without it means; none: it must be there.
         names: our value → theirs, for those that have names.
+        also: other names of theirs → our value, which are read alone.
     """
 
     theirs: str
@@ -24,13 +28,14 @@ class Setting(NamedTuple):
     kind: Kind
     default: Any = None
     names: Mapping[str, str] | None = None
+    also: Mapping[str, str] = MappingProxyType({})
 
     def read(self, theirs: Mapping[str, Any]) -> Any:
         """Our value. ValueError says what is wrong with theirs."""
         found = self.kind(theirs, self.theirs, self.default)
         if self.names is None:
             return found
-        ours = {name: value for value, name in self.names.items()}
+        ours = {**self.also, **{name: value for value, name in self.names.items()}}
         if found not in ours:
             raise ValueError(f"{self.theirs} is {found!r}; this decoder has {', '.join(ours)}")
         return ours[found]

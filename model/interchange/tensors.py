@@ -86,9 +86,8 @@ class Layout:
         parts = []
         for name in tensor.ours:
             parameter = self.parameters[name]
-            array, axes = read(name, layer), _own_axes(parameter)
-            if "vocabulary" in axes:
-                array = np.take(array, range(self._vocab_size or 0), list(axes).index("vocabulary"))
+            array = read(name, layer)
+            array = array[tuple(slice(self._size(axis, size)) for axis, size in _own_axes(parameter).items())]
             parts.append(array.reshape(self._shape(parameter)))
         whole = np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
         if tensor.added:

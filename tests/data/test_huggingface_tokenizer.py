@@ -174,8 +174,12 @@ def test_the_end_of_a_document_may_be_named_by_the_models_config(folders, loaded
     (folder / "config.json").write_text('{"eos_token_id": [1, 0]}')
     found = Tokenizer.load(folder)
     assert found.eos_id == 1
-    copy = copy_tokenizer(found, tmp_path / "copy")
-    assert copy.fingerprint == found.fingerprint == loaded["gpt2"].fingerprint
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    for number, odd in enumerate(({}, {"eos_token": None}, {"eos_token": 3})):
+        (folder / "tokenizer_config.json").write_text(json.dumps(odd))
+        copy = copy_tokenizer(Tokenizer.load(folder), tmp_path / f"copy{number}")
+        assert copy.fingerprint == found.fingerprint == loaded["gpt2"].fingerprint
+        assert (copy.folder / "chat_template.jinja").read_text() == "{{ messages }}"
     (folder / "generation_config.json").write_text('{"eos_token_id": 0}')
     assert Tokenizer.load(folder).eos_id == 0
     assert Tokenizer.load(folder).fingerprint != copy.fingerprint
@@ -213,7 +217,8 @@ def test_damaged_and_lossy_files_are_named(folders, tmp_path: Path):
     del settings["model"]["vocab"]["z"]
     settings["model"]["merges"] = []
     words = {"type": "WordLevel", "vocab": {"a": 0, "[UNK]": 1}, "unk_token": "[UNK]"}
-    for lossy in (settings, settings | {"model": words, "decoder": None}):
+    empty = {**settings, "model": settings["model"] | {"vocab": {}}, "added_tokens": []}
+    for lossy in (settings, settings | {"model": words, "decoder": None}, empty):
         others.write(tmp_path, lossy, others.EOS)
         with pytest.raises(InputError, match="neither byte-level nor has it byte fallback"):
             Tokenizer.load(tmp_path)

@@ -50,15 +50,16 @@ def write_config(folder: Path, run: str = "run") -> Path:
     return path
 
 
+def environment(devices: int = 1) -> dict[str, str]:
+    """This process's, of another that has so many virtual devices and compiles as this one does."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    return os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
+
+
 def command(*arguments: object, devices: int = 1, **popen: object) -> subprocess.Popen:
     """Start `ziggurat ARGUMENTS` as a process of its own, with so many virtual devices."""
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    }
     arguments = (sys.executable, "-m", "launch.cli", *map(str, arguments))
-    return subprocess.Popen(arguments, env=environment, text=True, **popen)  # type: ignore[call-overload,no-any-return]
+    return subprocess.Popen(arguments, env=environment(devices), text=True, **popen)  # type: ignore[call-overload,no-any-return]
 
 
 def ziggurat(*arguments: object, devices: int = 1) -> subprocess.CompletedProcess:

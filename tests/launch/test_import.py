@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -97,6 +98,8 @@ def test_a_run_begins_with_imported_weights_and_learns_another_corpus(imported: 
 
     # In its own folder it cannot go on: it has no optimizer, and no place in any data.
     for flags, words in (
+        (["report", imported], "holds imported weights, which have no steps and no data"),
+        (["inspect", "data", imported, "--step=1"], "holds imported weights, which have no steps and no data"),
         (["pretrain", f"--config={imported}"], "holds imported weights, with which another run can begin"),
         ([*start, "--config.train.run_dir=x", "--config.train.init_with=all"], "set train.init_with=weights"),
     ):
@@ -209,6 +212,7 @@ def test_what_cannot_be_imported_is_told_and_nothing_is_made(finished: Path, imp
         (broken("g", file=False), "has no model.safetensors, nor model.safetensors.index.json"),
         (broken("h", {"vocab_size": 64}, lambda t: t | {table: t[table][:64], "lm_head.weight": t[table][:64]}),
          "the tokenizer has 366 ids, the model 64"),
+        (broken("k", {"num_hidden_layers": 10**9}), "the config says 1000000000 layers, and there are 21 tensors"),
         (broken("i", {"ziggurat": {"qk_norm": True}}), "ziggurat is {'qk_norm': True}; it may hold position"),
         (tmp_path / "none", "there is no such folder"),
         (finished, "has no model.safetensors"),
@@ -219,6 +223,12 @@ def test_what_cannot_be_imported_is_told_and_nothing_is_made(finished: Path, imp
     index = {"weight_map": dict.fromkeys(load_file(shards / first), second)}
     (shards / "model.safetensors.index.json").write_text(json.dumps(index))
     cases.append((shards, f"there is no {second}, which model.safetensors.index.json names"))
+    (damaged := broken("l") / "config.json").write_text("{")
+    (pickled := broken("m", file=False) / "pytorch_model.bin").write_bytes(b"")
+    cases += [
+        (damaged.parent, f"{damaged} is damaged (Expecting property name"),
+        (pickled.parent, "save pickled ones with Transformers' save_pretrained"),
+    ]
     for folder, words in cases:
         capsys.readouterr()
         assert here("import", folder, f"--to={to}") == 2, words
@@ -230,19 +240,30 @@ def test_what_cannot_be_imported_is_told_and_nothing_is_made(finished: Path, imp
     assert not list(tmp_path.glob(".*"))
 
 
-def test_what_cannot_be_exported_is_told_and_nothing_is_overwritten(finished: Path, tmp_path: Path, capsys):
+def test_what_cannot_be_exported_is_told_and_nothing_is_overwritten(
+    finished: Path, tmp_path: Path, capsys, monkeypatch
+):
     others = shutil.copytree(finished / "export", tmp_path / "others")
     values = json.loads((others / "config.json").read_text())
     del values["pretraining_step"]
     (others / "config.json").write_text(json.dumps(values))
-    for flags, words in (
-        (["--format=hf", f"--to={others}"], "holds other things than an export"),
-        (["--format=hf", f"--to={tmp_path / 'x'}", "--dtype=int8"], "it is one of float32, bfloat16, float16"),
-        (["--format=hf", f"--to={others / 'config.json'}"], "is a file; name a folder"),
+    capped = shutil.copytree(finished, tmp_path / "capped")
+    settings = json.loads((capped / "config.json").read_text())
+    settings["model"]["attention_softcap"] = 30.0
+    (capped / "config.json").write_text(json.dumps(settings))
+    other = f"--to={tmp_path / 'x'}"
+    for run, flags, words in (
+        (finished, [f"--to={others}"], "holds other things than an export"),
+        (finished, [other, "--dtype=int8"], "it is one of float32, bfloat16, float16"),
+        (finished, [f"--to={others / 'config.json'}"], "is a file; name a folder"),
+        (capped, [other], "cannot be exported: LlamaForCausalLM in Transformers has no model.attention_softcap = 30.0"),
     ):
         capsys.readouterr()
-        assert here("export", finished, *flags) == 2
+        assert here("export", run, "--format=hf", *flags) == 2
         assert words in capsys.readouterr().err
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=10**3))
+    assert here("export", finished, "--format=hf", other) == 1
+    assert f"{tmp_path} has 0.0 MB free, and 0." in capsys.readouterr().err
     assert json.loads((others / "config.json").read_text()) == values
     assert not (tmp_path / "x").exists()
 

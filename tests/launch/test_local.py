@@ -15,7 +15,7 @@ import pytest
 
 from data.errors import InputError
 from launch.local import Ended, add_arguments, free_port, last_saved, launch, own_environment, run, supervise
-from tests.launch.small_run import ROOT, command, write_config
+from tests.launch.small_run import ROOT, command, environment, write_config
 
 
 def environments(number: int) -> list[dict[str, str]]:
@@ -138,15 +138,12 @@ if os.environ["ZIGGURAT_PROCESS_ID"] == "1":
     train.loop.Loader = Loader
 sys.exit(main(["pretrain", "--config={write_config(tmp_path)}"]))
 """
-    joined = {
-        "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
+    joined = environment() | {
         "ZIGGURAT_COORDINATOR": f"127.0.0.1:{free_port()}",
         "ZIGGURAT_NUM_PROCESSES": "2",
     }
     began = time.monotonic()
-    assert launch([sys.executable, "-c", code], [environment | joined for environment in environments(2)]).status == 1
+    assert launch([sys.executable, "-c", code], [joined | {"ZIGGURAT_PROCESS_ID": id} for id in "01"]).status == 1
     assert time.monotonic() - began < 90
     assert "[1] RuntimeError: a fault" in capfd.readouterr().err
 
@@ -233,8 +230,7 @@ class Loader(train.loop.Loader):
 train.loop.Loader = Loader
 sys.exit(main(["pretrain", "--config={write_config(tmp_path)}", "--config.train.watchdog_seconds=2"]))
 """
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    run = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=120)
     assert run.returncode == 1
     assert "Timeout (0:00:02)!" in run.stderr
     assert "in __next__" in run.stderr

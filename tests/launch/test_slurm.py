@@ -12,7 +12,7 @@ from data.errors import InputError
 from launch.cli import parse
 from launch.slurm import newest_step, script, submit
 from tests.launch.slurm_cluster import require_slurm, slurm_cluster
-from tests.launch.small_run import ROOT, here, metrics, write_config
+from tests.launch.small_run import environment, here, metrics, write_config
 
 
 def arguments(*flags: str) -> argparse.Namespace:
@@ -138,8 +138,8 @@ exit $highest
 def test_a_job_that_is_told_to_stop_goes_back_to_the_queue_and_completes(tmp_path: Path, monkeypatch, capsys):
     require_slurm()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("XLA_FLAGS", "")
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
     config, run = write_config(tmp_path), tmp_path / "run"
     with slurm_cluster() as slurm:
         for name in ("SLURM_CONF", "PATH", "JAX_COORDINATOR_PORT"):

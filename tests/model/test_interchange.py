@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from model import interchange
 from model.config import ModelConfig
 from model.decoder import Decoder
+from model.interchange.family import Family
 from model.parameters import flattened, nested, parameter_table
 from tests.peers import require
 from tests.small import small_batch, small_model, small_weights
@@ -25,13 +26,14 @@ FIXED = GPT | {"position": "sinusoidal", "max_positions": None}
 FIRST = {"norm_placement": "post", "feedforward_dim": 128}
 DROPOUTS = ("embedding_dropout", "attention_dropout", "residual_dropout")
 BIASES = {"attention_bias": True, "feedforward_bias": True}
+YARN = {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_context": 8}
 MODELS = [
     {},
     {"tie_embeddings": True, "activation": "gelu_tanh"},
     {"num_kv_heads": 1, "head_dim": 16, "rope_base": 500_000.0},
     BIASES,
     {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_original_context": 8},
-    {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_context": 8},
+    YARN,
     {"rope_scaling": "linear", "rope_factor": 2.0},
     {"sliding_window": 5},
     {"qk_norm": True, "attention_bias": True, "head_dim": 16},
@@ -207,6 +209,10 @@ def test_a_model_with_other_floors_is_refused_by_name():
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2, "truncate": False}}, "rope_parameters.truncate"),
         ({"hidden_act": "tanh"}, "hidden_act is 'tanh'"),
         ({"ziggurat": {"position": "sinusoid"}}, "ziggurat is {'position': 'sinusoid'}; it may hold position"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: in this decoder all components"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "in this decoder all layers are alike"),
+        ({"layer_types": "full_attention"}, "layer_types is 'full_attention'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantized weights are not read"),
     ):
         with pytest.raises(ValueError, match=re.escape(word)):
             interchange.config_from_theirs(theirs | changes)
@@ -216,6 +222,49 @@ def test_a_model_with_other_floors_is_refused_by_name():
     gpt = interchange.config_to_theirs(a_model(GPT), context=CONTEXT, bos_id=0, eos_id=0)
     with pytest.raises(ValueError, match="scale_attn_by_inverse_layer_idx is True; in this decoder it is False"):
         interchange.config_from_theirs(gpt | {"scale_attn_by_inverse_layer_idx": True})
+    gemma = interchange.config_to_theirs(a_model({"scale_embeddings": True}), context=CONTEXT, bos_id=0, eos_id=0)
+    with pytest.raises(ValueError, match="hidden_act and hidden_activation are not the same"):
+        interchange.config_from_theirs(gemma | {"hidden_activation": "gelu"})
+
+
+SIZES = {"hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 32}
+GPT_SIZES = {"n_embd": 64, "n_layer": 2, "n_head": 4}
+
+
+@pytest.mark.parametrize("family", interchange.FAMILIES, ids=lambda family: family.kind)
+def test_what_a_file_leaves_out_is_what_the_class_says(family: Family):
+    classes = require("transformers").AutoConfig
+    short = {"vocab_size": 9, **(SIZES if family.kind not in ("gpt2", "openai-gpt") else GPT_SIZES)}
+    whole = classes.for_model(family.kind, **short).to_dict()
+    named = {"architectures": [family.architecture]}
+    for read in (interchange.config_from_theirs, interchange.context_from_theirs):
+        assert read(short | named) == read(whole | named)
+
+
+def test_settings_that_older_files_and_others_have_are_read_as_the_class_reads_them():
+    def read(changes: dict, **more: Any) -> ModelConfig:
+        return interchange.config_from_theirs(interchange.config_to_theirs(a_model(changes), CONTEXT, 0) | more)
+
+    gemma = {"scale_embeddings": True, "tie_embeddings": True}
+    for changes, more, field, value in (
+        (gemma, {"hidden_act": "gelu", "hidden_activation": None}, "activation", "gelu_tanh"),
+        (GPT, {"activation_function": "gelu_pytorch_tanh"}, "activation", "gelu_tanh"),
+        ({}, {"hidden_act": "swish"}, "activation", "silu"),
+        ({}, {"rope_scaling": {"rope_type": "linear", "factor": 3.0}}, "rope_factor", 3.0),
+        (YARN, {"original_max_position_embeddings": 12}, "rope_original_context", 12),
+        ({"qk_norm": True, "sliding_window": 3}, {"layer_types": ["sliding_attention"] * 2}, "sliding_window", 3),
+        ({"qk_norm": True, "sliding_window": 3}, {"layer_types": ["full_attention"] * 2}, "sliding_window", None),
+        ({"qk_norm": True, "sliding_window": 3}, {"max_window_layers": 2}, "sliding_window", None),
+    ):
+        assert getattr(read(changes, **more), field) == value, more
+    with pytest.raises(ValueError, match="max_window_layers: in this decoder all layers have the sliding window"):
+        read({"qk_norm": True, "sliding_window": 3}, max_window_layers=1)
+
+
+def test_rotary_scalings_stand_where_older_versions_look_for_them():
+    theirs = interchange.config_to_theirs(a_model(YARN), CONTEXT, bos_id=0, eos_id=0)
+    assert theirs["rope_scaling"] == theirs["rope_parameters"]
+    assert interchange.config_to_theirs(a_model({}), CONTEXT, bos_id=0, eos_id=0)["rope_scaling"] is None
 
 
 def test_what_only_fills_a_class_up_must_be_no_more_than_that():

@@ -2,9 +2,11 @@
 
 import difflib
 import functools
+import shutil
 import sys
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -12,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data.errors import InputError
+from data.errors import InputError, StorageError
 from data.tokenizer import SentencePieceTokenizer, Tokenizer, train_tokenizer
 from model import interchange
 from model.config import ModelConfig
@@ -236,7 +238,7 @@ def test_tokenizers_that_llama_cpp_has_no_name_for_are_refused(tokenizer, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]
 
 
-def test_a_file_appears_whole_and_replaces_only_its_like(tokenizer, tmp_path: Path):
+def test_a_file_appears_whole_and_replaces_only_its_like(tokenizer, tmp_path: Path, monkeypatch):
     config = model_of(tokenizer, {})
     weights = weights_of(config)
     file = write(tmp_path / "new" / "model.gguf", config, weights, tokenizer)
@@ -245,13 +247,18 @@ def test_a_file_appears_whole_and_replaces_only_its_like(tokenizer, tmp_path: Pa
 
     def stops(name: str, layer: int | None) -> np.ndarray:
         if next(calls) == 8:
-            raise OSError("no space")
+            raise OSError("no space")  # as NumPy's, without a number
         return read(name, layer)
 
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(StorageError, match=r"model\.gguf cannot be written: no space"):
         write_gguf(file, config, CONTEXT, stops, tokenizer, "f16")
     assert [path.name for path in file.parent.iterdir()] == ["model.gguf"]
     assert file.read_bytes() == content
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=10**5))
+    with pytest.raises(StorageError, match=r"has 0\.1 MB free, and 0\.\d MB are"):
+        write(file, config, weights, tokenizer)
+    monkeypatch.undo()
+    assert [path.name for path in file.parent.iterdir()] == ["model.gguf"]
     assert write(file, config, weights, tokenizer, "f16").stat().st_size < len(content)
     (tmp_path / "notes").write_text("notes")
     for there, words in [
