@@ -243,7 +243,7 @@ def test_what_a_file_leaves_out_is_what_the_class_says(family: Family):
 
 def test_settings_that_older_files_and_others_have_are_read_as_the_class_reads_them():
     def read(changes: dict, **more: Any) -> ModelConfig:
-        return interchange.config_from_theirs(interchange.config_to_theirs(a_model(changes), CONTEXT, 0) | more)
+        return interchange.config_from_theirs(interchange.config_to_theirs(a_model(changes), CONTEXT, 0, 0) | more)
 
     gemma = {"scale_embeddings": True, "tie_embeddings": True}
     for changes, more, field, value in (
