@@ -72,6 +72,9 @@ class HuggingFaceTokenizer(Tokenizer):
                 "another tokenizer"
             )
         self.eos_id = self._find_eos()
+        # What its post-processor puts before a text, as Llama's and Gemma's do.
+        before = self._model.encode("").ids[:1]
+        self.bos_id = before[0] if before and self.kinds[before[0]] == "control" else self.eos_id
         self.fingerprint = hashlib.sha256(content + f"\0{self.eos_id}".encode()).hexdigest()
         self.adds_space = b"".join(map(self.token_bytes, self.encode("a"))) == b" a"
 

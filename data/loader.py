@@ -82,6 +82,7 @@ class Loader:
         self._streams = open_streams(
             mixture,
             self._workers or tokenizer.encode_all,
+            tokenizer.bos_id,
             tokenizer.eos_id,
             seed,
             sorted({v for shard in shards if shard for v in range(config.num_streams)[shard[0]]}),

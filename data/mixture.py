@@ -181,12 +181,20 @@ class MixedStream:
 
 
 def open_streams(
-    mixture: Mixture, tokenize: Tokenize, eos_id: int, seed: int, streams: Sequence[int], positions: np.ndarray
+    mixture: Mixture,
+    tokenize: Tokenize,
+    bos_id: int,
+    eos_id: int,
+    seed: int,
+    streams: Sequence[int],
+    positions: np.ndarray,
 ) -> dict[int, MixedStream]:
     """The streams with these numbers, from positions [V, K, `NUMBERS`] on."""
     by_source = []
     for k, source in enumerate(mixture.sources):
         starts = {v: Position(*positions[v, k, :-1].tolist()) for v in streams}
         readers = open_readers(source.corpus, source.config, seed, starts)
-        by_source.append({v: Stream(readers[v], tokenize, eos_id, source.config, v, starts[v]) for v in streams})
+        by_source.append(
+            {v: Stream(readers[v], tokenize, bos_id, eos_id, source.config, v, starts[v]) for v in streams}
+        )
     return {v: MixedStream(mixture, [of[v] for of in by_source], positions[v]) for v in streams}

@@ -115,7 +115,13 @@ def summarize(
             for document in corpus.documents(chunk):
                 prompt, tokens = tokenizer.encode(document.prompt), tokenizer.encode(document.text)
                 documents.append(
-                    make_pairs(np.concatenate([prompt, tokens]), tokenizer.eos_id, document.ends, prompt=len(prompt))
+                    make_pairs(
+                        np.concatenate([prompt, tokens]),
+                        tokenizer.bos_id,
+                        tokenizer.eos_id,
+                        document.ends,
+                        prompt=len(prompt),
+                    )
                 )
                 size += len((document.prompt + document.text).encode())
                 if size >= SAMPLE_BYTES and not splits:

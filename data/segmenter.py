@@ -1,9 +1,10 @@
 """Documents to segments: what the model sees at once.
 
-A document of tokens t1 … tn is n + 1 pairs of input and target: E → t1, t1 → t2, …, tn → E, where E is the end-of-text
-token, which also begins each document. So every token, and the end, is a target exactly once. A row is made of parts of
-documents, and holds `segment_length` pairs. A piece that its document does not end with has no last pair: what follows
-it is not E. The pairs of a prompt are seen, and have no weight.
+A document of tokens t1 … tn is n + 1 pairs of input and target: B → t1, t1 → t2, …, tn → E, where E is the end-of-text
+token, and B what stands before a document: E too, unless a tokenizer has a token of its own for it. So every token, and
+the end, is a target exactly once. A row is made of parts of documents, and holds `segment_length` pairs. A piece that
+its document does not end with has no last pair: what follows it is not E. The pairs of a prompt are seen, and have no
+weight.
 """
 
 import bisect
@@ -45,11 +46,17 @@ class Part(NamedTuple):
 
 
 def make_pairs(
-    tokens: np.ndarray, eos_id: int, ends: bool = True, first: int = 0, prompt: int = 0, document: Any = None
+    tokens: np.ndarray,
+    bos_id: int,
+    eos_id: int,
+    ends: bool = True,
+    first: int = 0,
+    prompt: int = 0,
+    document: Any = None,
 ) -> Pairs:
     """The pairs of a document's tokens, int32 [n], of which the first `prompt` are not trained on."""
-    around = np.full(len(tokens) + 2, eos_id, np.int32)
-    around[1:-1] = tokens
+    around = np.empty(len(tokens) + 2, np.int32)
+    around[0], around[1:-1], around[-1] = bos_id, tokens, eos_id
     last = len(around) if ends else len(around) - 1
     return Pairs(around[: last - 1], around[1:last], prompt, first, document)
 

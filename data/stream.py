@@ -157,7 +157,8 @@ class Stream:
     Args:
         reader: of its windows.
         tokenize: texts → their tokens, int32, lazily and in order.
-        eos_id: the token that begins and ends documents.
+        bos_id: the token before a document.
+        eos_id: the one after it.
         config: of the data.
         stream: v.
         position: where the next row begins.
@@ -170,12 +171,13 @@ class Stream:
         self,
         reader: Reader,
         tokenize: Tokenize,
+        bos_id: int,
         eos_id: int,
         config: DataConfig,
         stream: int,
         position: Position = BEGINNING,
     ):
-        self._reader, self._tokenize, self._eos_id = reader, tokenize, eos_id
+        self._reader, self._tokenize, self._bos_id, self._eos_id = reader, tokenize, bos_id, eos_id
         self._config, self._stream = config, stream
         self._rows = (self._packed if config.segmentation == "pack" else self._concatenated)(position)
 
@@ -208,7 +210,7 @@ class Stream:
             ids, length = next(tokens), 0
             if prompt is not None:
                 ids, length = np.concatenate([prompt, ids]), len(prompt)
-            yield make_pairs(ids, self._eos_id, document.ends, first, length, document)
+            yield make_pairs(ids, self._bos_id, self._eos_id, document.ends, first, length, document)
             first = 0
 
     def _concatenated(self, position: Position) -> Iterator[tuple[list[Part], Position]]:

@@ -24,7 +24,7 @@ from data.errors import InputError
 
 log = logging.getLogger("ziggurat")
 
-# Ends a document, and so begins the next. As text in a document it is ordinary text.
+# Ends a document, and stands before the next. As text in a document it is ordinary text.
 END_OF_TEXT = "<|endoftext|>"
 MODEL_FILE = "tokenizer.model"
 # Of other people's.
@@ -48,6 +48,7 @@ class Tokenizer(ABC):
         folder: where it was read.
         vocab_size: number of token ids.
         eos_id: of the token that ends a document.
+        bos_id: of the token that stands before one: what the tokenizer itself puts there, or else `eos_id`.
         fingerprint: SHA-256 (hex) of what its ids follow from.
         pieces: the text that each id stands for as its file writes it.
         adds_space: a text is read as if a space stood before it. Never by ours.
@@ -56,6 +57,7 @@ class Tokenizer(ABC):
     folder: Path
     vocab_size: int
     eos_id: int
+    bos_id: int
     fingerprint: str
     pieces: list[str]
     adds_space: bool = False
@@ -88,6 +90,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def files(self) -> dict[str, bytes]:
         """What makes the same tokenizer in another folder, by name; the file that it is known by comes last."""
+
+    def begin(self, text: str) -> list[int]:
+        """`bos_id` and the ids of a text: what a model sees where a document begins."""
+        return [self.bos_id, *self.encode(text).tolist()]
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
@@ -134,7 +140,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.pieces = [self._model.IdToPiece(i) for i in range(self.vocab_size)]
         if not {END_OF_TEXT, *ESCAPES.values()} <= set(self.pieces):
             raise ValueError("a SentencePiece model, but not ours")
-        self.eos_id = self.pieces.index(END_OF_TEXT)
+        self.eos_id = self.bos_id = self.pieces.index(END_OF_TEXT)
 
     def scores(self) -> list[float]:
         """Of each id: of all pairs that make a piece, the one of the highest score is joined first."""

@@ -3,6 +3,8 @@ where nothing in a million characters can be cut apart: see `Tokenizer.parts`).
 
 Other people's are written as they were read.
 
+Transformers puts the EOS token before a text, as it stands before every document in training.
+
 Both do BPE over a whole text. Where SentencePiece writes U+2581 for a space, this file has the space itself, so
 nothing is normalized, and what SentencePiece keeps whole (whitespace runs, escapes) is an added token.
 """
@@ -33,7 +35,7 @@ def write_huggingface_tokenizer(tokenizer: Tokenizer, folder: Path, context: int
         "added_tokens": added_tokens(tokenizer),
         "normalizer": None,
         "pre_tokenizer": None,
-        "post_processor": None,
+        "post_processor": begins_with(END_OF_TEXT, tokenizer.bos_id),
         "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
         "model": {
             "type": "BPE",
@@ -59,6 +61,18 @@ def write_huggingface_tokenizer(tokenizer: Tokenizer, folder: Path, context: int
         "split_special_tokens": True,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def begins_with(token: str, number: int) -> dict[str, Any]:
+    """The post-processor that puts a token before a text."""
+    special = {"SpecialToken": {"id": token, "type_id": 0}}
+    text, other = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    return {
+        "type": "TemplateProcessing",
+        "single": [special, text],
+        "pair": [special, text, other],
+        "special_tokens": {token: {"id": token, "ids": [number], "tokens": [token]}},
+    }
 
 
 def plain_pieces(tokenizer: Tokenizer) -> list[str]:

@@ -40,9 +40,9 @@ def gguf_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     """
     kinds = [*tokenizer.kinds, *["unused"] * (vocab_size - tokenizer.vocab_size)]
     texts = [*tokenizer.pieces, *[""] * (vocab_size - tokenizer.vocab_size)]
-    # Every document follows an EOS token in training.
+    # As before every document in training.
     found: dict[str, Any] = {
-        "bos_token_id": tokenizer.eos_id,
+        "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
         "add_bos_token": True,
         "add_eos_token": False,

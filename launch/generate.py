@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import json
 import logging
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -79,12 +78,10 @@ def run(arguments: argparse.Namespace) -> int:
     with jax.set_mesh(generation_mesh(MeshConfig(tensor=arguments.tensor, fsdp=arguments.fsdp))):
         trained = load_trained(arguments.model)
         tokenizer, context = trained.tokenizer, trained.config.data.segment_length
-        prompts = [tokenizer.encode(line["prompt"]).tolist() for line in lines]
-        for prompt in prompts if arguments.prompts is None else ():
-            if len(prompt) > context:
-                log.warning("the prompt has %d tokens; the model sees the last %d", len(prompt), context)
-        if arguments.prompts is not None and (cut := sum(len(prompt) > context for prompt in prompts)):
-            log.warning("%d prompts have more than %d tokens; the model sees the last %d", cut, context, context)
+        prompts = [tokenizer.begin(line["prompt"]) for line in lines]
+        if cut := sum(len(prompt) - 1 > context for prompt in prompts):
+            which = "the prompt has" if arguments.prompts is None else f"{cut} of {len(prompts)} prompts have"
+            log.warning("%s more than %d tokens; the model sees the last %d", which, context, context)
         generator = make_generator(trained.config, trained.weights, tokenizer)
         # The generator has its own copy.
         del trained
@@ -138,20 +135,24 @@ def check(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         problems.append("--batch_size has no effect without --prompts; leave it out")
     if arguments.batch_size is not None and arguments.batch_size < 1:
         problems.append(f"--batch_size={arguments.batch_size} must be at least 1")
-    if arguments.max_new_tokens < 1:
-        problems.append(f"--max_new_tokens={arguments.max_new_tokens} must be at least 1")
+    if not 1 <= arguments.max_new_tokens < 2**31:
+        problems.append(f"--max_new_tokens={arguments.max_new_tokens} must be from 1 to 2147483647")
     if "" in arguments.stop:
         problems.append("--stop is empty; give some text")
     if arguments.top_k is not None and arguments.top_k < 0:
         problems.append(f"--top_k={arguments.top_k} must be 0 or more")
     if arguments.top_p is not None and not 0 < arguments.top_p <= 1:
         problems.append(f"--top_p={arguments.top_p} must be above 0 and at most 1")
-    if arguments.temperature is not None and not 0 < arguments.temperature < math.inf:
+    # Beyond these float32 has no logits left to tell tokens apart.
+    if arguments.temperature is not None and not 1e-6 <= arguments.temperature <= 1e6:
         problems.append(
-            f"--temperature={arguments.temperature} must be above 0; for the most likely token use --greedy"
+            f"--temperature={arguments.temperature} must be from 0.000001 to 1000000; for the most likely token use "
+            "--greedy"
         )
-    if not 0 < arguments.repetition_penalty < math.inf:
-        problems.append(f"--repetition_penalty={arguments.repetition_penalty} must be above 0; 1 is none")
+    if not 1e-6 <= arguments.repetition_penalty <= 1e6:
+        problems.append(
+            f"--repetition_penalty={arguments.repetition_penalty} must be from 0.000001 to 1000000; 1 is none"
+        )
     if arguments.seed is not None and not 0 <= arguments.seed < 2**31:
         problems.append(f"--seed={arguments.seed} must be from 0 to 2147483647")
     if arguments.greedy:
@@ -192,9 +193,11 @@ def read_prompts(file: str) -> list[dict[str, Any]]:
             continue
         try:
             value = json.loads(line)
-        except ValueError:
+            # All of it is written again.
+            json.dumps(value, ensure_ascii=False).encode()
+        except (ValueError, RecursionError):
             value = None
-        if isinstance(value, dict) and isinstance(value.get("prompt"), str) and is_text(value["prompt"]):
+        if isinstance(value, dict) and isinstance(value.get("prompt"), str):
             found.append(value)
         else:
             problems.append(f'{name}:{number}: no JSON object with a text as its "prompt"')

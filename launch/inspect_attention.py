@@ -36,13 +36,13 @@ def run(arguments: argparse.Namespace) -> int:
     with jax.set_mesh(on_one_device()):
         trained = load_trained(arguments.model)
         config = trained.config
-        tokens = [trained.tokenizer.eos_id, *trained.tokenizer.encode(arguments.prompt).tolist()]
+        tokens = trained.tokenizer.begin(arguments.prompt)
         most = min(config.data.segment_length, most_tokens(config.model.num_layers, config.model.num_heads))
         if len(tokens) > most:
             raise InputError(
-                f"--prompt has {len(tokens) - 1} tokens; the model sees {config.data.segment_length} at once, the end "
-                f"of text before them, and of this model's {config.model.num_layers} × {config.model.num_heads} heads "
-                f"a page shows {most}; give {most - 1} at most"
+                f"--prompt has {len(tokens) - 1} tokens; the model sees {config.data.segment_length} at once, of which "
+                f"one stands before a text, and of its {config.model.num_layers} × {config.model.num_heads} heads a "
+                f"page shows {most}; give {most - 1} at most"
             )
         weights_LHTT = attention_of(config, trained.weights, tokens)
     texts = [token_text(trained.tokenizer, token) for token in tokens]

@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
         tokens, context = trained.tokenizer.encode(arguments.prompt), trained.config.data.segment_length
         if len(tokens) >= context:
             raise InputError(
-                f"--prompt has {len(tokens)} tokens; the model sees {context}, the end of text before them"
+                f"--prompt has {len(tokens)} tokens; the model sees {context}, of which one stands before a text"
             )
         rows = inspect_positions(trained.config, trained.weights, trained.tokenizer, tokens, BEST)
     losses = [row["loss"] for row in rows if row["loss"] is not None]

@@ -59,6 +59,20 @@ class Place(NamedTuple):
     drawn: Any
 
 
+class Program(NamedTuple):
+    """What `read` and `go_on` are compiled for; both take weights as `prepared`, and the seed of all rows.
+
+    Attributes:
+        config: of the model.
+        layout: of weights and cache.
+        sampling: how to draw.
+    """
+
+    config: ModelConfig
+    layout: Layout
+    sampling: Sampling
+
+
 @partial(jax.jit, static_argnums=0)
 def prepared(config: ModelConfig, weights: Mapping[str, Any]) -> dict[str, Any]:
     """Weights as they are read again for each token: a copy in the compute dtype, for `Layout.inputs_last`.
@@ -113,32 +127,24 @@ def draw_next(
     return draw(logits_BTV[:, 0], keys_B, sampling, had_BV)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=0)
 def read(
-    config: ModelConfig,
-    layout: Layout,
-    sampling: Sampling,
-    weights: Any,
-    tokens_1T: jax.Array,
-    at: Place,
-    seed: jax.Array,
-    had_1V: jax.Array | None,
+    program: Program, weights: Any, seed: jax.Array, at: Place, tokens_1T: jax.Array, had_1V: jax.Array | None
 ) -> tuple[jax.Array, State]:
     """Read one row's tokens from position 0 on, and draw the next.
 
     Args:
-        config: of the model.
-        layout: of weights and cache.
-        sampling: how to draw.
-        weights: as `prepared`.
-        tokens_1T: int32 ids; those behind the first `at.read` are padding, whose place in the cache is written again.
+        program: what is compiled.
+        weights: of it.
+        seed: of it.
         at: of the row: what it has after these tokens.
-        seed: of all rows.
+        tokens_1T: int32 ids; those behind the first `at.read` are padding, whose place in the cache is written again.
         had_1V: bool, tokens that the row has had.
 
     Returns:
         The token [1], and the row's state, of T positions.
     """
+    config, layout, sampling = program
     decoder = Decoder(config, weights, layout)
     T = tokens_1T.shape[1]
     x_1TD, cache = decoder.extend(tokens_1T, jnp.zeros(1, jnp.int32), empty_cache(config, 1, T, layout))
@@ -154,32 +160,24 @@ def put(state: State, row: State, slot: jax.Array) -> State:
     return jax.tree.map(lambda all, one: jax.lax.dynamic_update_slice_in_dim(all, one, slot, axis=0), state, row)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+@partial(jax.jit, static_argnums=0, donate_argnums=4)
 def go_on(
-    config: ModelConfig,
-    layout: Layout,
-    sampling: Sampling,
-    weights: Any,
-    state: State,
-    at: Place,
-    seed: jax.Array,
-    eos_and_limit: jax.Array,
+    program: Program, weights: Any, seed: jax.Array, at: Place, state: State, eos_and_limit: jax.Array
 ) -> tuple[jax.Array, State]:
     """Draw up to PIECE tokens in each row that goes on: until its end, or until its part of the cache is full.
 
     Args:
-        config: of the model.
-        layout: of weights and cache.
-        sampling: how to draw.
-        weights: as `prepared`.
-        state: of all rows; its memory is taken.
+        program: what is compiled.
+        weights: of it.
+        seed: of it.
         at: of all rows.
-        seed: of all rows.
+        state: of all rows; its memory is taken.
         eos_and_limit: int32 [2]: the token after which a row ends, and how many it draws at most.
 
     Returns:
         Token ids [B, PIECE], NONE where a row has drawn none, and the state.
     """
+    config, layout, sampling = program
     decoder, (eos, limit) = Decoder(config, weights, layout), eos_and_limit
     S = state.cache[0]["key"].shape[2]
     going = lambda at: (at.token != NONE) & (at.read < S)
@@ -265,32 +263,30 @@ class Generator:
         """Continue prompts; yields pieces as they are drawn, those of a prompt in order.
 
         The model sees at most `context` positions. When they are full a row goes on from the newer half of them, read
-        anew from position 0 (so what the model sees is always a segment as in training). A prompt longer than the
-        context keeps its newest part; an empty one begins a document. The same seed and number give the same tokens.
+        anew from position 0 (so what the model sees is always a segment as in training). Of a prompt longer than the
+        context the newest part is seen. The same seed and number give the same tokens.
 
         Args:
-            prompts: token ids of each.
+            prompts: token ids of each, at least one.
             max_new_tokens: the limit of each.
             sampling: how tokens are drawn.
             seed: of the random keys.
             batch_size: how many prompts are continued at once, at most.
             stopped: numbers of prompts of which no more is wanted; the caller may add to it after each piece.
         """
-        waiting = deque(
-            Row(i, [*prompt], [*prompt][-self.context :] or [self.eos_id]) for i, prompt in enumerate(prompts)
-        )
+        waiting = deque(Row(i, [*prompt], [*prompt][-self.context :]) for i, prompt in enumerate(prompts))
         if not waiting or not max_new_tokens:
             yield from (Piece(row.number, [], "length") for row in waiting)
             return
         rows: list[Row | None] = [None] * power_of_two(min(batch_size, len(waiting)))
-        longest = max(len(row.seen) for row in waiting) + max_new_tokens
-        capacity = min(power_of_two(longest), self.context)
+        longest = max(len(row.seen) for row in waiting)
+        capacity = min(max(power_of_two(longest), rounded(longest + max_new_tokens)), self.context)
         state = State(
             empty_cache(self.config, len(rows), capacity, self.layout),
             self._none_had(len(rows)) if sampling.penalizes else None,
         )
         eos_and_limit = np.array([self.eos_id, max_new_tokens], np.int32)
-        programs = self.config, self.layout, sampling, self.weights
+        of_all = Program(self.config, self.layout, sampling), self.weights, np.int32(seed)
 
         def taken(row: Row, tokens: list[int]) -> Piece:
             row.take(tokens)
@@ -312,7 +308,7 @@ class Generator:
                     T = min(power_of_two(row.read), self.context)
                     tokens_1T = np.array([row.seen + [0] * (T - row.read)], np.int32)
                     had_1V = self._had(row.had) if sampling.penalizes else None
-                    token_1, of_row = read(*programs, tokens_1T, self._places([row]), seed, had_1V)
+                    token_1, of_row = read(*of_all, self._places([row]), tokens_1T, had_1V)
                     state = put(state, of_row, slot)
                     piece = taken(row, np.asarray(token_1).tolist())
                     yield piece
@@ -321,7 +317,7 @@ class Generator:
                 rows[slot] = row
             if not any(rows):
                 return
-            tokens_BN, state = go_on(*programs, state, self._places(rows), seed, eos_and_limit)
+            tokens_BN, state = go_on(*of_all, self._places(rows), state, eos_and_limit)
             for slot, drawn_N in enumerate(np.asarray(tokens_BN)):
                 row, tokens = rows[slot], drawn_N[drawn_N != NONE].tolist()
                 if row is None or not tokens:
@@ -344,6 +340,12 @@ class Generator:
         had_1V = np.zeros((1, len(self.weights["embedding"]["table"])), bool)
         had_1V[0, list(tokens)] = True
         return had_1V
+
+
+def rounded(n: int) -> int:
+    """The next number of three binary digits and zeros: a quarter more than n at most."""
+    unit = 1 << max((n - 1).bit_length() - 3, 0)
+    return -(-n // unit) * unit
 
 
 def power_of_two(n: int) -> int:

@@ -47,7 +47,7 @@ FIXED = ("positions_embed.weight", "attn.c_attn.bias", "attn.c_proj.bias")
 def build(name: str) -> Any:
     """Transformers' model of this name."""
     transformers = require("transformers")
-    values = interchange.config_to_theirs(MODELS[name], CONTEXT, eos_id=0)
+    values = interchange.config_to_theirs(MODELS[name], CONTEXT, bos_id=0, eos_id=0)
     return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**values))
 
 

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -20,6 +21,7 @@ from model.decoder import Decoder
 from model.sampling import Sampling
 from train.config import Config, EvaluationConfig
 from train.continuation import make_generator
+from train.inspection import token_text
 from train.mesh import TRAINING, batch_sharding, training_layout
 from train.run import Text
 from train.step import counted, summed_loss
@@ -127,7 +129,7 @@ def _evaluate(
     def pairs(text: Text) -> Pairs:
         prompt = tokenizer.encode(text.prompt)
         tokens = np.concatenate([prompt, tokenizer.encode(text.text)])
-        return make_pairs(tokens, tokenizer.eos_id, prompt=len(prompt))
+        return make_pairs(tokens, tokenizer.bos_id, tokenizer.eos_id, prompt=len(prompt))
 
     rows = segment_documents(map(pairs, texts), config.data)
     batch_size = config.train.batch_size // config.train.accumulation_steps
@@ -186,9 +188,9 @@ def inspect_positions(
 
     Returns:
         n + 1 rows: "position" from 0, "input" and "target" (texts), "loss" in nats, and the "best" predictions, each
-        with "token" and "probability". The first input is the end of the text before; the last row has no target.
+        with "token" and "probability". The first input is what stands before a text; the last row has no target.
     """
-    inputs = np.concatenate([[tokenizer.eos_id], tokens]).astype(np.int32)
+    inputs = np.array([tokenizer.bos_id, *tokens], np.int32)
 
     @jax.jit
     def log_probabilities(weights: Any, tokens_BT: jax.Array) -> jax.Array:
@@ -200,11 +202,7 @@ def inspect_positions(
     log_p_TV = np.asarray(log_probabilities(weights, inputs[None]))
     order_TV = np.argsort(-log_p_TV, axis=1)[:, :best]
 
-    def text(token: int) -> str:
-        if token == tokenizer.eos_id:
-            return tokenizer.pieces[token]
-        return tokenizer.token_bytes(token).decode(errors="replace") if token < tokenizer.vocab_size else f"<{token}>"
-
+    text = partial(token_text, tokenizer)
     return [
         {
             "position": t,
@@ -225,7 +223,7 @@ def gzip_bits_per_byte(texts: Sequence[Text]) -> float:
 
 def sample_text(config: Config, tokenizer: Tokenizer, weights: Any) -> str:
     """The prompt of `evaluation.prompt`, continued: the 40 most likely tokens at each place, always the same seed."""
-    prompt = tokenizer.encode(config.evaluation.prompt).tolist()
+    prompt = tokenizer.begin(config.evaluation.prompt)
     generator = make_generator(config, weights, tokenizer)
     pieces = generator([prompt], max_new_tokens=config.evaluation.sample_tokens, sampling=Sampling(top_k=40))
     return tokenizer.decode([*prompt, *(token for piece in pieces for token in piece.tokens)])

@@ -7,15 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data.tokenizer import END_OF_TEXT, Tokenizer
+from data.tokenizer import Tokenizer
 from model.decoder import Decoder
 from train.config import Config
 from train.mesh import TRAINING
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """What a token stands for; of the end of text its name."""
-    return END_OF_TEXT if token == tokenizer.eos_id else tokenizer.decode([token])
+    """What a token stands for; of one that is no text its name."""
+    if token >= tokenizer.vocab_size:
+        return f"<{token}>"
+    return tokenizer.token_bytes(token).decode(errors="replace") or tokenizer.pieces[token]
 
 
 def attention_of(config: Config, weights: Any, tokens: Sequence[int]) -> np.ndarray:

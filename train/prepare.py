@@ -343,7 +343,8 @@ def streams_before(
     if before:
         begin, positions = before[-1]["step"], np.array(before[-1]["positions"], np.int64)
     streams = range(config.data.num_streams)
-    return begin, open_streams(mixture, tokenizer.encode_all, tokenizer.eos_id, config.train.seed, streams, positions)
+    bos_id, eos_id, seed = tokenizer.bos_id, tokenizer.eos_id, config.train.seed
+    return begin, open_streams(mixture, tokenizer.encode_all, bos_id, eos_id, seed, streams, positions)
 
 
 def check_same_everywhere(fingerprints: dict[str, str]) -> None:

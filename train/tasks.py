@@ -215,9 +215,8 @@ class Model(LM):
         return self.scores([self.pair(*request.args) for request in requests])
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        """log p of each whole text in nats, after the end of the text before."""
-        eos = [self.tokenizer.eos_id]
-        pairs = [(eos, self.tokenizer.encode(text).tolist()) for (text,) in (request.args for request in requests)]
+        """log p of each whole text in nats, after what stands before a text."""
+        pairs = [self.pair("", text) for (text,) in (request.args for request in requests)]
         return [score for score, _ in self.scores(pairs)]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
@@ -238,11 +237,9 @@ class Model(LM):
         Spaces at the context's end go with the continuation, and the tokens of both together are cut where those of the
         context alone end. Where a token reaches over the border, at least the last one is the continuation's.
         """
-        if not context:
-            return [self.tokenizer.eos_id], self.tokenizer.encode(continuation).tolist()
-        tokens = self.tokenizer.encode(context + continuation).tolist()
-        cut = min(len(self.tokenizer.encode(context.rstrip())), len(tokens) - 1)
-        return tokens[:cut] or [self.tokenizer.eos_id], tokens[cut:]
+        tokens = self.tokenizer.begin(context + continuation)
+        cut = min(len(self.tokenizer.begin(context.rstrip())), len(tokens) - 1)
+        return tokens[:cut], tokens[cut:]
 
     def scores(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         """Of each pair of token lists: log p of the second after the first, and whether it is greedy decoding's."""
@@ -277,7 +274,7 @@ class Model(LM):
         for part in continuations(
             make_generator(self.config, self.weights, self.tokenizer),
             self.tokenizer,
-            [self.tokenizer.encode(context).tolist()[-seen:] for context in contexts],
+            [self.tokenizer.begin(context)[-seen:] for context in contexts],
             max_new_tokens=most,
             sampling=Sampling(temperature=given.get("temperature", 0.0), top_k=given.get("top_k", 0)),
             stop=[stop for stop in given["until"] if stop],

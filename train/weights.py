@@ -79,9 +79,10 @@ def write_huggingface(folder: Path, weights: Weights, dtype: str = "float32", ca
         partial.mkdir(parents=True)
         shapes = interchange.shapes_of_theirs(config, context)
         check_room(folder.parent, sum(map(math.prod, shapes.values())) * FLOATS[dtype].itemsize)
-        values = interchange.config_to_theirs(config, context, tokenizer.eos_id, dtype) | {STEP: weights.step}
+        bos_id, eos_id = tokenizer.bos_id, tokenizer.eos_id
+        values = interchange.config_to_theirs(config, context, bos_id, eos_id, dtype) | {STEP: weights.step}
         (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-        generation = {"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id}
+        generation = {"bos_token_id": bos_id, "eos_token_id": eos_id}
         (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
         (partial / CARD).write_text(card)
         write_huggingface_tokenizer(tokenizer, partial, context)

@@ -45,13 +45,16 @@ def family_of(config: ModelConfig) -> Family:
     raise ValueError("; ".join(f"{name} in Transformers has {missing}" for missing, name in nearest.items()))
 
 
-def config_to_theirs(config: ModelConfig, context: int, eos_id: int, dtype: str = "float32") -> dict[str, Any]:
+def config_to_theirs(
+    config: ModelConfig, context: int, bos_id: int, eos_id: int, dtype: str = "float32"
+) -> dict[str, Any]:
     """The values of their config.json.
 
     Args:
         config: resolved.
         context: positions that the model has been trained on at once.
-        eos_id: the token that ends a document, and so begins one.
+        bos_id: the token before a document.
+        eos_id: the token that ends one.
         dtype: of the weights in their files.
 
     Raises:
@@ -65,7 +68,7 @@ def config_to_theirs(config: ModelConfig, context: int, eos_id: int, dtype: str 
         **{setting.theirs: setting.written(getattr(wide, setting.ours)) for setting in family.settings},
         family.context.theirs: wide.max_positions or context,
         **family.more_to(wide),
-        "bos_token_id": eos_id,
+        "bos_token_id": bos_id,
         "eos_token_id": eos_id,
         "dtype": dtype,
     }

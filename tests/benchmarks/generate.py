@@ -5,7 +5,8 @@
 A model of 40 M random parameters continues the same prompts greedily, in float32 with a float32 cache, on the CPU with
 the same number of threads, one prompt at a time and eight at once. Prefill is timed to the first token; decoding is
 what NEW tokens take beyond that. The programs take turns, and the median of the rounds counts. llama.cpp (xllamacpp) is
-left out where it is not installed. The last line is one JSON object.
+left out where it is not installed. Beside them are the matrix products of a prefill alone, by XLA for one prompt after
+another, as ours reads them, and by PyTorch for all at once, as Transformers does. The last line is one JSON object.
 """
 
 import importlib.util
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -109,6 +111,40 @@ def measure(programs: dict[str, Continue], prompts: list[list[int]]) -> dict[str
     return found
 
 
+def products(config: ModelConfig) -> dict[str, Callable[[int], Any]]:
+    """By library: what does the matrix products of a prefill of so many prompts, and little else."""
+    D, F = config.model_dim, config.feedforward_dim
+    random, shapes = np.random.default_rng(1), [(D, D)] * 4 + [(F, D)] * 2 + [(D, F)]
+    draw = lambda *shape: random.normal(0, 0.02, shape).astype(np.float32)
+    layers = [[draw(*shape) for shape in shapes] for _ in range(config.num_layers)]
+    x, all = draw(PROMPT, D), torch.from_numpy(draw(max(BATCHES) * PROMPT, D))
+    of_torch = [[torch.from_numpy(weight) for weight in layer] for layer in layers]
+
+    def chain(x: Any, layers: Any) -> Any:
+        for query, key, value, output, gate, up, down in layers:
+            x = (x @ query.T + x @ key.T + x @ value.T) @ output.T
+            x = (x @ gate.T + x @ up.T) @ down.T
+        return x
+
+    compiled, of_xla = jax.jit(chain), jax.device_put(layers)
+    return {
+        "XLA's products": lambda batch: [jax.block_until_ready(compiled(x, of_xla)) for _ in range(batch)],
+        "torch's products": lambda batch: chain(all[: batch * PROMPT], of_torch),
+    }
+
+
+def measure_products(config: ModelConfig, batch: int) -> dict[str, float]:
+    """By library: tokens a second, as `measure`."""
+    libraries = products(config)
+    took: dict[str, list[float]] = {name: [] for name in libraries}
+    for _ in range(ROUNDS + 1):
+        for name, go in libraries.items():
+            begun = time.perf_counter()
+            go(batch)
+            took[name].append(time.perf_counter() - begun)
+    return {name: batch * PROMPT / statistics.median(times[1:]) for name, times in took.items()}
+
+
 def main() -> None:
     # JAX takes as many threads as there are processors when it first starts.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
@@ -134,10 +170,13 @@ def main() -> None:
             found = measure(programs | of_batch, prompts)
             for name, of in found.items():
                 print(f"{name:14} {batch:5} {of['prefill']:9.1f} {of['decode']:9.1f}   {of['same_tokens']:.0%}")
+            for name, rate in measure_products(config, batch).items():
+                print(f"{name:16} {batch:3} {rate:9.1f}")
+                found[name] = {"prefill": rate}
             results[f"batch_{batch}"] = found
         for found in results.values():
             for peer in set(found) - {"ziggurat"}:
-                for what in ("prefill", "decode"):
+                for what in found[peer].keys() & {"prefill", "decode"}:
                     found["ziggurat"][f"{what}_of_{peer}"] = found["ziggurat"][what] / found[peer][what]
         print(json.dumps(results))
 

@@ -5,10 +5,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from data.tokenizer import SPACE, SentencePieceTokenizer
-from data.tokenizer_export import merges
+from data.tokenizer_export import begins_with, merges
 from tests.data.texts import code
 
 GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -33,7 +33,7 @@ def splits(pattern: str) -> pre_tokenizers.PreTokenizer:
 
 @cache
 def byte_level(kind: str) -> dict[str, Any]:
-    """The tokenizer.json of a byte-level BPE: gpt2, llama3 or qwen."""
+    """The tokenizer.json of a byte-level BPE: gpt2, qwen, or llama3, with a token before a text."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=kind == "llama3"))
     tokenizer.pre_tokenizer = {"gpt2": GPT2, "llama3": splits(LLAMA3), "qwen": splits(QWEN)}[kind]
     tokenizer.decoder = decoders.ByteLevel()
@@ -47,11 +47,15 @@ def byte_level(kind: str) -> dict[str, Any]:
     )
     tokenizer.train_from_iterator(code()[:40], trainer)
     tokenizer.add_tokens(["<think>"])
+    if kind == "llama3":
+        before = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 0)])
+        tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), before])
     return json.loads(tokenizer.to_str())
 
 
 def byte_fallback(kind: str, learned: SentencePieceTokenizer) -> dict[str, Any]:
-    """The tokenizer.json that Transformers makes of a SentencePiece model: llama2, with a space before, or gemma."""
+    """The tokenizer.json that Transformers makes of a SentencePiece model: llama2, with a space before, or gemma. <s>
+    stands before both."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     pieces += [piece for piece, kind in zip(learned.pieces, learned.kinds, strict=True) if kind == "piece"]
     spaced = lambda piece: piece.replace(" ", SPACE)
@@ -70,7 +74,7 @@ def byte_fallback(kind: str, learned: SentencePieceTokenizer) -> dict[str, Any]:
         if first
         else replace,
         "pre_tokenizer": None,
-        "post_processor": None,
+        "post_processor": begins_with("<s>", 1),
         "decoder": {"type": "Sequence", "decoders": steps},
         "model": {
             "type": "BPE",

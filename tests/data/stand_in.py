@@ -5,14 +5,17 @@ from pathlib import Path
 
 import numpy as np
 
+from data.tokenizer import Tokenizer
+
 
 class ByteTokenizer:
-    """Id 0 ends a document; a byte b is id b + 1."""
+    """Id 0 stands before and after a document; a byte b is id b + 1."""
 
-    eos_id = 0
+    eos_id = bos_id = 0
     vocab_size = 257
     fingerprint = "bytes"
     folder = Path("nowhere")
+    begin = Tokenizer.begin
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 1

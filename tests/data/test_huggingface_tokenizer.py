@@ -70,6 +70,16 @@ def test_the_ids_are_those_of_transformers_and_the_text_comes_back(loaded, their
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_text_begins_as_its_tokenizer_says_or_else_after_the_end_of_another(loaded, theirs, kind: str):
+    tokenizer, text = loaded[kind], "the cat"
+    before = {"llama3": "<|begin|>", "llama2": "<s>", "gemma": "<s>"}.get(kind, others.EOS)
+    assert tokenizer.pieces[tokenizer.bos_id] == before
+    assert tokenizer.begin(text) == [tokenizer.bos_id, *tokenizer.encode(text)]
+    assert tokenizer.begin("") == [tokenizer.bos_id]
+    assert theirs[kind](text)["input_ids"] == tokenizer.begin(text)[kind in ("gpt2", "qwen") :]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_special_tokens_are_no_text_and_what_looks_like_them_is(loaded, theirs, kind: str):
     tokenizer = loaded[kind]
     assert tokenizer.vocab_size == len(theirs[kind])
@@ -129,6 +139,7 @@ def test_ours_is_chosen_where_it_is_and_theirs_beside_another_sentencepiece_mode
     for text in NASTY:
         np.testing.assert_array_equal(alone.encode(text), ours.encode(text))
         assert alone.decode(alone.encode(text)) == text
+    assert alone.bos_id == alone.eos_id == ours.bos_id == ours.eos_id
     foreign = (tmp_path / "foreign").resolve()
     others.write(foreign, json.loads((folders["gpt2"] / "tokenizer.json").read_text()), others.EOS)
     (foreign / "tokenizer.model").write_bytes(ANOTHER)

@@ -1,5 +1,6 @@
 """Global batches: the same on any devices, any share of the streams and any number of workers (C1)."""
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -59,6 +60,18 @@ def test_devices_workers_and_prefetch_change_nothing(made):
     assert_same(take(loader(made, devices=4), 6), expected)
     assert_same(take(loader(made, prefetch=5), 6), expected)
     assert_same(take(loader(made, num_workers=2), 6), expected)
+
+
+def test_a_document_stands_between_the_two_tokens_of_its_tokenizer(made):
+    mixture, tokenizer = made
+    between = copy.copy(tokenizer)
+    between.bos_id, between.eos_id = 998, 999
+    large = [512]
+    [(expected, _)], [(batch, _)] = (take(loader(of, sizes=large), 1) for of in (made, (mixture, between)))
+    for name, token in (("tokens", 998), ("targets", 999)):
+        there = expected[name] == tokenizer.eos_id
+        assert there.any()
+        np.testing.assert_array_equal(batch[name], np.where(there, token, expected[name]))
 
 
 def test_positions_of_what_was_taken_restore_the_rest(made):

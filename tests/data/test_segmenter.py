@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from data.config import DataConfig
 from data.segmenter import Pairs, Part, concatenate, fill, make_pairs, pack, segment_documents
 
-E = 0
+B, E = 98, 0
 documents = st.lists(st.lists(st.integers(1, 99), max_size=30), max_size=12)
 
 
 def pairs_of(*documents: list[int]) -> list[Pairs]:
-    return [make_pairs(np.array(document, np.int32), E) for document in documents]
+    return [make_pairs(np.array(document, np.int32), E, E) for document in documents]
 
 
 def trained(rows: list[list[Part]], config: DataConfig) -> list[tuple[int, int]]:
@@ -28,12 +28,12 @@ def trained(rows: list[list[Part]], config: DataConfig) -> list[tuple[int, int]]
     return found
 
 
-def test_a_document_is_pairs_from_the_end_token_to_the_end_token():
-    pairs = make_pairs(np.array([5, 6, 7]), E)
-    assert pairs.inputs.tolist() == [E, 5, 6, 7]
+def test_a_document_is_pairs_from_the_token_before_it_to_the_end_token():
+    pairs = make_pairs(np.array([5, 6, 7]), B, E)
+    assert pairs.inputs.tolist() == [B, 5, 6, 7]
     assert pairs.targets.tolist() == [5, 6, 7, E]
-    open_end = make_pairs(np.array([5, 6, 7]), E, ends=False)
-    assert open_end.inputs.tolist() == [E, 5, 6]
+    open_end = make_pairs(np.array([5, 6, 7]), B, E, ends=False)
+    assert open_end.inputs.tolist() == [B, 5, 6]
     assert open_end.targets.tolist() == [5, 6, 7]
 
 
@@ -129,7 +129,7 @@ def test_packing_puts_each_document_where_least_is_left():
 
 def test_a_prompt_is_seen_and_not_trained_on():
     config = DataConfig(segment_length=4)
-    pairs = make_pairs(np.array([1, 2, 3, 4, 5]), E, prompt=2)
+    pairs = make_pairs(np.array([1, 2, 3, 4, 5]), E, E, prompt=2)
     rows = [fill(parts, config) for parts, _ in concatenate([pairs], config)]
     assert [row["targets"].tolist() for row in rows] == [[1, 2, 3, 4], [5, E, 0, 0]]
     assert [row["loss_weights"].tolist() for row in rows] == [[0, 0, 1, 1], [1, 1, 0, 0]]

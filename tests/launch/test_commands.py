@@ -267,14 +267,14 @@ def test_transformers_opens_a_trained_export_with_the_same_logits_tokens_and_tex
     prompt = "the cat likes my bird. a dog"
     with jax.set_mesh(on_one_device()):
         trained = load_trained(str(finished))
-    ids = trained.tokenizer.encode(prompt)
+    ids = np.array(trained.tokenizer.begin(prompt))
     assert theirs(prompt)["input_ids"] == ids.tolist()
     decoder = Decoder(trained.config.model, jax.tree.map(jnp.asarray, jax.device_get(trained.weights)))
     tokens = jnp.array(ids)[None]
     found = decoder.logits(decoder(tokens, jnp.arange(len(ids))[None], jnp.ones_like(tokens)))
     with torch.no_grad():
-        expected = model(torch.tensor(ids[None].astype(np.int64))).logits.numpy()
+        expected = model(torch.tensor(ids[None])).logits.numpy()
     assert np.abs(found[..., : trained.tokenizer.vocab_size] - expected).max() <= 1e-4
-    generated_ids = model.generate(torch.tensor(ids[None].astype(np.int64)), max_new_tokens=12, do_sample=False)
+    generated_ids = model.generate(torch.tensor(ids[None]), max_new_tokens=12, do_sample=False)
     text = theirs.decode(generated_ids[0], skip_special_tokens=True)
     assert generated(capsys, finished, f"--prompt={prompt}", "--greedy", "--max_new_tokens=12") == text

@@ -65,10 +65,12 @@ def test_devices_share_a_model_and_give_the_same_text(finished: Path, capsys):
 BAD = [
     (["--prompt=a", "--top_p=0", "--stop=", "--repetition_penalty=-1", "--batch_size=2"],
      ["--top_p=0.0 must be", "--stop is empty", "--repetition_penalty=-1.0", "--batch_size has no effect"]),
+    (["--prompt=a", "--temperature=1e38", "--repetition_penalty=1e-40", "--max_new_tokens=3000000000"],
+     ["--temperature=1e+38 must", "--repetition_penalty=1e-40 must", "--max_new_tokens=3000000000 must be from 1"]),
     ([], ["give --prompt=TEXT, or --prompts=FILE"]),
     (["--prompt=a", "--prompts=-"], ["give --prompt=TEXT, or --prompts=FILE"]),
     (["--prompts={dir}/none", "--greedy", "--top_p=0.5"], ["none cannot be read", "--top_p has no effect"]),
-    (["--prompts={dir}/bad.jsonl"], ["bad.jsonl:2: no JSON", "bad.jsonl:4: no JSON", "bad.jsonl:5: no JSON"]),
+    (["--prompts={dir}/bad.jsonl"], [f"bad.jsonl:{number}: no JSON" for number in (2, 4, 5, 6, 7)]),
     (["--prompts={dir}/empty.jsonl"], ["empty.jsonl has no prompts"]),
     (["--prompt=a", "--mesh.tensor=8"], ["model.num_kv_heads = 4 cannot be shared by mesh.tensor = 8; nearest size"]),
     (["--prompt=a", "--mesh.tensor=9"], ["mesh.tensor × mesh.fsdp = 9, but there are 8 devices"]),
@@ -79,7 +81,8 @@ BAD = [
 
 @pytest.mark.parametrize(("flags", "words"), BAD, ids=lambda value: " ".join(value)[:40])
 def test_all_that_is_wrong_is_told_at_once(flags: list, words: list, finished: Path, tmp_path: Path, capsys, caplog):
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n["a"]\n\n{"prompt": 1}\n{"prompt": "\\ud800"}\n')
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n["a"]\n\n{"prompt": 1}\n{"prompt": "\\ud800"}\n'
+                                      '{"prompt": "b", "more": "\\ud800"}\n' + "[" * 10**5)  # fmt: skip
     (tmp_path / "empty.jsonl").write_text("\n")
     assert here("generate", finished, *(flag.format(dir=tmp_path) for flag in flags)) == 2
     captured = capsys.readouterr()

@@ -281,7 +281,7 @@ def test_a_file_of_masks_and_short_names_is_read_as_the_class_would(tmp_path: Pa
     """As the first files of GPT-2 are: without the first word of each name, and with what is no weight."""
     config = small_model(position="learned", max_positions=16, gated=False, num_kv_heads=4, norm="layernorm",
                          attention_bias=True, feedforward_bias=True, tie_embeddings=True)  # fmt: skip
-    values = interchange.config_to_theirs(config, 16, eos_id=0)
+    values = interchange.config_to_theirs(config, 16, bos_id=0, eos_id=0)
     tensors = dict(interchange.to_theirs(config, 16, interchange.reader_of(small_weights(config))))
     short = {name.removeprefix("transformer."): array for name, array in tensors.items()}
     short |= {"h.0.attn.bias": np.ones((1, 1, 16, 16), np.float32), "h.1.attn.masked_bias": np.float32([0.0])}

@@ -96,7 +96,7 @@ def assert_same_shapes(model: Any, name: str) -> None:
 def test_every_presets_export_has_the_names_and_shapes_of_its_class_at_full_size(name: str):
     torch, transformers = require("torch"), require("transformers")
     config = load_config(name, {}).resolved(32_000)
-    values = interchange.config_to_theirs(config.model, config.data.segment_length, eos_id=0)
+    values = interchange.config_to_theirs(config.model, config.data.segment_length, bos_id=0, eos_id=0)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**values))
     assert [type(model).__name__] == values["architectures"]

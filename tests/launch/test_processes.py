@@ -1,7 +1,9 @@
 """A run may move between meshes and numbers of processes: the same rows, bits and loss curve (C1, C5, C6)."""
 
+import contextlib
 import dataclasses
 import functools
+import io
 import json
 from pathlib import Path
 
@@ -75,8 +77,13 @@ def test_a_run_on_several_processes_and_moved_between_meshes_is_the_run_on_one_d
     # Every row's positions are shared by the devices of both processes.
     assert_same_curve(on_processes(2, 2, two, "--config.mesh.context=4"), one)
     # It goes on from step 8 on more processes: two have a slice, and share its heads and its vocabulary.
-    four = on_processes(4, 1, back_to(8, two, tmp_path / "four"), "--config.mesh.slices=2", "--config.mesh.tensor=2")
+    shared = ["--config.mesh.slices=2", "--config.mesh.tensor=2", "--config.evaluation.sample_tokens=3"]
+    four = on_processes(4, 1, back_to(8, two, tmp_path / "four"), *shared)
     assert_same_curve(four, one, first=9)
+    # Its sample is what one process generates.
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        assert here("generate", four, "--prompt=def ", "--max_new_tokens=3") == 0
+    assert text.getvalue() == metrics(four)[11]["sample"]
 
     # What they saved comes back on one process, on any mesh: the bits that process 0 exported.
     expected, wanted = state_of(one, 1)

@@ -9,7 +9,7 @@ import pytest
 
 from model.config import ModelConfig
 from model.decoder import Decoder
-from model.generate import Generator
+from model.generate import Generator, rounded
 from model.parameters import flattened, nested, parameter_table
 from model.sampling import GREEDY, Sampling
 from tests.small import VOCAB_SIZE, mesh_of, small_batch, small_model, small_weights
@@ -108,13 +108,18 @@ def test_a_row_that_is_stopped_draws_no_more():
     assert set(pieces) == set(range(len(PROMPTS)))
 
 
-def test_an_empty_prompt_begins_a_document_and_a_long_one_keeps_its_end():
-    rows, long = generator(small_model(), eos_id=5), list(range(20))
-    found = generated(rows, [[], [5], long, long[-CONTEXT:]], new=5)
-    assert found[0] == found[1]
-    assert found[2] == found[3]
+def test_of_a_long_prompt_the_end_is_seen_and_nothing_may_be_asked_for():
+    rows, long = generator(small_model()), list(range(20))
+    whole, seen = generated(rows, [long, long[-CONTEXT:]], new=5)
+    assert whole == seen
     assert list(rows([], max_new_tokens=1, sampling=GREEDY)) == []
     assert list(rows(PROMPTS[:2], max_new_tokens=0, sampling=GREEDY)) == [(0, [], "length"), (1, [], "length")]
+
+
+def test_a_cache_is_a_quarter_longer_than_needed_at_most_and_few_lengths_are_compiled():
+    lengths = [rounded(n) for n in range(1, 4097)]
+    assert all(n <= length <= 1.25 * n + 1 for n, length in enumerate(lengths, 1))
+    assert len(set(lengths)) == 4 + 4 * 10
 
 
 def test_the_penalty_counts_all_of_the_prompt_and_of_what_was_drawn():

@@ -52,7 +52,7 @@ MODELS = [
 
 def theirs_of(config: ModelConfig, weights: Any) -> tuple[dict, dict[str, np.ndarray]]:
     """(their config.json, their tensors)."""
-    values = interchange.config_to_theirs(config, CONTEXT, eos_id=0)
+    values = interchange.config_to_theirs(config, CONTEXT, bos_id=0, eos_id=0)
     return values, dict(interchange.to_theirs(config, CONTEXT, interchange.reader_of(weights)))
 
 
@@ -192,7 +192,7 @@ def test_a_norm_below_a_half_loses_no_more_than_rounding_in_gemma():
 
 
 def test_a_model_with_other_floors_is_refused_by_name():
-    theirs = interchange.config_to_theirs(a_model({}), context=16, eos_id=0)
+    theirs = interchange.config_to_theirs(a_model({}), context=16, bos_id=0, eos_id=0)
     for changes, word in (
         ({"architectures": ["GPTNeoXForCausalLM"]}, "GPTNeoXForCausalLM"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type is longrope"),
@@ -219,10 +219,10 @@ def test_a_model_with_other_floors_is_refused_by_name():
     del theirs["hidden_size"]
     with pytest.raises(ValueError, match="hidden_size"):
         interchange.config_from_theirs(theirs)
-    gpt = interchange.config_to_theirs(a_model(GPT), context=CONTEXT, eos_id=0)
+    gpt = interchange.config_to_theirs(a_model(GPT), context=CONTEXT, bos_id=0, eos_id=0)
     with pytest.raises(ValueError, match="scale_attn_by_inverse_layer_idx is True; in this decoder it is False"):
         interchange.config_from_theirs(gpt | {"scale_attn_by_inverse_layer_idx": True})
-    gemma = interchange.config_to_theirs(a_model({"scale_embeddings": True}), context=CONTEXT, eos_id=0)
+    gemma = interchange.config_to_theirs(a_model({"scale_embeddings": True}), context=CONTEXT, bos_id=0, eos_id=0)
     with pytest.raises(ValueError, match="hidden_act and hidden_activation are not the same"):
         interchange.config_from_theirs(gemma | {"hidden_activation": "gelu"})
 
@@ -243,7 +243,7 @@ def test_what_a_file_leaves_out_is_what_the_class_says(family: Family):
 
 def test_settings_that_older_files_and_others_have_are_read_as_the_class_reads_them():
     def read(changes: dict, **more: Any) -> ModelConfig:
-        return interchange.config_from_theirs(interchange.config_to_theirs(a_model(changes), CONTEXT, 0) | more)
+        return interchange.config_from_theirs(interchange.config_to_theirs(a_model(changes), CONTEXT, 0, 0) | more)
 
     gemma = {"scale_embeddings": True, "tie_embeddings": True}
     for changes, more, field, value in (
@@ -262,9 +262,9 @@ def test_settings_that_older_files_and_others_have_are_read_as_the_class_reads_t
 
 
 def test_rotary_scalings_stand_where_older_versions_look_for_them():
-    theirs = interchange.config_to_theirs(a_model(YARN), CONTEXT, eos_id=0)
+    theirs = interchange.config_to_theirs(a_model(YARN), CONTEXT, bos_id=0, eos_id=0)
     assert theirs["rope_scaling"] == theirs["rope_parameters"]
-    assert interchange.config_to_theirs(a_model({}), CONTEXT, eos_id=0)["rope_scaling"] is None
+    assert interchange.config_to_theirs(a_model({}), CONTEXT, bos_id=0, eos_id=0)["rope_scaling"] is None
 
 
 def test_what_only_fills_a_class_up_must_be_no_more_than_that():
@@ -282,7 +282,7 @@ def test_what_only_fills_a_class_up_must_be_no_more_than_that():
 
 
 def test_scalings_of_older_files_are_read():
-    theirs = interchange.config_to_theirs(a_model({}), context=16, eos_id=0)
+    theirs = interchange.config_to_theirs(a_model({}), context=16, bos_id=0, eos_id=0)
     theirs |= {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 4}, "rope_theta": 5e5}
     config = interchange.config_from_theirs(theirs)
     assert (config.rope_scaling, config.rope_factor, config.rope_base) == ("linear", 4.0, 5e5)

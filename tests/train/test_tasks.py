@@ -77,7 +77,12 @@ def test_scores_are_those_of_the_logits_on_every_mesh():
             expected.append(score)
         found = [adapter().scores(pairs)]
     with jax.set_mesh(mesh_of(fsdp=2, tensor=2, context=2)):
-        found.append(adapter().scores(pairs))
+        model = adapter()
+        step, answers = model._step, []
+        model._step = lambda *of: answers.append(step(*of)) or answers[-1]
+        found.append(model.scores(pairs))
+        # On several processes each must have all of them.
+        assert all(array.sharding.is_fully_replicated for array in jax.tree.leaves(answers))
     for of_mesh in found:
         assert np.abs(np.array([score for score, _ in of_mesh]) - expected).max() <= 2e-4
         assert [is_greedy for _, is_greedy in of_mesh[-3:]] == [False, True, False]

@@ -163,7 +163,7 @@ def make_attention_page(model: str, tokens: Sequence[str], weights_LHTT: np.ndar
     header = tag(
         "header",
         tag("h1", "Attention"),
-        tag("p", f"{model} reads {T:,} tokens, the end of the text before them first.", class_="quiet"),
+        tag("p", f"{model} reads {T:,} tokens, first the one that stands before every text.", class_="quiet"),
     )
     grid = tag(
         "section",
