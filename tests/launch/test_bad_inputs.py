@@ -86,7 +86,7 @@ TABLE = [
     ("weights without a corpus", ["evaluate", "{run}/export"], "give --corpus=PATH"),
     ("corpus to evaluate on", ["evaluate", "{run}", "--corpus={dir}/none"], "--corpus = /"),
     ("sampling flags", ["generate", "{run}", "--prompt=a", "--top_k=-1", "--temperature=0", "--max_new_tokens=0"],
-     "--max_new_tokens=0 must be at least 1"),
+     "--max_new_tokens=0 must be from 1 to"),
     ("greedy and sampling", ["generate", "{run}", "--prompt=a", "--greedy", "--seed=1"], "--seed has no effect"),
     ("export of a step of weights", ["export", "{run}/export@8", "--format=hf", "--to={dir}/new"], "have no steps"),
     ("export onto something", ["export", "{run}", "--format=hf", "--to={dir}"], "holds other things than an export"),
