@@ -235,10 +235,11 @@ class Model(LM):
         """The tokens of both as the harness's own adapters cut them.
 
         Spaces at the context's end go with the continuation, and the tokens of both together are cut where those of the
-        context alone end. Where a token reaches over the border, at least the last one is the continuation's.
+        context alone end. Where a token reaches over the border, at least the last one is the continuation's. Of
+        no text at all nothing is.
         """
         tokens = self.tokenizer.begin(context + continuation)
-        cut = min(len(self.tokenizer.begin(context.rstrip())), len(tokens) - 1)
+        cut = max(min(len(self.tokenizer.begin(context.rstrip())), len(tokens) - 1), 1)
         return tokens[:cut], tokens[cut:]
 
     def scores(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:

@@ -102,6 +102,16 @@ def test_a_continuation_ends_before_its_first_stop_string():
         assert len(model.continued(["x" * 99], {"max_gen_toks": 50})[0]) <= 50
 
 
+def test_what_stands_before_a_text_is_never_scored():
+    with jax.set_mesh(on_one_device()):
+        model = adapter()
+        before = [model.tokenizer.bos_id]
+        assert model.pair("", "") == (before, [])
+        assert model.pair("", "a") == (before, model.tokenizer.encode("a").tolist())
+        assert model.pair(" ", "a") == (before, model.tokenizer.encode(" a").tolist())
+        assert model.scores([model.pair("", "")]) == [(0.0, True)]
+
+
 def test_a_whole_text_is_read_in_the_harnesss_own_disjoint_windows():
     require("lm_eval")
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
