@@ -18,7 +18,7 @@ from pathlib import Path
 from data import formats
 from data.config import DataConfig
 from data.errors import BadText, InputError
-from data.files import File, fingerprint, is_local, list_files
+from data.files.listing import File, fingerprint, is_local, list_files
 from data.formats import parquet, text
 
 log = logging.getLogger("ziggurat")

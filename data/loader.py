@@ -15,8 +15,8 @@ from data.config import DataConfig
 from data.mixture import NUMBERS, Mixture, first_positions, open_streams
 from data.provenance import describe_row
 from data.segmenter import Part, Row, fill
-from data.tokenizer import Tokenizer
-from data.workers import Workers
+from data.tokenizer.tokenizer import Tokenizer
+from data.tokenizer.workers import Workers
 
 Batch = dict[str, jax.Array]
 # Stands for every number of a position that another process knows.

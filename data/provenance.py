@@ -7,10 +7,10 @@ import numpy as np
 
 from data import formats
 from data.corpus import digest
-from data.files import READ
+from data.files.ranges import READ
 from data.mixture import MixedStream, Mixture, field_of
 from data.segmenter import Pairs, Part, concatenate, make_pairs, pack
-from data.tokenizer import Tokenizer
+from data.tokenizer.tokenizer import Tokenizer
 
 # UTF-8 bytes of each corpus that a summary looks at.
 SAMPLE_BYTES = 2**24

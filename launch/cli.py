@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data.errors import Fault, InputError, StorageError
-from launch.errors import report
+from launch.exit_status import report
 
 # Command → (its module, one line of help).
 COMMANDS = {

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from data.errors import InputError
 
 if TYPE_CHECKING:
-    from train.evaluate import Result
-    from train.run import Text, Trained
+    from train.evaluation.results import Result
+    from train.run.folder import Text
+    from train.weights.load import Trained
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,9 +37,11 @@ def run(arguments: argparse.Namespace) -> int:
     check(arguments)
     import jax
 
-    from train.evaluate import evaluate, gzip_bits_per_byte, make_evaluation_step, open_tasks, task_metrics, total
-    from train.mesh import on_one_device
-    from train.run import load_trained
+    from train.devices.mesh import on_one_device
+    from train.evaluation.held_out import evaluate, gzip_bits_per_byte, make_evaluation_step
+    from train.evaluation.results import task_metrics, total
+    from train.evaluation.tasks import open_tasks
+    from train.weights.load import load_trained
 
     tasks = None
     if arguments.tasks is not None:
@@ -88,7 +91,7 @@ def check(arguments: argparse.Namespace) -> None:
 def texts_of(arguments: argparse.Namespace, trained: "Trained") -> "list[Text]":
     """The documents that are asked for. InputError where there is none."""
     from data.corpus import open_corpus
-    from train.run import Text
+    from train.run.folder import Text
 
     if arguments.corpus is not None:
         # Nothing is held out of it, so that a short text is enough.

@@ -40,10 +40,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     # All is read and written in the host's memory, however large an accelerator's is.
     jax.config.update("jax_platforms", "cpu")
-    from train.card import model_card
-    from train.gguf import check_gguf_file, write_gguf
-    from train.run import open_weights, run_of
-    from train.weights import check_export_folder, check_expressible, write_huggingface
+    from train.weights.gguf import check_gguf_file, write_gguf
+    from train.weights.huggingface import check_export_folder, check_expressible, write_huggingface
+    from train.weights.load import open_weights, run_of
+    from train.weights.model_card import model_card
 
     check = check_export_folder if arguments.format == "hf" else check_gguf_file
     check(to)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from data.errors import InputError
 
 if TYPE_CHECKING:
-    from train.continuation import Part
+    from train.evaluation.continuation import Part
 
 log = logging.getLogger("ziggurat")
 
@@ -61,11 +61,11 @@ def run(arguments: argparse.Namespace) -> int:
     lines = check(arguments)
     import jax
 
-    from model.sampling import GREEDY, Sampling
-    from train.config import MeshConfig
-    from train.continuation import continuations, make_generator
-    from train.mesh import generation_mesh
-    from train.run import load_trained
+    from model.generation.sampling import GREEDY, Sampling
+    from train.config.run_config import MeshConfig
+    from train.devices.mesh import generation_mesh
+    from train.evaluation.continuation import continuations, make_generator
+    from train.weights.load import load_trained
 
     sampling = Sampling(
         temperature=arguments.temperature or 1.0,

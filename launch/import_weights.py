@@ -23,7 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     # All is read and written in the host's memory, however large an accelerator's is.
     jax.config.update("jax_platforms", "cpu")
-    from train.imported import import_weights
+    from train.weights.import_run import import_weights
 
     import_weights(Path(arguments.weights), Path(arguments.to))
     print(arguments.to)

@@ -23,15 +23,16 @@ def run(arguments: argparse.Namespace) -> int:
             raise InputError("--prompt is empty; give some text")
     except UnicodeEncodeError:
         raise InputError("--prompt is not valid UTF-8") from None
-    from train.page.attention_page import GENERATOR, make_attention_page, most_tokens
+    from launch.page.attention_page import GENERATOR, make_attention_page, most_tokens
 
     output = arguments.to.expanduser()
     check_output(output, "--to", GENERATOR, "page of attention")
     import jax
 
-    from train.inspection import attention_of, token_text
-    from train.mesh import on_one_device
-    from train.run import load_trained, write_atomically
+    from train.devices.mesh import on_one_device
+    from train.evaluation.inspection import attention_of, token_text
+    from train.run.storage import write_atomically
+    from train.weights.load import load_trained
 
     with jax.set_mesh(on_one_device()):
         trained = load_trained(arguments.model)

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.errors import InputError
+from data.tokenizer.folder import load_tokenizer
 from launch.presets import add_config_arguments, load_config
-from train.saved import split_name
+from train.run.name import split_name
 
 if TYPE_CHECKING:
     from data.mixture import Mixture
-    from data.tokenizer import Tokenizer
-    from train.config import Config
-    from train.run import Run
+    from data.tokenizer.tokenizer import Tokenizer
+    from train.config.config import Config
+    from train.run.folder import Run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,9 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the batch or the summary."""
     from data.provenance import describe_row, rows_of_step, summarize
-    from train.prepare import first_step, streams_before
-    from train.recovery import read_ledger, skipped_batches, skips_by_step
-    from train.schedule import batch_size
+    from train.data_identity import first_step, streams_before
+    from train.run.ledger import read_ledger, skipped_batches, skips_by_step
+    from train.step.schedule import batch_size
 
     if (arguments.run is None) == (arguments.config is None):
         raise InputError("give a RUN or --config=NAME|FILE, one of the two")
@@ -86,9 +87,8 @@ def run(arguments: argparse.Namespace) -> int:
 @contextmanager
 def opened(arguments: argparse.Namespace) -> "Iterator[tuple[Config, Run, Mixture, Tokenizer]]":
     """The data of a run, or of one that the config would start."""
-    from data.tokenizer import Tokenizer
     from train.prepare import open_run_mixture, run_tokenizer
-    from train.run import Run
+    from train.run.folder import Run
 
     if arguments.run is not None:
         if arguments.overrides:
@@ -96,7 +96,7 @@ def opened(arguments: argparse.Namespace) -> "Iterator[tuple[Config, Run, Mixtur
         run = Run(arguments.run)
         config = run.load_config()
         run.check_not_imported()
-        tokenizer = Tokenizer.load(run.tokenizer)
+        tokenizer = load_tokenizer(run.tokenizer)
         yield config, run, open_run_mixture(config, run), tokenizer
         return
     config = load_config(arguments.config, arguments.overrides).resolved()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from data.errors import InputError
 
 if TYPE_CHECKING:
-    from data.tokenizer import Tokenizer
+    from data.tokenizer.tokenizer import Tokenizer
 
 log = logging.getLogger("ziggurat")
 
@@ -35,9 +35,9 @@ def run(arguments: argparse.Namespace) -> int:
     import jax
     import numpy as np
 
-    from train.inspection import nearest_tokens, token_text
-    from train.mesh import on_one_device
-    from train.run import load_trained
+    from train.devices.mesh import on_one_device
+    from train.evaluation.inspection import nearest_tokens, token_text
+    from train.weights.load import load_trained
 
     with jax.set_mesh(on_one_device()):
         trained = load_trained(arguments.model)

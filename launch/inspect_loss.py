@@ -29,9 +29,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError("--prompt is empty; give some text")
     import jax
 
-    from train.evaluate import inspect_positions
-    from train.mesh import on_one_device
-    from train.run import load_trained
+    from train.devices.mesh import on_one_device
+    from train.evaluation.inspection import inspect_positions
+    from train.weights.load import load_trained
 
     with jax.set_mesh(on_one_device()):
         trained = load_trained(arguments.model)

@@ -17,7 +17,7 @@ from typing import Any
 
 from data.errors import InputError
 from launch.local import PREEMPTED, USERS_ERROR
-from launch.queued import checked, put
+from launch.submission import checked, put
 
 PORT = 8476
 # GKE's names of the accelerators that `--topology` names.

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from data.errors import InputError
-from data.remote import protocol
+from data.files.remote import protocol
 from launch.presets import load_config
-from train.processes import share_of_gpus
-from train.saved import CONFIG_FILE, read_config
+from train.devices.processes import share_of_gpus
+from train.run.name import CONFIG_FILE, read_config
 
 # Seconds that processes have before they are killed: when one has failed, and to save when they are asked to end.
 GRACE, PATIENCE = 3.0, 600.0

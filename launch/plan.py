@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,29 +23,13 @@ from data.errors import InputError
 from launch.presets import add_config_arguments, load_config
 
 if TYPE_CHECKING:
-    from train.config import Config
-    from train.planning.plan import Plan
+    from train.config.config import Config
+from launch.plan_text import mesh_text, plan_text
 
 log = logging.getLogger("ziggurat")
-MORE_OF_A_GPU = "; JAX takes three quarters of a GPU's memory, XLA_CLIENT_MEM_FRACTION=0.9 lets it take more"
-MEMORY = {
-    "weights": "weights",
-    "optimizer": "the optimizer's state",
-    "average": "moving average of the weights",
-    "batch": "batch",
-    "temporaries": "temporaries: activations, gradients, gathered weights",
-    "output": "result",
-    "aliased": "of it in the memory of the state that was given",
-    "code": "the program itself",
-    "host": "in the host's memory",
-}
 # Seconds of a step, by the estimate; two at least are run.
 LONGEST_MEASURED = 60.0
 MOST_COMPILED = 6
-MORE_MEMORY = (
-    "give more devices, a smaller train.batch_size, more train.accumulation_steps, model.remat_policy=full or offload, "
-    "or share more over mesh.fsdp and mesh.tensor"
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,11 +69,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.topology is not None:
         # The devices that are here have nothing to do, and stay free for others.
         jax.config.update("jax_platforms", "cpu")
-    from train.hardware import with_usable_memory
-    from train.mesh import make_mesh
+    from train.devices.hardware import with_usable_memory
+    from train.devices.mesh import make_mesh
     from train.planning.compilation import compile_step
-    from train.planning.here import chip_here, measured_step
     from train.planning.plan import make_plan
+    from train.planning.this_machine import chip_here, measured_step
     from train.planning.topology import parse_topology, topology_devices
 
     if arguments.topology is None:
@@ -122,8 +106,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def search(arguments: argparse.Namespace, config: "Config", devices: Sequence[Any]) -> int:
     """Print a ranking of what may be the fastest, and the plan of the best."""
-    from launch.search import ranked, search_text
-    from train.hardware import with_usable_memory
+    from launch.plan_search import ranked, search_text
+    from train.devices.hardware import with_usable_memory
     from train.planning.search import SEARCHED, candidates
     from train.planning.topology import parse_topology
 
@@ -174,84 +158,3 @@ def ended_by_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def mesh_text(shape: Mapping[str, int]) -> str:
-    """Axes that share anything, as in "fsdp 64 × tensor 8"."""
-    return " × ".join(f"{axis} {size}" for axis, size in shape.items() if size > 1) or "one device"
-
-
-def plan_text(plan: "Plan", name: str) -> str:
-    """A plan as lines."""
-    p = plan
-    memory = f"{size_text(p.peak_bytes_per_device)} of {size_text(p.memory_bytes_per_device)} a device"
-    lines = [
-        f"{name} on {p.topology}: {p.devices} × {p.device_kind} as {mesh_text(p.mesh)}",
-        f"a step       {p.rows_per_step:,} rows, {p.tokens_per_step:,} tokens",
-        f"attention    {p.attention}; remat: {p.remat_policy}",
-        f"memory       {memory}: {'fits' if p.fits else 'DOES NOT FIT'}",
-        *(f"{size_text(size):>14}  {MEMORY[what]}" for what, size in p.memory.items() if size),
-    ]
-    if p.refused:
-        lines.append(f"  the compiler says: {p.refused}")
-    if not p.fits:
-        lines.append(f"  {MORE_MEMORY}" + (MORE_OF_A_GPU if p.device_kind.startswith("NVIDIA") else ""))
-    lines.append(f"FLOPs        {p.model_flops_per_device:.3g} a device by the model's formula")
-    if p.estimated_step_seconds is None:
-        return "\n".join(lines)
-    assert p.flops_per_device
-    assert p.estimated_mfu
-    lines[-1] += f", {p.flops_per_device:.3g} in the program ({p.flops_per_device / p.model_flops_per_device:.2f} ×)"
-    return "\n".join([*lines, *traffic_lines(plan), *time_lines(plan)])
-
-
-def traffic_lines(plan: "Plan") -> list[str]:
-    """What the devices send each other."""
-    if not plan.collectives:
-        return ["collectives  none"]
-    assert plan.collective_bytes_per_device
-    lines = [f"collectives  {size_text(plan.collective_bytes_per_device)} a device"]
-    least = plan.collective_bytes_per_device / 1000
-    for c in plan.collectives:
-        if c["bytes"] >= least:
-            over = " × ".join(c["axes"])
-            lines.append(f"{size_text(c['bytes']):>14}  {c['kind']} over {over}, {c['dtype']}, {c['count']:,} times")
-    small = [c["bytes"] for c in plan.collectives if c["bytes"] < least]
-    return [*lines, f"{size_text(sum(small)):>14}  {len(small)} smaller kinds"] if small else lines
-
-
-def time_lines(plan: "Plan") -> list[str]:
-    """How long a step and the run take, and why."""
-    from train.metrics import duration
-
-    p, step = plan, plan.estimated_step_seconds
-    assert step
-    assert p.days
-    unit, digits = (1.0, "s ") if step >= 1 else (1e3, "ms")
-    shown = [(what, seconds) for what, seconds in p.breakdown if abs(seconds) >= step / 1000]
-    lines = [
-        f"step         {seconds_text(step)} estimated, {p.estimated_mfu:.1%} MFU, {p.tokens_per_second:,.0f} tokens/s; "
-        f"bottleneck: {p.bottleneck}",
-        *(f"{seconds * unit:>11.2f} {digits} {seconds / step:>4.0%}  {what}" for what, seconds in shown),
-        f"  estimated by {p.estimated_by}",
-    ]
-    if p.measured_step_seconds:
-        error = step / p.measured_step_seconds - 1
-        lines.append(f"  measured here: {seconds_text(p.measured_step_seconds)}; the estimate is off by {error:+.0%}")
-    lines += [f"  {note}" for note in p.notes]
-    time = f"{p.days:,.1f} days" if p.days >= 2 else duration(p.days * 86_400)
-    cost = "" if p.cost is None else f", ${p.cost:,.0f} at ${p.price:g} each"
-    lines.append(f"{p.tokens:.3g} tokens  {time}, {p.device_hours:,.1f} device-hours{cost}")
-    how = "compiled before, in" if p.compiled_before else "compiled in"
-    lines.append(f"{how} {p.compile_seconds:.1f} s, lowered in {p.lower_seconds:.1f} s")
-    return lines
-
-
-def size_text(size: float) -> str:
-    """Bytes as in 4.13 GiB or 0.52 MiB."""
-    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:,.2f} MiB"
-
-
-def seconds_text(seconds: float) -> str:
-    """As in 1.23 s or 45.6 ms."""
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"

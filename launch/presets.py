@@ -11,8 +11,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from data.errors import InputError
-from train.config import Config, config_fields, make_config, nearest, to_dict
-from train.saved import read_config, split_name
+from train.config.config import Config, config_fields, to_dict
+from train.config.reading import make_config, nearest
+from train.run.name import read_config, split_name
 
 PRESETS = Path(__file__).parent / "configs"
 

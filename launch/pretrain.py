@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from data.errors import Fault, StorageError
-from launch.errors import exit_at_once
+from launch.exit_status import exit_at_once
 from launch.presets import add_config_arguments, load_config
 
 
@@ -20,9 +20,9 @@ def run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     import jax
 
+    from launch.summary import closing
+    from train.devices.processes import join_processes
     from train.loop import pretrain
-    from train.processes import join_processes
-    from train.report import closing
     from train.stop import PREEMPTED, Stopped
 
     join_processes()

@@ -14,8 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the page; its path goes to standard output."""
-    from train.page.report_page import GENERATOR, make_page
-    from train.run import Run, write_atomically
+    from launch.page.report_page import GENERATOR, make_page
+    from train.run.folder import Run
+    from train.run.storage import write_atomically
 
     folder = arguments.run_folder.expanduser()
     Run(folder).check_not_imported()

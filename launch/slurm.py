@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.errors import InputError
-from data.remote import protocol
-from launch.queued import checked, put
+from data.files.remote import protocol
+from launch.submission import checked, put
 
 # Between the notice and the end of the job: a step, a save, and Slurm's own delay of up to a minute.
 NOTICE_SECONDS = 300

@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
     if Path(arguments.to).exists():
         raise InputError(f"--to={arguments.to} exists already; name a new folder")
     from train.prepare import open_run_mixture, train_run_tokenizer
-    from train.run import Run
+    from train.run.folder import Run
 
     with tempfile.TemporaryDirectory() as folder:
         mixture = open_run_mixture(config, Run(Path(folder)))

@@ -9,15 +9,17 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from model.attention import Attend, Attention, Aux, Cache, attend, causal_mask, within
+from model.backend import on_one_cpu
 from model.config import ModelConfig
+from model.cpu import WRITTEN_OUT, turned_product, written_out
 from model.dropout import Keys, at, dropout
 from model.embedding import Embedding
 from model.feedforward import FeedForward
 from model.kernels import attention_over
 from model.norm import NORMS
 from model.position import Position, Rotation
-from model.product import in_turn, turned_product
-from model.sharding import WHOLE, Layout, on_one_cpu
+from model.product import in_turn
+from model.sharding import WHOLE, Layout
 from model.unembedding import Unembedding, logits, without_padding
 
 _names = jax.checkpoint_policies.save_only_these_names
@@ -42,23 +44,6 @@ REMAT_POLICIES = {
     "offload_products": _offload("product", "attention"),
     "offload": _offload("residual"),
 }
-
-
-# The most layers that a program for one CPU writes out.
-WRITTEN_OUT = 12
-
-
-def written_out(layer: Any, x: Any, of_layers: Any) -> tuple[Any, Any]:
-    """`jax.lax.scan` as a program that repeats itself.
-
-    A scan is one program for any number of layers, but stacks what each leaves for the backward pass: a tenth of a
-    CPU's step.
-    """
-    told = []
-    for number in range(len(jax.tree.leaves(of_layers)[0])):
-        x, of_layer = layer(x, jax.tree.map(lambda leaf, number=number: leaf[number], of_layers))
-        told.append(of_layer)
-    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *told)
 
 
 class Block(nnx.Module):
@@ -184,7 +169,7 @@ class Decoder(nnx.Module):
     def extend(self, tokens_BT: jax.Array, starts_B: jax.Array, cache: list[Cache]) -> tuple[jax.Array, list[Cache]]:
         """As `__call__` for T tokens of one document a row, which follow those that the cache holds of it.
 
-        The weights must be as `model.generate.prepared` makes them, and so must the layout be.
+        The weights must be as `model.generation.weights.prepared` makes them, and so must the layout be.
 
         Args:
             tokens_BT: int32 ids.

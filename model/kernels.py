@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from model.attention import Attend, attend, causal_mask
+from model.backend import platform
 from model.config import ModelConfig
 from model.dropout import Keys
-from model.sharding import Layout, platform
+from model.sharding import Layout
 
 # Scores on the chip at once, of splash attention; a block's sides divide the positions.
 BLOCKS = (512, 256, 128)

@@ -6,7 +6,8 @@ import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from model.product import product, turned, turned_product
+from model.cpu import turned, turned_product
+from model.product import product
 from model.sharding import Layout
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from model.config import VOCABULARY_MULTIPLE, ModelConfig
 from model.sharding import WHOLE, Layout
+from model.trees import nested
 
 # Roles whose initial values are not random.
 CONSTANT = ("norm", "bias")
@@ -124,29 +125,6 @@ def count_parameters(config: ModelConfig) -> int:
     table = parameter_table(config)
     total = sum(math.prod(p.shape) for p in table.values())
     return total - padding * sum(config.model_dim for p in table.values() if "vocabulary" in p.axes)
-
-
-def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a.b": x} → {"a": {"b": x}}: the tree of weights from dotted names."""
-    tree: dict[str, Any] = {}
-    for name, value in flat.items():
-        *path, last = name.split(".")
-        branch = tree
-        for part in path:
-            branch = branch.setdefault(part, {})
-        branch[last] = value
-    return tree
-
-
-def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": x}} → {"a.b": x}: the inverse of `nested`."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= flattened(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 def initial_weights(config: ModelConfig, seed: int, layout: Layout = WHOLE) -> dict[str, Any]:

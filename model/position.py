@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from model.backend import platform
 from model.config import ModelConfig
 from model.embedding import look_up
-from model.sharding import Layout, platform
+from model.sharding import Layout
 
 # Cosine and sine of every angle, each float32 [B, 1, T, C/2]; none: nothing is turned.
 Rotation = tuple[jax.Array, jax.Array] | None

@@ -60,40 +60,6 @@ def _gradient_sharding(x: jax.Array) -> PartitionSpec | None:
 product.defvjp(_forward, _backward)
 
 
-def turned(of_weight: str, of_x: str) -> str:
-    """The letters of a weight, those that its product with x sums over last."""
-    return "".join(sorted(of_weight, key=lambda letter: letter in of_x))
-
-
-def turned_product(
-    equation: str, x: jax.Array, weight: jax.Array, out_sharding: PartitionSpec | None = None, dtype: Any = None
-) -> jax.Array:
-    """`product`, of a weight whose axes are in the order of `turned`; not for gradients.
-
-    Of a row a sequence, the rows become the columns of what the weight is multiplied with: a CPU then reads the weight
-    once, as it lies, where else it copies it into blocks first, which takes twice as long.
-
-    Args:
-        equation: as if the weight were not turned.
-        x: activations, positions at axis 1.
-        weight: in the same dtype.
-        out_sharding: of the result, where it does not follow from the operands.
-        dtype: of the result; by default that of `x`.
-    """
-    of_x, of_weight, of_y = equation.replace("->", ",").split(",")
-    of_weight = turned(of_weight, of_x)
-    if x.shape[of_x.index("t")] > 1:
-        return _einsum(f"{of_x},{of_weight}->{of_y}", x, weight, out_sharding).astype(dtype or x.dtype)
-    of_columns = turned(of_y, of_x)
-    if out_sharding is not None:
-        partitions = dict(zip(of_y, out_sharding.partitions, strict=True))
-        out_sharding = out_sharding.update(partitions=tuple(partitions[letter] for letter in of_columns))
-    columns = _einsum(f"{of_weight},{of_x}->{of_columns}", weight, x, out_sharding)
-    # Else the compiler takes the rows first again, because it then needs not turn the result.
-    columns = jax.lax.optimization_barrier(columns.astype(dtype or x.dtype))
-    return jnp.transpose(columns, [of_columns.index(letter) for letter in of_y])
-
-
 @jax.custom_vjp
 def in_turn(x: jax.Array, weights: Any) -> tuple[jax.Array, Any]:
     """The same; but the backward pass goes on from the gradient of x only when those of the weights are there.

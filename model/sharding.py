@@ -30,7 +30,7 @@ class Layout:
         rules: logical axis → the mesh axes that share it; none or missing: every device has it whole. Without any
             rules every move is the identity, on one device.
         inputs_last: each layer has its own weights, of which the axes that are summed over come last: see
-            `model.generate.prepared`.
+            `model.generation.weights.prepared`.
     """
 
     rules: Mapping[str, MeshAxes] = field(default_factory=dict, hash=False)
@@ -160,16 +160,3 @@ def _reshape(x: jax.Array, shape: tuple[int, ...], spec: tuple[MeshAxes, ...], t
     """
     told = told and not jax.typeof(x).sharding.mesh.empty
     return jnp.reshape(x, shape, out_sharding=PartitionSpec(*spec) if told else None)
-
-
-def platform() -> str:
-    """Of the ambient mesh's devices, or else of this process's: cpu, gpu or tpu."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    found: str = jax.default_backend() if device is None else device.platform
-    return "gpu" if found == "cuda" else found
-
-
-def on_one_cpu() -> bool:
-    """Whether the ambient mesh is a single CPU: there a program may be larger, if that makes it faster."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return mesh.size == 1 and mesh.abstract_device is not None and platform() == "cpu"

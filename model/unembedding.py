@@ -1,6 +1,6 @@
 """Floor 5, linear + softmax: each position's vector becomes a score for every token that may come next.
 
-The softmax itself is in `model.loss` (training, evaluation) and `model.generate` (sampling): both take these logits.
+The softmax itself is in `model.loss` (training, evaluation) and `model.generation` (sampling): both take these logits.
 """
 
 import jax

@@ -10,8 +10,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from model.config import ModelConfig
-from model.parameters import CONSTANT, flattened, initial_weights, nested, parameter_table
-from train.mesh import explicit_mesh
+from model.parameters import CONSTANT, initial_weights, parameter_table
+from model.trees import flattened, nested
+from train.devices.mesh import explicit_mesh
 
 VOCAB_SIZE = 300
 

@@ -1,6 +1,7 @@
 """The project as a whole: rooms, names, one-way imports, versions, and the Makefile's targets."""
 
 import ast
+import graphlib
 import keyword
 import re
 import subprocess
@@ -13,6 +14,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("model", "data", "train", "launch")
 MODULES = [file for room in ROOMS for file in sorted((ROOT / room).rglob("*.py"))]
+# The rooms inside each room, lowest first; a module directly in the folder is named, or stands for all others as "".
+INNER_ORDER = {
+    "model": ("", "generation", "interchange"),
+    "data": ("errors", "config", "files", "formats", "tokenizer", ""),
+    "train": ("config", "devices", "step", "run", "checkpoint", "weights", "evaluation", "planning", ""),
+    "launch": ("configs", "page", ""),
+}
+NAMES = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in MODULES}
 MAY_IMPORT = {"model": {"model"}, "data": {"data"}, "train": {"train", "model", "data"}, "launch": set(ROOMS)}
 
 
@@ -25,6 +34,41 @@ def imported(file: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             names.add((node.module or "").split(".")[0])
     return names
+
+
+def inner_rank(module: str) -> int:
+    """Position of a module's inner room in the order of its room."""
+    room, inner = module.split(".")[:2]
+    order = INNER_ORDER[room]
+    return order.index(inner if inner in order else "")
+
+
+def imports_of_ours(file: Path) -> set[str]:
+    """Modules of ours that a file imports, those inside functions and under TYPE_CHECKING included."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names if alias.name in NAMES}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= (inner & NAMES.keys()) or ({node.module} & NAMES.keys())
+    return names
+
+
+def test_the_inner_rooms_import_one_way():
+    for name, file in NAMES.items():
+        for other in imports_of_ours(file):
+            if "." in name and "." in other and name.split(".")[0] == other.split(".")[0]:
+                assert inner_rank(other) <= inner_rank(name), f"{name} imports {other}"
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    imports = {name: imports_of_ours(file) - {name} for name, file in NAMES.items()}
+    assert list(graphlib.TopologicalSorter(imports).static_order())
+
+
+def test_the_training_rooms_story_is_short():
+    assert len(list((ROOT / "train").glob("*.py"))) <= 12
 
 
 @pytest.mark.parametrize("file", MODULES, ids=lambda file: str(file.relative_to(ROOT)))

@@ -14,8 +14,8 @@ from model import interchange
 from model.decoder import Decoder
 from tests.peers import require
 from tests.small import small_model
-from train.mesh import on_one_device
-from train.run import load_trained
+from train.devices.mesh import on_one_device
+from train.weights.load import load_trained
 
 CONTEXT = 16
 GPT = {

@@ -17,11 +17,11 @@ import jax
 
 from data.errors import InputError
 from model.parameters import parameter_table
-from train.changes import changes_of, table
-from train.config import Config
-from train.run import Run
-from train.saved import split_name
-from train.storage import steps_in
+from train.config.changes import changes_of, table
+from train.config.config import Config
+from train.run.folder import Run
+from train.run.name import split_name
+from train.run.storage import steps_in
 
 log = logging.getLogger("ziggurat")
 

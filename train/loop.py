@@ -13,32 +13,38 @@ import numpy as np
 
 from data.errors import StorageError
 from data.loader import Loaded, Loader, gather_positions, is_over
-from data.tokenizer import Tokenizer
-from model.parameters import parameter_table
-from train.begin import begin
-from train.card import model_card
-from train.checkpoint import Checkpoints
-from train.config import Config
-from train.evaluate import evaluate, evaluation_metrics, make_evaluation_step, sample_text, task_metrics
-from train.events import Events, start_fields
-from train.lease import Lease
-from train.mesh import batch_sharding, gathered, make_mesh, once, training_layout
-from train.metrics import Display, Rate, StepLog, flops_per_token, memory_bytes, peak_flops
-from train.optimizer import make_optimizer
-from train.prepare import Prepared, data_fingerprint, prepare, some_of
+from train.checkpoint.checkpoint import Checkpoints
+from train.checkpoint.replicas import check_replicas, is_finite
+from train.config.config import Config
+from train.data_identity import Prepared, data_fingerprint
+from train.devices.agreement import Agreement
+from train.devices.mesh import batch_sharding, make_mesh
+from train.devices.processes import gathered, once
+from train.devices.rules import training_layout
+from train.display import Display, Rate, opening
+from train.evaluation.documents import some_of
+from train.evaluation.held_out import evaluate, make_evaluation_step, sample_text
+from train.evaluation.results import evaluation_metrics, task_metrics
+from train.prepare import prepare
 from train.profiling import Profiler
-from train.recovery import SKIP, Anomaly, Judge, Ledger
-from train.replicas import check_replicas, is_finite
-from train.report import opening
-from train.run import Run
-from train.schedule import batch_size
-from train.state import evaluated_weights
-from train.step import Programs
-from train.stop import Agreement, Stopped, StopSignals, still_alive
-from train.storage import writing
-from train.watch import compact
-from train.weights import Weights, check_export_folder, exported_step, why_no_export, write_huggingface
-from train.writers import open_writers
+from train.run.events import Events, start_fields
+from train.run.folder import Run
+from train.run.lease import Lease
+from train.run.ledger import SKIP, Ledger
+from train.run.step_log import StepLog
+from train.run.storage import writing
+from train.run.trackers import open_writers
+from train.starting_point import begin
+from train.step.flops import flops_per_token, memory_bytes, peak_flops
+from train.step.optimizer import make_optimizer
+from train.step.schedule import batch_size
+from train.step.spike_detector import Anomaly, Judge
+from train.step.state import evaluated_weights
+from train.step.step import Programs
+from train.step.watch import compact
+from train.stop import Stopped, StopSignals, still_alive
+from train.weights.huggingface import check_export_folder, exported_step, why_no_export
+from train.weights.load import export_run
 
 
 def pretrain(config: Config) -> Run:
@@ -99,17 +105,10 @@ def pretrain(config: Config) -> Run:
 
         if exports and (first < step or exported_step(run.export) != step):
             with writing("the export", run.export):
-                once(lambda: export(run, config, checkpoints, prepared.tokenizer, step))
+                once(lambda: export_run(run, config, checkpoints, prepared.tokenizer, step))
         if first < step:
             events.write("end", step=step)
     return run
-
-
-def export(run: Run, config: Config, checkpoints: Checkpoints, tokenizer: Tokenizer, step: int) -> None:
-    """Write the weights of a checkpoint for inference; they are read from there, not gathered from the devices."""
-    _, read = checkpoints.open_weights(parameter_table(config.model), step)
-    weights = Weights(config.model, config.data.segment_length, tokenizer, read, step)
-    write_huggingface(run.export, weights, card=model_card(weights, run))
 
 
 class Underway(NamedTuple):

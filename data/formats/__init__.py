@@ -7,7 +7,7 @@ text, of a .parquet the row.
 from collections.abc import Iterator
 
 from data.errors import BadText
-from data.files import File, is_local, open_file
+from data.files.listing import File, is_local, open_file
 from data.formats import jsonl, parquet, separated
 from data.formats.compression import COMPRESSIONS, open_text, skip
 from data.formats.content import Content as Content

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, BinaryIO
 
 from data.errors import BadText, InputError
-from data.files import File, open_file
+from data.files.listing import File, open_file
 
 COMPRESSIONS = (".gz", ".zst", ".xz")
 BLOCK_BYTES = 2**17

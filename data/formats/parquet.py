@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from data.errors import BadText, InputError
-from data.files import File, expect, open_file
+from data.files.listing import File, expect, open_file
 from data.formats.content import Content, Fields, Found
 
 # Text of a row group that is decoded at once, and read ahead of a column.

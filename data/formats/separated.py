@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from data.errors import BadText
-from data.files import File, open_file
+from data.files.listing import File, open_file
 from data.formats.content import Content, Found
 from data.formats.jsonl import BYTE_ORDER_MARK
 

@@ -1,7 +1,7 @@
 """Plain text: a file is a document, which may be read in pieces."""
 
 from data.errors import BadText
-from data.files import File, open_file
+from data.files.listing import File, open_file
 
 # How far behind the wanted place a cut looks for the end of a line.
 LINE_BYTES = 2**16

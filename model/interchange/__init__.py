@@ -19,8 +19,9 @@ from model.interchange.gemma import GEMMA
 from model.interchange.gpt import GPT1, GPT2
 from model.interchange.llama import LLAMA, MISTRAL, QWEN3
 from model.interchange.tensors import Layout, Reader, Theirs
-from model.parameters import flattened, nested, parameter_table
+from model.parameters import parameter_table
 from model.position import sinusoids
+from model.trees import flattened, nested
 
 # Before Llama stands what only Gemma has a name for.
 FAMILIES = (GEMMA, LLAMA, MISTRAL, QWEN3, GPT2, GPT1)

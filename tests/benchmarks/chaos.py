@@ -18,8 +18,8 @@ from pathlib import Path
 from tests.benchmarks.meshes import BOUNDS
 from tests.chaos import FAULTS, Chaos, same_curve
 from tests.launch.test_pretrain import assert_same_end
-from train.events import read_events
-from train.goodput import goodput
+from train.run.events import read_events
+from train.run.goodput import goodput
 
 ROUNDS, STEPS_A_FAULT = 3, 60
 

@@ -93,12 +93,12 @@ def restore_and_save(folder: Path) -> tuple[list[float], float, float]:
     and again; of handing it over to be saved; and until it is on disk."""
     import jax
 
-    from train.checkpoint import Checkpoints
-    from train.checkpoint_config import CheckpointConfig
-    from train.mesh import on_one_device
-    from train.optimizer import make_optimizer
-    from train.run import Run
-    from train.state import abstract_state
+    from train.checkpoint.checkpoint import Checkpoints
+    from train.config.checkpoint_config import CheckpointConfig
+    from train.devices.mesh import on_one_device
+    from train.run.folder import Run
+    from train.step.optimizer import make_optimizer
+    from train.step.state import abstract_state
 
     config = Run(folder).load_config()
     with jax.set_mesh(on_one_device()):

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from train.evaluate import gzip_bits_per_byte
-from train.metrics import read_steps
+from train.evaluation.held_out import gzip_bits_per_byte
 from train.prepare import open_run_mixture
-from train.run import Run
+from train.run.folder import Run
+from train.run.step_log import read_steps
 
 ORDER = 5
 

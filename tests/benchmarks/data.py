@@ -50,13 +50,15 @@ import sentencepiece
 from absl import flags
 
 from data.config import DataConfig
-from data.files import READ
+from data.files.listing import READ
 from data.formats.stdlib import snapshot_stdlib
 from data.loader import Loader
 from data.mixture import Mixture, first_positions, open_mixture
 from data.segmenter import make_pairs, segment_documents
 from data.stream import Position, Reader, Start
-from data.tokenizer import ESCAPES, MODEL_FILE, Tokenizer, train_tokenizer
+from data.tokenizer.folder import load_tokenizer
+from data.tokenizer.tokenizer import ESCAPES, MODEL_FILE, Tokenizer
+from data.tokenizer.training import train_tokenizer
 
 ROUNDS, WARM_UP = 5, 8
 WORKERS = (0, 1, 2)
@@ -214,7 +216,7 @@ class ToPairs:
 
     def __call__(self, line: bytes) -> dict[str, np.ndarray]:
         if self._tokenizer is None:
-            self._tokenizer = Tokenizer.load(self._folder)
+            self._tokenizer = load_tokenizer(self._folder)
         ids = self._tokenizer.encode(json.loads(line)["text"])
         pairs = np.full((len(ids) + 1, 2), self._tokenizer.eos_id, np.int32)
         pairs[1:, 0] = pairs[:-1, 1] = ids
@@ -389,7 +391,7 @@ def kilobytes(name: str) -> int:
 
 def growth(corpus: Path, tokenizer_folder: Path, num_streams: int, places: int) -> float:
     """MB by which this process grows while it reads `PLACES` × `BATCHES` batches from so many places of a corpus."""
-    tokenizer = Tokenizer.load(tokenizer_folder)
+    tokenizer = load_tokenizer(tokenizer_folder)
     tokenizer.encode("a" * 2**16)
     jax.block_until_ready(jax.device_put(np.zeros((B, T)), on_cpu()))
     Path("/proc/self/clear_refs").write_text("5")  # the highest size is now the present one

@@ -25,16 +25,18 @@ import numpy as np
 import torch
 import transformers
 
-from data.tokenizer import Tokenizer, train_tokenizer
+from data.tokenizer.tokenizer import Tokenizer
+from data.tokenizer.training import train_tokenizer
 from model import interchange
 from model.config import ModelConfig
-from model.generate import Generator
+from model.generation.generator import Generator
+from model.generation.sampling import GREEDY
 from model.parameters import count_parameters, initial_weights
-from model.sampling import GREEDY
 from tests.llama_cpp import LlamaCpp
-from train.gguf import write_gguf
-from train.mesh import GENERATION, on_one_device
-from train.weights import Weights, write_huggingface
+from train.devices.mesh import on_one_device
+from train.devices.rules import GENERATION
+from train.weights.gguf import write_gguf
+from train.weights.huggingface import Weights, write_huggingface
 
 THREADS = 2
 PROMPT, NEW, BATCHES, ROUNDS, CONTEXT = 256, 64, (1, 8), 5, 512

@@ -26,13 +26,13 @@ import numpy as np
 
 from launch.presets import load_config
 from tests.benchmarks.compression import peers
-from train.config import Config
-from train.mesh import batch_sharding, make_mesh
-from train.metrics import read_steps
-from train.optimizer import make_optimizer
-from train.run import Run
-from train.state import make_state
-from train.step import make_train_step
+from train.config.config import Config
+from train.devices.mesh import batch_sharding, make_mesh
+from train.run.folder import Run
+from train.run.step_log import read_steps
+from train.step.optimizer import make_optimizer
+from train.step.state import make_state
+from train.step.step import make_train_step
 
 # Changes to the preset, whose recipe is Muon's.
 RECIPES: dict[str, dict[str, str]] = {

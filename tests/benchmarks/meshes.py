@@ -13,13 +13,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from model.parameters import flattened
+from model.trees import flattened
 from tests.small import mesh_of, small_batch, small_model
-from train.config import Config, make_config
-from train.mesh import batch_sharding, training_layout
-from train.optimizer import make_optimizer
-from train.state import make_state
-from train.step import make_train_step
+from train.config.config import Config
+from train.config.reading import make_config
+from train.devices.mesh import batch_sharding
+from train.devices.rules import training_layout
+from train.step.optimizer import make_optimizer
+from train.step.state import make_state
+from train.step.step import make_train_step
 
 AXES = [{"slices": 2}, {"data": 8}, {"fsdp": 8}, {"context": 4}, {"tensor": 4}]  # and every pair of them:
 MIXED = [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "context": 2, "tensor": 2},

@@ -20,10 +20,11 @@ import numpy as np
 from launch.presets import add_config_arguments, load_config
 from model.decoder import Decoder
 from model.loss import summed_losses
-from train.mesh import TRAINING, batch_sharding, on_one_device
-from train.optimizer import make_optimizer
-from train.state import make_state
-from train.step import Batch, summed_loss
+from train.devices.mesh import batch_sharding, on_one_device
+from train.devices.rules import TRAINING
+from train.step.optimizer import make_optimizer
+from train.step.state import make_state
+from train.step.step import Batch, summed_loss
 
 ROUNDS, LENGTHS = 7, 16
 

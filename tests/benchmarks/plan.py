@@ -19,10 +19,11 @@ from typing import Any
 
 import jax
 
-from launch.plan import cache_folder, mesh_text
+from launch.plan import cache_folder
+from launch.plan_text import mesh_text
 from launch.presets import load_config
-from train.hardware import with_usable_memory
-from train.mesh import make_mesh
+from train.devices.hardware import with_usable_memory
+from train.devices.mesh import make_mesh
 from train.planning.compilation import compile_step
 from train.planning.plan import make_plan
 from train.planning.reader import read_program

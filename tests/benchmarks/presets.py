@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from launch.cli import main as ziggurat
-from train.metrics import read_steps
 from train.prepare import open_run_mixture, run_tokenizer
-from train.run import Run
+from train.run.folder import Run
+from train.run.step_log import read_steps
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "vaswani_base": {

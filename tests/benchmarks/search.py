@@ -19,11 +19,11 @@ from typing import Any
 import jax
 
 from launch.plan import cache_folder
+from launch.plan_search import candidate_text
 from launch.presets import load_config
-from launch.search import candidate_text
-from train.config import Config
-from train.hardware import Chip, with_usable_memory
-from train.mesh import make_mesh
+from train.config.config import Config
+from train.devices.hardware import Chip, with_usable_memory
+from train.devices.mesh import make_mesh
 from train.planning.compilation import compile_step
 from train.planning.plan import Plan, make_plan
 from train.planning.search import Candidate, candidates, worth_compiling

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from launch.cli import HUGE_PAGES
-from train.config import Config, make_config
+from train.config.config import Config
+from train.config.reading import make_config
 
 DTYPES = ("float32", "bfloat16")
 SIDES = ("ziggurat", "torch eager", "torch compiled")
@@ -79,10 +80,10 @@ def ziggurat(config: Config) -> tuple[Callable[[], float], Callable[[], float]]:
     import jax
     import jax.numpy as jnp
 
-    from train.mesh import batch_sharding, on_one_device
-    from train.optimizer import make_optimizer
-    from train.state import make_state
-    from train.step import make_train_step
+    from train.devices.mesh import batch_sharding, on_one_device
+    from train.step.optimizer import make_optimizer
+    from train.step.state import make_state
+    from train.step.step import make_train_step
 
     mesh = on_one_device()
     with jax.set_mesh(mesh):
@@ -231,7 +232,7 @@ def main() -> None:
         return compete(arguments.side, config_of(arguments.dtype))
 
     # Imported here, so that no contestant of PyTorch has JAX's threads.
-    from train.metrics import flops_per_token
+    from train.step.flops import flops_per_token
 
     dtypes = [arguments.dtype] if arguments.dtype else list(DTYPES)
     results = contest(dtypes, arguments.turns)

@@ -7,8 +7,9 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from data.tokenizer import SPACE, SentencePieceTokenizer
-from data.tokenizer_export import begins_with, merges
+from data.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
+from data.tokenizer.to_huggingface import begins_with, merges
+from data.tokenizer.tokenizer import SPACE
 from tests.data.texts import code
 
 GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.tokenizer import Tokenizer
+from data.tokenizer.tokenizer import Tokenizer
 
 
 class ByteTokenizer:

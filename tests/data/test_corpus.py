@@ -15,7 +15,7 @@ from data import corpus as corpus_module
 from data.config import DataConfig
 from data.corpus import MANY_FILES, Corpus, open_corpus
 from data.errors import InputError
-from data.files import READ
+from data.files.listing import READ
 from data.formats import text as text_format
 from data.formats.stdlib import snapshot_stdlib
 from tests.peers import require

@@ -15,7 +15,7 @@ from data.errors import InputError
 from data.loader import UNREAD, Loader, gather_positions, is_over
 from data.mixture import NUMBERS, Mixture, open_mixture
 from data.segmenter import fill
-from data.tokenizer import train_tokenizer
+from data.tokenizer.training import train_tokenizer
 from tests.data.texts import code
 
 CONFIG = DataConfig(segment_length=32, num_streams=4, chunk_bytes=20_000, shuffle_window=50_000)

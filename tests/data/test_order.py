@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from data.config import DataConfig
 from data.loader import UNREAD, Loader
 from data.mixture import Mixture, open_mixture
-from data.tokenizer import Tokenizer, train_tokenizer
+from data.tokenizer.tokenizer import Tokenizer
+from data.tokenizer.training import train_tokenizer
 from tests.data.texts import code
 from tests.peers import require
 

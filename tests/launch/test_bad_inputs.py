@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from data.tokenizer import train_tokenizer
-from launch.errors import report
+from data.tokenizer.training import train_tokenizer
+from launch.exit_status import report
 from tests.launch.small_run import ROOT, here, write_config
 
 LONG = "n" * 300

@@ -17,7 +17,7 @@ from etils import epath
 from launch.local import free_port
 from tests.launch.small_run import command, here, metrics, write_config, ziggurat
 from tests.peers import require
-from train.storage import steps_in
+from train.run.storage import steps_in
 
 
 class Bucket:

@@ -13,13 +13,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from data.tokenizer import END_OF_TEXT, Tokenizer
+from data.tokenizer.folder import load_tokenizer
+from data.tokenizer.tokenizer import END_OF_TEXT
 from tests.launch.small_run import ROOT, here, metrics, write_config
 from tests.peers import require
-from train.evaluate import gzip_bits_per_byte, inspect_positions
-from train.mesh import on_one_device
-from train.run import Run, load_trained
-from train.weights import exported_step
+from train.devices.mesh import on_one_device
+from train.evaluation.held_out import gzip_bits_per_byte
+from train.evaluation.inspection import inspect_positions
+from train.run.folder import Run
+from train.weights.huggingface import exported_step
+from train.weights.load import load_trained
 
 
 def test_help_lists_the_commands_and_imports_no_jax():
@@ -62,7 +65,7 @@ def test_a_run_evaluates_to_the_figures_of_its_last_step(finished: Path, capsys)
     assert found["bits_per_byte"] == pytest.approx(last["validation_bits_per_byte"], rel=1e-5)
     texts = Run(finished).held_out_texts()
     assert found["bytes"] == sum(len(text.text.encode()) for text in texts)
-    tokenizer = Tokenizer.load(finished / "tokenizer")
+    tokenizer = load_tokenizer(finished / "tokenizer")
     assert found["tokens"] == sum(len(tokenizer.encode(text.text)) + 1 for text in texts)
     assert found["bits_per_byte"] == pytest.approx(found["loss"] * found["tokens"] / math.log(2) / found["bytes"])
     assert found["gzip_bits_per_byte"] == pytest.approx(gzip_bits_per_byte(texts))
@@ -189,7 +192,7 @@ def test_paths_of_the_command_line_may_begin_at_home(finished: Path, tmp_path: P
     assert here("export", "~/run", "--format=hf", "--to=~/weights") == 0
     assert here("tokenize", "--config=~/run.py", "--to=~/tokenizer") == 0
     assert (tmp_path / "weights" / "model.safetensors").exists()
-    assert Tokenizer.load(tmp_path / "tokenizer").vocab_size > 0
+    assert load_tokenizer(tmp_path / "tokenizer").vocab_size > 0
 
 
 def generated(capsys, *arguments: object) -> str:
@@ -241,8 +244,8 @@ def test_tokenize_makes_a_tokenizer_that_a_run_takes(finished: Path, tmp_path: P
     config = finished.parent / "run.py"
     assert here("tokenize", f"--config={config}", f"--to={tmp_path / 'tokenizer'}") == 0
     assert "token ids" in capsys.readouterr().out
-    made = Tokenizer.load(tmp_path / "tokenizer")
-    assert made.fingerprint == Tokenizer.load(finished / "tokenizer").fingerprint
+    made = load_tokenizer(tmp_path / "tokenizer")
+    assert made.fingerprint == load_tokenizer(finished / "tokenizer").fingerprint
     status = here(
         "pretrain",
         f"--config={write_config(tmp_path)}",
@@ -250,7 +253,7 @@ def test_tokenize_makes_a_tokenizer_that_a_run_takes(finished: Path, tmp_path: P
         f"--config.tokenizer.path={tmp_path / 'tokenizer'}",
     )
     assert status == 0
-    assert Tokenizer.load(tmp_path / "run" / "tokenizer").fingerprint == made.fingerprint
+    assert load_tokenizer(tmp_path / "run" / "tokenizer").fingerprint == made.fingerprint
 
 
 def test_transformers_opens_a_trained_export_with_the_same_logits_tokens_and_text(finished: Path, capsys):
@@ -259,8 +262,8 @@ def test_transformers_opens_a_trained_export_with_the_same_logits_tokens_and_tex
     import jax.numpy as jnp
 
     from model.decoder import Decoder
-    from train.mesh import on_one_device
-    from train.run import load_trained
+    from train.devices.mesh import on_one_device
+    from train.weights.load import load_trained
 
     model = transformers.AutoModelForCausalLM.from_pretrained(finished / "export")
     theirs = transformers.AutoTokenizer.from_pretrained(finished / "export")

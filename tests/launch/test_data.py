@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from data.corpus import open_corpus
-from data.tokenizer import Tokenizer
+from data.tokenizer.folder import load_tokenizer
 from tests.launch.small_run import here, metrics, write_config, write_corpus, ziggurat
-from train.checkpoint import Checkpoints
-from train.run import Run
+from train.checkpoint.checkpoint import Checkpoints
+from train.run.folder import Run
 
 
 def shown(capsys: pytest.CaptureFixture, *arguments: object) -> dict:
@@ -29,7 +29,7 @@ def positions(run: Path) -> list[dict]:
 
 def test_inspect_data_shows_the_documents_of_a_step_as_they_stand_in_the_corpus(finished: Path, capsys):
     corpus = (finished.parent / "corpus.jsonl").read_bytes()
-    tokenizer, T = Tokenizer.load(finished / "tokenizer"), 32
+    tokenizer, T = load_tokenizer(finished / "tokenizer"), 32
     for step in (1, 7, 12):
         rows = shown(capsys, finished, f"--step={step}")["rows"]
         assert [row["row"] for row in rows] == list(range(8))
@@ -184,7 +184,7 @@ def test_a_run_ends_with_its_epochs_and_stays_finished(tmp_path: Path, capsys):
     assert len(records) < 200
     assert f"is finished: {len(records)} steps of 1000, where its corpus ended" in closing
     assert "validation_loss" in records[-1]
-    tokenizer = Tokenizer.load(tmp_path / "run" / "tokenizer")
+    tokenizer = load_tokenizer(tmp_path / "run" / "tokenizer")
     held_out = {text.text for text in Run(tmp_path / "run").held_out_texts()}
     texts = [json.loads(line)["text"] for line in small.open()]
     trained = sum(len(tokenizer.encode(text)) + 1 for text in texts if text not in held_out)

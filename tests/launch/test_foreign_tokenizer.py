@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from data.huggingface_tokenizer import HuggingFaceTokenizer
-from data.tokenizer import SentencePieceTokenizer, Tokenizer, train_tokenizer
+from data.tokenizer.folder import load_tokenizer
+from data.tokenizer.huggingface_tokenizer import HuggingFaceTokenizer
+from data.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
+from data.tokenizer.training import train_tokenizer
 from tests.data import others
 from tests.launch.small_run import here, metrics, write_config
 from tests.llama_cpp import LlamaCpp
 from tests.peers import require
-from train.inspection import token_text
+from train.evaluation.inspection import token_text
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +32,14 @@ def run(arguments: list[str]) -> Path:
 
 
 def test_a_run_trains_with_it_and_hands_it_on(arguments: list[str], run: Path, tmp_path: Path, capsys):
-    tokenizer = Tokenizer.load(run / "tokenizer")
+    tokenizer = load_tokenizer(run / "tokenizer")
     assert isinstance(tokenizer, HuggingFaceTokenizer)
-    assert tokenizer.fingerprint == Tokenizer.load(run.parent / "gpt2").fingerprint
+    assert tokenizer.fingerprint == load_tokenizer(run.parent / "gpt2").fingerprint
     losses = [record["loss"] for record in metrics(run) if "loss" in record]
     assert losses[-1] < losses[0]
     assert here("generate", run, "--prompt=the cat", "--max_new_tokens=8") == 0
     assert capsys.readouterr().out.startswith("the cat")
-    assert Tokenizer.load(run / "export").fingerprint == tokenizer.fingerprint
+    assert load_tokenizer(run / "export").fingerprint == tokenizer.fingerprint
     assert here("evaluate", run / "export", f"--corpus={run.parent / 'corpus.jsonl'}") == 0
     assert (
         here("pretrain", *arguments, "--config.model.vocab_size=100", f"--config.train.run_dir={tmp_path / 'b'}") == 2
@@ -54,7 +56,7 @@ def test_it_goes_into_a_gguf_file(run: Path, tmp_path: Path, capsys):
     assert here("export", run, "--format=gguf", f"--to={run / 'config.json'}") == 2
     assert "is something else than a GGUF file" in capsys.readouterr().err
     text = "the cat sees  a dog.\n\n    my bird"
-    assert LlamaCpp(file).tokenize(text) == Tokenizer.load(run / "tokenizer").encode(text).tolist()
+    assert LlamaCpp(file).tokenize(text) == load_tokenizer(run / "tokenizer").encode(text).tolist()
 
 
 @pytest.mark.parametrize("prompts", [False, True])
@@ -64,7 +66,7 @@ def test_the_space_before_a_text_is_not_counted_as_its_own(tmp_path: Path, capsy
     learned = train_tokenizer(texts, 330, tmp_path / "ours")
     assert isinstance(learned, SentencePieceTokenizer)
     folder = others.write(tmp_path / "llama2", others.byte_fallback("llama2", learned), "</s>")
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = load_tokenizer(folder)
     assert "".join(token_text(tokenizer, token) for token in tokenizer.begin("the cat")) == "<s> the cat"
     if prompts:
         corpus.write_text("".join(json.dumps({"prompt": text[:9], "text": text[9:]}) + "\n" for text in texts))

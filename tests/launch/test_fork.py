@@ -11,7 +11,7 @@ import pytest
 
 from tests.launch.small_run import CONFIG, here, metrics, write_config, write_corpus
 from tests.launch.test_pretrain import assert_same_end, state_of, without_times
-from train.run import Run
+from train.run.folder import Run
 
 KEPT = ["--config.checkpoint.export=false", "--config.checkpoint.keep=9"]
 

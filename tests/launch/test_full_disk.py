@@ -11,10 +11,10 @@ import pytest
 
 import train.loop
 from data.errors import StorageError
-from launch.errors import report
+from launch.exit_status import report
 from launch.local import last_saved
 from tests.launch.small_run import back_to, command, here, metrics, ziggurat
-from train.events import Events
+from train.run.events import Events
 
 
 def test_a_full_disk_ends_a_run_in_one_line_and_the_same_command_ends_with_the_same_bits(

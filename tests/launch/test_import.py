@@ -11,15 +11,16 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from model import interchange
-from model.parameters import flattened
+from model.trees import flattened
 from tests.launch.small_run import here, metrics, write_corpus
 from tests.peers import require
 from tests.small import small_model, small_weights
 from tests.theirs import assert_same_logits
-from train import tensor_files
-from train.mesh import on_one_device
-from train.run import Run, load_trained
-from train.weights import exported_step
+from train.devices.mesh import on_one_device
+from train.run.folder import Run
+from train.weights import safetensors_files as tensor_files
+from train.weights.huggingface import exported_step
+from train.weights.load import load_trained
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 KEPT = ["--config.checkpoint.export=false", "--config.evaluation.every_steps=99"]

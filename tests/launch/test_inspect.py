@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from data.tokenizer import END_OF_TEXT, Tokenizer
+from data.tokenizer.folder import load_tokenizer
+from data.tokenizer.tokenizer import END_OF_TEXT
 from launch.inspect_embedding import tokens_of
+from tests.launch.page.test_attention_page import data_of, weights_of
 from tests.launch.small_run import here
 from tests.peers import require
-from tests.train.test_attention_page import data_of, weights_of
 
 PROMPT = "the cat eats a dog.\nmy bird sees"
 
@@ -26,7 +27,7 @@ def test_the_page_shows_the_attention_that_transformers_tells_of_the_export(fini
         assert here("inspect", "attention", model, f"--prompt={PROMPT}", f"--to={output}") == 0
         assert capsys.readouterr().out == f"{output}\n"
         page = output.read_text()
-        tokenizer = Tokenizer.load(finished / "tokenizer")
+        tokenizer = load_tokenizer(finished / "tokenizer")
         ids = tokenizer.begin(PROMPT)
         assert data_of(page)["tokens"][0] == END_OF_TEXT
         assert "".join(data_of(page)["tokens"][1:]) == PROMPT.replace("\n", "↵")
@@ -69,7 +70,7 @@ def planted(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export in whose embedding bird = cat − dog + fish, and eats lies near sees."""
     folder = tmp_path_factory.mktemp("planted") / "weights"
     shutil.copytree(finished / "export", folder)
-    tokenizer, weights = Tokenizer.load(folder), load_file(folder / "model.safetensors")
+    tokenizer, weights = load_tokenizer(folder), load_file(folder / "model.safetensors")
     table = weights["model.embed_tokens.weight"] = np.array(weights["model.embed_tokens.weight"], copy=True)
     of = {word: tokens_of(tokenizer, word) for word in ("cat", "dog", "fish", "bird", "eats", "sees")}
     assert all(len(tokens) == 1 for tokens in of.values())
@@ -104,7 +105,7 @@ def test_the_nearest_token_is_the_planted_one(planted: Path, capsys):
 def test_the_words_own_tokens_are_no_answer_and_which_they_are_is_said(planted: Path, capsys, caplog):
     caplog.set_level(logging.INFO, "ziggurat")
     found = nearest(capsys, planted, "--word=xylophone", "--top=400")
-    tokenizer = Tokenizer.load(planted)
+    tokenizer = load_tokenizer(planted)
     own = tokens_of(tokenizer, "xylophone")
     assert len(own) > 1
     assert tokenizer.decode(own) == " xylophone"

@@ -15,7 +15,7 @@ from launch.cli import parse
 from launch.kubernetes import devices_of_a_host, manifest
 from tests.launch.small_run import here
 from tests.peers import require
-from train.processes import how_to_join
+from train.devices.processes import how_to_join
 
 GPUS = ["--topology=h100:4x8", "--image=me/ziggurat:1", "--volume=training:/runs", "--node-selector=gpu=h100"]
 TPUS = ["--topology=v6e:4x4", "--slices=2", "--image=me/ziggurat:1", "--volume=training:/runs"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch.cli import without_absent_accelerators
-from launch.plan import plan_text, seconds_text
+from launch.plan_text import plan_text, seconds_text
 from tests.launch.small_run import here, write_config
 from tests.peers import require
 from train.planning.plan import Plan

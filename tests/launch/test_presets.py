@@ -17,7 +17,7 @@ from model.parameters import count_parameters, initial_weights, parameter_table
 from tests.launch.small_run import here, metrics, write_corpus
 from tests.peers import require
 from tests.theirs import assert_same_logits
-from train.schedule import batch_size
+from train.step.schedule import batch_size
 
 COUNTS = {
     "tiny": 5_048_576,

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from data.tokenizer import Tokenizer
+from data.tokenizer.folder import load_tokenizer
 from tests.launch.small_run import back_to, command, here, metrics, write_config, ziggurat
-from train.checkpoint import Checkpoints
-from train.mesh import on_one_device
-from train.optimizer import make_optimizer
-from train.run import Run
-from train.state import abstract_state
-from train.weights import exported_step
+from train.checkpoint.checkpoint import Checkpoints
+from train.devices.mesh import on_one_device
+from train.run.folder import Run
+from train.step.optimizer import make_optimizer
+from train.step.state import abstract_state
+from train.weights.huggingface import exported_step
 
 
 def state_of(run: Path, step: int):
@@ -70,7 +70,7 @@ def test_a_run_leaves_its_config_tokenizer_checkpoints_metrics_and_weights(finis
     assert records[-1]["loss"] < records[0]["loss"] - 1
     assert records[-1]["validation_bits_per_byte"] < records[0]["validation_bits_per_byte"] - 1
     saved = json.loads((finished / "config.json").read_text())
-    assert saved["model"]["vocab_size"] == Tokenizer.load(finished / "tokenizer").vocab_size
+    assert saved["model"]["vocab_size"] == load_tokenizer(finished / "tokenizer").vocab_size
     assert saved["model"]["head_dim"] == 8
 
 
@@ -200,10 +200,10 @@ def test_a_start_without_a_checkpoint_is_made_anew(finished: Path, tmp_path: Pat
         (run / name).write_text("{")
     other = tmp_path / "other.jsonl"
     other.write_text((finished.parent / "corpus.jsonl").read_text().replace("cat", "cow"))
-    before = Tokenizer.load(run / "tokenizer").fingerprint
+    before = load_tokenizer(run / "tokenizer").fingerprint
     changed = [f"--config.data.corpus={other}", "--config.train.num_steps=2", "--config.model.num_layers=1"]
     assert here("pretrain", f"--config={config}", *changed) == 0
-    assert Tokenizer.load(run / "tokenizer").fingerprint != before
+    assert load_tokenizer(run / "tokenizer").fingerprint != before
     assert "cow" in Run(run).held_out_texts()[0].text
     assert [record["step"] for record in metrics(run)] == [1, 2]
 

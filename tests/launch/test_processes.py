@@ -15,12 +15,12 @@ from safetensors.numpy import load_file
 import train.loop
 from tests.benchmarks.meshes import BOUNDS
 from tests.launch.small_run import back_to, here, metrics, write_config, ziggurat
-from train.checkpoint import Checkpoints
-from train.config import MeshConfig
-from train.mesh import make_mesh
-from train.optimizer import make_optimizer
-from train.run import Run
-from train.state import abstract_state
+from train.checkpoint.checkpoint import Checkpoints
+from train.config.run_config import MeshConfig
+from train.devices.mesh import make_mesh
+from train.run.folder import Run
+from train.step.optimizer import make_optimizer
+from train.step.state import abstract_state
 
 FLAGS = ["--config.data.positions_every_steps=1", "--config.evaluation.sample_tokens=0"]
 

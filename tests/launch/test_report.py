@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from launch.page.chart import MEASURES
 from tests.launch.small_run import here, metrics
-from train.page.chart import MEASURES
 
 
 def test_a_run_has_a_page_whose_path_goes_to_standard_output(finished: Path, tmp_path: Path, capsys):

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from launch import search
-from launch.search import Compiler, ranked, search_text
+from launch import plan_search as search
+from launch.plan_search import Compiler, ranked, search_text
 from tests.launch.small_run import here, write_config
 from tests.peers import require
 from train.planning.estimate import Estimate
@@ -100,7 +100,7 @@ def test_an_interrupt_ends_it_with_what_there_is(compilers, monkeypatch):
             raise KeyboardInterrupt
         pause(seconds)
 
-    monkeypatch.setattr("launch.search.time.sleep", interrupted)
+    monkeypatch.setattr("launch.plan_search.time.sleep", interrupted)
     outcomes = ranked([candidate(1.0), candidate(1.01)], 2, [])
     assert [outcome.seconds for outcome in outcomes] == [1.1]
     assert all(compiler.process.poll() is not None for compiler in kept)

@@ -13,7 +13,8 @@ import pytest
 from tests.harness import DOCUMENTS, TASKS, write_tasks
 from tests.launch.small_run import here, metrics, write_config
 from tests.peers import require
-from train.run import Run, load_trained
+from train.run.folder import Run
+from train.weights.load import load_trained
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def test_tasks_have_the_figures_of_the_harnesss_own_adapter(finished: Path, task
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    from train.tasks import quiet
+    from train.evaluation.harness import quiet
 
     found = evaluated(capsys, finished / "export", f"--tasks={','.join(TASKS)}", f"--task_dir={tasks}")
     assert found.keys() == {"tasks", "task_errors"}
@@ -73,8 +74,8 @@ def test_tasks_have_the_figures_of_the_harnesss_own_adapter(finished: Path, task
 def test_answers_are_those_of_the_harnesss_own_adapter(finished: Path, tasks: Path):
     from lm_eval.api.instance import Instance
 
-    from train.mesh import on_one_device
-    from train.tasks import Model, quiet
+    from train.devices.mesh import on_one_device
+    from train.evaluation.harness import Model, quiet
 
     pairs = [
         (document["begin"], choice) for document in DOCUMENTS[:6] for choice in (*document["choices"], " ", " sees.")

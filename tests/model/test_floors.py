@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from model.config import CHOICES, ModelConfig
 from model.decoder import Decoder
-from model.generate import empty_cache, prepared
+from model.generation.programs import empty_cache
+from model.generation.weights import prepared
 from model.sharding import Layout
 from tests.small import VOCAB_SIZE, small_model, small_weights
 

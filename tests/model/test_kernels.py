@@ -12,7 +12,7 @@ from model.config import ModelConfig
 from model.kernels import attention_over, choose
 from model.sharding import WHOLE
 from tests.small import mesh_of, small_model
-from train.mesh import TRAINING
+from train.devices.rules import TRAINING
 
 T = 256
 CHANGES = [{}, {"sliding_window": 40}, {"attention_softcap": 2.0}, {"num_kv_heads": 4}, {"num_kv_heads": 1}]

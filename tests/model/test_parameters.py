@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from model.config import ModelConfig
-from model.parameters import count_parameters, flattened, initial_weights, nested, parameter_table
+from model.parameters import count_parameters, initial_weights, parameter_table
+from model.trees import flattened, nested
 from tests.small import small_model
 
 

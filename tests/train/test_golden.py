@@ -13,11 +13,11 @@ import jax
 import pytest
 
 from tests.small import small_batch, small_model
-from train.config import make_config
-from train.mesh import on_one_device
-from train.optimizer import make_optimizer
-from train.state import make_state
-from train.step import make_train_step
+from train.config.reading import make_config
+from train.devices.mesh import on_one_device
+from train.step.optimizer import make_optimizer
+from train.step.state import make_state
+from train.step.step import make_train_step
 
 FILE = Path(__file__).parent / "golden.json"
 

@@ -19,13 +19,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from data.errors import InputError
-from train.config import Config
-from train.mesh import batch_sharding, training_layout
-from train.optimizer import make_optimizer
+from train.config.config import Config
+from train.devices.mesh import batch_sharding
+from train.devices.rules import training_layout
+from train.devices.xla import compiler_options
 from train.planning.topology import without_jax_cache
-from train.state import abstract_state
-from train.step import make_train_step
-from train.xla import compiler_options
+from train.step.optimizer import make_optimizer
+from train.step.state import abstract_state
+from train.step.step import make_train_step
 
 log = logging.getLogger("ziggurat")
 

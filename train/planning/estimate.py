@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 from model.parameters import parameter_table
 from model.sharding import as_tuple
-from train.config import Config
-from train.hardware import Chip
-from train.mesh import training_layout
+from train.config.config import Config
+from train.devices.hardware import Chip
+from train.devices.rules import training_layout
 
 # Of the peak, large products reach on a TPU, by the compiler's cycles.
 PRODUCTS = {"v4": 0.8, "v5e": 0.82, "v5p": 0.8, "v6e": 0.6}
@@ -22,7 +22,7 @@ PRODUCTS = {"v4": 0.8, "v5e": 0.82, "v5p": 0.8, "v6e": 0.6}
 MOVED = (60.0, 9.5)
 # Copies of a layer's residuals for whole positions, and of its weights, that its backward pass holds.
 HELD = (6.0, 4.0)
-# Products over all pairs of positions that attention makes, forward and backward (`train.planning.program`).
+# Products over all pairs of positions that attention makes, forward and backward (`train.planning.operations`).
 PAIRS = {"splash": (2, 7), "cudnn": (2, 5), "plain": (2, 4)}
 BF16, F32 = 2, 4
 
@@ -190,7 +190,7 @@ class _Step:
         return seconds + self.sent("sum", left, self.layout.tokens - set(stored))
 
     def sent(self, kind: str, payload: float, over: frozenset[str] | set[str]) -> float:
-        """Seconds that a ring takes for a payload as `train.planning.program` counts it."""
+        """Seconds that a ring takes for a payload as `train.planning.operations` counts it."""
         axes = tuple(name for name, size in self.machine.shape.items() if name in over and size > 1)
         if not axes:
             return 0.0

@@ -12,18 +12,18 @@ import jax
 from jax.sharding import Mesh
 
 from model.kernels import choose
-from train.config import Config
-from train.hardware import Chip
-from train.mesh import training_layout
-from train.metrics import flops_per_token
-from train.optimizer import make_optimizer
+from train.config.config import Config
+from train.devices.hardware import Chip
+from train.devices.rules import training_layout
 from train.planning.compilation import Compilation, abstract_batch
-from train.planning.program import Kernel, Program
+from train.planning.operations import Kernel, Program
 from train.planning.reader import read_program
 from train.planning.timeline import Costs, Timeline, timeline
 from train.planning.topology import bandwidth_over
-from train.schedule import batch_size
-from train.state import abstract_state
+from train.step.flops import flops_per_token
+from train.step.optimizer import make_optimizer
+from train.step.schedule import batch_size
+from train.step.state import abstract_state
 
 ROOFLINE = "a roofline: each operation at the peak of FLOPs or of memory bandwidth, so no kernel is slower than that"
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -45,7 +45,7 @@ class Plan:
         argument_bytes_per_device: the state and a batch.
         memory: bytes a device of `weights`, `optimizer`, `average`, `batch` and, at the worst moment, `temporaries`;
             of `output`, and of it `aliased` with the state that was given; of the program's `code`; in `host` memory.
-        model_flops_per_device: by the formula of `train.metrics`, a step.
+        model_flops_per_device: by the formula of `train.run.step_log`, a step.
         flops_per_device: of the compiled program's matrix products and attention kernels, a step.
         collective_bytes_per_device: payload of all collectives, a step.
         collectives: by kind, mesh axes and dtype.

@@ -24,7 +24,7 @@ from train.planning.hlo import (
     device_groups,
     numbers,
 )
-from train.planning.program import Collective, Kernel, Operation, Program, walked
+from train.planning.operations import Collective, Kernel, Operation, Program, walked
 
 COPIES = ("copy", "slice", "dynamic-slice", "dynamic-update-slice")
 NOTHING = {

@@ -13,9 +13,12 @@ import jax
 from data.errors import InputError
 from model.decoder import REMAT_POLICIES
 from model.kernels import choose
-from train.config import Config, config_problems
-from train.hardware import Chip
-from train.mesh import AXES, make_mesh, mesh_problems, mesh_shape, on_one_device, training_layout
+from train.config.checks import config_problems
+from train.config.config import Config
+from train.devices.hardware import Chip
+from train.devices.mesh import make_mesh, mesh_shape, on_one_device
+from train.devices.mesh_checks import mesh_problems
+from train.devices.rules import AXES, training_layout
 from train.planning.estimate import Estimate, Machine, estimate
 from train.planning.plan import argument_bytes
 from train.planning.topology import bandwidth_over

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from train.planning.program import Kernel, Operation, Program
+from train.planning.operations import Kernel, Operation, Program
 
 
 @dataclass(frozen=True)

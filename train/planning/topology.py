@@ -20,8 +20,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from data.errors import InputError
-from train.config import nearest
-from train.hardware import CHIPS, Chip
+from train.config.reading import nearest
+from train.devices.hardware import CHIPS, Chip
 
 EXAMPLES = {"v4": "v4:4x4x8", "v5e": "v5e:16x16", "v5p": "v5p:8x8x8", "v6e": "v6e:16x16"}
 # What libtpu asks of its environment where there is no TPU, and who may load it beside whom.

@@ -20,15 +20,16 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from model.parameters import padded_vocabulary, parameter_table
 from tests.peers import require
-from train.config import Config, make_config
-from train.mesh import make_mesh
-from train.optimizer import make_optimizer
+from train.config.config import Config
+from train.config.reading import make_config
+from train.devices.mesh import make_mesh
 from train.planning.compilation import Compilation, compile_step
+from train.planning.operations import Program
 from train.planning.plan import argument_bytes
-from train.planning.program import Program
 from train.planning.reader import read_program
 from train.planning.topology import topology_devices, without_jax_cache
-from train.state import abstract_state
+from train.step.optimizer import make_optimizer
+from train.step.state import abstract_state
 
 # An array that is a multiple of 7 holds all layers, of 3 and 11 the logits of all positions. Sums that are smaller the
 # TPU compiler does not scatter.

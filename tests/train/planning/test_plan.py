@@ -11,15 +11,16 @@ import pytest
 from data.errors import InputError
 from model.parameters import count_parameters
 from tests.peers import require
-from train.config import Config, make_config
-from train.hardware import CHIPS, with_usable_memory
-from train.mesh import make_mesh
-from train.metrics import flops_per_token
+from train.config.config import Config
+from train.config.reading import make_config
+from train.devices.hardware import CHIPS, with_usable_memory
+from train.devices.mesh import make_mesh
+from train.devices.xla import OPTIONS
 from train.planning.compilation import Compilation, compile_step
-from train.planning.here import chip_here, measured_step
 from train.planning.plan import Plan, argument_bytes, budget, make_plan
+from train.planning.this_machine import chip_here, measured_step
 from train.planning.topology import topology_devices
-from train.xla import OPTIONS
+from train.step.flops import flops_per_token
 
 ROWS, T = 8, 128
 

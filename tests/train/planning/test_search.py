@@ -8,9 +8,11 @@ import pytest
 from data.errors import InputError
 from launch.presets import load_config
 from tests.peers import require
-from train.config import Config
-from train.hardware import CHIPS
-from train.mesh import AXES, make_mesh, mesh_problems
+from train.config.config import Config
+from train.devices.hardware import CHIPS
+from train.devices.mesh import make_mesh
+from train.devices.mesh_checks import mesh_problems
+from train.devices.rules import AXES
 from train.planning.plan import argument_bytes
 from train.planning.search import PARTS, REMAT, SEARCHED, SECONDS_ERROR, Candidate, candidates, worth_compiling
 from train.planning.topology import topology_devices

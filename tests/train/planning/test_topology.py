@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 from data.errors import InputError
 from tests.peers import require
 from tests.small import mesh_of
-from train.hardware import CHIPS, chip_of
-from train.mesh import explicit_mesh
+from train.devices.hardware import CHIPS, chip_of
+from train.devices.mesh import explicit_mesh
 from train.planning.topology import bandwidth_over, topology_devices
 
 ROOT = Path(__file__).resolve().parents[3]

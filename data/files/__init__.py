@@ -1,0 +1,1 @@
+"""Files and places: listings of local and remote files, byte ranges, and retries."""

@@ -1,0 +1,244 @@
+"""The files of a corpus: listed, and read from any byte on, here and wherever fsspec reads."""
+
+import glob
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import urlsplit
+
+from data.errors import BadText, InputError
+from data.files import remote
+from data.files.ranges import READ, Ranges
+
+END_BYTES = 2**16
+PIECE_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class File:
+    """A file as it was listed.
+
+    Attributes:
+        path: where it is: a local path, or a URL that fsspec reads.
+        name: relative to what the files of its listing have in common, with "/".
+        size: bytes.
+        version: what tells that its content is another: elsewhere its ETag or the like ("": nothing), here its mtime
+            in nanoseconds.
+    """
+
+    path: str
+    name: str
+    size: int
+    version: str
+
+
+def is_local(file: File) -> bool:
+    """Whether it is read from this machine's file system."""
+    return not remote.protocol(file.path)
+
+
+def list_files(
+    where: str, endings: Sequence[str], leave_out: Path | None = None, field: str = "data.corpus"
+) -> list[File]:
+    """A file, the files of a folder and its subfolders, or those of a glob (`**` is any depth), sorted by name.
+
+    In a folder, hidden files and those with other endings don't count.
+
+    Args:
+        where: a path (~ is the home folder) or a URL.
+        endings: of the names that can be read.
+        leave_out: a local folder whose files don't count, unless `where` lies in it.
+        field: what the messages call it.
+
+    Raises:
+        InputError: there is no file, its name has another ending, or it cannot be reached.
+    """
+    if remote.protocol(where) in ("file", "local"):
+        where = where.partition("://")[2]
+    is_remote = remote.protocol(where) != ""
+    if is_remote:
+        try:
+            what, files = _list_remote(where, endings)
+        except remote.RemoteError as error:
+            raise InputError(f"{field} = {where}: {error}") from None
+        except InputError as error:
+            raise InputError(f"{field} = {error}") from None
+    else:
+        where = os.path.expanduser(where)
+        what, files = _list_local(where, endings, leave_out)
+    if what == "folder":
+        files = [file for file in files if file.name.endswith(tuple(endings))]
+    if what != "file":
+        files = [file for file in files if not any(part.startswith(".") for part in file.name.split("/"))]
+    if not files:
+        problem = {
+            "folder": f"the folder holds no {_listed(endings)} file",
+            "glob": "matches no file",
+            "file": "there is no such file or folder",
+        }[what]
+        raise InputError(f"{field} = {where}: {problem}")
+    for file in files:
+        if not file.name.endswith(tuple(endings)):
+            raise InputError(f"{field} = {where}: {file.name} is no {_listed(endings)}; convert or rename it")
+        if file.size < 0:
+            raise InputError(
+                f"{field} = {where}: the server of {file.path} does not say its size, or cannot send parts of it; "
+                "download it"
+            )
+    return sorted(files, key=lambda file: file.name)
+
+
+def _listed(endings: Sequence[str]) -> str:
+    return " or ".join([", ".join(endings[:-1]), endings[-1]]) if len(endings) > 1 else "".join(endings)
+
+
+def _list_local(where: str, endings: Sequence[str], leave_out: Path | None) -> tuple[str, list[File]]:
+    """Whether it is a file, a folder or a glob, and what is found there."""
+    path = Path(where)
+    # Path's own is_dir and is_file fail where a name is too long.
+    if os.path.isdir(where):
+        what, root = "folder", path
+        found = [file for file in path.rglob("*") if file.name.endswith(tuple(endings)) and file.is_file()]
+    elif os.path.isfile(where):
+        what, root, found = "file", path.parent, [path]
+    else:
+        what = "glob" if glob.has_magic(where) else "file"
+        found = [Path(file) for file in glob.glob(where, recursive=True) if Path(file).is_file()]
+        plain = next((i for i, part in enumerate(path.parts) if glob.has_magic(part)), len(path.parts))
+        root = Path(*path.parts[:plain])
+    if found and leave_out is not None:
+        left_out = leave_out.resolve()
+        if not root.resolve().is_relative_to(left_out):
+            found = [file for file in found if not file.resolve().is_relative_to(left_out)]
+    return what, [_local_file(file, file.relative_to(root).as_posix()) for file in found]
+
+
+def _local_file(path: Path, name: str) -> File:
+    status = path.stat()
+    return File(str(path), name, status.st_size, str(status.st_mtime_ns))
+
+
+def _list_remote(where: str, endings: Sequence[str]) -> tuple[str, list[File]]:
+    files, path = remote.filesystem(where)
+    is_http = remote.protocol(where) in ("http", "https")
+    magic = re.search(r"[*\[]" if is_http else r"[*?\[]", path)
+    if magic:
+        what, root = "glob", path[: magic.start()].rpartition("/")[0]
+        found = remote.attempt(where, lambda: files.glob(path, detail=True))
+        if not found:
+            # A glob finds nothing, too, where it is refused.
+            _unless_missing(where, lambda: files.ls(root))
+    else:
+        what, root = "file", path.rpartition("/")[0]
+        info = _unless_missing(where, lambda: files.info(path))
+        if info is None:
+            return what, []
+        found = {path: info}
+        if info["type"] == "directory" or (is_http and urlsplit(path).path.endswith("/")):
+            what, root = "folder", path.rstrip("/")
+            found = remote.attempt(where, lambda: files.find(path, detail=True))
+    listed = []
+    for place, info in found.items():
+        name = place[len(root) :].lstrip("/")
+        if is_http:
+            name = urlsplit(name).path
+        if info["type"] == "file" and (what != "folder" or name.endswith(tuple(endings))):
+            url = files.unstrip_protocol(place)
+            listed.append(_remote_file(files, url, place, name, info))
+    return what, listed
+
+
+def _remote_file(files: Any, url: str, place: str, name: str, info: dict[str, Any]) -> File:
+    """Its size is -1 where it cannot be read in ranges."""
+    if info.get("size") is None:
+        # Links of a page come without.
+        info = remote.attempt(url, lambda: files.info(place))
+    readable = info.get("size") is not None and info.get("partial") is not False
+    return File(url, name, int(info["size"]) if readable else -1, remote.version(info))
+
+
+def _unless_missing(where: str, call: Callable[[], Any]) -> Any:
+    """What the call returns; none where there is nothing."""
+    try:
+        return remote.attempt(where, call)
+    except remote.RemoteError as error:
+        if error.kind != "missing":
+            raise
+        return None
+
+
+class _LocalFile(io.FileIO):
+    """Counts what is read."""
+
+    def readinto(self, buffer: Any) -> int | None:
+        """As a file does."""
+        number = super().readinto(buffer)
+        READ["bytes"] += number or 0
+        return number
+
+
+def open_file(file: File, begin: int = 0, end: int | None = None) -> BinaryIO:
+    """Its bytes from one on, buffered; it can be sought in. Of a file elsewhere, ranges are read as they are wanted.
+
+    Args:
+        file: as it was listed.
+        begin: the byte to begin at.
+        end: where the reader will probably stop, which saves reading ahead; none: the file's end.
+
+    Raises:
+        InputError: access is refused.
+        BadText: it has vanished or changed since it was listed; reading from it may raise both too.
+        ConnectionError: it cannot be read after several tries.
+    """
+    if not is_local(file):
+        return io.BufferedReader(Ranges(file.path, file.size, file.version, begin, file.size if end is None else end))
+    try:
+        raw = _LocalFile(file.path)
+    except FileNotFoundError:
+        raise BadText("has vanished since the run listed it") from None
+    except PermissionError as error:
+        raise InputError(f"{file.path} cannot be read: {error.strerror}") from None
+    status = os.fstat(raw.fileno())
+    if (status.st_size, str(status.st_mtime_ns)) != (file.size, file.version):
+        raw.close()
+        raise BadText("has changed since the run listed it; start a new run, or put the old file back")
+    raw.seek(begin)
+    return io.BufferedReader(raw)
+
+
+def expect(stream: BinaryIO, end: int) -> None:
+    """Say where the reader of a file that `open_file` opened will probably stop next, so that no more is read."""
+    if isinstance(raw := getattr(stream, "raw", None), Ranges):
+        raw.end = end
+
+
+def fingerprint(file: File, whole: bool) -> str:
+    """SHA-256 (hex) of its name, size and content, not of where it is.
+
+    Args:
+        file: as it was listed.
+        whole: all of its content counts, else its two ends of 64 KiB. Of a file elsewhere that has a version, the
+            version counts and nothing is read.
+
+    Raises:
+        InputError, BadText: as `open_file`.
+    """
+    found = hashlib.sha256(json.dumps([file.name, file.size]).encode())
+    if not is_local(file) and file.version:
+        found.update(file.version.encode())
+        return found.hexdigest()
+    with open_file(file) as stream:
+        if whole and is_local(file):
+            while piece := stream.read(PIECE_BYTES):
+                found.update(piece)
+        else:
+            found.update(stream.read(END_BYTES))
+            stream.seek(max(file.size - END_BYTES, 0))
+            found.update(stream.read(END_BYTES))
+    return found.hexdigest()

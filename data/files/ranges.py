@@ -1,0 +1,118 @@
+"""A file elsewhere, read in ranges of bytes as they are wanted."""
+
+import importlib
+import io
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from data.errors import BadText, InputError
+from data.files.remote import RemoteError, attempt, filesystem, protocol, version
+
+T = TypeVar("T")
+# Bytes of the first range, and of the largest, that are read of a file; each range is GROWTH times the one before.
+FIRST_BYTES = 2**16
+LARGEST_BYTES = 2**22
+GROWTH = 16
+# How long an HTTP server may send nothing.
+SILENT_SECONDS = 30
+# Bytes read of files, here and elsewhere: READ["bytes"].
+READ: Counter[str] = Counter()
+
+
+class Ranges(io.RawIOBase):
+    """A file elsewhere, read in ranges: a small one first, then larger ones.
+
+    Args:
+        url: of the file.
+        size: its bytes; nothing is read where it has another size now.
+        version: nor where it has another version.
+        begin: the byte to begin at.
+        end: where the reader will probably stop; a range ends there. It may be set anew.
+
+    Raises:
+        InputError: access is refused.
+        BadText: it has vanished or changed.
+        ConnectionError: it cannot be read after `TRIES` tries.
+    """
+
+    def __init__(self, url: str, size: int, version: str, begin: int, end: int):
+        self._url, self._size, self._version, self._at, self.end = url, size, version, begin, end
+        self._range, self._begin, self._length = b"", begin, 0
+        self._handle = self._try(self._open)
+
+    def _try(self, call: Callable[[], T]) -> T:
+        try:
+            return attempt(self._url, call)
+        except RemoteError as error:
+            if error.kind == "refused":
+                raise InputError(f"{self._url}: {error}") from None
+            said = {
+                "missing": "has vanished since the run listed it",
+                "changed": "has changed since the run listed it; start a new run, or put the old file back",
+                "no ranges": "cannot be read in parts: its server ignores ranges; download it",
+            }
+            if error.kind not in said:
+                raise ConnectionError(f"{self._url} {error}") from None
+            raise BadText(said[error.kind]) from None
+
+    def _open(self) -> Any:
+        files, path = filesystem(self._url)
+        options: dict[str, Any] = {}
+        if protocol(self._url) in ("http", "https"):
+            # A server that compresses what it sends cannot send ranges of the file.
+            options["headers"] = files.kwargs.get("headers", {}) | {"Accept-Encoding": "identity"}
+            options["timeout"] = importlib.import_module("aiohttp").ClientTimeout(
+                sock_connect=SILENT_SECONDS, sock_read=SILENT_SECONDS
+            )
+            options["size"] = self._size
+        handle = files.open(path, "rb", cache_type="none", **options)
+        info = getattr(handle, "details", None)
+        if not info or not version(info):
+            info = files.info(path)
+        if (info["size"], version(info)) != (self._size, self._version):
+            raise RemoteError("changed", "")
+        if info.get("partial") is False:
+            raise RemoteError("no ranges", "")
+        return handle
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seekable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a byte; nothing is read."""
+        self._at = offset + (0, self._at, self._size)[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        """Read up to as many bytes as the buffer holds; 0 at the end of the file."""
+        if self._at >= self._size or not len(buffer):
+            return 0
+        if not self._begin <= self._at < self._begin + len(self._range):
+            self._fetch(len(buffer))
+        first = self._at - self._begin
+        found = self._range[first : first + len(buffer)]
+        buffer[: len(found)] = found
+        self._at += len(found)
+        return len(found)
+
+    def _fetch(self, wanted: int) -> None:
+        goes_on = self._range and self._at == self._begin + len(self._range) != self.end
+        self._length = self._length * GROWTH if goes_on else FIRST_BYTES
+        self._length = min(max(self._length, wanted), LARGEST_BYTES)
+        stop = min(self._at + self._length, self.end if self._at < self.end else self._size, self._size)
+
+        def fetch() -> bytes:
+            self._handle.seek(self._at)
+            found = self._handle.read(stop - self._at)
+            READ["bytes"] += len(found)
+            if len(found) != stop - self._at:
+                raise RemoteError("changed", "")
+            return found
+
+        self._range, self._begin = self._try(fetch), self._at

@@ -1,0 +1,183 @@
+"""Filesystems that fsspec reads: how one is opened, what its errors mean, and which calls are tried again.
+
+Errors that may pass (dropped connections, timeouts, overloaded servers) are tried again, ever later.
+"""
+
+import logging
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
+from typing import Any, TypeVar
+
+import fsspec
+
+from data.errors import InputError
+
+log = logging.getLogger("ziggurat")
+T = TypeVar("T")
+TRIES = 5
+FIRST_DELAY = 0.5  # seconds, doubled with each try
+sleep = time.sleep
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+# Object stores whose filesystems would answer from listings that they made before.
+_WITH_LISTINGS = ("s3", "s3a", "gs", "gcs", "az", "abfs")
+_PACKAGES = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "hf": "huggingface_hub",
+    "http": "aiohttp",
+    "https": "aiohttp",
+    "az": "adlfs",
+    "abfs": "adlfs",
+}
+_CREDENTIALS = {
+    "s3": "they come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ~/.aws or the machine's role "
+    """(for public data: FSSPEC_S3='{"anon": true}')""",
+    "gs": "they come from GOOGLE_APPLICATION_CREDENTIALS, `gcloud auth application-default login` or the machine",
+    "hf": "they come from HF_TOKEN or `hf auth login`",
+}
+_OTHER_CREDENTIALS = "they come from fsspec's configuration, ~/.config/fsspec/*.json"
+# Errors of the libraries below fsspec that have neither a status nor a common class.
+_REFUSALS = {
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "CredentialRetrievalError",
+    "TokenRetrievalError",
+    "ProfileNotFound",
+    "DefaultCredentialsError",
+    "RefreshError",
+    "ClientAuthenticationError",
+}
+_VERSIONS = ("ETag", "etag", "md5Hash", "blob_id", "Last-Modified", "LastModified", "last_modified", "mtime", "created")
+
+
+class RemoteError(Exception):
+    """What a filesystem said no with, after all tries.
+
+    Attributes:
+        kind: "refused", "missing", "changed", "no ranges" or "failed".
+    """
+
+    def __init__(self, kind: str, text: str):
+        super().__init__(text)
+        self.kind = kind
+
+
+def protocol(where: str) -> str:
+    """Of a URL ("s3"), else ""."""
+    found = _URL.match(where)
+    return found[1].lower() if found else ""
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """The filesystem of a URL, and the URL's path in it.
+
+    Raises:
+        InputError: fsspec does not know the protocol, or a package for it is not installed.
+    """
+    name = protocol(url)
+    if "::" in url:
+        raise InputError(f"{url}: filesystems that are chained with '::' are not read; give the address of the files")
+    try:
+        return fsspec.core.url_to_fs(url, **({"use_listings_cache": False} if name in _WITH_LISTINGS else {}))
+    except ImportError as error:
+        remedy = f"pip install {_PACKAGES[name]}" if name in _PACKAGES else str(error)
+        raise InputError(f"{url}: a package that reads {name}:// is missing: {remedy}") from None
+    except ValueError as error:
+        raise InputError(f"{url}: {error}; s3://, gs://, hf:// and https:// are some of those that are known") from None
+
+
+def version(info: Mapping[str, Any]) -> str:
+    """What a filesystem says of a file's content: its ETag, or else when it changed; "" where it says nothing."""
+    found = next((info[key] for key in _VERSIONS if info.get(key)), "")
+    # Some say it as a number in one place and as a time in another.
+    return str(found.timestamp() if isinstance(found, datetime) else found)
+
+
+def attempt(url: str, call: Callable[[], T], tries: int = TRIES) -> T:
+    """What the call returns; it is tried up to so many times.
+
+    Raises:
+        RemoteError: it failed for good, or each time.
+    """
+    delay = FIRST_DELAY
+    for tried in range(1, tries + 1):
+        try:
+            return call()
+        except Exception as error:  # each filesystem's library has errors of its own
+            kind = _meaning(error)
+            *_, cause = _causes(error)
+            text = " ".join(f"{type(cause).__name__}: {cause}".split())
+            if kind is None:
+                raise
+            if kind == "refused":
+                raise RemoteError(
+                    kind, f"access is refused ({text}); check the credentials: {_credentials(url)}"
+                ) from None
+            if kind != "passing":
+                raise RemoteError(kind, f"cannot be read ({text})") from None
+            if tried == tries:
+                raise RemoteError("failed", f"cannot be read after {tries} tries ({text})") from None
+            log.warning("%s: %s; trying again in %.1f s (%d of %d)", url, text, delay, tried + 1, tries)
+            sleep(delay)
+            delay *= 2
+    raise AssertionError("not reached")
+
+
+def _credentials(url: str) -> str:
+    name = {"s3a": "s3", "gcs": "gs"}.get(protocol(url), protocol(url))
+    return _CREDENTIALS.get(name, _OTHER_CREDENTIALS)
+
+
+def _meaning(error: Exception) -> str | None:
+    """A kind of `RemoteError`, or "passing" for what another try may mend; none: a mistake in the program."""
+    if isinstance(error, RemoteError):
+        return error.kind
+    status = next(filter(None, map(_status, _causes(error))), 0)
+    names = {type(cause).__name__ for cause in _causes(error)}
+    if isinstance(error, PermissionError) or status in (401, 403, 407) or names & _REFUSALS:
+        return "refused"
+    if isinstance(error, OSError) and str(error).startswith("Forbidden:"):  # gcsfs's 403
+        return "refused"
+    if "FileExpired" in names or status == 412:
+        return "changed"
+    if status in (404, 410):
+        return "missing"
+    if isinstance(error, ValueError) and "range requests" in str(error):
+        return "no ranges"
+    if isinstance(error, TimeoutError) or status in (408, 425, 429) or status >= 500:
+        return "passing"
+    if status >= 400:
+        return "failed"
+    if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
+        # The HTTP filesystem also says so where the server was not reached.
+        return "passing" if any(_is_connection(cause) for cause in _causes(error)) else "missing"
+    return "passing" if _is_connection(error) else None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _status(error: BaseException) -> int:
+    """The HTTP status that an error of aiohttp, requests, httpx, gcsfs or botocore carries; 0: none."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    value = getattr(error, "status", None) or getattr(response, "status_code", None)
+    # aiohttp calls a connection that was dropped a bad message of code 400.
+    if value is None and not type(error).__module__.startswith("aiohttp"):
+        value = getattr(error, "code", None)
+    return value if isinstance(value, int) else 0
+
+
+def _is_connection(error: BaseException) -> bool:
+    """Whether it is the system's or of a library below fsspec, and no complaint about the path."""
+    if isinstance(error, ValueError | FileNotFoundError | IsADirectoryError | NotADirectoryError):
+        return False
+    return isinstance(error, OSError | EOFError) or type(error).__module__ != "builtins"

@@ -1,0 +1,50 @@
+"""Reads a tokenizer from a folder, and copies one to another."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from data.errors import InputError
+from data.tokenizer.huggingface_tokenizer import HuggingFaceTokenizer
+from data.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
+from data.tokenizer.tokenizer import JSON_FILE, MODEL_FILE, Tokenizer
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Reads the tokenizer of a folder: ours, or else the one in its `tokenizer.json`.
+
+    Raises:
+        InputError: the folder holds no tokenizer, or one that is damaged or of another kind.
+    """
+    own = folder / MODEL_FILE
+    if own.is_file():
+        try:
+            return SentencePieceTokenizer(folder, own.read_bytes())
+        except (RuntimeError, ValueError):
+            if not (folder / JSON_FILE).is_file():
+                raise InputError(
+                    f"{own} is damaged, or not made by `ziggurat tokenize`; restore it, or put the {JSON_FILE} of "
+                    "its makers beside it"
+                ) from None
+    if (folder / JSON_FILE).is_file():
+        return HuggingFaceTokenizer(folder)
+    raise InputError(f"{folder} holds no tokenizer ({MODEL_FILE} or {JSON_FILE}); make one with `ziggurat tokenize`")
+
+
+def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
+    """Write a tokenizer to another folder, which is made where it is missing, all or nothing."""
+    return write_tokenizer(tokenizer.files(), folder)
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer has been written to a folder."""
+    return (folder / MODEL_FILE).exists() or (folder / JSON_FILE).exists()
+
+
+def write_tokenizer(files: Mapping[str, bytes], folder: Path) -> Tokenizer:
+    """Writes the files of a tokenizer, each atomically, and loads it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        partial = folder / (name + ".partial")
+        partial.write_bytes(content)
+        partial.rename(folder / name)
+    return load_tokenizer(folder)

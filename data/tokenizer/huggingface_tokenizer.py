@@ -1,0 +1,198 @@
+"""Other people's tokenizers: a folder with a `tokenizer.json`, read by Hugging Face's `tokenizers`.
+
+Byte-level BPE (GPT-2, Llama 3, Qwen) and vocabularies with byte fallback (Llama 2, Mistral, Gemma) are read: both have
+a token for every byte, so that no text is without tokens. The ids are those of Transformers' tokenizer without special
+tokens; what a text holds of special tokens' names is text. Such a tokenizer may normalize a text (Qwen composes
+characters, Llama 2 puts a space before it), so it comes back normalized.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from data.errors import InputError
+from data.tokenizer.tokenizer import JSON_FILE, SPACE, Tokenizer
+
+CONFIG_FILE = "tokenizer_config.json"
+# Of models that chat; nothing here reads it.
+TEMPLATE_FILE = "chat_template.jinja"
+# Where the token that ends a document may stand too, as an id.
+MODEL_CONFIG_FILES = ("generation_config.json", "config.json")
+STEPS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
+BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """That of a folder's `tokenizer.json`. `tokenizer_config.json` or the model's config names what ends a document.
+
+    Attributes:
+        byte_level: each character of a piece stands for a byte, as in GPT-2; else pieces are text, and bytes have
+            pieces of their own.
+        settings: of `tokenizer.json`, without vocabulary and merges.
+
+    Raises:
+        InputError: a file is damaged, there is no such token, or some bytes have no token.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        content = (folder / JSON_FILE).read_bytes()
+        try:
+            self.settings = json.loads(content)
+            self._model = tokenizers.Tokenizer.from_buffer(content)
+        except ValueError as error:
+            raise InputError(f"{folder / JSON_FILE} is damaged, or no tokenizer ({error}); restore it") from None
+        # Most of what the file takes in memory; the merges are read again where they are wanted.
+        for large in ("vocab", "merges"):
+            self.settings["model"].pop(large, None)
+        # What is for training models on single texts, not for reading a corpus.
+        self._model.no_truncation()
+        self._model.no_padding()
+        if self.settings["model"].get("dropout"):
+            self._model.model.dropout = None
+        self._model.encode_special_tokens = True
+        vocabulary = self._model.get_vocab(with_added_tokens=True)
+        self.vocab_size = 1 + max(vocabulary.values(), default=-1)
+        self.pieces = [""] * self.vocab_size
+        for piece, i in vocabulary.items():
+            self.pieces[i] = piece
+        self._decoders = self.steps("decoder")
+        self.byte_level = any(step["type"] == "ByteLevel" for step in self._decoders)
+        wanted = BYTES.keys() if self.byte_level else {f"<0x{byte:02X}>" for byte in range(256)}
+        if not wanted <= vocabulary.keys():
+            raise InputError(
+                f"{folder / JSON_FILE} is neither byte-level nor has it byte fallback, so it would lose text; take "
+                "another tokenizer"
+            )
+        self.eos_id = self._find_eos()
+        # What its post-processor puts before a text, as Llama's and Gemma's do.
+        before = self._model.encode("").ids[:1]
+        self.bos_id = before[0] if before and self.kinds[before[0]] == "control" else self.eos_id
+        self.fingerprint = hashlib.sha256(content + f"\0{self.eos_id}".encode()).hexdigest()
+        self.adds_space = b"".join(map(self.token_bytes, self.encode("a"))) == b" a"
+
+    def _find_eos(self) -> int:
+        if (named := _eos_token(_read(self.folder / CONFIG_FILE))) is not None:
+            token = self._model.token_to_id(named)
+            if token is None:
+                raise InputError(f"{self.folder / CONFIG_FILE}: eos_token = {named!r} is no token of {JSON_FILE}")
+            return int(token)
+        for name in MODEL_CONFIG_FILES:
+            found = _read(self.folder / name).get("eos_token_id")
+            # Chat models have several; the first ends a text.
+            found = found[0] if isinstance(found, list) and found else found
+            if isinstance(found, int) and not isinstance(found, bool):
+                if 0 <= found < self.vocab_size and self.pieces[found]:
+                    return found
+                raise InputError(f"{self.folder / name}: eos_token_id = {found} is no token of {JSON_FILE}")
+        raise InputError(
+            f"{self.folder} names no token that ends a document; give eos_token in {CONFIG_FILE}, which may hold "
+            '{"eos_token": "..."} alone'
+        )
+
+    def steps(self, part: str) -> list[dict[str, Any]]:
+        """The steps of its normalizer, pre_tokenizer or decoder, none, one or a sequence of them in the file."""
+        found = self.settings.get(part)
+        if found is None:
+            return []
+        return found[STEPS[part]] if found["type"] == "Sequence" else [found]
+
+    def merges(self) -> list[tuple[str, str]]:
+        """Pairs of pieces; the first is joined first."""
+        found = json.loads((self.folder / JSON_FILE).read_bytes())["model"].get("merges", [])
+        return [tuple(pair.split(" ", 1) if isinstance(pair, str) else pair) for pair in found]
+
+    def files(self) -> dict[str, bytes]:
+        """`tokenizer_config.json`, which names the EOS token, `tokenizer.json`, and the template of chats."""
+        config = _read(self.folder / CONFIG_FILE)
+        if _eos_token(config) is None:
+            config["eos_token"] = self.pieces[self.eos_id]
+        template = self.folder / TEMPLATE_FILE
+        kept = {TEMPLATE_FILE: template.read_bytes()} if template.is_file() else {}
+        return kept | {
+            CONFIG_FILE: (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(),
+            JSON_FILE: (self.folder / JSON_FILE).read_bytes(),
+        }
+
+    def encode(self, text: str) -> np.ndarray:
+        """As Transformers', without special tokens."""
+        text.encode()  # ValueError where there are lone surrogates
+        # A batch of one: it skips what places in the text the tokens have.
+        return np.array(self._model.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids that begin a text: without the space that was put before it."""
+        text = super().decode(ids)
+        return text.removeprefix(" ") if self.adds_space else text
+
+    @cached_property
+    def _bytes(self) -> list[bytes]:
+        added = self._model.get_added_tokens_decoder()
+        spaces = any(
+            (step["type"] == "Replace" and step["pattern"] == {"String": SPACE} and step["content"] == " ")
+            or (step["type"] == "Metaspace" and step.get("replacement") == SPACE)
+            for step in self._decoders
+        )
+
+        def of_piece(i: int, piece: str) -> bytes:
+            if i in added and added[i].special:
+                return b""
+            if self.byte_level and i not in added:
+                return bytes(map(BYTES.__getitem__, piece))
+            if not self.byte_level and (byte := BYTE.fullmatch(piece)):
+                return bytes([int(byte[1], 16)])
+            return (piece.replace(SPACE, " ") if spaces else piece).encode()
+
+        return [of_piece(i, piece) for i, piece in enumerate(self.pieces)]
+
+    @cached_property
+    def kinds(self) -> list[str]:
+        """Of each id."""
+        added, unknown = self._model.get_added_tokens_decoder(), self.settings["model"].get("unk_token")
+        return [
+            "unused" if not piece
+            else "unknown" if piece == unknown
+            else "control" if i in added and added[i].special
+            else "whole" if i in added
+            else "byte" if not self.byte_level and BYTE.fullmatch(piece)
+            else "piece"
+            for i, piece in enumerate(self.pieces)
+        ]  # fmt: skip
+
+
+def _byte_characters() -> dict[str, int]:
+    """GPT-2's alphabet (Radford et al. 2019, section 2.2): Latin-1's printable characters stand for their own bytes,
+    and those from U+0100 on, in turn, for the others."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + k): byte for k, byte in enumerate(others)}
+
+
+BYTES = _byte_characters()
+
+
+def _eos_token(config: Mapping[str, Any]) -> str | None:
+    """What a `tokenizer_config.json` names as the token that ends a text."""
+    named = config.get("eos_token")
+    named = named.get("content") if isinstance(named, dict) else named
+    return named if isinstance(named, str) else None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A file's settings; none where it is missing."""
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{file} is damaged ({error}); restore it") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{file} is damaged: it holds no settings; restore it")
+    return found

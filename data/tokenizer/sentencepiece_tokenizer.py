@@ -1,0 +1,109 @@
+"""Text to token ids and back. Ours is SentencePiece BPE (Kudo and Richardson 2018, arXiv:1808.06226), losing nothing.
+
+What the pieces of the vocabulary don't cover falls back to bytes, and nothing is normalized. SentencePiece writes a
+space as U+2581, so a real U+2581 would come back as a space: it is escaped, as is the escape, by pieces of their own.
+Runs of spaces and line ends that the sample holds often (a program's indentation) are pieces too.
+
+Other people's tokenizers are in `data.tokenizer.huggingface_tokenizer`.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from data.tokenizer.tokenizer import END_OF_TEXT, ESCAPES, MODEL_FILE, SPACE, Tokenizer
+
+log = logging.getLogger("ziggurat")
+# SentencePiece's time for a text grows a little faster than its length, its memory by 50 bytes a character. So a text
+# is encoded in parts of a little more than PART characters, and of LONGEST_PART at most.
+PART = 1024
+LONGEST_PART = 2**20
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """Ours, from the bytes of its file. RuntimeError or ValueError where they are no such file's."""
+
+    def __init__(self, folder: Path, model: bytes):
+        self.folder = folder
+        self.fingerprint = hashlib.sha256(model).hexdigest()
+        self._model = sentencepiece.SentencePieceProcessor()
+        self._model.LoadFromSerializedProto(model)
+        self.vocab_size = self._model.GetPieceSize()
+        self.pieces = [self._model.IdToPiece(i) for i in range(self.vocab_size)]
+        if not {END_OF_TEXT, *ESCAPES.values()} <= set(self.pieces):
+            raise ValueError("a SentencePiece model, but not ours")
+        self.eos_id = self.bos_id = self.pieces.index(END_OF_TEXT)
+
+    def scores(self) -> list[float]:
+        """Of each id: of all pairs that make a piece, the one of the highest score is joined first."""
+        return [self._model.GetScore(i) for i in range(self.vocab_size)]
+
+    def files(self) -> dict[str, bytes]:
+        """`tokenizer.model`."""
+        return {MODEL_FILE: (self.folder / MODEL_FILE).read_bytes()}
+
+    def encode(self, text: str) -> np.ndarray:
+        """Those of the whole text, found in parts."""
+        found = [self._encode(part) for part in self.parts(text)]
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def parts(self, text: str) -> Iterator[str]:
+        """The text cut into what is encoded at once: at least one part, and those of a part are the part itself.
+
+        A cut is made between two characters that no piece has side by side: what is left of it and what is right of
+        it are then never joined, so the ids are those of the whole text. A text without such a place for
+        `LONGEST_PART` characters (a run of one letter) is cut there all the same, and still comes back.
+        """
+        start = 0
+        while True:
+            stop = min(len(text), start + LONGEST_PART)
+            cuts = (i for i in range(start + PART, stop) if text[i - 1 : i + 1] not in self._neighbours)
+            end = next(cuts, stop)
+            yield text[start:end]
+            if end == len(text):
+                return
+            start = end
+
+    def _encode(self, part: str) -> np.ndarray:
+        for plain, escaped in ESCAPES.items():
+            if plain in part:
+                part = part.replace(plain, escaped)
+        return self._model.EncodeAsNumpy(part.encode())
+
+    @cached_property
+    def _neighbours(self) -> frozenset[str]:
+        """Every two characters that stand side by side in a piece."""
+        pieces = (piece.replace(SPACE, " ") for piece in self.pieces)
+        return frozenset(piece[i : i + 2] for piece in pieces for i in range(len(piece) - 1))
+
+    @cached_property
+    def _bytes(self) -> list[bytes]:
+        escaped = {piece: plain for plain, piece in ESCAPES.items()}
+
+        def of_piece(i: int, piece: str) -> bytes:
+            if self._model.IsByte(i):
+                return bytes([int(piece[3:5], 16)])
+            if self._model.IsControl(i):
+                return b""
+            return escaped.get(piece, piece.replace(SPACE, " ")).encode()
+
+        return [of_piece(i, piece) for i, piece in enumerate(self.pieces)]
+
+    @cached_property
+    def kinds(self) -> list[str]:
+        """Of each id."""
+        # The trainer puts what it was told to keep whole before the bytes; a run of line ends may also be learned.
+        first_byte = self.pieces.index("<0x00>")
+        return [
+            "unknown" if self._model.IsUnknown(i)
+            else "control" if self._model.IsControl(i)
+            else "byte" if self._model.IsByte(i)
+            else "whole" if i < first_byte
+            else "piece"
+            for i in range(self.vocab_size)
+        ]  # fmt: skip

@@ -1,0 +1,127 @@
+"""The tokenizer as llama.cpp reads it, in the metadata of a GGUF file: the same ids.
+
+- Ours and vocabularies with byte fallback are its "llama" (SentencePiece's BPE): the pair whose piece has the highest
+  score is joined first. Whitespace runs and escapes are user-defined: found before. It finds the longest of a text
+  first, SentencePiece the one that begins first, so a run that is no piece itself may be cut at another place.
+- Byte-level ones are its "gpt2", with merges, and a name for what splits a text before.
+
+llama.cpp writes a space as U+2581, as SentencePiece does, and does not escape a real one: it reads it as a space.
+"""
+
+from typing import Any
+
+from data.errors import InputError
+from data.tokenizer.huggingface_tokenizer import HuggingFaceTokenizer
+from data.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
+from data.tokenizer.tokenizer import ESCAPES, SPACE, Tokenizer
+
+# llama.cpp's numbers of our `Tokenizer.kinds`.
+TYPES = {"piece": 1, "unknown": 2, "control": 3, "whole": 4, "unused": 5, "byte": 6}
+CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# (what splits a text, whether a word that is a piece is taken as it is) → llama.cpp's name; none: GPT-2's pattern.
+PRE = {
+    (None, False): "gpt-2",
+    (rf"{CONTRACTIONS}|{WORDS}|\p{{N}}{{1,3}}|{REST}", True): "llama-bpe",
+    (rf"{CONTRACTIONS}|{WORDS}|\p{{N}}{{1,3}}|{REST}", False): "smaug-bpe",
+    (rf"{CONTRACTIONS}|{WORDS}|\p{{N}}|{REST}", False): "qwen2",
+}
+
+
+def gguf_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
+    """Keys behind "tokenizer.ggml." and their values.
+
+    Args:
+        tokenizer: of the model.
+        vocab_size: of the model; ids that the tokenizer does not have become unused ones.
+
+    Raises:
+        InputError: llama.cpp would find other ids.
+    """
+    kinds = [*tokenizer.kinds, *["unused"] * (vocab_size - tokenizer.vocab_size)]
+    texts = [*tokenizer.pieces, *[""] * (vocab_size - tokenizer.vocab_size)]
+    # As before every document in training.
+    found: dict[str, Any] = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "add_bos_token": True,
+        "add_eos_token": False,
+    }
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        scores = tokenizer.scores()
+        for i, (text, kind) in enumerate(zip(tokenizer.pieces, tokenizer.kinds, strict=True)):
+            if text == ESCAPES[SPACE]:
+                # The text U+2581 is taken: it is found where a space is. A model that writes it writes a space.
+                texts[i], kinds[i] = " ", "piece"
+            elif kind == "whole":
+                texts[i] = PLAIN.get(text, text.replace(SPACE, " "))
+        found |= {"model": "llama", "add_space_prefix": False}
+    else:
+        assert isinstance(tokenizer, HuggingFaceTokenizer)
+        if tokenizer.byte_level:
+            merges = [" ".join(pair) for pair in tokenizer.merges()]
+            found |= {"model": "gpt2", "pre": _pre(tokenizer), "merges": merges}
+            scores = []
+        else:
+            scores = _scores(tokenizer)
+            kinds = ["piece" if kind == "whole" and scores[i] else kind for i, kind in enumerate(kinds)]
+            found |= {"model": "llama", "add_space_prefix": tokenizer.adds_space}
+    if scores:
+        found["scores"] = [*scores, *[0.0] * (vocab_size - tokenizer.vocab_size)]
+    if "unknown" in kinds:
+        found["unknown_token_id"] = kinds.index("unknown")
+    texts = [text or f"[unused {i}]" for i, text in enumerate(texts)]
+    return found | {"tokens": texts, "token_type": [TYPES[kind] for kind in kinds]}
+
+
+PLAIN = {piece: text for text, piece in ESCAPES.items()}
+
+
+def _pre(tokenizer: HuggingFaceTokenizer) -> str:
+    """llama.cpp's name of what splits a text."""
+    model, steps = tokenizer.settings["model"], tokenizer.steps("pre_tokenizer")
+    pattern, splits = None, False
+    if [step["type"] for step in steps] == ["Split", "ByteLevel"]:
+        pattern = steps[0]["pattern"].get("Regex")
+        splits = steps[0]["behavior"] == "Isolated" and not steps[0]["invert"] and not steps[1]["use_regex"]
+    elif [step["type"] for step in steps] == ["ByteLevel"]:
+        splits = steps[0].get("use_regex", True)
+    name = PRE.get((pattern, bool(model.get("ignore_merges"))))
+    # llama.cpp does not normalize; composed characters are what texts have.
+    normalized = [step["type"] for step in tokenizer.steps("normalizer")] not in ([], ["NFC"])
+    if name is None or not splits or steps[-1]["add_prefix_space"] or normalized:
+        raise _refused(tokenizer, "splits a text in a way that llama.cpp has no name for")
+    return name
+
+
+def _scores(tokenizer: HuggingFaceTokenizer) -> list[float]:
+    """SentencePiece's scores, as far as merges tell them: the earlier a piece is made, the higher; else 0."""
+    steps = [*tokenizer.steps("normalizer"), *tokenizer.steps("pre_tokenizer")]
+    if not {step["type"] for step in steps} <= {"Prepend", "Replace", "Metaspace", "Split"} or not steps:
+        raise _refused(tokenizer, "changes a text in a way that llama.cpp does not")
+    ids = {piece: i for i, piece in enumerate(tokenizer.pieces)}
+    pairs = tokenizer.merges()
+    made = [one + other for one, other in pairs]
+    order = list(dict.fromkeys(made))
+    # SentencePiece joins every pair that makes a piece, and those that make the same one at the same time.
+    grouped = [piece for i, piece in enumerate(made) if not i or made[i - 1] != piece]
+    usable = {
+        piece for piece, kind in zip(tokenizer.pieces, tokenizer.kinds, strict=True) if kind in ("piece", "whole")
+    }
+    every = {
+        (piece[:cut], piece[cut:])
+        for piece in usable
+        for cut in range(1, len(piece))
+        if piece[:cut] in usable and piece[cut:] in usable
+    }
+    if grouped != order or every != set(pairs):
+        raise _refused(tokenizer, "joins pieces in an order that SentencePiece's scores cannot say")
+    scores = [0.0] * tokenizer.vocab_size
+    for rank, piece in enumerate(order, start=1):
+        scores[ids[piece]] = -float(rank)
+    return scores
+
+
+def _refused(tokenizer: Tokenizer, why: str) -> InputError:
+    return InputError(f"the tokenizer of {tokenizer.folder} cannot go into a GGUF file: it {why}; export --format=hf")

@@ -1,0 +1,97 @@
+"""Trains a SentencePiece tokenizer."""
+
+import collections
+import io
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import sentencepiece
+
+from data.errors import InputError
+from data.tokenizer.folder import write_tokenizer
+from data.tokenizer.sentencepiece_tokenizer import log
+from data.tokenizer.tokenizer import END_OF_TEXT, ESCAPES, MODEL_FILE, SPACE, Tokenizer
+
+# One piece of whitespace for so many pieces of the vocabulary.
+PIECES_PER_WHITESPACE = 64
+CHARACTER_COVERAGE = 0.9995
+_WHITESPACE = re.compile(r"[ \n\r\t]{2,}")
+
+
+def train_tokenizer(texts: Sequence[str], vocab_size: int, folder: Path) -> Tokenizer:
+    """Learn a tokenizer from texts and write it to `folder/tokenizer.model`, all or nothing.
+
+    The same texts give the same bytes. Where they support fewer ids than `vocab_size`, it has those, and says so.
+
+    Args:
+        texts: what it learns from.
+        vocab_size: ids that are asked for: bytes, special and whitespace pieces included.
+        folder: made where it is missing.
+
+    Raises:
+        InputError: there is no text, or `vocab_size` is too small for its characters.
+    """
+    if not any(text.strip() for text in _sentences(texts)):
+        raise InputError("the corpus has no text to train a tokenizer on; check data.corpus")
+    whole = [*ESCAPES.values(), *whitespace_pieces(texts, vocab_size // PIECES_PER_WHITESPACE)]
+    size = vocab_size
+    while (model := _train(texts, size, whole)) is None or isinstance(model, int):
+        assert model is not None
+        size = model
+    if size < vocab_size:
+        log.info("tokenizer: the text supports %d token ids; %d were asked for", size, vocab_size)
+    return write_tokenizer({MODEL_FILE: model}, folder)
+
+
+def whitespace_pieces(texts: Iterable[str], number: int) -> list[str]:
+    """The runs of whitespace that save the most characters as pieces of their own."""
+    runs: collections.Counter[str] = collections.Counter()
+    for text in texts:
+        runs.update(_WHITESPACE.findall(text))
+    saved = {run: count * (len(run) - 1) for run, count in runs.items() if len(run) <= 64 and count > 1}
+    return sorted(saved, key=lambda run: (-saved[run], run))[:number]
+
+
+def _train(texts: Sequence[str], vocab_size: int, whole: Sequence[str]) -> bytes | int:
+    """The model's bytes, or the largest vocabulary that the texts support."""
+    out = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=_sentences(texts),
+            model_writer=out,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            user_defined_symbols=[piece.replace(" ", SPACE) for piece in whole],
+            byte_fallback=True,
+            # Pieces such as "self." and "):" make code a tenth shorter.
+            split_by_unicode_script=False,
+            character_coverage=CHARACTER_COVERAGE,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            max_sentence_length=2**30,
+            unk_id=0,
+            eos_id=1,
+            eos_piece=END_OF_TEXT,
+            bos_id=-1,
+            pad_id=-1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        if found := re.search(r"Please set it to a value <= (\d+)", str(error)):
+            return int(found[1])
+        if "required_chars" in str(error):
+            raise InputError(
+                f"tokenizer.vocab_size = {vocab_size} is too small for the characters of this text; double it"
+            ) from None
+        raise
+    return out.getvalue()
+
+
+def _sentences(texts: Iterable[str]) -> Iterator[str]:
+    """What the trainer can take: no NUL, which it skips a text for."""
+    for text in texts:
+        for plain, escaped in ESCAPES.items():
+            text = text.replace(plain, escaped)
+        yield text.replace("\0", "")

@@ -1,0 +1,43 @@
+"""The lines that end a finished run."""
+
+import shlex
+
+from train.evaluation.held_out import gzip_bits_per_byte
+from train.run.events import read_events
+from train.run.folder import Run
+from train.run.goodput import goodput, shares
+from train.run.step_log import read_steps
+
+
+def closing(run: Run, program: str) -> str:
+    """How the run ended, and what can be done with it now; `program` is how the user calls ziggurat."""
+    config, held_out = run.load_config(), run.held_out_texts()
+    records = [record for _, record in read_steps(run.metrics)]
+    evaluated = [record for record in records if "validation_bits_per_byte" in record]
+    steps = records[-1]["step"] if records else config.train.num_steps
+    lines = [f"{run.folder} is finished: {steps} steps"]
+    if steps < config.train.num_steps:
+        lines[0] += f" of {config.train.num_steps}, where its corpus ended"
+    if records:
+        rates = sorted(record["tokens_per_second"] for record in records)
+        lines[0] += f", {rates[len(rates) // 2]:,.0f} tokens/s"
+    if evaluated and held_out:
+        bits = evaluated[-1]["validation_bits_per_byte"]
+        lines.append(f"held-out text   {bits:.3f} bits a byte; gzip -9 needs {gzip_bits_per_byte(held_out):.3f}")
+    if spent := goodput(read_events(run.events)):
+        lines.append(f"goodput         {shares(spent)}")
+    lines.append(f"checkpoints     {run.checkpoints}")
+    if run.export.exists():
+        lines.append(f"weights         {run.export}")
+    if evaluated:
+        lines += ["sample:", *("  " + line for line in evaluated[-1]["sample"].splitlines())]
+    model = run.export if run.export.exists() else run.folder
+    return "\n".join(
+        [
+            *lines,
+            "to continue a prompt:",
+            f"  {program} generate {shlex.quote(str(model))} --prompt={shlex.quote(config.evaluation.prompt)}",
+            "to start another run:",
+            f"  {program} pretrain --config=NAME --config.train.run_dir=FOLDER",
+        ]
+    )

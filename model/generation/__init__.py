@@ -1,0 +1,1 @@
+"""Text generation: prefill and decode programs, sampling, and the scheduler of rows."""

@@ -1,0 +1,147 @@
+"""Generation: the cache against the full pass, rows beside each other, the end, sliding past the context, meshes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model.config import ModelConfig
+from model.decoder import Decoder
+from model.generation.generator import Generator, rounded
+from model.generation.sampling import GREEDY, Sampling
+from model.parameters import parameter_table
+from model.trees import flattened, nested
+from tests.small import VOCAB_SIZE, mesh_of, small_batch, small_model, small_weights
+from train.devices.rules import GENERATION
+
+NONE = -1  # an end that no token is
+CONTEXT = 12
+# Few lengths: each power of two is a program.
+PROMPTS = [[1, 2, 3, 4, 5], small_batch(1)["tokens"][0][:7].tolist(), [4] * CONTEXT, list(range(9)), [11] * 6]
+
+
+def generator(config: ModelConfig, *, eos_id: int = NONE, context: int = CONTEXT) -> Generator:
+    return Generator(config, small_weights(config), context=context, eos_id=eos_id)
+
+
+def generated(generator: Generator, prompts: list, sampling: Sampling = GREEDY, new: int = 30, **how) -> list:
+    """(tokens, how it ended) of each prompt."""
+    tokens, ends = {}, {}
+    for number, piece, ended in generator(prompts, max_new_tokens=new, sampling=sampling, **how):
+        assert number not in ends
+        tokens[number] = tokens.get(number, []) + piece
+        if ended:
+            ends[number] = ended
+    return [(tokens[number], ends[number]) for number in range(len(prompts))]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def full_logits(config: ModelConfig, weights: dict, tokens_BT: jax.Array) -> jax.Array:
+    decoder = Decoder(config, weights)
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    return decoder.logits(decoder(tokens_BT, positions_BT, jnp.ones_like(tokens_BT)))
+
+
+def check_greedy(config: ModelConfig, prompt: list[int], found: list[int], tolerance: float) -> None:
+    """What was drawn is the most likely by passes over all that the model sees, to a rounding."""
+    seen, rows = list(prompt), []
+    for token in found:
+        rows.append(seen + [0] * (CONTEXT - len(seen)) + [len(seen) - 1, token])
+        seen.append(token)
+        if len(seen) == CONTEXT + 1:
+            # Full: on from the newer half, with what was just drawn.
+            seen = seen[-(CONTEXT // 2) :]
+    *tokens, last, drawn = np.array(rows, np.int32).T
+    logits = np.asarray(full_logits(config, small_weights(config), jnp.array(tokens).T))[np.arange(len(rows)), last]
+    assert np.all(logits[np.arange(len(rows)), drawn] >= logits.max(axis=-1) - tolerance)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tolerance"),
+    [
+        ({}, 2e-5),
+        ({"compute_dtype": "bfloat16", "position": "learned", "max_positions": 16}, 0.1),
+    ],
+)
+def test_greedy_rows_follow_the_full_pass_and_slide_past_the_context(changes: dict, tolerance: float):
+    config = small_model(**changes)
+    for prompt, (tokens, ended) in zip(PROMPTS, generated(generator(config), PROMPTS, batch_size=4), strict=True):
+        assert (len(tokens), ended) == (30, "length")
+        assert len(set(tokens)) > 3
+        check_greedy(config, prompt, tokens, tolerance)
+
+
+def test_a_row_gives_what_it_gives_alone_whatever_is_beside_it():
+    # Sampled, and with a penalty, so that keys and what a row has had must be its own, too.
+    sampling = Sampling(temperature=1.5, top_p=0.9, repetition_penalty=1.3)
+    rows = generator(small_model())
+    alone = generated(rows, PROMPTS, sampling, new=20, seed=7, batch_size=1)
+    assert generated(rows, PROMPTS, sampling, new=20, seed=7, batch_size=3) == alone
+    assert generated(rows, PROMPTS[:2], sampling, new=20, seed=8) != alone[:2]
+    # The same prompt twice is continued in two ways.
+    assert len({tuple(tokens) for tokens, _ in generated(rows, [[1]] * 3, sampling, seed=7)}) == 3
+
+
+def test_a_row_ends_before_eos_and_after_the_limit_and_gives_its_place_to_the_next():
+    config = small_model()
+    free = generated(generator(config), PROMPTS, new=20)
+    end = next(token for i, token in enumerate(free[1][0]) if i > 4 and token not in free[1][0][:i])
+    found = generated(generator(config, eos_id=end), PROMPTS, new=20, batch_size=2)
+    for (tokens, ended), (longer, _) in zip(found, free, strict=True):
+        until = longer.index(end) if end in longer else 20
+        assert (tokens, ended) == (longer[:until], "eos" if end in longer else "length")
+    # As its first token, too.
+    first = generated(generator(config, eos_id=free[0][0][0]), PROMPTS[:1])
+    assert first == [([], "eos")]
+    assert generated(generator(config), PROMPTS, new=1, batch_size=2) == [(t[:1], "length") for t, _ in free]
+
+
+def test_a_row_that_is_stopped_draws_no_more():
+    stopped, pieces = set(), []
+    for piece in generator(small_model())(PROMPTS, max_new_tokens=30, sampling=GREEDY, batch_size=2, stopped=stopped):
+        pieces.append(piece.number)
+        if piece.number == 0:
+            stopped.add(0)
+    assert pieces.count(0) == 1
+    assert pieces.count(1) > 2
+    assert set(pieces) == set(range(len(PROMPTS)))
+
+
+def test_of_a_long_prompt_the_end_is_seen_and_nothing_may_be_asked_for():
+    rows, long = generator(small_model()), list(range(20))
+    whole, seen = generated(rows, [long, long[-CONTEXT:]], new=5)
+    assert whole == seen
+    assert list(rows([], max_new_tokens=1, sampling=GREEDY)) == []
+    assert list(rows(PROMPTS[:2], max_new_tokens=0, sampling=GREEDY)) == [(0, [], "length"), (1, [], "length")]
+
+
+def test_a_cache_is_a_quarter_longer_than_needed_at_most_and_few_lengths_are_compiled():
+    lengths = [rounded(n) for n in range(1, 4097)]
+    assert all(n <= length <= 1.25 * n + 1 for n, length in enumerate(lengths, 1))
+    assert len(set(lengths)) == 4 + 4 * 10
+
+
+def test_the_penalty_counts_all_of_the_prompt_and_of_what_was_drawn():
+    # Stronger than any logit: nothing comes twice, and nothing of the prompt, even past the context.
+    prompt = list(range(100, 130))
+    [(tokens, _)] = generated(generator(small_model()), [prompt], Sampling(temperature=0.0, repetition_penalty=1e6))
+    assert len(set(tokens)) == 30
+    assert not set(tokens) & set(prompt)
+
+
+def test_a_mesh_gives_the_same_tokens_as_one_device():
+    config = small_model(vocab_size=VOCAB_SIZE - 1)
+    sampling = Sampling(top_k=5, repetition_penalty=1.1)
+    expected = generated(generator(config), PROMPTS[:3], sampling, new=9, batch_size=2)
+    with jax.set_mesh(mesh_of(fsdp=4, tensor=2)):
+        table, weights = parameter_table(config), flattened(small_weights(config))
+        placed = {
+            name: jax.device_put(value, jax.NamedSharding(jax.sharding.get_mesh(), GENERATION.spec(*table[name].axes)))
+            for name, value in weights.items()
+        }
+        shared = Generator(config, nested(placed), context=CONTEXT, eos_id=NONE, layout=GENERATION)
+        query = shared.weights["blocks"][0]["attention"]["query"]
+        assert query.sharding.shard_shape(query.shape)[0] == config.num_heads // 2
+        assert generated(shared, PROMPTS[:3], sampling, new=9, batch_size=2) == expected

@@ -1,0 +1,312 @@
+"""Names and layouts of Hugging Face's classes, both ways, and the same logits there (C7)."""
+
+import math
+import re
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model import interchange
+from model.config import ModelConfig
+from model.decoder import Decoder
+from model.interchange.family import Family
+from model.parameters import parameter_table
+from model.trees import flattened, nested
+from tests.peers import require
+from tests.small import small_batch, small_model, small_weights
+
+CONTEXT = 24
+GPT = {"position": "learned", "max_positions": CONTEXT, "gated": False, "num_kv_heads": 4, "norm": "layernorm"}
+FIXED = GPT | {"position": "sinusoidal", "max_positions": None}
+FIRST = {"norm_placement": "post", "feedforward_dim": 128}
+DROPOUTS = ("embedding_dropout", "attention_dropout", "residual_dropout")
+BIASES = {"attention_bias": True, "feedforward_bias": True}
+YARN = {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_context": 8}
+MODELS = [
+    {},
+    {"tie_embeddings": True, "activation": "gelu_tanh"},
+    {"num_kv_heads": 1, "head_dim": 16, "rope_base": 500_000.0},
+    BIASES,
+    {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_original_context": 8},
+    YARN,
+    {"rope_scaling": "linear", "rope_factor": 2.0},
+    {"sliding_window": 5},
+    {"qk_norm": True, "attention_bias": True, "head_dim": 16},
+    {"qk_norm": True, "sliding_window": 3},
+    {"scale_embeddings": True, "tie_embeddings": True, "activation": "gelu_tanh", "head_dim": 16},
+    {"scale_embeddings": True, "tie_embeddings": True, "activation": "gelu"},
+    GPT | BIASES | {"tie_embeddings": True, "activation": "gelu_tanh"},
+    GPT | {"attention_bias": True, "activation": "gelu", "feedforward_dim": 48},
+    FIXED | {"activation": "silu"},
+    GPT | {"position": "none", "max_positions": None, "activation": "relu"},
+    GPT | BIASES | FIRST | {"activation": "gelu_tanh", "tie_embeddings": True},
+    # The decoder of Vaswani et al. 2017.
+    FIXED | FIRST | {"activation": "relu", "feedforward_bias": True, "scale_embeddings": True, "tie_embeddings": True},
+]
+
+
+def theirs_of(config: ModelConfig, weights: Any) -> tuple[dict, dict[str, np.ndarray]]:
+    """(their config.json, their tensors)."""
+    values = interchange.config_to_theirs(config, CONTEXT, bos_id=0, eos_id=0)
+    return values, dict(interchange.to_theirs(config, CONTEXT, interchange.reader_of(weights)))
+
+
+def without_padding(config: ModelConfig, weights: Any) -> dict[str, np.ndarray]:
+    axis = {"embedding.table": 0, "unembedding.matrix": 1}
+    cut = lambda name, x: np.take(x, range(config.vocab_size or 0), axis[name]) if name in axis else x
+    return {name: cut(name, x) for name, x in flattened(jax.device_get(weights)).items()}
+
+
+def assert_comes_back(config: ModelConfig, weights: Any) -> None:
+    values, theirs = theirs_of(config, weights)
+    assert {name: array.shape for name, array in theirs.items()} == interchange.shapes_of_theirs(config, CONTEXT)
+    again = interchange.config_from_theirs(values)
+    # Other dropouts than the class has are left out.
+    assert again == replace(config, **{name: getattr(again, name) for name in DROPOUTS if getattr(again, name) == 0})
+    assert interchange.context_from_theirs(values) == CONTEXT
+    interchange.check_theirs(again, CONTEXT, theirs, theirs.__getitem__)
+    back = interchange.from_theirs(again, CONTEXT, theirs.__getitem__)
+    # A factor that is no power of two, or a norm's w less one: the last bit may be another.
+    folds = config.scale_embeddings and not config.tie_embeddings and math.log2(config.model_dim) % 2 != 0
+    rounded = folds or values["model_type"] == "gemma"
+    expected = without_padding(config, weights)
+    for name, found in without_padding(config, back).items():
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, expected[name], rtol=1e-6 * rounded, atol=1e-7 * rounded, err_msg=name)
+
+
+def logits(config: ModelConfig, weights: Any, tokens: np.ndarray) -> np.ndarray:
+    decoder = Decoder(config, weights)
+    positions = jnp.tile(jnp.arange(CONTEXT), (2, 1))
+    x_BTD = decoder(jnp.array(tokens), positions, jnp.ones((2, CONTEXT), jnp.int32))
+    return np.asarray(decoder.logits(x_BTD))[..., : config.vocab_size]
+
+
+def model_of(values: dict) -> Any:
+    """Their model, untrained."""
+    transformers = require("transformers")
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**values))
+    assert [type(model).__name__] == values["architectures"]
+    return model.eval()
+
+
+def their_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
+    torch = require("torch")
+    with torch.no_grad():
+        found: np.ndarray = model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+    return found
+
+
+def assert_same_logits(config: ModelConfig, weights: Any) -> None:
+    torch, (values, theirs) = require("torch"), theirs_of(config, weights)
+    model = model_of(values)
+    missing = model.load_state_dict({name: torch.tensor(array) for name, array in theirs.items()}, strict=False)
+    assert missing.unexpected_keys == []
+    assert set(missing.missing_keys) <= ({"lm_head.weight"} if values["tie_word_embeddings"] else set())
+    tokens = small_batch(2, CONTEXT)["tokens"] % config.vocab_size
+    assert np.abs(logits(config, weights, tokens) - their_logits(model, tokens)).max() <= 1e-4
+
+
+def a_model(changes: dict) -> ModelConfig:
+    config = small_model(**changes)
+    # What is left to the vocabulary's size is resolved as it is on reading.
+    return ModelConfig(**{**config.__dict__, "loss_chunk": None}).resolved()
+
+
+@pytest.mark.parametrize("changes", MODELS)
+def test_weights_and_config_come_back_bit_for_bit(changes: dict):
+    config = a_model(changes)
+    assert_comes_back(config, small_weights(config))
+
+
+@pytest.mark.parametrize("changes", MODELS)
+def test_transformers_computes_the_same_logits(changes: dict):
+    config = a_model(changes)
+    assert_same_logits(config, small_weights(config))
+
+
+def test_all_families_are_among_those_models():
+    found = {interchange.family_of(a_model(changes)).architecture for changes in MODELS}
+    assert found == {family.architecture for family in interchange.FAMILIES}
+
+
+@st.composite
+def models(draw: st.DrawFn) -> ModelConfig:
+    """A small model that some class of theirs has."""
+    one_of = lambda *values: draw(st.sampled_from(values))
+    H, C = one_of(1, 2, 4), one_of(2, 4)
+    changes: dict[str, Any] = {"num_layers": one_of(1, 3), "model_dim": 4 * H, "num_heads": H, "head_dim": C}
+    changes |= {"num_kv_heads": one_of(*(k for k in (1, 2, 4) if H % k == 0)), "feedforward_dim": one_of(8, 12)}
+    changes |= {"tie_embeddings": one_of(True, False), "scale_embeddings": one_of(True, False)}
+    changes |= {"vocab_size": one_of(5, 128, 130), "norm_epsilon": one_of(1e-5, 1e-6)}
+    if one_of("llama", "gpt") == "gpt":
+        position = one_of("learned", "sinusoidal", "none")
+        changes |= {"position": position, "max_positions": CONTEXT if position == "learned" else None}
+        changes |= {"num_kv_heads": H, "head_dim": 4, "gated": False, "norm": "layernorm"}
+        changes |= {"norm_placement": one_of("pre", "post"), "activation": one_of("relu", "gelu_tanh", "silu")}
+        changes |= {name: one_of(0.0, 0.25) for name in ("embedding_dropout", "residual_dropout")}
+        if changes["norm_placement"] == "post":
+            changes["feedforward_dim"] = 16 * H
+    else:
+        changes |= {"activation": one_of("silu", "gelu", "gelu_tanh"), "qk_norm": one_of(True, False)}
+        changes |= {"sliding_window": one_of(None, 3), "rope_base": one_of(1e4, 5e5)}
+        if changes["qk_norm"] or not changes["sliding_window"]:
+            changes["attention_bias"] = one_of(True, False)
+    return a_model(changes | {"attention_dropout": one_of(0.0, 0.5)})
+
+
+def random_weights(config: ModelConfig) -> dict[str, Any]:
+    random = np.random.default_rng(0)
+    table = parameter_table(config)
+    return nested({name: random.normal(size=p.shape).astype(np.float32) for name, p in table.items()})
+
+
+@given(config=models())
+def test_any_model_that_a_class_has_comes_back(config: ModelConfig):
+    assert_comes_back(config, random_weights(config))
+
+
+@settings(max_examples=4)
+@given(config=models())
+def test_any_model_that_a_class_has_gives_the_same_logits_there(config: ModelConfig):
+    require("torch")
+    weights = jax.tree.map(lambda x: 0.3 * jnp.asarray(x), random_weights(config))
+    assert_same_logits(config, weights)
+
+
+def test_a_norm_below_a_half_loses_no_more_than_rounding_in_gemma():
+    config = a_model({"scale_embeddings": True, "tie_embeddings": True, "activation": "gelu_tanh"})
+    weights = random_weights(config)
+    exact = np.float32([0.5, 0.75, 1.0, 1.9999999, 3.3333333, 1000.123])
+    lossy = np.float32([0.1, 1e-3, -0.7, 1e-9])
+    weights["norm"]["scale"][:6], weights["norm"]["scale"][6:10] = exact, lossy
+    _, theirs = theirs_of(config, weights)
+    found = interchange.from_theirs(config, CONTEXT, theirs.__getitem__)["norm"]["scale"]
+    np.testing.assert_array_equal(found[:6], exact)
+    np.testing.assert_allclose(found[6:10], lossy, rtol=0, atol=1e-7)
+
+
+def test_a_model_with_other_floors_is_refused_by_name():
+    theirs = interchange.config_to_theirs(a_model({}), context=16, bos_id=0, eos_id=0)
+    for changes, word in (
+        ({"architectures": ["GPTNeoXForCausalLM"]}, "GPTNeoXForCausalLM"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type is longrope"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "factor is None; it must be a number"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2}}, "rope_type is dynamic"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_parameters": "linear"}, "rope_parameters is 'linear'"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'; it must be a number"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf"),
+        ({"head_dim": "64"}, "head_dim is '64'"),
+        ({"num_hidden_layers": 2.5}, "num_hidden_layers is 2.5; it must be a whole number"),
+        ({"attention_bias": "no"}, "attention_bias is 'no'; it must be true or false"),
+        ({"hidden_act": ["silu"]}, "hidden_act is"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2, "truncate": False}}, "rope_parameters.truncate"),
+        ({"hidden_act": "tanh"}, "hidden_act is 'tanh'"),
+        ({"ziggurat": {"position": "sinusoid"}}, "ziggurat is {'position': 'sinusoid'}; it may hold position"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: in this decoder all components"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "in this decoder all layers are alike"),
+        ({"layer_types": "full_attention"}, "layer_types is 'full_attention'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantized weights are not read"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(word)):
+            interchange.config_from_theirs(theirs | changes)
+    del theirs["hidden_size"]
+    with pytest.raises(ValueError, match="hidden_size"):
+        interchange.config_from_theirs(theirs)
+    gpt = interchange.config_to_theirs(a_model(GPT), context=CONTEXT, bos_id=0, eos_id=0)
+    with pytest.raises(ValueError, match="scale_attn_by_inverse_layer_idx is True; in this decoder it is False"):
+        interchange.config_from_theirs(gpt | {"scale_attn_by_inverse_layer_idx": True})
+    gemma = interchange.config_to_theirs(a_model({"scale_embeddings": True}), context=CONTEXT, bos_id=0, eos_id=0)
+    with pytest.raises(ValueError, match="hidden_act and hidden_activation are not the same"):
+        interchange.config_from_theirs(gemma | {"hidden_activation": "gelu"})
+
+
+SIZES = {"hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 32}
+GPT_SIZES = {"n_embd": 64, "n_layer": 2, "n_head": 4}
+
+
+@pytest.mark.parametrize("family", interchange.FAMILIES, ids=lambda family: family.kind)
+def test_what_a_file_leaves_out_is_what_the_class_says(family: Family):
+    classes = require("transformers").AutoConfig
+    short = {"vocab_size": 9, **(SIZES if family.kind not in ("gpt2", "openai-gpt") else GPT_SIZES)}
+    whole = classes.for_model(family.kind, **short).to_dict()
+    named = {"architectures": [family.architecture]}
+    for read in (interchange.config_from_theirs, interchange.context_from_theirs):
+        assert read(short | named) == read(whole | named)
+
+
+def test_settings_that_older_files_and_others_have_are_read_as_the_class_reads_them():
+    def read(changes: dict, **more: Any) -> ModelConfig:
+        return interchange.config_from_theirs(interchange.config_to_theirs(a_model(changes), CONTEXT, 0, 0) | more)
+
+    gemma = {"scale_embeddings": True, "tie_embeddings": True}
+    for changes, more, field, value in (
+        (gemma, {"hidden_act": "gelu", "hidden_activation": None}, "activation", "gelu_tanh"),
+        (GPT, {"activation_function": "gelu_pytorch_tanh"}, "activation", "gelu_tanh"),
+        ({}, {"hidden_act": "swish"}, "activation", "silu"),
+        ({}, {"rope_scaling": {"rope_type": "linear", "factor": 3.0}}, "rope_factor", 3.0),
+        (YARN, {"original_max_position_embeddings": 12}, "rope_original_context", 12),
+        ({"qk_norm": True, "sliding_window": 3}, {"layer_types": ["sliding_attention"] * 2}, "sliding_window", 3),
+        ({"qk_norm": True, "sliding_window": 3}, {"layer_types": ["full_attention"] * 2}, "sliding_window", None),
+        ({"qk_norm": True, "sliding_window": 3}, {"max_window_layers": 2}, "sliding_window", None),
+    ):
+        assert getattr(read(changes, **more), field) == value, more
+    with pytest.raises(ValueError, match="max_window_layers: in this decoder all layers have the sliding window"):
+        read({"qk_norm": True, "sliding_window": 3}, max_window_layers=1)
+
+
+def test_rotary_scalings_stand_where_older_versions_look_for_them():
+    theirs = interchange.config_to_theirs(a_model(YARN), CONTEXT, bos_id=0, eos_id=0)
+    assert theirs["rope_scaling"] == theirs["rope_parameters"]
+    assert interchange.config_to_theirs(a_model({}), CONTEXT, bos_id=0, eos_id=0)["rope_scaling"] is None
+
+
+def test_what_only_fills_a_class_up_must_be_no_more_than_that():
+    config = a_model(FIXED)
+    values, theirs = theirs_of(config, random_weights(config))
+    for name in ("transformer.wpe.weight", "transformer.h.1.attn.c_attn.bias"):
+        changed = theirs | {name: theirs[name] + 0.1}
+        with pytest.raises(ValueError, match="'position': 'sinusoidal'.*which the weights are not"):
+            interchange.check_theirs(config, CONTEXT, changed, changed.__getitem__)
+    # Without that word they are what they are: a table of positions, and biases.
+    del values["ziggurat"]
+    config = interchange.config_from_theirs(values)
+    assert (config.position, config.attention_bias) == ("learned", True)
+    interchange.check_theirs(config, CONTEXT, changed, changed.__getitem__)
+
+
+def test_scalings_of_older_files_are_read():
+    theirs = interchange.config_to_theirs(a_model({}), context=16, bos_id=0, eos_id=0)
+    theirs |= {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 4}, "rope_theta": 5e5}
+    config = interchange.config_from_theirs(theirs)
+    assert (config.rope_scaling, config.rope_factor, config.rope_base) == ("linear", 4.0, 5e5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"position": "sinusoidal"}, "LlamaForCausalLM in Transformers has no model.position = sinusoidal"),
+        ({"norm": "layernorm", "gated": False}, "no model.norm = layernorm, no model.gated = False; GPT2LMHeadModel"),
+        ({"attention_softcap": 30.0}, "no model.attention_softcap = 30.0"),
+        (
+            {"sliding_window": 4, "attention_bias": True},
+            "no model.sliding_window = 4; MistralForCausalLM in Transformers has no model.attention_bias = True",
+        ),
+        ({"qk_norm": True, "feedforward_bias": True}, "Qwen3ForCausalLM in Transformers has no model.feedforward_bias"),
+        (GPT | {"num_kv_heads": 2}, "GPT2LMHeadModel in Transformers has no model.num_kv_heads = 2"),
+        (
+            GPT | {"norm_placement": "post", "feedforward_dim": 64},
+            "OpenAIGPTLMHeadModel in Transformers has no model.feedforward_dim = 64",
+        ),
+    ],
+)
+def test_what_no_class_of_theirs_has_is_named(changes: dict, words: str):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        interchange.family_of(a_model(changes))

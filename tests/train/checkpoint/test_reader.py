@@ -1,0 +1,117 @@
+"""A checkpoint's weights where they lie: a layer is read alone, and damage is found when all has been read."""
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tensorstore
+from etils import epath
+
+from data.errors import InputError
+from model.parameters import Parameter
+from model.trees import flattened
+from train.checkpoint.checkpoint import Checkpoints
+from train.checkpoint.checksum import checksum_of_part, checksums
+from train.checkpoint.reader import StoredWeights
+from train.config.config import CheckpointConfig
+from train.devices.mesh import on_one_device
+
+LAYERS, WIDTH = 6, 512
+TABLE = {
+    "embedding.table": Parameter({"vocabulary": 256, "model": 8}, (), "embedding"),
+    "blocks.norm.scale": Parameter({"layers": LAYERS, "width": WIDTH}, (), "norm"),
+    "blocks.up": Parameter({"layers": LAYERS, "model": WIDTH, "feedforward": WIDTH}, ("model",), "matrix"),
+}
+
+
+def bytes_read() -> int:
+    """From files, by TensorStore in this process."""
+    found = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+    return sum(value["value"] for metric in found for value in metric["values"])
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.ndarray]]:
+    """(folder of checkpoints, its weights by name) with a layer of 1 MiB."""
+    folder, random = tmp_path_factory.mktemp("stored"), np.random.default_rng(0)
+    flat = {name: random.normal(size=p.shape).astype(np.float32) for name, p in TABLE.items()}
+    blocks = {"norm": {"scale": flat["blocks.norm.scale"]}, "up": flat["blocks.up"]}
+    with jax.set_mesh(on_one_device()):
+        weights = jax.tree.map(jnp.asarray, {"embedding": {"table": flat["embedding.table"]}, "blocks": blocks})
+        checkpoints = Checkpoints(folder, CheckpointConfig())
+        checkpoints.save({"step": jnp.int32(0), "weights": weights}, {})
+        checkpoints.wait()
+        checkpoints.close()
+    return folder, flat
+
+
+def opened(folder: Path) -> StoredWeights:
+    checkpoints = Checkpoints(folder)
+    step, weights = checkpoints.open_weights(TABLE)
+    checkpoints.close()
+    assert step == 0
+    return weights
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 5, 11), (700_001,)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_checksum_is_the_sum_of_its_parts(shape: tuple[int, ...], dtype: jnp.dtype):
+    array = np.random.default_rng(0).normal(size=shape).astype(dtype)
+    with jax.set_mesh(on_one_device()):
+        whole = int(checksums(jnp.asarray(array)))
+    flat = array.reshape(-1)
+    cuts = [0, *sorted({1, flat.size // 3, flat.size})]
+    parts = [checksum_of_part(flat[a:b], a) for a, b in itertools.pairwise(cuts)]
+    assert sum(parts) % 2**32 == whole
+
+
+def test_a_layer_is_read_without_the_others(saved):
+    folder, flat = saved
+    read = opened(folder)
+    np.testing.assert_array_equal(read("embedding.table", None), flat["embedding.table"])
+    np.testing.assert_array_equal(read("blocks.norm.scale", 3), flat["blocks.norm.scale"][3])
+    before = bytes_read()
+    np.testing.assert_array_equal(read("blocks.up", 4), flat["blocks.up"][4])
+    assert WIDTH * WIDTH * 4 <= bytes_read() - before < 1.1 * WIDTH * WIDTH * 4
+
+
+def damage(folder: Path, array: np.ndarray) -> None:
+    """Flip a bit of these values, wherever they are stored."""
+    for file in (folder / "0" / "weights").rglob("*"):
+        content = file.read_bytes() if file.is_file() else b""
+        if (place := content.find(array.tobytes())) >= 0:
+            file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+            return
+    raise AssertionError("the values are in no file")
+
+
+def test_a_flipped_bit_is_told_once_the_last_layer_is_read(saved, tmp_path: Path):
+    folder = Path(shutil.copytree(saved[0], tmp_path / "copy"))
+    damage(folder, saved[1]["blocks.up"][5, 0])
+    read = opened(folder)
+    for layer in range(LAYERS - 1):
+        read("blocks.up", layer)
+        read("blocks.up", layer)
+    with pytest.raises(InputError, match="blocks.up: its bits are not those that were saved.*RUN@STEP"):
+        read("blocks.up", LAYERS - 1)
+    read("embedding.table", None)
+
+    metadata = folder / "0" / "progress" / "metadata"
+    progress = json.loads(metadata.read_text())
+    progress["checksums"]["weights"]["embedding"]["table"] += 1
+    metadata.write_text(json.dumps(progress))
+    with pytest.raises(InputError, match="holds no checkpoint that can be read"):
+        opened(folder)
+
+
+def test_a_config_of_another_shape_is_told(saved):
+    folder, _ = saved
+    other = TABLE | {"embedding.table": Parameter({"vocabulary": 128, "model": 8}, (), "embedding")}
+    sums = flattened(json.loads((folder / "0" / "progress" / "metadata").read_text())["checksums"]["weights"])
+    with pytest.raises(InputError, match="it has the shape \\(256, 8\\); the config says \\(128, 8\\)"):
+        StoredWeights(epath.Path(folder / "0" / "weights"), sums, other)("embedding.table", None)

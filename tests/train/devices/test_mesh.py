@@ -1,0 +1,208 @@
+"""Every mesh is the same model (C6): eight virtual devices against one."""
+
+import dataclasses
+import functools
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data.errors import InputError
+from tests.benchmarks.meshes import AXES, BOUNDS, FAMILIES, MIXED, Steps, config_for, differences, three_steps
+from tests.small import mesh_of, small_batch
+from train.config.reading import make_config
+from train.config.run_config import MeshConfig
+from train.devices.mesh import batch_sharding, make_mesh, mesh_shape
+from train.devices.mesh_checks import mesh_problems, rule_problems
+from train.step.optimizer import make_optimizer
+from train.step.state import abstract_state, make_state
+from train.step.step import make_train_step
+
+ROOT = Path(__file__).resolve().parents[3]
+SHARED = MIXED[0]
+
+
+@functools.cache
+def one_device(compute_dtype: str = "float32") -> Steps:
+    return three_steps(config_for(compute_dtype=compute_dtype), {})
+
+
+def assert_within(kind: str, found: Steps, expected: Steps) -> None:
+    worst = differences(found, expected)
+    for name, bound in BOUNDS[kind].items():
+        assert worst[name] <= bound, name
+
+
+@pytest.mark.parametrize("shape", AXES + MIXED, ids=str)
+def test_a_mesh_begins_with_the_same_bits_and_trains_the_same(shape):
+    assert_within("float32", three_steps(config_for(), shape), one_device())
+
+
+@pytest.mark.parametrize("shape", MIXED, ids=str)
+def test_in_bfloat16_meshes_agree_to_its_precision(shape):
+    found = three_steps(config_for(compute_dtype="bfloat16"), shape)
+    assert_within("bfloat16", found, one_device("bfloat16"))
+
+
+@pytest.mark.parametrize("policy", ["products", "full"])
+def test_remat_and_accumulation_work_on_a_mesh(policy: str):
+    assert_within("float32", three_steps(config_for(2, remat_policy=policy), SHARED), one_device())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_floor_is_the_same_on_a_mesh_dropout_and_accumulation_included(family: str):
+    fields = FAMILIES[family]
+    assert_within("every floor", three_steps(config_for(2, **fields), SHARED), three_steps(config_for(**fields), {}))
+
+
+def test_programs_optimized_in_full_begin_with_the_same_bits_too():
+    jax.config.update("jax_disable_most_optimizations", False)
+    config, found = config_for(), []
+    for shape in ({}, {"fsdp": 2, "context": 2, "tensor": 2}):
+        with jax.set_mesh(mesh_of(**shape)):
+            found.append(jax.device_get(make_state(config, make_optimizer(config))["weights"]))
+    jax.config.update("jax_disable_most_optimizations", True)
+    for one, other in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_what_is_promised_is_what_is_tested():
+    rows = (ROOT / "docs" / "tolerances.md").read_text()
+    for kind, bounds in BOUNDS.items():
+        for name, bound in bounds.items():
+            assert re.search(rf"^\| {kind} \| {name} \|.*\| {bound:.0e} \|$", rows, re.M), (kind, name)
+
+
+def test_weights_moments_and_gradients_are_stored_in_shards():
+    config = config_for()
+    with jax.set_mesh(mesh_of(fsdp=4, tensor=2)):
+        state = make_state(config, make_optimizer(config))
+        table = state["weights"]["embedding"]["table"]
+        assert table.sharding.shard_shape(table.shape) == (384 // 2, 32 // 4)
+        shapes = {x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(state["weights"]) if x.ndim > 2}
+        assert all(np.prod(shape) * 8 in {2 * 32 * 32, 2 * 32 * 64} for shape in shapes)
+        for moment in ("mu", "nu"):
+            moments = getattr(state["optimizer"]["adam"], moment)
+            for one, other in zip(jax.tree.leaves(moments), jax.tree.leaves(state["weights"]), strict=True):
+                assert one.sharding == other.sharding
+        for one, other in zip(jax.tree.leaves(state["average"]), jax.tree.leaves(state["weights"]), strict=True):
+            assert one.sharding == other.sharding
+            assert one.dtype == jnp.float32
+        abstract = abstract_state(config, make_optimizer(config))
+        assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state) == jax.tree.map(
+            lambda x: (x.shape, x.dtype, x.sharding), abstract
+        )
+
+
+def test_the_compiled_step_reuses_the_memory_of_its_state():
+    config = config_for()
+    mesh = mesh_of(fsdp=4, tensor=2)
+    with jax.set_mesh(mesh):
+        optimizer = make_optimizer(config)
+        state = make_state(config, optimizer)
+        batch = {name: jax.device_put(array, batch_sharding(mesh)) for name, array in small_batch().items()}
+        memory = make_train_step(config, optimizer).lower(state, batch).compile().memory_analysis()
+    size = sum(x.size // 8 * x.dtype.itemsize for x in jax.tree.leaves(state))
+    assert memory.alias_size_in_bytes >= 0.95 * size
+
+
+def test_minus_one_is_what_is_left():
+    assert mesh_shape(MeshConfig(), 8) == (1, 1, 8, 1, 1)
+    assert mesh_shape(MeshConfig(data=2, fsdp=-1, tensor=2), 8) == (1, 2, 2, 1, 2)
+    assert mesh_shape(MeshConfig(data=-1, fsdp=2), 8) == (1, 4, 2, 1, 1)
+    assert mesh_shape(MeshConfig(fsdp=2, context=-1), 8) == (1, 1, 2, 4, 1)
+    assert mesh_shape(MeshConfig(slices=2), 8) == (2, 1, 4, 1, 1)
+    assert mesh_shape(MeshConfig(tensor=2), 16, num_slices=2) == (2, 1, 4, 1, 2)
+    assert mesh_shape(MeshConfig(slices=4), 16, num_slices=2) == (4, 1, 4, 1, 1)
+    for wrong in (MeshConfig(data=3), MeshConfig(data=2, fsdp=2, tensor=1)):
+        with pytest.raises(InputError, match="does not fit 8 devices"):
+            mesh_shape(wrong, 8)
+    with pytest.raises(InputError, match="does not fit 4 devices a slice"):
+        mesh_shape(MeshConfig(fsdp=8), 8, num_slices=2)
+    for slices in (3, 1):
+        with pytest.raises(InputError, match="mesh.slices"):
+            mesh_shape(MeshConfig(slices=slices), 8, num_slices=2)
+
+
+def test_what_cannot_be_shared_is_named_with_the_axis_and_a_size_that_works():
+    config = make_config(
+        {
+            "model": {"num_heads": 6, "num_kv_heads": 3, "model_dim": 36, "feedforward_dim": 50, "vocab_size": 300},
+            "data": {"segment_length": 6, "num_streams": 2},
+            "train": {"batch_size": 6},
+        }
+    ).resolved()
+    found = "\n".join(mesh_problems(config, (1, 1, 4, 1, 4)))
+    for words in (
+        "train.batch_size / train.accumulation_steps = 6 cannot be shared by mesh.fsdp = 4",
+        "data.num_streams = 2",
+        "data.segment_length = 6 cannot be shared by mesh.tensor = 4; nearest size that works: 3",
+        "model.num_heads = 6",
+        "model.num_kv_heads = 3",
+        "model.feedforward_dim = 50",
+    ):
+        assert words in found
+    assert "model.model_dim" not in found
+    assert mesh_problems(make_config({"model": {"model_dim": 100, "head_dim": 16}}).resolved(512), (1, 1, 1, 1, 8)) == [
+        "model.num_heads = 4 cannot be shared by mesh.tensor = 8; nearest size that works: 4",
+        "model.num_kv_heads = 4 cannot be shared by mesh.tensor = 8; nearest size that works: 4",
+    ]
+    assert mesh_problems(make_config({}).resolved(4096), (1, 1, 4, 1, 2)) == []
+    ramp = make_config({"train": {"batch_ramp_start": 4, "batch_ramp_steps": 10}}).resolved(4096)
+    assert mesh_problems(ramp, (1, 2, 4, 1, 1)) == [
+        "train.batch_ramp_start = 4 cannot be shared by mesh.data × mesh.fsdp = 8; nearest size that works: 4",
+        "data.num_streams = 4 cannot be shared by mesh.data × mesh.fsdp = 8; nearest size that works: 4",
+    ]
+    long = make_config({"data": {"segment_length": 40}}).resolved(4096)
+    assert mesh_problems(long, (1, 1, 1, 8, 1)) == [
+        "data.segment_length = 40 cannot be shared by mesh.context = 8 in 2 pieces each; nearest size that works: 5"
+    ]
+    with pytest.raises(InputError, match="mesh.fsdp"):
+        make_mesh(make_config({"train": {"batch_size": 3}}).resolved(4096))
+    for kernel, words in (
+        ("splash", "positions a device are not a multiple of 128"),
+        ("cudnn", "there is none for cpu"),
+    ):
+        model = {"attention_kernel": kernel, "compute_dtype": "float32"}
+        with pytest.raises(InputError, match=words):
+            make_mesh(make_config({"model": model, "data": {"segment_length": 40}}).resolved(4096))
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        ({"heds": ["tensor"]}, "there is no logical axis 'heds'"),
+        ({"heads": ["tensr"]}, "mesh.rules.heads: there is no mesh axis 'tensr'"),
+        ({"heads": "tensor"}, "it must be a list of mesh axes"),
+        ({"vocabulary": ["tensor", "context"]}, "'time' and 'vocabulary' of one array are both shared by 'context'"),
+        ({"feedforward": ["tensor", "tensor"]}, "'tensor' stands there twice"),
+        ({"feedforward": ["fsdp"], "batch": ["data"]}, "'feedforward' and 'model' of one weight are both shared by"),
+        ({"heads": []}, "'heads' and 'kv_heads' must be shared by the same mesh axes"),
+        ({"sequence": ["tensor", "context"]}, "'sequence' must begin with the mesh axes of 'time'"),
+    ],
+    ids=str,
+)
+def test_a_rule_that_cannot_be_is_named(rules: dict, words: str):
+    assert words in "\n".join(rule_problems(MeshConfig(rules=rules)))
+    with pytest.raises(InputError, match="mesh.rules"):
+        make_mesh(make_config({"mesh": {"rules": rules}}).resolved(4096))
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"model": ["fsdp", "context", "data"], "vocabulary": []},
+        {"model": [], "feedforward": []},
+        {"heads": [], "kv_heads": []},
+        {"sequence": ["context"]},
+        {"batch": ["slice", "data"], "model": ["fsdp"], "time": ["fsdp", "context"], "sequence": ["fsdp", "context"]},
+    ],
+    ids=str,
+)
+def test_other_rules_are_the_same_model(rules: dict):
+    config = dataclasses.replace(config_for(), mesh=MeshConfig(rules=rules))
+    assert rule_problems(config.mesh) == []
+    assert_within("float32", three_steps(config, {"data": 2, "context": 2, "tensor": 2}), one_device())

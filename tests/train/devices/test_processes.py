@@ -1,0 +1,127 @@
+"""Who the other processes of a run are, as environments tell it: those of real Slurm steps among them."""
+
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from data.errors import InputError
+from train.devices.processes import explicit, how_to_join, is_tpu_pod, share_of_gpus, tasks_on_nodes
+
+EXPLICIT = {"ZIGGURAT_COORDINATOR": "node1:8476", "ZIGGURAT_NUM_PROCESSES": "4", "ZIGGURAT_PROCESS_ID": "3"}
+# As Slurm 22.05 sets them: two nodes, two tasks a node, the third task. The batch script has the first part alone.
+BATCH = {
+    "SLURM_JOB_ID": "1", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NODELIST": "n[1-2]", "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "0", "SLURM_TASKS_PER_NODE": "2(x2)",
+}  # fmt: skip
+STEP = BATCH | {
+    "SLURM_NODEID": "1", "SLURM_PROCID": "2", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "n[1-2]",
+    "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+}  # fmt: skip
+
+
+def test_a_process_that_nothing_is_said_of_is_alone():
+    assert how_to_join({"TPU_SKIP_MDS_QUERY": "1"}) is None
+    assert how_to_join({"JAX_PLATFORMS": "cpu", "TPU_WORKER_HOSTNAMES": "a,b"}) is None
+
+
+def test_what_the_launcher_says_goes_before_all_else():
+    joining = how_to_join(STEP | EXPLICIT)
+    assert joining == {
+        "coordinator_address": "node1:8476", "num_processes": 4, "process_id": 3,
+        "cluster_detection_method": "deactivate",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"ZIGGURAT_PROCESS_ID": ""}, "ZIGGURAT_PROCESS_ID: not set, but ZIGGURAT_COORDINATOR, ZIGGURAT_NUM_PROCESSES"),
+        ({"ZIGGURAT_PROCESS_ID": "-1"}, "ZIGGURAT_PROCESS_ID=-1 must be a whole number"),
+        ({"ZIGGURAT_PROCESS_ID": "4"}, "ZIGGURAT_PROCESS_ID=4 must be less than ZIGGURAT_NUM_PROCESSES=4"),
+        ({"ZIGGURAT_NUM_PROCESSES": "two"}, "ZIGGURAT_NUM_PROCESSES=two must be a whole number"),
+        ({"ZIGGURAT_COORDINATOR": "node1"}, "ZIGGURAT_COORDINATOR=node1 must be the host and port of process 0"),
+    ],
+)
+def test_what_is_wrong_with_a_variable_is_said_by_its_name(wrong: dict, words: str):
+    with pytest.raises(InputError, match=words):
+        explicit(EXPLICIT | wrong)
+
+
+def test_only_a_task_of_a_step_with_more_than_one_waits_for_others():
+    assert how_to_join(BATCH) is None
+    # A shell in an allocation (salloc), or `srun --pty bash`.
+    assert how_to_join(BATCH | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}) is None
+    assert how_to_join(STEP) == {
+        "num_processes": 4, "process_id": 2, "local_device_ids": [], "cluster_detection_method": "slurm",
+    }  # fmt: skip
+    for name in ("SLURM_PROCID", "SLURM_STEP_NODELIST"):
+        with pytest.raises(InputError, match=f"{name}: not set, but SLURM_STEP_NUM_TASKS"):
+            how_to_join({key: value for key, value in STEP.items() if key != name})
+    with pytest.raises(InputError, match="SLURM_STEP_NUM_TASKS=many must be a whole number"):
+        how_to_join(STEP | {"SLURM_STEP_NUM_TASKS": "many"})
+
+
+def test_slurms_short_form_is_understood():
+    assert tasks_on_nodes("2(x3),1") == [2, 2, 2, 1]
+    assert tasks_on_nodes("8") == [8]
+
+
+def test_tasks_of_a_node_share_its_gpus_and_one_alone_has_them_all():
+    shown = {"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_GPUS_ON_NODE": "4"}
+
+    def devices(of: dict, local: int = 0) -> list[int]:
+        joining = how_to_join(STEP | of | {"SLURM_LOCALID": str(local)})
+        assert joining is not None
+        return joining["local_device_ids"]
+
+    one_a_node = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_PROCID": "1"}
+    assert devices(shown | one_a_node) == []
+    assert [devices(shown, i) for i in (0, 1)] == [[0, 1], [2, 3]]
+    # With --gpus-per-task each task is shown its own, by numbers that begin anew or not.
+    assert devices({"CUDA_VISIBLE_DEVICES": "2,3", "SLURM_GPUS_ON_NODE": "4"}, 1) == []
+    assert devices({"CUDA_VISIBLE_DEVICES": "0", "SLURM_GPUS_ON_NODE": "2"}, 1) == []
+    with pytest.raises(InputError, match="2 processes cannot share the 3 GPUs of a machine evenly"):
+        devices({"CUDA_VISIBLE_DEVICES": "0,1,2"})
+    assert share_of_gpus({"CUDA_VISIBLE_DEVICES": "0,1,2", "JAX_PLATFORMS": "cpu"}, 0, 2) is None
+    assert share_of_gpus({"CUDA_VISIBLE_DEVICES": ""}, 0, 2) is None
+    assert share_of_gpus({"CUDA_VISIBLE_DEVICES": "GPU-8a,GPU-9b"}, 1, 2) == [1]
+
+
+@pytest.mark.parametrize(
+    ("answers", "pod"),
+    [
+        ({"worker-network-endpoints": "10.0.0.2,10.0.0.3"}, True),
+        ({"worker-network-endpoints": "unknown:unknown:10.0.0.2"}, False),
+        ({"worker-network-endpoints": "10.0.0.2", "tpu-env": "ZONE: 'a'\nMEGASCALE_NUM_SLICES: '2'\n"}, True),
+        ({}, False),
+    ],
+    ids=["two hosts", "one host", "two slices of one host", "no TPU machine"],
+)
+def test_a_tpu_machine_waits_for_others_only_where_there_are_any(answers: dict, pod: bool):
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            text = answers.get(self.path.rpartition("/")[2])
+            self.send_response(404 if text is None else 200)
+            self.end_headers()
+            self.wfile.write((text or "not found").encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        told = {"GCE_METADATA_IP": f"127.0.0.1:{server.server_port}"}
+        assert is_tpu_pod(told) is pod
+        assert is_tpu_pod(told | {"TPU_SKIP_MDS_QUERY": "1"}) is False
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert is_tpu_pod(told) is False  # nobody answers
+
+
+def test_googles_kubernetes_names_the_hosts_in_variables():
+    assert is_tpu_pod({"TPU_WORKER_HOSTNAMES": "a-0.a,a-1.a"}) is True
+    assert is_tpu_pod({"TPU_WORKER_HOSTNAMES": "localhost"}) is False
+    assert is_tpu_pod({"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"}) is True

@@ -1,0 +1,76 @@
+"""Where the time of a run has gone, over restarts."""
+
+import datetime
+
+from train.run.goodput import Account, goodput, shares
+
+
+def event(at: float, name: str, **fields: object) -> dict:
+    time = datetime.datetime.fromtimestamp(at, datetime.UTC).isoformat(timespec="milliseconds")
+    return {"time": time, "event": name} | fields
+
+
+def test_an_account_gives_every_second_to_one_kind():
+    now = 100.0
+    account = Account(lambda: now)
+    for kind, seconds in (("compile", 3.0), ("data", 5.0), ("steps", 1.0), ("data", 10.0), ("steps", 2.0)):
+        now += seconds
+        account.turn_to(kind)
+    now += 20.0
+    assert account.seconds() == {
+        "steps": 30.0, "data": 3.0, "evaluation": 0.0, "checkpoint": 0.0, "compile": 5.0, "init": 3.0,
+        "lost": 0.0,
+    }  # fmt: skip
+    assert sum(account.seconds().values()) == now - 100.0
+
+
+def test_steps_that_a_rollback_undoes_are_lost():
+    now = 0.0
+    account = Account(lambda: now)
+    account.turn_to("steps")
+    now += 7.0
+    account.keep()
+    now += 5.0
+    account.turn_to("checkpoint")
+    account.lose()
+    now += 1.0
+    account.turn_to("steps")
+    now += 2.0
+    account.lose()
+    found = account.seconds()
+    assert (found["steps"], found["lost"], found["checkpoint"]) == (7.0, 7.0, 1.0)
+
+
+def test_a_run_that_crashed_failed_and_was_stopped_is_accounted_for_to_the_second():
+    events = [
+        event(1000, "start", seconds={"init": 10}),
+        event(1050, "save", seconds={"init": 10, "compile": 20, "steps": 30}),
+        # Killed at 1080, started again at 1100.
+        event(1110, "crash", alive_until=1080),
+        event(1110, "start", seconds={"init": 10}),
+        # A fault before anything is saved: all but the beginning is lost.
+        event(1140, "fault", seconds={"init": 10, "steps": 30}),
+        event(1160, "start", seconds={"init": 15}),
+        event(1200, "save", seconds={"init": 15, "steps": 40}),
+        event(1210, "stop", seconds={"init": 15, "steps": 45, "checkpoint": 5}),
+        event(1300, "start", seconds={"init": 10}),
+        event(1400, "end", seconds={"init": 10, "steps": 100}),
+    ]
+    found = goodput(events)
+    assert found == {
+        "steps": 175, "data": 0, "evaluation": 0, "checkpoint": 5, "compile": 20, "init": 45,
+        "lost": 30 + 30, "down": 20 + 5 + 80,
+    }  # fmt: skip
+    # From the beginning of the first start to the end.
+    assert sum(found.values()) == 1400 - 990
+
+
+def test_a_run_that_goes_on_is_known_up_to_its_last_save():
+    events = [event(0, "start", seconds={"init": 4}), event(9, "save", seconds={"init": 4, "steps": 9})]
+    assert goodput(events)["steps"] == 9
+    assert goodput([]) == {}
+
+
+def test_the_shares_of_a_runs_time_leave_out_what_is_small_but_never_the_steps():
+    assert shares({"steps": 94.0, "data": 0.4, "init": 2.0, "down": 3.6}) == "1 min 40 s: 94% steps, 2% init, 4% down"
+    assert shares({"steps": 0.0, "init": 20.0}) == "20 s: 0% steps, 100% init"

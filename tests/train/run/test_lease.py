@@ -1,0 +1,128 @@
+"""One writer of a run's folder."""
+
+import errno
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import train.run.lease
+from data.errors import InputError
+from tests.launch.small_run import ROOT
+from train.run.lease import Lease, read
+
+
+def entry(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "begun": 0.0, "beats": 3} | changes))
+
+
+def test_it_is_held_shows_that_it_lives_and_is_let_go(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(train.run.lease, "BEAT_SECONDS", 0.02)
+    lease = Lease(tmp_path / "lease.json")
+    lease.release()
+    lease.take()
+    assert lease.last_beat is None
+    first = read(tmp_path / "lease.json")
+    deadline = time.monotonic() + 10
+    while read(tmp_path / "lease.json") == first and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert read(tmp_path / "lease.json")["beats"] > first["beats"]
+    lease.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_does_not_end_it(tmp_path: Path, monkeypatch, caplog):
+    monkeypatch.setattr(train.run.lease, "BEAT_SECONDS", 0.02)
+    lease = Lease(tmp_path / "lease.json")
+    lease.take()
+    write, refused = lease._write, threading.Event()
+
+    def refuse_once(beats: int) -> None:
+        if not refused.is_set():
+            refused.set()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(beats)
+
+    monkeypatch.setattr(lease, "_write", refuse_once)
+    assert refused.wait(10)
+    first, deadline = read(tmp_path / "lease.json"), time.monotonic() + 10
+    while read(tmp_path / "lease.json") == first and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert read(tmp_path / "lease.json")["beats"] > first["beats"]
+    assert "No space left on device" in caplog.text
+    lease.release()
+
+
+def test_a_holder_elsewhere_that_lives_keeps_it(tmp_path: Path):
+    path = tmp_path / "lease.json"
+    entry(path)
+    slept = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 2:
+            entry(path, beats=4)
+
+    with pytest.raises(InputError, match="is being written to by process 1 on elsewhere"):
+        Lease(path).take(sleep)
+    assert len(slept) == 2
+    assert read(path)["host"] == "elsewhere"
+
+
+def test_one_elsewhere_that_gives_no_sign_of_life_loses_it(tmp_path: Path):
+    path = tmp_path / "lease.json"
+    entry(path)
+    slept = []
+    lease = Lease(path)
+    lease.take(slept.append)
+    assert len(slept) == train.lease.PATIENCE
+    assert lease.last_beat == pytest.approx(time.time(), abs=60)
+    assert read(path)["host"] != "elsewhere"
+    lease.release()
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+import train.run.lease
+train.lease.BEAT_SECONDS = 0.05
+train.lease.Lease(Path(sys.argv[1])).take()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def holder(path: Path) -> subprocess.Popen:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(path)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_killed_holder_here_loses_it_at_once_and_a_living_one_keeps_it(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(train.run.lease, "BEAT_SECONDS", 0.5)
+    path = tmp_path / "lease.json"
+    process = holder(path)
+    try:
+        with pytest.raises(InputError, match=f"process {process.pid} on "):
+            Lease(path).take()
+    finally:
+        process.kill()
+        process.wait()
+    lease = Lease(path)
+    lease.take(lambda _: pytest.fail("it need not wait"))
+    lease.release()
+
+
+def test_a_holder_that_finds_another_in_its_place_ends_at_once(tmp_path: Path):
+    path = tmp_path / "lease.json"
+    process = holder(path)
+    entry(path)
+    assert process.wait(20) == 1
+    assert "process 1 on elsewhere has taken over" in process.stderr.read()
+    assert read(path)["host"] == "elsewhere"

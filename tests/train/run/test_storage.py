@@ -1,0 +1,111 @@
+"""What cannot be written: seen for what it is, whichever library says so, and never in place of another error."""
+
+import errno
+import http.server
+import os
+import resource
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from etils import epath
+from safetensors import SafetensorError
+
+from data.errors import InputError, StorageError
+from tests.peers import require
+from train.run.events import Events
+from train.run.step_log import StepLog
+from train.run.storage import check_writable, steps_in, writing
+
+
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """No file grows beyond so many bytes: for what is written, like a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device"),
+        (OSError(errno.EROFS, os.strerror(errno.EROFS), "file"), "Read-only file system"),
+        (ValueError("Failed to write 63281 bytes to file 8: ... [os_error_code='28']"), "No space left on device"),
+        (SafetensorError("I/O error: Permission denied (os error 13)"), "Permission denied"),
+    ],
+)
+def test_what_a_file_system_refuses_is_one_line(error: Exception, words: str, tmp_path: Path):
+    with pytest.raises(StorageError) as caught, writing("the thing", tmp_path / "there"):
+        raise error
+    text = str(caught.value)
+    assert text.startswith(f"the thing cannot be written to {tmp_path / 'there'}: {words}")
+    assert "\n" not in text
+
+
+def test_free_room_is_named_and_what_a_bucket_says_is_passed_on(tmp_path: Path):
+    with pytest.raises(StorageError, match=r"MB free"), writing("it", tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(StorageError, match="gs://a/b: KeyError: 'quota'"), writing("it", "gs://a/b"):
+        raise KeyError("quota")
+
+
+def test_another_error_stays_what_it_is(tmp_path: Path):
+    with pytest.raises(ValueError, match="shapes"), writing("it", tmp_path):
+        raise ValueError("shapes do not fit")
+
+
+def test_logs_that_cannot_grow_say_so_and_keep_what_they_have(tmp_path: Path, caplog):
+    log, events = StepLog(tmp_path / "metrics.jsonl", 0), Events(tmp_path / "events.jsonl")
+    log.write({"step": 1})
+    events.write("start", step=0)
+    with files_up_to(12):
+        with pytest.raises(StorageError, match=r"a line cannot be written to .*metrics.jsonl: File too large"):
+            log.write({"step": 2, "long": "x" * 99})
+        with pytest.raises(StorageError, match=r"an event cannot be written to .*events.jsonl: File too large"):
+            events.write("save", step=1)
+        log.close()
+    assert "not every line is on disk" in caplog.text
+    # The next start goes on behind the last whole line.
+    StepLog(tmp_path / "metrics.jsonl", 1).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_a_place_under_a_file_cannot_be_written_to_and_one_that_is_not_there_is_empty(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file is a file; name another folder"):
+        check_writable(epath.Path(tmp_path / "file" / "checkpoints"))
+    check_writable(epath.Path(tmp_path / "none" / "checkpoints"))
+    assert steps_in(epath.Path(tmp_path / "none")) == []
+    assert not (tmp_path / "none").exists()
+
+
+class Refuses(http.server.BaseHTTPRequestHandler):
+    """A bucket's server that knows nobody."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("content-length", 0)))
+        self.send_error(403, explain="not you")
+
+    do_GET = do_PUT = do_POST
+
+
+def test_credentials_that_a_bucket_refuses_are_named(monkeypatch):
+    gcsfs = require("gcsfs")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuses)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    gcsfs.GCSFileSystem.clear_instance_cache()
+    with pytest.raises(InputError, match=r"gs://runs/one: access is refused .*GOOGLE_APPLICATION_CREDENTIALS"):
+        check_writable(epath.Path("gs://runs/one"))
+    gcsfs.GCSFileSystem.clear_instance_cache()
+    server.shutdown()

@@ -1,0 +1,293 @@
+"""The optimizers: each against another's implementation or its paper's formulas, and what all of them must do."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model.parameters import parameter_table
+from model.trees import flattened, nested
+from tests import peers
+from tests.small import mesh_of, small_batch, small_model
+from train.checkpoint.checkpoint import Checkpoints
+from train.config.config import CheckpointConfig, Config
+from train.config.reading import make_config
+from train.devices.mesh import batch_sharding, on_one_device
+from train.devices.rules import TRAINING
+from train.step.muon import newton_schulz
+from train.step.optimizer import make_optimizer
+from train.step.state import abstract_state, make_state
+from train.step.step import make_train_step
+
+# A rate at which each learns the small model.
+RATES = {"adamw": 1e-2, "lion": 2e-3, "adafactor": 5e-2, "muon": 1e-2}
+STEPS, DECAY = 4, 0.5
+
+
+def config_for(name: str, **changes: object) -> Config:
+    """Without clipping; linear from the first update on to a tenth at update 99."""
+    values = {"name": name, "learning_rate": RATES[name], "schedule": "linear", "warmup_steps": 0, "clip_norm": 0.0}
+    config = make_config({"train": {"batch_size": 8, "num_steps": 100}, "optimizer": values | changes})
+    return dataclasses.replace(config, model=small_model(num_kv_heads=4))
+
+
+def random_trees(config: Config) -> list[dict[str, np.ndarray]]:
+    """Weights, and then gradients for STEPS updates, by name."""
+    random = np.random.default_rng(0)
+    shapes = {name: p.shape for name, p in parameter_table(config.model).items()}
+    return [
+        {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()} for _ in range(1 + STEPS)
+    ]
+
+
+def updated_on(config: Config, shape: dict[str, int] | None = None) -> dict[str, np.ndarray]:
+    """The weights of `random_trees` after an update by each of its gradients, on a mesh."""
+    table = parameter_table(config.model)
+    with jax.set_mesh(mesh_of(**shape or {})):
+        weights, *gradients = (
+            nested({name: jax.device_put(x, TRAINING.spec(*table[name].axes)) for name, x in tree.items()})
+            for tree in random_trees(config)
+        )
+        optimizer = make_optimizer(config)
+        state = jax.jit(optimizer.init)(weights)
+        before = shardings(state)
+
+        @jax.jit
+        def step(gradients, state, weights):
+            updates, state = optimizer.update(gradients, state, weights)
+            return jax.tree.map(jnp.add, weights, updates), state
+
+        for gradient in gradients:
+            weights, state = step(gradient, state, weights)
+        assert shardings(state) == before
+        return flattened(jax.device_get(weights))
+
+
+def shardings(tree):
+    return jax.tree.map(lambda x: x.sharding, tree)
+
+
+def assert_close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float) -> None:
+    assert set(found) == set(expected)
+    for name, array in expected.items():
+        error = np.linalg.norm(found[name] - array) / np.linalg.norm(array)
+        assert error < tolerance, (name, error)
+
+
+# ── Against others ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+# Rows and columns of the small model's matrices, all layers alike; the others are vectors.
+MATRICES = {"query": (32, 32), "key": (32, 32), "value": (32, 32), "output": (32, 32)}
+MATRICES |= {"gate": (32, 64), "up": (32, 64), "down": (64, 32)}
+TABLES = {"embedding.table": (384, 32), "unembedding.matrix": (32, 384)}
+
+
+def in_layers(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Single matrices and vectors, by name and layer."""
+    found = {}
+    for name, array in arrays.items():
+        last = name.split(".")[-1]
+        shape = TABLES.get(name) or MATRICES.get(last) or (32,)
+        found |= {f"{name} {layer}": x for layer, x in enumerate(array.reshape(-1, *shape))}
+    return found
+
+
+def is_matrix(name: str) -> bool:
+    return name.split()[0].split(".")[-1] in MATRICES
+
+
+def by_torch(config: Config, make) -> dict[str, np.ndarray]:
+    """The same updates, layer by layer, by the PyTorch optimizers that `make(named parameters)` gives."""
+    torch = peers.require("torch")
+    before, *gradients = (in_layers(tree) for tree in random_trees(config))
+    weights = {name: torch.nn.Parameter(torch.tensor(x)) for name, x in before.items()}
+    optimizers = make(weights)
+    for step, gradient in enumerate(gradients):
+        for name, x in gradient.items():
+            weights[name].grad = torch.tensor(x)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate(config, step)
+            optimizer.step()
+    return {name: weight.detach().numpy() for name, weight in weights.items()}
+
+
+def rate(config: Config, step: int) -> float:
+    return config.optimizer.learning_rate * (1 - 0.9 * step / 99)
+
+
+def split(weights: dict) -> list[dict]:
+    """Two of PyTorch's groups: decayed, and not."""
+    return [
+        {"params": [w for w in weights.values() if (w.ndim > 1) == decays], "weight_decay": DECAY * decays}
+        for decays in (True, False)
+    ]
+
+
+def test_adamw_is_pytorchs_and_decays_no_vector():
+    torch, config = peers.require("torch"), config_for("adamw", weight_decay=DECAY)
+    expected = by_torch(config, lambda weights: [torch.optim.AdamW(split(weights), betas=(0.9, 0.95))])
+    assert_close(in_layers(updated_on(config)), expected, 1e-6)
+
+
+def test_adafactor_is_pytorchs_layer_by_layer():
+    torch, config = peers.require("torch"), config_for("adafactor", weight_decay=DECAY)
+    expected = by_torch(config, lambda weights: [torch.optim.Adafactor(split(weights), eps=(1e-30, 1e-3))])
+    assert_close(in_layers(updated_on(config)), expected, 1e-6)
+
+
+def test_muon_is_pytorchs_for_matrices_and_adamw_for_the_others():
+    torch, config = peers.require("torch"), config_for("muon", weight_decay=DECAY)
+
+    def make(weights):
+        matrices = [w for name, w in weights.items() if is_matrix(name)]
+        others = {name: w for name, w in weights.items() if not is_matrix(name)}
+        return [
+            torch.optim.Muon(matrices, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(split(others), betas=(0.9, 0.95)),
+        ]
+
+    start, found, expected = in_layers(random_trees(config)[0]), in_layers(updated_on(config)), by_torch(config, make)
+    for name, x in start.items():
+        error = np.linalg.norm(found[name] - expected[name]) / np.linalg.norm(expected[name] - x)
+        # PyTorch iterates in bfloat16, this test in float32.
+        assert error < (0.05 if is_matrix(name) else 1e-5), name
+
+
+def test_muons_momentum_and_iteration_are_the_papers():
+    config = config_for("muon", weight_decay=DECAY, muon_momentum=0.8)
+    expected, *gradients = (in_layers(tree) for tree in random_trees(config))
+    expected = {name: x.astype(np.float64) for name, x in expected.items() if is_matrix(name)}
+    momentum = dict.fromkeys(expected, 0.0)
+    for step, gradient in enumerate(gradients):
+        for name in expected:
+            momentum[name] = 0.8 * momentum[name] + gradient[name]
+            x = gradient[name] + 0.8 * momentum[name]
+            x = x / np.linalg.norm(x)
+            for _ in range(5):
+                a = x @ x.T
+                x = 3.4445 * x - 4.7750 * a @ x + 2.0315 * a @ a @ x
+            scaled = 0.2 * np.sqrt(max(x.shape)) * x
+            expected[name] = expected[name] - rate(config, step) * (scaled + DECAY * expected[name])
+    found = in_layers(updated_on(config))
+    assert_close({name: found[name] for name in expected}, expected, 1e-6)
+
+
+def test_lion_is_the_papers():
+    config = config_for("lion", weight_decay=DECAY, beta2=0.99)
+    expected, *gradients = (in_layers(tree) for tree in random_trees(config))
+    momentum = dict.fromkeys(expected, np.float32(0))
+    for step, gradient in enumerate(gradients):
+        for name, x in gradient.items():
+            sign = np.sign(np.float32(0.9) * momentum[name] + np.float32(0.1) * x)
+            decay = DECAY * expected[name] if x.ndim > 1 else 0
+            expected[name] = expected[name] - rate(config, step) * (sign + decay)
+            momentum[name] = np.float32(0.99) * momentum[name] + np.float32(0.01) * x
+    assert_close(in_layers(updated_on(config)), expected, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_newton_schulz_brings_all_singular_values_near_one_whatever_the_shape(dtype: str):
+    random = np.random.default_rng(0)
+    for shape in ((2, 24, 64), (2, 64, 24), (1, 48, 47)):
+        x = random.normal(size=shape)
+        found = np.asarray(newton_schulz(jnp.asarray(1e-6 * x, dtype)), np.float64)
+        for matrix, result in zip(x, found, strict=True):
+            u, s, v = np.linalg.svd(matrix, full_matrices=False)
+            rotated = u.T @ result @ v.T
+            # Five iterations lift singular values from a hundredth of the norm; the polynomial ends them near one.
+            seen = s > 0.02 * np.linalg.norm(s)
+            assert np.all(np.abs(np.diag(rotated)[seen] - 0.95) < 0.3)
+            assert np.abs(rotated - np.diag(np.diag(rotated))).max() < 0.05
+
+
+# ── What all must do ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", ["lion", "adafactor", "muon"])
+def test_every_mesh_updates_as_one_device_does(name: str):
+    config = config_for(name)
+    before, expected = random_trees(config)[0], updated_on(config)
+    for shape in (
+        {"fsdp": 8},
+        {"data": 2, "tensor": 4},
+        {"fsdp": 2, "context": 2, "tensor": 2},
+        {"slices": 2, "fsdp": 4},
+    ):
+        after = updated_on(config, shape)
+        moved = {name: after[name] - x for name, x in before.items()}
+        assert_close(moved, {name: expected[name] - x for name, x in before.items()}, 1e-4)
+
+
+def learn(config: Config, steps: int, shape: dict[str, int] | None = None):
+    """State and loss after training on one batch again and again."""
+    mesh = mesh_of(**shape or {})
+    optimizer = make_optimizer(config)
+    state, step = make_state(config, optimizer), make_train_step(config, optimizer)
+    batch = {name: jax.device_put(array, batch_sharding(mesh)) for name, array in small_batch().items()}
+    for _ in range(steps):
+        state, metrics = step(state, batch)
+    return state, float(metrics["loss"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", RATES)
+def test_each_learns_a_batch_by_heart_and_stores_moments_as_told(name: str, dtype: str):
+    config = config_for(name, moment_dtype=dtype)
+    with jax.set_mesh(on_one_device()):
+        state, loss = learn(config, 60)
+    assert loss < 2.0
+    moments = [x for x in jax.tree.leaves(state["optimizer"]) if x.ndim]
+    assert moments
+    assert {x.dtype.name for x in moments} == {dtype}
+    assert {x.dtype.name for x in jax.tree.leaves(state["weights"])} == {"float32"}
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_a_checkpoint_keeps_every_bit_of_each_state(name: str, tmp_path):
+    config = config_for(name, moment_dtype="bfloat16")
+    with jax.set_mesh(mesh_of(data=2, fsdp=2, tensor=2)):
+        state, _ = learn(config, 2, {"data": 2, "fsdp": 2, "tensor": 2})
+        checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+        checkpoints.save(state, {})
+        checkpoints.wait()
+        saved = jax.device_get(state)
+    with jax.set_mesh(mesh_of(fsdp=4, tensor=2)):
+        restored, _ = checkpoints.restore(abstract_state(config, make_optimizer(config)))
+        fresh = make_state(config, make_optimizer(config))
+    checkpoints.close()
+    assert shardings(restored) == shardings(fresh)
+    assert jax.tree.structure(restored) == jax.tree.structure(saved)
+    for one, other in zip(jax.tree.leaves(restored), jax.tree.leaves(saved), strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(np.asarray(one), other)
+
+
+def test_states_are_as_small_as_their_papers_say():
+    def size(name: str, **changes: object) -> float:
+        with jax.set_mesh(on_one_device()):
+            config = config_for(name, **changes)
+            state = abstract_state(config, make_optimizer(config))
+        bytes_of = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+        return bytes_of(state["optimizer"]) / bytes_of(state["weights"])
+
+    assert size("adamw") == pytest.approx(2, rel=1e-3)
+    assert size("adamw", moment_dtype="bfloat16") == pytest.approx(1, rel=1e-3)
+    assert size("lion") == pytest.approx(1, rel=1e-3)
+    assert 1 < size("muon") < 2
+    assert size("adafactor") < 0.1
+
+
+def test_weight_decay_follows_the_table():
+    config = config_for("lion", weight_decay=DECAY)
+    with jax.set_mesh(on_one_device()):
+        optimizer = make_optimizer(config)
+        state = make_state(config, optimizer)
+        weights = state["weights"]
+        zeros = jax.tree.map(jnp.zeros_like, weights)
+        updates = flattened(optimizer.update(zeros, state["optimizer"], weights)[0])
+    for name, p in parameter_table(config.model).items():
+        expected = -config.optimizer.learning_rate * DECAY * flattened(weights)[name]
+        np.testing.assert_allclose(updates[name], expected if p.decay else 0 * expected, rtol=1e-6)

@@ -1,0 +1,317 @@
+"""llama.cpp computes what we compute from a GGUF file, and finds the same tokens in a text (C7)."""
+
+import difflib
+import functools
+import shutil
+import sys
+import unicodedata
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data.errors import InputError, StorageError
+from data.tokenizer.folder import load_tokenizer
+from data.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
+from data.tokenizer.tokenizer import Tokenizer
+from data.tokenizer.training import train_tokenizer
+from model import interchange
+from model.config import ModelConfig
+from model.decoder import Decoder
+from model.interchange.gguf import interleaved
+from model.parameters import parameter_table
+from model.trees import nested
+from tests.data import others
+from tests.data.texts import NASTY, code
+from tests.llama_cpp import LlamaCpp
+from tests.peers import require
+from tests.small import small_model
+from train.weights.gguf import write_gguf
+
+CONTEXT = 32
+GPT: dict[str, Any] = {
+    "position": "learned",
+    "max_positions": CONTEXT,
+    "num_kv_heads": 4,
+    "activation": "gelu_tanh",
+    "gated": False,
+    "attention_bias": True,
+    "feedforward_bias": True,
+    "norm": "layernorm",
+    "tie_embeddings": True,
+}
+LLAMA3: dict[str, Any] = {"rope_scaling": "llama3", "rope_factor": 4.0, "rope_original_context": 16}
+YARN: dict[str, Any] = {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_context": 64}
+GEMMA: dict[str, Any] = {"scale_embeddings": True, "tie_embeddings": True, "activation": "gelu_tanh", "head_dim": 32}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama 3, tied": LLAMA3 | {"tie_embeddings": True},
+    "biases, other heads": {"attention_bias": True, "feedforward_bias": True, "head_dim": 32},
+    "linear": {"rope_scaling": "linear", "rope_factor": 4.0},
+    "yarn": YARN,
+    "a window over all": {"sliding_window": CONTEXT},
+    "qwen3": {"qk_norm": True, "head_dim": 32},
+    "qwen3, yarn, tied": YARN | {"qk_norm": True, "tie_embeddings": True},
+    "gemma": GEMMA,
+    "gpt2": GPT,
+    "gpt2, untied": GPT | {"tie_embeddings": False},
+    "sinusoidal, no biases": GPT
+    | {"position": "sinusoidal", "max_positions": None, "attention_bias": False, "feedforward_bias": False},
+    "scaled": {"scale_embeddings": True, "position": "none"} | {k: v for k, v in GPT.items() if "posi" not in k},
+}
+# The largest difference of log-probabilities, in nats, where they spread by about one. In float32 it is of sums in
+# another order, but that llama.cpp reads GELU from a table of half-precision values.
+CLOSE = {"f32": 1e-4, "f16": 0.01, "bf16": 0.05, "q8_0": 0.15}
+GELU = 0.004
+
+
+@pytest.fixture(scope="module", autouse=True)
+def llama_cpp():
+    require("gguf")
+    require("xllamacpp")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> SentencePieceTokenizer:
+    learned = train_tokenizer(code()[:40], 800, tmp_path_factory.mktemp("ours"))
+    assert isinstance(learned, SentencePieceTokenizer)
+    return learned
+
+
+def model_of(tokenizer: Tokenizer, changes: dict[str, Any]) -> ModelConfig:
+    sizes = {"model_dim": 64, "feedforward_dim": 96, "vocab_size": tokenizer.vocab_size, "norm_epsilon": 0.01}
+    return small_model(**sizes | changes)
+
+
+def weights_of(config: ModelConfig) -> Any:
+    """Random weights, whose log-probabilities spread about one nat."""
+    random = np.random.default_rng(0)
+    drawn = {name: random.normal(0, 0.1, parameter.shape) for name, parameter in parameter_table(config).items()}
+    return nested({name: (name.endswith("scale") + x).astype(np.float32) for name, x in drawn.items()})
+
+
+def write(file: Path, config: ModelConfig, weights: Any, tokenizer: Tokenizer, dtype: str = "f32") -> Path:
+    write_gguf(file, config, CONTEXT, interchange.reader_of(weights), tokenizer, dtype)
+    return file
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def log_probabilities(config: ModelConfig, weights: Any, tokens_T: jax.Array) -> jax.Array:
+    """Ours of what follows each of these tokens, float32 [T, V]."""
+    decoder, tokens_BT = Decoder(config, weights), tokens_T[None]
+    x_BTD = decoder(tokens_BT, jnp.arange(len(tokens_T))[None], jnp.ones_like(tokens_BT))
+    return jax.nn.log_softmax(decoder.logits(x_BTD)[0, :, : config.vocab_size])
+
+
+def agree(config: ModelConfig, weights: Any, file: Path, close: float) -> None:
+    """Greedy tokens of llama.cpp are ours, wherever the best two differ by more than twice as much as rounding does."""
+    prompt = [1, *np.random.default_rng(0).integers(3, config.vocab_size, 11).tolist()]
+    tokens, theirs = LlamaCpp(file, CONTEXT).greedy(prompt, CONTEXT - len(prompt) - 1, config.vocab_size)
+    assert len(tokens) > 4 or tokens[-1] == 1
+    seen = np.array([*prompt, *tokens, *[0] * CONTEXT][:CONTEXT])
+    ours = np.asarray(log_probabilities(config, weights, seen))[len(prompt) - 1 :][: len(tokens)]
+    given = ~np.isnan(theirs).all(axis=1)
+    assert given.sum() > 4
+    print("measured", file.name, np.abs(ours - theirs)[given].max(), len(set(tokens)), np.exp(ours.max(1)).mean())
+    assert np.abs(ours - theirs)[given].max() < close
+    best = np.sort(ours, axis=1)
+    clear = best[:, -1] - best[:, -2] > 2 * close
+    assert clear.any()
+    np.testing.assert_array_equal(np.argmax(ours, axis=1)[clear], np.array(tokens)[clear])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_tokens_and_log_probabilities_are_ours(tokenizer, name: str, tmp_path: Path):
+    config = model_of(tokenizer, MODELS[name])
+    weights = weights_of(config)
+    close = CLOSE["f32"] if config.activation == "silu" else GELU
+    agree(config, weights, write(tmp_path / "model.gguf", config, weights, tokenizer), close)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", ["f16", "bf16", "q8_0"])
+def test_smaller_dtypes_stay_near(tokenizer, name: str, dtype: str, tmp_path: Path):
+    config = model_of(tokenizer, MODELS[name])
+    weights = weights_of(config)
+    file = write(tmp_path / f"{dtype}.gguf", config, weights, tokenizer, dtype)
+    agree(config, weights, file, CLOSE[dtype])
+    whole = write(tmp_path / "f32.gguf", config, weights, tokenizer)
+    matrices = file.stat().st_size / whole.stat().st_size
+    assert matrices < {"f16": 0.6, "bf16": 0.6, "q8_0": 0.4}[dtype]
+
+
+@pytest.fixture(scope="module")
+def served(tokenizer, tmp_path_factory: pytest.TempPathFactory) -> LlamaCpp:
+    """A model with our tokenizer."""
+    config = model_of(tokenizer, {"num_layers": 1})
+    file = write(tmp_path_factory.mktemp("served") / "model.gguf", config, weights_of(config), tokenizer)
+    return LlamaCpp(file, context=8192)
+
+
+def test_llama_cpp_finds_our_tokens(tokenizer, served: LlamaCpp):
+    texts = [text.replace("\u2581", "") for text in NASTY]
+    texts += ["\ue000", "\ue0001", "a \ue000\ue000b", "<|endoftext|> <0x41>", "def f():\n\n    return  1\n"]
+    for text in texts:
+        ids = served.tokenize(text)
+        assert ids == tokenizer.encode(text).tolist()
+        assert served.detokenize(ids) == text
+    # It puts what every document begins after before a prompt.
+    assert served.tokenize("a b", special=True) == tokenizer.begin("a b")
+
+
+def test_llama_cpp_finds_our_tokens_of_code_but_for_rare_runs_of_whitespace(tokenizer, served: LlamaCpp):
+    same = total = 0
+    for text in (text[:4000] for text in code()[40:80]):
+        theirs, ours = served.tokenize(text), tokenizer.encode(text).tolist()
+        blocks = difflib.SequenceMatcher(None, theirs, ours, autojunk=False).get_matching_blocks()
+        same, total = same + sum(block.size for block in blocks), total + len(ours)
+        assert served.detokenize(theirs) == text
+        assert [i for i in theirs if tokenizer.token_bytes(i).strip()] == [
+            i for i in ours if tokenizer.token_bytes(i).strip()
+        ]
+    print("measured", total - same, "of", total)
+    assert same / total > 0.995
+
+
+def test_llama_cpp_reads_a_real_u2581_as_a_space(tokenizer, served: LlamaCpp):
+    assert served.tokenize("a\u2581b") == tokenizer.encode("a b").tolist()
+    assert served.detokenize(tokenizer.encode("a\u2581b").tolist()) == "a b"
+
+
+KINDS = ("gpt2", "llama3", "qwen", "llama2", "gemma")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_llama_cpp_finds_the_tokens_of_other_peoples_tokenizers(tokenizer, kind: str, tmp_path: Path):
+    fallback = kind in ("llama2", "gemma")
+    settings = others.byte_fallback(kind, tokenizer) if fallback else others.byte_level(kind)
+    folder = others.write(tmp_path / kind, settings, "</s>" if fallback else others.EOS)
+    foreign = load_tokenizer(folder)
+    # The model has more ids than the tokenizer.
+    config = model_of(foreign, {"num_layers": 1, "vocab_size": foreign.vocab_size + 3})
+    served = LlamaCpp(write(tmp_path / "model.gguf", config, weights_of(config), foreign), context=8192)
+    # It normalizes nothing, where Qwen's composes characters.
+    for text in [*NASTY, *(text[:4000] for text in code()[40:80:5])]:
+        text = unicodedata.normalize("NFC", text.replace("\u2581", ""))
+        assert served.tokenize(text) == foreign.encode(text).tolist()
+    assert served.tokenize("a", special=True) == foreign.begin("a")
+
+
+def test_what_llama_cpp_would_compute_otherwise_is_refused_by_name(tokenizer, tmp_path: Path):
+    for changes, words in [
+        ({"activation": "gelu_tanh"}, "llama.cpp's llama has no model.activation = gelu_tanh"),
+        ({"sliding_window": CONTEXT - 1}, "no model.sliding_window = 31"),
+        ({"qk_norm": True, "attention_bias": True}, "qwen3 has no model.attention_bias = True"),
+        (YARN | {"rope_high_turns": 16.0, "rope_low_turns": 2.0}, "no model.rope_high_turns = 16.0, no model.rope_low"),
+        ({"qk_norm": True} | LLAMA3, "qwen3 has no model.rope_scaling = llama3"),
+        (GEMMA | {"tie_embeddings": False}, "gemma has no model.tie_embeddings = False"),
+        (GPT | {"activation": "relu"}, "gpt2 has no model.activation = relu"),
+        (GPT | {"norm_placement": "post", "feedforward_dim": 256}, "no model.norm_placement = post"),
+        ({"attention_softcap": 5.0}, "no model.attention_softcap = 5.0"),
+        ({"vocab_size": tokenizer.vocab_size - 1}, f"has {tokenizer.vocab_size} ids, the model"),
+    ]:
+        config = model_of(tokenizer, changes)
+        with pytest.raises(InputError, match=words):
+            write_gguf(tmp_path / "model.gguf", config, CONTEXT, never, tokenizer)
+    assert not list(tmp_path.iterdir())
+
+
+def never(name: str, layer: int | None) -> np.ndarray:
+    raise AssertionError("no weights are read")
+
+
+def test_tokenizers_that_llama_cpp_has_no_name_for_are_refused(tokenizer, tmp_path: Path):
+    split, merged = others.byte_level("llama3"), others.byte_fallback("gemma", tokenizer)
+    pattern = {"type": "Split", "pattern": {"Regex": "[0-9]|[^0-9]+"}, "behavior": "Isolated", "invert": False}
+    after = split["pre_tokenizer"]["pretokenizers"][1]
+    sequence = {"type": "Sequence", "pretokenizers": [pattern, after]}
+    merges = merged["model"]["merges"]
+    for settings, eos, words in [
+        (split | {"pre_tokenizer": sequence}, others.EOS, "splits a text in a way"),
+        (split | {"normalizer": {"type": "Lowercase"}}, others.EOS, "splits a text in a way"),
+        (merged | {"model": merged["model"] | {"merges": merges[:-1]}}, "</s>", "joins pieces in an order"),
+        (merged | {"normalizer": {"type": "Lowercase"}}, "</s>", "changes a text in a way"),
+    ]:
+        foreign = load_tokenizer(others.write(tmp_path / "tokenizer", settings, eos))
+        with pytest.raises(InputError, match=f"cannot go into a GGUF file: it {words}"):
+            write_gguf(tmp_path / "model.gguf", model_of(foreign, {}), CONTEXT, never, foreign)
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]
+
+
+def test_a_file_appears_whole_and_replaces_only_its_like(tokenizer, tmp_path: Path, monkeypatch):
+    config = model_of(tokenizer, {})
+    weights = weights_of(config)
+    file = write(tmp_path / "new" / "model.gguf", config, weights, tokenizer)
+    content = file.read_bytes()
+    read, calls = interchange.reader_of(weights), iter(range(9))
+
+    def stops(name: str, layer: int | None) -> np.ndarray:
+        if next(calls) == 8:
+            raise OSError("no space")  # as NumPy's, without a number
+        return read(name, layer)
+
+    with pytest.raises(StorageError, match=r"model\.gguf cannot be written: no space"):
+        write_gguf(file, config, CONTEXT, stops, tokenizer, "f16")
+    assert [path.name for path in file.parent.iterdir()] == ["model.gguf"]
+    assert file.read_bytes() == content
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=10**5))
+    with pytest.raises(StorageError, match=r"has 0\.1 MB free, and 0\.\d MB are"):
+        write(file, config, weights, tokenizer)
+    monkeypatch.undo()
+    assert [path.name for path in file.parent.iterdir()] == ["model.gguf"]
+    assert write(file, config, weights, tokenizer, "f16").stat().st_size < len(content)
+    (tmp_path / "notes").write_text("notes")
+    for there, words in [
+        (tmp_path / "notes", "something else than a GGUF file"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "notes" / "model.gguf", "notes is no folder that can be written to"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            write(there, config, weights, tokenizer)
+    assert (tmp_path / "notes").read_text() == "notes"
+
+
+def test_it_holds_one_tensor_at_a_time(tokenizer, tmp_path: Path):
+    config = model_of(tokenizer, {"num_layers": 3})
+    read, asked = interchange.reader_of(weights_of(config)), []
+
+    def counted(name: str, layer: int | None) -> np.ndarray:
+        asked.append((name, layer, (tmp_path / ".model.gguf.ziggurat-partial").stat().st_size))
+        return read(name, layer)
+
+    write_gguf(tmp_path / "model.gguf", config, CONTEXT, counted, tokenizer)
+    layers = [layer for _, layer, _ in asked if layer is not None]
+    assert layers == sorted(layers)
+    assert len({size for _, layer, size in asked if layer == 2}) > 3
+    assert asked[-1][2] > 0.7 * (tmp_path / "model.gguf").stat().st_size
+
+
+def test_rows_that_do_not_divide_by_32_are_f16_in_q8_0(tokenizer, tmp_path: Path, caplog):
+    config = model_of(tokenizer, {"feedforward_dim": 48})
+    weights = weights_of(config)
+    file = write(tmp_path / "q8_0.gguf", config, weights, tokenizer, "q8_0")
+    assert "2 matrices have rows that do not divide by 32; they are f16" in caplog.text
+    agree(config, weights, file, CLOSE["q8_0"])
+
+
+def test_values_too_large_for_f16_are_refused(tokenizer, tmp_path: Path):
+    config = model_of(tokenizer, {})
+    weights = jax.tree.map(lambda x: 1e6 * x, weights_of(config))
+    with pytest.raises(InputError, match=r"token_embd\.weight has values too large for f16; take bf16"):
+        write(tmp_path / "model.gguf", config, weights, tokenizer, "f16")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_package_is_named(tokenizer, tmp_path: Path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(InputError, match=r"pip install -e '\.\[gguf\]'"):
+        write_gguf(tmp_path / "model.gguf", model_of(tokenizer, {}), CONTEXT, never, tokenizer)
+
+
+def test_components_that_turn_together_stand_side_by_side():
+    rows = np.arange(2 * 6)[:, None] * np.ones((1, 3))
+    assert interleaved(rows, 2)[:, 0].tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]

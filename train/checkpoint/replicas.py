@@ -1,0 +1,84 @@
+"""Replicas: what several devices each have a copy of must be the same, bit for bit.
+
+A device that computes wrongly now and then shows in nothing else (Llama 3, Dubey et al. 2024, tell of such errors).
+"""
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Hashable
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from data.errors import Fault
+from model.sharding import as_tuple
+from model.trees import flattened
+from train.checkpoint.checksum import checksums
+from train.checkpoint.trees import plain
+from train.step.state import State
+
+
+def check_replicas(state: State) -> None:
+    """Compare a checksum of each device's part of each array with those of its copies; all processes call it together.
+
+    Raises:
+        Fault: they differ; it names the array and the devices.
+    """
+    arrays = {name: x for name, x in flattened(plain(state)).items() if _axes_of_copies(x)}
+    if not arrays:
+        return
+    shardings = [cast(NamedSharding, x.sharding) for x in arrays.values()]
+    mesh = cast(Mesh, shardings[0].mesh)
+    sums = _device_checksums(mesh, tuple(sharding.spec for sharding in shardings))(tuple(arrays.values()))
+    sums = np.asarray(multihost_utils.process_allgather(sums, tiled=True))
+    for (name, x), of_devices in zip(arrays.items(), sums, strict=True):
+        axes = [mesh.axis_names.index(axis) for axis in _axes_of_copies(x)]
+        shape, last = (-1, math.prod(mesh.devices.shape[axis] for axis in axes)), range(-len(axes), 0)
+        found = np.moveaxis(of_devices, axes, last).reshape(shape)
+        devices = np.moveaxis(mesh.devices, axes, last).reshape(shape)
+        if wrong := [device for row, group in zip(found, devices, strict=True) for device in _outliers(row, group)]:
+            who = ", ".join(f"device {device.id} of process {device.process_index}" for device in wrong)
+            raise Fault(
+                f"copies of {name} differ between devices; those of {who} are not as most are. The state is not saved: "
+                "the next start goes on from the last save. If it happens again, take that machine out"
+            )
+
+
+@jax.jit
+def is_finite(state: State) -> jax.Array:
+    """Whether every number of a state is one."""
+    floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))
+
+
+def _axes_of_copies(x: jax.Array) -> list[str]:
+    """The mesh axes, of size above 1, along which each device has the same part of an array."""
+    sharding = cast(NamedSharding, x.sharding)
+    used = {name for part in sharding.spec for name in as_tuple(part)}
+    return [axis for axis, size in sharding.mesh.shape.items() if size > 1 and axis not in used]
+
+
+def _outliers(sums: np.ndarray, devices: np.ndarray) -> list[Any]:
+    """The devices whose sum is not the most frequent one; of two that differ both."""
+    counts = Counter(sums.tolist()).most_common()
+    if len(counts) == 1:
+        return []
+    agreed = counts[0][0] if counts[0][1] > counts[1][1] else None
+    return [device for device, found in zip(devices, sums.tolist(), strict=True) if found != agreed]
+
+
+@functools.cache
+def _device_checksums(mesh: Mesh, specs: tuple[Hashable, ...]) -> Any:
+    """The compiled function: arrays with these specs → uint32 [arrays, *mesh], of each device's own part."""
+
+    def of_device(parts: tuple[jax.Array, ...]) -> jax.Array:
+        found = jnp.stack([checksums(part) for part in parts])
+        return found.reshape(-1, *(1,) * len(mesh.axis_names))
+
+    everywhere = PartitionSpec(None, *mesh.axis_names)
+    return jax.jit(jax.shard_map(of_device, mesh=mesh, in_specs=(specs,), out_specs=everywhere, check_vma=False))

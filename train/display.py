@@ -1,0 +1,141 @@
+"""The live line and the log lines of a run."""
+
+import collections
+import sys
+import time
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from data.mixture import Mixture, Source, field_of
+from model.kernels import choose
+from model.parameters import count_parameters
+from train.data_identity import Prepared
+from train.devices.rules import training_layout
+from train.run.goodput import duration
+from train.step.schedule import batch_size
+from train.weights.huggingface import why_no_export
+
+
+class Rate:
+    """Tokens a second and waiting for data, over the last finished steps."""
+
+    def __init__(self, window: int = 10):
+        self._ends: collections.deque[tuple[float, float]] = collections.deque(maxlen=window + 1)
+
+    def start(self) -> None:
+        """Forget what was before: a pause (evaluation, a save) is no step time."""
+        self._ends.clear()
+        self._ends.append((time.perf_counter(), 0.0))
+
+    def finished(self, tokens: float) -> None:
+        """A step over so many tokens has just finished."""
+        self._ends.append((time.perf_counter(), tokens))
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over the window."""
+        return sum(tokens for _, tokens in list(self._ends)[1:]) / max(self._ends[-1][0] - self._ends[0][0], 1e-9)
+
+    def seconds(self, tokens: float) -> float:
+        """What so many more tokens will take."""
+        return tokens / max(self.tokens_per_second, 1e-9)
+
+
+class Display:
+    """How a run looks while it goes: one live line on a terminal, a plain line every few steps in a log.
+
+    Args:
+        num_steps: of the run.
+        every: steps between plain lines.
+        quiet: show nothing (all processes but the first).
+    """
+
+    def __init__(self, num_steps: int, every: int, quiet: bool):
+        self.num_steps, self.every, self.quiet = num_steps, every, quiet
+        self._console = Console(file=sys.stderr)
+        self._live: Live | None = None
+
+    def step(self, record: dict[str, Any], seconds_left: float) -> None:
+        """Show one finished step."""
+        if self.quiet:
+            return
+        step = record["step"]
+        line = (
+            f"step {step}/{self.num_steps}  loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  "
+            f"{record['peak_share']:.0%} of peak  data wait {record['data_wait_seconds']:.2f} s  "
+            f"ETA {duration(seconds_left)}"
+        )
+        if self._console.is_terminal:
+            if self._live is None:
+                self._live = Live(console=self._console, refresh_per_second=4, transient=True)
+                self._live.start()
+            done = 30 * step // self.num_steps
+            self._live.update(Text(f"{'█' * done}{'·' * (30 - done)} {line}", no_wrap=True, overflow="ellipsis"))
+        elif step % self.every == 0 or step in (1, self.num_steps):
+            self.say(line)
+
+    def evaluation(self, record: dict[str, Any]) -> None:
+        """Show what an evaluation found: on held-out text, with a sample, on tasks, or on both."""
+        if "sample" in record:
+            bits, loss = record["validation_bits_per_byte"], record["validation_loss"]
+            self.say(f"step {record['step']}  held-out: {bits:.3f} bits a byte, loss {loss:.4f}; sample:")
+            self.say("\n".join("    " + line for line in record["sample"].splitlines()))
+        for task, values in record.get("tasks", {}).items():
+            found = ", ".join(f"{metric} {value:.4f}" for metric, value in values.items())
+            self.say(f"step {record['step']}  {task}: {found}")
+
+    def say(self, text: str) -> None:
+        """Lines that stay."""
+        if not self.quiet:
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._live:
+            self._live.stop()
+
+
+def opening(prepared: Prepared, step: int, peak: str) -> list[str]:
+    """What will be trained, on what and with what; one line each."""
+    config = prepared.config
+    mesh = " × ".join(f"{axis} {size}" for axis, size in jax.sharding.get_mesh().shape.items() if size > 1)
+    kernel = choose(config.model, training_layout(config.mesh), config.data.segment_length)
+    first, full = (rows * config.data.segment_length for rows in (batch_size(config, 0), config.train.batch_size))
+    tokens = f"{full:,} tokens each"
+    if first < full:
+        tokens += f", the first {config.train.batch_ramp_steps} steps on a ramp from {first:,}"
+    begin = f"goes on from step {step}" if step else "starts"
+    lines = [
+        f"{config.train.run_dir} {begin} of {config.train.num_steps} steps, {tokens}",
+        *(
+            f"{field_of(source.name).removeprefix('data.')}: {source.corpus.describe()}, "
+            f"fingerprint {source.corpus.fingerprint[:12]}{drawn(source, prepared.mixture)}"
+            for source in prepared.mixture.sources
+        ),
+        f"tokenizer: {prepared.tokenizer.vocab_size:,} token ids",
+        f"model: {count_parameters(config.model):,} parameters, {config.model.compute_dtype} compute",
+        f"devices: {jax.device_count()} {jax.devices()[0].device_kind}{mesh and f' as {mesh}'}; "
+        f"processes: {jax.process_count()}",
+        f"attention: {kernel}",
+        f"peak: {peak}",
+    ]
+    if config.train.ema_decay:
+        lines.append(f"evaluated and exported: the moving average of the weights, decay {config.train.ema_decay}")
+    if config.checkpoint.export and (problem := why_no_export(config.model)):
+        lines.append(f"no export at the end: {problem}")
+    return lines
+
+
+def drawn(source: Source, mixture: Mixture) -> str:
+    """How often rows are of a corpus, and how often it is read."""
+    sums = [sum(other.weight(step) for other in mixture.sources) for step, _ in source.weights]
+    shares = [
+        f"{weight / total:.1%} of the rows" + (f" from step {step}" if step else "")
+        for (step, weight), total in zip(source.weights, sums, strict=True)
+    ]
+    epochs = [f"the run ends after {source.config.epochs} epochs of it"] if source.config.epochs else []
+    return "".join(f"; {word}" for word in ([*shares] if len(mixture.sources) > 1 else []) + epochs)

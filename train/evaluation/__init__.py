@@ -1,0 +1,1 @@
+"""Evaluation: held-out documents, tasks of lm-evaluation-harness, continuations, and looks inside the model."""

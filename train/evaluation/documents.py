@@ -1,0 +1,42 @@
+"""The held-out documents of a run."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from data.mixture import Mixture
+from train.run.folder import Text
+
+if TYPE_CHECKING:
+    pass
+
+
+def held_out_of(mixture: Mixture, size: int) -> list[Text]:
+    """The first held-out documents of each corpus, of `size` bytes in all, shared equally."""
+    share = size // len(mixture.sources)
+    return [
+        text
+        for name, documents in mixture.held_out()
+        for text in up_to((Text(document.text, document.prompt, name) for document in documents), share)
+    ]
+
+
+def some_of(held_out: list[Text], size: int) -> list[Text]:
+    """The first of these documents, of `size` bytes in all, shared equally by their corpora."""
+    names = dict.fromkeys(text.corpus for text in held_out)
+    return [
+        text for name in names for text in up_to((text for text in held_out if text.corpus == name), size // len(names))
+    ]
+
+
+def up_to(texts: Iterable[Text], size: int) -> list[Text]:
+    """The first texts, of `size` bytes in all, prompts included; the last is cut where it is longer."""
+    taken: list[Text] = []
+    for text in texts:
+        encoded = text.text.encode()
+        size -= len(text.prompt.encode())
+        if len(encoded) >= size:
+            cut = encoded[: max(size, 0)].decode(errors="ignore")
+            return [*taken, text._replace(text=cut)] if cut else taken
+        taken.append(text)
+        size -= len(encoded)
+    return taken

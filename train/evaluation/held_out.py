@@ -1,0 +1,114 @@
+"""Loss and bits per byte on whole documents, and a sample."""
+
+import gzip
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from data.segmenter import Pairs, make_pairs, segment_documents
+from data.tokenizer.tokenizer import Tokenizer
+from model.generation.sampling import Sampling
+from train.config.config import Config
+from train.devices.mesh import batch_sharding
+from train.devices.rules import training_layout
+from train.devices.xla import compiler_options
+from train.evaluation.continuation import make_generator
+from train.run.folder import Text
+from train.step.step import counted, summed_loss
+
+if TYPE_CHECKING:
+    # The harness is imported where it is used.
+    pass
+from train.evaluation.results import Evaluation
+
+Batch = Mapping[str, jax.Array]
+EvaluationStep = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
+
+
+def make_evaluation_step(config: Config) -> EvaluationStep:
+    """The compiled function (weights, batch) → (summed loss in nats, summed loss weight)."""
+
+    def evaluation_step(weights: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        batch, loss_weight = counted(batch)
+        return summed_loss(config, weights, batch)[1], loss_weight
+
+    return jax.jit(evaluation_step, compiler_options=compiler_options())
+
+
+def evaluate(
+    step: EvaluationStep,
+    weights: Any,
+    texts: Sequence[Text],
+    tokenizer: Tokenizer,
+    config: Config,
+) -> dict[str, Evaluation]:
+    """Evaluate documents, one after the other and cut into segments: each token is predicted from its segment alone.
+
+    Args:
+        step: from `make_evaluation_step`.
+        weights: nested, on the run's mesh.
+        texts: whole documents; every process gives the same ones.
+        tokenizer: of the run.
+        config: batch size, segment length and masking.
+
+    Returns:
+        Of each corpus by its name, figures over all tokens of all its documents, their EOS included.
+    """
+    names = dict.fromkeys(text.corpus for text in texts)
+    return {
+        name: _evaluate(step, weights, [text for text in texts if text.corpus == name], tokenizer, config)
+        for name in names
+    }
+
+
+def _evaluate(
+    step: EvaluationStep, weights: Any, texts: Sequence[Text], tokenizer: Tokenizer, config: Config
+) -> Evaluation:
+    sharding = batch_sharding(jax.sharding.get_mesh(), training_layout(config.mesh))
+
+    def pairs(text: Text) -> Pairs:
+        prompt = tokenizer.encode(text.prompt)
+        tokens = np.concatenate([prompt, tokenizer.encode(text.text)])
+        return make_pairs(tokens, tokenizer.bos_id, tokenizer.eos_id, prompt=len(prompt))
+
+    rows = segment_documents(map(pairs, texts), config.data)
+    batch_size = config.train.batch_size // config.train.accumulation_steps
+    loss = weight = 0.0
+    for batch in batches(rows, batch_size):
+        batch_loss, batch_weight = step(weights, placed(batch, sharding))
+        loss, weight = loss + float(batch_loss), weight + float(batch_weight)
+    size = sum(len(text.text.encode()) for text in texts)
+    return Evaluation(loss / weight, loss / math.log(2) / size, int(weight), size, len(texts))
+
+
+def placed(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> Batch:
+    """Arrays that every process has, on the devices."""
+    return {name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for name, x in batch.items()}
+
+
+def batches(rows: Iterable[dict[str, np.ndarray]], size: int) -> Iterable[dict[str, np.ndarray]]:
+    """Rows [T] stacked `size` at a time [size, T]; the last batch is filled up with rows of no weight."""
+    rows = iter(rows)
+    while group := list(itertools.islice(rows, size)):
+        empty = {name: np.zeros_like(array) for name, array in group[0].items()}
+        group += [empty] * (size - len(group))
+        yield {name: np.stack([row[name] for row in group]) for name in empty}
+
+
+def gzip_bits_per_byte(texts: Sequence[Text]) -> float:
+    """What `gzip -9` needs for the same documents, one by one: the figure to be below."""
+    encoded = [text.text.encode() for text in texts]
+    return 8 * sum(len(gzip.compress(text, 9, mtime=0)) for text in encoded) / sum(map(len, encoded))
+
+
+def sample_text(config: Config, tokenizer: Tokenizer, weights: Any) -> str:
+    """The prompt of `evaluation.prompt`, continued: the 40 most likely tokens at each place, always the same seed."""
+    prompt = tokenizer.begin(config.evaluation.prompt)
+    generator = make_generator(config, weights, tokenizer)
+    pieces = generator([prompt], max_new_tokens=config.evaluation.sample_tokens, sampling=Sampling(top_k=40))
+    return tokenizer.decode([*prompt, *(token for piece in pieces for token in piece.tokens)])

@@ -1,0 +1,102 @@
+"""Looking inside a model: who attends to whom in each head, and which tokens' embeddings lie close together."""
+
+import math
+from collections.abc import Collection, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from data.tokenizer.tokenizer import Tokenizer
+from model.decoder import Decoder
+from train.config.config import Config
+from train.devices.rules import TRAINING
+
+if TYPE_CHECKING:
+    # The harness is imported where it is used.
+    pass
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """What a token stands for; of one that is no text its name."""
+    if token >= tokenizer.vocab_size:
+        return f"<{token}>"
+    return tokenizer.token_bytes(token).decode(errors="replace") or tokenizer.pieces[token]
+
+
+def attention_of(config: Config, weights: Any, tokens: Sequence[int]) -> np.ndarray:
+    """The attention of each layer and head over one row of tokens, float32 [L, H, T, T]: query, then key.
+
+    Args:
+        config: of the model.
+        weights: nested, on the ambient mesh.
+        tokens: ids, a segment at most.
+    """
+
+    @jax.jit
+    def weights_of(weights: Any, tokens_BT: jax.Array) -> jax.Array:
+        positions_BT = jnp.arange(tokens_BT.shape[1])[None]
+        decoder = Decoder(config.model, weights, TRAINING)
+        return decoder.attention_weights(tokens_BT, positions_BT, jnp.ones_like(tokens_BT))[:, 0]
+
+    return np.asarray(weights_of(weights, np.array([tokens], np.int32)))
+
+
+def nearest_tokens(
+    table_VD: np.ndarray, query_D: np.ndarray, leave_out: Collection[int], top: int
+) -> list[tuple[int, float]]:
+    """(token, cosine) of the rows that point the same way as a vector, nearest first.
+
+    Args:
+        table_VD: the embedding of each token.
+        query_D: not zero.
+        leave_out: tokens that are no answer.
+        top: how many are wanted.
+    """
+    lengths_V = np.linalg.norm(table_VD, axis=1) * np.linalg.norm(query_D)
+    cosine_V = table_VD @ query_D / np.maximum(lengths_V, np.finfo(np.float32).tiny)
+    order = np.argsort(-cosine_V, kind="stable")
+    return [(int(v), float(cosine_V[v])) for v in order if int(v) not in leave_out][:top]
+
+
+def inspect_positions(
+    config: Config, weights: Any, tokenizer: Tokenizer, tokens: np.ndarray, best: int
+) -> list[dict[str, Any]]:
+    """What one pass over the beginning of a document predicts at each position.
+
+    Args:
+        config: of the model.
+        weights: nested, on the ambient mesh.
+        tokenizer: of the model.
+        tokens: int32 [n], fewer than a segment.
+        best: how many predictions are wanted.
+
+    Returns:
+        n + 1 rows: "position" from 0, "input" and "target" (texts), "loss" in nats, and the "best" predictions, each
+        with "token" and "probability". The first input is what stands before a text; the last row has no target.
+    """
+    inputs = np.array([tokenizer.bos_id, *tokens], np.int32)
+
+    @jax.jit
+    def log_probabilities(weights: Any, tokens_BT: jax.Array) -> jax.Array:
+        decoder = Decoder(config.model, weights, TRAINING)
+        positions_BT = jnp.arange(tokens_BT.shape[1])[None]
+        x_BTD = decoder(tokens_BT, positions_BT, jnp.ones_like(tokens_BT))
+        return jax.nn.log_softmax(decoder.logits(x_BTD))[0]
+
+    log_p_TV = np.asarray(log_probabilities(weights, inputs[None]))
+    order_TV = np.argsort(-log_p_TV, axis=1)[:, :best]
+
+    text = partial(token_text, tokenizer)
+    return [
+        {
+            "position": t,
+            "input": text(int(inputs[t])),
+            "target": text(int(tokens[t])) if t < len(tokens) else None,
+            "loss": -float(log_p_TV[t, tokens[t]]) if t < len(tokens) else None,
+            "best": [{"token": text(int(v)), "probability": math.exp(log_p_TV[t, v])} for v in order_TV[t]],
+        }
+        for t in range(len(inputs))
+    ]

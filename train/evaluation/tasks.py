@@ -1,0 +1,30 @@
+"""Opens tasks of lm-evaluation-harness, which is imported only then."""
+
+import importlib.util
+from typing import TYPE_CHECKING
+
+from data.errors import InputError
+from train.config.run_config import EvaluationConfig
+
+if TYPE_CHECKING:
+    # The harness is imported where it is used.
+    from train.evaluation.harness import Tasks
+
+
+def open_tasks(
+    names: str, folder: str | None, limit: int | None, num_fewshot: int | None = None, asked: str = "evaluation.tasks"
+) -> "Tasks":
+    """Tasks by their names, as in a,b; see `harness.Tasks`. InputError also where the harness is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise InputError(f"{asked} needs the package lm-eval: pip install -e '.[tasks]'")
+    given = [name for part in names.split(",") if (name := part.strip())]
+    if not given:
+        raise InputError(f"{asked} is empty; name a task, as in {asked}=hellaswag")
+    from train.evaluation.harness import Tasks
+
+    return Tasks(given, folder, limit, num_fewshot, asked)
+
+
+def run_tasks(config: EvaluationConfig) -> "Tasks | None":
+    """The tasks that a run is evaluated on, if any. InputError as of `open_tasks`."""
+    return None if config.tasks is None else open_tasks(config.tasks, config.task_dir, config.task_limit)

@@ -1,0 +1,81 @@
+"""What a run says of itself: metrics.jsonl, the live display, and the share of the hardware's peak.
+
+Model FLOPs of a token are 6 × the matrix parameters that it meets (the tied embedding counts once, as unembedding)
++ 12 × L × H × C × the keys that a position sees on average (T/2, or less with a sliding window): forward and backward,
+nothing for what is recomputed (PaLM, Chowdhery et al. 2022, appendix B, halved for causality).
+"""
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from train.run.storage import writing
+from train.run.trackers import Writer
+
+log = logging.getLogger("ziggurat")
+
+
+class StepLog:
+    """A file with at most one line a step, written by process 0 alone. After a restart no step stands there twice.
+
+    Args:
+        path: of the file.
+        step: the restored step; lines of later ones, and a torn last line, are dropped.
+        writers: where the numbers also go.
+    """
+
+    def __init__(self, path: Path, step: int, writers: Sequence[Writer] = ()):
+        self._path = path
+        kept = [line for line, record in read_steps(path) if record["step"] <= step]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(kept))
+        partial.replace(path)
+        self._file = path.open("a")
+        self._writers = writers
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One step's line."""
+        with writing("a line", self._path):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        for writer in self._writers:
+            numbers = {name: value for name, value in record.items() if name not in ("step", "time")}
+            writer.write(record["step"], dict(scalars(numbers)))
+
+    def close(self) -> None:
+        """Everything to disk. Where it has no room that is only said: something else may have ended the run."""
+        try:
+            os.fsync(self._file.fileno())
+            self._file.close()
+        except OSError as error:
+            log.warning("%s: not every line is on disk: %s", self._path, error.strerror)
+        for writer in self._writers:
+            writer.close()
+
+
+def scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers in a record by their paths: {"a": {"b": [1, 2]}} gives "a/b/0" and "a/b/1", as of layers."""
+    for name, value in record.items():
+        if isinstance(value, list):
+            value = {str(i): x for i, x in enumerate(value)}
+        if isinstance(value, Mapping):
+            yield from scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float):
+            yield prefix + name, value
+
+
+def read_steps(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The complete (line, record) pairs of a `StepLog`, up to the first that is torn; none where there is no file."""
+    records = []
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if not line.endswith("\n"):
+            break
+        records.append((line, record))
+    return records

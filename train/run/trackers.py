@@ -1,0 +1,109 @@
+"""Where the numbers of a run's steps also go, where it is asked for: TensorBoard, Weights & Biases."""
+
+import hashlib
+import importlib.util
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from data.errors import InputError
+from train.config.config import Config, to_dict
+from train.run.events import read_events
+from train.run.folder import Run
+
+log = logging.getLogger("ziggurat")
+# Field of `train` → its package, which is also named as an extra.
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+
+
+class Writer(Protocol):
+    """Somewhere that keeps numbers by step and name."""
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Those of one step."""
+
+    def close(self) -> None:
+        """Nothing more is coming."""
+
+
+class TensorBoard:
+    """A folder that TensorBoard shows, from the step after `step` on."""
+
+    def __init__(self, folder: Path, step: int):
+        from tensorboardX import SummaryWriter
+
+        self._board = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """See `Writer`."""
+        for name, value in numbers.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """See `Writer`."""
+        self._board.close()
+
+
+class WeightsAndBiases:
+    """A run of Weights & Biases, new or gone on with. A step that it has already is not written again.
+
+    Args:
+        project: where it is shown.
+        run: the folder of the run.
+        config: all settings, shown beside it.
+
+    Raises:
+        InputError: nobody is logged in.
+    """
+
+    def __init__(self, project: str, run: Run, config: Config):
+        import wandb
+
+        # Standard output and error stay the run's own.
+        settings = wandb.Settings(console="off", silent=True)
+        try:
+            self._run = wandb.init(
+                project=project, name=run.folder.name, id=run_id(run), resume="allow", dir=str(run.folder),
+                config=to_dict(config), settings=settings,
+            )  # fmt: skip
+        except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
+            raise InputError(
+                f"train.wandb = {project}: {error} Or set WANDB_MODE=offline, or leave the field at none"
+            ) from None
+        if not self._run.offline:
+            log.info("Weights & Biases: %s", self._run.url)
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """See `Writer`."""
+        if step >= self._run.step:
+            self._run.log(dict(numbers), step=step)
+
+    def close(self) -> None:
+        """See `Writer`."""
+        self._run.finish()
+
+
+def run_id(run: Run) -> str:
+    """The same over all starts of a run, and another for each run: from its first start, wherever its folder is."""
+    first = next(event for event in read_events(run.events) if event["event"] == "start")
+    return hashlib.sha256(f"{first['time']} {first['host']} {first['pid']}".encode()).hexdigest()[:12]
+
+
+def missing_packages(config: Config) -> list[str]:
+    """One line for each writer that is asked for and whose package is not installed."""
+    return [
+        f"train.{name} needs the package {package}: pip install -e '.[{name}]'"
+        for name, package in PACKAGES.items()
+        if getattr(config.train, name) and importlib.util.find_spec(package) is None
+    ]
+
+
+def open_writers(config: Config, run: Run, step: int) -> list[Writer]:
+    """Those that the config asks for, to go on after `step`; the run has written its first event."""
+    found: list[Writer] = []
+    if config.train.tensorboard:
+        found.append(TensorBoard(run.folder / "tensorboard", step))
+    if config.train.wandb:
+        found.append(WeightsAndBiases(config.train.wandb, run, config))
+    return found

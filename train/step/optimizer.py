@@ -1,0 +1,78 @@
+"""What turns a gradient into an update of the weights."""
+
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from model.parameters import parameter_table
+from model.trees import flattened, nested
+from train.config.config import Config
+from train.step.adafactor import scale_by_adafactor
+from train.step.muon import orthogonalize
+from train.step.schedule import learning_rate
+from train.step.state import Weights
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """The optimizer of `optimizer.name`, after clipping by the global norm; decay by the parameter table.
+
+    - adamw: Loshchilov and Hutter 2019, arXiv:1711.05101.
+    - lion: Chen et al. 2023, arXiv:2302.06675.
+    - adafactor: Shazeer and Stern 2018, arXiv:1804.04235, algorithm 4, with the schedule as its relative step size.
+    - muon: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon, for matrices, at the size of AdamW's updates
+      (Liu et al. 2025, arXiv:2502.16982), and AdamW for all others.
+
+    Its state is a dictionary by these names, so that a checkpoint does not depend on the order of the chain. What it
+    remembers of gradients is stored in `optimizer.moment_dtype`, and float32 while it is used.
+    """
+    c, table = config.optimizer, parameter_table(config.model)
+    matrices = [name for name, p in table.items() if p.role == "matrix"]
+    others = [name for name in table if name not in matrices]
+    adam = optax.scale_by_adam(c.beta1, c.beta2, c.epsilon)
+    rules = {
+        "adamw": {"adam": adam},
+        "lion": {"lion": optax.scale_by_lion(c.beta1, c.beta2)},
+        "adafactor": {"adafactor": scale_by_adafactor(table)},
+        "muon": {
+            "momentum": only(matrices, optax.trace(c.muon_momentum, nesterov=True)),
+            "orthogonal": only(matrices, orthogonalize(table, jnp.dtype(config.model.compute_dtype))),
+            "adam": only(others, adam),
+        },
+    }
+    dtype = jnp.dtype(c.moment_dtype)
+    decays = nested({name: p.decay for name, p in table.items()})
+    return optax.named_chain(
+        ("clip", optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity()),
+        *((name, stored_in(dtype, rule)) for name, rule in rules[c.name].items()),
+        ("decay", optax.add_decayed_weights(c.weight_decay, mask=decays)),
+        ("schedule", optax.scale_by_learning_rate(learning_rate(config))),
+    )
+
+
+def only(names: Collection[str], inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner` for the parameters of these names, with a state of them alone; the others pass as they are."""
+
+    def chosen(tree: Weights) -> Weights:
+        return nested({name: x for name, x in flattened(tree).items() if name in names})
+
+    def update(gradients: Weights, state: Any, weights: Weights) -> tuple[Weights, Any]:
+        updates, state = inner.update(chosen(gradients), state, chosen(weights))
+        return nested(flattened(gradients) | flattened(updates)), state
+
+    return optax.GradientTransformation(lambda weights: inner.init(chosen(weights)), update)
+
+
+def stored_in(dtype: jnp.dtype, inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner` with the floating-point arrays of its state in `dtype` between updates, and float32 within."""
+
+    def cast(state: Any, to: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+
+    def update(gradients: Weights, state: Any, weights: Weights) -> tuple[Weights, Any]:
+        updates, state = inner.update(gradients, cast(state, jnp.float32), weights)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(lambda weights: cast(inner.init(weights), dtype), update)

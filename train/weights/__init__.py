@@ -1,0 +1,1 @@
+"""Weights in and out: loading runs and exports, safetensors, GGUF, the model card, and import."""

@@ -1,0 +1,166 @@
+"""Weights as one file for llama.cpp: GGUF, in the dtypes that its programs read."""
+
+import importlib
+import logging
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.errors import InputError, StorageError
+from data.tokenizer.to_gguf import gguf_metadata
+from data.tokenizer.tokenizer import Tokenizer
+from model import interchange
+from model.config import ModelConfig
+from model.interchange import gguf as layout
+from model.interchange.tensors import Reader
+from train.run.storage import check_room
+
+log = logging.getLogger("ziggurat")
+DTYPES = ("f32", "f16", "bf16", "q8_0")
+MAGIC = b"GGUF"
+# Values of a row that q8_0 gives one scale.
+BLOCK = 32
+
+
+def check_gguf_file(file: Path) -> None:
+    """InputError where a GGUF file there would overwrite what is none, or cannot be written for want of a package."""
+    if file.is_dir():
+        raise InputError(f"{file} is a folder; name a file for the export")
+    if file.exists():
+        with file.open("rb") as there:
+            if there.read(len(MAGIC)) != MAGIC:
+                raise InputError(f"{file} is something else than a GGUF file; name a new file")
+    above = next(path for path in file.absolute().parents if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"{file}: {above} is no folder that can be written to; name another file")
+    _library()
+
+
+def write_gguf(
+    file: Path, config: ModelConfig, context: int, read: Reader, tokenizer: Tokenizer, dtype: str = "f32"
+) -> None:
+    """Write a model with its tokenizer; the file appears whole or not at all. One tensor is in memory at a time.
+
+    Vectors and tables of positions stay float32, as llama.cpp's own converter has them. In q8_0 (8 bits a value, and a
+    scale for 32 of them) a matrix whose rows don't divide by 32 is f16.
+
+    Args:
+        file: an earlier GGUF file there is replaced, anything else refused.
+        config: of the model, resolved.
+        context: the positions that the model was trained on at once.
+        read: gives its parameters.
+        tokenizer: of the model.
+        dtype: one of `DTYPES`.
+
+    Raises:
+        InputError: the file is something else, llama.cpp computes no such model or finds other tokens, or a value is
+            too large for the dtype.
+        StorageError: the disk has not enough room.
+    """
+    check_gguf_file(file)
+    library = _library()
+    settings, tokens = _settings(config, context, tokenizer)
+    architecture = settings.pop("architecture")
+    types = library.GGMLQuantizationType
+    shapes = layout.shapes(config, interchange.shapes_of_theirs(config, context))
+    kinds = {name: types[_dtype(name, shape, dtype)] for name, shape in shapes.items()}
+    blocks = {name: library.GGML_QUANT_SIZES[kind] for name, kind in kinds.items()}
+    sizes = {name: math.prod(shape) // blocks[name][0] * blocks[name][1] for name, shape in shapes.items()}
+    if others := [name for name, kind in kinds.items() if dtype == "q8_0" and kind == types.F16]:
+        log.warning("%d matrices have rows that do not divide by %d; they are f16", len(others), BLOCK)
+
+    file = file.resolve()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    check_room(file.parent, sum(sizes.values()))
+    partial = file.with_name(f".{file.name}.ziggurat-partial")
+    writer = library.GGUFWriter(partial, architecture.name)
+    try:
+        _add(writer, {"general.type": "model", "general.name": file.stem, "general.file_type": FILE_TYPES[dtype]})
+        _add(writer, {"general.quantization_version": library.GGML_QUANT_VERSION})
+        _add(writer, {f"{architecture.name}.{name}": value for name, value in settings.items()})
+        _add(writer, {f"tokenizer.ggml.{name}": value for name, value in tokens.items()})
+        for name, shape in shapes.items():
+            writer.add_tensor_info(name, shape, np.dtype(np.float32), sizes[name], kinds[name])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        theirs = interchange.to_theirs(config, context, read)
+        for name, array in layout.tensors(config, architecture, theirs):
+            assert array.shape == shapes[name], name
+            if kinds[name] == types.F16 and np.abs(array).max() > np.finfo(np.float16).max:
+                raise InputError(f"these weights cannot be exported: {name} has values too large for f16; take bf16")
+            writer.write_tensor_data(library.quants.quantize(array, kinds[name]))
+        writer.close()
+        partial.rename(file)
+    except OSError as error:
+        if error.strerror:
+            raise
+        # NumPy's, which names no cause.
+        raise StorageError(f"{file} cannot be written: {error}") from None
+    finally:
+        writer.close()
+        partial.unlink(missing_ok=True)
+
+
+def why_no_gguf(config: ModelConfig, context: int) -> str | None:
+    """What in this model llama.cpp does not compute; none where it can be written."""
+    try:
+        layout.architecture_of(config, interchange.family_of(config).kind, context)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+# llama.cpp's numbers of what most of a file is.
+FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
+
+
+def _settings(config: ModelConfig, context: int, tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the file says of the model, its architecture among it, and of the tokenizer."""
+    if problem := why_no_gguf(config, context):
+        raise InputError(f"these weights cannot be exported: {problem}")
+    assert config.vocab_size is not None
+    if tokenizer.vocab_size > config.vocab_size:
+        raise InputError(
+            f"the tokenizer of {tokenizer.folder} has {tokenizer.vocab_size} ids, the model {config.vocab_size}; take "
+            "the model's own"
+        )
+    family = interchange.family_of(config)
+    architecture = layout.architecture_of(config, family.kind, context)
+    wide = family.widened(config, context)
+    found = layout.metadata(config, architecture, wide.max_positions or context)
+    return found | {"architecture": architecture}, gguf_metadata(tokenizer, config.vocab_size)
+
+
+def _dtype(name: str, shape: tuple[int, ...], dtype: str) -> str:
+    """That of one tensor, as the library names it."""
+    if len(shape) == 1 or name in layout.PRECISE:
+        return "F32"
+    return "F16" if dtype == "q8_0" and shape[-1] % BLOCK else dtype.upper()
+
+
+def _add(writer: Any, values: Mapping[str, Any]) -> None:
+    """Add settings in the types that llama.cpp reads."""
+    for name, value in values.items():
+        match value:
+            case bool():
+                writer.add_bool(name, value)
+            case int():
+                writer.add_uint32(name, value)
+            case float():
+                writer.add_float32(name, value)
+            case str():
+                writer.add_string(name, value)
+            case _:
+                writer.add_array(name, value)
+
+
+def _library() -> Any:
+    try:
+        return importlib.import_module("gguf")
+    except ModuleNotFoundError:
+        raise InputError("a package is missing that writes GGUF: pip install -e '.[gguf]'") from None

@@ -1,0 +1,61 @@
+"""Weights from elsewhere as a run whose only checkpoint is that of step 0: weights alone."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import jax
+
+from data.config import DataConfig
+from data.errors import InputError
+from data.tokenizer.folder import copy_tokenizer
+from model.config import ModelConfig
+from train.checkpoint.checkpoint import Checkpoints
+from train.config.config import CheckpointConfig, Config
+from train.config.run_config import TrainConfig
+from train.devices.mesh import on_one_device
+from train.run.folder import Run
+from train.weights.huggingface import Weights, in_memory, open_huggingface
+
+
+def import_weights(folder: Path, to: Path) -> Run:
+    """Make a run of a folder of weights; it appears whole or not at all. All weights are in memory at once.
+
+    Raises:
+        InputError: the folder cannot be read (see `open_huggingface`), or there is something at `to`.
+    """
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise InputError(f"--to={to} is there already; name a new folder")
+    if not folder.is_dir():
+        raise InputError(f"{folder}: there is no such folder; give one with config.json and safetensors")
+    weights = open_huggingface(folder)
+    if weights.tokenizer.vocab_size > (weights.config.vocab_size or 0):
+        raise InputError(
+            f"{folder}: the tokenizer has {weights.tokenizer.vocab_size} ids, the model {weights.config.vocab_size}; "
+            "give the model's own"
+        )
+    to = to.resolve()
+    partial = to.with_name(f".{to.name}.ziggurat-partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _write(weights, Run(partial), to)
+        if to.exists():
+            to.rmdir()
+        partial.rename(to)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Run(to)
+
+
+def _write(weights: Weights, run: Run, to: Path) -> None:
+    # Training computes as it does by default; evaluation and generation say float32 themselves.
+    model = dataclasses.replace(weights.config, compute_dtype=ModelConfig.compute_dtype)
+    data, train = DataConfig(segment_length=weights.context), TrainConfig(run_dir=str(to))
+    run.save_config(Config(model=model, data=data, train=train))
+    copy_tokenizer(weights.tokenizer, run.tokenizer)
+    with jax.set_mesh(on_one_device()):
+        checkpoints = Checkpoints(run.checkpoints, CheckpointConfig())
+        arrays = jax.tree.map(jax.numpy.asarray, in_memory(weights))
+        checkpoints.save({"step": 0, "weights": arrays}, {})
+        checkpoints.wait()
+        checkpoints.close()

@@ -1,0 +1,86 @@
+"""The README.md of exported weights: what they are, what they were trained on, what they score, how they are opened."""
+
+from importlib.metadata import version
+from typing import Any
+
+from model import interchange
+from model.parameters import count_parameters
+from train.run.events import read_events
+from train.run.folder import Run
+from train.run.step_log import read_steps
+from train.step.schedule import batch_size
+from train.weights.huggingface import Weights
+
+
+def model_card(weights: Weights, run: Run | None = None) -> str:
+    """The text, in Hugging Face's format.
+
+    Args:
+        weights: what the card is of.
+        run: that has trained them; none: they were converted, and no more is known.
+    """
+    facts = {"parameters": f"{count_parameters(weights.config):,}", **_model(weights)}
+    if run is not None and weights.step:
+        facts |= _training(run, weights.step)
+    facts["written by"] = f"Ziggurat {version('ziggurat')}"
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    architecture = interchange.family_of(weights.config).architecture
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [ziggurat]
+---
+# {run.folder.resolve().name if run else architecture}
+
+A decoder-only language model, in the layout of Transformers' `{architecture}`. No license is stated here: whoever
+publishes it adds one.
+
+| | |
+| --- | --- |
+{rows}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("this/folder")
+tokenizer = AutoTokenizer.from_pretrained("this/folder")
+```
+"""
+
+
+def _model(weights: Weights) -> dict[str, str]:
+    config = weights.config
+    heads = f"{config.num_heads} heads of {config.head_dim}"
+    if config.num_kv_heads != config.num_heads:
+        heads += f" on {config.num_kv_heads} of keys and values"
+    inner = f"feed-forward {config.feedforward_dim}"
+    gated = "gated " if config.gated else ""
+    tied = ", tied" if config.tie_embeddings else ""
+    return {
+        "size": f"{config.num_layers} layers of width {config.model_dim}, {heads}, {inner}",
+        "choices": f"{config.position} positions, {config.norm} ({config.norm_placement}), {gated}{config.activation}",
+        "vocabulary": f"{config.vocab_size:,}{tied}",
+        "context": f"{weights.context:,} tokens",
+    }
+
+
+def _training(run: Run, step: int) -> dict[str, Any]:
+    """What the run's own files say."""
+    config = run.load_config()
+    starts = [event for event in read_events(run.events) if event["event"] == "start"]
+    tokens = sum(batch_size(config, s) for s in range(step)) * config.data.segment_length
+    records = [record for _, record in read_steps(run.metrics) if record["step"] == step]
+    corpus = config.data.corpus
+    facts = {
+        "training": f"{step:,} steps, {tokens:,} tokens, padding included",
+        "corpus": ", ".join(corpus) if isinstance(corpus, dict) else corpus,
+        "fingerprint of the data": starts[-1]["data"][:12] if starts else "not known",
+        "optimizer": f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate}",
+    }
+    if origin := config.train.init_from:
+        facts["begun with"] = f"{origin} ({config.train.init_with})"
+    for record in records:
+        if "validation_loss" in record:
+            bits, loss = record["validation_bits_per_byte"], record["validation_loss"]
+            facts["held-out text"] = f"{bits:.4f} bits a byte, loss {loss:.4f} nats a token"
+    return facts
