@@ -70,7 +70,7 @@ def digest(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest())
 
 
-def draw(text: str) -> float:
+def unit_hash(text: str) -> float:
     """A number in [0, 1) that a text determines, which says whether it is held out: `digest("held out", text) / 2**64`.
 
     Written out, since it is done for each document: making JSON of a tuple takes longer than all the rest.
@@ -102,7 +102,7 @@ class Corpus:
         self._ends = [file.size for file in files]
         texts = [number for number, file in enumerate(files) if self._is_one_document(file) and file.size]
         if config.validation_fraction and len(texts) >= MANY_FILES:
-            smallest = min(texts, key=lambda number: draw(files[number].name))
+            smallest = min(texts, key=lambda number: unit_hash(files[number].name))
             for number in texts:
                 if number == smallest or self._is_held_out(files[number].name):
                     self._ends[number] = 0
@@ -144,7 +144,7 @@ class Corpus:
         return begin if begin < file.size else text.next_character(file, wanted, file.size)
 
     def _is_held_out(self, key: str) -> bool:
-        return draw(key) < self._config.validation_fraction
+        return unit_hash(key) < self._config.validation_fraction
 
     @cached_property
     def fingerprint(self) -> str:

@@ -20,14 +20,14 @@ from data.config import OWN_FIELDS, DataConfig, stages, weight_at
 from data.corpus import Corpus, Document, open_corpus
 from data.errors import InputError
 from data.segmenter import Part
-from data.stream import Position, Stream, Tokenize, open_readers
+from data.stream import Stream, StreamPosition, Tokenize, open_readers
 
 # Credits are whole numbers, the same on every machine: a row costs so many.
 ROW = 2**32
 # Rows of the sequence at whose places the streams begin, at most.
 STAGGER = 2**16
 # Numbers of a corpus's position in a stream.
-NUMBERS = len(Position._fields) + 1
+NUMBERS = len(StreamPosition._fields) + 1
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class MixedStream:
         found = next(self._streams[k], None)
         if found is None:
             self.ended[k] = True
-            self._positions[k] = Position(epoch=self._mixture.sources[k].config.epochs or 0)
+            self._positions[k] = StreamPosition(epoch=self._mixture.sources[k].config.epochs or 0)
             return k, []
         parts, self._positions[k] = found
         return k, parts
@@ -192,7 +192,7 @@ def open_streams(
     """The streams with these numbers, from positions [V, K, `NUMBERS`] on."""
     by_source = []
     for k, source in enumerate(mixture.sources):
-        starts = {v: Position(*positions[v, k, :-1].tolist()) for v in streams}
+        starts = {v: StreamPosition(*positions[v, k, :-1].tolist()) for v in streams}
         readers = open_readers(source.corpus, source.config, seed, starts)
         by_source.append(
             {v: Stream(readers[v], tokenize, bos_id, eos_id, source.config, v, starts[v]) for v in streams}

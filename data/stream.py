@@ -40,7 +40,7 @@ class Start(NamedTuple):
     place: int = 0
 
 
-class Position(NamedTuple):
+class StreamPosition(NamedTuple):
     """Where a stream's next row begins.
 
     Attributes:
@@ -61,7 +61,7 @@ class Position(NamedTuple):
         return Start(*self[:3])
 
 
-BEGINNING = Position()
+BEGINNING = StreamPosition()
 
 
 class Window(NamedTuple):
@@ -142,7 +142,7 @@ class Reader:
 
 
 def open_readers(
-    corpus: Corpus, config: DataConfig, seed: int, positions: Mapping[int, Position]
+    corpus: Corpus, config: DataConfig, seed: int, positions: Mapping[int, StreamPosition]
 ) -> Mapping[int, Reader]:
     """What each stream reads, by the positions at which they begin: its own reader, or one for all."""
     starts = {v: position.start for v, position in positions.items()}
@@ -175,16 +175,16 @@ class Stream:
         eos_id: int,
         config: DataConfig,
         stream: int,
-        position: Position = BEGINNING,
+        position: StreamPosition = BEGINNING,
     ):
         self._reader, self._tokenize, self._bos_id, self._eos_id = reader, tokenize, bos_id, eos_id
         self._config, self._stream = config, stream
         self._rows = (self._packed if config.segmentation == "pack" else self._concatenated)(position)
 
-    def __iter__(self) -> Iterator[tuple[list[Part], Position]]:
+    def __iter__(self) -> Iterator[tuple[list[Part], StreamPosition]]:
         return self
 
-    def __next__(self) -> tuple[list[Part], Position]:
+    def __next__(self) -> tuple[list[Part], StreamPosition]:
         return next(self._rows)
 
     def _windows(self, start: Start) -> Iterator[tuple[Start, Window]]:
@@ -213,24 +213,24 @@ class Stream:
             yield make_pairs(ids, self._bos_id, self._eos_id, document.ends, first, length, document)
             first = 0
 
-    def _concatenated(self, position: Position) -> Iterator[tuple[list[Part], Position]]:
+    def _concatenated(self, position: StreamPosition) -> Iterator[tuple[list[Part], StreamPosition]]:
         at = [position]  # of the newest document; its next pair is what `concatenate` says
 
         def documents() -> Iterator[Pairs]:
             item, pair = position.item, position.pair
             for start, window in self._windows(position.start):
                 for i, pairs in enumerate(self._pairs(window.documents[item:], pair), start=item):
-                    at[0] = Position(*start, i)
+                    at[0] = StreamPosition(*start, i)
                     yield pairs
                 item = pair = 0
 
         for parts, pair in concatenate(documents(), self._config):
             yield parts, at[0]._replace(pair=pair)
 
-    def _packed(self, position: Position) -> Iterator[tuple[list[Part], Position]]:
+    def _packed(self, position: StreamPosition) -> Iterator[tuple[list[Part], StreamPosition]]:
         first = position.item
         for start, window in self._windows(position.start):
             rows = pack(list(self._pairs(window.documents)), self._config)
             for i in range(first, len(rows)):
-                yield rows[i], Position(*start, i + 1)
+                yield rows[i], StreamPosition(*start, i + 1)
             first = 0

@@ -19,7 +19,7 @@ from model.linear import Linear
 from model.norm import RMSNorm
 from model.position import Rotation, rotate
 from model.product import product
-from model.sharding import WHOLE, Layout, join_axis, split_axis
+from model.sharding import UNSHARDED, Layout, join_axis, split_axis
 
 # What a layer tells beside its result: "key" and "value", its new cache.
 Aux = dict[str, jax.Array]
@@ -28,7 +28,7 @@ Cache = dict[str, jax.Array]
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Keys], jax.Array]
 
 
-def causal_mask(segment_ids_BT: jax.Array, window: int | None = None, layout: Layout = WHOLE) -> jax.Array:
+def causal_mask(segment_ids_BT: jax.Array, window: int | None = None, layout: Layout = UNSHARDED) -> jax.Array:
     """Which keys a query sees, bool [B, 1, T, S]: not later ones, of its own document alone, the newest `window`.
 
     Positions are in the order of `layout`, which shares queries, not keys.

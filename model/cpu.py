@@ -12,7 +12,7 @@ from model.product import _einsum
 WRITTEN_OUT = 12
 
 
-def written_out(layer: Any, x: Any, of_layers: Any) -> tuple[Any, Any]:
+def unrolled_scan(layer: Any, x: Any, of_layers: Any) -> tuple[Any, Any]:
     """`jax.lax.scan` as a program that repeats itself.
 
     A scan is one program for any number of layers, but stacks what each leaves for the backward pass: a tenth of a

@@ -11,15 +11,15 @@ from jax.ad_checkpoint import checkpoint_name
 from model.attention import Attend, Attention, Aux, Cache, attend, causal_mask, within
 from model.backend import on_one_cpu
 from model.config import ModelConfig
-from model.cpu import WRITTEN_OUT, turned_product, written_out
+from model.cpu import WRITTEN_OUT, turned_product, unrolled_scan
 from model.dropout import Keys, at, dropout
 from model.embedding import Embedding
 from model.feedforward import FeedForward
 from model.kernels import attention_over
 from model.norm import NORMS
 from model.position import Position, Rotation
-from model.product import in_turn
-from model.sharding import WHOLE, Layout
+from model.product import weight_gradients_first
+from model.sharding import UNSHARDED, Layout
 from model.unembedding import Unembedding, logits, without_padding
 
 _names = jax.checkpoint_policies.save_only_these_names
@@ -77,7 +77,7 @@ class Block(nnx.Module):
         x_BTD = x_BTD + dropout(y_BTD, self.dropout_rate, at(keys_B, 1))
         x_BTD = x_BTD if self.pre else self.attention_norm(x_BTD)
 
-        x_BTD, feedforward = in_turn(x_BTD, self.feedforward)
+        x_BTD, feedforward = weight_gradients_first(x_BTD, self.feedforward)
         y_BTD = feedforward(self.feedforward_norm(x_BTD) if self.pre else x_BTD)
         x_BTD = x_BTD + dropout(y_BTD, self.dropout_rate, at(keys_B, 2))
         return x_BTD if self.pre else self.feedforward_norm(x_BTD), aux
@@ -106,7 +106,7 @@ class Decoder(nnx.Module):
     Building one costs nothing but time to trace, so a training step builds it from the weights that it is given.
     """
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Any], layout: Layout = WHOLE):
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Any], layout: Layout = UNSHARDED):
         self.config = config
         self.layout = layout
         self.embedding = Embedding(config, weights["embedding"], layout)
@@ -209,7 +209,7 @@ class Decoder(nnx.Module):
             layer = jax.checkpoint(layer, policy=remat, prevent_cse=False)
         of_layers = (stacked, jnp.arange(1, self.config.num_layers + 1))
         if on_one_cpu() and self.config.num_layers <= WRITTEN_OUT and not remat:
-            x_BTD, _ = written_out(layer, x_BTD, of_layers)
+            x_BTD, _ = unrolled_scan(layer, x_BTD, of_layers)
         else:
             x_BTD, _ = jax.lax.scan(layer, x_BTD, of_layers)
         return x_BTD if self.norm is None else self.norm(x_BTD)

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from model.config import ModelConfig
-from model.product import in_turn
-from model.sharding import WHOLE, Layout
+from model.product import weight_gradients_first
+from model.sharding import UNSHARDED, Layout
 from model.unembedding import logits
 
 
@@ -37,7 +37,7 @@ def summed_losses(
     targets_BT: jax.Array,
     weights_BT: jax.Array,
     config: ModelConfig,
-    layout: Layout = WHOLE,
+    layout: Layout = UNSHARDED,
 ) -> Losses:
     """The sums over a batch.
 
@@ -50,21 +50,21 @@ def summed_losses(
         config: `loss_chunk` is how many positions' logits one device has at once, at most, but one a row.
         layout: where V is shared, and over which mesh axes the matrix's gradient is summed.
     """
-    x_BTD, matrix_DV = in_turn(x_BTD, matrix_DV)
+    x_BTD, matrix_DV = weight_gradients_first(x_BTD, matrix_DV)
     return _summed_losses(
         x_BTD, layout.gather(matrix_DV, "model", "vocabulary"), targets_BT, weights_BT, config, layout
     )
 
 
 def token_losses(
-    x_BTD: jax.Array, matrix_DV: jax.Array, targets_BT: jax.Array, config: ModelConfig, layout: Layout = WHOLE
+    x_BTD: jax.Array, matrix_DV: jax.Array, targets_BT: jax.Array, config: ModelConfig, layout: Layout = UNSHARDED
 ) -> Losses:
     """At each position; arguments as of `summed_losses`. Not for gradients, which would need all logits."""
     return _in_chunks(x_BTD, layout.gather(matrix_DV, "model", "vocabulary"), (targets_BT,), config, layout)[0]
 
 
 def predictions(
-    x_BTD: jax.Array, matrix_DV: jax.Array, targets_BT: jax.Array, config: ModelConfig, layout: Layout = WHOLE
+    x_BTD: jax.Array, matrix_DV: jax.Array, targets_BT: jax.Array, config: ModelConfig, layout: Layout = UNSHARDED
 ) -> tuple[jax.Array, jax.Array]:
     """(log p(target) in float32 nats, whether the target is the first of the likeliest tokens) at each position [B, T].
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from model.config import VOCABULARY_MULTIPLE, ModelConfig
-from model.sharding import WHOLE, Layout
+from model.sharding import UNSHARDED, Layout
 from model.trees import nested
 
 # Roles whose initial values are not random.
@@ -127,7 +127,7 @@ def count_parameters(config: ModelConfig) -> int:
     return total - padding * sum(config.model_dim for p in table.values() if "vocabulary" in p.axes)
 
 
-def initial_weights(config: ModelConfig, seed: int, layout: Layout = WHOLE) -> dict[str, Any]:
+def initial_weights(config: ModelConfig, seed: int, layout: Layout = UNSHARDED) -> dict[str, Any]:
     """Fresh float32 weights, each made in place in its shards; the same bits on every mesh.
 
     Values are uniform within ±√3 deviations. A parameter's key depends on the seed and its name alone, so adding one

@@ -61,7 +61,7 @@ product.defvjp(_forward, _backward)
 
 
 @jax.custom_vjp
-def in_turn(x: jax.Array, weights: Any) -> tuple[jax.Array, Any]:
+def weight_gradients_first(x: jax.Array, weights: Any) -> tuple[jax.Array, Any]:
     """The same; but the backward pass goes on from the gradient of x only when those of the weights are there.
 
     Else the compiler may put off products for weights, and keep what they are made of, or their unscattered sums, while
@@ -70,4 +70,4 @@ def in_turn(x: jax.Array, weights: Any) -> tuple[jax.Array, Any]:
     return x, weights
 
 
-in_turn.defvjp(lambda *both: (both, None), lambda _, gradients: jax.lax.optimization_barrier(gradients))
+weight_gradients_first.defvjp(lambda *both: (both, None), lambda _, gradients: jax.lax.optimization_barrier(gradients))

@@ -134,7 +134,7 @@ def as_tuple(axes: MeshAxes) -> tuple[str, ...]:
     return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
-WHOLE = Layout()
+UNSHARDED = Layout()
 
 
 def split_axis(x: jax.Array, axis: int, parts: int) -> jax.Array:

@@ -18,7 +18,7 @@ from data.mixture import MixedStream, Mixture, field_of, first_positions, open_s
 from data.tokenizer.tokenizer import Tokenizer
 from train.config.changes import Change, table
 from train.config.config import Config, config_fields
-from train.devices.processes import once
+from train.devices.processes import on_first_process
 from train.run.folder import Run, Text
 from train.run.name import split_name
 from train.run.step_log import read_steps
@@ -112,7 +112,7 @@ def go_on(
     if moves:
         log.warning("the streams begin anew, with epoch %d, and other documents are held out", epoch)
         run = Run.of(config)
-        once(lambda: run.save_held_out(held_out_of(prepared.mixture, config.evaluation.max_bytes)))
+        on_first_process(lambda: run.save_held_out(held_out_of(prepared.mixture, config.evaluation.max_bytes)))
         prepared = replace(prepared, held_out=run.held_out_texts())
     return prepared, positions
 

@@ -19,7 +19,7 @@ from train.config.config import Config
 from train.data_identity import Prepared, data_fingerprint
 from train.devices.agreement import Agreement
 from train.devices.mesh import batch_sharding, make_mesh
-from train.devices.processes import gathered, once
+from train.devices.processes import all_gather_json, on_first_process
 from train.devices.rules import training_layout
 from train.display import Display, Rate, opening
 from train.evaluation.documents import some_of
@@ -38,7 +38,7 @@ from train.starting_point import begin
 from train.step.flops import flops_per_token, memory_bytes, peak_flops
 from train.step.optimizer import make_optimizer
 from train.step.schedule import batch_size
-from train.step.spike_detector import Anomaly, Judge
+from train.step.spike_detector import Anomaly, SpikeDetector
 from train.step.state import evaluated_weights
 from train.step.step import Programs
 from train.step.watch import compact
@@ -81,7 +81,7 @@ def pretrain(config: Config) -> Run:
         stack.callback(checkpoints.close)
 
         training = Training(prepared, run, display, checkpoints, signals, events)
-        once(lambda: run.save_config(config))
+        on_first_process(lambda: run.save_config(config))
         first = training.step
         if first < config.train.num_steps and not training.begun.over:
             fields = start_fields(config, data_fingerprint(prepared.identity))
@@ -105,7 +105,7 @@ def pretrain(config: Config) -> Run:
 
         if exports and (first < step or exported_step(run.export) != step):
             with writing("the export", run.export):
-                once(lambda: export_run(run, config, checkpoints, prepared.tokenizer, step))
+                on_first_process(lambda: export_run(run, config, checkpoints, prepared.tokenizer, step))
         if first < step:
             events.write("end", step=step)
     return run
@@ -152,7 +152,7 @@ class Training:
         """What this start begins with, and what it goes back to."""
         self.begun = begun = begin(self.prepared, self.run, self.checkpoints, self.optimizer)
         self.prepared, self.state, self.positions = begun.prepared, begun.state, begun.positions
-        self.step, self.judge = int(self.state["step"]), Judge(self.config.recovery, begun.history)
+        self.step, self.judge = int(self.state["step"]), SpikeDetector(self.config.recovery, begun.history)
         self.some_held_out = some_of(self.prepared.held_out, self.config.evaluation.loop_bytes)
 
     def to_the_end(self) -> None:
@@ -294,7 +294,7 @@ class Training:
         if not (batches := self.ledger.skips.get(step - 1, 0)):
             return
         rows = sorted(
-            (row for of_process in gathered(loaded.skipped) for row in of_process),
+            (row for of_process in all_gather_json(loaded.skipped) for row in of_process),
             key=lambda row: (row["batch"], row["row"]),
         )
         # Processes that share a row each tell of it.
@@ -373,7 +373,7 @@ class Training:
         still_alive(self.config)
         self.events.account.turn_to("checkpoint")
         begun = time.perf_counter()
-        if not all(gathered(bool(is_finite(self.state)))):
+        if not all(all_gather_json(bool(is_finite(self.state)))):
             raise Anomaly(self.step, "its weights or optimizer state hold what is no number")
         check_replicas(self.state)
         positions = gather_positions(self.positions).tolist()

@@ -15,7 +15,7 @@ from data.tokenizer.tokenizer import Tokenizer
 from data.tokenizer.training import train_tokenizer
 from train.config.changes import changes_of, table
 from train.config.config import Config
-from train.devices.processes import once
+from train.devices.processes import on_first_process
 from train.evaluation.tasks import run_tasks
 from train.fork import check_folders, check_fork, parent_of
 from train.run.folder import Run, Text
@@ -48,9 +48,9 @@ def prepare(config: Config, run: Run, lease: Lease) -> Prepared:
         mixture.check()
         if config.train.init_from:
             check_fork(config)
-    once(lease.take)
+    on_first_process(lease.take)
     if begins:
-        once(lambda: claim(config, run))
+        on_first_process(lambda: claim(config, run))
     tokenizer = run_tokenizer(config, run, mixture)
     given = config.model.vocab_size
     if given is not None and given < tokenizer.vocab_size:
@@ -80,7 +80,7 @@ def check_folder(config: Config, run: Run) -> None:
     last_step = run.last_step()
     if run.is_claimed():
         check_moved_checkpoints(run, last_step)
-    once(lambda: check_writable(run.checkpoints))
+    on_first_process(lambda: check_writable(run.checkpoints))
     if last_step is None:
         return
     if last_step == 0:
@@ -161,7 +161,7 @@ def run_tokenizer(config: Config, run: Run, mixture: Mixture) -> Tokenizer:
         else:
             train_run_tokenizer(config, mixture, run.tokenizer)
 
-    once(lambda: None if holds_tokenizer(run.tokenizer) else make())
+    on_first_process(lambda: None if holds_tokenizer(run.tokenizer) else make())
     tokenizer = load_tokenizer(run.tokenizer)
     if path and path.exists() and load_tokenizer(path).fingerprint != tokenizer.fingerprint:
         raise InputError(
@@ -186,4 +186,4 @@ def train_run_tokenizer(config: Config, mixture: Mixture, folder: Path) -> Token
 
 def make_once(path: Path, make: Callable[[], Any]) -> None:
     """Process 0 makes what is not there yet; the others wait until it is."""
-    once(lambda: None if path.exists() else make())
+    on_first_process(lambda: None if path.exists() else make())

@@ -19,7 +19,7 @@ from model.config import ModelConfig
 from model.generation.programs import NONE, Place, Program, State, empty_cache, go_on, put, read
 from model.generation.sampling import Sampling
 from model.generation.weights import prepared
-from model.sharding import WHOLE, Layout
+from model.sharding import UNSHARDED, Layout
 
 
 class Piece(NamedTuple):
@@ -73,7 +73,7 @@ class Generator:
     """
 
     def __init__(
-        self, config: ModelConfig, weights: Mapping[str, Any], *, context: int, eos_id: int, layout: Layout = WHOLE
+        self, config: ModelConfig, weights: Mapping[str, Any], *, context: int, eos_id: int, layout: Layout = UNSHARDED
     ):
         # A prompt's length is not the training's, for which a kernel may have been asked for.
         self.config = dataclasses.replace(config, attention_kernel="auto")

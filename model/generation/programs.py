@@ -10,7 +10,7 @@ from model.attention import Cache
 from model.config import ModelConfig
 from model.decoder import Decoder
 from model.generation.sampling import Sampling, draw
-from model.sharding import WHOLE, Layout
+from model.sharding import UNSHARDED, Layout
 
 # Tokens that a row draws in one call.
 PIECE = 8
@@ -48,7 +48,7 @@ class Program(NamedTuple):
     sampling: Sampling
 
 
-def empty_cache(config: ModelConfig, batch: int, context: int, layout: Layout = WHOLE) -> list[Cache]:
+def empty_cache(config: ModelConfig, batch: int, context: int, layout: Layout = UNSHARDED) -> list[Cache]:
     """Room for the keys and values of `context` positions in every layer, each [B, K, S, C]."""
     assert config.num_kv_heads is not None
     assert config.head_dim is not None

@@ -18,7 +18,7 @@ from model.interchange.family import Family
 from model.interchange.gemma import GEMMA
 from model.interchange.gpt import GPT1, GPT2
 from model.interchange.llama import LLAMA, MISTRAL, QWEN3
-from model.interchange.tensors import Layout, Reader, Theirs
+from model.interchange.tensors import ParameterReader, TensorMap, Theirs
 from model.parameters import parameter_table
 from model.position import sinusoids
 from model.trees import flattened, nested
@@ -83,7 +83,7 @@ def shapes_of_theirs(config: ModelConfig, context: int) -> dict[str, tuple[int, 
     return {name: layout.shape(tensor) for name, tensor, _ in layout.names()}
 
 
-def to_theirs(config: ModelConfig, context: int, read: Reader) -> Iterator[tuple[str, np.ndarray]]:
+def to_theirs(config: ModelConfig, context: int, read: ParameterReader) -> Iterator[tuple[str, np.ndarray]]:
     """Their (name, array), one at a time: the tables, then layer by layer, then what is after the layers.
 
     Args:
@@ -105,7 +105,7 @@ def to_theirs(config: ModelConfig, context: int, read: Reader) -> Iterator[tuple
         yield name, layout.write(tensor, layer, filled)
 
 
-def reader_of(weights: Mapping[str, Any]) -> Reader:
+def reader_of(weights: Mapping[str, Any]) -> ParameterReader:
     """Nested arrays as `to_theirs` takes them."""
     flat = flattened(weights)
     return lambda name, layer: np.asarray(flat[name] if layer is None else flat[name][layer])
@@ -145,7 +145,7 @@ def context_from_theirs(theirs: Mapping[str, Any]) -> int:
     return context
 
 
-def reader_from_theirs(config: ModelConfig, context: int, read: Theirs) -> Reader:
+def reader_from_theirs(config: ModelConfig, context: int, read: Theirs) -> ParameterReader:
     """Our parameters, float32, one at a time, from their tensors: the inverse of `to_theirs`.
 
     Their names and shapes are as `check_theirs` wants them.
@@ -213,7 +213,7 @@ def from_theirs(config: ModelConfig, context: int, read: Theirs) -> dict[str, An
     return stacked(config, reader_from_theirs(config, context, read))
 
 
-def stacked(config: ModelConfig, read: Reader) -> dict[str, Any]:
+def stacked(config: ModelConfig, read: ParameterReader) -> dict[str, Any]:
     """All parameters that a reader gives, as nested arrays: the inverse of `reader_of`."""
     weights = {}
     for name, parameter in parameter_table(config).items():
@@ -230,11 +230,11 @@ def _wide(config: ModelConfig, context: int) -> ModelConfig:
     return family_of(config).widened(config, context)
 
 
-def _layout(config: ModelConfig, context: int) -> Layout:
-    return Layout(_wide(config, context), family_of(config).tensors)
+def _layout(config: ModelConfig, context: int) -> TensorMap:
+    return TensorMap(_wide(config, context), family_of(config).tensors)
 
 
-def _filling(config: ModelConfig, layout: Layout, name: str) -> np.ndarray:
+def _filling(config: ModelConfig, layout: TensorMap, name: str) -> np.ndarray:
     """What a parameter that the model does without is: fixed positions, or zeros."""
     parameter = layout.parameters[name]
     shape = tuple(size for axis, size in parameter.axes.items() if axis != "layers")

@@ -14,7 +14,7 @@ from model.config import ModelConfig
 from model.parameters import CONSTANT, Parameter, parameter_table
 
 # Gives one of our parameters, by name, as NumPy has it: of one layer, or whole where it is not stacked (none).
-Reader = Callable[[str, int | None], np.ndarray]
+ParameterReader = Callable[[str, int | None], np.ndarray]
 # Gives one of theirs.
 Theirs = Callable[[str], np.ndarray]
 
@@ -50,7 +50,7 @@ def plain(name: str, *ours: str) -> Tensor:
     return Tensor(name, ours)
 
 
-class Layout:
+class TensorMap:
     """The tensors of a model in one family's files.
 
     Args:
@@ -81,7 +81,7 @@ class Layout:
         shape = (*parts[0][:-1], sum(part[-1] for part in parts))
         return shape[::-1] if tensor.transposed else shape
 
-    def write(self, tensor: Tensor, layer: int | None, read: Reader) -> np.ndarray:
+    def write(self, tensor: Tensor, layer: int | None, read: ParameterReader) -> np.ndarray:
         """One array of theirs, from ours."""
         parts = []
         for name in tensor.ours:

@@ -55,7 +55,7 @@ from data.formats.stdlib import snapshot_stdlib
 from data.loader import Loader
 from data.mixture import Mixture, first_positions, open_mixture
 from data.segmenter import make_pairs, segment_documents
-from data.stream import Position, Reader, Start
+from data.stream import Reader, Start, StreamPosition
 from data.tokenizer.folder import load_tokenizer
 from data.tokenizer.tokenizer import ESCAPES, MODEL_FILE, Tokenizer
 from data.tokenizer.training import train_tokenizer
@@ -178,7 +178,7 @@ def positions_at(mixture: Mixture, config: DataConfig, share: float) -> np.ndarr
         reader = Reader(corpus, config, 0, {v: start})
         while (following := reader.take(v, start).next) <= there:
             start = following
-        positions[v, 0, :-1] = Position(*start)
+        positions[v, 0, :-1] = StreamPosition(*start)
     return positions
 
 
@@ -266,7 +266,7 @@ def loader_batches(corpus: Path, documents: int, tokenizer: Tokenizer, workers: 
     """
     mixture, config = opened(corpus, num_workers=workers)
     positions = first_positions(mixture, B)
-    positions[:, 0, Position._fields.index("item")] = np.arange(B) * documents // B**2
+    positions[:, 0, StreamPosition._fields.index("item")] = np.arange(B) * documents // B**2
     with open_loader(mixture, config, tokenizer, positions) as batches:
         yield (loaded.batch for loaded in batches)
 

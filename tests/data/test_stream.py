@@ -18,7 +18,7 @@ from data.config import DataConfig
 from data.corpus import Corpus, open_corpus
 from data.errors import InputError
 from data.segmenter import Part, fill
-from data.stream import BEGINNING, EMPTY_EPOCHS, Position, Reader, Start, Stream, open_readers
+from data.stream import BEGINNING, EMPTY_EPOCHS, Reader, Start, Stream, StreamPosition, open_readers
 from tests.data.stand_in import ByteTokenizer, tokenize
 
 CONFIG = DataConfig(segment_length=16, num_streams=3, chunk_bytes=400, shuffle_window=900, validation_fraction=0.1)
@@ -63,7 +63,7 @@ def stream(corpus: Corpus, v: int, position=BEGINNING, seed: int = 0, config: Da
 def epoch_of(corpus: Corpus, config: DataConfig, v: int, epoch: int) -> list[list[Part]]:
     """The rows of one epoch of a stream."""
     bounded = dataclasses.replace(config, epochs=epoch + 1)
-    return [parts for parts, _ in stream(corpus, v, Position(epoch), config=bounded)]
+    return [parts for parts, _ in stream(corpus, v, StreamPosition(epoch), config=bounded)]
 
 
 def pairs_in(rows: list[list[Part]], config: DataConfig) -> Counter:
@@ -201,7 +201,7 @@ def test_a_long_compressed_file_comes_in_windows_of_bounded_size(tmp_path: Path)
 
 def test_epochs_and_seeds_order_differently_and_repeatably(corpus):
     def first_rows(seed: int, epoch: int) -> list[list[int]]:
-        rows = itertools.islice(stream(corpus, 1, Position(epoch), seed), 12)
+        rows = itertools.islice(stream(corpus, 1, StreamPosition(epoch), seed), 12)
         return [fill(parts, CONFIG)["tokens"].tolist() for parts, _ in rows]
 
     assert first_rows(0, 0) == first_rows(0, 0)

@@ -9,7 +9,7 @@ from model.attention import Attention, attend, attention_weights, causal_mask
 from model.decoder import Decoder
 from model.kernels import attention_over
 from model.position import rotate, rotation
-from model.sharding import WHOLE
+from model.sharding import UNSHARDED
 from tests import theirs
 from tests.peers import require
 from tests.small import small_model, small_weights
@@ -43,7 +43,7 @@ def test_the_module_projects_rotates_and_attends():
     x = jnp.array(np.random.default_rng(1).normal(size=(2, 7, config.model_dim)), jnp.float32)
     positions, segment_ids = jnp.tile(jnp.arange(7), (2, 1)), jnp.ones((2, 7), jnp.int32)
     angles, mask = rotation(config, positions), causal_mask(segment_ids)
-    found, aux = Attention(config, weights, WHOLE)(x, angles, attention_over(config, WHOLE, segment_ids))
+    found, aux = Attention(config, weights, UNSHARDED)(x, angles, attention_over(config, UNSHARDED, segment_ids))
     query, key, value = (jnp.einsum("btd,dhc->bhtc", x, weights[name]) for name in ("query", "key", "value"))
     mixed = attend(rotate(query, angles), rotate(key, angles), value, mask)
     np.testing.assert_allclose(found, jnp.einsum("bhtc,hcd->btd", mixed, weights["output"]), atol=1e-6)
@@ -61,15 +61,15 @@ def test_normed_queries_and_keys_have_the_length_that_their_scales_say():
     config = small_model(qk_norm=True)
     weights = jax.tree.map(lambda x: x[0], small_weights(config)["blocks"]["attention"])
     x = jnp.array(np.random.default_rng(1).normal(size=(2, 7, config.model_dim)), jnp.float32)
-    attention = attention_over(config, WHOLE, jnp.ones((2, 7), jnp.int32))
+    attention = attention_over(config, UNSHARDED, jnp.ones((2, 7), jnp.int32))
     arguments = rotation(config, jnp.tile(jnp.arange(7), (2, 1))), attention
-    once, _ = Attention(config, weights, WHOLE)(x, *arguments)
+    once, _ = Attention(config, weights, UNSHARDED)(x, *arguments)
     # Longer queries and keys change nothing, longer scales do.
     for name in ("query", "key"):
         weights[name] = 10 * weights[name]
-    np.testing.assert_allclose(Attention(config, weights, WHOLE)(x, *arguments)[0], once, atol=1e-3)
+    np.testing.assert_allclose(Attention(config, weights, UNSHARDED)(x, *arguments)[0], once, atol=1e-3)
     weights["query_norm"]["scale"] = 10 * weights["query_norm"]["scale"]
-    assert np.abs(Attention(config, weights, WHOLE)(x, *arguments)[0] - once).max() > 1e-2
+    assert np.abs(Attention(config, weights, UNSHARDED)(x, *arguments)[0] - once).max() > 1e-2
 
 
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (2, None), (3, 1.5)])

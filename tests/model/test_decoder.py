@@ -11,7 +11,7 @@ import model.kernels
 from model.config import CHOICES, ModelConfig
 from model.decoder import Block, Decoder
 from model.loss import token_losses
-from model.sharding import WHOLE
+from model.sharding import UNSHARDED
 from tests.small import VOCAB_SIZE, small_batch, small_model, small_weights
 
 
@@ -164,9 +164,9 @@ def test_what_is_watched_is_of_the_visible_keys_and_of_what_each_layer_hands_on(
     monkeypatch.setattr(model.kernels, "attend", recording)
     decoder = Decoder(config, weights)
     x, rotation = decoder.position(decoder.embedding(arguments[0]), arguments[1])
-    attention = model.kernels.attention_over(config, WHOLE, arguments[2])
+    attention = model.kernels.attention_over(config, UNSHARDED, arguments[2])
     for layer in range(2):
-        block = Block(config, jax.tree.map(lambda w, i=layer: w[i], weights["blocks"]), WHOLE)
+        block = Block(config, jax.tree.map(lambda w, i=layer: w[i], weights["blocks"]), UNSHARDED)
         x, _ = block(x, rotation, attention, None, None, None)
         np.testing.assert_allclose(found["residual_rms"][layer], np.sqrt(np.mean(np.square(x))), rtol=1e-5)
     np.testing.assert_allclose(found["largest_logit"], logits, rtol=1e-5)

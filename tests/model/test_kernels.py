@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 
 from model.config import ModelConfig
 from model.kernels import attention_over, choose
-from model.sharding import WHOLE
+from model.sharding import UNSHARDED
 from tests.small import mesh_of, small_model
 from train.devices.rules import TRAINING
 
@@ -143,17 +143,17 @@ def platform(name: str):
 def test_the_choice_follows_the_platform_and_says_why(name: str, changes: dict, length: int, kernel: str, words: str):
     config = config_for("auto", **changes)
     with jax.sharding.use_abstract_mesh(platform(name)):
-        found = choose(config, WHOLE, length)
+        found = choose(config, UNSHARDED, length)
         assert found.kernel == kernel
         assert words in str(found)
         if kernel == "plain":
             asked = dataclasses.replace(config, attention_kernel={"tpu": "splash", "gpu": "cudnn"}[name])
             with pytest.raises(ValueError, match="leave it at auto"):
-                choose(asked, WHOLE, length)
+                choose(asked, UNSHARDED, length)
 
 
 def test_on_a_cpu_there_is_no_kernel():
-    assert str(choose(config_for("auto"), WHOLE, 256)) == "plain (there is no kernel for cpu)"
+    assert str(choose(config_for("auto"), UNSHARDED, 256)) == "plain (there is no kernel for cpu)"
 
 
 @pytest.mark.parametrize("mesh", [mesh_of, lambda: platform("tpu")])
@@ -164,4 +164,4 @@ def test_cudnn_is_refused_where_there_is_no_gpu(mesh):
         jax.sharding.use_abstract_mesh(getattr(made, "abstract_mesh", made)),
         pytest.raises(ValueError, match="none for"),
     ):
-        choose(config, WHOLE, 256)
+        choose(config, UNSHARDED, 256)

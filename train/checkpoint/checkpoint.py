@@ -31,7 +31,7 @@ from train.checkpoint.checksum import DIGEST, check_digest, checksums, digest
 from train.checkpoint.reader import StoredWeights
 from train.checkpoint.trees import like, plain
 from train.config.config import CheckpointConfig
-from train.devices.processes import once, told
+from train.devices.processes import broadcast_json, on_first_process
 from train.run.storage import PathLike, is_remote, writing
 from train.step.state import State
 
@@ -106,7 +106,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first, as process 0 sees them."""
-        found: list[int] = told(lambda: sorted(self._manager.all_steps()))
+        found: list[int] = broadcast_json(lambda: sorted(self._manager.all_steps()))
         return found
 
     def save(self, state: State, progress: Mapping[str, Any]) -> None:
@@ -271,7 +271,7 @@ class Checkpoints:
                 (self.folder / str(step)).rename(self.folder / f"{step}.damaged")
 
         if steps:
-            once(rename)
+            on_first_process(rename)
             self._manager.reload()
 
     def close(self) -> None:

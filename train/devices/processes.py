@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from data.errors import InputError
 
 
-def once(action: Callable[[], Any]) -> None:
+def on_first_process(action: Callable[[], Any]) -> None:
     """Process 0 does it; the others wait until it is done."""
     if jax.process_index() == 0:
         action()
@@ -26,7 +26,7 @@ def once(action: Callable[[], Any]) -> None:
         multihost_utils.sync_global_devices("once")
 
 
-def gathered(value: Any) -> list[Any]:
+def all_gather_json(value: Any) -> list[Any]:
     """The values of all processes, which JSON can hold, by process; all call it together."""
     if jax.process_count() == 1:
         return [value]
@@ -38,9 +38,9 @@ def gathered(value: Any) -> list[Any]:
     return [json.loads(text[:size].tobytes()) for text, size in zip(everyones, sizes.tolist(), strict=True)]
 
 
-def told(make: Callable[[], Any]) -> Any:
+def broadcast_json(make: Callable[[], Any]) -> Any:
     """A value that JSON can hold, made by process 0 for all."""
-    return gathered(make() if jax.process_index() == 0 else None)[0]
+    return all_gather_json(make() if jax.process_index() == 0 else None)[0]
 
 
 NAMES = ("ZIGGURAT_COORDINATOR", "ZIGGURAT_NUM_PROCESSES", "ZIGGURAT_PROCESS_ID")

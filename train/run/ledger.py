@@ -19,7 +19,7 @@ from typing import Any
 
 from data.errors import Fault, InputError
 from train.config.recovery_config import RecoveryConfig
-from train.devices.processes import once, told
+from train.devices.processes import broadcast_json, on_first_process
 from train.run.storage import writing
 from train.step.spike_detector import Anomaly
 
@@ -51,7 +51,7 @@ class Ledger:
             InputError: batches are to be left out that these steps have been trained on.
         """
         self._path, self._config, self._retries = path, config, 0
-        self._entries: list[dict[str, Any]] = told(lambda: read_ledger(path))
+        self._entries: list[dict[str, Any]] = broadcast_json(lambda: read_ledger(path))
         self._update()
         if besides := sorted(config.batches() - set(self.skipped)):
             if besides[0] < (first := self.batch_of(step + 1)):
@@ -110,7 +110,7 @@ class Ledger:
     def _write(self, entry: dict[str, Any]) -> None:
         self._entries.append(entry)
         self._update()
-        once(lambda: write_ledger(self._path, self._entries))
+        on_first_process(lambda: write_ledger(self._path, self._entries))
 
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:

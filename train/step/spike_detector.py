@@ -25,7 +25,7 @@ class Anomaly(Exception):
         self.step, self.problem = step, problem
 
 
-class Judge:
+class SpikeDetector:
     """Looks at each step's figures, in order.
 
     Attributes:

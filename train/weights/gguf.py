@@ -16,7 +16,7 @@ from data.tokenizer.tokenizer import Tokenizer
 from model import interchange
 from model.config import ModelConfig
 from model.interchange import gguf as layout
-from model.interchange.tensors import Reader
+from model.interchange.tensors import ParameterReader
 from train.run.storage import check_room
 
 log = logging.getLogger("ziggurat")
@@ -41,7 +41,7 @@ def check_gguf_file(file: Path) -> None:
 
 
 def write_gguf(
-    file: Path, config: ModelConfig, context: int, read: Reader, tokenizer: Tokenizer, dtype: str = "f32"
+    file: Path, config: ModelConfig, context: int, read: ParameterReader, tokenizer: Tokenizer, dtype: str = "f32"
 ) -> None:
     """Write a model with its tokenizer; the file appears whole or not at all. One tensor is in memory at a time.
 

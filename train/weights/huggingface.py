@@ -17,7 +17,7 @@ from data.tokenizer.to_huggingface import write_huggingface_tokenizer
 from data.tokenizer.tokenizer import MODEL_FILE, Tokenizer
 from model import interchange
 from model.config import ModelConfig
-from model.interchange.tensors import Reader
+from model.interchange.tensors import ParameterReader
 from train.run.storage import check_room
 from train.weights.safetensors_files import DTYPES, FILE, INDEX, TensorFiles, write_tensor_files
 
@@ -49,7 +49,7 @@ class Weights:
     config: ModelConfig
     context: int
     tokenizer: Tokenizer
-    read: Reader
+    read: ParameterReader
     step: int | None = None
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from data.errors import Fault, InputError
 from train.config.recovery_config import RecoveryConfig
 from train.run.ledger import MOST_RETRIES, Ledger, inherited, read_ledger, write_ledger
-from train.step.spike_detector import LEAST_LOSSES, Anomaly, Judge
+from train.step.spike_detector import LEAST_LOSSES, Anomaly, SpikeDetector
 
 
 def record(loss: float, step: int = 100, grad_norm: float = 1.0, tokens: float = 256.0) -> dict:
@@ -30,12 +30,12 @@ def falling(count: int) -> list[float]:
 @pytest.mark.parametrize("figures", [record(math.nan), record(math.inf), record(2.0, grad_norm=math.nan)], ids=str)
 def test_what_is_no_number_stands_out_at_once(figures):
     with pytest.raises(Anomaly, match="loss is|grad_norm is") as caught:
-        Judge(RecoveryConfig()).check(figures)
+        SpikeDetector(RecoveryConfig()).check(figures)
     assert caught.value.step == 100
 
 
 def test_a_spike_stands_out_and_noise_a_fall_and_few_losses_do_not():
-    judge = Judge(RecoveryConfig())
+    judge = SpikeDetector(RecoveryConfig())
     for loss in falling(500):
         judge.check(record(loss))
     assert list(judge.history) == of(falling(500)[-128:])
@@ -45,34 +45,34 @@ def test_a_spike_stands_out_and_noise_a_fall_and_few_losses_do_not():
     # What stands out is no part of what is usual.
     assert 3.4 not in [loss for loss, _ in judge.history]
     judge.check(record(2.7))
-    few = Judge(RecoveryConfig(), of(falling(LEAST_LOSSES - 1)))
+    few = SpikeDetector(RecoveryConfig(), of(falling(LEAST_LOSSES - 1)))
     few.check(record(9.0))
-    off = Judge(RecoveryConfig(spike_deviations=0.0), of(falling(200)))
+    off = SpikeDetector(RecoveryConfig(spike_deviations=0.0), of(falling(200)))
     off.check(record(9.0))
     with pytest.raises(Anomaly):
         off.check(record(math.nan))
 
 
 def test_losses_that_hardly_vary_may_rise_a_little():
-    judge = Judge(RecoveryConfig(), of([0.01] * 100))
+    judge = SpikeDetector(RecoveryConfig(), of([0.01] * 100))
     judge.check(record(0.1))
     with pytest.raises(Anomaly):
         judge.check(record(0.12))
 
 
 def test_other_data_has_other_losses():
-    judge = Judge(RecoveryConfig(), of(falling(200)))
+    judge = SpikeDetector(RecoveryConfig(), of(falling(200)))
     judge.check(record(9.0), anew=True)
     assert list(judge.history) == of([9.0])
 
 
 def test_what_one_process_alone_sees_counts_for_all():
     with pytest.raises(Anomaly, match="grad_norm is nan"):
-        Judge(RecoveryConfig()).check(record(2.0), seen=[(2.0, 1.0), (2.0, math.nan)])
+        SpikeDetector(RecoveryConfig()).check(record(2.0), seen=[(2.0, 1.0), (2.0, math.nan)])
 
 
 def test_the_last_batches_of_a_corpus_are_of_few_tokens_and_say_little():
-    judge = Judge(RecoveryConfig(), of(falling(200)))
+    judge = SpikeDetector(RecoveryConfig(), of(falling(200)))
     judge.check(record(9.0, tokens=100.0))
     assert list(judge.history) == of(falling(200)[-128:])
     with pytest.raises(Anomaly):
