@@ -185,7 +185,7 @@ def test_ctrl_c_is_left_to_the_parent(tokenizer: Tokenizer):
 
 def test_they_end_with_their_parent(tokenizer: Tokenizer, tmp_path: Path):
     program = (
-        "import sys, time; from pathlib import Path; from data.workers import Workers\n"
+        "import sys, time; from pathlib import Path; from data.tokenizer.workers import Workers\n"
         f"workers = Workers(Path({str(tokenizer.folder)!r}), 2)\n"
         "list(workers(['a', 'b', 'c', 'd']))\n"
         "print(*[process.pid for process in workers._processes], flush=True); time.sleep(60)"

@@ -79,7 +79,7 @@ def test_one_elsewhere_that_gives_no_sign_of_life_loses_it(tmp_path: Path):
     slept = []
     lease = Lease(path)
     lease.take(slept.append)
-    assert len(slept) == train.lease.PATIENCE
+    assert len(slept) == train.run.lease.PATIENCE
     assert lease.last_beat == pytest.approx(time.time(), abs=60)
     assert read(path)["host"] != "elsewhere"
     lease.release()
@@ -89,8 +89,8 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 import train.run.lease
-train.lease.BEAT_SECONDS = 0.05
-train.lease.Lease(Path(sys.argv[1])).take()
+train.run.lease.BEAT_SECONDS = 0.05
+train.run.lease.Lease(Path(sys.argv[1])).take()
 print("held", flush=True)
 time.sleep(60)
 """
