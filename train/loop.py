@@ -40,7 +40,7 @@ from train.step.optimizer import make_optimizer
 from train.step.schedule import batch_size
 from train.step.spike_detector import Anomaly, SpikeDetector
 from train.step.state import evaluated_weights
-from train.step.step import Programs
+from train.step.step import StepPrograms
 from train.step.watch import compact
 from train.stop import Stopped, StopSignals, still_alive
 from train.weights.huggingface import check_export_folder, exported_step, why_no_export
@@ -140,7 +140,7 @@ class Training:
         self.config, self.prepared, self.run = prepared.config, prepared, run
         self.display, self.checkpoints, self.signals, self.events = display, checkpoints, signals, events
         self.optimizer = make_optimizer(self.config)
-        self.programs = Programs(self.config, self.optimizer)
+        self.programs = StepPrograms(self.config, self.optimizer)
         self.evaluation_step = make_evaluation_step(self.config)
         alive, tasks = partial(still_alive, self.config), prepared.tasks
         self.on_tasks = tasks.of_model(self.config, prepared.tokenizer, alive) if tasks else None

@@ -31,14 +31,14 @@ def poison(monkeypatch: pytest.MonkeyPatch, is_bad, times: float = math.inf) -> 
     """Make the state and figures of steps NaN where `is_bad(step, tokens of the batch)`, so many times in all."""
     left = [times]
 
-    class Programs(train.loop.Programs):
+    class Programs(train.loop.StepPrograms):
         def __call__(self, step, state, batch):
             if left[0] > 0 and is_bad(step, np.asarray(batch["tokens"])):
                 left[0] -= 1
                 state["weights"] = jax.tree.map(lambda x: x * math.nan, state["weights"])
             return super().__call__(step, state, batch)
 
-    monkeypatch.setattr(train.loop, "Programs", Programs)
+    monkeypatch.setattr(train.loop, "StepPrograms", Programs)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_what_cannot_be_healed_ends_with_status_2_and_its_last_good_state(tmp_pa
 
 
 def test_weights_that_are_no_numbers_are_not_saved(straight, tmp_path, monkeypatch):
-    class Programs(train.loop.Programs):
+    class Programs(train.loop.StepPrograms):
         done = False
 
         def __call__(self, step, state, batch):
@@ -127,7 +127,7 @@ def test_weights_that_are_no_numbers_are_not_saved(straight, tmp_path, monkeypat
                 state["weights"] = jax.tree.map(lambda x: x * math.nan, state["weights"])
             return state, metrics
 
-    monkeypatch.setattr(train.loop, "Programs", Programs)
+    monkeypatch.setattr(train.loop, "StepPrograms", Programs)
     healed = run(tmp_path, "healed")
     assert_same_end(healed, straight, 10)
     (rollback,) = events(healed, "rollback")
@@ -155,7 +155,7 @@ def test_a_spike_is_seen_against_losses_from_before_a_restart(tmp_path, monkeypa
     config = f"--config={write_config(tmp_path)}"
     assert here("pretrain", config, *FLAGS, "--config.train.num_steps=40") == 0
 
-    class Programs(train.loop.Programs):
+    class Programs(train.loop.StepPrograms):
         done = False
 
         def __call__(self, step, state, batch):
@@ -165,9 +165,9 @@ def test_a_spike_is_seen_against_losses_from_before_a_restart(tmp_path, monkeypa
                 metrics = metrics | {"loss": metrics["loss"] + 3}
             return state, metrics
 
-    monkeypatch.setattr(train.loop, "Programs", Programs)
+    monkeypatch.setattr(train.loop, "StepPrograms", Programs)
     assert here("pretrain", config, *FLAGS, *long) == 0
     (rollback,) = events(tmp_path / "run", "rollback")
     assert (rollback["step"], rollback["to"]) == (42, 40)
-    assert "stands out: the median of the 41 before is" in rollback["problem"]
+    assert "is an outlier: the median of the 41 before is" in rollback["problem"]
     assert [record["step"] for record in metrics(tmp_path / "run")] == list(range(1, 45))

@@ -1,20 +1,38 @@
-"""What the compiler is told, by platform: the same where a run trains and where it is planned."""
+"""Compiler options by platform, used alike where a run trains and where it is planned, and one runtime workaround."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
 
 from model.backend import platform
 
 OPTIONS: dict[str, dict[str, bool | str]] = {
     "tpu": {
-        # Else the compiler keeps all layers' weights in bfloat16, too, because each layer's use of them is.
+        # Otherwise the compiler also keeps all layers' weights in bfloat16, because every layer uses them so.
         "xla_jf_bf16_propagation": False,
-        # Else jax 0.10's sums the residuals of a single row whole, where they should be scattered over `tensor`.
+        # Otherwise jax 0.10 all-reduces the residuals of a single row that should be reduce-scattered over `tensor`.
         "xla_tpu_use_minor_sharding_for_major_trivial_input": True,
     },
-    # Where a gathered array is cut to a device's own part again, XLA of jax 0.10 makes a permutation without pairs of
-    # it, whose result is all zeros.
+    # XLA of jax 0.10 turns an all-gather whose result is sliced back to the device's own shard into a
+    # collective-permute without pairs, which returns zeros.
     "gpu": {"xla_disable_hlo_passes": "all-gather-to-collective-permute-simplifier"},
 }
 
 
 def compiler_options() -> dict[str, bool | str] | None:
-    """What `jax.jit` takes for the devices of the ambient mesh; none: nothing special."""
+    """Returns the `compiler_options` of `jax.jit` for the platform of the ambient mesh, or None for the defaults."""
     return OPTIONS.get(platform())
+
+
+def sum_loss_weights(batch: Mapping[str, jax.Array]) -> tuple[Mapping[str, jax.Array], jax.Array]:
+    """Returns the batch and the sum of its loss weights, without a deadlock on CPU devices.
+
+    The CPU runtime of jax 0.12 starts independent operations in any order on each device. One device may enter this
+    all-reduce while another enters a collective of the accumulation loop, and both wait forever. On CPUs the tokens
+    therefore depend on the sum, so that everything else follows it. Their values do not change.
+    """
+    total = jnp.sum(batch["loss_weights"])
+    if platform() == "cpu":
+        batch = {**batch, "tokens": jnp.where(total >= 0, batch["tokens"], 0)}
+    return batch, total

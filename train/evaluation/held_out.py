@@ -16,10 +16,10 @@ from model.generation.sampling import Sampling
 from train.config.config import Config
 from train.devices.mesh import batch_sharding
 from train.devices.rules import training_layout
-from train.devices.xla import compiler_options
+from train.devices.xla import compiler_options, sum_loss_weights
 from train.evaluation.continuation import make_generator
 from train.run.folder import Text
-from train.step.step import counted, summed_loss
+from train.step.step import summed_loss
 
 if TYPE_CHECKING:
     # The harness is imported where it is used.
@@ -34,7 +34,7 @@ def make_evaluation_step(config: Config) -> EvaluationStep:
     """The compiled function (weights, batch) → (summed loss in nats, summed loss weight)."""
 
     def evaluation_step(weights: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        batch, loss_weight = counted(batch)
+        batch, loss_weight = sum_loss_weights(batch)
         return summed_loss(config, weights, batch)[1], loss_weight
 
     return jax.jit(evaluation_step, compiler_options=compiler_options())

@@ -1,4 +1,4 @@
-"""Adafactor."""
+"""Adafactor (Shazeer and Stern 2018, arXiv:1804.04235), with rows and columns from the parameter table."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -12,11 +12,12 @@ from model.parameters import Parameter
 from model.trees import flattened, nested
 from train.step.state import Weights
 
-# ── Adafactor ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
 
 class AdafactorState(NamedTuple):
-    """Updates so far; means of the squared gradient over columns (whole for vectors), and over rows (of matrices)."""
+    """The number of updates, and means of the squared gradient over columns and over rows.
+
+    Vectors keep their whole squared gradient in `rows` and have no entry in `columns`.
+    """
 
     step: jax.Array
     rows: Weights
@@ -24,13 +25,14 @@ class AdafactorState(NamedTuple):
 
 
 def scale_by_adafactor(table: Mapping[str, Parameter]) -> optax.GradientTransformation:
-    """Gradients divided by the root of a mean square that is kept as the product of two vectors a matrix.
+    """Divides gradients by the root of a running mean square that is factored into two vectors per matrix.
 
-    Each layer's matrix has its own, rows and columns by the table: what is summed over against what comes out, and in
-    a lookup the entries against their components. Updates are clipped to a root mean square of 1 and multiplied by
-    the weights' own, at least 10⁻³; the mean's decay at update t is 1 − t^−0.8 (Shazeer and Stern 2018).
+    Every layer's matrix has its own vectors. Rows are the fan-in axes of the table and columns the fan-out axes; for
+    a lookup table, rows are its entries. Updates are clipped to a root mean square of 1 and multiplied by the root
+    mean square of the weights, at least 10⁻³. The decay of the mean at update t is 1 − t^−0.8.
     """
-    rows, columns = {}, {}
+    rows: dict[str, list[int]] = {}
+    columns: dict[str, list[int]] = {}
     layer = {name: [i for i, axis in enumerate(p.axes) if axis != "layers"] for name, p in table.items()}
     for name, p in table.items():
         vector = p.role in ("norm", "bias")
@@ -50,15 +52,16 @@ def scale_by_adafactor(table: Mapping[str, Parameter]) -> optax.GradientTransfor
         return AdafactorState(jnp.zeros((), jnp.int32), *map(nested, zeros))
 
     def update(gradients: Weights, state: AdafactorState, weights: Weights) -> tuple[Weights, AdafactorState]:
-        step, flat = state.step + 1, flattened(gradients)
+        step = state.step + 1
+        flat = flattened(gradients)
         rate = step.astype(jnp.float32) ** -0.8
-        now = means({name: jnp.square(x) + 1e-30 for name, x in flat.items()})
-        before = flattened(state.rows), flattened(state.columns)
-        row, column = jax.tree.map(lambda old, new: old + rate * (new - old), before, now)
+        batch_means = means({name: jnp.square(x) + 1e-30 for name, x in flat.items()})
+        old_means = flattened(state.rows), flattened(state.columns)
+        row, column = jax.tree.map(lambda old, new: old + rate * (new - old), old_means, batch_means)
         updates = {}
         for name, weight in flattened(weights).items():
             if rows[name]:
-                # Not their product: those of a word that never came are too small for one.
+                # Two factors, since the product of both means underflows for a token that never occurred.
                 scaled = flat[name] * rsqrt(row[name] / mean(row[name], rows[name])) * rsqrt(column[name])
             else:
                 scaled = flat[name] * rsqrt(row[name])

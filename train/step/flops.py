@@ -1,4 +1,9 @@
-"""FLOPs of a token, and the peak of the devices."""
+"""Model FLOPs of a token, and the peak FLOP/s and memory use of the devices.
+
+Model FLOPs of a token are 6 × the matrix parameters that it meets (a tied embedding counts once, as unembedding)
++ 12 × L × H × C × the keys that a position attends to on average (T/2, or fewer with a sliding window): forward and
+backward, without recomputation (PaLM, Chowdhery et al. 2022, appendix B, halved for causality).
+"""
 
 import math
 import resource
@@ -15,7 +20,7 @@ from train.devices.hardware import chip_of
 
 
 def flops_per_token(config: ModelConfig, T: int) -> float:
-    """Model FLOPs of training on one token of a segment of T (see the module)."""
+    """Returns the model FLOPs of training on one token of a segment of T tokens (formula above)."""
     matrices = sum(math.prod(p.shape) for p in parameter_table(config).values() if p.role in ("matrix", "unembedding"))
     if config.tie_embeddings:
         matrices += math.prod(parameter_table(config)["embedding.table"].shape)
@@ -26,13 +31,13 @@ def flops_per_token(config: ModelConfig, T: int) -> float:
 
 
 def peak_flops(dtype: str) -> tuple[float, str]:
-    """(FLOP/s of all devices, where the figure is from); a CPU's is measured by one large matrix product."""
+    """Returns (FLOP/s of all devices, source of the figure); a CPU is measured by one large matrix product."""
     kind = jax.devices()[0].device_kind
     if chip := chip_of(kind):
         return chip.peak_flops * jax.device_count(), f"{kind} data sheet, dense bfloat16"
     n = 1024
     with jax.set_mesh(jax.sharding.Mesh(jax.local_devices()[:1], "x")):
-        # As `model.product` does it: what leaves is float32, and in bfloat16 that is the faster way.
+        # The output is float32 as in `model.product`; for bfloat16 inputs that is also faster.
         product = jax.jit(partial(jnp.matmul, preferred_element_type=jnp.float32))
         x = jnp.ones((n, n), dtype)
         product(x, x).block_until_ready()
@@ -41,14 +46,14 @@ def peak_flops(dtype: str) -> tuple[float, str]:
             start = time.perf_counter()
             product(x, x).block_until_ready()
             seconds.append(time.perf_counter() - start)
-    # Virtual CPU devices share the cores that one product already uses.
+    # Virtual CPU devices share cores, all of which one product already uses.
     machines = jax.process_count() if jax.default_backend() == "cpu" else jax.device_count()
     return 2 * n**3 / min(seconds) * machines, f"a {n} × {n} {dtype} product measured here"
 
 
 def memory_bytes() -> int:
-    """The most so far of the fullest of this process's devices; of the process itself, where they don't tell."""
-    of_devices = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
-    # macOS counts in bytes, Linux in KiB.
-    of_process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return max(of_devices) or of_process
+    """Returns the peak bytes in use on the fullest local device, or of the process if devices report none."""
+    device_peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
+    # ru_maxrss is in bytes on macOS and in KiB on Linux.
+    process_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return max(device_peaks) or process_peak

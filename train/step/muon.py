@@ -1,4 +1,8 @@
-"""Muon: orthogonalized momentum for matrices."""
+"""Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): orthogonalized momentum for matrices.
+
+optax has a Muon, too. Ours differs in what it saves (the momentum alone) and in bfloat16, where its norm and products
+accumulate in float32; optax's would change the saved state and the bits of every run that trains with it.
+"""
 
 import math
 from collections.abc import Mapping
@@ -14,79 +18,82 @@ from model.sharding import as_tuple
 from model.trees import flattened, nested
 from train.step.state import Weights
 
-# Of Newton–Schulz's quintic polynomial, and how often it is applied (Jordan et al. 2024).
-COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
-
-
-# ── Muon ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# Coefficients of the quintic Newton–Schulz polynomial, and its number of iterations (Jordan et al. 2024).
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+ITERATIONS = 5
 
 
 def orthogonalize(table: Mapping[str, Parameter], dtype: jnp.dtype) -> optax.GradientTransformation:
-    """Each layer's matrix replaced by the nearest orthogonal one, times 0.2 · √max(in, out).
+    """Replaces each layer's matrix by the nearest orthogonal matrix, times 0.2 · √max(in, out).
 
-    Rows are what the forward pass sums over and columns what it yields, all heads in one matrix. The factor gives the
-    update of any shape the root mean square of AdamW's, about 0.2 (Liu et al. 2025).
+    Rows are the fan-in axes of the parameter table and columns its fan-out axes, with all heads in one matrix. The
+    factor gives updates of every shape the root mean square of AdamW's updates, about 0.2 (Liu et al. 2025).
+
+    Args:
+        table: the parameter table, with an entry for every parameter that is updated.
+        dtype: dtype of the matrix products, normally the compute dtype.
     """
 
     def update(updates: Weights, weights: Weights | None) -> Weights:
         del weights
-        return nested({name: _orthogonal(x, table[name], dtype) for name, x in flattened(updates).items()})
+        return nested({name: _orthogonalize(x, table[name], dtype) for name, x in flattened(updates).items()})
 
     return optax.stateless(update)
 
 
-def _orthogonal(x: jax.Array, p: Parameter, dtype: jnp.dtype) -> jax.Array:
-    batch = [axis for axis in p.axes if axis not in (*p.fan_in, *p.fan_out)]
-    order = [list(p.axes).index(axis) for axis in (*batch, *p.fan_in, *p.fan_out)]
-    rows, columns = (math.prod(p.axes[axis] for axis in axes) for axes in (p.fan_in, p.fan_out))
-    found, places = x.astype(dtype), way_to_whole_matrices(x, p.axes.get("layers", 1))
-    for place in places[1:]:
-        found = jax.reshard(found, place)
-    turned = found.transpose(order)
-    found = newton_schulz(turned.reshape(-1, rows, columns)) * (0.2 * math.sqrt(max(rows, columns)))
-    found = found.reshape(turned.shape).transpose([order.index(i) for i in range(x.ndim)])
-    for place in places[-2::-1]:
-        found = jax.reshard(found, place)
-    return found.astype(x.dtype)
+def _orthogonalize(x: jax.Array, p: Parameter, dtype: jnp.dtype) -> jax.Array:
+    layer_axes = [axis for axis in p.axes if axis not in (*p.fan_in, *p.fan_out)]
+    order = [list(p.axes).index(axis) for axis in (*layer_axes, *p.fan_in, *p.fan_out)]
+    rows = math.prod(p.axes[axis] for axis in p.fan_in)
+    columns = math.prod(p.axes[axis] for axis in p.fan_out)
+    specs = specs_to_whole_matrices(x, p.axes.get("layers", 1))
+    update = x.astype(dtype)
+    for spec in specs[1:]:
+        update = jax.reshard(update, spec)
+    transposed = update.transpose(order)
+    update = newton_schulz(transposed.reshape(-1, rows, columns)) * (0.2 * math.sqrt(max(rows, columns)))
+    update = update.reshape(transposed.shape).transpose([order.index(i) for i in range(x.ndim)])
+    for spec in specs[-2::-1]:
+        update = jax.reshard(update, spec)
+    return update.astype(x.dtype)
 
 
-def way_to_whole_matrices(x: jax.Array, num_layers: int) -> list[PartitionSpec]:
-    """Partitions from that of a stacked parameter to one where each device has some layers whole.
+def specs_to_whole_matrices(x: jax.Array, num_layers: int) -> list[PartitionSpec]:
+    """Returns the partitions through which a stacked parameter moves until every device holds whole layers.
 
-    The products of matrices that are cut up would wait for each other's sums. The layers are shared out by the mesh
-    axes that come to the most devices among which they divide evenly; where that is not all, some do the same work.
-    One mesh axis moves at a time, from its place to the layers: an all-to-all, where XLA would gather everything for
-    several at once.
+    Products of sharded matrices would wait for each other's reductions. The layers are sharded over the largest
+    product of mesh axes that divides them evenly; if some axes remain, their devices repeat the same work. One mesh
+    axis moves at a time, which is an all-to-all; XLA would all-gather everything to move several at once.
     """
-    size = jax.sharding.get_abstract_mesh().shape
+    mesh_size = jax.sharding.get_abstract_mesh().shape
     devices = {
-        axes: math.prod(size[axis] for axis in axes)
-        for count in range(len(size) + 1)
-        for axes in combinations(size, count)
+        axes: math.prod(mesh_size[axis] for axis in axes)
+        for count in range(len(mesh_size) + 1)
+        for axes in combinations(mesh_size, count)
     }
-    places = [jax.typeof(x).sharding.spec]
-    even = [axes for axes in devices if num_layers % devices[axes] == 0]
-    own = {axis for here in places[0] for axis in as_tuple(here)}
-    chosen = max(even, key=lambda axes: (devices[axes], sum(axis in own for axis in axes)))
-    for count, axis in enumerate(chosen, 1):
-        kept = [tuple(name for name in as_tuple(here) if name != axis) for here in places[-1][1:]]
-        places.append(PartitionSpec(chosen[:count], *kept))
-    return [*places, PartitionSpec(chosen)]
+    specs = [jax.typeof(x).sharding.spec]
+    divisors = [axes for axes in devices if num_layers % devices[axes] == 0]
+    axes_of_x = {axis for entry in specs[0] for axis in as_tuple(entry)}
+    layer_sharding = max(divisors, key=lambda axes: (devices[axes], sum(axis in axes_of_x for axis in axes)))
+    for count, moved in enumerate(layer_sharding, 1):
+        others = [tuple(axis for axis in as_tuple(entry) if axis != moved) for entry in specs[-1][1:]]
+        specs.append(PartitionSpec(layer_sharding[:count], *others))
+    return [*specs, PartitionSpec(layer_sharding)]
 
 
 def newton_schulz(x_LMN: jax.Array) -> jax.Array:
-    """U Vᵀ of each matrix U S Vᵀ, roughly: singular values come to lie between 0.7 and 1.2.
+    """Returns approximately U Vᵀ for each matrix U S Vᵀ, with singular values between 0.7 and 1.2.
 
     Args:
-        x_LMN: L matrices. In bfloat16 the products still accumulate in float32; its rounding moves the result by about
-            4%, less than the polynomial leaves undone.
+        x_LMN: stack of L matrices. In bfloat16 the products still accumulate in float32; rounding changes the result
+            by about 4%, less than the error of the polynomial.
     """
     if tall := x_LMN.shape[1] > x_LMN.shape[2]:
         x_LMN = x_LMN.swapaxes(1, 2)
     dtype = x_LMN.dtype
 
-    def product(equation: str, one: jax.Array, other: jax.Array) -> jax.Array:
-        return jnp.einsum(equation, one, other, preferred_element_type=jnp.float32).astype(dtype)
+    def product(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
+        return jnp.einsum(equation, left, right, preferred_element_type=jnp.float32).astype(dtype)
 
     def iteration(_: int, x_LMN: jax.Array) -> jax.Array:
         a, b, c = COEFFICIENTS

@@ -1,4 +1,4 @@
-"""What turns a gradient into an update of the weights."""
+"""Optimizers: the chain of transformations from gradients to updates of the weights."""
 
 from collections.abc import Collection
 from typing import Any
@@ -17,18 +17,19 @@ from train.step.state import Weights
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """The optimizer of `optimizer.name`, after clipping by the global norm; decay by the parameter table.
+    """Returns the optimizer of `optimizer.name`, with clipping by global norm and decay by the parameter table.
 
     - adamw: Loshchilov and Hutter 2019, arXiv:1711.05101.
     - lion: Chen et al. 2023, arXiv:2302.06675.
     - adafactor: Shazeer and Stern 2018, arXiv:1804.04235, algorithm 4, with the schedule as its relative step size.
-    - muon: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon, for matrices, at the size of AdamW's updates
-      (Liu et al. 2025, arXiv:2502.16982), and AdamW for all others.
+    - muon: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon, for matrices, scaled to the size of AdamW's
+      updates (Liu et al. 2025, arXiv:2502.16982), and AdamW for all other parameters.
 
-    Its state is a dictionary by these names, so that a checkpoint does not depend on the order of the chain. What it
-    remembers of gradients is stored in `optimizer.moment_dtype`, and float32 while it is used.
+    The state is a dictionary by the names of the chain, so a checkpoint does not depend on their order. Moments are
+    stored in `optimizer.moment_dtype` and are float32 while they are used.
     """
-    c, table = config.optimizer, parameter_table(config.model)
+    c = config.optimizer
+    table = parameter_table(config.model)
     matrices = [name for name, p in table.items() if p.role == "matrix"]
     others = [name for name in table if name not in matrices]
     adam = optax.scale_by_adam(c.beta1, c.beta2, c.epsilon)
@@ -53,20 +54,20 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
 
 def only(names: Collection[str], inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner` for the parameters of these names, with a state of them alone; the others pass as they are."""
+    """Applies `inner` to the named parameters and keeps state for them alone; all others pass through."""
 
-    def chosen(tree: Weights) -> Weights:
+    def select(tree: Weights) -> Weights:
         return nested({name: x for name, x in flattened(tree).items() if name in names})
 
     def update(gradients: Weights, state: Any, weights: Weights) -> tuple[Weights, Any]:
-        updates, state = inner.update(chosen(gradients), state, chosen(weights))
+        updates, state = inner.update(select(gradients), state, select(weights))
         return nested(flattened(gradients) | flattened(updates)), state
 
-    return optax.GradientTransformation(lambda weights: inner.init(chosen(weights)), update)
+    return optax.GradientTransformation(lambda weights: inner.init(select(weights)), update)
 
 
 def stored_in(dtype: jnp.dtype, inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner` with the floating-point arrays of its state in `dtype` between updates, and float32 within."""
+    """Applies `inner` in float32 and stores the floating-point arrays of its state in `dtype` between updates."""
 
     def cast(state: Any, to: Any) -> Any:
         return jax.tree.map(lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)

@@ -1,4 +1,4 @@
-"""The learning rate and the size of the batch over the steps of a run."""
+"""Schedules over the steps of a run: the learning rate and the batch size."""
 
 import jax.numpy as jnp
 import optax
@@ -7,23 +7,24 @@ from train.config.config import Config
 
 
 def learning_rate(config: Config) -> optax.Schedule:
-    """Update number (from 0) → learning rate: linear warm-up from 0, then one of
+    """Returns the function from update number (from 0) to learning rate: a linear warm-up from 0, then one of
 
     - cosine to `final_fraction` of the peak at the last step (Loshchilov and Hutter 2017, arXiv:1608.03983);
     - linear to the same;
     - wsd: the peak, then linear to `final_fraction` over the last `decay_fraction` of the run (Hu et al. 2024,
       arXiv:2404.06395);
-    - inverse_sqrt of the update's number, whatever the length of the run (Vaswani et al. 2017, arXiv:1706.03762,
-      equation 3, scaled to the peak).
+    - inverse_sqrt of the update number, for any length of run (Vaswani et al. 2017, arXiv:1706.03762, equation 3,
+      scaled to the peak).
 
-    The update after warm-up is the first at the peak; the rate of the run's last update is the final one, but for
-    inverse_sqrt, which has none.
+    The update after warm-up is the first at the peak, and the run's last update has the final rate, except with
+    inverse_sqrt, which has no final rate.
     """
-    c, last = config.optimizer, config.train.num_steps - 1
+    c = config.optimizer
+    last = config.train.num_steps - 1
     warmup = c.steps_of_warmup(config.train.num_steps)
     decay = min(round(c.decay_fraction * config.train.num_steps), max(last - warmup, 0))
     final = c.learning_rate * c.final_fraction
-    # From 1/(warmup + 1) of the peak: an update with a rate of zero would be wasted.
+    # Starts at 1/(warmup + 1) of the peak, since an update with a rate of zero would be wasted.
     rise = optax.linear_schedule(c.learning_rate / (warmup + 1), c.learning_rate, warmup)
     if c.schedule == "cosine":
         fall = optax.cosine_decay_schedule(c.learning_rate, max(last - warmup, 1), alpha=c.final_fraction)
@@ -34,19 +35,19 @@ def learning_rate(config: Config) -> optax.Schedule:
             c.learning_rate, final, max(decay, 1), transition_begin=max(last - warmup - decay, 0)
         )
     else:
-        # Updates since the peak, which was the first of number warmup + 1.
+        # `since` counts updates from the peak, which is update number warmup + 1.
         fall = lambda since: c.learning_rate * jnp.sqrt((warmup + 1) / (warmup + 1 + since))
     joined = optax.join_schedules([rise, fall], [warmup])
-    # A line to zero may end a rounding below it.
+    # Rounding can take a linear decay slightly below zero.
     return lambda step: jnp.maximum(joined(step), 0.0)
 
 
 def batch_size(config: Config, step: int) -> int:
-    """Rows of the update numbered `step` (from 0).
+    """Returns the rows of the update numbered `step` (from 0).
 
     With a ramp the batch doubles from `batch_ramp_start` to `batch_size` in equally long stages over the first
-    `batch_ramp_steps`. GPT-3 (Brown et al. 2020, arXiv:2005.14165) grew its batch in a line; here each size is a
-    program of its own to compile, so there are few.
+    `batch_ramp_steps`. GPT-3 (Brown et al. 2020, arXiv:2005.14165) grew its batch linearly; here every size
+    needs a compiled program of its own, so there are few.
     """
     c = config.train
     if c.batch_ramp_start is None or c.batch_ramp_steps is None:
@@ -56,5 +57,5 @@ def batch_size(config: Config, step: int) -> int:
 
 
 def accumulation_parts(config: Config, rows: int) -> int:
-    """Parts in which a batch of so many rows is run: none has more rows than a part of the full batch."""
+    """Returns the number of accumulation parts for a batch of `rows`; no part exceeds a part of the full batch."""
     return max(1, config.train.accumulation_steps * rows // config.train.batch_size)

@@ -1,4 +1,8 @@
-"""Detects a loss or gradient that is not finite, and a loss that is an outlier."""
+"""Spike detection: a loss or gradient norm that is not finite, and a loss that is an outlier.
+
+A loss is an outlier if it exceeds the median of the last losses by `recovery.spike_deviations` robust standard
+deviations (1.4826 × the median absolute deviation, which equals the standard deviation of a normal distribution).
+"""
 
 import collections
 import math
@@ -8,54 +12,58 @@ from typing import Any
 
 from train.config.recovery_config import RecoveryConfig
 
-# Losses before the first that can stand out, and nats a token that it must be above the median in any case.
-LEAST_LOSSES, LEAST_RISE = 32, 0.1
+# Losses that must precede the first outlier, and the least rise above the median in nats a token.
+LEAST_LOSSES = 32
+LEAST_RISE = 0.1
 
 
 class Anomaly(Exception):
-    """A step from which nothing good can follow.
+    """A step whose loss or gradients are not finite, or whose loss is an outlier.
 
     Attributes:
-        step: of the run, from 1.
-        problem: what is wrong with it.
+        step: number of the step in the run, from 1.
+        problem: one clause that names the figure and its value.
     """
 
     def __init__(self, step: int, problem: str):
         super().__init__(f"step {step}: {problem}")
-        self.step, self.problem = step, problem
+        self.step = step
+        self.problem = problem
 
 
 class SpikeDetector:
-    """Looks at each step's figures, in order.
+    """Checks the figures of each step in order, and raises `Anomaly` for a spike.
 
     Attributes:
-        history: (loss, tokens that it is of) of the last steps that were good, oldest first: kept in each checkpoint.
+        history: (loss, number of tokens) of the last good steps, oldest first; every checkpoint stores it.
 
     Args:
-        config: when a loss stands out.
-        history: that the checkpoint has.
+        config: the threshold and window of an outlier.
+        history: the history that the restored checkpoint stores.
     """
 
     def __init__(self, config: RecoveryConfig, history: Iterable[Sequence[float]] = ()):
         self._deviations = config.spike_deviations
         self.history = collections.deque(((loss, tokens) for loss, tokens in history), config.spike_window)
 
-    def check(self, record: Mapping[str, Any], seen: Iterable[Sequence[float]] = (), anew: bool = False) -> None:
-        """Anomaly, where the figures of a step are none to go on with.
+    def check(self, record: Mapping[str, Any], reports: Iterable[Sequence[float]] = (), new_data: bool = False) -> None:
+        """Raises Anomaly if training should not continue from this step.
 
         Args:
-            record: as in metrics.jsonl.
-            seen: (loss, gradient norm) as each process has them.
-            anew: the data of this step is another than before, so that other losses are usual.
+            record: the step's line of metrics.jsonl.
+            reports: (loss, gradient norm) as computed by each process.
+            new_data: the mixture changed at this step, so the history of losses no longer applies.
         """
-        step, loss, tokens = record["step"], record["loss"], record["loss_weight"]
-        for figures in ((loss, record["grad_norm"]), *seen):
+        step = record["step"]
+        loss = record["loss"]
+        tokens = record["loss_weight"]
+        for figures in ((loss, record["grad_norm"]), *reports):
             for name, value in zip(("loss", "grad_norm"), figures, strict=True):
                 if not math.isfinite(value):
                     raise Anomaly(step, f"{name} is {value}")
-        if anew:
+        if new_data:
             self.history.clear()
-        # The last batches of a corpus that ends are of few tokens, whose losses vary more.
+        # The last batches of a corpus hold few tokens, so their losses vary more.
         if self.history and tokens < statistics.median(tokens for _, tokens in self.history) / 2:
             return
         losses = [other for other, _ in self.history]
@@ -65,7 +73,7 @@ class SpikeDetector:
             if loss - median > max(self._deviations * deviation, LEAST_RISE):
                 raise Anomaly(
                     step,
-                    f"loss {loss:.4f} stands out: the median of the {len(losses)} before is {median:.4f}, their robust "
-                    f"deviation {deviation:.4f}",
+                    f"loss {loss:.4f} is an outlier: the median of the {len(losses)} before is {median:.4f}, "
+                    f"their robust deviation {deviation:.4f}",
                 )
         self.history.append((loss, tokens))

@@ -1,6 +1,6 @@
-"""The state of training: {"step", "weights", "optimizer"} and, where weights are averaged, "average".
+"""The state of training: {"step", "weights", "optimizer"}, and "average" with `train.ema_decay`.
 
-All are arrays, made in place on the mesh; the average is float32 and in shards as the weights are.
+All leaves are arrays that are created on the mesh; the average is float32 and sharded like the weights.
 """
 
 from typing import Any
@@ -15,15 +15,17 @@ from train.config.config import Config
 from train.devices.rules import training_layout
 
 State = dict[str, Any]
+# A nested dictionary of arrays by parameter name: weights, gradients, updates or moments.
+Weights = dict[str, Any]
 
 
 def make_state(config: Config, optimizer: optax.GradientTransformation) -> State:
-    """The state before the first step; the same bits on every mesh of a platform. Call it under the run's mesh."""
+    """Returns the state before the first step on the ambient mesh, with the same bits on every mesh of a platform."""
     return jax.jit(lambda: _state(config, optimizer))()
 
 
 def abstract_state(config: Config, optimizer: optax.GradientTransformation) -> State:
-    """Shapes, dtypes and shardings of `make_state`, without memory."""
+    """Returns the shapes, dtypes and shardings of `make_state`, without allocating memory."""
     mesh = jax.sharding.get_mesh()
 
     def concrete(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -34,7 +36,7 @@ def abstract_state(config: Config, optimizer: optax.GradientTransformation) -> S
 
 
 def evaluated_weights(state: State) -> Any:
-    """What is evaluated, sampled from and exported: the average of the weights where there is one."""
+    """Returns the weights to evaluate, sample from and export: their moving average if the run keeps one."""
     return state.get("average", state["weights"])
 
 
@@ -42,6 +44,3 @@ def _state(config: Config, optimizer: optax.GradientTransformation) -> State:
     weights = initial_weights(config.model, config.train.seed, training_layout(config.mesh))
     state = {"step": jnp.zeros((), jnp.int32), "weights": weights, "optimizer": optimizer.init(weights)}
     return state | ({"average": weights} if config.train.ema_decay else {})
-
-
-Weights = dict[str, Any]

@@ -8,24 +8,23 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from model.backend import platform
 from model.decoder import Decoder
 from model.dropout import Keys, row_keys
 from model.loss import Losses, summed_losses
 from model.sharding import Layout
 from train.config.config import Config
 from train.devices.rules import training_layout
-from train.devices.xla import compiler_options
+from train.devices.xla import compiler_options, sum_loss_weights
 from train.step.schedule import accumulation_parts, batch_size, learning_rate
-from train.step.state import State
+from train.step.state import State, Weights
 from train.step.watch import watch
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, Any]
 
 
-def summed_loss(config: Config, weights: dict[str, Any], batch: Batch, keys_B: Keys = None) -> Losses:
-    """What training minimizes and the cross-entropy, summed over the batch by its loss weights."""
+def summed_loss(config: Config, weights: Weights, batch: Batch, keys_B: Keys = None) -> Losses:
+    """Returns the minimized loss and the cross-entropy, summed over the batch by `loss_weights`."""
     layout = training_layout(config.mesh)
     batch = {name: layout.spread(x) for name, x in batch.items()}
     decoder = Decoder(config.model, weights, layout)
@@ -34,35 +33,23 @@ def summed_loss(config: Config, weights: dict[str, Any], batch: Batch, keys_B: K
     return summed_losses(x_BTD, matrix_DV, batch["targets"], batch["loss_weights"], config.model, layout)
 
 
-def counted(batch: Batch) -> tuple[Batch, jax.Array]:
-    """The batch, and its loss weights summed.
+def update_average(config: Config, average: Weights, weights: Weights, step: jax.Array) -> Weights:
+    """Returns the moving average of the weights after update `step` (Polyak and Juditsky 1992), in float32.
 
-    On CPUs all else waits for the sum: devices of jax 0.12's runtime may begin it before a loop or after it, each as
-    it likes, and then wait for one another's collectives without end.
-    """
-    total = jnp.sum(batch["loss_weights"])
-    if platform() == "cpu":
-        batch = {**batch, "tokens": jnp.where(total >= 0, batch["tokens"], 0)}
-    return batch, total
-
-
-def averaged(config: Config, average: dict[str, Any], weights: dict[str, Any], step: jax.Array) -> dict[str, Any]:
-    """The moving average of the weights after the update numbered `step` (Polyak and Juditsky 1992), float32.
-
-    At first it forgets faster, with decay (1 + t)/(10 + t) as in TensorFlow's ExponentialMovingAverage: otherwise the
-    initial weights would be in it for thousands of steps.
+    The decay starts lower, at (1 + t)/(10 + t) as in TensorFlow's ExponentialMovingAverage: otherwise the initial
+    weights would remain in the average for thousands of steps.
     """
     t = step.astype(jnp.float32)
     decay = jnp.minimum(config.train.ema_decay, (1 + t) / (10 + t))
     return optax.incremental_update(weights, average, 1 - decay)
 
 
-def in_parts(parts: int, tree: Any, layout: Layout) -> Any:
-    """Arrays [B, ...] as [parts, B / parts, ...]: part a takes rows a, a + parts, ..., so devices keep their rows."""
+def split_rows(parts: int, tree: Any, layout: Layout) -> Any:
+    """Splits arrays [B, ...] into [parts, B / parts, ...]; part a takes rows a, a + parts, ..., so no row moves."""
 
     def split(x: jax.Array) -> jax.Array:
         x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:])
-        # A reshape forgets on which axis the shards of a single row are.
+        # When a part has a single row, the reshape loses which axis is sharded; this restores it.
         return layout.place(x, "batch", *(None,) * (x.ndim - 1)).swapaxes(0, 1)
 
     return jax.tree.map(split, tree)
@@ -71,40 +58,39 @@ def in_parts(parts: int, tree: Any, layout: Layout) -> Any:
 def make_train_step(
     config: Config, optimizer: optax.GradientTransformation, watches: bool = False
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
-    """The compiled function (state, batch) → (state, metrics); it takes the memory of the state it is given.
+    """Returns the jitted function (state, batch) → (state, metrics), which donates the memory of its state.
 
     A batch holds `tokens`, `targets`, `positions`, `segment_ids` (int32) and `loss_weights` (float32), each [B, T].
-    With `accumulation_steps` = A, parts of B/A rows run one after the other (a smaller batch of a ramp has fewer);
-    the loss is divided by the weight of the whole batch, so that A changes nothing but memory. Metrics are float32
-    scalars: `loss` in nats a token, `grad_norm` before clipping, `learning_rate`, `loss_weight` (the tokens that
-    counted). A step that watches also returns `watch` (see `watch.py`), for one more forward pass. The function is
-    for the platform of the ambient mesh.
+    Gradient accumulation with `accumulation_steps` = A runs A parts of B/A rows in sequence (fewer on a batch ramp);
+    the loss is divided by the weight of the whole batch, so A changes only memory. Metrics are float32 scalars:
+    `loss` in nats a token, `grad_norm` before clipping, `learning_rate`, and `loss_weight`, the number of tokens
+    that count. A watching step also returns `watch` (see `watch.py`), at the cost of one more forward pass. The
+    function is compiled for the platform of the ambient mesh.
     """
-    schedule, layout = learning_rate(config), training_layout(config.mesh)
+    schedule = learning_rate(config)
+    layout = training_layout(config.mesh)
 
-    def gradient(weights: dict[str, Any], batch: Batch, keys_B: Keys) -> tuple[jax.Array, dict[str, Any]]:
+    def loss_and_gradients(weights: Weights, batch: Batch, keys_B: Keys) -> tuple[jax.Array, Weights]:
         objective = partial(summed_loss, config, batch=batch, keys_B=keys_B)
         (_, loss), gradients = jax.value_and_grad(objective, has_aux=True)(weights)
         return loss, gradients
 
-    def accumulated(
-        parts: int, weights: dict[str, Any], batch: Batch, keys_B: Keys
-    ) -> tuple[jax.Array, dict[str, Any]]:
+    def accumulate(parts: int, weights: Weights, batch: Batch, keys_B: Keys) -> tuple[jax.Array, Weights]:
         def add(total: Any, part: tuple[Batch, Keys]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradient(weights, *part)), None
+            return jax.tree.map(jnp.add, total, loss_and_gradients(weights, *part)), None
 
         zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, weights))
-        return jax.lax.scan(add, zeros, in_parts(parts, (batch, keys_B), layout))[0]
+        return jax.lax.scan(add, zeros, split_rows(parts, (batch, keys_B), layout))[0]
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        batch, loss_weight = counted(batch)
+        batch, loss_weight = sum_loss_weights(batch)
         keys_B = None
         if config.model.dropout:
             rows_B = jnp.arange(batch["tokens"].shape[0], out_sharding=layout.spec("batch"))
             keys_B = row_keys(config.train.seed, state["step"], rows_B)
         parts = accumulation_parts(config, batch["tokens"].shape[0])
-        gradient_of = gradient if parts == 1 else partial(accumulated, parts)
-        loss, gradients = gradient_of(state["weights"], batch, keys_B)
+        run = loss_and_gradients if parts == 1 else partial(accumulate, parts)
+        loss, gradients = run(state["weights"], batch, keys_B)
         loss, gradients = jax.tree.map(lambda x: x / jnp.maximum(loss_weight, 1.0), (loss, gradients))
 
         updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["weights"])
@@ -115,18 +101,18 @@ def make_train_step(
             "loss_weight": loss_weight,
         }
         if watches:
-            metrics["watch"] = watch(config, state["weights"], in_parts(parts, batch, layout), gradients, updates)
+            metrics["watch"] = watch(config, state["weights"], split_rows(parts, batch, layout), gradients, updates)
         weights = optax.apply_updates(state["weights"], updates)
         after = {"step": state["step"] + 1, "weights": weights, "optimizer": optimizer_state}
         if config.train.ema_decay:
-            after["average"] = averaged(config, state["average"], weights, state["step"])
+            after["average"] = update_average(config, state["average"], weights, state["step"])
         return after, metrics
 
     return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options())
 
 
-class Programs:
-    """The programs of a run's steps: one for each size of the batch, and one more for each that a watching step has.
+class StepPrograms:
+    """The compiled programs of a run's steps: one for each batch size, with and without watching.
 
     Steps are numbered from 1 here, as in the log.
     """
@@ -137,19 +123,20 @@ class Programs:
         self._compiled: dict[tuple[int, bool], jax.stages.Compiled] = {}
 
     def __call__(self, step: int, state: State, batch: Batch) -> tuple[State, Metrics]:
-        """The step, as of `make_train_step`."""
-        found: tuple[State, Metrics] = self._functions[self._kind(step)[1]](state, batch)
-        return found
+        """Runs step number `step`: (state, batch) → (state, metrics), as `make_train_step`."""
+        _, watches = self._kind(step)
+        result: tuple[State, Metrics] = self._functions[watches](state, batch)
+        return result
 
     def has(self, step: int) -> bool:
-        """Whether the step's program is compiled already."""
+        """True if the program of step number `step` has been compiled."""
         return self._kind(step) in self._compiled
 
     def compiled(self, step: int, state: State, batch: Batch) -> jax.stages.Compiled:
-        """The step's program; compiled now, where it was not."""
+        """Returns the program of step number `step`, and compiles it if necessary."""
         kind = self._kind(step)
         if kind not in self._compiled:
-            # What is compiled so is what a call takes.
+            # jit finds this program in its cache when it is called.
             self._compiled[kind] = self._functions[kind[1]].lower(state, batch).compile()
         return self._compiled[kind]
 

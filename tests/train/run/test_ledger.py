@@ -40,7 +40,7 @@ def test_a_spike_stands_out_and_noise_a_fall_and_few_losses_do_not():
         judge.check(record(loss))
     assert list(judge.history) == of(falling(500)[-128:])
     judge.check(record(2.0))
-    with pytest.raises(Anomaly, match=r"loss 3\.4\d* stands out: the median of the 128 before is 2\.5"):
+    with pytest.raises(Anomaly, match=r"loss 3\.4\d* is an outlier: the median of the 128 before is 2\.5"):
         judge.check(record(3.4))
     # What stands out is no part of what is usual.
     assert 3.4 not in [loss for loss, _ in judge.history]
@@ -62,13 +62,13 @@ def test_losses_that_hardly_vary_may_rise_a_little():
 
 def test_other_data_has_other_losses():
     judge = SpikeDetector(RecoveryConfig(), of(falling(200)))
-    judge.check(record(9.0), anew=True)
+    judge.check(record(9.0), new_data=True)
     assert list(judge.history) == of([9.0])
 
 
 def test_what_one_process_alone_sees_counts_for_all():
     with pytest.raises(Anomaly, match="grad_norm is nan"):
-        SpikeDetector(RecoveryConfig()).check(record(2.0), seen=[(2.0, 1.0), (2.0, math.nan)])
+        SpikeDetector(RecoveryConfig()).check(record(2.0), reports=[(2.0, 1.0), (2.0, math.nan)])
 
 
 def test_the_last_batches_of_a_corpus_are_of_few_tokens_and_say_little():

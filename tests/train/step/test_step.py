@@ -16,7 +16,7 @@ from train.devices.mesh import batch_sharding, on_one_device
 from train.step.optimizer import make_optimizer
 from train.step.schedule import batch_size
 from train.step.state import make_state
-from train.step.step import Programs, make_train_step, summed_loss
+from train.step.step import StepPrograms, make_train_step, summed_loss
 
 
 def config_for(optimizer: dict | None = None, **train: object) -> Config:
@@ -52,7 +52,7 @@ def test_a_ramp_has_one_program_a_stage_and_its_parts_change_nothing_but_memory(
         config = config_for(**ramp, **train)
         with jax.set_mesh(on_one_device()), jax.log_compiles():
             optimizer = make_optimizer(config)
-            state, programs = make_state(config, optimizer), Programs(config, optimizer)
+            state, programs = make_state(config, optimizer), StepPrograms(config, optimizer)
             found = []
             for step in range(1, 9):
                 batch = small_batch(batch_size(config, step - 1), seed=step)

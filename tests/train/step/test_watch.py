@@ -16,7 +16,7 @@ from train.config.reading import make_config
 from train.devices.mesh import batch_sharding, on_one_device
 from train.step.optimizer import make_optimizer
 from train.step.state import make_state
-from train.step.step import Programs, make_train_step
+from train.step.step import StepPrograms, make_train_step
 from train.step.watch import compact
 
 
@@ -57,7 +57,7 @@ def test_steps_that_watch_are_those_that_the_number_divides():
     config = config_for(watch_every_steps=3)
     with jax.set_mesh(on_one_device()):
         optimizer = make_optimizer(config)
-        state, programs, found = make_state(config, optimizer), Programs(config, optimizer), []
+        state, programs, found = make_state(config, optimizer), StepPrograms(config, optimizer), []
         for step in range(1, 8):
             state, metrics = programs(step, state, small_batch())
             found += [step] if "watch" in metrics else []
