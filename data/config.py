@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # Fields of a mixture's corpus: what it is, how often it is drawn, and those of DataConfig that it may have of its own.
-OWN_FIELDS = ("text_field", "prompt_field", "text_separator", "epochs")
-MIXTURE_FIELDS = ("corpus", "weight", *OWN_FIELDS)
+PER_CORPUS_FIELDS = ("text_field", "prompt_field", "text_separator", "epochs")
+MIXTURE_FIELDS = ("corpus", "weight", *PER_CORPUS_FIELDS)
 MIXTURE_EXAMPLE = '{"web": {"corpus": "web/*.jsonl", "weight": 3}, "code": {"corpus": "code", "weight": 1}}'
 CORPUS_HELP = "'stdlib' (the running Python's standard library), or a file, folder, glob or URL of text"
 

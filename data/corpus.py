@@ -24,17 +24,17 @@ from data.formats import parquet, text
 log = logging.getLogger("ziggurat")
 
 # A local corpus up to this size is hashed, and looked through for damage, whole.
-WHOLE_BYTES = 2**28
-SMALLEST_CHUNK = 256
+SMALL_CORPUS_BYTES = 2**28
+MIN_CHUNK_BYTES = 256
 # Fewer .txt files than this give their ends to the held-out part, not whole files.
 MANY_FILES = 20
 # Held-out text is read in pieces of about this size.
-PIECE_BYTES = 2**24
+HELD_OUT_PIECE_BYTES = 2**24
 # Epochs whose order is remembered: streams reach the next one at different times.
-ORDERS = 4
-MOST_PROBLEMS = 10
+CACHED_ORDERS = 4
+MAX_PROBLEMS = 10
 # With fewer files than so many a stream, the footers of .parquet files are read for the chunks.
-FOOTERS_FROM = 4
+FILES_PER_STREAM = 4
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Document:
     prompt: str = ""
 
 
-def digest(*parts: int | str) -> int:
+def stable_hash(*parts: int | str) -> int:
     """A number of 64 bits that these parts determine, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest())
 
@@ -110,14 +110,14 @@ class Corpus:
             for number in texts:
                 if not _is_compressed(files[number]):
                     self._ends[number] = self._held_out_from(files[number])
-        self._step = max(min(config.chunk_bytes, self.size // (4 * config.num_streams)), SMALLEST_CHUNK)
+        self._step = max(min(config.chunk_bytes, self.size // (4 * config.num_streams)), MIN_CHUNK_BYTES)
         self.chunks = [
             Chunk(number, begin, end)
             for number, file in enumerate(files)
             for begin, end in itertools.pairwise(self._borders(file, self._ends[number]))
         ]
         self.shared = len(self.chunks) < config.num_streams
-        self.order = lru_cache(ORDERS)(self._order)
+        self.order = lru_cache(CACHED_ORDERS)(self._order)
 
     def _borders(self, file: File, end: int) -> list[int]:
         """The bytes at which a file's chunks begin and end."""
@@ -126,21 +126,26 @@ class Corpus:
         if _is_compressed(file):
             return [0, end]
         assert self._config.num_streams is not None
-        if formats.kind(file.name)[0] == ".parquet" and len(self.files) < FOOTERS_FROM * self._config.num_streams:
+        if (
+            formats.format_and_compression(file.name)[0] == ".parquet"
+            and len(self.files) < FILES_PER_STREAM * self._config.num_streams
+        ):
             # Few files: their row groups are looked up, so that no stream has chunks without any.
-            return [0, *parquet.footer(file).begins[1:], end]
+            return [0, *parquet.read_footer(file).begins[1:], end]
         return [*range(0, end, self._step), end]
 
     def _order(self, seed: int, epoch: int) -> list[Chunk]:
-        return [self.chunks[i] for i in sorted(range(len(self.chunks)), key=lambda i: digest("chunk", seed, epoch, i))]
+        return [
+            self.chunks[i] for i in sorted(range(len(self.chunks)), key=lambda i: stable_hash("chunk", seed, epoch, i))
+        ]
 
     def _is_one_document(self, file: File) -> bool:
-        return formats.kind(file.name)[0] == ".txt" and self._config.text_separator is None
+        return formats.format_and_compression(file.name)[0] == ".txt" and self._config.text_separator is None
 
     def _held_out_from(self, file: File) -> int:
         """Where the held-out end of a .txt begins: at a line, or in the last one where that is longer."""
         wanted = round(file.size * (1 - self._config.validation_fraction))
-        begin = text.cut(file, wanted, file.size)
+        begin = text.piece_start(file, wanted, file.size)
         return begin if begin < file.size else text.next_character(file, wanted, file.size)
 
     def _is_held_out(self, key: str) -> bool:
@@ -149,7 +154,7 @@ class Corpus:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the files' names, sizes and content (of a large corpus, of what identifies it)."""
-        whole = self.size <= WHOLE_BYTES
+        whole = self.size <= SMALL_CORPUS_BYTES
         try:
             return hashlib.sha256("".join(fingerprint(file, whole) for file in self.files).encode()).hexdigest()
         except BadText as error:
@@ -183,12 +188,12 @@ class Corpus:
                 yield from self._all(number, 0, file.size) if end == 0 else ()
             else:
                 while end < file.size:
-                    begin, end = end, text.cut(file, end + PIECE_BYTES, file.size)
+                    begin, end = end, text.piece_start(file, end + HELD_OUT_PIECE_BYTES, file.size)
                     yield from self._piece(number, begin, end)
 
     def training_texts(self, seed: int) -> Iterator[str]:
         """The texts and prompts of the training documents, chunk by chunk in an order that the seed determines."""
-        for i in sorted(range(len(self.chunks)), key=lambda i: digest("sample", seed, i)):
+        for i in sorted(range(len(self.chunks)), key=lambda i: stable_hash("sample", seed, i)):
             for document in self.documents(self.chunks[i]):
                 yield from filter(None, (document.prompt, document.text))
 
@@ -203,7 +208,7 @@ class Corpus:
         Raises:
             InputError: up to ten of the problems in its documents, or that there are too few to train on.
         """
-        if self.size > WHOLE_BYTES or not all(map(is_local, self.files)):
+        if self.size > SMALL_CORPUS_BYTES or not all(map(is_local, self.files)):
             return
         problems: list[str] = []
         # What is left out is said as it is read.
@@ -213,7 +218,7 @@ class Corpus:
                     pass
             except InputError as error:
                 problems.append(str(error))
-            if len(problems) == MOST_PROBLEMS:
+            if len(problems) == MAX_PROBLEMS:
                 break
         if problems:
             raise InputError("\n".join(problems))
@@ -237,11 +242,11 @@ class Corpus:
         file = self.files[number]
         if self._is_one_document(file) and not _is_compressed(file):
             if not whole:
-                begin, end = (text.cut(file, at, self._ends[number]) for at in (begin, end))
+                begin, end = (text.piece_start(file, at, self._ends[number]) for at in (begin, end))
             yield from self._piece(number, begin, end)
             return
         try:
-            for at, content in formats.read(file, begin, end, self._fields, place):
+            for at, content in formats.read_documents(file, begin, end, self._fields, place):
                 if isinstance(content, BadText):
                     self._bad(number, at, content)
                 elif content.text:
@@ -253,7 +258,7 @@ class Corpus:
         """The text of a part of a .txt, if there is any."""
         file = self.files[number]
         try:
-            content = text.read(file, begin, end) if begin < end else ""
+            content = text.read_text(file, begin, end) if begin < end else ""
         except BadText as error:
             self._bad(number, begin, error)
             return
@@ -269,7 +274,7 @@ class Corpus:
         where = file.path
         if place is not None:
             # To count the lines before a place is to read them.
-            where += formats.written_place(file, place, counts_lines=len(self.skipped) < MOST_PROBLEMS)
+            where += formats.written_place(file, place, counts_lines=len(self.skipped) < MAX_PROBLEMS)
         if not skips:
             raise InputError(f"{where}: {problem}; mend it, or leave it out with data.on_bad_document=skip")
         self.skipped.add(key)
@@ -277,7 +282,7 @@ class Corpus:
 
 
 def _is_compressed(file: File) -> bool:
-    return formats.kind(file.name)[1] != ""
+    return formats.format_and_compression(file.name)[1] != ""
 
 
 def open_corpus(where: str, config: DataConfig, leave_out: Path | None = None, field: str = "data.corpus") -> Corpus:

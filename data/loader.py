@@ -12,40 +12,39 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from data.config import DataConfig
-from data.mixture import NUMBERS, Mixture, first_positions, open_streams
+from data.mixture import POSITION_SIZE, Mixture, initial_positions, open_streams
 from data.provenance import describe_row
-from data.segmenter import Part, Row, fill
+from data.segmenter import Segment, SegmentPart, make_segment
 from data.tokenizer.tokenizer import Tokenizer
 from data.tokenizer.workers import Workers
 
-Batch = dict[str, jax.Array]
 # Stands for every number of a position that another process knows.
 UNREAD = np.iinfo(np.int64).min
 
 
-class Loaded(NamedTuple):
+class LoadedBatch(NamedTuple):
     """A global batch.
 
     Attributes:
         batch: the arrays of a row stacked to [B, T] over all devices. Row b belongs to stream ⌊b·V/B⌋.
-        positions: after it, int64 [V, K, `NUMBERS`], `UNREAD` in the streams that other processes read: see
-            `gather_positions`.
-        left: int64 [K]: of the streams that this process reads, those in which the batch after this one still has
-            something of the corpus; of a corpus without end all of them. See `is_over`.
-        here: int64 [K]: the same of this batch itself.
+        positions: where each stream's next row begins, int64 [V, K, `POSITION_SIZE`]; `UNREAD` in the streams that
+            other processes read: see `gather_positions`.
+        streams_left_after: int64 [K]. Per corpus, how many of this process's streams still have text of it for the next
+            batch; a corpus without end counts in all of them. See `corpus_has_ended`.
+        streams_left_in: int64 [K]. The same count for this batch.
         skipped: the rows of this process's streams that were left out before it, as `describe_row` says but for their
             text, with "batch", which of the batches left out they are of.
     """
 
-    batch: Batch
+    batch: dict[str, jax.Array]
     positions: np.ndarray
-    left: np.ndarray
-    here: np.ndarray
+    streams_left_after: np.ndarray
+    streams_left_in: np.ndarray
     skipped: list[dict[str, Any]]
 
 
 class Loader:
-    """A context manager and iterator of `Loaded`, as long as there are batch sizes.
+    """A context manager and iterator of `LoadedBatch`, as long as there are batch sizes.
 
     Args:
         mixture: the text.
@@ -54,7 +53,7 @@ class Loader:
         seed: of the order.
         batch_sizes: B of each batch.
         sharding: of the batch's arrays.
-        positions: of all streams, [V, K, `NUMBERS`]; none: the beginning.
+        positions: of all streams, [V, K, `POSITION_SIZE`]; none: the beginning.
         step: number (from 0) of the first batch's step, which weights may follow.
         skips: step → how many batches of its size are read and left out before its own.
     """
@@ -86,9 +85,9 @@ class Loader:
             tokenizer.eos_id,
             seed,
             sorted({v for shard in shards if shard for v in range(config.num_streams)[shard[0]]}),
-            first_positions(mixture, config.num_streams) if positions is None else positions,
+            initial_positions(mixture, config.num_streams) if positions is None else positions,
         )
-        self._ready: queue.Queue[Loaded | BaseException] = queue.Queue(config.prefetch)
+        self._ready: queue.Queue[LoadedBatch | BaseException] = queue.Queue(config.prefetch)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._fill, name="loader", daemon=True)
 
@@ -102,10 +101,10 @@ class Loader:
         if self._workers:
             self._workers.close()
 
-    def __iter__(self) -> Iterator[Loaded]:
+    def __iter__(self) -> Iterator[LoadedBatch]:
         return self
 
-    def __next__(self) -> Loaded:
+    def __next__(self) -> LoadedBatch:
         found = self._ready.get()
         if isinstance(found, BaseException):
             raise found
@@ -115,7 +114,7 @@ class Loader:
         """The thread: batches into the queue, until it is stopped or fails."""
         batches = self._batches()
         while not self._stop.is_set():
-            made: Loaded | BaseException
+            made: LoadedBatch | BaseException
             try:
                 made = next(batches)
             except BaseException as error:  # raised again where the batch is asked for
@@ -129,14 +128,17 @@ class Loader:
             if isinstance(made, BaseException):
                 return
 
-    def _batches(self) -> Iterator[Loaded]:
+    def _batches(self) -> Iterator[LoadedBatch]:
         """All batches; where a corpus may end, each is made once the next one is, to know what that one has."""
         batches = itertools.starmap(self._make, self._sizes)
         if not self._mixture.is_bounded:
             return batches
-        return (loaded._replace(left=following.left) for loaded, following in itertools.pairwise(batches))
+        return (
+            loaded._replace(streams_left_after=following.streams_left_after)
+            for loaded, following in itertools.pairwise(batches)
+        )
 
-    def _make(self, step: int, size: int) -> Loaded:
+    def _make(self, step: int, size: int) -> LoadedBatch:
         rows, positions, left, skipped = self._read(step, size)
         shape = (size, self._config.segment_length)
 
@@ -147,10 +149,10 @@ class Loader:
 
             return jax.make_array_from_callback(shape, self._sharding, shard)
 
-        return Loaded({name: array(name) for name in next(iter(rows.values()))}, positions, left, left, skipped)
+        return LoadedBatch({name: array(name) for name in next(iter(rows.values()))}, positions, left, left, skipped)
 
-    def _read(self, step: int, size: int) -> tuple[dict[int, Row], np.ndarray, np.ndarray, list[dict[str, Any]]]:
-        """The rows of this process's streams by their numbers in the batch, and the rest of `Loaded`."""
+    def _read(self, step: int, size: int) -> tuple[dict[int, Segment], np.ndarray, np.ndarray, list[dict[str, Any]]]:
+        """The rows of this process's streams by their numbers in the batch, and the rest of `LoadedBatch`."""
         skipped = [
             {"batch": batch} | describe_row(self._mixture, self._tokenizer, b, k, parts)
             for batch in range(self._skips.get(step, 0))
@@ -159,13 +161,13 @@ class Loader:
         for part in (part for row in skipped for part in row["parts"]):
             del part["text"]
         taken, positions, left = self._take(step, size)
-        return {b: fill(parts, self._config) for b, (_, parts) in taken.items()}, positions, left, skipped
+        return {b: make_segment(parts, self._config) for b, (_, parts) in taken.items()}, positions, left, skipped
 
-    def _take(self, step: int, size: int) -> tuple[dict[int, tuple[int, list[Part]]], np.ndarray, np.ndarray]:
+    def _take(self, step: int, size: int) -> tuple[dict[int, tuple[int, list[SegmentPart]]], np.ndarray, np.ndarray]:
         """Corpus and parts of the rows, positions and left."""
         K, each = len(self._mixture.sources), size // self._num_streams
-        taken: dict[int, tuple[int, list[Part]]] = {}
-        positions = np.full((self._num_streams, K, NUMBERS), UNREAD, np.int64)
+        taken: dict[int, tuple[int, list[SegmentPart]]] = {}
+        positions = np.full((self._num_streams, K, POSITION_SIZE), UNREAD, np.int64)
         left = np.zeros(K, np.int64)
         for v, stream in self._streams.items():
             gave = np.zeros(K, bool)
@@ -186,7 +188,7 @@ def gather_positions(positions: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(halves).view(np.int64).max(axis=0)
 
 
-def is_over(left: np.ndarray, mixture: Mixture) -> bool:
+def corpus_has_ended(left: np.ndarray, mixture: Mixture) -> bool:
     """Whether a corpus that is read a number of times has ended in all streams; all processes call it together."""
     if not mixture.is_bounded:
         return False

@@ -16,18 +16,18 @@ from typing import Any
 
 import numpy as np
 
-from data.config import OWN_FIELDS, DataConfig, stages, weight_at
+from data.config import PER_CORPUS_FIELDS, DataConfig, stages, weight_at
 from data.corpus import Corpus, Document, open_corpus
 from data.errors import InputError
-from data.segmenter import Part
+from data.segmenter import SegmentPart
 from data.stream import Stream, StreamPosition, Tokenize, open_readers
 
 # Credits are whole numbers, the same on every machine: a row costs so many.
-ROW = 2**32
+CREDITS_PER_ROW = 2**32
 # Rows of the sequence at whose places the streams begin, at most.
-STAGGER = 2**16
+STAGGERED_ROWS = 2**16
 # Numbers of a corpus's position in a stream.
-NUMBERS = len(StreamPosition._fields) + 1
+POSITION_SIZE = len(StreamPosition._fields) + 1
 
 
 @dataclass(frozen=True)
@@ -64,15 +64,15 @@ class Mixture:
         self.is_bounded = any(source.config.epochs is not None for source in sources)
 
     def shares(self, step: int) -> list[int]:
-        """What each corpus's credit grows by with a row of a step; `ROW` in all."""
+        """What each corpus's credit grows by with a row of a step; `CREDITS_PER_ROW` in all."""
         weights = [source.weight(step) for source in self.sources]
-        shares = [round(ROW * weight / sum(weights)) for weight in weights]
-        shares[shares.index(max(shares))] += ROW - sum(shares)
+        shares = [round(CREDITS_PER_ROW * weight / sum(weights)) for weight in weights]
+        shares[shares.index(max(shares))] += CREDITS_PER_ROW - sum(shares)
         return shares
 
     def fingerprints(self) -> dict[str, str]:
         """Of each corpus by its name, in `data.corpus`'s words."""
-        return {field_of(source.name): source.corpus.fingerprint for source in self.sources}
+        return {corpus_field(source.name): source.corpus.fingerprint for source in self.sources}
 
     def held_out(self) -> Iterator[tuple[str, Iterator[Document]]]:
         """(name, held-out documents) of each corpus."""
@@ -90,7 +90,7 @@ class Mixture:
         return sum(len(source.corpus.skipped) for source in self.sources)
 
 
-def field_of(name: str) -> str:
+def corpus_field(name: str) -> str:
     """What messages call a corpus."""
     return f"data.corpus[{name!r}]" if name else "data.corpus"
 
@@ -110,12 +110,12 @@ def open_mixture(config: DataConfig, stdlib: Callable[[], str], leave_out: Path 
     sources, problems = [], []
     # By name: a config file has its own order of them, and a JSON text another.
     for name, values in sorted(several.items()):
-        own: dict[str, Any] = {field: values[field] for field in OWN_FIELDS if field in values}
+        own: dict[str, Any] = {field: values[field] for field in PER_CORPUS_FIELDS if field in values}
         own["corpus"] = values["corpus"]
         of_source = dataclasses.replace(config, **own)
         path = stdlib() if values["corpus"] == "stdlib" else values["corpus"]
         try:
-            corpus = open_corpus(path, of_source, leave_out, field_of(name))
+            corpus = open_corpus(path, of_source, leave_out, corpus_field(name))
         except InputError as error:
             problems.append(str(error))
             continue
@@ -125,26 +125,26 @@ def open_mixture(config: DataConfig, stdlib: Callable[[], str], leave_out: Path 
     return Mixture(sources)
 
 
-def choose(credits: list[int], shares: Sequence[int]) -> int:
+def choose_corpus(credits: list[int], shares: Sequence[int]) -> int:
     """The corpus of the next row; `credits` follow."""
     for k, share in enumerate(shares):
         credits[k] += share
     # What has no share now is not drawn, whatever its credit.
     chosen = max((k for k, share in enumerate(shares) if share), key=lambda k: (credits[k], -k))
-    credits[chosen] -= ROW
+    credits[chosen] -= CREDITS_PER_ROW
     return chosen
 
 
-def first_positions(mixture: Mixture, num_streams: int, epoch: int = 0) -> np.ndarray:
-    """Where all streams begin, int64 [V, K, `NUMBERS`]."""
+def initial_positions(mixture: Mixture, num_streams: int, epoch: int = 0) -> np.ndarray:
+    """Where all streams begin, int64 [V, K, `POSITION_SIZE`]."""
     shares = mixture.shares(0)
-    positions = np.zeros((num_streams, len(shares), NUMBERS), np.int64)
+    positions = np.zeros((num_streams, len(shares), POSITION_SIZE), np.int64)
     positions[:, :, 0] = epoch
-    rows = min(-(-ROW // min(filter(None, shares))), STAGGER)
+    rows = min(-(-CREDITS_PER_ROW // min(filter(None, shares))), STAGGERED_ROWS)
     credits, done = [0] * len(shares), 0
     for v in range(num_streams):
         while done < v * rows // num_streams:
-            choose(credits, shares)
+            choose_corpus(credits, shares)
             done += 1
         positions[v, :, -1] = credits
     return positions
@@ -165,12 +165,12 @@ class MixedStream:
 
     @property
     def positions(self) -> np.ndarray:
-        """Where its next row begins, int64 [K, `NUMBERS`]."""
+        """Where its next row begins, int64 [K, `POSITION_SIZE`]."""
         return np.concatenate([self._positions, np.array(self._credits)[:, None]], axis=1)
 
-    def take(self, step: int) -> tuple[int, list[Part]]:
+    def take(self, step: int) -> tuple[int, list[SegmentPart]]:
         """(which corpus, the parts) of the next row, for a step; no parts where that corpus has ended."""
-        k = choose(self._credits, self._mixture.shares(step))
+        k = choose_corpus(self._credits, self._mixture.shares(step))
         found = next(self._streams[k], None)
         if found is None:
             self.ended[k] = True
@@ -189,7 +189,7 @@ def open_streams(
     streams: Sequence[int],
     positions: np.ndarray,
 ) -> dict[int, MixedStream]:
-    """The streams with these numbers, from positions [V, K, `NUMBERS`] on."""
+    """The streams with these numbers, from positions [V, K, `POSITION_SIZE`] on."""
     by_source = []
     for k, source in enumerate(mixture.sources):
         starts = {v: StreamPosition(*positions[v, k, :-1].tolist()) for v in streams}

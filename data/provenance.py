@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from data import formats
-from data.corpus import digest
-from data.files.ranges import READ
-from data.mixture import MixedStream, Mixture, field_of
-from data.segmenter import Pairs, Part, concatenate, make_pairs, pack
+from data.corpus import stable_hash
+from data.files.ranges import READ_TOTALS
+from data.mixture import MixedStream, Mixture, corpus_field
+from data.segmenter import DocumentPairs, SegmentPart, concatenate, make_pairs, pack
 from data.tokenizer.tokenizer import Tokenizer
 
 # UTF-8 bytes of each corpus that a summary looks at.
@@ -20,7 +20,7 @@ SPLITS = ((".jsonl", ""), (".txt", ""))
 
 def rows_of_step(
     streams: dict[int, MixedStream], batch_sizes: Sequence[int], step: int, skips: Mapping[int, int]
-) -> Iterator[tuple[int, int, list[Part]]]:
+) -> Iterator[tuple[int, int, list[SegmentPart]]]:
     """Of each row of the last of some batches, its number, its corpus and its parts.
 
     Args:
@@ -41,14 +41,16 @@ def rows_of_step(
                     yield b, k, parts
 
 
-def describe_row(mixture: Mixture, tokenizer: Tokenizer, row: int, k: int, parts: Sequence[Part]) -> dict[str, Any]:
+def describe_row(
+    mixture: Mixture, tokenizer: Tokenizer, row: int, k: int, parts: Sequence[SegmentPart]
+) -> dict[str, Any]:
     """A row as plain values: "row", "corpus" (of a mixture) and its "parts", each as `describe_part` says."""
     source = mixture.sources[k]
     found: dict[str, Any] = {"row": row} | ({"corpus": source.name} if source.name else {})
     return found | {"parts": [describe_part(mixture, tokenizer, k, part) for part in parts]}
 
 
-def describe_part(mixture: Mixture, tokenizer: Tokenizer, k: int, part: Part) -> dict[str, Any]:
+def describe_part(mixture: Mixture, tokenizer: Tokenizer, k: int, part: SegmentPart) -> dict[str, Any]:
     """What part of which document stands in a row.
 
     Returns:
@@ -83,7 +85,7 @@ def describe_part(mixture: Mixture, tokenizer: Tokenizer, k: int, part: Part) ->
 
 def place_name(name: str) -> str:
     """What a document's place counts in a file of this name."""
-    return "table_row" if formats.kind(name)[0] == ".parquet" else "byte"
+    return "table_row" if formats.format_and_compression(name)[0] == ".parquet" else "byte"
 
 
 def summarize(
@@ -106,12 +108,15 @@ def summarize(
     found = []
     for k, source in enumerate(mixture.sources):
         corpus, config = source.corpus, source.config
-        documents: list[Pairs] = []
+        documents: list[DocumentPairs] = []
         size = stored = 0
-        for chunk in sorted(corpus.chunks, key=lambda c: digest("summary", seed, c.file, c.begin)):
+        for chunk in sorted(corpus.chunks, key=lambda c: stable_hash("summary", seed, c.file, c.begin)):
             if size >= SAMPLE_BYTES:
                 break
-            splits, before = formats.kind(corpus.files[chunk.file].name) in SPLITS, READ["bytes"]
+            splits, before = (
+                formats.format_and_compression(corpus.files[chunk.file].name) in SPLITS,
+                READ_TOTALS["bytes"],
+            )
             for document in corpus.documents(chunk):
                 prompt, tokens = tokenizer.encode(document.prompt), tokenizer.encode(document.text)
                 documents.append(
@@ -120,13 +125,13 @@ def summarize(
                         tokenizer.bos_id,
                         tokenizer.eos_id,
                         document.ends,
-                        prompt=len(prompt),
+                        prompt_length=len(prompt),
                     )
                 )
                 size += len((document.prompt + document.text).encode())
                 if size >= SAMPLE_BYTES and not splits:
                     break
-            stored += chunk.end - chunk.begin if splits else READ["bytes"] - before
+            stored += chunk.end - chunk.begin if splits else READ_TOTALS["bytes"] - before
         pairs = sum(len(document.inputs) for document in documents)
         rows = (
             pack(documents, config)
@@ -140,7 +145,7 @@ def summarize(
         used = pairs / max(len(rows) * config.segment_length, 1)
         found.append(
             {
-                "corpus": f"{field_of(source.name)}: {corpus.describe()}",
+                "corpus": f"{corpus_field(source.name)}: {corpus.describe()}",
                 "sampled_documents": len(documents),
                 "sampled_bytes": size,
                 "documents": round(len(documents) * whole),

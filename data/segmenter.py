@@ -16,31 +16,31 @@ import numpy as np
 
 from data.config import DataConfig
 
-Row = dict[str, np.ndarray]
+Segment = dict[str, np.ndarray]
 
 
-class Pairs(NamedTuple):
+class DocumentPairs(NamedTuple):
     """Inputs and targets of a document, int32 [n + 1].
 
     Attributes:
         inputs: of the pairs.
         targets: of the pairs.
-        prompt: how many of them come first and have no weight.
-        first: the pair at which the rows begin.
+        prompt_length: how many of them come first and have no weight.
+        first_pair: the pair at which the rows begin.
         document: what they are of, for who asks where a row is from.
     """
 
     inputs: np.ndarray
     targets: np.ndarray
-    prompt: int = 0
-    first: int = 0
+    prompt_length: int = 0
+    first_pair: int = 0
     document: Any = None
 
 
-class Part(NamedTuple):
+class SegmentPart(NamedTuple):
     """The pairs `begin` to `end` of a document, in a row."""
 
-    pairs: Pairs
+    pairs: DocumentPairs
     begin: int
     end: int
 
@@ -50,18 +50,18 @@ def make_pairs(
     bos_id: int,
     eos_id: int,
     ends: bool = True,
-    first: int = 0,
-    prompt: int = 0,
+    first_pair: int = 0,
+    prompt_length: int = 0,
     document: Any = None,
-) -> Pairs:
-    """The pairs of a document's tokens, int32 [n], of which the first `prompt` are not trained on."""
+) -> DocumentPairs:
+    """The pairs of a document's tokens, int32 [n], of which the first `prompt_length` are not trained on."""
     around = np.empty(len(tokens) + 2, np.int32)
     around[0], around[1:-1], around[-1] = bos_id, tokens, eos_id
     last = len(around) if ends else len(around) - 1
-    return Pairs(around[: last - 1], around[1:last], prompt, first, document)
+    return DocumentPairs(around[: last - 1], around[1:last], prompt_length, first_pair, document)
 
 
-def concatenate(documents: Iterable[Pairs], config: DataConfig) -> Iterator[tuple[list[Part], int]]:
+def concatenate(documents: Iterable[DocumentPairs], config: DataConfig) -> Iterator[tuple[list[SegmentPart], int]]:
     """All documents one after the other, cut into rows.
 
     Yields:
@@ -69,13 +69,13 @@ def concatenate(documents: Iterable[Pairs], config: DataConfig) -> Iterator[tupl
         the last row may hold fewer pairs.
     """
     T = config.segment_length
-    parts: list[Part] = []
+    parts: list[SegmentPart] = []
     filled = begin = 0
     for pairs in documents:
-        begin = pairs.first
+        begin = pairs.first_pair
         while begin < len(pairs.inputs):
             end = min(begin + T - filled, len(pairs.inputs))
-            parts.append(Part(pairs, begin, end))
+            parts.append(SegmentPart(pairs, begin, end))
             filled, begin = filled + end - begin, end
             if filled == T:
                 # A last position that is not trained on is the next row's first.
@@ -86,7 +86,7 @@ def concatenate(documents: Iterable[Pairs], config: DataConfig) -> Iterator[tupl
         yield parts, begin
 
 
-def pack(documents: Sequence[Pairs], config: DataConfig) -> list[list[Part]]:
+def pack(documents: Sequence[DocumentPairs], config: DataConfig) -> list[list[SegmentPart]]:
     """The documents of a window, whole, in as few rows as best fit finds: the longest first, each where least is left.
 
     A document longer than a row is cut into rows; what is left of it is packed like a document. Rows come in the order
@@ -112,10 +112,10 @@ def pack(documents: Sequence[Pairs], config: DataConfig) -> list[list[Part]]:
         rows[row].append((d, begin, end))
         if space > end - begin:
             bisect.insort(spaces, (space - (end - begin), row))
-    return [[Part(documents[d], begin, end) for d, begin, end in row] for row in sorted(map(sorted, rows))]
+    return [[SegmentPart(documents[d], begin, end) for d, begin, end in row] for row in sorted(map(sorted, rows))]
 
 
-def fill(parts: Sequence[Part], config: DataConfig) -> Row:
+def make_segment(parts: Sequence[SegmentPart], config: DataConfig) -> Segment:
     """The row of these parts.
 
     Returns:
@@ -123,7 +123,7 @@ def fill(parts: Sequence[Part], config: DataConfig) -> Row:
         `document_mask` each part has its own segment id, from 1 on; with `restarts` its positions begin at 0. What is
         left of the row has segment id 0 and no weight.
     """
-    row, filled = empty_row(config.segment_length), 0
+    row, filled = empty_segment(config.segment_length), 0
     counted = np.arange(config.segment_length, dtype=np.int32)
     for number, (pairs, begin, end) in enumerate(parts, start=1):
         here = slice(filled, filled + end - begin)
@@ -131,21 +131,21 @@ def fill(parts: Sequence[Part], config: DataConfig) -> Row:
         row["targets"][here] = pairs.targets[begin:end]
         row["positions"][here] = counted[: end - begin] if config.restarts else counted[here]
         row["segment_ids"][here] = number if config.document_mask else 1
-        row["loss_weights"][here.start + max(0, min(pairs.prompt, end) - begin) : here.stop] = 1
+        row["loss_weights"][here.start + max(0, min(pairs.prompt_length, end) - begin) : here.stop] = 1
         filled += end - begin
     if not config.train_last_position:
         row["loss_weights"][-1] = 0
     return row
 
 
-def empty_row(T: int) -> Row:
+def empty_segment(T: int) -> Segment:
     """A row of no weight."""
     row = {name: np.zeros(T, np.int32) for name in ("tokens", "targets", "positions", "segment_ids")}
     return row | {"loss_weights": np.zeros(T, np.float32)}
 
 
-def segment_documents(documents: Iterable[Pairs], config: DataConfig) -> Iterator[Row]:
+def segment_documents(documents: Iterable[DocumentPairs], config: DataConfig) -> Iterator[Segment]:
     """Rows of a finite number of documents, one after the other, all of their pairs trained on."""
     whole = dataclasses.replace(config, train_last_position=True)
     for parts, _ in concatenate(documents, whole):
-        yield fill(parts, whole)
+        yield make_segment(parts, whole)

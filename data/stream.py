@@ -22,17 +22,17 @@ from typing import NamedTuple
 import numpy as np
 
 from data.config import DataConfig
-from data.corpus import Corpus, Document, digest
+from data.corpus import Corpus, Document, stable_hash
 from data.errors import InputError
-from data.segmenter import Pairs, Part, concatenate, make_pairs, pack
+from data.segmenter import DocumentPairs, SegmentPart, concatenate, make_pairs, pack
 
 Tokenize = Callable[[Iterable[str]], Iterator[np.ndarray]]
 
 # Chunks are dealt anew in each epoch, so a stream without documents may have some in a later one; not after so many.
-EMPTY_EPOCHS = 100
+MAX_EMPTY_EPOCHS = 100
 
 
-class Start(NamedTuple):
+class WindowStart(NamedTuple):
     """Where a window begins: the epoch, the number of the chunk in the reader's order, the place in it (0: its own)."""
 
     epoch: int = 0
@@ -44,7 +44,7 @@ class StreamPosition(NamedTuple):
     """Where a stream's next row begins.
 
     Attributes:
-        epoch, chunk, place: the window's `Start`.
+        epoch, chunk, place: the window's `WindowStart`.
         item: of its documents, the one with the next pair; where rows are packed, the next of its rows.
         pair: the next of the document's pairs.
     """
@@ -56,9 +56,9 @@ class StreamPosition(NamedTuple):
     pair: int = 0
 
     @property
-    def start(self) -> Start:
+    def start(self) -> WindowStart:
         """Of the window."""
-        return Start(*self[:3])
+        return WindowStart(*self[:3])
 
 
 BEGINNING = StreamPosition()
@@ -68,10 +68,10 @@ class Window(NamedTuple):
     """A stream's documents of a window, in their order, and where the next window begins."""
 
     documents: list[Document]
-    next: Start
+    next: WindowStart
 
 
-class Reader:
+class WindowReader:
     """The windows of some chunks, read one after the other: of one stream's, or of all for the streams that share them.
 
     Args:
@@ -81,15 +81,15 @@ class Reader:
         starts: of each stream of this process that reads here, the window that it begins with.
     """
 
-    def __init__(self, corpus: Corpus, config: DataConfig, seed: int, starts: Mapping[int, Start]):
+    def __init__(self, corpus: Corpus, config: DataConfig, seed: int, starts: Mapping[int, WindowStart]):
         assert config.num_streams is not None
         self._corpus, self._config, self._seed, self._starts = corpus, config, seed, starts
         self._num_streams = config.num_streams
         self._windows = self._read(min(starts.values()))
         # What each stream has still to take.
-        self._waiting: dict[tuple[int, Start], Window] = {}
+        self._waiting: dict[tuple[int, WindowStart], Window] = {}
 
-    def take(self, stream: int, start: Start) -> Window:
+    def take(self, stream: int, start: WindowStart) -> Window:
         """The stream's part of the window that begins here. Each stream takes one window after the other."""
         while (stream, start) not in self._waiting:
             begin, documents, following = next(self._windows)
@@ -100,7 +100,7 @@ class Reader:
                     self._waiting[v, begin] = Window(parts[v], following)
         return self._waiting.pop((stream, start))
 
-    def _read(self, start: Start) -> Iterator[tuple[Start, list[Document], Start]]:
+    def _read(self, start: WindowStart) -> Iterator[tuple[WindowStart, list[Document], WindowStart]]:
         """(where it begins, its documents, where the next begins) of each window from one on, forever."""
         epoch, first, place = start
         while True:
@@ -113,26 +113,26 @@ class Reader:
             for c in range(first, len(chunks)):
                 for document in self._corpus.documents(chunks[c], place):
                     if size >= self._config.shuffle_window:
-                        following = Start(epoch, c, document.place)
+                        following = WindowStart(epoch, c, document.place)
                         yield start, self._shuffled(documents, epoch), following
                         documents, size, start = [], 0, following
                     documents.append(document)
                     size += len(document.prompt) + len(document.text)
                 place = 0
-            following = Start(epoch + 1)
+            following = WindowStart(epoch + 1)
             yield start, self._shuffled(documents, epoch), following
             epoch, first, start = epoch + 1, 0, following
 
     def _shuffled(self, documents: list[Document], epoch: int) -> list[Document]:
-        return sorted(documents, key=lambda d: digest("document", self._seed, epoch, d.file, d.place))
+        return sorted(documents, key=lambda d: stable_hash("document", self._seed, epoch, d.file, d.place))
 
-    def _deal(self, documents: list[Document], start: Start) -> Mapping[int, list[Document]]:
+    def _deal(self, documents: list[Document], start: WindowStart) -> Mapping[int, list[Document]]:
         """Each stream's part of a window."""
         if not self._corpus.shared:
             return dict.fromkeys(self._starts, documents)
         parts: dict[int, list[Document]] = {v: [] for v in range(self._num_streams)}
         # A heap of (characters so far, whose turn it is among equals, stream).
-        least = [(0, digest("deal", self._seed, *start, v), v) for v in parts]
+        least = [(0, stable_hash("deal", self._seed, *start, v), v) for v in parts]
         heapq.heapify(least)
         for document in documents:
             size, turn, v = least[0]
@@ -143,12 +143,12 @@ class Reader:
 
 def open_readers(
     corpus: Corpus, config: DataConfig, seed: int, positions: Mapping[int, StreamPosition]
-) -> Mapping[int, Reader]:
+) -> Mapping[int, WindowReader]:
     """What each stream reads, by the positions at which they begin: its own reader, or one for all."""
     starts = {v: position.start for v, position in positions.items()}
     if corpus.shared and starts:
-        return dict.fromkeys(starts, Reader(corpus, config, seed, starts))
-    return {v: Reader(corpus, config, seed, {v: start}) for v, start in starts.items()}
+        return dict.fromkeys(starts, WindowReader(corpus, config, seed, starts))
+    return {v: WindowReader(corpus, config, seed, {v: start}) for v, start in starts.items()}
 
 
 class Stream:
@@ -164,12 +164,12 @@ class Stream:
         position: where the next row begins.
 
     Raises:
-        InputError: its chunks hold no document in `EMPTY_EPOCHS` epochs running.
+        InputError: its chunks hold no document in `MAX_EMPTY_EPOCHS` epochs running.
     """
 
     def __init__(
         self,
-        reader: Reader,
+        reader: WindowReader,
         tokenize: Tokenize,
         bos_id: int,
         eos_id: int,
@@ -181,20 +181,20 @@ class Stream:
         self._config, self._stream = config, stream
         self._rows = (self._packed if config.segmentation == "pack" else self._concatenated)(position)
 
-    def __iter__(self) -> Iterator[tuple[list[Part], StreamPosition]]:
+    def __iter__(self) -> Iterator[tuple[list[SegmentPart], StreamPosition]]:
         return self
 
-    def __next__(self) -> tuple[list[Part], StreamPosition]:
+    def __next__(self) -> tuple[list[SegmentPart], StreamPosition]:
         return next(self._rows)
 
-    def _windows(self, start: Start) -> Iterator[tuple[Start, Window]]:
+    def _windows(self, start: WindowStart) -> Iterator[tuple[WindowStart, Window]]:
         """The stream's windows from one on, with where they begin."""
         epochs, last = self._config.epochs, start.epoch
         while epochs is None or start.epoch < epochs:
             window = self._reader.take(self._stream, start)
             if window.documents:
                 last = start.epoch
-            elif start.epoch - last >= EMPTY_EPOCHS:
+            elif start.epoch - last >= MAX_EMPTY_EPOCHS:
                 raise InputError(
                     f"data.corpus has no document for stream {self._stream} of data.num_streams = "
                     f"{self._config.num_streams}; lower data.num_streams (and train.batch_size), or give more text"
@@ -202,7 +202,7 @@ class Stream:
             yield start, window
             start = window.next
 
-    def _pairs(self, documents: Sequence[Document], first: int = 0) -> Iterator[Pairs]:
+    def _pairs(self, documents: Sequence[Document], first: int = 0) -> Iterator[DocumentPairs]:
         """Of each document; the first begins at this pair."""
         tokens = self._tokenize(text for d in documents for text in ((d.prompt, d.text) if d.prompt else (d.text,)))
         for document in documents:
@@ -213,10 +213,10 @@ class Stream:
             yield make_pairs(ids, self._bos_id, self._eos_id, document.ends, first, length, document)
             first = 0
 
-    def _concatenated(self, position: StreamPosition) -> Iterator[tuple[list[Part], StreamPosition]]:
+    def _concatenated(self, position: StreamPosition) -> Iterator[tuple[list[SegmentPart], StreamPosition]]:
         at = [position]  # of the newest document; its next pair is what `concatenate` says
 
-        def documents() -> Iterator[Pairs]:
+        def documents() -> Iterator[DocumentPairs]:
             item, pair = position.item, position.pair
             for start, window in self._windows(position.start):
                 for i, pairs in enumerate(self._pairs(window.documents[item:], pair), start=item):
@@ -227,7 +227,7 @@ class Stream:
         for parts, pair in concatenate(documents(), self._config):
             yield parts, at[0]._replace(pair=pair)
 
-    def _packed(self, position: StreamPosition) -> Iterator[tuple[list[Part], StreamPosition]]:
+    def _packed(self, position: StreamPosition) -> Iterator[tuple[list[SegmentPart], StreamPosition]]:
         first = position.item
         for start, window in self._windows(position.start):
             rows = pack(list(self._pairs(window.documents)), self._config)

@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
     with jax.set_mesh(generation_mesh(MeshConfig(tensor=arguments.tensor, fsdp=arguments.fsdp))):
         trained = load_trained(arguments.model)
         tokenizer, context = trained.tokenizer, trained.config.data.segment_length
-        prompts = [tokenizer.begin(line["prompt"]) for line in lines]
+        prompts = [tokenizer.encode_with_bos(line["prompt"]) for line in lines]
         if cut := sum(len(prompt) - 1 > context for prompt in prompts):
             which = "the prompt has" if arguments.prompts is None else f"{cut} of {len(prompts)} prompts have"
             log.warning("%s more than %d tokens; the model sees the last %d", which, context, context)

@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     with jax.set_mesh(on_one_device()):
         trained = load_trained(arguments.model)
         config = trained.config
-        tokens = trained.tokenizer.begin(arguments.prompt)
+        tokens = trained.tokenizer.encode_with_bos(arguments.prompt)
         most = min(config.data.segment_length, most_tokens(config.model.num_layers, config.model.num_heads))
         if len(tokens) > most:
             raise InputError(

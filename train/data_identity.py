@@ -12,9 +12,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from data.config import OWN_FIELDS
+from data.config import PER_CORPUS_FIELDS
 from data.errors import InputError
-from data.mixture import MixedStream, Mixture, field_of, first_positions, open_streams
+from data.mixture import MixedStream, Mixture, corpus_field, initial_positions, open_streams
 from data.tokenizer.tokenizer import Tokenizer
 from train.config.changes import Change, table
 from train.config.config import Config, config_fields
@@ -61,9 +61,9 @@ def identity_of(config: Config, mixture: Mixture) -> dict[str, Any]:
         if group == "data" and setting.metadata.get("resume", "frozen") == "frozen"
     }
     for source in mixture.sources if isinstance(config.data.corpus, dict) else []:
-        found[f"{field_of(source.name)}.weight"] = [list(stage) for stage in source.weights]
-        for name in OWN_FIELDS:
-            found[f"{field_of(source.name)}.{name}"] = getattr(source.config, name)
+        found[f"{corpus_field(source.name)}.weight"] = [list(stage) for stage in source.weights]
+        for name in PER_CORPUS_FIELDS:
+            found[f"{corpus_field(source.name)}.{name}"] = getattr(source.config, name)
     return found | {"train.seed": config.train.seed}
 
 
@@ -102,11 +102,11 @@ def go_on(
     if moves:
         epoch = int(positions[:, :, 0].max()) + 1
         assert config.data.num_streams is not None
-        positions = first_positions(prepared.mixture, config.data.num_streams, epoch)
+        positions = initial_positions(prepared.mixture, config.data.num_streams, epoch)
     for source, epochs in zip(prepared.mixture.sources, positions[:, :, 0].min(axis=0).tolist(), strict=True):
         if source.config.epochs is not None and epochs >= source.config.epochs:
             raise InputError(
-                f"{field_of(source.name)}: {epochs} epochs have been read before the change; give more than that "
+                f"{corpus_field(source.name)}: {epochs} epochs have been read before the change; give more than that "
                 "(data.epochs), or leave it at none"
             )
     if moves:
@@ -146,7 +146,7 @@ def streams_before(
             "are now; restore them"
         )
     assert config.data.num_streams is not None
-    begin, positions = first_step(config), first_positions(mixture, config.data.num_streams)
+    begin, positions = first_step(config), initial_positions(mixture, config.data.num_streams)
     if before:
         begin, positions = before[-1]["step"], np.array(before[-1]["positions"], np.int64)
     streams = range(config.data.num_streams)

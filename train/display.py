@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from data.mixture import Mixture, Source, field_of
+from data.mixture import Mixture, Source, corpus_field
 from model.kernels import choose
 from model.parameters import count_parameters
 from train.data_identity import Prepared
@@ -112,7 +112,7 @@ def opening(prepared: Prepared, step: int, peak: str) -> list[str]:
     lines = [
         f"{config.train.run_dir} {begin} of {config.train.num_steps} steps, {tokens}",
         *(
-            f"{field_of(source.name).removeprefix('data.')}: {source.corpus.describe()}, "
+            f"{corpus_field(source.name).removeprefix('data.')}: {source.corpus.describe()}, "
             f"fingerprint {source.corpus.fingerprint[:12]}{drawn(source, prepared.mixture)}"
             for source in prepared.mixture.sources
         ),

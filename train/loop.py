@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from data.errors import StorageError
-from data.loader import Loaded, Loader, gather_positions, is_over
+from data.loader import LoadedBatch, Loader, corpus_has_ended, gather_positions
 from train.checkpoint.checkpoint import Checkpoints
 from train.checkpoint.replicas import check_replicas, is_finite
 from train.config.config import Config
@@ -226,15 +226,15 @@ class Training:
                 loaded = next(loader)
                 events.account.turn_to("steps")
                 self.report_skipped(loaded, self.step + 1)
-                if begins and is_over(loaded.here, self.prepared.mixture):
+                if begins and corpus_has_ended(loaded.streams_left_in, self.prepared.mixture):
                     # All that was left has been left out.
                     break
                 begins = False
                 waited = time.perf_counter() - begun
-                batch, self.positions, left = loaded.batch, loaded.positions, loaded.left
+                batch, self.positions, left = loaded.batch, loaded.positions, loaded.streams_left_after
                 self.step += 1
                 step = self.step
-                if is_over(left, self.prepared.mixture):
+                if corpus_has_ended(left, self.prepared.mixture):
                     last_step = step
                 if not programs.has(step):
                     # Nothing is underway, so that no step's time has this in it.
@@ -265,7 +265,7 @@ class Training:
                     if self.logs:
                         self.logs[0].write(record)
                 if saves or stops:
-                    self.save(is_over(left, self.prepared.mixture))
+                    self.save(corpus_has_ended(left, self.prepared.mixture))
                 elif step % config.data.positions_every_steps == 0:
                     self.log_positions(gather_positions(self.positions).tolist())
         if stops:
@@ -289,7 +289,7 @@ class Training:
             self.ledger.skips,
         )
 
-    def report_skipped(self, loaded: Loaded, step: int) -> None:
+    def report_skipped(self, loaded: LoadedBatch, step: int) -> None:
         """Write down the rows that were left out before this step's, with their documents."""
         if not (batches := self.ledger.skips.get(step - 1, 0)):
             return

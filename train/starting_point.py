@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from data.mixture import first_positions
+from data.mixture import initial_positions
 from train.checkpoint.checkpoint import Checkpoints
 from train.data_identity import Prepared, go_on
 from train.fork import fork_fields, parent_of
@@ -23,7 +23,7 @@ class Begun:
     Attributes:
         prepared: what the run stands on; where the data has changed, with what is held out of it now.
         state: on the ambient mesh.
-        positions: where in the data it goes on: see `data.mixture.first_positions`.
+        positions: where in the data it goes on: see `data.mixture.initial_positions`.
         over: whether the data has been read to its end.
         history: of the last steps' losses, with which the next ones are compared.
         fields: what its `start` event says of it.
@@ -54,7 +54,7 @@ def begin(prepared: Prepared, run: Run, checkpoints: Checkpoints, optimizer: opt
 
 def _first(prepared: Prepared) -> np.ndarray:
     assert prepared.config.data.num_streams is not None
-    return first_positions(prepared.mixture, prepared.config.data.num_streams)
+    return initial_positions(prepared.mixture, prepared.config.data.num_streams)
 
 
 def _there(

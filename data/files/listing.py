@@ -14,10 +14,10 @@ from urllib.parse import urlsplit
 
 from data.errors import BadText, InputError
 from data.files import remote
-from data.files.ranges import READ, Ranges
+from data.files.ranges import READ_TOTALS, RangeReader
 
 END_BYTES = 2**16
-PIECE_BYTES = 2**20
+BLOCK_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _list_remote(where: str, endings: Sequence[str]) -> tuple[str, list[File]]:
     magic = re.search(r"[*\[]" if is_http else r"[*?\[]", path)
     if magic:
         what, root = "glob", path[: magic.start()].rpartition("/")[0]
-        found = remote.attempt(where, lambda: files.glob(path, detail=True))
+        found = remote.with_retries(where, lambda: files.glob(path, detail=True))
         if not found:
             # A glob finds nothing, too, where it is refused.
             _unless_missing(where, lambda: files.ls(root))
@@ -142,7 +142,7 @@ def _list_remote(where: str, endings: Sequence[str]) -> tuple[str, list[File]]:
         found = {path: info}
         if info["type"] == "directory" or (is_http and urlsplit(path).path.endswith("/")):
             what, root = "folder", path.rstrip("/")
-            found = remote.attempt(where, lambda: files.find(path, detail=True))
+            found = remote.with_retries(where, lambda: files.find(path, detail=True))
     listed = []
     for place, info in found.items():
         name = place[len(root) :].lstrip("/")
@@ -158,15 +158,15 @@ def _remote_file(files: Any, url: str, place: str, name: str, info: dict[str, An
     """Its size is -1 where it cannot be read in ranges."""
     if info.get("size") is None:
         # Links of a page come without.
-        info = remote.attempt(url, lambda: files.info(place))
+        info = remote.with_retries(url, lambda: files.info(place))
     readable = info.get("size") is not None and info.get("partial") is not False
-    return File(url, name, int(info["size"]) if readable else -1, remote.version(info))
+    return File(url, name, int(info["size"]) if readable else -1, remote.content_version(info))
 
 
 def _unless_missing(where: str, call: Callable[[], Any]) -> Any:
     """What the call returns; none where there is nothing."""
     try:
-        return remote.attempt(where, call)
+        return remote.with_retries(where, call)
     except remote.RemoteError as error:
         if error.kind != "missing":
             raise
@@ -179,7 +179,7 @@ class _LocalFile(io.FileIO):
     def readinto(self, buffer: Any) -> int | None:
         """As a file does."""
         number = super().readinto(buffer)
-        READ["bytes"] += number or 0
+        READ_TOTALS["bytes"] += number or 0
         return number
 
 
@@ -197,7 +197,9 @@ def open_file(file: File, begin: int = 0, end: int | None = None) -> BinaryIO:
         ConnectionError: it cannot be read after several tries.
     """
     if not is_local(file):
-        return io.BufferedReader(Ranges(file.path, file.size, file.version, begin, file.size if end is None else end))
+        return io.BufferedReader(
+            RangeReader(file.path, file.size, file.version, begin, file.size if end is None else end)
+        )
     try:
         raw = _LocalFile(file.path)
     except FileNotFoundError:
@@ -212,9 +214,9 @@ def open_file(file: File, begin: int = 0, end: int | None = None) -> BinaryIO:
     return io.BufferedReader(raw)
 
 
-def expect(stream: BinaryIO, end: int) -> None:
+def set_expected_end(stream: BinaryIO, end: int) -> None:
     """Say where the reader of a file that `open_file` opened will probably stop next, so that no more is read."""
-    if isinstance(raw := getattr(stream, "raw", None), Ranges):
+    if isinstance(raw := getattr(stream, "raw", None), RangeReader):
         raw.end = end
 
 
@@ -235,7 +237,7 @@ def fingerprint(file: File, whole: bool) -> str:
         return found.hexdigest()
     with open_file(file) as stream:
         if whole and is_local(file):
-            while piece := stream.read(PIECE_BYTES):
+            while piece := stream.read(BLOCK_BYTES):
                 found.update(piece)
         else:
             found.update(stream.read(END_BYTES))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from data.errors import BadText, InputError
-from data.files.remote import RemoteError, attempt, filesystem, protocol, version
+from data.files.remote import RemoteError, content_version, filesystem, protocol, with_retries
 
 T = TypeVar("T")
 # Bytes of the first range, and of the largest, that are read of a file; each range is GROWTH times the one before.
@@ -17,10 +17,10 @@ GROWTH = 16
 # How long an HTTP server may send nothing.
 SILENT_SECONDS = 30
 # Bytes read of files, here and elsewhere: READ["bytes"].
-READ: Counter[str] = Counter()
+READ_TOTALS: Counter[str] = Counter()
 
 
-class Ranges(io.RawIOBase):
+class RangeReader(io.RawIOBase):
     """A file elsewhere, read in ranges: a small one first, then larger ones.
 
     Args:
@@ -43,7 +43,7 @@ class Ranges(io.RawIOBase):
 
     def _try(self, call: Callable[[], T]) -> T:
         try:
-            return attempt(self._url, call)
+            return with_retries(self._url, call)
         except RemoteError as error:
             if error.kind == "refused":
                 raise InputError(f"{self._url}: {error}") from None
@@ -68,9 +68,9 @@ class Ranges(io.RawIOBase):
             options["size"] = self._size
         handle = files.open(path, "rb", cache_type="none", **options)
         info = getattr(handle, "details", None)
-        if not info or not version(info):
+        if not info or not content_version(info):
             info = files.info(path)
-        if (info["size"], version(info)) != (self._size, self._version):
+        if (info["size"], content_version(info)) != (self._size, self._version):
             raise RemoteError("changed", "")
         if info.get("partial") is False:
             raise RemoteError("no ranges", "")
@@ -110,7 +110,7 @@ class Ranges(io.RawIOBase):
         def fetch() -> bytes:
             self._handle.seek(self._at)
             found = self._handle.read(stop - self._at)
-            READ["bytes"] += len(found)
+            READ_TOTALS["bytes"] += len(found)
             if len(found) != stop - self._at:
                 raise RemoteError("changed", "")
             return found

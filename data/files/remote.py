@@ -16,7 +16,7 @@ from data.errors import InputError
 
 log = logging.getLogger("ziggurat")
 T = TypeVar("T")
-TRIES = 5
+MAX_TRIES = 5
 FIRST_DELAY = 0.5  # seconds, doubled with each try
 sleep = time.sleep
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
@@ -90,14 +90,14 @@ def filesystem(url: str) -> tuple[Any, str]:
         raise InputError(f"{url}: {error}; s3://, gs://, hf:// and https:// are some of those that are known") from None
 
 
-def version(info: Mapping[str, Any]) -> str:
+def content_version(info: Mapping[str, Any]) -> str:
     """What a filesystem says of a file's content: its ETag, or else when it changed; "" where it says nothing."""
     found = next((info[key] for key in _VERSIONS if info.get(key)), "")
     # Some say it as a number in one place and as a time in another.
     return str(found.timestamp() if isinstance(found, datetime) else found)
 
 
-def attempt(url: str, call: Callable[[], T], tries: int = TRIES) -> T:
+def with_retries(url: str, call: Callable[[], T], tries: int = MAX_TRIES) -> T:
     """What the call returns; it is tried up to so many times.
 
     Raises:

@@ -41,7 +41,7 @@ def open_compressed(raw: BinaryIO, ending: str) -> BinaryIO:
     return io.BufferedReader(_Decompressed(raw, ending), BLOCK_BYTES)
 
 
-def skip(stream: BinaryIO, number: int) -> None:
+def skip_bytes(stream: BinaryIO, number: int) -> None:
     """Read this many bytes and forget them.
 
     Raises:

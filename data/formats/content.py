@@ -6,7 +6,7 @@ from typing import NamedTuple
 from data.errors import BadText
 
 
-class Content(NamedTuple):
+class RawDocument(NamedTuple):
     """A document: its text, which may be empty, and what stands before it."""
 
     text: str
@@ -14,7 +14,7 @@ class Content(NamedTuple):
 
 
 # The place of a document, and the document or what is wrong with it.
-Found = tuple[int, Content | BadText]
+ReadResult = tuple[int, RawDocument | BadText]
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,14 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from data.errors import BadText
-from data.formats.content import Content, Fields, Found
+from data.formats.content import Fields, RawDocument, ReadResult
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # Characters of the list of a record's fields in a message.
 MOST_NAMES = 200
 
 
-def read(stream: BinaryIO, at: int, end: int | None, fields: Fields) -> Iterator[Found]:
+def read_jsonl(stream: BinaryIO, at: int, end: int | None, fields: Fields) -> Iterator[ReadResult]:
     """Each line that begins before a byte, as (byte, document or problem); blank lines are passed over.
 
     Args:
@@ -28,12 +28,12 @@ def read(stream: BinaryIO, at: int, end: int | None, fields: Fields) -> Iterator
         if not line or line.isspace():
             continue
         try:
-            yield begin, parse(line, fields)
+            yield begin, parse_line(line, fields)
         except BadText as error:
             yield begin, error
 
 
-def parse(line: bytes, fields: Fields) -> Content:
+def parse_line(line: bytes, fields: Fields) -> RawDocument:
     """The document of a line.
 
     Raises:
@@ -50,7 +50,7 @@ def parse(line: bytes, fields: Fields) -> Content:
     if not isinstance(record, dict):
         raise BadText(f"is no object but {type(record).__name__}")
     text = _text(record, fields.text, "data.text_field")
-    return Content(text, "" if fields.prompt is None else _text(record, fields.prompt, "data.prompt_field"))
+    return RawDocument(text, "" if fields.prompt is None else _text(record, fields.prompt, "data.prompt_field"))
 
 
 def _text(record: dict[str, object], name: str, setting: str) -> str:

@@ -9,8 +9,8 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from data.errors import BadText, InputError
-from data.files.listing import File, expect, open_file
-from data.formats.content import Content, Fields, Found
+from data.files.listing import File, open_file, set_expected_end
+from data.formats.content import Fields, RawDocument, ReadResult
 
 # Text of a row group that is decoded at once, and read ahead of a column.
 BATCH_BYTES = 2**22
@@ -34,7 +34,7 @@ class Footer(NamedTuple):
 
 
 @lru_cache(FOOTERS)
-def footer(file: File) -> Footer:
+def read_footer(file: File) -> Footer:
     """Read and remember a file's footer.
 
     Raises:
@@ -58,14 +58,14 @@ def footer(file: File) -> Footer:
     return Footer(metadata, tuple(begins), tuple(rows))
 
 
-def read(file: File, begin: int, end: int, fields: Fields, place: int = 0) -> Iterator[Found]:
+def read_parquet(file: File, begin: int, end: int, fields: Fields, place: int = 0) -> Iterator[ReadResult]:
     """The rows from a place on of the row groups that begin in these bytes, as (row, document or problem).
 
     Raises:
         InputError: pyarrow is missing, or access is refused.
         BadText: there is no such column, it holds no text, or the file is damaged, or as `open_file`.
     """
-    metadata, begins, rows = footer(file)
+    metadata, begins, rows = read_footer(file)
     wanted = [
         number
         for number, first in enumerate(begins)
@@ -85,7 +85,7 @@ def read(file: File, begin: int, end: int, fields: Fields, place: int = 0) -> It
             columns = [name for name in dict.fromkeys((fields.text, fields.prompt)) if name is not None]
             for number in wanted:
                 row, group = rows[number], metadata.row_group(number)
-                expect(stream, _end(group, columns))
+                set_expected_end(stream, _end(group, columns))
                 for batch in table.iter_batches(_batch_rows(group), [number], columns, use_threads=False):
                     for i in range(max(place - row, 0), batch.num_rows):
                         yield row + i, _document(batch, i, fields)
@@ -124,7 +124,7 @@ def _check(arrow: Any, schema: Any, name: str, setting: str) -> None:
         raise BadText(f"column {name!r} holds no text but {type_}; see {setting}")
 
 
-def _document(batch: Any, row: int, fields: Fields) -> Content | BadText:
+def _document(batch: Any, row: int, fields: Fields) -> RawDocument | BadText:
     found = []
     for name in (fields.text, fields.prompt):
         try:
@@ -134,7 +134,7 @@ def _document(batch: Any, row: int, fields: Fields) -> Content | BadText:
         if value is None:
             return BadText(f"column {name!r} is null")
         found.append(value)
-    return Content(*found)
+    return RawDocument(*found)
 
 
 def _pyarrow() -> tuple[Any, Any]:

@@ -8,11 +8,11 @@ from typing import BinaryIO
 
 from data.errors import BadText
 from data.files.listing import File, open_file
-from data.formats.content import Content, Found
+from data.formats.content import RawDocument, ReadResult
 from data.formats.jsonl import BYTE_ORDER_MARK
 
 
-def first(file: File, begin: int, end: int, separator: str) -> int:
+def first_document(file: File, begin: int, end: int, separator: str) -> int:
     """The byte at which the first document from `begin` on, above 0, begins; `end` or more where none does before it.
 
     Raises:
@@ -30,7 +30,7 @@ def first(file: File, begin: int, end: int, separator: str) -> int:
     return end
 
 
-def read(stream: BinaryIO, at: int, end: int | None, separator: str | None) -> Iterator[Found]:
+def read_separated(stream: BinaryIO, at: int, end: int | None, separator: str | None) -> Iterator[ReadResult]:
     """Each document that begins before a byte, as (byte, document or problem).
 
     Args:
@@ -53,7 +53,7 @@ def read(stream: BinaryIO, at: int, end: int | None, separator: str | None) -> I
             content = _without_end(content)
         try:
             if content[mark:]:
-                yield begin, Content(content[mark:].decode())
+                yield begin, RawDocument(content[mark:].decode())
         except UnicodeDecodeError as error:
             yield begin, BadText(f"byte {begin + mark + error.start} is no UTF-8 ({error.reason}); convert it")
         if not ends:

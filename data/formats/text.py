@@ -7,7 +7,7 @@ from data.files.listing import File, open_file
 LINE_BYTES = 2**16
 
 
-def cut(file: File, at: int, end: int) -> int:
+def piece_start(file: File, at: int, end: int) -> int:
     """The byte at which a piece that is wanted to begin at `at` begins: after the line that it falls into.
 
     In a very long line, at the next character. At least 0, at most `end`.
@@ -36,7 +36,7 @@ def next_character(file: File, at: int, end: int) -> int:
     return at + next((i for i, byte in enumerate(after) if byte & 0xC0 != 0x80), end - at)
 
 
-def read(file: File, begin: int, end: int) -> str:
+def read_text(file: File, begin: int, end: int) -> str:
     """The text of these bytes.
 
     Raises:

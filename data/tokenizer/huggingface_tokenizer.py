@@ -25,8 +25,8 @@ CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 # Where the token that ends a document may stand too, as an id.
 MODEL_CONFIG_FILES = ("generation_config.json", "config.json")
-STEPS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
-BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+STEP_LISTS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
+BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -65,7 +65,7 @@ class HuggingFaceTokenizer(Tokenizer):
             self.pieces[i] = piece
         self._decoders = self.steps("decoder")
         self.byte_level = any(step["type"] == "ByteLevel" for step in self._decoders)
-        wanted = BYTES.keys() if self.byte_level else {f"<0x{byte:02X}>" for byte in range(256)}
+        wanted = BYTE_OF_CHARACTER.keys() if self.byte_level else {f"<0x{byte:02X}>" for byte in range(256)}
         if not wanted <= vocabulary.keys():
             raise InputError(
                 f"{folder / JSON_FILE} is neither byte-level nor has it byte fallback, so it would lose text; take "
@@ -74,7 +74,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.eos_id = self._find_eos()
         # What its post-processor puts before a text, as Llama's and Gemma's do.
         before = self._model.encode("").ids[:1]
-        self.bos_id = before[0] if before and self.kinds[before[0]] == "control" else self.eos_id
+        self.bos_id = before[0] if before and self.token_kinds[before[0]] == "control" else self.eos_id
         self.fingerprint = hashlib.sha256(content + f"\0{self.eos_id}".encode()).hexdigest()
         self.adds_space = b"".join(map(self.token_bytes, self.encode("a"))) == b" a"
 
@@ -102,7 +102,7 @@ class HuggingFaceTokenizer(Tokenizer):
         found = self.settings.get(part)
         if found is None:
             return []
-        return found[STEPS[part]] if found["type"] == "Sequence" else [found]
+        return found[STEP_LISTS[part]] if found["type"] == "Sequence" else [found]
 
     def merges(self) -> list[tuple[str, str]]:
         """Pairs of pieces; the first is joined first."""
@@ -145,15 +145,15 @@ class HuggingFaceTokenizer(Tokenizer):
             if i in added and added[i].special:
                 return b""
             if self.byte_level and i not in added:
-                return bytes(map(BYTES.__getitem__, piece))
-            if not self.byte_level and (byte := BYTE.fullmatch(piece)):
+                return bytes(map(BYTE_OF_CHARACTER.__getitem__, piece))
+            if not self.byte_level and (byte := BYTE_PIECE.fullmatch(piece)):
                 return bytes([int(byte[1], 16)])
             return (piece.replace(SPACE, " ") if spaces else piece).encode()
 
         return [of_piece(i, piece) for i, piece in enumerate(self.pieces)]
 
     @cached_property
-    def kinds(self) -> list[str]:
+    def token_kinds(self) -> list[str]:
         """Of each id."""
         added, unknown = self._model.get_added_tokens_decoder(), self.settings["model"].get("unk_token")
         return [
@@ -161,7 +161,7 @@ class HuggingFaceTokenizer(Tokenizer):
             else "unknown" if piece == unknown
             else "control" if i in added and added[i].special
             else "whole" if i in added
-            else "byte" if not self.byte_level and BYTE.fullmatch(piece)
+            else "byte" if not self.byte_level and BYTE_PIECE.fullmatch(piece)
             else "piece"
             for i, piece in enumerate(self.pieces)
         ]  # fmt: skip
@@ -175,7 +175,7 @@ def _byte_characters() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + k): byte for k, byte in enumerate(others)}
 
 
-BYTES = _byte_characters()
+BYTE_OF_CHARACTER = _byte_characters()
 
 
 def _eos_token(config: Mapping[str, Any]) -> str | None:

@@ -21,8 +21,8 @@ from data.tokenizer.tokenizer import END_OF_TEXT, ESCAPES, MODEL_FILE, SPACE, To
 log = logging.getLogger("ziggurat")
 # SentencePiece's time for a text grows a little faster than its length, its memory by 50 bytes a character. So a text
 # is encoded in parts of a little more than PART characters, and of LONGEST_PART at most.
-PART = 1024
-LONGEST_PART = 2**20
+PART_CHARACTERS = 1024
+MAX_PART_CHARACTERS = 2**20
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -57,12 +57,12 @@ class SentencePieceTokenizer(Tokenizer):
 
         A cut is made between two characters that no piece has side by side: what is left of it and what is right of
         it are then never joined, so the ids are those of the whole text. A text without such a place for
-        `LONGEST_PART` characters (a run of one letter) is cut there all the same, and still comes back.
+        `MAX_PART_CHARACTERS` characters (a run of one letter) is cut there all the same, and still comes back.
         """
         start = 0
         while True:
-            stop = min(len(text), start + LONGEST_PART)
-            cuts = (i for i in range(start + PART, stop) if text[i - 1 : i + 1] not in self._neighbours)
+            stop = min(len(text), start + MAX_PART_CHARACTERS)
+            cuts = (i for i in range(start + PART_CHARACTERS, stop) if text[i - 1 : i + 1] not in self._neighbours)
             end = next(cuts, stop)
             yield text[start:end]
             if end == len(text):
@@ -95,7 +95,7 @@ class SentencePieceTokenizer(Tokenizer):
         return [of_piece(i, piece) for i, piece in enumerate(self.pieces)]
 
     @cached_property
-    def kinds(self) -> list[str]:
+    def token_kinds(self) -> list[str]:
         """Of each id."""
         # The trainer puts what it was told to keep whole before the bytes; a run of line ends may also be learned.
         first_byte = self.pieces.index("<0x00>")

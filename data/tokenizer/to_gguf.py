@@ -15,17 +15,17 @@ from data.tokenizer.huggingface_tokenizer import HuggingFaceTokenizer
 from data.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
 from data.tokenizer.tokenizer import ESCAPES, SPACE, Tokenizer
 
-# llama.cpp's numbers of our `Tokenizer.kinds`.
-TYPES = {"piece": 1, "unknown": 2, "control": 3, "whole": 4, "unused": 5, "byte": 6}
-CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# llama.cpp's numbers of our `Tokenizer.token_kinds`.
+GGUF_TOKEN_TYPES = {"piece": 1, "unknown": 2, "control": 3, "whole": 4, "unused": 5, "byte": 6}
+CONTRACTION_PATTERN = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+WORD_PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+REST_PATTERN = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # (what splits a text, whether a word that is a piece is taken as it is) → llama.cpp's name; none: GPT-2's pattern.
-PRE = {
+PRE_TOKENIZERS = {
     (None, False): "gpt-2",
-    (rf"{CONTRACTIONS}|{WORDS}|\p{{N}}{{1,3}}|{REST}", True): "llama-bpe",
-    (rf"{CONTRACTIONS}|{WORDS}|\p{{N}}{{1,3}}|{REST}", False): "smaug-bpe",
-    (rf"{CONTRACTIONS}|{WORDS}|\p{{N}}|{REST}", False): "qwen2",
+    (rf"{CONTRACTION_PATTERN}|{WORD_PATTERN}|\p{{N}}{{1,3}}|{REST_PATTERN}", True): "llama-bpe",
+    (rf"{CONTRACTION_PATTERN}|{WORD_PATTERN}|\p{{N}}{{1,3}}|{REST_PATTERN}", False): "smaug-bpe",
+    (rf"{CONTRACTION_PATTERN}|{WORD_PATTERN}|\p{{N}}|{REST_PATTERN}", False): "qwen2",
 }
 
 
@@ -39,7 +39,7 @@ def gguf_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     Raises:
         InputError: llama.cpp would find other ids.
     """
-    kinds = [*tokenizer.kinds, *["unused"] * (vocab_size - tokenizer.vocab_size)]
+    kinds = [*tokenizer.token_kinds, *["unused"] * (vocab_size - tokenizer.vocab_size)]
     texts = [*tokenizer.pieces, *[""] * (vocab_size - tokenizer.vocab_size)]
     # As before every document in training.
     found: dict[str, Any] = {
@@ -50,12 +50,12 @@ def gguf_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     }
     if isinstance(tokenizer, SentencePieceTokenizer):
         scores = tokenizer.scores()
-        for i, (text, kind) in enumerate(zip(tokenizer.pieces, tokenizer.kinds, strict=True)):
+        for i, (text, kind) in enumerate(zip(tokenizer.pieces, tokenizer.token_kinds, strict=True)):
             if text == ESCAPES[SPACE]:
                 # The text U+2581 is taken: it is found where a space is. A model that writes it writes a space.
                 texts[i], kinds[i] = " ", "piece"
             elif kind == "whole":
-                texts[i] = PLAIN.get(text, text.replace(SPACE, " "))
+                texts[i] = UNESCAPED.get(text, text.replace(SPACE, " "))
         found |= {"model": "llama", "add_space_prefix": False}
     else:
         assert isinstance(tokenizer, HuggingFaceTokenizer)
@@ -72,10 +72,10 @@ def gguf_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     if "unknown" in kinds:
         found["unknown_token_id"] = kinds.index("unknown")
     texts = [text or f"[unused {i}]" for i, text in enumerate(texts)]
-    return found | {"tokens": texts, "token_type": [TYPES[kind] for kind in kinds]}
+    return found | {"tokens": texts, "token_type": [GGUF_TOKEN_TYPES[kind] for kind in kinds]}
 
 
-PLAIN = {piece: text for text, piece in ESCAPES.items()}
+UNESCAPED = {piece: text for text, piece in ESCAPES.items()}
 
 
 def _pre(tokenizer: HuggingFaceTokenizer) -> str:
@@ -87,7 +87,7 @@ def _pre(tokenizer: HuggingFaceTokenizer) -> str:
         splits = steps[0]["behavior"] == "Isolated" and not steps[0]["invert"] and not steps[1]["use_regex"]
     elif [step["type"] for step in steps] == ["ByteLevel"]:
         splits = steps[0].get("use_regex", True)
-    name = PRE.get((pattern, bool(model.get("ignore_merges"))))
+    name = PRE_TOKENIZERS.get((pattern, bool(model.get("ignore_merges"))))
     # llama.cpp does not normalize; composed characters are what texts have.
     normalized = [step["type"] for step in tokenizer.steps("normalizer")] not in ([], ["NFC"])
     if name is None or not splits or steps[-1]["add_prefix_space"] or normalized:
@@ -107,7 +107,7 @@ def _scores(tokenizer: HuggingFaceTokenizer) -> list[float]:
     # SentencePiece joins every pair that makes a piece, and those that make the same one at the same time.
     grouped = [piece for i, piece in enumerate(made) if not i or made[i - 1] != piece]
     usable = {
-        piece for piece, kind in zip(tokenizer.pieces, tokenizer.kinds, strict=True) if kind in ("piece", "whole")
+        piece for piece, kind in zip(tokenizer.pieces, tokenizer.token_kinds, strict=True) if kind in ("piece", "whole")
     }
     every = {
         (piece[:cut], piece[cut:])

@@ -36,7 +36,7 @@ def write_huggingface_tokenizer(tokenizer: Tokenizer, folder: Path, context: int
         "added_tokens": added_tokens(tokenizer),
         "normalizer": None,
         "pre_tokenizer": None,
-        "post_processor": begins_with(END_OF_TEXT, tokenizer.bos_id),
+        "post_processor": bos_post_processor(END_OF_TEXT, tokenizer.bos_id),
         "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
         "model": {
             "type": "BPE",
@@ -48,7 +48,7 @@ def write_huggingface_tokenizer(tokenizer: Tokenizer, folder: Path, context: int
             "byte_fallback": True,
             "ignore_merges": False,
             "vocab": {piece: i for i, piece in enumerate(plain_pieces(tokenizer))},
-            "merges": merges(tokenizer),
+            "merges": merge_pairs(tokenizer),
         },
     }
     (folder / JSON_FILE).write_text(json.dumps(written, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
@@ -64,7 +64,7 @@ def write_huggingface_tokenizer(tokenizer: Tokenizer, folder: Path, context: int
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def begins_with(token: str, number: int) -> dict[str, Any]:
+def bos_post_processor(token: str, number: int) -> dict[str, Any]:
     """The post-processor that puts a token before a text."""
     special = {"SpecialToken": {"id": token, "type_id": 0}}
     text, other = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
@@ -87,16 +87,16 @@ def added_tokens(tokenizer: Tokenizer) -> list[dict[str, Any]]:
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return [
         {"id": i, "content": content, **flags, "special": kind in ("unknown", "control")}
-        for i, (content, kind) in enumerate(zip(plain_pieces(tokenizer), tokenizer.kinds, strict=True))
+        for i, (content, kind) in enumerate(zip(plain_pieces(tokenizer), tokenizer.token_kinds, strict=True))
         if kind in ("unknown", "control", "whole")
     ]
 
 
-def merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
+def merge_pairs(tokenizer: Tokenizer) -> list[tuple[str, str]]:
     """Every pair of pieces that makes a piece, in the order of what they make: SentencePiece joins all of them."""
     pieces = {
         piece: i
-        for i, (piece, kind) in enumerate(zip(plain_pieces(tokenizer), tokenizer.kinds, strict=True))
+        for i, (piece, kind) in enumerate(zip(plain_pieces(tokenizer), tokenizer.token_kinds, strict=True))
         if kind == "piece"
     }
     return [

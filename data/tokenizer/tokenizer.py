@@ -42,7 +42,7 @@ class Tokenizer(ABC):
     def files(self) -> dict[str, bytes]:
         """What makes the same tokenizer in another folder, by name; the file that it is known by comes last."""
 
-    def begin(self, text: str) -> list[int]:
+    def encode_with_bos(self, text: str) -> list[int]:
         """`bos_id` and the ids of a text: what a model sees where a document begins."""
         return [self.bos_id, *self.encode(text).tolist()]
 
@@ -75,5 +75,5 @@ class Tokenizer(ABC):
 
     @cached_property
     @abstractmethod
-    def kinds(self) -> list[str]:
+    def token_kinds(self) -> list[str]:
         """Of each id: unknown, control, byte, whole (never part of a longer piece), piece, or unused."""

@@ -50,12 +50,12 @@ import sentencepiece
 from absl import flags
 
 from data.config import DataConfig
-from data.files.listing import READ
+from data.files.ranges import READ_TOTALS
 from data.formats.stdlib import snapshot_stdlib
 from data.loader import Loader
-from data.mixture import Mixture, first_positions, open_mixture
+from data.mixture import Mixture, initial_positions, open_mixture
 from data.segmenter import make_pairs, segment_documents
-from data.stream import Reader, Start, StreamPosition
+from data.stream import StreamPosition, WindowReader, WindowStart
 from data.tokenizer.folder import load_tokenizer
 from data.tokenizer.tokenizer import ESCAPES, MODEL_FILE, Tokenizer
 from data.tokenizer.training import train_tokenizer
@@ -161,21 +161,21 @@ class First(NamedTuple):
 
 def first_batch(corpus: Path, tokenizer: Tokenizer, positions: np.ndarray | None = None) -> First:
     """Open a corpus and read from positions on."""
-    read, start = READ["bytes"], time.perf_counter()
+    read, start = READ_TOTALS["bytes"], time.perf_counter()
     with open_loader(*opened(corpus), tokenizer, positions) as batches:
         tokens = np.asarray(next(batches).batch["tokens"])
-        return First(tokens, time.perf_counter() - start, READ["bytes"] - read)
+        return First(tokens, time.perf_counter() - start, READ_TOTALS["bytes"] - read)
 
 
 def positions_at(mixture: Mixture, config: DataConfig, share: float) -> np.ndarray:
     """Where all streams have read about this share of their first epoch: at the beginning of the window there."""
-    corpus, positions = mixture.sources[0].corpus, first_positions(mixture, B)
+    corpus, positions = mixture.sources[0].corpus, initial_positions(mixture, B)
     assert not corpus.shared
     for v in range(B):
-        there = Start(0, int(share * len(corpus.order(0, 0)[v::B])))
+        there = WindowStart(0, int(share * len(corpus.order(0, 0)[v::B])))
         # As windows begin where the one before ends, so that one is read from a chunk's beginning.
-        start = Start(0, max(0, there.chunk - 2 * config.shuffle_window // config.chunk_bytes))
-        reader = Reader(corpus, config, 0, {v: start})
+        start = WindowStart(0, max(0, there.chunk - 2 * config.shuffle_window // config.chunk_bytes))
+        reader = WindowReader(corpus, config, 0, {v: start})
         while (following := reader.take(v, start).next) <= there:
             start = following
         positions[v, 0, :-1] = StreamPosition(*start)
@@ -265,7 +265,7 @@ def loader_batches(corpus: Path, documents: int, tokenizer: Tokenizer, workers: 
     theirs; else none or all of them would come to their ends while they are timed.
     """
     mixture, config = opened(corpus, num_workers=workers)
-    positions = first_positions(mixture, B)
+    positions = initial_positions(mixture, B)
     positions[:, 0, StreamPosition._fields.index("item")] = np.arange(B) * documents // B**2
     with open_loader(mixture, config, tokenizer, positions) as batches:
         yield (loaded.batch for loaded in batches)

@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from data.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
-from data.tokenizer.to_huggingface import begins_with, merges
+from data.tokenizer.to_huggingface import bos_post_processor, merge_pairs
 from data.tokenizer.tokenizer import SPACE
 from tests.data.texts import code
 
@@ -58,7 +58,7 @@ def byte_fallback(kind: str, learned: SentencePieceTokenizer) -> dict[str, Any]:
     """The tokenizer.json that Transformers makes of a SentencePiece model: llama2, with a space before, or gemma. <s>
     stands before both."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    pieces += [piece for piece, kind in zip(learned.pieces, learned.kinds, strict=True) if kind == "piece"]
+    pieces += [piece for piece, kind in zip(learned.pieces, learned.token_kinds, strict=True) if kind == "piece"]
     spaced = lambda piece: piece.replace(" ", SPACE)
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
@@ -75,7 +75,7 @@ def byte_fallback(kind: str, learned: SentencePieceTokenizer) -> dict[str, Any]:
         if first
         else replace,
         "pre_tokenizer": None,
-        "post_processor": begins_with("<s>", 1),
+        "post_processor": bos_post_processor("<s>", 1),
         "decoder": {"type": "Sequence", "decoders": steps},
         "model": {
             "type": "BPE",
@@ -87,7 +87,7 @@ def byte_fallback(kind: str, learned: SentencePieceTokenizer) -> dict[str, Any]:
             "byte_fallback": True,
             "ignore_merges": False,
             "vocab": {piece: i for i, piece in enumerate(pieces)},
-            "merges": [[spaced(one), spaced(other)] for one, other in merges(learned)],
+            "merges": [[spaced(one), spaced(other)] for one, other in merge_pairs(learned)],
         },
     }
 

@@ -15,7 +15,7 @@ class ByteTokenizer:
     vocab_size = 257
     fingerprint = "bytes"
     folder = Path("nowhere")
-    begin = Tokenizer.begin
+    encode_with_bos = Tokenizer.encode_with_bos
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 1

@@ -15,7 +15,7 @@ from data import corpus as corpus_module
 from data.config import DataConfig
 from data.corpus import MANY_FILES, Corpus, open_corpus
 from data.errors import InputError
-from data.files.listing import READ
+from data.files.ranges import READ_TOTALS
 from data.formats import text as text_format
 from data.formats.stdlib import snapshot_stdlib
 from tests.peers import require
@@ -126,7 +126,7 @@ def test_one_of_many_txt_files_is_held_out_where_chance_holds_out_none(tmp_path:
 
 
 def test_a_long_held_out_txt_comes_in_pieces(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(corpus_module, "PIECE_BYTES", 100)
+    monkeypatch.setattr(corpus_module, "HELD_OUT_PIECE_BYTES", 100)
     content = "".join(f"line {i} of a book\n" for i in range(1000))
     (tmp_path / "book.txt").write_text(content)
     corpus = open_corpus(str(tmp_path), CONFIG)
@@ -139,7 +139,7 @@ def test_a_long_held_out_txt_comes_in_pieces(tmp_path: Path, monkeypatch):
 
 @given(text=st.text())
 def test_what_is_held_out_follows_from_the_text_alone(text):
-    assert corpus_module.unit_hash(text) == corpus_module.digest("held out", text) / 2**64
+    assert corpus_module.unit_hash(text) == corpus_module.stable_hash("held out", text) / 2**64
 
 
 def test_folders_globs_and_files_are_listed_in_the_same_order(tmp_path: Path):
@@ -217,19 +217,19 @@ def test_what_is_left_out_is_said_once_and_damage_behind_it_too(tmp_path: Path, 
 def test_many_bad_lines_are_not_counted_to_again_and_again(tmp_path: Path):
     (tmp_path / "a.jsonl").write_bytes(b"bad\n" * 2000 + b'{"text": "good"}\n')
     corpus = open_corpus(str(tmp_path), dataclasses.replace(CONFIG, num_streams=1, on_bad_document="skip"))
-    READ.clear()
+    READ_TOTALS.clear()
     training(corpus)
     assert len(corpus.skipped) == 2000
     # Once for the documents, and for the first few messages to the line that they name.
-    assert READ["bytes"] < 20 * corpus.size
+    assert READ_TOTALS["bytes"] < 20 * corpus.size
 
 
 def test_nothing_is_read_to_hold_nothing_out(tmp_path: Path):
     write_jsonl(tmp_path / "a.jsonl", ["some text"] * 100)
     corpus = open_corpus(str(tmp_path), dataclasses.replace(CONFIG, validation_fraction=0.0))
-    READ.clear()
+    READ_TOTALS.clear()
     assert held_out_of(corpus) == []
-    assert READ["bytes"] == 0
+    assert READ_TOTALS["bytes"] == 0
 
 
 def test_few_parquet_files_have_their_row_groups_as_chunks(tmp_path: Path):

@@ -12,9 +12,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from data.config import DataConfig
 from data.errors import InputError
-from data.loader import UNREAD, Loader, gather_positions, is_over
-from data.mixture import NUMBERS, Mixture, open_mixture
-from data.segmenter import fill
+from data.loader import UNREAD, Loader, corpus_has_ended, gather_positions
+from data.mixture import POSITION_SIZE, Mixture, open_mixture
+from data.segmenter import make_segment
 from data.tokenizer.training import train_tokenizer
 from tests.data.texts import code
 
@@ -77,7 +77,7 @@ def test_a_document_stands_between_the_two_tokens_of_its_tokenizer(made):
 def test_positions_of_what_was_taken_restore_the_rest(made):
     expected = take(loader(made), 9)
     positions = gather_positions(expected[3][1])
-    assert positions.shape == (4, 1, NUMBERS)
+    assert positions.shape == (4, 1, POSITION_SIZE)
     assert_same(take(loader(made, positions=positions), 5), expected[4:])
 
 
@@ -126,12 +126,12 @@ def test_batches_that_grow_read_on_in_every_stream(made):
 
 def tokens(loader: Loader, v: int) -> list[int]:
     """Of the next row of a stream."""
-    return fill(loader._streams[v].take(0)[1], CONFIG)["tokens"].tolist()
+    return make_segment(loader._streams[v].take(0)[1], CONFIG)["tokens"].tolist()
 
 
 def test_positions_of_other_processes_are_left_to_them():
-    positions = np.full((4, 2, NUMBERS), UNREAD)
-    positions[1:3] = np.arange(-6, 18).reshape(2, 2, NUMBERS)
+    positions = np.full((4, 2, POSITION_SIZE), UNREAD)
+    positions[1:3] = np.arange(-6, 18).reshape(2, 2, POSITION_SIZE)
     np.testing.assert_array_equal(gather_positions(positions), positions)
     halves = np.stack([positions, np.where(positions == UNREAD, -(2**40), UNREAD)]).view(np.int32)
     whole = np.where(positions == UNREAD, -(2**40), positions)
@@ -148,10 +148,10 @@ def test_a_run_of_some_epochs_trains_on_every_row_and_then_ends(tmp_path, made, 
     weight, ends = 0.0, 0
     with loader((mixture, made[1]), **changes) as batches:
         for batch, _, left, here, _ in batches:
-            assert not is_over(here, mixture)
+            assert not corpus_has_ended(here, mixture)
             weight += float(batch["loss_weights"].sum())
             ends += 1
-            if is_over(left, mixture):
+            if corpus_has_ended(left, mixture):
                 break
     [source] = mixture.sources
     texts = list(source.corpus.training_texts(0))

@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 
 from data.config import DataConfig
 from data.errors import InputError
-from data.mixture import NUMBERS, ROW, MixedStream, Mixture, choose, first_positions, open_mixture, open_streams
+from data.mixture import (
+    CREDITS_PER_ROW,
+    POSITION_SIZE,
+    MixedStream,
+    Mixture,
+    choose_corpus,
+    initial_positions,
+    open_mixture,
+    open_streams,
+)
 from data.stream import BEGINNING, Stream, open_readers
 from tests.data.stand_in import tokenize
 
@@ -46,21 +55,21 @@ def mixture_of(folder: Path, config: DataConfig = CONFIG, **weights: object) -> 
 
 
 def streams_of(mixture: Mixture, positions: np.ndarray | None = None) -> dict[int, MixedStream]:
-    begin = first_positions(mixture, 4) if positions is None else positions
+    begin = initial_positions(mixture, 4) if positions is None else positions
     return open_streams(mixture, tokenize, 0, 0, 0, range(4), begin)
 
 
 @given(weights=st.lists(st.integers(1, 10**6), min_size=1, max_size=6), rows=st.integers(1, 3000))
 def test_a_corpus_is_drawn_as_often_as_its_share_says_at_any_time(weights, rows):
-    shares = [weight * ROW // sum(weights) for weight in weights]
-    shares[0] += ROW - sum(shares)
+    shares = [weight * CREDITS_PER_ROW // sum(weights) for weight in weights]
+    shares[0] += CREDITS_PER_ROW - sum(shares)
     credits, drawn = [0] * len(weights), Counter()
     for n in range(1, rows + 1):
-        drawn[choose(credits, shares)] += 1
+        drawn[choose_corpus(credits, shares)] += 1
         # In whole numbers: |drawn − n · share| < K − 1, or < 1 for two.
-        bound = ROW * max(len(weights) - 1, 1)
-        assert all(abs(drawn[k] * ROW - n * share) < bound for k, share in enumerate(shares))
-    assert credits == [rows * share - drawn[k] * ROW for k, share in enumerate(shares)]
+        bound = CREDITS_PER_ROW * max(len(weights) - 1, 1)
+        assert all(abs(drawn[k] * CREDITS_PER_ROW - n * share) < bound for k, share in enumerate(shares))
+    assert credits == [rows * share - drawn[k] * CREDITS_PER_ROW for k, share in enumerate(shares)]
 
 
 def test_streams_come_to_a_rare_corpus_at_different_times(folder: Path):
@@ -93,7 +102,7 @@ def test_positions_restore_the_rest(folder: Path):
         for stream in streams.values():
             stream.take(step)
     positions = np.stack([stream.positions for stream in streams.values()])
-    assert positions.shape == (4, 3, NUMBERS)
+    assert positions.shape == (4, 3, POSITION_SIZE)
     assert positions.dtype == np.int64
     again = streams_of(mixture, positions)
     for step in range(33, 60):
@@ -168,7 +177,7 @@ def test_some_corpus_has_a_weight_at_any_step():
 def test_a_corpus_may_have_fields_of_its_own(folder: Path):
     (folder / "d.jsonl").write_text("".join(json.dumps({"q": f"{i}?", "a": "yes" * 20}) + "\n" for i in range(90)))
     mixture = mixture_of(folder, a=1, d={"text_field": "a", "prompt_field": "q"})
-    assert mixture.shares(0) == [ROW // 2] * 2
+    assert mixture.shares(0) == [CREDITS_PER_ROW // 2] * 2
     [stream, *_] = streams_of(mixture).values()
     prompts = {k: {part.pairs.prompt for part in parts} for k, parts in (stream.take(s) for s in range(20))}
     assert prompts[0] == {0}

@@ -9,20 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.config import DataConfig
-from data.segmenter import Pairs, Part, concatenate, fill, make_pairs, pack, segment_documents
+from data.segmenter import DocumentPairs, SegmentPart, concatenate, make_pairs, make_segment, pack, segment_documents
 
 B, E = 98, 0
 documents = st.lists(st.lists(st.integers(1, 99), max_size=30), max_size=12)
 
 
-def pairs_of(*documents: list[int]) -> list[Pairs]:
+def pairs_of(*documents: list[int]) -> list[DocumentPairs]:
     return [make_pairs(np.array(document, np.int32), E, E) for document in documents]
 
 
-def trained(rows: list[list[Part]], config: DataConfig) -> list[tuple[int, int]]:
+def trained(rows: list[list[SegmentPart]], config: DataConfig) -> list[tuple[int, int]]:
     """(input, target) of every position with weight."""
     found = []
-    for row in (fill(parts, config) for parts in rows):
+    for row in (make_segment(parts, config) for parts in rows):
         here = row["loss_weights"] > 0
         found += zip(row["tokens"][here].tolist(), row["targets"][here].tolist(), strict=True)
     return found
@@ -83,7 +83,7 @@ def test_a_last_position_that_is_not_trained_on_is_the_next_rows_first(documents
     rows = [parts for parts, _ in concatenate(pairs_of(*documents), config)]
     everything = [pair for document in documents for pair in itertools.pairwise([E, *document, E])]
     assert trained(rows, config) == everything
-    filled = [fill(parts, config) for parts in rows]
+    filled = [make_segment(parts, config) for parts in rows]
     assert all(row["loss_weights"][-1] == 0 for row in filled)
     for row, following in itertools.pairwise(filled):
         assert (row["tokens"][-1], row["targets"][-1]) == (following["tokens"][0], following["targets"][0])
@@ -122,15 +122,15 @@ def test_packing_puts_each_document_where_least_is_left():
     # Pairs: 7, 6, 4, 3: best fit puts 4 to 6 and 3 to 7, and both rows are full.
     rows = pack(pairs_of([1] * 6, [2] * 5, [3] * 3, [4] * 2), config)
     assert [[int(part.pairs.targets[0]) for part in parts] for parts in rows] == [[1, 4], [2, 3]]
-    row = fill(rows[0], config)
+    row = make_segment(rows[0], config)
     assert row["segment_ids"].tolist() == [1] * 7 + [2] * 3
     assert row["positions"].tolist() == [*range(7), *range(3)]
 
 
 def test_a_prompt_is_seen_and_not_trained_on():
     config = DataConfig(segment_length=4)
-    pairs = make_pairs(np.array([1, 2, 3, 4, 5]), E, E, prompt=2)
-    rows = [fill(parts, config) for parts, _ in concatenate([pairs], config)]
+    pairs = make_pairs(np.array([1, 2, 3, 4, 5]), E, E, prompt_length=2)
+    rows = [make_segment(parts, config) for parts, _ in concatenate([pairs], config)]
     assert [row["targets"].tolist() for row in rows] == [[1, 2, 3, 4], [5, E, 0, 0]]
     assert [row["loss_weights"].tolist() for row in rows] == [[0, 0, 1, 1], [1, 1, 0, 0]]
     assert rows[0]["segment_ids"].tolist() == [1, 1, 1, 1]

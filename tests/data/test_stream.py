@@ -17,8 +17,8 @@ from data import corpus as corpus_module
 from data.config import DataConfig
 from data.corpus import Corpus, open_corpus
 from data.errors import InputError
-from data.segmenter import Part, fill
-from data.stream import BEGINNING, EMPTY_EPOCHS, Reader, Start, Stream, StreamPosition, open_readers
+from data.segmenter import SegmentPart, make_segment
+from data.stream import BEGINNING, MAX_EMPTY_EPOCHS, Stream, StreamPosition, WindowReader, WindowStart, open_readers
 from tests.data.stand_in import ByteTokenizer, tokenize
 
 CONFIG = DataConfig(segment_length=16, num_streams=3, chunk_bytes=400, shuffle_window=900, validation_fraction=0.1)
@@ -60,17 +60,17 @@ def stream(corpus: Corpus, v: int, position=BEGINNING, seed: int = 0, config: Da
     return Stream(reader, tokenize, ByteTokenizer.bos_id, ByteTokenizer.eos_id, config, v, position)
 
 
-def epoch_of(corpus: Corpus, config: DataConfig, v: int, epoch: int) -> list[list[Part]]:
+def epoch_of(corpus: Corpus, config: DataConfig, v: int, epoch: int) -> list[list[SegmentPart]]:
     """The rows of one epoch of a stream."""
     bounded = dataclasses.replace(config, epochs=epoch + 1)
     return [parts for parts, _ in stream(corpus, v, StreamPosition(epoch), config=bounded)]
 
 
-def pairs_in(rows: list[list[Part]], config: DataConfig) -> Counter:
+def pairs_in(rows: list[list[SegmentPart]], config: DataConfig) -> Counter:
     """How often each (file, place, pair) of a document is trained on."""
     found: Counter = Counter()
     for parts in rows:
-        weights, filled = fill(parts, config)["loss_weights"], 0
+        weights, filled = make_segment(parts, config)["loss_weights"], 0
         for part in parts:
             document = part.pairs.document
             for pair, weight in enumerate(weights[filled : filled + part.end - part.begin], part.begin):
@@ -138,8 +138,8 @@ def test_a_position_restores_the_rest_of_the_stream(corpus, rows, v, shape):
     again = stream(corpus, v, position, config=config)
     for (expected, after), (found, after_found) in itertools.islice(zip(straight, again, strict=True), 30):
         assert after == after_found
-        for name, array in fill(expected, config).items():
-            np.testing.assert_array_equal(fill(found, config)[name], array)
+        for name, array in make_segment(expected, config).items():
+            np.testing.assert_array_equal(make_segment(found, config)[name], array)
 
 
 def test_a_stream_of_some_epochs_ends_and_stays_at_its_end(corpus):
@@ -189,7 +189,7 @@ def test_streams_that_share_a_file_read_it_once_and_tokenize_only_their_own(tmp_
 
 def test_a_long_compressed_file_comes_in_windows_of_bounded_size(tmp_path: Path):
     corpus = open_corpus(write(tmp_path, some_texts() * 20, ".jsonl.gz"), CONFIG)
-    reader, start = open_readers(corpus, CONFIG, 0, {0: BEGINNING})[0], Start()
+    reader, start = open_readers(corpus, CONFIG, 0, {0: BEGINNING})[0], WindowStart()
     sizes = []
     while start.epoch == 0:
         window = reader.take(0, start)
@@ -202,7 +202,7 @@ def test_a_long_compressed_file_comes_in_windows_of_bounded_size(tmp_path: Path)
 def test_epochs_and_seeds_order_differently_and_repeatably(corpus):
     def first_rows(seed: int, epoch: int) -> list[list[int]]:
         rows = itertools.islice(stream(corpus, 1, StreamPosition(epoch), seed), 12)
-        return [fill(parts, CONFIG)["tokens"].tolist() for parts, _ in rows]
+        return [make_segment(parts, CONFIG)["tokens"].tolist() for parts, _ in rows]
 
     assert first_rows(0, 0) == first_rows(0, 0)
     orders = [first_rows(seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
@@ -216,7 +216,7 @@ def test_the_order_is_pinned(tmp_path: Path, ending: str):
     corpus = open_corpus(write(tmp_path, texts * 5, ending), dataclasses.replace(CONFIG, num_streams=2))
     config = dataclasses.replace(CONFIG, num_streams=2)
     rows = [parts for v in range(2) for parts, _ in itertools.islice(stream(corpus, v, config=config), 2)]
-    tokens = [fill(parts, CONFIG)["tokens"].tolist() for parts in rows]
+    tokens = [make_segment(parts, CONFIG)["tokens"].tolist() for parts in rows]
     assert [bytes(t - 1 if t else 0 for t in row).decode() for row in tokens] == PINNED[ending]
 
 
@@ -236,18 +236,20 @@ def test_a_stream_without_documents_goes_on_to_an_epoch_that_has_some(tmp_path: 
 def test_streams_that_never_have_documents_are_an_error(tmp_path: Path, monkeypatch):
     corpus = open_corpus(write(tmp_path, [""] * 100), CONFIG)
     taken = []
-    original = Reader.take
-    monkeypatch.setattr(Reader, "take", lambda self, v, start: taken.append(start.epoch) or original(self, v, start))
+    original = WindowReader.take
+    monkeypatch.setattr(
+        WindowReader, "take", lambda self, v, start: taken.append(start.epoch) or original(self, v, start)
+    )
     with pytest.raises(InputError, match=r"lower data\.num_streams"):
         next(stream(corpus, 0))
-    assert taken == list(range(EMPTY_EPOCHS + 1))
+    assert taken == list(range(MAX_EMPTY_EPOCHS + 1))
 
 
 def test_the_chunks_of_an_epoch_are_sorted_once_for_all_streams(tmp_path: Path, monkeypatch):
     corpus = open_corpus(write(tmp_path, some_texts()), CONFIG)
     hashed = []
-    original = corpus_module.digest
-    monkeypatch.setattr(corpus_module, "digest", lambda *parts: hashed.append(parts) or original(*parts))
+    original = corpus_module.stable_hash
+    monkeypatch.setattr(corpus_module, "stable_hash", lambda *parts: hashed.append(parts) or original(*parts))
     orders = [corpus.order(7, 5) for _ in range(3)]
     assert sorted(orders[0], key=corpus.chunks.index) == corpus.chunks
     assert len(hashed) == len(corpus.chunks)

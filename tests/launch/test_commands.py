@@ -270,7 +270,7 @@ def test_transformers_opens_a_trained_export_with_the_same_logits_tokens_and_tex
     prompt = "the cat likes my bird. a dog"
     with jax.set_mesh(on_one_device()):
         trained = load_trained(str(finished))
-    ids = np.array(trained.tokenizer.begin(prompt))
+    ids = np.array(trained.tokenizer.encode_with_bos(prompt))
     assert theirs(prompt)["input_ids"] == ids.tolist()
     decoder = Decoder(trained.config.model, jax.tree.map(jnp.asarray, jax.device_get(trained.weights)))
     tokens = jnp.array(ids)[None]

@@ -67,7 +67,7 @@ def test_the_space_before_a_text_is_not_counted_as_its_own(tmp_path: Path, capsy
     assert isinstance(learned, SentencePieceTokenizer)
     folder = others.write(tmp_path / "llama2", others.byte_fallback("llama2", learned), "</s>")
     tokenizer = load_tokenizer(folder)
-    assert "".join(token_text(tokenizer, token) for token in tokenizer.begin("the cat")) == "<s> the cat"
+    assert "".join(token_text(tokenizer, token) for token in tokenizer.encode_with_bos("the cat")) == "<s> the cat"
     if prompts:
         corpus.write_text("".join(json.dumps({"prompt": text[:9], "text": text[9:]}) + "\n" for text in texts))
     arguments = [f"--config={config}", f"--config.tokenizer.path={folder}", "--config.data.prompt_field=prompt"]

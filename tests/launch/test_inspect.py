@@ -28,7 +28,7 @@ def test_the_page_shows_the_attention_that_transformers_tells_of_the_export(fini
         assert capsys.readouterr().out == f"{output}\n"
         page = output.read_text()
         tokenizer = load_tokenizer(finished / "tokenizer")
-        ids = tokenizer.begin(PROMPT)
+        ids = tokenizer.encode_with_bos(PROMPT)
         assert data_of(page)["tokens"][0] == END_OF_TEXT
         assert "".join(data_of(page)["tokens"][1:]) == PROMPT.replace("\n", "↵")
         theirs = transformers.AutoModelForCausalLM.from_pretrained(finished / "export", attn_implementation="eager")

@@ -103,7 +103,7 @@ def continuations(
     Args:
         generator: of `make_generator`.
         tokenizer: of its model.
-        prompts: token ids of each, of `Tokenizer.begin`.
+        prompts: token ids of each, of `Tokenizer.encode_with_bos`.
         max_new_tokens: the limit of each.
         sampling: how tokens are drawn.
         seed: with the number of its prompt it decides what a continuation draws.

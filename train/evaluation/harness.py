@@ -240,8 +240,8 @@ class Model(LM):
         context alone end. Where a token reaches over the border, at least the last one is the continuation's. Of
         no text at all nothing is.
         """
-        tokens = self.tokenizer.begin(context + continuation)
-        cut = max(min(len(self.tokenizer.begin(context.rstrip())), len(tokens) - 1), 1)
+        tokens = self.tokenizer.encode_with_bos(context + continuation)
+        cut = max(min(len(self.tokenizer.encode_with_bos(context.rstrip())), len(tokens) - 1), 1)
         return tokens[:cut], tokens[cut:]
 
     def scores(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
@@ -277,7 +277,7 @@ class Model(LM):
         for part in continuations(
             make_generator(self.config, self.weights, self.tokenizer),
             self.tokenizer,
-            [self.tokenizer.begin(context)[-seen:] for context in contexts],
+            [self.tokenizer.encode_with_bos(context)[-seen:] for context in contexts],
             max_new_tokens=most,
             sampling=Sampling(temperature=given.get("temperature", 0.0), top_k=given.get("top_k", 0)),
             stop=[stop for stop in given["until"] if stop],

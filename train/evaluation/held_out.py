@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from data.segmenter import Pairs, make_pairs, segment_documents
+from data.segmenter import DocumentPairs, make_pairs, segment_documents
 from data.tokenizer.tokenizer import Tokenizer
 from model.generation.sampling import Sampling
 from train.config.config import Config
@@ -71,10 +71,10 @@ def _evaluate(
 ) -> Evaluation:
     sharding = batch_sharding(jax.sharding.get_mesh(), training_layout(config.mesh))
 
-    def pairs(text: Text) -> Pairs:
+    def pairs(text: Text) -> DocumentPairs:
         prompt = tokenizer.encode(text.prompt)
         tokens = np.concatenate([prompt, tokenizer.encode(text.text)])
-        return make_pairs(tokens, tokenizer.bos_id, tokenizer.eos_id, prompt=len(prompt))
+        return make_pairs(tokens, tokenizer.bos_id, tokenizer.eos_id, prompt_length=len(prompt))
 
     rows = segment_documents(map(pairs, texts), config.data)
     batch_size = config.train.batch_size // config.train.accumulation_steps
@@ -108,7 +108,7 @@ def gzip_bits_per_byte(texts: Sequence[Text]) -> float:
 
 def sample_text(config: Config, tokenizer: Tokenizer, weights: Any) -> str:
     """The prompt of `evaluation.prompt`, continued: the 40 most likely tokens at each place, always the same seed."""
-    prompt = tokenizer.begin(config.evaluation.prompt)
+    prompt = tokenizer.encode_with_bos(config.evaluation.prompt)
     generator = make_generator(config, weights, tokenizer)
     pieces = generator([prompt], max_new_tokens=config.evaluation.sample_tokens, sampling=Sampling(top_k=40))
     return tokenizer.decode([*prompt, *(token for piece in pieces for token in piece.tokens)])

@@ -61,7 +61,7 @@ def asked(place: epath.Path, question: Callable[[], T]) -> T:
     remote.filesystem(os.fspath(place))  # whether a package for it is installed
     try:
         # The library has tried several times itself.
-        return remote.attempt(os.fspath(place), question, tries=1)
+        return remote.with_retries(os.fspath(place), question, tries=1)
     except remote.RemoteError as error:
         text = f"there is no such bucket, or no right to see it ({error})" if error.kind == "missing" else str(error)
         raise InputError(f"checkpoint.dir = {place}: {text}") from None

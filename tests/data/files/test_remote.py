@@ -17,9 +17,10 @@ import pytest
 from data.config import DataConfig
 from data.errors import BadText, InputError
 from data.files import remote
-from data.files.listing import READ, File, fingerprint, list_files, open_file
-from data.formats import ENDINGS, Content, Fields, parquet, read
-from data.mixture import first_positions, open_mixture, open_streams
+from data.files.listing import File, fingerprint, list_files, open_file
+from data.files.ranges import READ_TOTALS
+from data.formats import ENDINGS, Fields, RawDocument, parquet, read_documents
+from data.mixture import initial_positions, open_mixture, open_streams
 from tests.data.stand_in import tokenize
 from tests.peers import require
 
@@ -32,7 +33,7 @@ def delays(monkeypatch) -> list[float]:
     """Nothing sleeps; what would have been slept, in seconds."""
     slept: list[float] = []
     monkeypatch.setattr(remote, "sleep", slept.append)
-    READ.clear()
+    READ_TOTALS.clear()
     return slept
 
 
@@ -200,7 +201,7 @@ def test_a_file_of_a_bucket_is_read_as_a_local_one(s3, tmp_path: Path):
     assert content_of(there, 1000, 1010) == CONTENT[1000:]
     places = [0, 7, 100_000, len(CONTENT) // 2, len(CONTENT)]
     for begin, end in itertools.pairwise(places):
-        assert list(read(there, begin, end, Fields())) == list(read(here, begin, end, Fields()))
+        assert list(read_documents(there, begin, end, Fields())) == list(read_documents(here, begin, end, Fields()))
     with open_file(there) as stream:
         for at in (5, len(CONTENT) - 3, 200_000):
             stream.seek(at)
@@ -216,27 +217,33 @@ def test_a_parquet_of_a_bucket_is_read_as_a_local_one(s3, tmp_path: Path):
     s3.upload_file(str(tmp_path / "a.parquet"), "corpus", "a.parquet")
     here, there = one(str(tmp_path / "a.parquet")), one("s3://corpus/a.parquet")
     for begin, end in ((0, here.size // 3), (here.size // 3, here.size)):
-        assert list(read(there, begin, end, Fields())) == list(read(here, begin, end, Fields()))
-    parquet.footer.cache_clear()
-    READ.clear()
-    assert next(read(there, 0, there.size, Fields(), 15_000)) == (15_000, Content(columns["text"][15_000]))
-    assert READ["bytes"] < 3_000_000 < there.size / 10
+        assert list(read_documents(there, begin, end, Fields())) == list(read_documents(here, begin, end, Fields()))
+    parquet.read_footer.cache_clear()
+    READ_TOTALS.clear()
+    assert next(read_documents(there, 0, there.size, Fields(), 15_000)) == (
+        15_000,
+        RawDocument(columns["text"][15_000]),
+    )
+    assert READ_TOTALS["bytes"] < 3_000_000 < there.size / 10
 
 
 def test_a_small_part_of_a_large_file_costs_little(s3):
     s3.put_object(Bucket="corpus", Key="large.jsonl", Body=CONTENT * 60)
     file = one("s3://corpus/large.jsonl")
-    assert READ["bytes"] == 0
+    assert READ_TOTALS["bytes"] == 0
     place = len(CONTENT) * 30
-    assert next(read(file, len(CONTENT) * 20, file.size, Fields(), place)) == (place, Content("document 000000 "))
-    assert READ["bytes"] == 2**16
-    READ.clear()
-    found = list(read(file, place, place + 2**20, Fields()))
-    assert found[0] == (place, Content("document 000000 "))
-    assert READ["bytes"] <= 2**20 + 2**16 + 1
-    READ.clear()
+    assert next(read_documents(file, len(CONTENT) * 20, file.size, Fields(), place)) == (
+        place,
+        RawDocument("document 000000 "),
+    )
+    assert READ_TOTALS["bytes"] == 2**16
+    READ_TOTALS.clear()
+    found = list(read_documents(file, place, place + 2**20, Fields()))
+    assert found[0] == (place, RawDocument("document 000000 "))
+    assert READ_TOTALS["bytes"] <= 2**20 + 2**16 + 1
+    READ_TOTALS.clear()
     fingerprint(file, whole=True)
-    assert READ["bytes"] == 0
+    assert READ_TOTALS["bytes"] == 0
 
 
 def test_a_file_of_a_bucket_that_has_changed_or_vanished_is_not_read(s3):
@@ -273,7 +280,7 @@ def test_a_server_that_is_not_there_is_said_after_some_tries(monkeypatch, caplog
     require("aiohttp")
     server = Server()
     server.server_close()
-    assert f"cannot be read after {remote.TRIES} tries" in problem(f"{server.url}/a.jsonl")
+    assert f"cannot be read after {remote.MAX_TRIES} tries" in problem(f"{server.url}/a.jsonl")
     assert delays == [0.5, 1, 2, 4]
     assert "trying again in 4.0 s (5 of 5)" in caplog.text
 
@@ -319,13 +326,13 @@ def test_a_file_that_fails_each_time_is_given_up(http, delays):
     file = one(f"{http.url}/b.jsonl")
     with open_file(file) as stream:
         stream.read(2**16)
-        http.faults = ["drop"] * remote.TRIES
-        with pytest.raises(ConnectionError, match=f"cannot be read after {remote.TRIES} tries"):
+        http.faults = ["drop"] * remote.MAX_TRIES
+        with pytest.raises(ConnectionError, match=f"cannot be read after {remote.MAX_TRIES} tries"):
             stream.read()
         assert delays == [0.5, 1, 2, 4]
         # A new outage has as many tries.
         assert stream.read(10)
-    http.faults = [503] * 2 * remote.TRIES
+    http.faults = [503] * 2 * remote.MAX_TRIES
     with pytest.raises(ConnectionError, match="503"):
         content_of(file)
 
@@ -333,9 +340,9 @@ def test_a_file_that_fails_each_time_is_given_up(http, delays):
 def test_a_read_goes_on_after_each_drop(http):
     file = one(f"{http.url}/b.jsonl")
     with open_file(file) as stream:
-        http.faults = ["drop"] * (remote.TRIES - 1)
+        http.faults = ["drop"] * (remote.MAX_TRIES - 1)
         assert stream.read(2**16) == CONTENT[: 2**16]
-        http.faults = ["drop"] * (remote.TRIES - 1)
+        http.faults = ["drop"] * (remote.MAX_TRIES - 1)
         assert stream.read() == CONTENT[2**16 :]
 
 
@@ -381,7 +388,7 @@ def test_a_server_without_sizes_or_ranges_is_refused_and_nothing_is_downloaded(h
         content_of(file, 2**20)
     with pytest.raises(BadText, match="its server ignores ranges; download it"):
         content_of(file)
-    assert READ["bytes"] <= 2**16
+    assert READ_TOTALS["bytes"] <= 2**16
     http.with_size = False
     assert "does not say its size, or cannot send parts of it; download it" in problem(f"{http.url}/b.jsonl")
 
@@ -426,7 +433,7 @@ def test_streams_are_those_of_local_files_and_resume_with_little_read(server, re
 
     def rows(where: str, number: int, begin: np.ndarray | None = None) -> tuple[list[list[Any]], np.ndarray]:
         mixture = open_mixture(dataclasses.replace(config, corpus=where), lambda: "")
-        positions = first_positions(mixture, 2) if begin is None else begin
+        positions = initial_positions(mixture, 2) if begin is None else begin
         streams = open_streams(mixture, tokenize, 0, 0, 0, range(2), positions)
         found = []
         for step in range(number):
@@ -443,8 +450,8 @@ def test_streams_are_those_of_local_files_and_resume_with_little_read(server, re
     expected, _ = rows(str(tmp_path / "large.jsonl"), 1000)
     found, after = rows(where, 940)
     assert found == expected[: 2 * 940]
-    READ.clear()
+    READ_TOTALS.clear()
     rest, _ = rows(where, 60, after)
     assert rest == expected[2 * 940 :]
     # Two windows a stream at most, with the fields around the texts.
-    assert 2**18 < READ["bytes"] < 2 * 2 * 1.5 * 2**18 < len(content) / 5
+    assert 2**18 < READ_TOTALS["bytes"] < 2 * 2 * 1.5 * 2**18 < len(content) / 5

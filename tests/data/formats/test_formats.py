@@ -15,8 +15,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.errors import BadText, InputError
-from data.files.listing import READ, File, fingerprint, list_files, open_file
-from data.formats import ENDINGS, Content, Fields, Found, kind, line_number, parquet, read, text, written_place
+from data.files.listing import File, fingerprint, list_files, open_file
+from data.files.ranges import READ_TOTALS
+from data.formats import (
+    ENDINGS,
+    Fields,
+    RawDocument,
+    ReadResult,
+    format_and_compression,
+    line_number,
+    parquet,
+    read_documents,
+    text,
+    written_place,
+)
 from tests.peers import require
 
 TEXTS = st.lists(st.text(alphabet='aé漢🙂 \n\r\t"\\-=', max_size=40), max_size=20)
@@ -50,22 +62,28 @@ def table(folder: Path, columns: dict[str, Any], name: str = "a.parquet", **opti
     return file
 
 
-def plain(found: list[Found]) -> list[tuple[int, Content | str]]:
+def plain(found: list[ReadResult]) -> list[tuple[int, RawDocument | str]]:
     """Comparable: problems as their texts."""
     return [(place, str(content) if isinstance(content, BadText) else content) for place, content in found]
 
 
-def everything(file: File, fields: Fields = PLAIN, place: int = 0) -> list[tuple[int, Content | str]]:
-    return plain(list(read(file, 0, file.size, fields, place)))
+def everything(file: File, fields: Fields = PLAIN, place: int = 0) -> list[tuple[int, RawDocument | str]]:
+    return plain(list(read_documents(file, 0, file.size, fields, place)))
 
 
 def texts_of(file: File, fields: Fields = PLAIN) -> list[str]:
-    return [content.text for _, content in read(file, 0, file.size, fields) if isinstance(content, Content)]
+    return [
+        content.text for _, content in read_documents(file, 0, file.size, fields) if isinstance(content, RawDocument)
+    ]
 
 
-def in_chunks(file: File, cuts: list[float], fields: Fields) -> list[tuple[int, Content | str]]:
+def in_chunks(file: File, cuts: list[float], fields: Fields) -> list[tuple[int, RawDocument | str]]:
     places = sorted({0, file.size, *(round(cut * file.size) for cut in cuts)})
-    return [found for begin, end in itertools.pairwise(places) for found in plain(list(read(file, begin, end, fields)))]
+    return [
+        found
+        for begin, end in itertools.pairwise(places)
+        for found in plain(list(read_documents(file, begin, end, fields)))
+    ]
 
 
 def check_tiles_and_resumes(file: File, cuts: list[float], fields: Fields) -> None:
@@ -73,9 +91,9 @@ def check_tiles_and_resumes(file: File, cuts: list[float], fields: Fields) -> No
     whole = everything(file, fields)
     assert in_chunks(file, cuts, fields) == whole
     begin = round(cuts[0] * file.size) if cuts else 0
-    chunk = plain(list(read(file, begin, file.size, fields)))
+    chunk = plain(list(read_documents(file, begin, file.size, fields)))
     for i, (place, _) in enumerate(chunk):
-        assert plain(list(read(file, begin, file.size, fields, place))) == chunk[i:]
+        assert plain(list(read_documents(file, begin, file.size, fields, place))) == chunk[i:]
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +141,9 @@ def test_chunks_of_anything_with_separators_are_the_file(folder, content, cuts):
 def test_a_separator_stands_alone_on_its_line(tmp_path: Path):
     file = written(tmp_path, "a.txt", b"one\n---\n\n---\r\n ---\ntwo---\n----\r\n---\n---\nthree\r\n\r\n---")
     assert everything(file, SEPARATED) == [
-        (0, Content("one")),
-        (14, Content(" ---\ntwo---\n----")),
-        (40, Content("three\r\n")),
+        (0, RawDocument("one")),
+        (14, RawDocument(" ---\ntwo---\n----")),
+        (40, RawDocument("three\r\n")),
     ]
 
 
@@ -135,7 +153,7 @@ def test_the_rows_of_all_chunks_are_the_file(folder, texts, cuts, group):
         folder, {"n": list(range(len(texts))), "text": [*texts]} if texts else {"text": ["x"]}, row_group_size=group
     )
     assert texts_of(file) == (texts or ["x"])
-    assert len(parquet.footer(file).begins) == -(-max(len(texts), 1) // group)
+    assert len(parquet.read_footer(file).begins) == -(-max(len(texts), 1) // group)
     check_tiles_and_resumes(file, cuts, Fields())
 
 
@@ -154,7 +172,7 @@ def test_compressed_text_is_the_text(folder, ending, texts, parts):
         for place, _ in everything(same, fields):
             assert everything(file, fields, place) == everything(same, fields, place)
     whole = written(folder, "w.txt" + ending, squeeze("\n".join(texts).encode()))
-    assert everything(whole) == ([(0, Content("\n".join(texts)))] if "\n".join(texts) else [])
+    assert everything(whole) == ([(0, RawDocument("\n".join(texts)))] if "\n".join(texts) else [])
 
 
 @pytest.mark.parametrize("ending", [".gz", ".zst", ".xz"])
@@ -166,11 +184,11 @@ def test_a_compressed_file_that_ends_too_early_gives_what_it_has_and_says_so(tmp
         file = written(tmp_path, f"{size}.jsonl{ending}", content[:size])
         found = []
         with pytest.raises(BadText, match="ends too early, after byte" if size > 1 else "byte 0 of its text"):
-            for _, document in read(file, 0, file.size, Fields()):
+            for _, document in read_documents(file, 0, file.size, Fields()):
                 found.append(document.text)
         assert found == texts[: len(found)]
     assert len(found) == len(texts)
-    assert list(read(written(tmp_path, f"0.jsonl{ending}", b""), 0, 0, Fields())) == []
+    assert list(read_documents(written(tmp_path, f"0.jsonl{ending}", b""), 0, 0, Fields())) == []
 
 
 @pytest.mark.parametrize("ending", [".gz", ".zst", ".xz"])
@@ -219,7 +237,7 @@ def test_bad_lines_are_reported_with_their_place_and_reading_goes_on(tmp_path: P
     good = b'{"text": "good", "p": "asked"}\n'
     file = written(tmp_path, "a.jsonl", good + b"".join(line + b"\n" + good for line in bad))
     found = everything(file, Fields(prompt="p"))
-    assert [content for _, content in found[::2]] == [Content("good", "asked")] * (len(bad) + 1)
+    assert [content for _, content in found[::2]] == [RawDocument("good", "asked")] * (len(bad) + 1)
     content = Path(file.path).read_bytes()
     for number, ((place, problem), line, words) in enumerate(zip(found[1::2], bad, bad.values(), strict=True)):
         assert content[place:].startswith(line)
@@ -230,10 +248,10 @@ def test_bad_lines_are_reported_with_their_place_and_reading_goes_on(tmp_path: P
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path):
     mark = b"\xef\xbb\xbf"
-    assert everything(written(tmp_path, "a.jsonl", mark + lines(["a", "b"])))[0] == (0, Content("a"))
+    assert everything(written(tmp_path, "a.jsonl", mark + lines(["a", "b"])))[0] == (0, RawDocument("a"))
     assert everything(written(tmp_path, "a.txt", mark + b"a\n---\nb"), SEPARATED) == [
-        (0, Content("a")),
-        (9, Content("b")),
+        (0, RawDocument("a")),
+        (9, RawDocument("b")),
     ]
     assert everything(written(tmp_path, "b.txt", mark + b"a\xff"), SEPARATED)[0][1].startswith("byte 4 is no UTF-8")
     assert everything(written(tmp_path, "b.jsonl", mark)) == []
@@ -244,26 +262,26 @@ def test_a_very_long_line_is_read_in_time(tmp_path: Path):
     file = written(tmp_path, "a.jsonl", content)
     assert [len(text) for text in texts_of(file)] == [50_000_000, 5]
     half = len(content) // 2
-    [(_, after)] = list(read(file, half, file.size, Fields()))
-    assert after == Content("after")
+    [(_, after)] = list(read_documents(file, half, file.size, Fields()))
+    assert after == RawDocument("after")
     assert texts_of(written(tmp_path, "a.jsonl.gz", gzip.compress(content, 1)))[1] == "after"
     for fields, long in ((PLAIN, file), (SEPARATED, written(tmp_path, "a.txt", content))):
-        READ.clear()
-        assert list(read(long, half, half + 2**16, fields)) == []
-        assert READ["bytes"] < 2**18
+        READ_TOTALS.clear()
+        assert list(read_documents(long, half, half + 2**16, fields)) == []
+        assert READ_TOTALS["bytes"] < 2**18
 
 
 def test_no_more_is_read_than_is_wanted(tmp_path: Path):
     file = written(tmp_path, "a.jsonl", lines(["x" * 1000] * 20_000))
     place = everything(file)[15_000][0]
-    READ.clear()
-    assert next(read(file, file.size // 2, file.size, Fields(), place))[0] == place
-    assert READ["bytes"] < 20_000
+    READ_TOTALS.clear()
+    assert next(read_documents(file, file.size // 2, file.size, Fields(), place))[0] == place
+    assert READ_TOTALS["bytes"] < 20_000
     columns = {"text": [f"{i}" + "x" * 1000 for i in range(20_000)], "other": [f"{i}y" * 500 for i in range(20_000)]}
     file = table(tmp_path, columns, row_group_size=1000, compression="none", use_dictionary=False)
-    READ.clear()
-    assert next(read(file, 0, file.size, Fields(), 15_500))[1].text.startswith("15500x")
-    assert READ["bytes"] < 1_500_000 < file.size / 20
+    READ_TOTALS.clear()
+    assert next(read_documents(file, 0, file.size, Fields(), 15_500))[1].text.startswith("15500x")
+    assert READ_TOTALS["bytes"] < 1_500_000 < file.size / 20
 
 
 @pytest.mark.parametrize("type_", ["string", "large_string", "dictionary", "string_view"])
@@ -274,8 +292,8 @@ def test_texts_of_every_kind_of_column_are_read_and_a_null_is_reported(tmp_path:
     file = table(tmp_path, {"text": column, "p": ["1", "2", None, "4"]})
     found = everything(file, Fields(prompt="p"))
     problems = ["column 'text' is null", "column 'p' is null"]
-    assert found == [(0, Content("a", "1")), (1, problems[0]), (2, problems[1]), (3, Content("漢🙂", "4"))]
-    assert everything(file)[2] == (2, Content(""))
+    assert found == [(0, RawDocument("a", "1")), (1, problems[0]), (2, problems[1]), (3, RawDocument("漢🙂", "4"))]
+    assert everything(file)[2] == (2, RawDocument(""))
     assert written_place(file, 1) == ", row 1 (from 0)"
 
 
@@ -286,7 +304,7 @@ def test_bytes_of_a_column_that_are_no_text_are_reported_by_row(tmp_path: Path):
     found = everything(table(tmp_path, {"text": column}))
     assert [place for place, _ in found] == [0, 1, 2]
     assert "column 'text' is no UTF-8 at byte 0" in str(found[1][1])
-    assert found[2][1] == Content("c")
+    assert found[2][1] == RawDocument("c")
 
 
 def test_what_is_wrong_with_a_parquet_is_said(tmp_path: Path):
@@ -320,19 +338,19 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch):
 
 def test_pieces_of_a_text_are_cut_behind_lines_and_between_characters(tmp_path: Path, monkeypatch):
     file = written(tmp_path, "a.txt", "a line\n漢字漢字漢字\n".encode())
-    assert [text.cut(file, at, file.size) for at in (-1, 0, 1, 7, 8, 26, 99)] == [0, 0, 7, 7, 26, 26, 26]
+    assert [text.piece_start(file, at, file.size) for at in (-1, 0, 1, 7, 8, 26, 99)] == [0, 0, 7, 7, 26, 26, 26]
     monkeypatch.setattr(text, "LINE_BYTES", 3)
-    assert text.cut(file, 8, file.size) == 10
-    assert text.read(file, 7, 13) == "漢字"
+    assert text.piece_start(file, 8, file.size) == 10
+    assert text.read_text(file, 7, 13) == "漢字"
     with pytest.raises(BadText, match="byte 13 is no UTF-8"):
-        text.read(file, 7, 15)
+        text.read_text(file, 7, 15)
     with pytest.raises(BadText, match="byte 8 is no UTF-8"):
-        text.read(file, 8, 13)
+        text.read_text(file, 8, 13)
 
 
 def test_names_have_a_format_and_a_compression():
     assert len(ENDINGS) == 12
-    assert [kind(name) for name in ("a.txt", "b.c.jsonl.gz", "d/e.parquet", "f.gz.txt")] == [
+    assert [format_and_compression(name) for name in ("a.txt", "b.c.jsonl.gz", "d/e.parquet", "f.gz.txt")] == [
         (".txt", ""),
         (".jsonl", ".gz"),
         (".parquet", ""),

@@ -77,9 +77,9 @@ def test_a_text_begins_as_its_tokenizer_says_or_else_after_the_end_of_another(lo
     tokenizer, text = loaded[kind], "the cat"
     before = {"llama3": "<|begin|>", "llama2": "<s>", "gemma": "<s>"}.get(kind, others.EOS)
     assert tokenizer.pieces[tokenizer.bos_id] == before
-    assert tokenizer.begin(text) == [tokenizer.bos_id, *tokenizer.encode(text)]
-    assert tokenizer.begin("") == [tokenizer.bos_id]
-    assert theirs[kind](text)["input_ids"] == tokenizer.begin(text)[kind in ("gpt2", "qwen") :]
+    assert tokenizer.encode_with_bos(text) == [tokenizer.bos_id, *tokenizer.encode(text)]
+    assert tokenizer.encode_with_bos("") == [tokenizer.bos_id]
+    assert theirs[kind](text)["input_ids"] == tokenizer.encode_with_bos(text)[kind in ("gpt2", "qwen") :]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -104,7 +104,7 @@ def test_added_tokens_that_are_not_special_are_found_in_a_text(loaded):
     ids = tokenizer.encode("a <think> b")
     assert tokenizer.pieces.index("<think>") in ids
     assert tokenizer.decode(ids) == "a <think> b"
-    assert tokenizer.kinds[tokenizer.pieces.index("<think>")] == "whole"
+    assert tokenizer.token_kinds[tokenizer.pieces.index("<think>")] == "whole"
 
 
 @pytest.mark.parametrize("kind", KINDS)

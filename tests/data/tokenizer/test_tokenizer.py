@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from data.errors import InputError
 from data.tokenizer.folder import load_tokenizer
-from data.tokenizer.sentencepiece_tokenizer import LONGEST_PART, PART
+from data.tokenizer.sentencepiece_tokenizer import MAX_PART_CHARACTERS, PART_CHARACTERS
 from data.tokenizer.tokenizer import Tokenizer
 from data.tokenizer.training import train_tokenizer
 from tests.data.texts import NASTY, code
@@ -39,7 +39,7 @@ def test_every_text_comes_back(tokenizer: Tokenizer, text: str):
 
 
 def test_lone_surrogates_are_refused(tokenizer: Tokenizer):
-    for text in ("a \ud800 b", "a b " * PART + "\ud800"):
+    for text in ("a \ud800 b", "a b " * PART_CHARACTERS + "\ud800"):
         with pytest.raises(ValueError):
             tokenizer.encode(text)
 
@@ -53,8 +53,8 @@ def test_code_compresses(tokenizer: Tokenizer):
 
 def encode_in_parts(tokenizer: Tokenizer, text: str, part: int, longest: int) -> np.ndarray:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data.tokenizer.sentencepiece_tokenizer.PART", part)
-        patch.setattr("data.tokenizer.sentencepiece_tokenizer.LONGEST_PART", longest)
+        patch.setattr("data.tokenizer.sentencepiece_tokenizer.PART_CHARACTERS", part)
+        patch.setattr("data.tokenizer.sentencepiece_tokenizer.MAX_PART_CHARACTERS", longest)
         return tokenizer.encode(text)
 
 
@@ -93,10 +93,10 @@ def test_a_text_without_a_place_to_cut_comes_back(tokenizer: Tokenizer, text: st
     ("text", "longest"),
     [
         ("", 0),
-        ("=" * (2 * LONGEST_PART + 7), LONGEST_PART),
-        ("value = [0, 1, 2]; " * 100_000, PART + 40),
-        ("値は零です" * 200_000, PART + 40),
-        ("a b" + "=" * (LONGEST_PART + PART), LONGEST_PART),
+        ("=" * (2 * MAX_PART_CHARACTERS + 7), MAX_PART_CHARACTERS),
+        ("value = [0, 1, 2]; " * 100_000, PART_CHARACTERS + 40),
+        ("値は零です" * 200_000, PART_CHARACTERS + 40),
+        ("a b" + "=" * (MAX_PART_CHARACTERS + PART_CHARACTERS), MAX_PART_CHARACTERS),
     ],
     ids=["empty", "a run", "words", "no spaces", "a run after words"],
 )
@@ -110,7 +110,7 @@ def test_parts_are_bounded_and_are_their_own_parts(tokenizer: Tokenizer, text: s
 
 
 def test_a_text_up_to_the_limit_is_never_cut_where_it_matters(tokenizer: Tokenizer):
-    run = "=" * LONGEST_PART
+    run = "=" * MAX_PART_CHARACTERS
     assert list(tokenizer.parts(run)) == [run]
     assert len(list(tokenizer.parts(run + "="))) == 2
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from data.errors import InputError
-from data.tokenizer.sentencepiece_tokenizer import LONGEST_PART, PART
+from data.tokenizer.sentencepiece_tokenizer import MAX_PART_CHARACTERS, PART_CHARACTERS
 from data.tokenizer.tokenizer import Tokenizer
 from data.tokenizer.training import train_tokenizer
 from data.tokenizer.workers import BATCH, Workers
@@ -67,8 +67,8 @@ def test_workers_give_the_same_tokens_in_order(tokenizer: Tokenizer, make_worker
 
 
 def test_a_text_without_a_place_to_cut_is_cut_as_without_workers(tokenizer: Tokenizer, make_workers):
-    text = "words, " * 5 * PART + "=" * (LONGEST_PART + 7) + " and more"
-    assert max(map(len, tokenizer.parts(text))) == LONGEST_PART
+    text = "words, " * 5 * PART_CHARACTERS + "=" * (MAX_PART_CHARACTERS + 7) + " and more"
+    assert max(map(len, tokenizer.parts(text))) == MAX_PART_CHARACTERS
     [found] = make_workers(2)([text])
     np.testing.assert_array_equal(found, tokenizer.encode(text))
 
@@ -103,7 +103,7 @@ def test_a_long_text_is_taken_apart_a_little_ahead(tokenizer: Tokenizer, make_wo
     [found] = workers([text])
     np.testing.assert_array_equal(found, tokenizer.encode(text))
     assert sum(sizes) == len(text)
-    assert max(sizes) < BATCH + 2 * PART
+    assert max(sizes) < BATCH + 2 * PART_CHARACTERS
 
 
 @pytest.mark.parametrize("number", [1, 3])

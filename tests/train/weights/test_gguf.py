@@ -160,7 +160,7 @@ def test_llama_cpp_finds_our_tokens(tokenizer, served: LlamaCpp):
         assert ids == tokenizer.encode(text).tolist()
         assert served.detokenize(ids) == text
     # It puts what every document begins after before a prompt.
-    assert served.tokenize("a b", special=True) == tokenizer.begin("a b")
+    assert served.tokenize("a b", special=True) == tokenizer.encode_with_bos("a b")
 
 
 def test_llama_cpp_finds_our_tokens_of_code_but_for_rare_runs_of_whitespace(tokenizer, served: LlamaCpp):
@@ -198,7 +198,7 @@ def test_llama_cpp_finds_the_tokens_of_other_peoples_tokenizers(tokenizer, kind:
     for text in [*NASTY, *(text[:4000] for text in code()[40:80:5])]:
         text = unicodedata.normalize("NFC", text.replace("\u2581", ""))
         assert served.tokenize(text) == foreign.encode(text).tolist()
-    assert served.tokenize("a", special=True) == foreign.begin("a")
+    assert served.tokenize("a", special=True) == foreign.encode_with_bos("a")
 
 
 def test_what_llama_cpp_would_compute_otherwise_is_refused_by_name(tokenizer, tmp_path: Path):
