@@ -96,7 +96,7 @@ def test_rows_may_begin_inside_a_document(documents, T, first, last):
     pairs = pairs_of(*documents)
     whole = [pair for document in documents for pair in itertools.pairwise([E, *document, E])]
     if pairs and first < len(pairs[0].targets):
-        pairs[0] = pairs[0]._replace(first=first)
+        pairs[0] = pairs[0]._replace(first_pair=first)
         whole = whole[first:]
     assert trained([parts for parts, _ in concatenate(pairs, config)], config) == whole
 
