@@ -9,7 +9,7 @@ EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda)
 INPUTS := pyproject.toml constraints.txt
 ARGS ?=
 
-.PHONY: help setup pretrain test check format lock clean
+.PHONY: help setup pretrain test check format outputs lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  \1: /p' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ check: $(VENV)/test  ## linter, formatter and type checker
 format: $(VENV)/test  ## put the code into its form
 	$(BIN)/ruff check --fix --quiet
 	$(BIN)/ruff format --quiet
+
+outputs: $(VENV)/base  ## run the commands that README.md and docs/ show, and renew what they print (ARGS=--all: slow ones too)
+	$(BIN)/python docs/outputs.py $(ARGS)
 
 lock: $(VENV)/base  ## resolve constraints.txt anew: make lock PYTHONS="python3.11 python3.12"
 	$(BIN)/python .ci/lock.py $(or $(PYTHONS),$(PYTHON))

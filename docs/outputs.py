@@ -29,7 +29,9 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN_FOLDER = "/home/me/project"
-MARK = re.compile(r"<!-- (?:(?P<live>output)|cached (?P<date>\d{4}-\d\d-\d\d) (?P<version>\S+)|before (?P<hidden>.+)) -->")
+MARK = re.compile(
+    r"<!-- (?:(?P<live>output)|cached (?P<date>\d{4}-\d\d-\d\d) (?P<version>\S+)|before (?P<hidden>.+)) -->"
+)
 CUT = "..."
 
 

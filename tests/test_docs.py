@@ -85,6 +85,15 @@ def test_every_file_that_a_page_names_exists(page: Path):
 
 
 @EVERY_PAGE
+def test_every_name_that_a_page_finds_in_a_file_is_there(page: Path):
+    for name, file in re.findall(r"`([A-Za-z_]\w*)`\s+in\s+`([\w/]+\.py)`", prose(page)):
+        tree = ast.parse((ROOT / file).read_text())
+        defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        defined |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        assert name in defined, f"{page.name}: {name} in {file}"
+
+
+@EVERY_PAGE
 def test_every_field_that_a_page_names_exists(page: Path):
     shown = [command for command, output in commands(page) if not any("no such field" in line for line in output)]
     for text in [*inline_code(page), *shown]:
