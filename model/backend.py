@@ -1,16 +1,10 @@
-"""The platform of the ambient mesh."""
+"""The platform that a program is compiled for."""
 
 import jax
 
 
 def platform() -> str:
-    """Of the ambient mesh's devices, or else of this process's: cpu, gpu or tpu."""
+    """Returns cpu, gpu or tpu: the platform of the ambient mesh, or without one that of this process."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    found: str = jax.default_backend() if device is None else device.platform
-    return "gpu" if found == "cuda" else found
-
-
-def on_one_cpu() -> bool:
-    """Whether the ambient mesh is a single CPU: there a program may be larger, if that makes it faster."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return mesh.size == 1 and mesh.abstract_device is not None and platform() == "cpu"
+    name: str = jax.default_backend() if device is None else device.platform
+    return "gpu" if name == "cuda" else name

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 # One key a row [B]; none: nothing is dropped.
-Keys = jax.Array | None
+DropoutKeys = jax.Array | None
 
 
 def row_keys(seed: int, step: jax.Array, rows_B: jax.Array) -> jax.Array:
@@ -16,12 +16,12 @@ def row_keys(seed: int, step: jax.Array, rows_B: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(jax.random.key(seed), step), rows_B)
 
 
-def at(keys_B: Keys, place: int | jax.Array) -> Keys:
+def fold_keys(keys_B: DropoutKeys, place: int | jax.Array) -> DropoutKeys:
     """The keys of one place or layer."""
     return None if keys_B is None else jax.vmap(jax.random.fold_in, (0, None))(keys_B, place)
 
 
-def dropout(x: jax.Array, rate: float, keys_B: Keys) -> jax.Array:
+def dropout(x: jax.Array, rate: float, keys_B: DropoutKeys) -> jax.Array:
     """x [B, ...] with each component zero at probability `rate`, the others larger by 1/(1 - rate)."""
     if keys_B is None or rate == 0:
         return x

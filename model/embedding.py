@@ -14,7 +14,7 @@ from model.config import ModelConfig
 from model.sharding import Layout, as_tuple
 
 
-def look_up(table: jax.Array, ids_BT: jax.Array, layout: Layout) -> jax.Array:
+def embedding_lookup(table: jax.Array, ids_BT: jax.Array, layout: Layout) -> jax.Array:
     """Rows [B, T, D] of a table [rows, D].
 
     Each device looks up its part of D for the positions of all that share D, and they exchange what they find: less
@@ -28,7 +28,7 @@ def look_up(table: jax.Array, ids_BT: jax.Array, layout: Layout) -> jax.Array:
     x_BTD = _rows(table, ids_BT, exchange.places[0])
     for place in exchange.places[1:]:
         x_BTD = jax.reshard(x_BTD, place)
-    return layout.place(x_BTD, "batch", "sequence", None)
+    return layout.reshard(x_BTD, "batch", "sequence", None)
 
 
 class Exchange(NamedTuple):
@@ -105,4 +105,4 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         """Token ids [B, T] → vectors [B, T, D]."""
-        return look_up(self.table[...].astype(self.dtype), tokens_BT, self.layout) * self.scale
+        return embedding_lookup(self.table[...].astype(self.dtype), tokens_BT, self.layout) * self.scale

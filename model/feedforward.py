@@ -9,6 +9,7 @@ from functools import partial
 import jax
 from flax import nnx
 
+from model.collectives import gather_time
 from model.config import ModelConfig
 from model.linear import Linear
 from model.sharding import Layout
@@ -24,18 +25,20 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 class FeedForward(nnx.Module):
     """down(act(up(x))) or, gated, down(act(gate(x)) · up(x)); widths D → F → D."""
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, jax.Array], layout: Layout):
-        inner, outer = ("model", "feedforward"), ("feedforward", "model")
-        self.gate = Linear("btd,df->btf", weights, "gate", inner, layout) if config.gated else None
-        self.up = Linear("btd,df->btf", weights, "up", inner, layout)
-        self.down = Linear("btf,fd->btd", weights, "down", outer, layout, sums_over="feedforward")
+    def __init__(
+        self, config: ModelConfig, weights: Mapping[str, jax.Array], layout: Layout, linear: type[Linear] = Linear
+    ):
+        widen, narrow = ("model", "feedforward"), ("feedforward", "model")
+        self.gate = linear("btd,df->btf", weights, "gate", widen, layout) if config.gated else None
+        self.up = linear("btd,df->btf", weights, "up", widen, layout)
+        self.down = linear("btf,fd->btd", weights, "down", narrow, layout, sums_over="feedforward")
         self.activation = config.activation
         self.layout = layout
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """[B, T, D] → [B, T, D]."""
-        act = ACTIVATIONS[self.activation]
-        x_BTD = self.layout.gather_time(x_BTD, "feedforward")
+        """Maps [B, T, D] to [B, T, D]."""
+        activation = ACTIVATIONS[self.activation]
+        x_BTD = gather_time(x_BTD, self.layout, "feedforward")
         if self.gate is None:
-            return self.down(act(self.up(x_BTD)))
-        return self.down(act(self.gate(x_BTD)) * self.up(x_BTD))
+            return self.down(activation(self.up(x_BTD)))
+        return self.down(activation(self.gate(x_BTD)) * self.up(x_BTD))

@@ -15,8 +15,10 @@ from jax.sharding import NamedSharding
 
 from model.attention import Attend, attend, causal_mask
 from model.backend import platform
+from model.collectives import gather_keys
 from model.config import ModelConfig
-from model.dropout import Keys
+from model.context_parallel import all_positions, zigzag_order
+from model.dropout import DropoutKeys
 from model.sharding import Layout
 
 # Scores on the chip at once, of splash attention; a block's sides divide the positions.
@@ -24,7 +26,7 @@ BLOCKS = (512, 256, 128)
 OF_PLATFORM = {"tpu": "splash", "gpu": "cudnn"}
 
 
-class Choice(NamedTuple):
+class KernelChoice(NamedTuple):
     """A kernel (plain, splash or cudnn), and why it is the one."""
 
     kernel: str
@@ -34,7 +36,7 @@ class Choice(NamedTuple):
         return f"{self.kernel} ({self.reason})"
 
 
-def choose(config: ModelConfig, layout: Layout, T: int) -> Choice:
+def choose_kernel(config: ModelConfig, layout: Layout, T: int) -> KernelChoice:
     """The kernel for a pass over segments of T on the ambient mesh.
 
     Raises:
@@ -49,12 +51,14 @@ def choose(config: ModelConfig, layout: Layout, T: int) -> Choice:
         if obstacle:
             raise ValueError(f"model.attention_kernel = {asked}: {obstacle}; leave it at auto")
         interpreted = kernel == "splash" and here != "tpu"
-        return Choice(kernel, "model.attention_kernel asks for it" + (", interpreted here" if interpreted else ""))
+        return KernelChoice(
+            kernel, "model.attention_kernel asks for it" + (", interpreted here" if interpreted else "")
+        )
     if kernel == "plain":
-        return Choice("plain", f"there is no kernel for {here}")
+        return KernelChoice("plain", f"there is no kernel for {here}")
     if obstacle:
-        return Choice("plain", f"not {kernel}: {obstacle}")
-    return Choice(kernel, f"on {here}")
+        return KernelChoice("plain", f"not {kernel}: {obstacle}")
+    return KernelChoice(kernel, f"on {here}")
 
 
 def _not_by_splash(config: ModelConfig, layout: Layout, T: int) -> str | None:
@@ -85,16 +89,16 @@ def _not_by_cudnn(config: ModelConfig, layout: Layout, T: int) -> str | None:
 
 
 def attention_over(config: ModelConfig, layout: Layout, segment_ids_BT: jax.Array) -> Attend:
-    """Causal attention within the segments, as it is done best on the ambient mesh; T is spread as `Layout.order`."""
-    kernel = choose(config, layout, segment_ids_BT.shape[1]).kernel
+    """Causal attention within the segments, as it is done best on the ambient mesh; T is spread as `zigzag_order`."""
+    kernel = choose_kernel(config, layout, segment_ids_BT.shape[1]).kernel
     if kernel == "splash":
         return partial(_splash, config, layout, segment_ids_BT)
     mask_B1TS = causal_mask(segment_ids_BT, config.sliding_window, layout)
     if kernel == "cudnn":
         return partial(_cudnn, config, layout, mask_B1TS)
 
-    def plain(q_BHTC: jax.Array, k_BKTC: jax.Array, v_BKTC: jax.Array, keys_B: Keys) -> jax.Array:
-        k_BKSC, v_BKSC = layout.gather_keys(k_BKTC), layout.gather_keys(v_BKTC)
+    def plain(q_BHTC: jax.Array, k_BKTC: jax.Array, v_BKTC: jax.Array, keys_B: DropoutKeys) -> jax.Array:
+        k_BKSC, v_BKSC = gather_keys(k_BKTC, layout), gather_keys(v_BKTC, layout)
         return attend(q_BHTC, k_BKSC, v_BKSC, mask_B1TS, config.attention_softcap, config.attention_dropout, keys_B)
 
     return plain
@@ -111,18 +115,6 @@ def _on_each_device(
     return jax.shard_map(function, in_specs=specs, out_specs=heads, check_vma=False)(*arguments)
 
 
-def _all_positions(x: jax.Array, layout: Layout, axis: int) -> jax.Array:
-    """Inside a device: the positions of all that share the time, in the order of the row."""
-    shared = tuple(layout.mesh_axes("time"))
-    n = layout.size("time")
-    if n == 1:
-        return x
-    x = jax.lax.all_gather(x, shared, axis=axis, tiled=True)
-    pieces = jnp.split(x, 2 * n, axis)
-    # Pieces lie as 0, 2n - 1, 1, 2n - 2, ... : see `Layout.order`.
-    return jnp.concatenate([*pieces[::2], *pieces[1::2][::-1]], axis)
-
-
 def _splash(
     config: ModelConfig,
     layout: Layout,
@@ -130,7 +122,7 @@ def _splash(
     q_BHTC: jax.Array,
     k_BKTC: jax.Array,
     v_BKTC: jax.Array,
-    keys_B: Keys,
+    keys_B: DropoutKeys,
 ) -> jax.Array:
     """Pallas splash attention, which skips blocks of scores that the mask leaves empty (TPU)."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
@@ -143,7 +135,7 @@ def _splash(
         if window is None
         else masks.LocalMask((T, T), (window - 1, 0), offset=0, shard_count=n)
     )
-    mask.q_sequence = layout.order(T)
+    mask.q_sequence = zigzag_order(T, layout)
     block = next(size for size in BLOCKS if T // n % size == 0)
     kernel = kernels.make_splash_mha(
         masks.MultiHeadMask([mask] * heads),
@@ -165,8 +157,8 @@ def _splash(
     def of_device(kernel: Any, ids_BT: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         # The kernel leaves the scores' scale to its caller.
         q = (q.astype(jnp.float32) / math.sqrt(q.shape[-1])).astype(q.dtype)
-        k, v = _all_positions(k, layout, 2), _all_positions(v, layout, 2)
-        ids = kernels.SegmentIds(ids_BT, _all_positions(ids_BT, layout, 1))
+        k, v = all_positions(k, layout, 2), all_positions(v, layout, 2)
+        ids = kernels.SegmentIds(ids_BT, all_positions(ids_BT, layout, 1))
         return jax.vmap(kernel)(q, k, v, ids)
 
     shared, own = layout.spec("batch", "kv_heads", "time", None), layout.spec("batch", "heads", "time", None)
@@ -181,7 +173,7 @@ def _cudnn(
     q_BHTC: jax.Array,
     k_BKTC: jax.Array,
     v_BKTC: jax.Array,
-    keys_B: Keys,
+    keys_B: DropoutKeys,
 ) -> jax.Array:
     """cuDNN's flash attention; the mask of documents is one more number a pair of positions, for all heads (GPU)."""
     n = layout.size("time")

@@ -1,4 +1,4 @@
-"""A linear map of the decoder: the product with a weight, wherever its shards are, and its bias where it has one."""
+"""A linear map of the decoder: the product with a weight, wherever its shards are, and an optional bias."""
 
 from collections.abc import Mapping
 
@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from model.cpu import turned, turned_product
+from model.collectives import gather_weight, partial_sums, scatter_time
 from model.product import product
 from model.sharding import Layout
 
@@ -15,13 +15,15 @@ class Linear(nnx.Module):
     """y = einsum(equation, x, weight) + bias, in the dtype of x.
 
     Args:
-        equation: such as "btd,df->btf".
-        weights: of the floor; the map's are `name` and, if it is there, `name`_bias.
-        name: of the map.
+        equation: an einsum such as "btd,df->btf".
+        weights: the arrays of the floor: `name` and, if the map has a bias, `name`_bias.
+        name: the map's key in `weights`.
         axes: logical axes of the weight, in its order.
-        layout: where the weight is.
-        sums_over: the axis of the weight that is summed over to give residuals [B, T, D]; none: it gives no residuals.
+        layout: where the weight's shards are.
+        sums_over: where the result is residuals [B, T, D], the axis of the weight that is summed over.
     """
+
+    multiply = staticmethod(product)
 
     def __init__(
         self,
@@ -34,22 +36,22 @@ class Linear(nnx.Module):
     ):
         self.weight = nnx.Param(weights[name])
         self.bias = nnx.Param(weights[f"{name}_bias"]) if f"{name}_bias" in weights else None
-        of_x, of_weight, _ = equation.replace("->", ",").split(",")
-        if layout.inputs_last:
-            axes = tuple(axes[of_weight.index(letter)] for letter in turned(of_weight, of_x))
-        self.equation, self.axes, self.layout, self.sums_over = equation, axes, layout, sums_over
+        self.equation = equation
+        self.axes = axes
+        self.layout = layout
+        self.sums_over = sums_over
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x → y. What leaves is named, so that remat can keep it."""
-        weight = self.layout.gather(self.weight[...].astype(x.dtype), *self.axes)
-        multiply = turned_product if self.layout.inputs_last else product
+        """Maps x to y, which is named "product" for remat policies."""
+        weight = gather_weight(self.weight[...].astype(x.dtype), self.layout, *self.axes)
         if self.sums_over:
-            sums_BTD = multiply(self.equation, x, weight, self.layout.partial_sums(self.sums_over))
-            y = self.layout.scatter_time(sums_BTD)
+            sums_BTD = self.multiply(self.equation, x, weight, partial_sums(self.layout, self.sums_over))
+            y = scatter_time(sums_BTD, self.layout)
         else:
-            y = multiply(self.equation, x, weight)
+            y = self.multiply(self.equation, x, weight)
         if self.bias is not None:
-            of_x, of_weight, of_y = self.equation.replace("->", ",").split(",")
-            own = (slice(None) if axis in of_weight and axis not in of_x else None for axis in of_y)
-            y = y + self.bias[...].astype(x.dtype)[tuple(own)]
+            x_letters, weight_letters, y_letters = self.equation.replace("->", ",").split(",")
+            outputs = set(weight_letters) - set(x_letters)
+            shape = tuple(slice(None) if letter in outputs else None for letter in y_letters)
+            y = y + self.bias[...].astype(x.dtype)[shape]
         return checkpoint_name(y, "product")

@@ -1,6 +1,7 @@
-"""The two norms of the stack, in float32 whatever the dtype of x."""
+"""The two norms of the stack, computed in float32 whatever the dtype of x."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ class RMSNorm(nnx.Module):
         self.epsilon = config.norm_epsilon
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """[..., D] → [..., D], in the dtype of x."""
+        """Maps [..., D] to [..., D], in the dtype of x."""
         x = x_BTD.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
         return (x * self.scale[...]).astype(x_BTD.dtype)
@@ -32,11 +33,16 @@ class LayerNorm(nnx.Module):
         self.epsilon = config.norm_epsilon
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """[..., D] → [..., D], in the dtype of x."""
+        """Maps [..., D] to [..., D], in the dtype of x."""
         x = x_BTD.astype(jnp.float32)
         x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
         return (x * self.scale[...] + self.bias[...]).astype(x_BTD.dtype)
 
 
-NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+NORMS: dict[str, type[RMSNorm | LayerNorm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+
+
+def final_norm(config: ModelConfig, weights: Mapping[str, Any]) -> RMSNorm | LayerNorm | None:
+    """Returns the norm after the last block, which only a pre-norm decoder has."""
+    return NORMS[config.norm](config, weights["norm"]) if config.norm_placement == "pre" else None

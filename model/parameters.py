@@ -135,7 +135,7 @@ def initial_weights(config: ModelConfig, seed: int, layout: Layout = UNSHARDED) 
     """
 
     def initial(name: str, p: Parameter) -> jax.Array:
-        sharding = layout.sharding(*p.axes)
+        sharding = layout.out_sharding(*p.axes)
         if p.role in CONSTANT:
             return jnp.full(p.shape, p.scale, jnp.float32, out_sharding=sharding)
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))

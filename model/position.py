@@ -18,7 +18,7 @@ from flax import nnx
 
 from model.backend import platform
 from model.config import ModelConfig
-from model.embedding import look_up
+from model.embedding import embedding_lookup
 from model.sharding import Layout
 
 # Cosine and sine of every angle, each float32 [B, 1, T, C/2]; none: nothing is turned.
@@ -37,14 +37,14 @@ class Position(nnx.Module):
         """Embedded tokens [B, T, D] and their positions → the same with positions added, and the rotation."""
         match self.config.position:
             case "rope":
-                return x_BTD, rotation(self.config, positions_BT)
+                return x_BTD, rope_rotation(self.config, positions_BT)
             case "sinusoidal":
                 added = sinusoids(positions_BT, x_BTD.shape[-1]).astype(x_BTD.dtype)
-                return x_BTD + self.layout.place(added, "batch", "sequence", None), None
+                return x_BTD + self.layout.reshard(added, "batch", "sequence", None), None
             case "learned":
                 assert self.table is not None
                 table = self.table[...].astype(x_BTD.dtype)
-                return x_BTD + look_up(table, positions_BT, self.layout), None
+                return x_BTD + embedding_lookup(table, positions_BT, self.layout), None
         return x_BTD, None
 
 
@@ -55,7 +55,7 @@ def sinusoids(positions_BT: jax.Array, D: int) -> jax.Array:
     return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(*positions_BT.shape, D)
 
 
-def rotation(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rope_rotation(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The rotation of these positions; made once, used by all layers. YaRN's is longer than 1 (its section 3.4)."""
     length = 0.1 * math.log(config.rope_factor) + 1 if config.rope_scaling == "yarn" else 1.0
     angles = positions_BT[:, None, :, None].astype(jnp.float32) * frequencies(config)

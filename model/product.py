@@ -27,10 +27,10 @@ def product(
         out_sharding: of the result, where it does not follow from the operands.
         dtype: of the result; by default that of `x`.
     """
-    return _einsum(equation, x, weight, out_sharding).astype(dtype or x.dtype)
+    return einsum(equation, x, weight, out_sharding).astype(dtype or x.dtype)
 
 
-def _einsum(equation: str, x: jax.Array, y: jax.Array, out_sharding: PartitionSpec | None) -> jax.Array:
+def einsum(equation: str, x: jax.Array, y: jax.Array, out_sharding: PartitionSpec | None) -> jax.Array:
     return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32, out_sharding=out_sharding)
 
 
@@ -43,9 +43,9 @@ def _backward(equation, out_sharding, dtype, kept, gradient):  # type: ignore[no
     gradient = gradient.astype(x.dtype)
     of_operands, of_result = equation.split("->")
     of_x, of_weight = of_operands.split(",")
-    to_x = _einsum(f"{of_result},{of_weight}->{of_x}", gradient, weight, _gradient_sharding(x))
+    to_x = einsum(f"{of_result},{of_weight}->{of_x}", gradient, weight, _gradient_sharding(x))
     (first, of_first), (second, of_second) = sorted(((x, of_x), (gradient, of_result)), key=lambda pair: pair[0].size)
-    to_weight = _einsum(f"{of_first},{of_second}->{of_weight}", first, second, _gradient_sharding(weight))
+    to_weight = einsum(f"{of_first},{of_second}->{of_weight}", first, second, _gradient_sharding(weight))
     return to_x.astype(x.dtype), to_weight.astype(weight.dtype)
 
 

@@ -3,36 +3,44 @@
 The softmax itself is in `model.loss` (training, evaluation) and `model.generation` (sampling): both take these logits.
 """
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from model.collectives import gather_weight
 from model.config import ModelConfig
 from model.sharding import Layout
 
 
 class Unembedding(nnx.Module):
-    """A matrix [D, V]; where embeddings are tied, the embedding transposed."""
+    """A matrix [D, V]; with tied embeddings, the embedding table transposed."""
 
-    def __init__(self, config: ModelConfig, matrix: jax.Array | None, layout: Layout):
-        if matrix is not None:
-            self.matrix = nnx.Param(matrix)
-        self.vocab_size = config.vocab_size
-        self.inputs_last = layout.inputs_last
+    def __init__(self, config: ModelConfig, weights: Mapping[str, jax.Array] | None, layout: Layout):
+        self.matrix = nnx.Param(weights["matrix"]) if weights else None
+        self.config = config
+        self.layout = layout
 
-    def weight(self, table_VD: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """The matrix [D, V], sharded as it is stored; `table_VD` serves where there is no own one."""
-        if not hasattr(self, "matrix"):
-            return table_VD.astype(dtype).T
-        return self.matrix[...].T if self.inputs_last else self.matrix[...].astype(dtype)
+    def __call__(self, x_BTD: jax.Array, table_VD: jax.Array) -> jax.Array:
+        """Returns `logits` [B, T, V]; `table_VD` is the embedding table."""
+        assert self.config.vocab_size is not None
+        x_BTD = self.layout.reshard(x_BTD, "batch", "time", None)
+        matrix_DV = gather_weight(self.weight(table_VD), self.layout, "model", "vocabulary")
+        return logits(x_BTD, matrix_DV, self.config.vocab_size)
+
+    def weight(self, table_VD: jax.Array) -> jax.Array:
+        """Returns the matrix [D, V] in the compute dtype, sharded as it is stored; V is the padded vocabulary."""
+        matrix_DV = table_VD.T if self.matrix is None else self.matrix[...]
+        return matrix_DV.astype(self.config.compute_dtype)
 
 
 def logits(x_BTD: jax.Array, matrix_DV: jax.Array, vocab_size: int) -> jax.Array:
-    """Float32 scores [B, T, V]. Columns that only pad the vocabulary get the lowest score: never predicted."""
-    return without_padding(jnp.einsum("btd,dv->btv", x_BTD, matrix_DV, preferred_element_type=jnp.float32), vocab_size)
+    """Returns float32 scores [B, T, V]; the padding of the vocabulary is never predicted."""
+    return mask_padding(jnp.einsum("btd,dv->btv", x_BTD, matrix_DV, preferred_element_type=jnp.float32), vocab_size)
 
 
-def without_padding(scores_BTV: jax.Array, vocab_size: int) -> jax.Array:
-    """Scores whose columns that only pad the vocabulary are the lowest."""
+def mask_padding(scores_BTV: jax.Array, vocab_size: int) -> jax.Array:
+    """Returns the scores with the lowest number in the columns that pad the vocabulary."""
     real_V = jnp.arange(scores_BTV.shape[-1]) < vocab_size
     return jnp.where(real_V, scores_BTV, jnp.finfo(jnp.float32).min)

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.text import Text
 
 from data.mixture import Mixture, Source, corpus_field
-from model.kernels import choose
+from model.kernels import choose_kernel
 from model.parameters import count_parameters
 from train.data_identity import Prepared
 from train.devices.rules import training_layout
@@ -103,7 +103,7 @@ def opening(prepared: Prepared, step: int, peak: str) -> list[str]:
     """What will be trained, on what and with what; one line each."""
     config = prepared.config
     mesh = " × ".join(f"{axis} {size}" for axis, size in jax.sharding.get_mesh().shape.items() if size > 1)
-    kernel = choose(config.model, training_layout(config.mesh), config.data.segment_length)
+    kernel = choose_kernel(config.model, training_layout(config.mesh), config.data.segment_length)
     first, full = (rows * config.data.segment_length for rows in (batch_size(config, 0), config.train.batch_size))
     tokens = f"{full:,} tokens each"
     if first < full:

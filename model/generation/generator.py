@@ -1,8 +1,8 @@
-"""Generation: the model continues prompts, with a cache of earlier keys and values.
+"""Generation: the model continues prompts by continuous batching.
 
-A prompt is read at once, at a length that is the next power of two. Then all rows go on together, a few tokens in each
-call of one compiled loop. A row has its own positions, its own part of the cache and its own random keys, so what it
-gives does not depend on the rows beside it; one that has ended makes room for the next prompt.
+A prompt is prefilled alone, padded to the next power of two. Then all rows of the batch decode together, a few tokens
+in each call of one compiled loop. A row has its own positions, its own part of the cache and its own random keys, so
+its tokens do not depend on the other rows; when it has ended, its slot is given to the next prompt.
 """
 
 import dataclasses
@@ -16,70 +16,72 @@ import jax.numpy as jnp
 import numpy as np
 
 from model.config import ModelConfig
-from model.generation.programs import NONE, Place, Program, State, empty_cache, go_on, put, read
+from model.generation.decoder import empty_cache
+from model.generation.programs import NO_TOKEN, DecodeState, RowState, decode_steps, insert_row, prefill
 from model.generation.sampling import Sampling
-from model.generation.weights import prepared
+from model.generation.weights import decoding_weights
 from model.sharding import UNSHARDED, Layout
 
 
-class Piece(NamedTuple):
-    """What a row has drawn since its last piece.
+class TokenDelta(NamedTuple):
+    """The tokens that a continuation has gained since its last delta.
 
     Attributes:
-        number: of its prompt, from 0.
-        tokens: new ones, EOS not among them.
-        ended: "eos" or "length" (the limit) where this is its last piece.
+        prompt_index: the number of the prompt, from 0.
+        tokens: new token ids, without EOS.
+        ended: "eos" or "length" (the limit) in a prompt's last delta.
     """
 
-    number: int
+    prompt_index: int
     tokens: list[int]
     ended: str | None = None
 
 
 @dataclass
-class Row:
-    """A prompt and its continuation, as the host keeps it.
+class Request:
+    """A prompt and its continuation, as the host keeps them.
 
     Attributes:
-        number: of the prompt.
-        had: all tokens.
-        seen: those of them that the model sees, the last of which it may not have read yet.
-        read: how many of those the cache holds.
-        drawn: how many of `had` are drawn.
+        prompt_index: the number of the prompt, from 0.
+        tokens: prompt and continuation.
+        window: the newest of `tokens`, which the model sees; the cache may not hold the last yet.
+        cache_length: how many tokens of the window the cache holds.
+        num_drawn: how many of `tokens` were drawn.
     """
 
-    number: int
-    had: list[int]
-    seen: list[int]
-    read: int = 0
-    drawn: int = 0
+    prompt_index: int
+    tokens: list[int]
+    window: list[int]
+    cache_length: int = 0
+    num_drawn: int = 0
 
-    def take(self, tokens: list[int]) -> None:
-        """Add what was drawn."""
-        self.had += tokens
-        self.seen += tokens
-        self.drawn += len(tokens)
+    def append(self, tokens: list[int]) -> None:
+        """Adds tokens that were drawn."""
+        self.tokens += tokens
+        self.window += tokens
+        self.num_drawn += len(tokens)
 
 
 class Generator:
-    """A model made ready to continue prompts.
+    """A model prepared to continue prompts.
 
     Args:
-        config: of the model.
-        weights: the nested dictionary; it is copied (see `prepared`).
-        context: the positions that the model sees at most.
-        eos_id: of the token that ends a text.
-        layout: of weights and cache.
+        config: the model's resolved config.
+        weights: the nested dictionary of weights, which is copied (see `decoding_weights`).
+        context: the number of positions that the model sees at most.
+        eos_id: the token that ends a text.
+        layout: where weights and cache are.
     """
 
     def __init__(
         self, config: ModelConfig, weights: Mapping[str, Any], *, context: int, eos_id: int, layout: Layout = UNSHARDED
     ):
-        # A prompt's length is not the training's, for which a kernel may have been asked for.
+        # A kernel that was asked for in training may not take the lengths of prompts.
         self.config = dataclasses.replace(config, attention_kernel="auto")
-        self.layout = dataclasses.replace(layout, inputs_last=True)
-        self.weights = prepared(config, weights)
-        self.context, self.eos_id = context, eos_id
+        self.layout = layout
+        self.weights = decoding_weights(config, weights)
+        self.context = context
+        self.eos_id = eos_id
 
     def __call__(
         self,
@@ -90,95 +92,148 @@ class Generator:
         seed: int = 0,
         batch_size: int = 1,
         stopped: Collection[int] = (),
-    ) -> Iterator[Piece]:
-        """Continue prompts; yields pieces as they are drawn, those of a prompt in order.
+    ) -> Iterator[TokenDelta]:
+        """Continues prompts; yields tokens as they are drawn, those of a prompt in order.
 
-        The model sees at most `context` positions. When they are full a row goes on from the newer half of them, read
-        anew from position 0 (so what the model sees is always a segment as in training). Of a prompt longer than the
-        context the newest part is seen. The same seed and number give the same tokens.
+        The model sees at most `context` positions. When these are full, the newer half is prefilled again from position
+        0, so that the model always sees a segment as in training. Of a prompt that is longer than the context, it sees
+        the newest part. The same seed and prompt index give the same tokens.
 
         Args:
-            prompts: token ids of each, at least one.
-            max_new_tokens: the limit of each.
+            prompts: token ids of each prompt, at least one.
+            max_new_tokens: the limit of each continuation.
             sampling: how tokens are drawn.
-            seed: of the random keys.
+            seed: the seed of the random keys.
             batch_size: how many prompts are continued at once, at most.
-            stopped: numbers of prompts of which no more is wanted; the caller may add to it after each piece.
+            stopped: indices of prompts that need no more tokens; the caller may add to it after each delta.
         """
-        waiting = deque(Row(i, [*prompt], [*prompt][-self.context :]) for i, prompt in enumerate(prompts))
-        if not waiting or not max_new_tokens:
-            yield from (Piece(row.number, [], "length") for row in waiting)
+        requests = [Request(i, [*prompt], [*prompt][-self.context :]) for i, prompt in enumerate(prompts)]
+        if not requests or not max_new_tokens:
+            yield from (TokenDelta(request.prompt_index, [], "length") for request in requests)
             return
-        rows: list[Row | None] = [None] * power_of_two(min(batch_size, len(waiting)))
-        longest = max(len(row.seen) for row in waiting)
-        capacity = min(max(power_of_two(longest), rounded(longest + max_new_tokens)), self.context)
-        state = State(
-            empty_cache(self.config, len(rows), capacity, self.layout),
-            self._none_had(len(rows)) if sampling.penalizes else None,
-        )
-        eos_and_limit = np.array([self.eos_id, max_new_tokens], np.int32)
-        of_all = Program(self.config, self.layout, sampling), self.weights, np.int32(seed)
+        yield from Scheduler(self, requests, max_new_tokens, sampling, seed, batch_size, stopped).run()
 
-        def taken(row: Row, tokens: list[int]) -> Piece:
-            row.take(tokens)
-            if row.had[-1] == self.eos_id:
-                return Piece(row.number, tokens[:-1], "eos")
-            return Piece(row.number, tokens, "length" if row.drawn == max_new_tokens else None)
 
+class Scheduler:
+    """Continuous batching: the slots of one batch, and the requests that wait for one.
+
+    Arguments are those of `Generator.__call__`.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        requests: list[Request],
+        max_new_tokens: int,
+        sampling: Sampling,
+        seed: int,
+        batch_size: int,
+        stopped: Collection[int],
+    ):
+        self.generator = generator
+        self.waiting = deque(requests)
+        self.max_new_tokens = max_new_tokens
+        self.sampling = sampling
+        self.stopped = stopped
+        self.slots: list[Request | None] = [None] * next_power_of_two(min(batch_size, len(requests)))
+        longest = max(len(request.window) for request in requests)
+        needed = max(next_power_of_two(longest), round_up(longest + max_new_tokens))
+        self.capacity = min(needed, generator.context)
+        config, layout = generator.config, generator.layout
+        self.state = DecodeState(empty_cache(config, len(self.slots), self.capacity, layout), self._nothing_seen())
+        self.program = (config, layout, sampling, generator.weights, np.int32(seed))
+
+    def run(self) -> Iterator[TokenDelta]:
+        """Yields the tokens of all requests until the last has ended."""
         while True:
-            for slot in range(len(rows)):
-                row = rows[slot]
-                while row is None or row.read in (0, capacity):
-                    if row is None:
-                        if not waiting:
-                            break
-                        row = waiting.popleft()
-                    elif row.read:
-                        row.seen = row.seen[-max(self.context // 2, 1) :]
-                    row.read = len(row.seen)
-                    T = min(power_of_two(row.read), self.context)
-                    tokens_1T = np.array([row.seen + [0] * (T - row.read)], np.int32)
-                    had_1V = self._had(row.had) if sampling.penalizes else None
-                    token_1, of_row = read(*of_all, self._places([row]), tokens_1T, had_1V)
-                    state = put(state, of_row, slot)
-                    piece = taken(row, np.asarray(token_1).tolist())
-                    yield piece
-                    if piece.ended or row.number in stopped:
-                        row = None
-                rows[slot] = row
-            if not any(rows):
+            yield from self.admit()
+            if not any(self.slots):
                 return
-            tokens_BN, state = go_on(*of_all, self._places(rows), state, eos_and_limit)
-            for slot, drawn_N in enumerate(np.asarray(tokens_BN)):
-                row, tokens = rows[slot], drawn_N[drawn_N != NONE].tolist()
-                if row is None or not tokens:
-                    continue
-                row.read += len(tokens)
-                piece = taken(row, tokens)
-                yield piece
-                if piece.ended or row.number in stopped:
-                    rows[slot] = None
+            yield from self.collect(self.decode())
 
-    def _places(self, rows: Sequence[Row | None]) -> Place:
-        columns = [(row.seen[-1], row.read, row.number, row.drawn) if row else (NONE, 0, 0, 0) for row in rows]
-        return Place(*np.array(columns, np.int32).T)
+    def admit(self) -> Iterator[TokenDelta]:
+        """Prefills free slots with waiting requests, and full ones with the newer half of their context."""
+        for slot in range(len(self.slots)):
+            while self._needs_prefill(slot):
+                request = self.slots[slot] or self.waiting.popleft()
+                self.slots[slot] = request
+                if request.cache_length:
+                    request.window = request.window[-max(self.generator.context // 2, 1) :]
+                yield from self._deliver(slot, self._prefill(request, slot))
 
-    def _none_had(self, batch: int) -> jax.Array:
-        V = len(self.weights["embedding"]["table"])
-        return jnp.zeros((batch, V), bool, out_sharding=self.layout.sharding("batch", None))
+    def decode(self) -> np.ndarray:
+        """Runs decode steps in all slots; returns the token ids [B, N] that were drawn, or NO_TOKEN."""
+        rows, eos_id = self._row_state(self.slots), np.int32(self.generator.eos_id)
+        tokens_BN, self.state = decode_steps(*self.program, rows, self.state, eos_id, np.int32(self.max_new_tokens))
+        return np.asarray(tokens_BN)
 
-    def _had(self, tokens: Sequence[int]) -> np.ndarray:
-        had_1V = np.zeros((1, len(self.weights["embedding"]["table"])), bool)
-        had_1V[0, list(tokens)] = True
-        return had_1V
+    def collect(self, tokens_BN: np.ndarray) -> Iterator[TokenDelta]:
+        """Yields the tokens of decode steps, and frees the slots of requests that have ended."""
+        for slot, tokens_N in enumerate(tokens_BN):
+            request, tokens = self.slots[slot], tokens_N[tokens_N != NO_TOKEN].tolist()
+            if request and tokens:
+                request.cache_length += len(tokens)
+                yield from self._deliver(slot, tokens)
+
+    def _needs_prefill(self, slot: int) -> bool:
+        request = self.slots[slot]
+        return bool(self.waiting) if request is None else request.cache_length == self.capacity
+
+    def _prefill(self, request: Request, slot: int) -> list[int]:
+        length = request.cache_length = len(request.window)
+        T = min(next_power_of_two(length), self.generator.context)
+        tokens_1T = np.array([request.window + [0] * (T - length)], np.int32)
+        token_1, row = prefill(*self.program, self._row_state([request]), tokens_1T, self._seen(request))
+        self.state = insert_row(self.state, row, slot)
+        tokens: list[int] = np.asarray(token_1).tolist()
+        return tokens
+
+    def _deliver(self, slot: int, tokens: list[int]) -> Iterator[TokenDelta]:
+        request = self.slots[slot]
+        assert request is not None
+        request.append(tokens)
+        ended = "length" if request.num_drawn == self.max_new_tokens else None
+        if tokens[-1] == self.generator.eos_id:
+            tokens, ended = tokens[:-1], "eos"
+        yield TokenDelta(request.prompt_index, tokens, ended)
+        if ended or request.prompt_index in self.stopped:
+            self.slots[slot] = None
+
+    def _row_state(self, requests: Sequence[Request | None]) -> RowState:
+        rows = [
+            RowState(request.window[-1], request.cache_length, request.prompt_index, request.num_drawn)
+            if request
+            else RowState(NO_TOKEN, 0, 0, 0)
+            for request in requests
+        ]
+        return RowState(*np.array(rows, np.int32).T)
+
+    def _vocabulary(self) -> int:
+        return len(self.generator.weights["embedding"]["table"])
+
+    def _nothing_seen(self) -> jax.Array | None:
+        if not self.sampling.penalizes:
+            return None
+        sharding = self.generator.layout.out_sharding("batch", None)
+        return jnp.zeros((len(self.slots), self._vocabulary()), bool, out_sharding=sharding)
+
+    def _seen(self, request: Request) -> np.ndarray | None:
+        if not self.sampling.penalizes:
+            return None
+        seen_1V = np.zeros((1, self._vocabulary()), bool)
+        seen_1V[0, request.tokens] = True
+        return seen_1V
 
 
-def rounded(n: int) -> int:
-    """The next number of three binary digits and zeros: a quarter more than n at most."""
+def round_up(n: int) -> int:
+    """Returns the next number of three binary digits and zeros, at most a quarter more than n.
+
+    Cache lengths are rounded so that few programs are compiled.
+    """
     unit = 1 << max((n - 1).bit_length() - 3, 0)
     return -(-n // unit) * unit
 
 
-def power_of_two(n: int) -> int:
-    """The next one, n itself included: what has it as its size shares few compiled programs."""
+def next_power_of_two(n: int) -> int:
+    """Returns the smallest power of two that is not less than n."""
     return 1 << (n - 1).bit_length()

@@ -1,4 +1,4 @@
-"""The compiled programs of generation: prefill, decode, and the cache between them."""
+"""The compiled programs of generation: prefill, insertion of a row, and decode steps."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -8,148 +8,152 @@ import jax.numpy as jnp
 
 from model.attention import Cache
 from model.config import ModelConfig
-from model.decoder import Decoder
-from model.generation.sampling import Sampling, draw
-from model.sharding import UNSHARDED, Layout
+from model.generation.decoder import CachedDecoder, empty_cache
+from model.generation.sampling import Sampling, sample
+from model.sharding import Layout
 
-# Tokens that a row draws in one call.
-PIECE = 8
-# Of a row that does not go on.
-NONE = -1
+# Tokens that a row draws in one call of `decode_steps`, at most.
+STEPS_PER_CALL = 8
+# In place of a token: the row is empty, has ended, or draws nothing in this step.
+NO_TOKEN = -1
 
 
-class Place(NamedTuple):
-    """Where each row is, int32 [B] each.
+class RowState(NamedTuple):
+    """The progress of each row, int32 [B] each.
 
     Attributes:
-        token: the last one, not read yet; NONE: the row does not go on.
-        read: positions that the cache holds.
-        number: of its prompt.
-        drawn: tokens that it has drawn.
+        token: the newest token, which the cache doesn't hold yet, or NO_TOKEN in a row that is empty or has ended.
+        cache_length: positions that the cache holds.
+        prompt_index: the number of the row's prompt, from 0.
+        num_drawn: tokens that the row has drawn.
     """
 
     token: Any
-    read: Any
-    number: Any
-    drawn: Any
+    cache_length: Any
+    prompt_index: Any
+    num_drawn: Any
 
 
-class Program(NamedTuple):
-    """What `read` and `go_on` are compiled for; both take weights as `prepared`, and the seed of all rows.
+class DecodeState(NamedTuple):
+    """The arrays that stay on the devices between calls.
 
     Attributes:
-        config: of the model.
-        layout: of weights and cache.
-        sampling: how to draw.
+        cache: each layer's keys and values.
+        seen_BV: True for tokens of a row's prompt or continuation; None without a repetition penalty.
     """
-
-    config: ModelConfig
-    layout: Layout
-    sampling: Sampling
-
-
-def empty_cache(config: ModelConfig, batch: int, context: int, layout: Layout = UNSHARDED) -> list[Cache]:
-    """Room for the keys and values of `context` positions in every layer, each [B, K, S, C]."""
-    assert config.num_kv_heads is not None
-    assert config.head_dim is not None
-    shape = (batch, config.num_kv_heads, context, config.head_dim)
-    sharding = layout.sharding("batch", "kv_heads", None, None)
-    zeros = lambda: jnp.zeros(shape, config.compute_dtype, out_sharding=sharding)
-    return [{"key": zeros(), "value": zeros()} for _ in range(config.num_layers)]
-
-
-class State(NamedTuple):
-    """What the device keeps of all rows: the cache, and [B, V] which tokens each has had, where that matters."""
 
     cache: list[Cache]
-    had_BV: jax.Array | None
+    seen_BV: jax.Array | None
 
 
-def draw_next(
-    decoder: Decoder, x_BTD: jax.Array, at: Place, seed: jax.Array, sampling: Sampling, had_BV: jax.Array | None
-) -> jax.Array:
-    """Token ids [B] after the last position of x, each row's by the key of (seed, its number, tokens drawn)."""
-    logits_BTV = decoder.layout.place(decoder.logits(x_BTD[:, -1:]), "batch", None, None)
-    key = jax.random.key(seed)
-    keys_B = jax.vmap(lambda number, drawn: jax.random.fold_in(jax.random.fold_in(key, number), drawn))(
-        at.number, at.drawn
-    )
-    return draw(logits_BTV[:, 0], keys_B, sampling, had_BV)
-
-
-@partial(jax.jit, static_argnums=0)
-def read(
-    program: Program, weights: Any, seed: jax.Array, at: Place, tokens_1T: jax.Array, had_1V: jax.Array | None
-) -> tuple[jax.Array, State]:
-    """Read one row's tokens from position 0 on, and draw the next.
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def prefill(
+    config: ModelConfig,
+    layout: Layout,
+    sampling: Sampling,
+    weights: Any,
+    seed: jax.Array,
+    row: RowState,
+    tokens_1T: jax.Array,
+    seen_1V: jax.Array | None,
+) -> tuple[jax.Array, DecodeState]:
+    """Reads one row's tokens from position 0 on, and draws the next.
 
     Args:
-        program: what is compiled.
-        weights: of it.
-        seed: of it.
-        at: of the row: what it has after these tokens.
-        tokens_1T: int32 ids; those behind the first `at.read` are padding, whose place in the cache is written again.
-        had_1V: bool, tokens that the row has had.
+        config: the model that is run.
+        layout: where weights and cache are.
+        sampling: how tokens are drawn.
+        weights: the arrays of `decoding_weights`.
+        seed: shared by all rows.
+        row: the row's state after these tokens.
+        tokens_1T: int32 ids; those behind the first `row.cache_length` are padding, which later tokens overwrite.
+        seen_1V: see `DecodeState`.
 
     Returns:
-        The token [1], and the row's state, of T positions.
+        The token [1], and the row's state, with a cache of T positions.
     """
-    config, layout, sampling = program
-    decoder = Decoder(config, weights, layout)
+    decoder = CachedDecoder(config, weights, layout)
     T = tokens_1T.shape[1]
-    x_1TD, cache = decoder.extend(tokens_1T, jnp.zeros(1, jnp.int32), empty_cache(config, 1, T, layout))
-    x_11D = jax.lax.dynamic_slice_in_dim(x_1TD, at.read[0] - 1, 1, axis=1)
-    had_1V = None if had_1V is None else layout.place(had_1V, "batch", None)
-    token_1 = draw_next(decoder, x_11D, at, seed, sampling, had_1V)
-    return token_1, State(cache, None if had_1V is None else marked(had_1V, token_1))
+    x_1TD, cache = decoder(tokens_1T, jnp.zeros(1, jnp.int32), empty_cache(config, 1, T, layout))
+    x_11D = jax.lax.dynamic_slice_in_dim(x_1TD, row.cache_length[0] - 1, 1, axis=1)
+    seen_1V = None if seen_1V is None else layout.reshard(seen_1V, "batch", None)
+    token_1 = sample_next(decoder, x_11D, row, seed, sampling, seen_1V)
+    return token_1, DecodeState(cache, mark_seen(seen_1V, token_1))
 
 
 @partial(jax.jit, donate_argnums=0)
-def put(state: State, row: State, slot: jax.Array) -> State:
-    """The state with one row's in its slot; the memory of `state` is taken."""
+def insert_row(state: DecodeState, row: DecodeState, slot: jax.Array) -> DecodeState:
+    """Returns the state with one row's state in a slot; `state` is donated."""
     return jax.tree.map(lambda all, one: jax.lax.dynamic_update_slice_in_dim(all, one, slot, axis=0), state, row)
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=4)
-def go_on(
-    program: Program, weights: Any, seed: jax.Array, at: Place, state: State, eos_and_limit: jax.Array
-) -> tuple[jax.Array, State]:
-    """Draw up to PIECE tokens in each row that goes on: until its end, or until its part of the cache is full.
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=6)
+def decode_steps(
+    config: ModelConfig,
+    layout: Layout,
+    sampling: Sampling,
+    weights: Any,
+    seed: jax.Array,
+    rows: RowState,
+    state: DecodeState,
+    eos_id: jax.Array,
+    max_new_tokens: jax.Array,
+) -> tuple[jax.Array, DecodeState]:
+    """Draws up to STEPS_PER_CALL tokens in each row, until it ends or its part of the cache is full.
+
+    The first five arguments are those of `prefill`; `state` is donated.
 
     Args:
-        program: what is compiled.
-        weights: of it.
-        seed: of it.
-        at: of all rows.
-        state: of all rows; its memory is taken.
-        eos_and_limit: int32 [2]: the token after which a row ends, and how many it draws at most.
+        rows: the progress of all rows.
+        state: their cache and seen tokens.
+        eos_id: int32, the token that ends a row.
+        max_new_tokens: int32, the limit of tokens that a row draws.
 
     Returns:
-        Token ids [B, PIECE], NONE where a row has drawn none, and the state.
+        Token ids [B, STEPS_PER_CALL], NO_TOKEN where a row has drawn none, and the state.
     """
-    config, layout, sampling = program
-    decoder, (eos, limit) = Decoder(config, weights, layout), eos_and_limit
+    decoder = CachedDecoder(config, weights, layout)
     S = state.cache[0]["key"].shape[2]
-    going = lambda at: (at.token != NONE) & (at.read < S)
+    is_active = lambda rows: (rows.token != NO_TOKEN) & (rows.cache_length < S)
 
     def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        i, at, state, tokens_BN = carry
-        going_B = going(at)
-        x_B1D, cache = decoder.extend(jnp.where(going_B, at.token, 0)[:, None], at.read, state.cache)
-        token_B = jnp.where(going_B, draw_next(decoder, x_B1D, at, seed, sampling, state.had_BV), NONE)
-        had_BV = None if state.had_BV is None else marked(state.had_BV, token_B)
-        drawn_B = at.drawn + going_B
-        ended_B = (token_B == eos) | (drawn_B >= limit)
-        next_B = jnp.where(going_B, jnp.where(ended_B, NONE, token_B), at.token)
+        i, rows, state, tokens_BN = carry
+        active_B = is_active(rows)
+        x_B1D, cache = decoder(jnp.where(active_B, rows.token, 0)[:, None], rows.cache_length, state.cache)
+        token_B = jnp.where(active_B, sample_next(decoder, x_B1D, rows, seed, sampling, state.seen_BV), NO_TOKEN)
+        num_drawn_B = rows.num_drawn + active_B
+        ended_B = (token_B == eos_id) | (num_drawn_B >= max_new_tokens)
+        next_B = jnp.where(active_B, jnp.where(ended_B, NO_TOKEN, token_B), rows.token)
+        rows = RowState(next_B, rows.cache_length + active_B, rows.prompt_index, num_drawn_B)
         tokens_BN = jax.lax.dynamic_update_slice(tokens_BN, token_B[:, None], (0, i))
-        return i + 1, Place(next_B, at.read + going_B, at.number, drawn_B), State(cache, had_BV), tokens_BN
+        return i + 1, rows, DecodeState(cache, mark_seen(state.seen_BV, token_B)), tokens_BN
 
-    tokens_BN = jnp.full((len(at.token), PIECE), NONE, jnp.int32)
-    begin = (jnp.int32(0), at, state, tokens_BN)
-    _, _, state, tokens_BN = jax.lax.while_loop(lambda c: (c[0] < PIECE) & jnp.any(going(c[1])), step, begin)
+    def any_active(carry: tuple[Any, ...]) -> jax.Array:
+        i, rows, *_ = carry
+        return (i < STEPS_PER_CALL) & jnp.any(is_active(rows))
+
+    tokens_BN = jnp.full((len(rows.token), STEPS_PER_CALL), NO_TOKEN, jnp.int32)
+    _, _, state, tokens_BN = jax.lax.while_loop(any_active, step, (jnp.int32(0), rows, state, tokens_BN))
     return tokens_BN, state
 
 
-def marked(had_BV: jax.Array, token_B: jax.Array) -> jax.Array:
-    """With each row's token among those that it has had; NONE adds nothing."""
-    return had_BV | (jnp.arange(had_BV.shape[1]) == token_B[:, None])
+def sample_next(
+    decoder: CachedDecoder,
+    x_BTD: jax.Array,
+    rows: RowState,
+    seed: jax.Array,
+    sampling: Sampling,
+    seen_BV: jax.Array | None,
+) -> jax.Array:
+    """Draws each row's token after the last position of x, [B], with a key from seed, prompt and tokens drawn."""
+    logits_BTV = decoder.layout.reshard(decoder.logits(x_BTD[:, -1:]), "batch", None, None)
+    key = jax.random.key(seed)
+    keys_B = jax.vmap(lambda prompt, drawn: jax.random.fold_in(jax.random.fold_in(key, prompt), drawn))(
+        rows.prompt_index, rows.num_drawn
+    )
+    return sample(logits_BTV[:, 0], keys_B, sampling, seen_BV)
+
+
+def mark_seen(seen_BV: jax.Array | None, token_B: jax.Array) -> jax.Array | None:
+    """Returns `seen_BV` with each row's new token; NO_TOKEN adds nothing."""
+    return None if seen_BV is None else seen_BV | (jnp.arange(seen_BV.shape[1]) == token_B[:, None])

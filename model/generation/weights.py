@@ -1,4 +1,4 @@
-"""Weights prepared for generation."""
+"""The copy of a model's weights that decoding reads."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -7,31 +7,33 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from model.backend import platform
 from model.config import ModelConfig
 from model.parameters import parameter_table
 from model.trees import flattened, nested
 
 
 @partial(jax.jit, static_argnums=0)
-def prepared(config: ModelConfig, weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Weights as they are read again for each token: a copy in the compute dtype, for `Layout.inputs_last`.
+def decoding_weights(config: ModelConfig, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a copy of the weights for `CachedDecoder`, in the compute dtype but for norms.
 
-    Each layer has its own arrays ("blocks" is a list), so that none is cut out of a stack each time, and of each matrix
-    the axes that are summed over come last: see `model.cpu.turned_product`.
+    "blocks" is a list with the arrays of each layer, so that no decode step slices them out of a stack. On CPUs the
+    contracted axes of each matrix come last: see `model.cpu.column_product`.
     """
     table = parameter_table(config)
+    on_cpu = platform() == "cpu"
 
-    def prepare(name: str, array: jax.Array, *stacked: str) -> jax.Array:
+    def convert(name: str, array: jax.Array) -> jax.Array:
         parameter = table[name]
-        if parameter.role in ("matrix", "unembedding"):
-            axes = [axis for axis in parameter.axes if axis not in stacked]
+        if on_cpu and parameter.role in ("matrix", "unembedding"):
+            axes = [axis for axis in parameter.axes if axis != "layers"]
             array = jnp.transpose(array, sorted(range(len(axes)), key=lambda i: axes[i] in parameter.fan_in))
         return array if parameter.role == "norm" else array.astype(config.compute_dtype)
 
-    def layer(number: int) -> dict[str, Any]:
-        flat = flattened(weights["blocks"])
-        return nested({name: prepare(f"blocks.{name}", array[number], "layers") for name, array in flat.items()})
-
+    stacked = flattened(weights["blocks"])
     others = flattened({name: branch for name, branch in weights.items() if name != "blocks"})
-    found = nested({name: prepare(name, array) for name, array in others.items()})
-    return found | {"blocks": [layer(number) for number in range(config.num_layers)]}
+    blocks = [
+        nested({name: convert(f"blocks.{name}", array[layer]) for name, array in stacked.items()})
+        for layer in range(config.num_layers)
+    ]
+    return nested({name: convert(name, array) for name, array in others.items()}) | {"blocks": blocks}

@@ -53,7 +53,7 @@ def ours(config: ModelConfig, tokenizer: Tokenizer) -> Continue:
     def go(prompts: list[list[int]], new: int) -> list[list[int]]:
         found: list[list[int]] = [[] for _ in prompts]
         for piece in generator(prompts, max_new_tokens=new, sampling=GREEDY, batch_size=len(prompts)):
-            found[piece.number] += piece.tokens
+            found[piece.prompt_index] += piece.tokens
         return found
 
     return go

@@ -8,7 +8,7 @@ import pytest
 from model.attention import Attention, attend, attention_weights, causal_mask
 from model.decoder import Decoder
 from model.kernels import attention_over
-from model.position import rotate, rotation
+from model.position import rope_rotation, rotate
 from model.sharding import UNSHARDED
 from tests import theirs
 from tests.peers import require
@@ -42,7 +42,7 @@ def test_the_module_projects_rotates_and_attends():
     weights = {name: array[0] for name, array in small_weights(config)["blocks"]["attention"].items()}
     x = jnp.array(np.random.default_rng(1).normal(size=(2, 7, config.model_dim)), jnp.float32)
     positions, segment_ids = jnp.tile(jnp.arange(7), (2, 1)), jnp.ones((2, 7), jnp.int32)
-    angles, mask = rotation(config, positions), causal_mask(segment_ids)
+    angles, mask = rope_rotation(config, positions), causal_mask(segment_ids)
     found, aux = Attention(config, weights, UNSHARDED)(x, angles, attention_over(config, UNSHARDED, segment_ids))
     query, key, value = (jnp.einsum("btd,dhc->bhtc", x, weights[name]) for name in ("query", "key", "value"))
     mixed = attend(rotate(query, angles), rotate(key, angles), value, mask)
@@ -62,7 +62,7 @@ def test_normed_queries_and_keys_have_the_length_that_their_scales_say():
     weights = jax.tree.map(lambda x: x[0], small_weights(config)["blocks"]["attention"])
     x = jnp.array(np.random.default_rng(1).normal(size=(2, 7, config.model_dim)), jnp.float32)
     attention = attention_over(config, UNSHARDED, jnp.ones((2, 7), jnp.int32))
-    arguments = rotation(config, jnp.tile(jnp.arange(7), (2, 1))), attention
+    arguments = rope_rotation(config, jnp.tile(jnp.arange(7), (2, 1))), attention
     once, _ = Attention(config, weights, UNSHARDED)(x, *arguments)
     # Longer queries and keys change nothing, longer scales do.
     for name in ("query", "key"):

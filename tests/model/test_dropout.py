@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from model.decoder import Decoder
-from model.dropout import at, dropout, row_keys
+from model.dropout import dropout, fold_keys, row_keys
 from tests.small import small_batch, small_model, small_weights
 
 
@@ -21,7 +21,7 @@ def test_components_are_dropped_at_the_rate_and_the_mean_stays():
 def test_a_mask_depends_on_seed_step_row_and_place_alone():
     x = jnp.ones((6, 8, 8))
     mask = lambda seed, step, rows, place: np.asarray(
-        dropout(x[: len(rows)], 0.5, at(row_keys(seed, jnp.int32(step), jnp.array(rows)), place))
+        dropout(x[: len(rows)], 0.5, fold_keys(row_keys(seed, jnp.int32(step), jnp.array(rows)), place))
     )
     all_rows = mask(0, 3, range(6), 1)
     np.testing.assert_array_equal(mask(0, 3, [4, 1], 1), all_rows[[4, 1]])

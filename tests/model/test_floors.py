@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 
 from model.config import CHOICES, ModelConfig
 from model.decoder import Decoder
-from model.generation.programs import empty_cache
-from model.generation.weights import prepared
-from model.sharding import Layout
+from model.generation.decoder import CachedDecoder, empty_cache
+from model.generation.weights import decoding_weights
 from tests.small import VOCAB_SIZE, small_model, small_weights
 
 T, PART = 12, 5
@@ -54,7 +53,7 @@ def models(draw: st.DrawFn) -> ModelConfig:
 def log_probabilities(config: ModelConfig):
     """Two compiled functions: log p [B, T, V] of rows, and of the next tokens of a document whose cache is given."""
 
-    def of(decoder: Decoder, x_BTD: jax.Array) -> jax.Array:
+    def of(decoder: Decoder | CachedDecoder, x_BTD: jax.Array) -> jax.Array:
         return jax.nn.log_softmax(decoder.logits(x_BTD)[..., :VOCAB_SIZE])
 
     @jax.jit
@@ -64,8 +63,8 @@ def log_probabilities(config: ModelConfig):
 
     @jax.jit
     def extend(weights: dict, tokens: jax.Array, starts: jax.Array, cache: list) -> tuple[jax.Array, list]:
-        decoder = Decoder(config, weights, Layout(inputs_last=True))
-        x_BTD, cache = decoder.extend(tokens, starts, cache)
+        decoder = CachedDecoder(config, weights)
+        x_BTD, cache = decoder(tokens, starts, cache)
         return of(decoder, x_BTD), cache
 
     return at_once, extend
@@ -98,7 +97,7 @@ def test_any_model_is_causal_trains_all_prefixes_at_once_packs_and_decodes_from_
     np.testing.assert_allclose(packed[:-PART], whole[:-PART], atol=2e-5)
 
     # Read in two parts, the second through the cache of the first.
-    weights = prepared(config, weights)
+    weights = decoding_weights(config, weights)
     first, cache = extend(weights, tokens[None, :-PART], np.array([0]), empty_cache(config, 1, T))
     rest, _ = extend(weights, tokens[None, -PART:], np.array([T - PART]), cache)
     np.testing.assert_allclose(np.concatenate([first[0], rest[0]]), whole, atol=2e-5)

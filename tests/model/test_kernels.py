@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import AxisType
 
 from model.config import ModelConfig
-from model.kernels import attention_over, choose
+from model.context_parallel import zigzag_order
+from model.kernels import attention_over, choose_kernel
 from model.sharding import UNSHARDED
 from tests.small import mesh_of, small_model
 from train.devices.rules import TRAINING
@@ -35,7 +36,7 @@ def inputs(config: ModelConfig, rows: int = 2, seed: int = 0):
 def result_and_gradients(config: ModelConfig, mesh, layout, arrays, dtype=jnp.float32):
     """Of attention on a mesh, in the order of the rows."""
     with jax.set_mesh(mesh):
-        order = layout.order(T)
+        order = zigzag_order(T, layout)
         axes = [("batch", heads, "time", None) for heads in ("heads", "kv_heads", "kv_heads", "heads")]
         q, k, v, g = (
             jax.device_put(jnp.asarray(x[:, :, order], dtype), layout.spec(*of))
@@ -114,7 +115,7 @@ def test_a_packed_document_has_what_it_has_alone(kernel: str):
 
 def test_devices_that_share_the_positions_have_equal_causal_work():
     with jax.set_mesh(mesh_of(context=4)):
-        order = TRAINING.order(64)
+        order = zigzag_order(64, TRAINING)
     assert sorted(order) == list(range(64))
     assert len({int(np.sum(part + 1)) for part in order.reshape(4, 16)}) == 1
 
@@ -143,17 +144,17 @@ def platform(name: str):
 def test_the_choice_follows_the_platform_and_says_why(name: str, changes: dict, length: int, kernel: str, words: str):
     config = config_for("auto", **changes)
     with jax.sharding.use_abstract_mesh(platform(name)):
-        found = choose(config, UNSHARDED, length)
+        found = choose_kernel(config, UNSHARDED, length)
         assert found.kernel == kernel
         assert words in str(found)
         if kernel == "plain":
             asked = dataclasses.replace(config, attention_kernel={"tpu": "splash", "gpu": "cudnn"}[name])
             with pytest.raises(ValueError, match="leave it at auto"):
-                choose(asked, UNSHARDED, length)
+                choose_kernel(asked, UNSHARDED, length)
 
 
 def test_on_a_cpu_there_is_no_kernel():
-    assert str(choose(config_for("auto"), UNSHARDED, 256)) == "plain (there is no kernel for cpu)"
+    assert str(choose_kernel(config_for("auto"), UNSHARDED, 256)) == "plain (there is no kernel for cpu)"
 
 
 @pytest.mark.parametrize("mesh", [mesh_of, lambda: platform("tpu")])
@@ -164,4 +165,4 @@ def test_cudnn_is_refused_where_there_is_no_gpu(mesh):
         jax.sharding.use_abstract_mesh(getattr(made, "abstract_mesh", made)),
         pytest.raises(ValueError, match="none for"),
     ):
-        choose(config, UNSHARDED, 256)
+        choose_kernel(config, UNSHARDED, 256)

@@ -8,7 +8,7 @@ import pytest
 import model.position
 from model.decoder import Decoder
 from model.interchange.rope import rope_to_theirs
-from model.position import frequencies, rotate, rotation, sinusoids
+from model.position import frequencies, rope_rotation, rotate, sinusoids
 from tests.peers import require
 from tests.small import small_model, small_weights
 
@@ -18,7 +18,7 @@ def test_a_product_of_query_and_key_depends_on_their_distance_alone():
     q, k = np.random.default_rng(0).normal(size=(2, 16)).astype(np.float32)
 
     def score(at: int, other: int) -> float:
-        angles = rotation(config, jnp.array([[at, other]]))
+        angles = rope_rotation(config, jnp.array([[at, other]]))
         turned = rotate(jnp.array([q, k])[None, None], angles)[0, 0]
         return float(turned[0] @ turned[1])
 
@@ -30,14 +30,14 @@ def test_a_product_of_query_and_key_depends_on_their_distance_alone():
 def test_position_zero_turns_nothing_and_lengths_stay():
     config = small_model(head_dim=8)
     x = jnp.array(np.random.default_rng(1).normal(size=(1, 2, 3, 8)), jnp.float32)
-    turned = rotate(x, rotation(config, jnp.array([[0, 5, 900]])))
+    turned = rotate(x, rope_rotation(config, jnp.array([[0, 5, 900]])))
     np.testing.assert_array_equal(turned[:, :, 0], x[:, :, 0])
     np.testing.assert_allclose(jnp.linalg.norm(turned, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5)
 
 
 def test_pair_i_turns_by_position_over_base_to_the_2i_over_width():
     config = small_model(head_dim=4, rope_base=100.0)
-    turned = rotate(jnp.array([[[[1.0, 1.0, 0.0, 0.0]]]]), rotation(config, jnp.array([[3]])))
+    turned = rotate(jnp.array([[[[1.0, 1.0, 0.0, 0.0]]]]), rope_rotation(config, jnp.array([[3]])))
     expected = [np.cos(3), np.cos(0.3), np.sin(3), np.sin(0.3)]
     np.testing.assert_allclose(turned[0, 0, 0], expected, atol=1e-6)
 
@@ -46,7 +46,7 @@ def test_pair_i_turns_by_position_over_base_to_the_2i_over_width():
 def test_the_way_of_a_tpu_turns_the_same_and_its_gradient_back(dtype: str, tolerance: float, monkeypatch):
     config = small_model(head_dim=16)
     x, slope = jnp.asarray(np.random.default_rng(2).normal(size=(2, 3, 2, 5, 16)), dtype)
-    by = rotation(config, jnp.arange(15).reshape(3, 5) * 7)
+    by = rope_rotation(config, jnp.arange(15).reshape(3, 5) * 7)
     expected = rotate(x, by), *jax.vjp(lambda x: rotate(x, by), x)[1](slope)
     monkeypatch.setattr(model.position, "platform", lambda: "tpu")
     found = rotate(x, by), *jax.vjp(lambda x: rotate(x, by), x)[1](slope)
@@ -74,7 +74,7 @@ def test_scaled_frequencies_are_those_of_transformers(changes: dict):
     )
     expected, length = rope.ROPE_INIT_FUNCTIONS[changes["rope_scaling"]](theirs, "cpu")
     np.testing.assert_allclose(frequencies(config), expected.numpy(), rtol=2e-6)
-    assert float(rotation(config, jnp.zeros((1, 1)))[0].max()) == pytest.approx(length)
+    assert float(rope_rotation(config, jnp.zeros((1, 1)))[0].max()) == pytest.approx(length)
 
 
 def test_scaling_keeps_fast_pairs_and_slows_slow_ones():

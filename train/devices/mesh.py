@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from data.errors import InputError
 from model.config import ModelConfig
-from model.kernels import choose
+from model.kernels import choose_kernel
 from model.sharding import Layout
 from train.config.config import Config
 from train.config.run_config import MeshConfig
@@ -71,7 +71,7 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     mesh = explicit_mesh(array)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         try:
-            choose(config.model, training_layout(config.mesh), config.data.segment_length)
+            choose_kernel(config.model, training_layout(config.mesh), config.data.segment_length)
         except ValueError as error:
             raise InputError(str(error)) from None
     return mesh

@@ -56,7 +56,7 @@ def mesh_problems(config: Config, shape: tuple[int, ...]) -> list[str]:
         # The later stages are multiples of it, and their parts of it or of a part of the full batch.
         found += must_divide("train.batch_ramp_start", config.train.batch_ramp_start, "batch")
     found += must_divide("data.num_streams", config.num_streams, "batch")
-    # Each device takes a piece from either end: `Layout.order`.
+    # Each device takes a piece from either end: `model.context_parallel`.
     time = math.prod(size[mesh] for mesh in layout.mesh_axes("time"))
     found += must_divide("data.segment_length", config.data.segment_length, "sequence")
     if time > 1:

@@ -26,6 +26,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from data.errors import InputError
 from data.tokenizer.tokenizer import Tokenizer
+from model.context_parallel import to_zigzag
 from model.decoder import Decoder
 from model.generation.sampling import Sampling
 from model.loss import predictions
@@ -188,13 +189,13 @@ def make_scoring_step(config: Config) -> ScoringStep:
     model, layout = dataclasses.replace(config.model, attention_kernel="auto"), training_layout(config.mesh)
 
     def scoring_step(weights: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        batch = {name: layout.spread(x) for name, x in batch.items()}
+        batch = {name: to_zigzag(x, layout) for name, x in batch.items()}
         decoder = Decoder(model, weights, layout)
         x_BTD = decoder(batch["tokens"], batch["positions"], batch["segment_ids"])
         log_p, is_first = predictions(x_BTD, decoder.unembedding_matrix(), batch["targets"], model, layout)
         counts = batch["loss_weights"] > 0
         scores, greedy = jnp.sum(jnp.where(counts, log_p, 0.0), axis=1), jnp.all(is_first | ~counts, axis=1)
-        return layout.place(scores, None), layout.place(greedy, None)
+        return layout.reshard(scores, None), layout.reshard(greedy, None)
 
     return jax.jit(scoring_step, compiler_options=compiler_options())
 

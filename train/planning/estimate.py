@@ -187,7 +187,7 @@ class _Step:
             kind = "sum" if whole and self.chip.platform == "tpu" else "scatter"
             seconds += gathers * self.sent("gather", left, {name}) + self.sent(kind, left, {name})
             left /= self.machine.shape[name]
-        return seconds + self.sent("sum", left, self.layout.tokens - set(stored))
+        return seconds + self.sent("sum", left, self.layout.token_axes - set(stored))
 
     def sent(self, kind: str, payload: float, over: frozenset[str] | set[str]) -> float:
         """Seconds that a ring takes for a payload as `train.planning.operations` counts it."""

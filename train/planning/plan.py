@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from model.kernels import choose
+from model.kernels import choose_kernel
 from train.config.config import Config
 from train.devices.hardware import Chip
 from train.devices.rules import training_layout
@@ -126,7 +126,7 @@ def make_plan(
     arguments = argument_bytes(config, mesh)
     peak, memory = _memory(arguments, compilation, chip.platform == "cpu")
     with jax.set_mesh(mesh):
-        attention = str(choose(config.model, training_layout(config.mesh), T))
+        attention = str(choose_kernel(config.model, training_layout(config.mesh), T))
     if tokens is None:
         tokens = float(sum(batch_size(config, step) for step in range(config.train.num_steps)) * T)
     plan = Plan(

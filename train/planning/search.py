@@ -12,7 +12,7 @@ import jax
 
 from data.errors import InputError
 from model.decoder import REMAT_POLICIES
-from model.kernels import choose
+from model.kernels import choose_kernel
 from train.config.checks import config_problems
 from train.config.config import Config
 from train.devices.hardware import Chip
@@ -139,7 +139,7 @@ def _factors(number: int, count: int) -> Iterator[tuple[int, ...]]:
 def _machine(config: Config, devices: Sequence[Any], chip: Chip, state: float) -> Machine:
     mesh = make_mesh(config, devices)
     with jax.set_mesh(mesh):
-        kernel = choose(config.model, training_layout(config.mesh), config.data.segment_length).kernel
+        kernel = choose_kernel(config.model, training_layout(config.mesh), config.data.segment_length).kernel
     bandwidth = functools.cache(lambda axes: bandwidth_over(mesh, axes, chip))
     return Machine(dict(mesh.shape), chip, bandwidth, kernel, state)
 

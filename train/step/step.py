@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from model.context_parallel import to_zigzag
 from model.decoder import Decoder
-from model.dropout import Keys, row_keys
+from model.dropout import DropoutKeys, row_keys
 from model.loss import Losses, summed_losses
 from model.sharding import Layout
 from train.config.config import Config
@@ -23,10 +24,10 @@ Batch = Mapping[str, jax.Array]
 Metrics = dict[str, Any]
 
 
-def summed_loss(config: Config, weights: Weights, batch: Batch, keys_B: Keys = None) -> Losses:
+def summed_loss(config: Config, weights: Weights, batch: Batch, keys_B: DropoutKeys = None) -> Losses:
     """Returns the minimized loss and the cross-entropy, summed over the batch by `loss_weights`."""
     layout = training_layout(config.mesh)
-    batch = {name: layout.spread(x) for name, x in batch.items()}
+    batch = {name: to_zigzag(x, layout) for name, x in batch.items()}
     decoder = Decoder(config.model, weights, layout)
     x_BTD = decoder(batch["tokens"], batch["positions"], batch["segment_ids"], keys_B)
     matrix_DV = decoder.unembedding_matrix()
@@ -50,7 +51,7 @@ def split_rows(parts: int, tree: Any, layout: Layout) -> Any:
     def split(x: jax.Array) -> jax.Array:
         x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:])
         # When a part has a single row, the reshape loses which axis is sharded; this restores it.
-        return layout.place(x, "batch", *(None,) * (x.ndim - 1)).swapaxes(0, 1)
+        return layout.reshard(x, "batch", *(None,) * (x.ndim - 1)).swapaxes(0, 1)
 
     return jax.tree.map(split, tree)
 
@@ -70,13 +71,13 @@ def make_train_step(
     schedule = learning_rate(config)
     layout = training_layout(config.mesh)
 
-    def loss_and_gradients(weights: Weights, batch: Batch, keys_B: Keys) -> tuple[jax.Array, Weights]:
+    def loss_and_gradients(weights: Weights, batch: Batch, keys_B: DropoutKeys) -> tuple[jax.Array, Weights]:
         objective = partial(summed_loss, config, batch=batch, keys_B=keys_B)
         (_, loss), gradients = jax.value_and_grad(objective, has_aux=True)(weights)
         return loss, gradients
 
-    def accumulate(parts: int, weights: Weights, batch: Batch, keys_B: Keys) -> tuple[jax.Array, Weights]:
-        def add(total: Any, part: tuple[Batch, Keys]) -> tuple[Any, None]:
+    def accumulate(parts: int, weights: Weights, batch: Batch, keys_B: DropoutKeys) -> tuple[jax.Array, Weights]:
+        def add(total: Any, part: tuple[Batch, DropoutKeys]) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, loss_and_gradients(weights, *part)), None
 
         zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, weights))

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from model.context_parallel import to_zigzag
 from model.decoder import Decoder
 from model.parameters import parameter_table
 from model.trees import flattened
@@ -34,7 +35,7 @@ def watch(config: Config, weights: Any, parts: Mapping[str, jax.Array], gradient
     def watch_part(part: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         layout = training_layout(config.mesh)
         decoder = Decoder(config.model, weights, layout)
-        return decoder.watch(*(layout.spread(part[name]) for name in ("tokens", "positions", "segment_ids")))
+        return decoder.watch(*(to_zigzag(part[name], layout) for name in ("tokens", "positions", "segment_ids")))
 
     watched_AL = jax.lax.map(watch_part, parts)
     weight_norms = norms(config, weights)

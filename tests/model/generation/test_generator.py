@@ -9,7 +9,7 @@ import pytest
 
 from model.config import ModelConfig
 from model.decoder import Decoder
-from model.generation.generator import Generator, rounded
+from model.generation.generator import Generator, round_up
 from model.generation.sampling import GREEDY, Sampling
 from model.parameters import parameter_table
 from model.trees import flattened, nested
@@ -101,8 +101,8 @@ def test_a_row_ends_before_eos_and_after_the_limit_and_gives_its_place_to_the_ne
 def test_a_row_that_is_stopped_draws_no_more():
     stopped, pieces = set(), []
     for piece in generator(small_model())(PROMPTS, max_new_tokens=30, sampling=GREEDY, batch_size=2, stopped=stopped):
-        pieces.append(piece.number)
-        if piece.number == 0:
+        pieces.append(piece.prompt_index)
+        if piece.prompt_index == 0:
             stopped.add(0)
     assert pieces.count(0) == 1
     assert pieces.count(1) > 2
@@ -118,7 +118,7 @@ def test_of_a_long_prompt_the_end_is_seen_and_nothing_may_be_asked_for():
 
 
 def test_a_cache_is_a_quarter_longer_than_needed_at_most_and_few_lengths_are_compiled():
-    lengths = [rounded(n) for n in range(1, 4097)]
+    lengths = [round_up(n) for n in range(1, 4097)]
     assert all(n <= length <= 1.25 * n + 1 for n, length in enumerate(lengths, 1))
     assert len(set(lengths)) == 4 + 4 * 10
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.generation.sampling import GREEDY, Sampling, candidates, draw, penalized
+from model.generation.sampling import GREEDY, Sampling, filtered_logits, penalize_repetition, sample
 from tests.peers import require
 
 V = 50
@@ -18,8 +18,8 @@ def logits_of(seed: int, rows: int = 3) -> np.ndarray:
 
 
 def probabilities(logits_BV: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """[B, V], of what `candidates` leaves."""
-    logits_BN, ids_BN = candidates(jnp.asarray(logits_BV), sampling)
+    """[B, V], of what `filtered_logits` leaves."""
+    logits_BN, ids_BN = filtered_logits(jnp.asarray(logits_BV), sampling)
     found = np.zeros(logits_BV.shape)
     np.put_along_axis(found, np.asarray(ids_BN), np.asarray(jax.nn.softmax(logits_BN)), axis=-1)
     return found
@@ -61,8 +61,8 @@ def test_candidates_and_penalty_are_those_of_transformers():
     torch, process = require("torch"), require("transformers.generation.logits_process")
     logits = logits_of(3, rows=20)
     had = np.random.default_rng(4).integers(0, V, (20, 9))
-    had_BV = np.zeros_like(logits, bool)
-    np.put_along_axis(had_BV, had, True, axis=-1)
+    seen_BV = np.zeros_like(logits, bool)
+    np.put_along_axis(seen_BV, had, True, axis=-1)
     for sampling in (
         Sampling(1.7, 0.6, 12, 0.8), Sampling(0.5, 2.0, 0, 0.95), Sampling(1.2, 1.0, 3), Sampling(temperature=0.7)
     ):  # fmt: skip
@@ -75,7 +75,7 @@ def test_candidates_and_penalty_are_those_of_transformers():
             scores = process.TopKLogitsWarper(sampling.top_k)(ids, scores)
         if sampling.top_p < 1:
             scores = process.TopPLogitsWarper(sampling.top_p)(ids, scores)
-        ours = penalized(jnp.asarray(logits), jnp.asarray(had_BV), sampling.repetition_penalty)
+        ours = penalize_repetition(jnp.asarray(logits), jnp.asarray(seen_BV), sampling.repetition_penalty)
         theirs = torch.softmax(scores, dim=-1).numpy()
         np.testing.assert_allclose(probabilities(np.asarray(ours), sampling), theirs, atol=1e-6)
 
@@ -88,7 +88,7 @@ def test_draws_have_these_probabilities(sampling: Sampling):
     logits, count = logits_of(1, rows=1), 20_000
     had = jnp.zeros((1, V), bool).at[:, ::2].set(True)
     keys = jax.random.split(jax.random.key(5), count)
-    drawn = draw(jnp.tile(logits, (count, 1)), keys, sampling, jnp.tile(had, (count, 1)))
+    drawn = sample(jnp.tile(logits, (count, 1)), keys, sampling, jnp.tile(had, (count, 1)))
     counts = np.bincount(np.asarray(drawn), minlength=V)
     p = expected(np.where(had, np.where(logits > 0, logits / 0.5, logits * 0.5), logits)[0], sampling) \
         if sampling.penalizes else expected(logits[0], sampling)  # fmt: skip
@@ -104,7 +104,7 @@ def test_draws_have_these_probabilities(sampling: Sampling):
 def test_each_row_has_its_own_key_and_greedy_needs_none():
     logits = jnp.zeros((2, V))
     a, b = jax.random.split(jax.random.key(0))
-    both = draw(logits, jnp.stack([a, b]), Sampling())
-    assert draw(logits, jnp.stack([b, a]), Sampling()).tolist() == both.tolist()[::-1]
+    both = sample(logits, jnp.stack([a, b]), Sampling())
+    assert sample(logits, jnp.stack([b, a]), Sampling()).tolist() == both.tolist()[::-1]
     assert both[0] != both[1]
-    assert draw(jnp.asarray(logits_of(2)), jnp.stack([a] * 3), GREEDY).tolist() == logits_of(2).argmax(-1).tolist()
+    assert sample(jnp.asarray(logits_of(2)), jnp.stack([a] * 3), GREEDY).tolist() == logits_of(2).argmax(-1).tolist()

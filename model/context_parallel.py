@@ -1,0 +1,38 @@
+"""The order of positions under context parallelism, which gives every device the same causal work.
+
+Where n devices share the time, a row is cut into 2n pieces, and device i takes the i-th piece from either end (Llama
+Team 2024, section 3.3.2): often called zigzag order.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from model.sharding import Layout
+
+
+def zigzag_order(T: int, layout: Layout) -> np.ndarray:
+    """Returns the positions of a row [T] in the order in which the devices hold them, int32."""
+    n = layout.size("time")
+    if n == 1:
+        return np.arange(T, dtype=np.int32)
+    pieces = np.arange(T, dtype=np.int32).reshape(2 * n, -1)
+    return np.stack([pieces[:n], pieces[n:][::-1]], axis=1).reshape(T)
+
+
+def to_zigzag(x_BT: jax.Array, layout: Layout) -> jax.Array:
+    """Returns an array of a batch [B, T] in `zigzag_order`, sharded over the time."""
+    if not layout.mesh_axes("time"):
+        return x_BT
+    whole = layout.reshard(x_BT, "batch", None)
+    return layout.reshard(whole[:, zigzag_order(x_BT.shape[1], layout)], "batch", "time")
+
+
+def all_positions(x: jax.Array, layout: Layout, axis: int) -> jax.Array:
+    """All-gathers the positions at an axis, inside `jax.shard_map`, and returns them in the order of the row."""
+    n = layout.size("time")
+    if n == 1:
+        return x
+    x = jax.lax.all_gather(x, tuple(layout.mesh_axes("time")), axis=axis, tiled=True)
+    pieces = jnp.split(x, 2 * n, axis)
+    return jnp.concatenate([*pieces[::2], *pieces[1::2][::-1]], axis)
