@@ -1,9 +1,8 @@
 """The product of activations with a weight, accumulated in float32 forward and backward.
 
-Left to themselves, XLA's CPU products of bfloat16 accumulate in bfloat16, at half the speed, and the gradient of a
-weight transposes the wider of its two operands. Here the backward pass names its products as the forward pass does, and
-puts the narrower operand first. Gradients are rounded to the compute dtype, so reductions between devices move no more
-bytes.
+By default XLA's CPU products of bfloat16 accumulate in bfloat16, at half the speed, and the gradient of a weight
+transposes the wider of its two operands. Here the backward pass states its products as the forward pass does, and puts
+the narrower operand first. Gradients are rounded to the compute dtype, so reductions between devices move no more bytes.
 """
 
 from functools import partial
@@ -18,19 +17,20 @@ from jax.sharding import PartitionSpec
 def product(
     equation: str, x: jax.Array, weight: jax.Array, out_sharding: PartitionSpec | None = None, dtype: Any = None
 ) -> jax.Array:
-    """`jnp.einsum(equation, x, weight)`, summed in float32.
+    """Returns `jnp.einsum(equation, x, weight)`, summed in float32.
 
     Args:
-        equation: such as "btd,df->btf"; each letter stands in two of its three terms, or in all.
-        x: activations.
-        weight: or other activations, in the same dtype.
-        out_sharding: of the result, where it does not follow from the operands.
-        dtype: of the result; by default that of `x`.
+        equation: an einsum such as "btd,df->btf"; each letter is in two of its three terms, or in all.
+        x: activations of any floating-point dtype.
+        weight: a weight or other activations, in the dtype of x.
+        out_sharding: the result's sharding, where it does not follow from the operands.
+        dtype: the result's dtype; by default that of `x`.
     """
     return einsum(equation, x, weight, out_sharding).astype(dtype or x.dtype)
 
 
 def einsum(equation: str, x: jax.Array, y: jax.Array, out_sharding: PartitionSpec | None) -> jax.Array:
+    """Returns `jnp.einsum` of two arrays, summed and returned in float32."""
     return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32, out_sharding=out_sharding)
 
 
@@ -38,19 +38,19 @@ def _forward(equation, x, weight, out_sharding, dtype):  # type: ignore[no-untyp
     return product(equation, x, weight, out_sharding, dtype), (x, weight)
 
 
-def _backward(equation, out_sharding, dtype, kept, gradient):  # type: ignore[no-untyped-def]
-    x, weight = kept
+def _backward(equation, out_sharding, dtype, operands, gradient):  # type: ignore[no-untyped-def]
+    x, weight = operands
     gradient = gradient.astype(x.dtype)
-    of_operands, of_result = equation.split("->")
-    of_x, of_weight = of_operands.split(",")
-    to_x = einsum(f"{of_result},{of_weight}->{of_x}", gradient, weight, _gradient_sharding(x))
-    (first, of_first), (second, of_second) = sorted(((x, of_x), (gradient, of_result)), key=lambda pair: pair[0].size)
-    to_weight = einsum(f"{of_first},{of_second}->{of_weight}", first, second, _gradient_sharding(weight))
-    return to_x.astype(x.dtype), to_weight.astype(weight.dtype)
+    x_letters, weight_letters, y_letters = equation.replace("->", ",").split(",")
+    dx = einsum(f"{y_letters},{weight_letters}->{x_letters}", gradient, weight, _gradient_sharding(x))
+    pairs = sorted(((x, x_letters), (gradient, y_letters)), key=lambda pair: pair[0].size)
+    (narrow, narrow_letters), (wide, wide_letters) = pairs
+    dw = einsum(f"{narrow_letters},{wide_letters}->{weight_letters}", narrow, wide, _gradient_sharding(weight))
+    return dx.astype(x.dtype), dw.astype(weight.dtype)
 
 
 def _gradient_sharding(x: jax.Array) -> PartitionSpec | None:
-    """The partition of an array's gradient: where the one is `reduced`, the other is still to be summed."""
+    # The gradient of an array is unreduced where the array is reduced, and the other way round.
     sharding = jax.typeof(x).sharding
     if sharding.mesh.empty:
         return None
@@ -62,10 +62,10 @@ product.defvjp(_forward, _backward)
 
 @jax.custom_vjp
 def weight_gradients_first(x: jax.Array, weights: Any) -> tuple[jax.Array, Any]:
-    """The same; but the backward pass goes on from the gradient of x only when those of the weights are there.
+    """Returns its arguments; an optimization barrier in the backward pass saves memory.
 
-    Else the compiler may put off products for weights, and keep what they are made of, or their unscattered sums, while
-    it computes the gradients of earlier layers.
+    The barrier makes XLA compute the gradients of the weights before it continues from the gradient of x to earlier
+    layers. Without it XLA may put off the weights' products, and so keep their operands or their unscattered sums.
     """
     return x, weights
 
