@@ -2,7 +2,7 @@
 
 By default XLA's CPU products of bfloat16 accumulate in bfloat16, at half the speed, and the gradient of a weight
 transposes the wider of its two operands. Here the backward pass states its products as the forward pass does, and puts
-the narrower operand first. Gradients are rounded to the compute dtype, so reductions between devices move no more bytes.
+the narrower operand first. Gradients are rounded to the compute dtype, so that reductions move no more bytes.
 """
 
 from functools import partial
