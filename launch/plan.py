@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     from train.devices.mesh import make_mesh
     from train.planning.compilation import compile_step
     from train.planning.plan import make_plan
-    from train.planning.this_machine import chip_here, measured_step
+    from train.planning.this_machine import local_chip, measured_step
     from train.planning.topology import parse_topology, topology_devices
 
     if arguments.topology is None:
@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
         compilation = compile_step(config, mesh, cache_folder())
     if arguments.topology is None:
         log.info("measuring this machine")
-        chip = chip_here(config.model.compute_dtype)
+        chip = local_chip(config.model.compute_dtype)
     else:
         chip = with_usable_memory(parse_topology(arguments.topology)[0])
     plan = make_plan(config, mesh, chip, compilation, topology, tokens, price)

@@ -132,7 +132,7 @@ def test_a_pod_lives_while_the_run_shows_that_it_does(tmp_path: Path):
         (["--topology=h100:4x8", "--volume=a:/runs", "--node-selector=h100"],
          "--node-selector=h100 must be LABEL=VALUE"),
         (["--topology=h100:4x8", "--volume=a:/runs", "--restarts=-1"], "--restarts=-1 must be at least 0"),
-        (["--topology=h300:4x8", "--volume=a:/runs"], "there is no chip 'h300'"),
+        (["--topology=h300:4x8", "--volume=a:/runs"], "unknown chip 'h300'"),
         (["--topology=h100:3x8", "--volume=a:/runs"], "cannot be shared by mesh.fsdp = 24"),
     ],
 )  # fmt: skip

@@ -18,7 +18,7 @@ KEYS = {
     "estimated_step_seconds", "estimated_mfu", "tokens_per_second", "compile_seconds",
 }  # fmt: skip
 WRONG = [
-    (["--topology=v5x:2x2"], "there is no chip 'v5x'"),
+    (["--topology=v5x:2x2"], "unknown chip 'v5x'"),
     (["--topology=v5e:3x3"], "as in v5e:2x2 or v5e:16x16"),
     (["--topology=h100:1x8", "--slices=2"], "give more hosts"),
     (["--slices=2"], "--slices=2 goes with --topology"),

@@ -1,4 +1,4 @@
-"""The training step of a run, compiled for devices that are here or for a topology's, and kept for the next time."""
+"""The training step of a run, compiled for local devices or for a topology, and cached for the next plan."""
 
 import functools
 import gzip
@@ -35,16 +35,16 @@ COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt", 
 
 @dataclass(frozen=True)
 class Compilation:
-    """A training step as the compiler leaves it.
+    """A training step as the compiler returns it.
 
     Attributes:
-        text: the optimized program; empty where the compiler refused it.
-        memory: bytes a device by the compiler's names: `argument`, `output`, `alias`, `temp`, `peak`, `host_temp`, ...
-        refused: what the compiler said of a program that does not fit; none: it compiled.
-        lower_seconds: from Python to what the compiler takes.
-        compile_seconds: of the compiler, when it did it.
-        cached: whether that was an earlier time.
-        executable: to run it; none where it was read from a cache or the devices are not here.
+        text: the optimized program; empty if the compiler refused it.
+        memory: bytes per device by the compiler's names: `argument`, `output`, `alias`, `temp`, `peak`, …
+        refused: the compiler's message for a program that does not fit, or None.
+        lower_seconds: time from Python to the compiler's input.
+        compile_seconds: time of the compiler when it ran.
+        cached: true if the program was read from a cache.
+        executable: the program to run; None if it was read from a cache or its devices are not local.
     """
 
     text: str
@@ -57,7 +57,7 @@ class Compilation:
 
 
 def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of a full batch, [B, T] each."""
+    """Returns shapes, dtypes and shardings of a full batch, [B, T] each."""
     sharding = batch_sharding(mesh, training_layout(config.mesh))
     shape = (config.train.batch_size, config.data.segment_length)
     dtypes = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), jnp.int32) | {"loss_weights": jnp.float32}
@@ -65,25 +65,25 @@ def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct
 
 
 def compile_step(config: Config, mesh: Mesh, cache: Path | None = None) -> Compilation:
-    """Compile the function that `pretrain` jits, for the full batch.
+    """Compiles the function that `pretrain` jits, for the full batch.
 
     Args:
-        config: resolved.
-        mesh: of devices that are here, or of a topology.
-        cache: a folder in which compiled programs of topologies are kept. JAX's own persistent cache takes those of
-            devices that are here alone: it cannot read back what has no device.
+        config: the resolved settings of the run.
+        mesh: mesh of local devices, or of a topology.
+        cache: folder for compiled programs of topologies. JAX's own persistent cache serves local devices only: it
+            cannot read back a program without devices.
 
     Raises:
-        InputError: the compiler has no way to make this program.
+        InputError: the compiler cannot make this program.
     """
-    here = mesh.devices.flat[0] in jax.devices()
+    is_local = mesh.devices.flat[0] in jax.devices()
     with jax.set_mesh(mesh):
         start = time.perf_counter()
         optimizer = make_optimizer(config)
         step: Any = make_train_step(config, optimizer)
         lowered = step.lower(abstract_state(config, optimizer), abstract_batch(config, mesh))
         lowering = time.perf_counter() - start
-        if here:
+        if is_local:
             hits = _cache_hits()
             before = len(hits)
             compiled = _compiled(lowered, lowering)
@@ -103,15 +103,15 @@ def _compiled(lowered: jax.stages.Lowered, lower_seconds: float) -> Compilation:
     try:
         executable = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        said = str(error).strip().splitlines()[0]
-        if "UNIMPLEMENTED" in said:
+        message = str(error).strip().splitlines()[0]
+        if "UNIMPLEMENTED" in message:
             raise InputError(
-                f"the compiler cannot make this step: {said}; try another mesh, model.remat_policy or "
+                f"the compiler cannot make this step: {message}; try another mesh, model.remat_policy or "
                 "train.accumulation_steps"
             ) from None
         if "RESOURCE_EXHAUSTED" not in str(error) and "CompileTimeHbmOom" not in str(error):
             raise
-        refused = said.removeprefix("RESOURCE_EXHAUSTED: ")
+        refused = message.removeprefix("RESOURCE_EXHAUSTED: ")
         return Compilation("", {}, refused, lower_seconds, time.perf_counter() - start)
     seconds = time.perf_counter() - start
     stats: Any = executable.memory_analysis()
@@ -122,7 +122,7 @@ def _compiled(lowered: jax.stages.Lowered, lower_seconds: float) -> Compilation:
 
 
 def _kept(file: Path) -> Compilation | None:
-    """What an earlier process kept; none: nothing that can be read."""
+    """Reads the result of an earlier process, or returns None if there is none that can be read."""
     try:
         return Compilation(**json.loads(gzip.decompress(file.read_bytes())))
     except (OSError, EOFError, ValueError, TypeError, zlib.error):
@@ -137,16 +137,16 @@ def _keep(file: Path, compilation: Compilation) -> None:
         partial.write_bytes(gzip.compress(json.dumps(kept).encode(), mtime=0))
         partial.replace(file)
     except OSError as error:
-        log.warning("the compiled program is not kept for the next time: %s", error)
+        log.warning("the compiled program was not cached: %s", error)
 
 
 def _key(config: Config, mesh: Mesh, lowered: str) -> str:
-    """Of whatever the compiled program depends on."""
+    """Hashes everything that the compiled program depends on."""
     devices = [(device.device_kind, device.process_index, getattr(device, "coords", None),
                 getattr(device, "slice_index", 0)) for device in mesh.devices.flat]  # fmt: skip
     versions = {name: _version(name) for name in COMPILERS}
     flags = [compiler_options(), *(os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"))]
-    # The text leaves out what is in a program's large constants, such as masks; that follows from the settings.
+    # The text omits the content of large constants, such as masks, which follows from the settings.
     parts = [asdict(config.model), config.data.segment_length, dict(mesh.shape), devices, versions, flags, lowered]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -160,7 +160,7 @@ def _version(package: str) -> str | None:
 
 @functools.cache
 def _cache_hits() -> list[str]:
-    """Grows by one whenever JAX reads a program from its persistent cache."""
+    """Returns a list that grows by one whenever JAX reads a program from its persistent cache."""
     hits: list[str] = []
     jax.monitoring.register_event_listener(
         lambda event, **_: hits.append(event) if event.endswith("cache_hits") else None

@@ -1,4 +1,7 @@
-"""The text of an optimized XLA module, taken apart: computations, instructions, arrays, groups of devices."""
+"""Parser of the text of an optimized XLA module: computations, instructions, arrays and device groups.
+
+jaxlib's own objects (`hlo_modules`) have neither shapes nor attributes, and are not public, so the text is parsed.
+"""
 
 import math
 import re
@@ -6,9 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Memory spaces of a layout, as in S(5). What stands in none is in the device's main memory.
-DEVICE, HOST = 0, 5
-KINDS = {
+# Memory spaces of a layout, as in S(5); an array without one is in the device's main memory.
+DEVICE = 0
+HOST = 5
+COLLECTIVE_KINDS = {
     "all-gather": "all-gather",
     "all-reduce": "all-reduce",
     "reduce-scatter": "reduce-scatter",
@@ -29,12 +33,12 @@ class Array:
 
     @property
     def elements(self) -> int:
-        """How many numbers it holds."""
+        """The number of elements."""
         return math.prod(self.dims)
 
     @property
     def bytes(self) -> int:
-        """Its size without padding; a token has none."""
+        """The size in bytes without padding; 0 for a token."""
         if self.dtype == "pred":
             return self.elements
         bits = re.search(r"\d+", self.dtype)
@@ -49,44 +53,44 @@ class Instruction:
     opcode: str
     results: tuple[Array, ...]
     operands: tuple[str, ...]
-    inner: str  # between the parentheses
-    rest: str  # behind them: attributes, metadata, the backend's configuration
+    inner: str  # text between the parentheses
+    rest: str  # text after them: attributes, metadata, backend configuration
     is_root: bool
 
     def find(self, pattern: str) -> str:
-        """The first group of a pattern behind the operands; empty: it is not there."""
-        found = re.search(pattern, self.rest)
-        return found[1] if found else ""
+        """Returns the first group of a pattern in the attributes, or an empty string without a match."""
+        match = re.search(pattern, self.rest)
+        return match[1] if match else ""
 
     def called(self, *keys: str) -> list[str]:
-        """Names of the computations behind attributes such as calls=%name or branch_computations={%a, %b}."""
-        found = re.findall(rf"\b(?:{'|'.join(keys)})=(\{{[^}}]*\}}|%[^\s,]+)", self.rest)
-        return [name for group in found for name in re.findall(r"%([^\s,{}]+)", group)]
+        """Returns the computations named by attributes such as calls=%name or branch_computations={%a, %b}."""
+        groups = re.findall(rf"\b(?:{'|'.join(keys)})=(\{{[^}}]*\}}|%[^\s,]+)", self.rest)
+        return [name for group in groups for name in re.findall(r"%([^\s,{}]+)", group)]
 
     def number(self, key: str) -> int | None:
-        """Behind key=1, "key":"1" or "key":{"n":"1"}."""
-        found = self.find(rf'\b{key}"?[=:]\s*(?:\{{"n":)?"?(-?\d+)')
-        return int(found) if found else None
+        """Returns the integer of an attribute written as key=1, "key":"1" or "key":{"n":"1"}, if there is one."""
+        digits = self.find(rf'\b{key}"?[=:]\s*(?:\{{"n":)?"?(-?\d+)')
+        return int(digits) if digits else None
 
     @property
     def source(self) -> str:
-        """The operation of the traced program that it is from."""
+        """The operation of the traced program that this instruction implements."""
         return self.find(r'op_name="([^"]*)"')
 
     @property
     def target(self) -> str:
-        """What a custom call calls."""
+        """The function that a custom call calls."""
         return self.find(r'custom_call_target="([^"]*)"')
 
     @property
     def kind(self) -> str | None:
-        """Of a collective."""
+        """The kind of collective, or None for any other instruction."""
         is_permute = self.opcode == "send" and "source_target_pairs" in self.rest
-        return "permute" if is_permute else KINDS.get(self.opcode.removesuffix("-start"))
+        return "permute" if is_permute else COLLECTIVE_KINDS.get(self.opcode.removesuffix("-start"))
 
     @property
     def is_product(self) -> bool:
-        """Whether it calls a library for a matrix product."""
+        """True if the instruction calls a library for a matrix product."""
         return self.opcode == "custom-call" and any(word in self.target for word in ("gemm", "matmul"))
 
 
@@ -95,12 +99,12 @@ _HEAD = re.compile(r"\s+(?:ROOT )?%([^\s=]+) = ")
 
 
 def numbers(text: str) -> list[int]:
-    """All whole numbers of a text."""
+    """Returns all whole numbers in a text."""
     return [int(number) for number in re.findall(r"\d+", text)]
 
 
 def _closing(text: str, start: int) -> int:
-    """The index behind the parenthesis that closes the one at `start`."""
+    """Returns the index after the parenthesis that closes the one at `start`."""
     depth = 0
     for match in re.compile(r"[()]").finditer(text, start):
         depth += 1 if match[0] == "(" else -1
@@ -126,58 +130,59 @@ def _instruction(text: str) -> Instruction:
 
 
 def computations_of(text: str) -> tuple[dict[str, Computation], str]:
-    """All computations by name, and the name of the entry."""
-    found: dict[str, Computation] = {}
-    entry, current = "", ""
+    """Returns all computations by name, and the name of the entry computation."""
+    computations: dict[str, Computation] = {}
+    entry = ""
+    current = ""
     lines: list[str] = []
     for line in text.splitlines():
         if not current:
             if head := re.match(r"(ENTRY )?%([^\s(]+) \(.*\{$", line):
                 current = head[2]
-                found[current] = {}
+                computations[current] = {}
                 entry = current if head[1] else entry
             continue
-        # The metadata of a kernel may hold line breaks.
+        # A kernel's metadata may contain line breaks.
         ends = re.fullmatch(r"\}(, execution_thread=.*)?", line)
         if lines and (ends or _HEAD.match(line)):
             instruction = _instruction("\n".join(lines))
-            found[current][instruction.name] = instruction
+            computations[current][instruction.name] = instruction
             lines = []
         if ends:
             current = ""
         elif lines or _HEAD.match(line):
             lines.append(line)
-    return found, entry
+    return computations, entry
 
 
 def _iota(text: str) -> np.ndarray:
-    """The numbers of [4,2]T(1,0): 0, 1, ... laid out so and transposed; or those of a list."""
-    found = re.search(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
-    if not found:
+    """Returns the numbers of an iota such as [4,2]T(1,0), reshaped and transposed, or of a plain list."""
+    iota = re.search(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if not iota:
         return np.array(numbers(text))
-    x = np.arange(math.prod(numbers(found[1]))).reshape(numbers(found[1]))
-    return (x.transpose(numbers(found[2])) if found[2] else x).ravel()
+    x = np.arange(math.prod(numbers(iota[1]))).reshape(numbers(iota[1]))
+    return (x.transpose(numbers(iota[2])) if iota[2] else x).ravel()
 
 
 def device_groups(text: str, devices: int) -> np.ndarray:
-    """Groups of partitions [groups, members] in any of XLA's notations; empty: each is alone."""
-    if found := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", text):
-        pairs = np.array(numbers(found[1]), int).reshape(-1, 2)
+    """Returns groups of partitions [groups, members] from any XLA notation; an empty array if each is alone."""
+    if match := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", text):
+        pairs = np.array(numbers(match[1]), int).reshape(-1, 2)
         return pairs[pairs[:, 0] != pairs[:, 1]]
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, ?device_ids=\(([^{]*)\))? ?\{([^}]*)\}", text):
-        # A mesh of its own, and of it the axes along which a group extends; 'axis':(before)size is a part of one.
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, ?device_ids=\(([^{]*)\))? ?\{([^}]*)\}", text):
+        # The text names a mesh and the axes along which a group extends; 'axis':(before)size is a part of an axis.
         dims: list[int] = []
-        mine: list[int] = []
-        asked = {name: parts for name, *parts in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", found[3])}
-        for name, size in re.findall(r"'([^']+)'=(\d+)", found[1]):
-            before, own = (int(part or 0) for part in asked.get(name, ("", "")))
-            mine += [len(dims) + bool(own)] if name in asked else []
-            dims += [before, own, int(size) // before // own] if own else [int(size)]
-        order = _iota(found[2] or f"[{math.prod(dims)}]").reshape(dims)
-        members = math.prod(dims[axis] for axis in mine)
-        return np.moveaxis(order, mine, range(-len(mine), 0)).reshape(-1, members)
-    if found := re.search(r"replica_groups=(\[[\d,]+\])<=(\[[\d,]+\](?:T\([\d,]+\))?)", text):
-        return _iota(found[2]).reshape(numbers(found[1]))
-    found = re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", text)
-    groups = [numbers(group) for group in re.findall(r"\{([\d,]+)\}", found[1])] if found else []
+        group_axes: list[int] = []
+        parts_of_axis = {name: parts for name, *parts in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", match[3])}
+        for name, size in re.findall(r"'([^']+)'=(\d+)", match[1]):
+            before, part = (int(digits or 0) for digits in parts_of_axis.get(name, ("", "")))
+            group_axes += [len(dims) + bool(part)] if name in parts_of_axis else []
+            dims += [before, part, int(size) // before // part] if part else [int(size)]
+        order = _iota(match[2] or f"[{math.prod(dims)}]").reshape(dims)
+        members = math.prod(dims[axis] for axis in group_axes)
+        return np.moveaxis(order, group_axes, range(-len(group_axes), 0)).reshape(-1, members)
+    if match := re.search(r"replica_groups=(\[[\d,]+\])<=(\[[\d,]+\](?:T\([\d,]+\))?)", text):
+        return _iota(match[2]).reshape(numbers(match[1]))
+    match = re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", text)
+    groups = [numbers(group) for group in re.findall(r"\{([\d,]+)\}", match[1])] if match else []
     return np.array([group for group in groups if len(group) == len(groups[0])] or [list(range(devices))])

@@ -1,6 +1,6 @@
-"""What one device does in a training step: a compiled program as a tree of operations.
+"""The operations that one device runs in a training step, as a tree with loops.
 
-Sums over it weigh the body of a loop by its trips, which XLA's own `cost_analysis` does not.
+Sums over the tree weight the body of a loop by its trip count, which XLA's own `cost_analysis` does not.
 """
 
 import re
@@ -11,23 +11,23 @@ from functools import cached_property
 
 from train.planning.hlo import Array
 
-# Products over all pairs of positions that an attention kernel makes, by a part of its name.
-ATTENTION = {"mha_fwd": 2, "mha_dq": 3, "mha_dkv": 4, "SoftmaxBackward": 5, "fmha": 2}
+# Number of products over all pairs of positions in an attention kernel, by a part of its name.
+ATTENTION_PRODUCTS = {"mha_fwd": 2, "mha_dq": 3, "mha_dkv": 4, "SoftmaxBackward": 5, "fmha": 2}
 
 
 @dataclass(frozen=True)
 class Collective:
-    """One communication between devices, and how often a step does it.
+    """One communication between devices, and how often a step runs it.
 
     Attributes:
         kind: all-gather, all-reduce, reduce-scatter, all-to-all or permute.
         axes: mesh axes along which the devices of a group differ, in the mesh's order; one named "slice" is slow.
-        group: devices that take part.
-        dtype: of the largest array.
-        payload_bytes: of all arrays: the output of a gather, the input of the others.
-        asynchronous: whether something may run meanwhile.
+        group: number of devices that take part.
+        dtype: dtype of the largest array.
+        payload_bytes: bytes of all arrays: the output of an all-gather, the input of other kinds.
+        asynchronous: true if other operations may run meanwhile.
         source: the operation of the traced program.
-        count: times a step.
+        count: number of runs in a step.
     """
 
     kind: str
@@ -41,23 +41,24 @@ class Collective:
 
     @property
     def slow(self) -> bool:
-        """Whether it crosses slices."""
+        """True if the collective crosses slices."""
         return "slice" in self.axes
 
     @property
     def sent_bytes(self) -> float:
-        """What one device sends, once, where the group is a ring."""
+        """Bytes that one device sends in one run, with the group as a ring."""
         share = 1 if self.kind == "permute" else (self.group - 1) / self.group
         return self.payload_bytes * share * (2 if self.kind == "all-reduce" else 1)
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A custom call that is no plain matrix product, such as attention.
+    """A custom call that is not a plain matrix product, such as attention.
 
     Attributes:
-        name: of a Pallas kernel, or the call's target.
-        operands: in order; so are results.
+        name: name of a Pallas kernel, or the target of the call.
+        operands: arrays that the call takes, in order.
+        results: arrays that the call returns, in order.
         estimate: FLOPs that the kernel itself states (Pallas's `cost_estimate`).
         source: the operation of the traced program.
     """
@@ -70,11 +71,11 @@ class Kernel:
 
     @property
     def attention_flops(self) -> float:
-        """FLOPs of an attention kernel's products over all pairs of positions, masked ones too; 0: it is another.
+        """FLOPs of an attention kernel's products over all pairs of positions, masked pairs included; 0 for others.
 
-        Splash attention takes [..., H, T, C], cuDNN [B, T, H, C]; queries first, then keys.
+        Splash attention takes [..., H, T, C], cuDNN [B, T, H, C]; queries come first, then keys.
         """
-        products = next((number for part, number in ATTENTION.items() if part in self.name), 0)
+        products = next((number for part, number in ATTENTION_PRODUCTS.items() if part in self.name), 0)
         arrays = [array for array in self.operands if len(array.dims) > 2 and re.match(r"b?f\d", array.dtype)]
         if not products or len(arrays) < 2:
             return 0.0
@@ -83,19 +84,20 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Operation:
-    """One instruction of the schedule that takes time; a loop, branch or call holds what it runs.
+    """One instruction of the schedule that takes time; a loop, branch or call holds the operations that it runs.
 
     Attributes:
-        name: in the module.
-        flops: of matrix products, 2·M·N·K each; kernels' are not in it.
-        bytes: read from and written to the device's memory.
-        cycles: the TPU compiler's own estimate, its memory traffic included and its collectives not; 0: it has none.
-        collective: what it sends to other devices, beside its own work.
-        kernel: the custom call that it is.
-        host_bytes: moved between the device's memory and the host's.
-        asynchronous: it runs on until another operation waits for it.
-        waits_for: the asynchronous operation that is over when this one is.
-        body: what it runs, `trips` times.
+        name: name of the instruction in the module.
+        flops: FLOPs of matrix products, 2·M·N·K each, without those of kernels.
+        bytes: bytes read from and written to the device's memory.
+        cycles: the TPU compiler's estimate with memory traffic and without collectives; 0 if it has none.
+        collective: the communication that the operation starts, apart from its own computation.
+        kernel: the kernel that the operation calls, if any.
+        host_bytes: bytes moved between the device's memory and the host's.
+        asynchronous: true if it runs until another operation waits for it.
+        waits_for: name of the asynchronous operation that ends with this one.
+        body: operations that a loop, branch or call runs.
+        trips: how often the body runs.
     """
 
     name: str
@@ -113,14 +115,14 @@ class Operation:
 
 @dataclass(frozen=True)
 class Program:
-    """What one device does in one run of a module.
+    """All that one device runs in one execution of a module.
 
     Attributes:
-        operations: of the entry computation, in order.
-        arrays: every result that lies in memory: of all instructions but those inside fusions.
-        instructions: of the whole module, which says how large it is.
-        aliases: results that take the memory of an argument.
-        notes: what could not be read, in words.
+        operations: operations of the entry computation, in order.
+        arrays: every result in memory, that is of all instructions outside fusions.
+        instructions: number of instructions of the whole module, a measure of its size.
+        aliases: number of results that reuse the memory of an argument.
+        notes: sentences about parts that could not be read.
     """
 
     operations: tuple[Operation, ...]
@@ -130,7 +132,7 @@ class Program:
     notes: tuple[str, ...]
 
     def walk(self) -> Iterator[tuple[Operation, int]]:
-        """Each operation that holds no others, and how often a step runs it."""
+        """Yields every operation without a body, and how often a step runs it."""
         yield from walked(self.operations, 1)
 
     @cached_property
@@ -140,35 +142,35 @@ class Program:
 
     @cached_property
     def cycles(self) -> int:
-        """The TPU compiler's estimate of all that it has one for."""
+        """The sum of the TPU compiler's estimates over a step."""
         return sum(operation.cycles * times for operation, times in self.walk())
 
     @cached_property
     def host_bytes(self) -> int:
-        """Bytes moved between the device's memory and its host's, both ways."""
+        """Bytes moved between the device's memory and the host's in a step, both ways."""
         return sum(operation.host_bytes * times for operation, times in self.walk())
 
     @cached_property
     def collectives(self) -> tuple[Collective, ...]:
-        """Each that the module holds, once, with its count a step."""
+        """Every collective of the module, with its count in a step."""
         return tuple(replace(o.collective, count=times) for o, times in self.walk() if o.collective)
 
     @cached_property
     def kernels(self) -> dict[Kernel, int]:
-        """Kernel → times a step."""
-        found: Counter[Kernel] = Counter()
+        """The number of runs in a step by kernel."""
+        counts: Counter[Kernel] = Counter()
         for operation, times in self.walk():
             if operation.kernel:
-                found[operation.kernel] += times
-        return dict(found)
+                counts[operation.kernel] += times
+        return dict(counts)
 
     def holding(self, elements: int) -> list[Array]:
-        """The arrays of at least so many elements, the largest first."""
+        """Returns the arrays with at least `elements` elements, the largest first."""
         return sorted((a for a in self.arrays if a.elements >= elements), key=lambda a: (-a.elements, a.dtype, a.dims))
 
 
 def walked(operations: tuple[Operation, ...], times: int) -> Iterator[tuple[Operation, int]]:
-    """Each operation that runs no others, with how often it runs."""
+    """Yields every operation without a body, and how often it runs."""
     for operation in operations:
         if operation.body:
             yield from walked(operation.body, times * operation.trips)

@@ -1,4 +1,4 @@
-"""What a training step will take on given devices: memory, work, traffic and time, read from its compiled program."""
+"""The plan of a training step on given devices: memory, work, traffic and time, read from its compiled program."""
 
 import functools
 import math
@@ -31,33 +31,35 @@ UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will take; figures of a device are of each device, figures of a step of the full batch.
+    """Figures of a run before it starts; per-device figures are of one device, per-step figures of the full batch.
 
     Attributes:
-        topology: as asked, or this machine.
+        topology: the topology as the user wrote it, or this machine.
         device_kind: JAX's name of the devices.
-        mesh: sizes by axis.
-        attention: the kernel, and why it is the one.
-        fits: whether a device holds the step.
-        refused: what the compiler said where it does not; none: it compiled.
-        memory_bytes_per_device: that a program can have.
-        peak_bytes_per_device: at the worst moment; where the compiler refused, what it says it would need.
-        argument_bytes_per_device: the state and a batch.
-        memory: bytes a device of `weights`, `optimizer`, `average`, `batch` and, at the worst moment, `temporaries`;
-            of `output`, and of it `aliased` with the state that was given; of the program's `code`; in `host` memory.
-        model_flops_per_device: by the formula of `train.run.step_log`, a step.
-        flops_per_device: of the compiled program's matrix products and attention kernels, a step.
-        collective_bytes_per_device: payload of all collectives, a step.
-        collectives: by kind, mesh axes and dtype.
-        compute_seconds: of a step, by the compiler's own cycles where it has them.
-        estimated_step_seconds: by the compiled schedule, with the chip's figures.
-        estimated_by: what it takes the time of an operation from; of communication it is the bytes sent / bandwidth.
-        estimated_mfu: model FLOPs over the estimate, of the chip's peak.
-        breakdown: what the estimate is made of, [words, seconds]; the first is model FLOPs at peak.
-        bottleneck: the largest of what is not that.
-        measured_step_seconds: on this machine alone.
-        notes: what could not be read of the program.
-        days: of `tokens` at the estimated speed; so are device_hours, and cost in dollars.
+        mesh: size by mesh axis.
+        attention: the attention kernel, and the reason for its choice.
+        fits: true if the memory of a device is enough for the step.
+        refused: the compiler's message for a program that does not fit, or None.
+        memory_bytes_per_device: memory that a program can use.
+        peak_bytes_per_device: memory at the worst moment, or the compiler's own figure if it refused the program.
+        argument_bytes_per_device: bytes of the state and one batch.
+        memory: bytes of `weights`, `optimizer`, `average`, `batch` and, at the worst moment, `temporaries`; of `output`
+            and its part `aliased` with the donated state; of the program's `code`; and in `host` memory.
+        model_flops_per_device: model FLOPs of a step by the formula of `train.step.flops`.
+        flops_per_device: FLOPs of the compiled program's matrix products and attention kernels in a step.
+        collective_bytes_per_device: payload of all collectives in a step.
+        collectives: one record for each kind, mesh axes and dtype.
+        compute_seconds: seconds of computation in a step, by the compiler's own cycles if it has them.
+        estimated_step_seconds: simulated time of the compiled schedule with the chip's figures.
+        estimated_by: source of the operations' times; communication is always bytes sent / bandwidth.
+        estimated_mfu: model FLOPs over the estimated time, as a share of the chip's peak.
+        breakdown: the terms of the estimate as (words, seconds); the first is model FLOPs at peak.
+        bottleneck: the resource that is busy for longest.
+        measured_step_seconds: measured time of a step, for this machine only.
+        notes: sentences about parts of the program that could not be read.
+        days: days for `tokens` at the estimated speed.
+        device_hours: device-hours for `tokens` at the estimated speed.
+        cost: dollars for `tokens` at `price` for a device-hour.
     """
 
     topology: str
@@ -97,7 +99,7 @@ class Plan:
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Of plain values, for JSON."""
+        """Returns plain values for JSON."""
         return asdict(self)
 
 
@@ -110,18 +112,19 @@ def make_plan(
     tokens: float | None = None,
     price: float | None = None,
 ) -> Plan:
-    """The plan that a compiled step comes to.
+    """Makes the plan of a compiled step.
 
     Args:
-        config: resolved.
-        mesh: that it was compiled for.
-        chip: figures of a device; its memory is what a program can have.
-        compilation: of `compile_step`.
-        topology: what the devices are called.
-        tokens: to train on; none: those of `train.num_steps`.
-        price: dollars of a device-hour.
+        config: the resolved settings of the run.
+        mesh: mesh that the step was compiled for.
+        chip: figures of one device, with the memory that a program can use.
+        compilation: the compiled step, from `compile_step`.
+        topology: name of the devices in the plan.
+        tokens: tokens to train on; by default those of `train.num_steps`.
+        price: dollars for one device-hour.
     """
-    T, rows = config.data.segment_length, config.train.batch_size
+    T = config.data.segment_length
+    rows = config.train.batch_size
     model_flops = flops_per_token(config.model, T) * rows * T / mesh.size
     arguments = argument_bytes(config, mesh)
     peak, memory = _memory(arguments, compilation, chip.platform == "cpu")
@@ -155,51 +158,51 @@ def make_plan(
 
 
 def argument_bytes(config: Config, mesh: Mesh) -> dict[str, int]:
-    """Bytes a device of what a step is given, by kind: `weights`, `optimizer`, `average` and `batch`."""
+    """Returns the bytes per device of a step's arguments: `weights`, `optimizer`, `average` and `batch`."""
     with jax.set_mesh(mesh):
         state = abstract_state(config, make_optimizer(config))
-    given: dict[str, Any] = {name: state[name] for name in ("weights", "optimizer", "average") if name in state}
-    given["batch"] = abstract_batch(config, mesh)
+    arguments: dict[str, Any] = {name: state[name] for name in ("weights", "optimizer", "average") if name in state}
+    arguments["batch"] = abstract_batch(config, mesh)
 
-    def of_device(x: jax.ShapeDtypeStruct) -> int:
+    def shard_bytes(x: jax.ShapeDtypeStruct) -> int:
         assert x.sharding is not None
         return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
 
-    return {name: sum(map(of_device, jax.tree.leaves(part))) for name, part in given.items()}
+    return {name: sum(map(shard_bytes, jax.tree.leaves(tree))) for name, tree in arguments.items()}
 
 
 def _memory(arguments: Mapping[str, int], compilation: Compilation, cpu: bool) -> tuple[int, dict[str, int]]:
-    """(bytes at the worst moment, bytes by kind)."""
+    """Returns (bytes at the worst moment, bytes by kind)."""
     m = compilation.memory
     if compilation.refused:
         needed = [
             float(number) * UNITS[unit] for number, unit in re.findall(r"(\d[\d.]*)([KMGT])", compilation.refused)
         ]
         return max(int(max(needed, default=0)), sum(arguments.values())), dict(arguments)
-    # On CPU the compiler's peak leaves the temporaries out.
+    # The CPU compiler's peak does not include temporaries.
     peak = max(m["peak"], m["argument"] + m["temp"] + m["output"] - m["alias"]) if cpu else m["peak"]
     host = sum(size for name, size in m.items() if name.startswith("host_") and name != "host_generated_code")
-    rest = {
+    program = {
         "temporaries": max(peak - m["argument"], 0),
         "output": m["output"],
         "aliased": m["alias"],
         "code": m["generated_code"],
         "host": host,
     }
-    return peak, dict(arguments) | rest
+    return peak, dict(arguments) | program
 
 
 def budget(
     tokens: float, tokens_per_second: float, devices: int, price: float | None
 ) -> tuple[float, float, float | None]:
-    """(days, device-hours, dollars where there is a price of a device-hour) of so many tokens."""
+    """Returns (days, device-hours, dollars if there is a price) to train on `tokens`."""
     seconds = tokens / tokens_per_second
     hours = seconds / 3600 * devices
     return seconds / 86_400, hours, None if price is None else hours * price
 
 
 def _with_estimate(plan: Plan, mesh: Mesh, chip: Chip, text: str) -> Plan:
-    """The plan with what the compiled program tells."""
+    """Adds the figures that are read from the compiled program."""
     program = read_program(text, dict(mesh.shape))
     bandwidth = functools.cache(lambda axes: bandwidth_over(mesh, axes, chip))
     costs = Costs(chip.cycles_per_second, chip.peak_flops, chip.memory_bandwidth, bandwidth, chip.host_bandwidth)
@@ -228,41 +231,43 @@ def _with_estimate(plan: Plan, mesh: Mesh, chip: Chip, text: str) -> Plan:
 
 
 def _collectives(program: Program, bandwidth: Callable[[tuple[str, ...]], float]) -> list[dict[str, Any]]:
-    """Per step and device, the largest first; `seconds` are of the links alone, hidden behind other work or not."""
-    found: dict[tuple[str, tuple[str, ...], str], Counter[str]] = defaultdict(Counter)
+    """Sums collectives by kind, axes and dtype, the largest first; `seconds` are of the links, hidden or not."""
+    totals: dict[tuple[str, tuple[str, ...], str], Counter[str]] = defaultdict(Counter)
     for c in program.collectives:
-        total = found[c.kind, c.axes, c.dtype]
+        total = totals[c.kind, c.axes, c.dtype]
         total["bytes"] += c.payload_bytes * c.count
         total["sent_bytes"] += round(c.sent_bytes * c.count)
         total["count"] += c.count
     rows = [
-        {"kind": kind, "axes": list(axes), "dtype": dtype, **of, "seconds": of["sent_bytes"] / bandwidth(axes)}
-        for (kind, axes, dtype), of in found.items()
+        {"kind": kind, "axes": list(axes), "dtype": dtype, **total, "seconds": total["sent_bytes"] / bandwidth(axes)}
+        for (kind, axes, dtype), total in totals.items()
     ]
     return sorted(rows, key=lambda row: -row["bytes"])
 
 
 def flops_of_kernel(kernel: Kernel) -> float:
-    """As the kernel says itself; of attention else all pairs of positions, masked or not; 0 where nothing is known."""
+    """Returns the FLOPs that a kernel states, or those of attention over all pairs, or 0 if unknown."""
     return kernel.attention_flops if kernel.estimate is None else kernel.estimate
 
 
 def _breakdown(model_flops: float, program: Program, costs: Costs, line: Timeline) -> list[tuple[str, float]]:
-    """What the estimate is made of; it adds up to it."""
+    """Splits the estimate into terms that add up to it."""
     at_peak: dict[str, float] = defaultdict(float)
     below_peak: dict[str, float] = defaultdict(float)
     for operation, times in program.walk():
-        of_kernel = flops_of_kernel(operation.kernel) if operation.kernel else 0.0
-        if flops := operation.flops + of_kernel:
-            what = "attention kernels" if of_kernel else "matrix products"
-            at_peak[what] += times * flops / costs.peak_flops
-            below_peak[what] += times * (costs.seconds(operation) - flops / costs.peak_flops)
-    useful, done, lost = model_flops / costs.peak_flops, sum(at_peak.values()), sum(below_peak.values())
+        kernel_flops = flops_of_kernel(operation.kernel) if operation.kernel else 0.0
+        if flops := operation.flops + kernel_flops:
+            work = "attention kernels" if kernel_flops else "matrix products"
+            at_peak[work] += times * flops / costs.peak_flops
+            below_peak[work] += times * (costs.seconds(operation) - flops / costs.peak_flops)
+    useful = model_flops / costs.peak_flops
+    done = sum(at_peak.values())
+    lost = sum(below_peak.values())
     parts = [
         ("model FLOPs at the chip's peak", useful),
         ("FLOPs beyond the model's: recomputed, masked by attention, of the optimizer", done - useful),
-        *((f"{what} below the peak", seconds) for what, seconds in below_peak.items()),
-        ("what is no product: norms, softmax, optimizer, copies", line.compute - done - lost),
+        *((f"{work} below the peak", seconds) for work, seconds in below_peak.items()),
+        ("no matrix products: norms, softmax, optimizer, copies", line.compute - done - lost),
         *((f"waiting for communication over {' × '.join(axes)}", s) for axes, s in line.waiting.items()),
         ("waiting for copies within the device's memory", line.memory),
         ("waiting for the host's memory", line.host),
@@ -271,7 +276,7 @@ def _breakdown(model_flops: float, program: Program, costs: Costs, line: Timelin
 
 
 def _bottleneck(line: Timeline) -> str:
-    """What is busy for longest."""
+    """Returns the resource that is busy for longest."""
     busy = {f"communication over {' × '.join(axes)}": s for axes, s in line.communication.items()}
     busy |= {"compute": line.compute, "the host's memory": line.transfer}
     return max(busy, key=lambda name: busy[name])

@@ -1,8 +1,8 @@
-"""From the text of a compiled program to what one device does.
+"""Reads the text of a compiled program into the operations that one device runs.
 
-XLA's optimized module is scheduled: the instructions of a computation stand in the order in which they run, loops and
-branches name the computations that they run, and what is asynchronous has a start and a done. Modules for TPU, GPU
-and CPU are read alike.
+XLA's optimized module is scheduled: the instructions of a computation are listed in the order in which they run, loops
+and branches name the computations that they run, and an asynchronous operation has a start and a done. Modules for
+TPU, GPU and CPU are read alike.
 """
 
 import math
@@ -14,9 +14,9 @@ from dataclasses import replace
 import numpy as np
 
 from train.planning.hlo import (
+    COLLECTIVE_KINDS,
     DEVICE,
     HOST,
-    KINDS,
     Array,
     Computation,
     Instruction,
@@ -26,13 +26,13 @@ from train.planning.hlo import (
 )
 from train.planning.operations import Collective, Kernel, Operation, Program, walked
 
-COPIES = ("copy", "slice", "dynamic-slice", "dynamic-update-slice")
-NOTHING = {
+COPY_OPCODES = ("copy", "slice", "dynamic-slice", "dynamic-update-slice")
+FREE_OPCODES = {
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "opt-barrier", "partition-id",
     "replica-id", "add-dependency", "recv", "send-done", "async-update", "call-update", "domain",
 }  # fmt: skip
-BOOKKEEPING = {"AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "SliceId", "ZeroCrop", "Sharding"}
-# Of more the compiler has no idea: ten minutes.
+FREE_TARGETS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "SliceId", "ZeroCrop", "Sharding"}
+# The compiler has no real estimate above this, ten minutes of a TPU.
 MOST_CYCLES = 10**12
 
 
@@ -45,35 +45,36 @@ class _Reader:
         self.devices = int(partitions[1]) if partitions else math.prod(mesh_shape.values())
         self.notes: list[str] = []
         self.arrays: set[Array] = set()
-        self.read: dict[str, tuple[Operation, ...]] = {}
+        self.operations_of: dict[str, tuple[Operation, ...]] = {}
 
     def program(self) -> Program:
-        """The whole module."""
-        operations, instructions = self.operations(self.entry), sum(map(len, self.computations.values()))
+        """Reads the whole module."""
+        operations = self.operations(self.entry)
+        instructions = sum(map(len, self.computations.values()))
         aliases = len(re.findall(r"(?:may|must)-alias", self.head))
         return Program(operations, frozenset(self.arrays), instructions, aliases, tuple(dict.fromkeys(self.notes)))
 
     def operations(self, name: str) -> tuple[Operation, ...]:
-        """What a computation runs, in its order."""
-        if name not in self.read:
+        """Returns the operations of a computation, in their order."""
+        if name not in self.operations_of:
             computation = self.computations[name]
-            # Which operation is behind the channel of a gather that has begun, and behind what a recv shares with its
-            # send.
-            begun: dict[int | None, str] = {}
+            # Maps the channel of a started all-gather, and the key of a send, to the operation's name.
+            started: dict[int | None, str] = {}
             sends = {_rendezvous(i): i.name for i in computation.values() if i.opcode == "send"}
-            found = []
+            operations = []
             for at in computation.values():
                 self.arrays.update(at.results)
-                if at.opcode not in NOTHING and at.target not in BOOKKEEPING:
-                    found.append(self.operation(at, computation, begun, sends))
-            self.read[name] = tuple(found)
-        return self.read[name]
+                if at.opcode not in FREE_OPCODES and at.target not in FREE_TARGETS:
+                    operations.append(self.operation(at, computation, started, sends))
+            self.operations_of[name] = tuple(operations)
+        return self.operations_of[name]
 
     def operation(
-        self, at: Instruction, computation: Computation, begun: dict[int | None, str], sends: dict[str, str]
+        self, at: Instruction, computation: Computation, started: dict[int | None, str], sends: dict[str, str]
     ) -> Operation:
-        """One instruction, as far as it costs anything."""
-        opcode, starts = at.opcode.removesuffix("-start"), at.opcode.endswith("-start")
+        """Reads one instruction, as far as it costs anything."""
+        opcode = at.opcode.removesuffix("-start")
+        starts = at.opcode.endswith("-start")
         if opcode == "while":
             return Operation(at.name, body=self.operations(at.called("body")[0]), trips=self.trips(at, computation))
         if opcode == "conditional":
@@ -92,7 +93,7 @@ class _Reader:
             return Operation(at.name, waits_for=before)
         if opcode == "send" and not at.kind:
             return self.sent(at, computation)
-        if opcode in COPIES:
+        if opcode in COPY_OPCODES:
             return self.copied(at, computation, starts)
 
         inside = list(self.inside(at))
@@ -106,23 +107,25 @@ class _Reader:
         holder, around = next(((i, c) for i, c in [(at, computation), *inside] if i.kind), (None, computation))
         if holder is None:
             return operation
-        # The TPU compiler spreads a gather over fusions: it begins in one, goes on in others and ends in another.
-        channel, targets = holder.number("channel_id"), {i.target for i, _ in inside}
+        # The TPU compiler spreads an all-gather over several fusions: the first starts it, the last ends it.
+        channel = holder.number("channel_id")
+        targets = {i.target for i, _ in inside}
         if "AsyncCollectiveDone" in targets:
-            return Operation(at.name, waits_for=begun.pop(channel, at.name))
-        if channel in begun:
+            return Operation(at.name, waits_for=started.pop(channel, at.name))
+        if channel in started:
             return operation
         if "AsyncCollectiveStart" in targets:
-            begun[channel], starts = at.name, True
+            started[channel] = at.name
+            starts = True
         elif starts or opcode == "send":
             starts = not at.find(r'"is_sync":\s*(true)')
         collective = self.collective(holder, around, starts, at)
-        # Its own traffic to and from memory is part of the communication.
+        # Memory traffic without a product is part of the communication itself.
         bytes_ = operation.bytes if operation.flops else 0
         return replace(operation, bytes=bytes_, collective=collective, asynchronous=starts and collective is not None)
 
     def inside(self, at: Instruction) -> Iterator[tuple[Instruction, Computation]]:
-        """All that a fusion, or what wraps one instruction, is made of, and in which computation it stands."""
+        """Yields every instruction inside a fusion or wrapper, with the computation that holds it."""
         for name in at.called("calls"):
             for instruction in self.computations[name].values():
                 yield instruction, self.computations[name]
@@ -131,15 +134,17 @@ class _Reader:
     def collective(
         self, at: Instruction, computation: Computation, asynchronous: bool, outer: Instruction
     ) -> Collective | None:
-        """None: nothing leaves the device."""
-        groups, kind, operands = device_groups(at.rest, self.devices), at.kind, _results(at.operands, computation)
+        """Returns the communication of an instruction, or None if no data leaves the device."""
+        groups = device_groups(at.rest, self.devices)
+        kind = at.kind
+        operands = _results(at.operands, computation)
         if "source_target_pairs={}" in at.rest:
-            self.notes.append(f"{at.name}: nobody sends anything, so that its result is all zeros ({at.source})")
+            self.notes.append(f"{at.name}: no device sends anything, so its result is all zeros ({at.source})")
         if groups.size == 0 or groups.shape[1] == 1 or not operands:
             return None
         assert kind
         if kind == "all-reduce" and at is not outer:
-            # A TPU's scattered sum of a group is a fusion which only a slice of the sum leaves.
+            # On TPU a reduce-scatter within a group is a fusion that returns only a slice of the all-reduce.
             sums = {at.name, *(i.name for i in computation.values() if at.name in i.operands)}
             slices = [i for i in computation.values() if i.opcode == "dynamic-slice" and i.operands[0] in sums]
             kind = "reduce-scatter" if slices else kind
@@ -151,25 +156,27 @@ class _Reader:
         return Collective(kind, axes, size, dtype, payload, asynchronous, at.source or outer.source)
 
     def sent(self, at: Instruction, computation: Computation) -> Operation:
-        """A send to the host, or to the runtime that carries out collectives between slices."""
+        """Reads a send to the host, or to the runtime that carries out collectives between slices."""
         array = _results(at.operands, computation)[0]
         transfer = at.find(r'_xla_megascale_transfer_type="(\w+)"')
         if not transfer:
             return Operation(at.name, host_bytes=array.bytes, asynchronous=True)
         slices = math.prod(self.mesh_shape.values()) // self.devices
         kind = transfer.lower().replace("_", "-")
-        kind = kind if kind in KINDS else "all-to-all"
+        kind = kind if kind in COLLECTIVE_KINDS else "all-to-all"
         payload = array.bytes * (slices if kind == "all-gather" else 1)
         collective = Collective(kind, ("slice",), slices, array.dtype, payload, True, at.source)
         return Operation(at.name, collective=collective, asynchronous=True)
 
     def copied(self, at: Instruction, computation: Computation, asynchronous: bool) -> Operation:
-        """A copy of an array or of a part, within the device's memory or between it and the host's."""
-        operands, kind = _results(at.operands, computation), at.opcode.removesuffix("-start")
+        """Reads a copy of an array or of a part, within the device's memory or to or from the host's."""
+        operands = _results(at.operands, computation)
+        kind = at.opcode.removesuffix("-start")
         if kind == "dynamic-update-slice":
-            before, into, moved = operands[1], operands[0], operands[1].bytes
+            before, into = operands[1], operands[0]
+            moved = before.bytes
         else:
-            # What a slice's start gives holds its operands first.
+            # The result tuple of a slice-start begins with its operands.
             before, into = operands[0], at.results[len(operands) if asynchronous and kind != "copy" else 0]
             moved = into.bytes
         spaces = {before.space, into.space}
@@ -179,7 +186,7 @@ class _Reader:
         return Operation(at.name, bytes=moved * sides, cycles=self.cycles(at), asynchronous=asynchronous)
 
     def kernel(self, at: Instruction, computation: Computation) -> Kernel | None:
-        """The kernel that an instruction calls, if it calls one."""
+        """Returns the kernel that an instruction calls, if it calls one."""
         if at.opcode != "custom-call" or at.is_product:
             return None
         estimate = at.find(r'cost_estimate"?:\s*\{[^}]*?"flops":\s*"?(\d+)')
@@ -188,14 +195,14 @@ class _Reader:
         return Kernel(name, operands, at.results, float(estimate) if estimate else None, at.source)
 
     def cycles(self, at: Instruction) -> int:
-        """The compiler's estimate, where it has one."""
+        """Returns the compiler's estimate of cycles, or 0."""
         cycles = at.number("estimated_cycles") or 0
         if cycles > MOST_CYCLES:
-            self.notes.append(f"{at.name.partition('.')[0]}: the compiler's estimate of {cycles} cycles is left out")
+            self.notes.append(f"{at.name.partition('.')[0]}: the compiler's estimate of {cycles} cycles is ignored")
         return cycles if cycles <= MOST_CYCLES else 0
 
     def flops(self, at: Instruction, computation: Computation) -> float:
-        """2·M·N·K of a matrix product, however it is written."""
+        """Returns 2·M·N·K of a matrix product in any of its notations."""
         if at.opcode == "convolution":
             return _convolution_flops(at, *_results(at.operands[:2], computation))
         if at.opcode != "dot" and not at.is_product:
@@ -207,7 +214,7 @@ class _Reader:
         return 2.0 * at.results[0].elements * math.prod(dims[axis] for axis in contracted)
 
     def bytes(self, at: Instruction, computation: Computation) -> int:
-        """Device memory that it reads and writes: of what it slices or updates in place, only that part."""
+        """Returns the bytes of device memory that an instruction moves; a slice or update counts only its part."""
         operands = [computation[name].results for name in at.operands if name in computation]
         if at.opcode in ("gather", "reshape"):
             return 2 * _in_memory(at.results)
@@ -233,7 +240,7 @@ class _Reader:
         return int(total)
 
     def trips(self, at: Instruction, computation: Computation) -> int:
-        """As XLA says; else from its counter's bound, start and step, where these are constants as those of a scan."""
+        """Returns a loop's trip count: from XLA, or else from constant bound, start and step of its counter."""
         known = at.number("known_trip_count")
         if known is not None:
             return known
@@ -245,7 +252,7 @@ class _Reader:
             condition[name].number("index") for name in compare.operands if condition[name].opcode != "constant"
         ]
         if limit is None or len(counters) != 1 or counters[0] is None or "direction=GE" in compare.rest:
-            self.notes.append(f"{at.name}: how often it runs is not in the program; it is taken to run once")
+            self.notes.append(f"{at.name}: the program does not state its trip count; it is counted once")
             return 1
         before = computation[at.operands[0]]
         first = _constant(computation, before.operands[counters[0]]) if before.opcode == "tuple" else 0
@@ -261,7 +268,7 @@ def _weight(operations: tuple[Operation, ...]) -> tuple[float, ...]:
 
 
 def _rendezvous(at: Instruction) -> str:
-    """What a send and the recv that belongs to it have in common."""
+    """Returns the key that a send shares with its recv."""
     return at.find(r'rendezvous="([^"]*)"') or str(at.number("channel_id"))
 
 
@@ -274,7 +281,7 @@ def _in_memory(arrays: tuple[Array, ...]) -> int:
 
 
 def _part(at: Instruction, users: Mapping[str, list[Instruction]]) -> float:
-    """Bytes that a fusion reads of one of its arrays, where it reads but slices of it; else no bound."""
+    """Returns the bytes that a fusion reads of a parameter if it only slices it, or infinity."""
     total = 0.0
     for user in users[at.name]:
         in_place = user.operands[0] == at.name
@@ -288,7 +295,7 @@ def _part(at: Instruction, users: Mapping[str, list[Instruction]]) -> float:
 
 
 def _constant(computation: Computation, name: str) -> int | None:
-    """The value of an integer, seen through copies."""
+    """Returns the value of an integer constant, seen through copies."""
     at = computation.get(name)
     while at and at.opcode in ("copy", "bitcast", "convert"):
         at = computation.get(at.operands[0])
@@ -296,7 +303,10 @@ def _constant(computation: Computation, name: str) -> int | None:
 
 
 def _convolution_flops(at: Instruction, left: Array, right: Array) -> float:
-    """The batch, contracted and free dimensions of a product may each be a window; what a window pads is no work."""
+    """Returns the FLOPs of a matrix product written as a convolution.
+
+    Its batch, contracted and free dimensions may each be a window; padding of a window is not counted.
+    """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", at.rest)
     assert labels
     of_left, of_right, of_result = labels.groups()
@@ -316,11 +326,11 @@ def _convolution_flops(at: Instruction, left: Array, right: Array) -> float:
 
 
 def read_program(text: str, mesh_shape: Mapping[str, int]) -> Program:
-    """Read a compiled module's `as_text()`.
+    """Reads a compiled module's `as_text()`.
 
     Args:
-        text: optimized and scheduled.
-        mesh_shape: axis → size, as in `mesh.shape`; partition i of the module is device i of the flattened mesh, or
-            of one slice of it.
+        text: the optimized and scheduled module.
+        mesh_shape: size by axis, as in `mesh.shape`; partition i of the module is device i of the flattened mesh, or
+            of one of its slices.
     """
     return _Reader(text, dict(mesh_shape)).program()

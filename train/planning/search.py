@@ -1,4 +1,4 @@
-"""Which meshes, parts of a batch and remat policies a run can have on given devices, by how long its step may take."""
+"""Searches the meshes, accumulation parts and remat policies of a run on given devices for the fastest step."""
 
 import functools
 import itertools
@@ -23,22 +23,24 @@ from train.planning.estimate import Estimate, Machine, estimate
 from train.planning.plan import argument_bytes
 from train.planning.topology import bandwidth_over
 
-SHARED = AXES[1:]
-PARTS, REMAT = "train.accumulation_steps", "model.remat_policy"
-SEARCHED = (*(f"mesh.{axis}" for axis in SHARED), PARTS, REMAT)
-# By how much a compiled step's peak may lie below its estimate, and its seconds below theirs where others on the same
-# topology lie: docs/scaling.md has what was measured.
-PEAK_ERROR, SECONDS_ERROR = 0.2, 0.2
+AXES_IN_SLICE = AXES[1:]
+PARTS = "train.accumulation_steps"
+REMAT = "model.remat_policy"
+SEARCHED = (*(f"mesh.{axis}" for axis in AXES_IN_SLICE), PARTS, REMAT)
+# Largest expected relative error of an estimated peak, and of estimated seconds after correction by compiled steps of
+# the same topology: docs/scaling.md has the measured errors.
+PEAK_ERROR = 0.2
+SECONDS_ERROR = 0.2
 
 
 class Candidate(NamedTuple):
     """One way to run a step.
 
     Attributes:
-        changes: the fields in which it differs from others, as the command line takes them.
-        mesh: sizes by axis.
-        rows: of a part of the batch on a device.
-        estimate: before anything is compiled.
+        changes: fields in which it differs from other candidates, as the command line takes them.
+        mesh: size by mesh axis.
+        rows: rows of one accumulation part on one device.
+        estimate: figures from sizes alone, before compilation.
     """
 
     changes: dict[str, str]
@@ -48,23 +50,23 @@ class Candidate(NamedTuple):
 
 
 def candidates(config: Config, devices: Sequence[Any], chip: Chip, given: Collection[str]) -> list[Candidate]:
-    """All that are legal and may fit: those that should, the fastest first by their estimates, then the others.
+    """Returns all candidates that are legal and may fit, by estimated time; those that may not fit come last.
 
-    The batch of a step stays: it is part of what is learned. A device's part of it follows from the mesh and from the
-    number of parts.
+    The batch of a step is never changed, because it affects learning. A device's share of it follows from the mesh and
+    the number of accumulation parts.
 
     Args:
-        config: resolved.
-        devices: of the topology.
-        chip: figures of a device; its memory is what a program can have.
-        given: fields that stay as the config has them.
+        config: the resolved settings of the run.
+        devices: devices of the topology.
+        chip: figures of one device, with the memory that a program can use.
+        given: names of fields that keep the config's values.
 
     Raises:
-        InputError: none is legal, or none may fit.
+        InputError: no candidate is legal, or none may fit.
     """
     legal = list(_legal(config, devices, chip, given))
     if not legal:
-        # The config's own mesh is not legal, either, and can say why.
+        # The config's own mesh is not legal either, so this raises an InputError that says why.
         make_mesh(config, devices)
     assert legal
     fitting = [c for c in legal if c.estimate.peak_bytes * (1 - PEAK_ERROR) <= chip.memory_bytes]
@@ -78,34 +80,35 @@ def candidates(config: Config, devices: Sequence[Any], chip: Chip, given: Collec
 
 
 def worth_compiling(candidate: Candidate, compiled: Sequence[tuple[Candidate, float]]) -> bool:
-    """Whether it may be faster than what is compiled already, for all that the estimates' error allows.
+    """True if a candidate may be faster than the best compiled one, within the error of the estimates.
 
     Args:
-        candidate: the next one.
-        compiled: others, with the seconds of their steps. By how much all estimates are off alike they tell.
+        candidate: the next candidate by estimated time.
+        compiled: compiled candidates with the seconds of their steps, which correct the common error of all estimates.
     """
     if not compiled:
         return True
-    alike = statistics.median(seconds / other.estimate.step_seconds for other, seconds in compiled)
+    correction = statistics.median(seconds / other.estimate.step_seconds for other, seconds in compiled)
     best = min(seconds for _, seconds in compiled)
-    return candidate.estimate.step_seconds * alike * (1 - SECONDS_ERROR) < best
+    return candidate.estimate.step_seconds * correction * (1 - SECONDS_ERROR) < best
 
 
 def _legal(config: Config, devices: Sequence[Any], chip: Chip, given: Collection[str]) -> Iterator[Candidate]:
-    own = {f"mesh.{axis}": getattr(config.mesh, axis) for axis in SHARED} | {
+    own = {f"mesh.{axis}": getattr(config.mesh, axis) for axis in AXES_IN_SLICE} | {
         PARTS: config.train.accumulation_steps, REMAT: config.model.remat_policy
     }  # fmt: skip
-    rows, slices = config.train.batch_size, {getattr(device, "slice_index", 0) for device in devices}
+    rows = config.train.batch_size
+    slices = {getattr(device, "slice_index", 0) for device in devices}
     all_parts = [own[PARTS]] if PARTS in given else [n for n in range(1, rows + 1) if rows % n == 0]
     policies = [own[REMAT]] if REMAT in given else list(REMAT_POLICIES)
     state = _state(config)
     num_slices = config.mesh.slices or (len(slices) if devices[0].platform == "tpu" else 1)
-    for sizes in _factors(len(devices) // num_slices, len(SHARED)):
-        of_axis: dict[str, Any] = dict(zip(SHARED, sizes, strict=True))
-        asked = {f"mesh.{axis}": size for axis, size in of_axis.items()}
-        if any(own[name] not in (size, -1) for name, size in asked.items() if name in given):
+    for sizes in _factors(len(devices) // num_slices, len(AXES_IN_SLICE)):
+        axis_sizes: dict[str, Any] = dict(zip(AXES_IN_SLICE, sizes, strict=True))
+        mesh_fields = {f"mesh.{axis}": size for axis, size in axis_sizes.items()}
+        if any(own[name] not in (size, -1) for name, size in mesh_fields.items() if name in given):
             continue
-        on_mesh = replace(config, mesh=replace(config.mesh, **of_axis))
+        on_mesh = replace(config, mesh=replace(config.mesh, **axis_sizes))
         shape = mesh_shape(on_mesh.mesh, len(devices), num_slices)
         machine = None
         for parts in all_parts:
@@ -115,12 +118,12 @@ def _legal(config: Config, devices: Sequence[Any], chip: Chip, given: Collection
             try:
                 machine = machine or _machine(in_parts, devices, chip, state)
             except InputError:
-                # A kernel that is asked for cannot be on this mesh.
+                # The requested attention kernel cannot run on this mesh.
                 break
             share = rows // parts // math.prod(machine.shape[name] for name in _batch_axes(config))
             for policy in policies:
                 changed = replace(in_parts, model=replace(in_parts.model, remat_policy=policy))
-                changes = {name: str(value) for name, value in (asked | {PARTS: parts, REMAT: policy}).items()}
+                changes = {name: str(value) for name, value in (mesh_fields | {PARTS: parts, REMAT: policy}).items()}
                 yield Candidate(changes, dict(machine.shape), share, estimate(changed, machine))
 
 
@@ -129,7 +132,7 @@ def _batch_axes(config: Config) -> Collection[str]:
 
 
 def _factors(number: int, count: int) -> Iterator[tuple[int, ...]]:
-    """All ways to write a number as a product of so many."""
+    """Yields all ways to write a number as a product of `count` factors."""
     divisors = [n for n in range(1, number + 1) if number % n == 0]
     for sizes in itertools.product(divisors, repeat=count - 1):
         if number % math.prod(sizes) == 0:
@@ -145,6 +148,6 @@ def _machine(config: Config, devices: Sequence[Any], chip: Chip, state: float) -
 
 
 def _state(config: Config) -> float:
-    """Bytes of the state for each byte of the weights, the same on all meshes."""
-    given = argument_bytes(config, on_one_device())
-    return (sum(given.values()) - given["batch"]) / given["weights"]
+    """Returns the bytes of the state for each byte of the weights, which all meshes share."""
+    sizes = argument_bytes(config, on_one_device())
+    return (sum(sizes.values()) - sizes["batch"]) / sizes["weights"]

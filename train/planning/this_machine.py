@@ -1,4 +1,4 @@
-"""This machine, where a plan is for it: what its devices can do, and how long a step takes them."""
+"""Figures of this machine, for plans for its own devices: their speeds, and the measured time of a step."""
 
 import os
 import time
@@ -19,16 +19,20 @@ from train.step.optimizer import make_optimizer
 from train.step.state import make_state
 
 MOVED_BYTES = 2**28
-STEPS, SECONDS = 10, 10.0
+MOST_STEPS = 10
+MOST_SECONDS = 10.0
 
 
-def chip_here(dtype: str) -> Chip:
-    """A device of this machine; what is in no data sheet is measured, and shared by the devices of a CPU.
+def local_chip(dtype: str) -> Chip:
+    """Returns the figures of one local device; figures that no data sheet has are measured.
+
+    CPU devices share the measured figures of the machine.
 
     Args:
-        dtype: of the products that the peak is measured with, where it is.
+        dtype: dtype of the matrix products that measure the peak, if it is measured.
     """
-    device, sharing = jax.local_devices()[0], jax.local_device_count()
+    device = jax.local_devices()[0]
+    sharing = jax.local_device_count()
     stats = device.memory_stats() or {}
     if known := chip_of(device.device_kind):
         return replace(known, memory_bytes=stats.get("bytes_limit", known.memory_bytes))
@@ -44,7 +48,7 @@ def chip_here(dtype: str) -> Chip:
         peak_flops=peak_flops(dtype)[0] / jax.device_count(),
         memory_bytes=memory,
         memory_bandwidth=bandwidth,
-        # Devices of a CPU send by copying: a byte is read and written.
+        # CPU devices communicate by copying, which reads and writes every byte.
         link_bandwidth=bandwidth / 2,
         network_bandwidth=bandwidth / 2,
         host_bandwidth=bandwidth / 2,
@@ -53,7 +57,7 @@ def chip_here(dtype: str) -> Chip:
 
 
 def memory_available() -> int:
-    """Bytes of this machine's memory that nobody uses; where the system does not say: all of its memory."""
+    """Returns the free bytes of this machine's memory, or all bytes if the system reports no free ones."""
     try:
         with open("/proc/meminfo") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
@@ -62,7 +66,7 @@ def memory_available() -> int:
 
 
 def memory_bandwidth() -> float:
-    """Bytes/s that one device reads and writes, of an array larger than its caches."""
+    """Measures the bytes/s that one device reads and writes, with an array larger than its caches."""
     with jax.set_mesh(Mesh(jax.local_devices()[:1], "x")):
         x = jnp.zeros(MOVED_BYTES // 4, jnp.float32)
         add = jax.jit(lambda x: x + 1)
@@ -71,22 +75,23 @@ def memory_bandwidth() -> float:
 
 
 def measured_step(config: Config, mesh: Mesh, executable: Any) -> float:
-    """Seconds of a step on random tokens: the median of some, after one that is not counted.
+    """Returns the median seconds of several steps on random tokens, after one warm-up step.
 
     Args:
-        config: resolved.
-        mesh: of devices that are here.
-        executable: the compiled step.
+        config: the resolved settings of the run.
+        mesh: mesh of local devices.
+        executable: the compiled training step.
     """
-    T, random = config.data.segment_length, np.random.default_rng(0)
+    T = config.data.segment_length
+    random = np.random.default_rng(0)
     assert config.model.vocab_size
     tokens = random.integers(0, config.model.vocab_size, (config.train.batch_size, T + 1), dtype=np.int32)
     ones = np.ones_like(tokens[:, 1:])
-    of_text: dict[str, np.ndarray] = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
-    of_text |= {"positions": ones * np.arange(T, dtype=np.int32), "segment_ids": ones, "loss_weights": ones}
+    arrays: dict[str, np.ndarray] = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
+    arrays |= {"positions": ones * np.arange(T, dtype=np.int32), "segment_ids": ones, "loss_weights": ones}
     with jax.set_mesh(mesh):
         batch = {
-            name: jax.device_put(of_text[name].astype(x.dtype), x.sharding)
+            name: jax.device_put(arrays[name].astype(x.dtype), x.sharding)
             for name, x in abstract_batch(config, mesh).items()
         }
         state = make_state(config, make_optimizer(config))
@@ -98,7 +103,7 @@ def measured_step(config: Config, mesh: Mesh, executable: Any) -> float:
 
         step()
         seconds: list[float] = []
-        while len(seconds) < STEPS and sum(seconds) < SECONDS:
+        while len(seconds) < MOST_STEPS and sum(seconds) < MOST_SECONDS:
             seconds.append(_seconds(step))
     return sorted(seconds)[len(seconds) // 2]
 

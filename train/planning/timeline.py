@@ -1,4 +1,4 @@
-"""How long a compiled program takes: its schedule, run at given speeds."""
+"""The time of a compiled program: its schedule, simulated at given speeds."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -13,12 +13,12 @@ class Costs:
     """The speeds of one device.
 
     Attributes:
-        cycles_per_second: of the compiler's cycles; 0: there are none, a roofline is taken.
-        peak_flops: FLOP/s.
+        cycles_per_second: rate of the compiler's cycles; 0 means that there are none, and a roofline is used.
+        peak_flops: peak FLOP/s of matrix products.
         memory_bandwidth: bytes/s of the device's memory.
-        bandwidth: mesh axes → bytes/s that a device sends to those with which it shares them.
+        bandwidth: function from mesh axes to the bytes/s that a device sends along them.
         host_bandwidth: bytes/s to and from the host's memory.
-        kernel_seconds: of kernels; none: a roofline of their own estimate, or of attention over all pairs.
+        kernel_seconds: seconds of a kernel; by default a roofline of its own estimate, or of attention over all pairs.
     """
 
     cycles_per_second: float
@@ -29,7 +29,7 @@ class Costs:
     kernel_seconds: Callable[[Kernel], float] | None = None
 
     def seconds(self, operation: Operation) -> float:
-        """Of an operation's own work, without what it communicates."""
+        """Returns the seconds of an operation's own work, without its communication."""
         if operation.cycles and self.cycles_per_second:
             return operation.cycles / self.cycles_per_second
         kernel, flops = operation.kernel, operation.flops
@@ -42,16 +42,16 @@ class Costs:
 
 @dataclass(frozen=True)
 class Timeline:
-    """Where the seconds of a step go: `total` is `compute`, all of `waiting`, `memory` and `host`.
+    """The seconds of a step: `total` is the sum of `compute`, all of `waiting`, `memory` and `host`.
 
     Attributes:
-        total: of the step.
-        compute: of fusions, products and kernels.
-        waiting: mesh axes → for communication that nothing hides.
-        memory: for copies within the device's memory that nothing hides.
-        host: for copies to and from the host that nothing hides.
-        communication: mesh axes → of all communication, hidden or not.
-        transfer: of all copies to and from the host, hidden or not.
+        total: seconds of the whole step.
+        compute: seconds of fusions, products and kernels.
+        memory: exposed seconds of copies within the device's memory.
+        host: exposed seconds of copies to and from the host.
+        transfer: seconds of all copies to and from the host, hidden or exposed.
+        waiting: exposed seconds of communication, by mesh axes.
+        communication: seconds of all communication, hidden or exposed, by mesh axes.
     """
 
     total: float
@@ -64,17 +64,16 @@ class Timeline:
 
 
 def timeline(program: Program, costs: Costs) -> Timeline:
-    """Run the schedule as the compiler wrote it: one thing after another, but for what is asynchronous.
+    """Simulates the schedule as the compiler wrote it: in sequence, except for asynchronous operations.
 
-    That begins at its start, once the link that it needs is free (one within slices, one between them, one to the
-    host, one within the device), and is waited for at its done. A loop's body is run twice: the second time stands for
-    all that follow.
+    An asynchronous operation starts once the link that it needs is free (one within slices, one between them, one to
+    the host, one within the device), and its done waits for it. The body of a loop is simulated twice; the second pass
+    represents all that follow.
     """
     clock = _Clock(costs)
     clock.run(program.operations)
 
     def by_axes(name: str) -> dict[tuple[str, ...], float]:
-        """The seconds of one kind, by mesh axes."""
         return {key[1]: seconds for key, seconds in clock.spent.items() if key[0] == name}
 
     total, compute, memory, host, transfer = (
@@ -86,13 +85,13 @@ def timeline(program: Program, costs: Costs) -> Timeline:
 class _Clock:
     def __init__(self, costs: Costs):
         self.costs = costs
-        # By the field of a Timeline, and the mesh axes.
+        # Seconds by (field of Timeline, and mesh axes if it has them).
         self.spent: defaultdict[tuple[Any, ...], float] = defaultdict(float)
         self.free: dict[str, float] = {}
         self.ends: dict[str, tuple[float, tuple[Any, ...]]] = {}
 
     def run(self, operations: tuple[Operation, ...]) -> None:
-        """Run operations one after the other."""
+        """Runs operations in sequence."""
         for operation in operations:
             if operation.body:
                 self.repeat(operation.body, operation.trips)
@@ -102,21 +101,22 @@ class _Clock:
                 self.one(operation)
 
     def repeat(self, body: tuple[Operation, ...], trips: int) -> None:
-        """Run the body of a loop as often as it runs."""
+        """Runs the body of a loop `trips` times."""
         for _ in range(min(trips, 2)):
             before = dict(self.spent)
             self.run(body)
         if trips > 2:
-            rest = {key: (seconds - before.get(key, 0.0)) * (trips - 2) for key, seconds in self.spent.items()}
-            for key, seconds in rest.items():
+            remaining = {key: (seconds - before.get(key, 0.0)) * (trips - 2) for key, seconds in self.spent.items()}
+            for key, seconds in remaining.items():
                 self.spent[key] += seconds
-            later = rest.get(("total",), 0.0)
+            later = remaining.get(("total",), 0.0)
             self.free = {link: time + later for link, time in self.free.items()}
             self.ends = {name: (time + later, key) for name, (time, key) in self.ends.items()}
 
     def one(self, operation: Operation) -> None:
-        """Run one operation."""
-        collective, own = operation.collective, self.costs.seconds(operation)
+        """Runs one operation."""
+        collective = operation.collective
+        own = self.costs.seconds(operation)
         key: tuple[Any, ...]
         if collective:
             self.add(own, "compute")
@@ -139,10 +139,10 @@ class _Clock:
             self.wait(end, key)
 
     def wait(self, end: float, key: tuple[Any, ...]) -> None:
-        """Let the time pass until then, and note what it was spent on."""
+        """Advances the time to `end`, and records the kind of waiting."""
         self.add(max(end - self.spent["total",], 0.0), *key)
 
     def add(self, seconds: float, *key: Any) -> None:
-        """Spend seconds on something."""
+        """Adds seconds to one kind of time, and to the total."""
         self.spent[key] += seconds
         self.spent["total",] += seconds

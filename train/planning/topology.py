@@ -1,6 +1,7 @@
-"""Devices that are not here: those of a TPU slice or of a GPU cluster, to compile for and no more.
+"""Devices of a TPU slice or a GPU cluster that is not attached, for compilation alone.
 
-The TPU compiler is the package libtpu, the GPU's is JAX's CUDA plugin with NVIDIA's assembler: neither needs a device.
+The TPU compiler is the package libtpu, and the GPU compiler JAX's CUDA plugin with NVIDIA's assembler: neither needs a
+device.
 """
 
 import importlib.util
@@ -24,7 +25,7 @@ from train.config.reading import nearest
 from train.devices.hardware import CHIPS, Chip
 
 EXAMPLES = {"v4": "v4:4x4x8", "v5e": "v5e:16x16", "v5p": "v5p:8x8x8", "v6e": "v6e:16x16"}
-# What libtpu asks of its environment where there is no TPU, and who may load it beside whom.
+# Environment that libtpu needs without a TPU, and with other processes that load it.
 LIBTPU = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -32,8 +33,8 @@ LIBTPU = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_LOG_DIR": "disabled",
 }
-# What the CUDA compiler asks about a GPU, as XLA's own xla/backends/gpu/target_config/specs have it: multiprocessors,
-# units of each, shared memory of each and of a block (bytes), second-level cache (bytes), clock (GHz), capability.
+# Figures of a GPU that the CUDA compiler needs, from XLA's xla/backends/gpu/target_config/specs: multiprocessors, units
+# of each, shared memory of each and of a block (bytes), second-level cache (bytes), clock (GHz), capability.
 GPUS = {
     "a100": (108, 64, 167_936, 166_912, 41_943_040, 1.41, (8, "NONE")),
     "h100": (132, 128, 233_472, 232_448, 52_428_800, 1.98, (9, "ACCELERATED_FEATURES")),
@@ -59,40 +60,40 @@ dnn_version_info {{ major: 9 minor: 12 patch: 0 }} runtime_version {{ major: 13 
 
 
 def topology_devices(text: str, slices: int = 1) -> list[Any]:
-    """The devices of a topology, for the compiler alone.
+    """Returns the devices of a topology, for compilation alone.
 
     Args:
         text: CHIP:SHAPE, as in `v5e:16x16` (the chips of a slice) or `h100:16x8` (hosts × GPUs of each).
-        slices: slices of this shape, of TPUs.
+        slices: number of TPU slices of this shape.
 
     Raises:
-        InputError: an unknown chip, a shape that there is not, or a compiler that is not installed; in seconds.
+        InputError: the chip is unknown, the shape does not exist, or a compiler is not installed; within seconds.
     """
     chip, shape = parse_topology(text, slices)
     return _tpus(text, chip, shape, slices) if chip.platform == "tpu" else _gpus(text, chip, shape)
 
 
 def parse_topology(text: str, slices: int = 1) -> tuple[Chip, tuple[int, ...]]:
-    """The chip and the shape that a topology's text names; InputError where there is no such thing."""
+    """Returns the chip and the shape that a topology text names. Raises InputError if they do not exist."""
     name, _, shape = text.partition(":")
     if name not in CHIPS:
         known = ", ".join(CHIPS)
-        raise InputError(f"--topology={text}: there is no chip {name!r}; there are {known}{nearest(name, list(CHIPS))}")
+        raise InputError(f"--topology={text}: unknown chip {name!r}; known are {known}{nearest(name, list(CHIPS))}")
     chip = CHIPS[name]
     examples = _examples(chip)
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
-        raise InputError(f"--topology={text}: {shape!r} is no shape; give one as in {examples}")
+        raise InputError(f"--topology={text}: {shape!r} is not a shape; give one as in {examples}")
     sizes = tuple(map(int, shape.split("x")))
     dimensions = EXAMPLES.get(name, "1x8").count("x") + 1
     if len(sizes) != dimensions:
-        what = f"{dimensions} dimensions" if chip.platform == "tpu" else "hosts × GPUs of each"
-        raise InputError(f"--topology={text}: the shape of {name} has {what}, as in {examples}")
+        form = f"{dimensions} dimensions" if chip.platform == "tpu" else "hosts × GPUs of each"
+        raise InputError(f"--topology={text}: the shape of {name} has {form}, as in {examples}")
     if slices < 1:
         raise InputError(f"--slices={slices}: give at least 1")
     if chip.platform == "gpu":
         if slices > 1:
             raise InputError(
-                f"--slices={slices}: slices are of TPUs; of GPUs give more hosts, as in "
+                f"--slices={slices}: only TPUs have slices; for GPUs give more hosts, as in "
                 f"--topology={name}:{slices * sizes[0]}x{sizes[1]}"
             )
         if sizes[1] > chip.max_devices:
@@ -114,12 +115,12 @@ def parse_topology(text: str, slices: int = 1) -> tuple[Chip, tuple[int, ...]]:
 
 
 def bandwidth_over(mesh: Mesh, axes: Collection[str], chip: Chip) -> float:
-    """Bytes/s that each device can send to the others with which it shares these mesh axes, all sending at once.
+    """Returns the bytes/s that each device can send along these mesh axes while all send at once.
 
-    As rings have it (Thakur et al. 2005; Chan et al. 2007): in a slice each dimension of the torus that they span adds
-    its links, both ways round where the ends are linked and one way where not; a dimension taken with gaps shares its
-    links with the groups in the gaps. Where they span slices or hosts, those of one share its cards, and the slower of
-    the two ways counts. Latency is not in it.
+    Collectives run as rings (Thakur et al. 2005; Chan et al. 2007). In a slice, every dimension of the torus that the
+    axes span adds its links, both ways round if the ends are linked and one way if not; a dimension taken with gaps
+    shares its links with the groups in the gaps. Axes that span slices or hosts share the network cards of a slice or
+    host, and the slower of both ways counts. Latency is ignored.
     """
     index = tuple(slice(None) if axis in axes else 0 for axis in mesh.axis_names)
     group = np.atleast_1d(mesh.devices[index]).ravel().tolist()
@@ -135,7 +136,7 @@ def bandwidth_over(mesh: Mesh, axes: Collection[str], chip: Chip) -> float:
 
 @contextmanager
 def without_jax_cache() -> Iterator[None]:
-    """What is compiled for a topology is not written to JAX's persistent cache, which could not read it back.
+    """Keeps programs of a topology out of JAX's persistent cache, which could not read them back.
 
     (JAX 0.10.2 and 0.12.0.1: "PjRtCompiler must be constructed with a Client".)
     """
@@ -192,7 +193,7 @@ def _tpus(text: str, chip: Chip, shape: tuple[int, ...], slices: int) -> list[An
     if math.prod(shape) == 1:
         settings["chips_per_host_bounds"] = [1, 1, 1]
     if chip.name == "v4":
-        # Both cores of a chip as one device, as JAX has them.
+        # JAX has both cores of a chip as one device.
         settings["chip_config_name"] = "megacore"
     try:
         topology = topologies.get_topology_desc(text, "tpu", **settings)
@@ -222,7 +223,7 @@ def _gpus(text: str, chip: Chip, shape: tuple[int, ...]) -> list[Any]:
 
 
 def _try_gpu_compiler(text: str, device: Any) -> None:
-    """InputError where a part of the GPU compiler is missing: a large step would say so after minutes, if at all."""
+    """Raises InputError if a part of the GPU compiler is missing; a large step would fail only after minutes."""
     x = jax.ShapeDtypeStruct((1, 128, 1, 64), jnp.bfloat16, sharding=SingleDeviceSharding(device))
 
     def probe(x: jax.Array) -> jax.Array:

@@ -115,7 +115,7 @@ def test_a_loop_counts_from_its_first_to_its_last_trip():
     assert read(entry.format(0, known), COUNTED).matmul_flops == 3 * once
     unknown = read(entry.format(0, ""), COUNTED.replace("constant(7)", "add(%i.1, %i.1)"))
     assert unknown.matmul_flops == once
-    assert unknown.notes == ("w: how often it runs is not in the program; it is taken to run once",)
+    assert unknown.notes == ("w: the program does not state its trip count; it is counted once",)
 
 
 def test_loops_multiply_and_of_branches_the_worst_counts():
@@ -326,7 +326,7 @@ def test_an_estimate_that_cannot_be_is_left_out_and_said():
         f'  ROOT %f = f32[250]{{0}} negate(%p), backend_config={{"estimated_cycles":"{2**62}"}}'
     )
     assert program.cycles == 0
-    assert "is left out" in program.notes[0]
+    assert "is ignored" in program.notes[0]
     assert timeline(program, COSTS).total == pytest.approx(2000 / 1e9)
 
 

@@ -18,7 +18,7 @@ from train.devices.mesh import make_mesh
 from train.devices.xla import OPTIONS
 from train.planning.compilation import Compilation, compile_step
 from train.planning.plan import Plan, argument_bytes, budget, make_plan
-from train.planning.this_machine import chip_here, measured_step
+from train.planning.this_machine import local_chip, measured_step
 from train.planning.topology import topology_devices
 from train.step.flops import flops_per_token
 
@@ -155,7 +155,7 @@ def test_of_a_gpus_memory_jax_takes_a_part(monkeypatch):
 
 def test_on_this_machine_the_estimate_stands_beside_a_measured_step(here: tuple[Config, Any, Compilation]):
     config, mesh, compilation = here
-    chip = chip_here(config.model.compute_dtype)
+    chip = local_chip(config.model.compute_dtype)
     assert 0 < chip.peak_flops < 1e14
     assert 0 < chip.memory_bandwidth < 1e13
     assert chip.memory_bytes > 2**26

@@ -21,10 +21,10 @@ from train.planning.topology import bandwidth_over, topology_devices
 
 ROOT = Path(__file__).resolve().parents[3]
 WRONG = [
-    ("v5x:2x2", 1, "there is no chip 'v5x'; there are v4, v5e.*; did you mean v5"),
-    ("v5e", 1, "'' is no shape; give one as in v5e:2x2 or v5e:16x16"),
-    ("v5e:2x", 1, "'2x' is no shape"),
-    ("v5e:0x2", 1, "'0x2' is no shape"),
+    ("v5x:2x2", 1, "unknown chip 'v5x'; known are v4, v5e.*; did you mean v5"),
+    ("v5e", 1, "'' is not a shape; give one as in v5e:2x2 or v5e:16x16"),
+    ("v5e:2x", 1, "'2x' is not a shape"),
+    ("v5e:0x2", 1, "'0x2' is not a shape"),
     ("v5e:4x4x4", 1, "the shape of v5e has 2 dimensions"),
     ("v5p:4x4", 1, "the shape of v5p has 3 dimensions, as in v5p:2x2x1"),
     ("v6e:3x4", 1, "the first two sizes are even, as in v6e:2x2"),
