@@ -4,20 +4,22 @@
     python docs/outputs.py docs/weights.md    # those of some pages
     python docs/outputs.py --all              # the slow ones too: this trains models, for some hours
 
-A fenced block is run where the line before its fence is a mark:
+A fenced block with commands has a mark on the line before its fence:
 
-    <!-- output -->                    quick: run each time
-    <!-- cached 2026-11-26 0.7.0 -->   slow: run with --all, which renews the date and the version
+    <!-- output -->                      quick: run each time
+    <!-- cached 2026-11-26 0.7.0 -->     slow: run with --all, which renews the date and the version
+    <!-- recorded 2026-11-26 0.7.0 -->   never run: it needs another machine, or a hand that kills a process
 
-In such a block a line that begins with `$ ` is a command, which goes on behind a backslash or in lines that begin with
-`> `. What stands below it is its output. A line `...` cuts the output: as many lines as stand before and after it stay.
-`<!-- before COMMAND -->` runs a command that the page does not show. All commands of a call run in the order of the
-pages, in one scratch folder, which the pages show as /home/me/project.
+In such a block a line that begins with `$ ` is a command, which continues after a backslash or in lines that begin with
+`> `. The lines below it are its output. A line `...` cuts the output: the same number of lines stays before and after.
+`<!-- before COMMAND -->` runs a command, which the page does not show, before the next block. All commands run in the
+order of the pages, in one scratch folder. It begins with the files of docs/scratch; pages show it as /home/me/project.
 """
 
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,7 +32,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN_FOLDER = "/home/me/project"
 MARK = re.compile(
-    r"<!-- (?:(?P<live>output)|cached (?P<date>\d{4}-\d\d-\d\d) (?P<version>\S+)|before (?P<hidden>.+)) -->"
+    r"<!-- (?:(?P<quick>output)|(?P<slow>cached|recorded) (?P<date>\d{4}-\d\d-\d\d) (?P<version>\S+)"
+    r"|before (?P<hidden>.+)) -->"
 )
 CUT = "..."
 
@@ -48,11 +51,12 @@ class Call(NamedTuple):
 
 
 class Block(NamedTuple):
-    """A marked place of a page: lines `start` to `stop` are the content of its fence, none for a hidden command."""
+    """A marked block of a page: its content is the lines `start` to `stop`, its hidden commands run before it."""
 
     mark: re.Match[str]
     start: int
     stop: int
+    hidden: list[str]
     calls: list[Call]
 
 
@@ -63,15 +67,17 @@ def pages() -> list[Path]:
 
 def blocks(lines: Sequence[str]) -> Iterator[Block]:
     """Yields the marked blocks of a page in order."""
+    hidden: list[str] = []
     for number, line in enumerate(lines):
-        if not (mark := MARK.fullmatch(line.strip())):
+        if not (mark := MARK.fullmatch(line)):
             continue
         if mark["hidden"]:
-            yield Block(mark, number, number, [Call([mark["hidden"]], [])])
+            hidden.append(mark["hidden"])
             continue
         start = number + 2
         stop = next(i for i in range(start, len(lines)) if lines[i].startswith("```"))
-        yield Block(mark, start, stop, list(calls(lines[start:stop])))
+        yield Block(mark, start, stop, hidden, list(calls(lines[start:stop])))
+        hidden = []
 
 
 def calls(lines: Sequence[str]) -> Iterator[Call]:
@@ -92,6 +98,7 @@ def calls(lines: Sequence[str]) -> Iterator[Call]:
 
 def run(command: str, folder: Path) -> list[str]:
     """Runs a command in the scratch folder; returns the lines of its output and its errors together."""
+    print(f"  {command}", file=sys.stderr, flush=True)
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
@@ -124,20 +131,18 @@ def cut(output: Sequence[str], old: Sequence[str]) -> list[str]:
 def renewed(text: str, folder: Path, slow: bool) -> str:
     """Returns a page's text with fresh outputs."""
     lines = text.split("\n")
-    parts, copied = [], 0
+    parts: list[str] = []
+    copied = 0
     for block in blocks(lines):
-        if block.mark["date"] and not slow:
+        if block.mark["slow"] and not (slow and block.mark["slow"] == "cached"):
             continue
-        content = []
+        for command in block.hidden:
+            run(command, folder)
+        parts += lines[copied : block.start]
+        if block.mark["slow"]:
+            parts[-2] = f"<!-- cached {datetime.now(UTC).date()} {version()} -->"
         for call in block.calls:
-            print(f"  {call.command}", file=sys.stderr, flush=True)
-            content += [*call.shown, *cut(run(call.command, folder), call.output)]
-        if block.mark["hidden"]:
-            continue
-        opening = lines[copied : block.start]
-        if block.mark["date"]:
-            opening[-2] = f"<!-- cached {datetime.now(UTC).date()} {version()} -->"
-        parts += [*opening, *content]
+            parts += [*call.shown, *cut(run(call.command, folder), call.output)]
         copied = block.stop
     return "\n".join([*parts, *lines[copied:]])
 
@@ -156,7 +161,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = (arguments.scratch or Path(temporary)).resolve()
-        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(ROOT / "docs" / "scratch", folder, dirs_exist_ok=True)
         for page in arguments.files or pages():
             print(page, file=sys.stderr)
             page.write_text(renewed(page.read_text(), folder, arguments.all))
