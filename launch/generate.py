@@ -1,8 +1,8 @@
 """Continue prompts with a run's model or with exported weights.
 
-Of one --prompt, standard output is prompt + continuation alone, as it comes. Of --prompts=FILE.jsonl, whose lines are
-objects with a "prompt", it is a line for each in their order: the object with "text", "tokens" (how many the text has)
-and "ended" (eos, stop or length).
+With one --prompt, standard output is the prompt and its continuation alone, printed as it is generated. With
+--prompts=FILE.jsonl, whose lines are objects with a "prompt", it is a line for each prompt in their order: the object
+with "text", "tokens" (their number in the text) and "ended" (eos, stop or length).
 """
 
 import argparse
@@ -16,81 +16,73 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.errors import InputError
+from launch.arguments import add_model, text
 
 if TYPE_CHECKING:
+    from model.generation.sampling import Sampling
     from train.evaluation.continuation import Part
 
 log = logging.getLogger("ziggurat")
 
 BATCH_SIZE = 8
-# Seconds between two lines of progress.
-PROGRESS = 5.0
+SECONDS_BETWEEN_PROGRESS = 5.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `ziggurat generate`."""
-    parser.add_argument("model", metavar="RUN|WEIGHTS", help="a run's folder, RUN@STEP, or exported weights")
-    parser.add_argument("--prompt", metavar="TEXT", help="what is continued")
-    parser.add_argument("--prompts", metavar="FILE", help="many, as JSONL; -: from standard input")
-    parser.add_argument("--batch_size", type=int, metavar="N", help=f"so many prompts at once [{BATCH_SIZE}]")
-    parser.add_argument("--max_new_tokens", type=int, default=64, metavar="N", help="end after so many tokens [64]")
+    """Adds the flags of `ziggurat generate`."""
+    add_model(parser)
+    parser.add_argument("--prompt", type=text, metavar="TEXT", help="the text to continue")
+    parser.add_argument("--prompts", metavar="FILE", help="many prompts, as JSONL; - reads standard input")
+    parser.add_argument("--batch_size", type=int, metavar="N", help=f"prompts to continue at once [{BATCH_SIZE}]")
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=64, metavar="N", help="tokens after which a continuation ends [64]"
+    )
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
     )
-    parser.add_argument("--greedy", action="store_true", help="always the most likely token")
+    parser.add_argument("--greedy", action="store_true", help="always take the most likely token")
     parser.add_argument("--top_k", type=int, metavar="K", help="draw among the K most likely; 0: among all [40]")
     parser.add_argument(
         "--top_p", type=float, metavar="P", help="draw among the fewest that together have this probability [1.0]"
     )
     parser.add_argument("--temperature", type=float, metavar="X", help="divides the logits before drawing [1.0]")
     parser.add_argument(
-        "--repetition_penalty",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="above 1: what stands in the prompt or the text is drawn less [1.0]",
-    )
+        "--repetition_penalty", type=float, default=1.0, metavar="X",
+        help="above 1: tokens of the prompt and of the text so far become less likely [1.0]",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, metavar="N", help="the same seed draws the same tokens [0]")
-    for axis, what in (("tensor", "heads and widths"), ("fsdp", "weights as they are stored")):
-        help = f"share {what} among N devices; -1: among the rest [1]"
+    for axis, shared in (("tensor", "heads and widths"), ("fsdp", "weights as they are stored")):
+        help = f"share {shared} among N devices; -1: among the rest [1]"
         parser.add_argument(f"--mesh.{axis}", dest=axis, type=int, default=1, metavar="N", help=help)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Generate, writing as it goes."""
+    """Prints continuations as they are generated."""
     lines = check(arguments)
     import jax
 
-    from model.generation.sampling import GREEDY, Sampling
     from train.config.run_config import MeshConfig
     from train.devices.mesh import generation_mesh
     from train.evaluation.continuation import continuations, make_generator
     from train.weights.load import load_trained
 
-    sampling = Sampling(
-        temperature=arguments.temperature or 1.0,
-        top_k=40 if arguments.top_k is None else arguments.top_k,
-        top_p=arguments.top_p or 1.0,
-    )
-    sampling = dataclasses.replace(
-        GREEDY if arguments.greedy else sampling, repetition_penalty=arguments.repetition_penalty
-    )
     with jax.set_mesh(generation_mesh(MeshConfig(tensor=arguments.tensor, fsdp=arguments.fsdp))):
         trained = load_trained(arguments.model)
-        tokenizer, context = trained.tokenizer, trained.config.data.segment_length
+        tokenizer = trained.tokenizer
+        context = trained.config.data.segment_length
         prompts = [tokenizer.encode_with_bos(line["prompt"]) for line in lines]
-        if cut := sum(len(prompt) - 1 > context for prompt in prompts):
-            which = "the prompt has" if arguments.prompts is None else f"{cut} of {len(prompts)} prompts have"
+        if too_long := sum(len(prompt) - 1 > context for prompt in prompts):
+            which = "the prompt has" if arguments.prompts is None else f"{too_long} of {len(prompts)} prompts have"
             log.warning("%s more than %d tokens; the model sees the last %d", which, context, context)
         generator = make_generator(trained.config, trained.weights, tokenizer)
-        # The generator has its own copy.
+        # Frees these weights: the generator has its own copy.
         del trained
         parts = continuations(
             generator,
             tokenizer,
             prompts,
             max_new_tokens=arguments.max_new_tokens,
-            sampling=sampling,
+            sampling=sampling_of(arguments),
             seed=arguments.seed or 0,
             stop=arguments.stop,
             batch_size=arguments.batch_size or BATCH_SIZE,
@@ -105,32 +97,64 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def sampling_of(arguments: argparse.Namespace) -> "Sampling":
+    """Returns how the flags ask for the next token to be drawn."""
+    from model.generation.sampling import GREEDY, Sampling
+
+    if arguments.greedy:
+        return dataclasses.replace(GREEDY, repetition_penalty=arguments.repetition_penalty)
+    return Sampling(
+        temperature=arguments.temperature or 1.0,
+        top_k=40 if arguments.top_k is None else arguments.top_k,
+        top_p=arguments.top_p or 1.0,
+        repetition_penalty=arguments.repetition_penalty,
+    )
+
+
 def write_lines(lines: list[dict[str, Any]], parts: Iterator["Part"]) -> None:
-    """A line for each prompt, in their order, as soon as it and all before it are done; progress to the log."""
+    """Prints a line for each prompt, in their order, once it and all before it are done; logs the progress."""
     texts: list[list[str]] = [[] for _ in lines]
-    tokens, done, written, begun = [0] * len(lines), {}, 0, time.monotonic()
-    told = begun
+    tokens = [0] * len(lines)
+    endings: dict[int, str] = {}
+    written = 0
+    start = last_progress = time.monotonic()
     for part in parts:
         texts[part.number].append(part.text)
         tokens[part.number] = part.tokens
         if part.ended:
-            done[part.number] = part.ended
-        while written in done:
-            text = "".join(texts[written])
-            result = {"text": text, "tokens": tokens[written], "ended": done[written]}
+            endings[part.number] = part.ended
+        while written in endings:
+            result = {"text": "".join(texts[written]), "tokens": tokens[written], "ended": endings[written]}
             print(json.dumps(lines[written] | result, ensure_ascii=False), flush=True)
             written += 1
-        if (now := time.monotonic()) - told >= PROGRESS or len(done) == len(lines):
-            told = now
-            rate = sum(tokens) / (now - begun)
-            log.info("%d of %d prompts, %d tokens, %.1f tokens/s", len(done), len(lines), sum(tokens), rate)
+        now = time.monotonic()
+        if now - last_progress >= SECONDS_BETWEEN_PROGRESS or len(endings) == len(lines):
+            last_progress = now
+            rate = sum(tokens) / (now - start)
+            log.info("%d of %d prompts, %d tokens, %.1f tokens/s", len(endings), len(lines), sum(tokens), rate)
 
 
 def check(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """The prompts, as objects with "prompt". InputError with everything that is wrong with flags and file."""
-    problems = []
+    """Returns the prompts as objects with "prompt". Raises InputError with everything wrong with flags and file."""
+    problems = flag_problems(arguments)
+    lines: list[dict[str, Any]] = []
     if (arguments.prompt is None) == (arguments.prompts is None):
-        problems.append("give --prompt=TEXT, or --prompts=FILE.jsonl for many")
+        problems.insert(0, "give --prompt=TEXT, or --prompts=FILE.jsonl for many")
+    elif arguments.prompts is None:
+        lines = [{"prompt": arguments.prompt}]
+    else:
+        try:
+            lines = read_prompts(arguments.prompts)
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError("\n".join(problems))
+    return lines
+
+
+def flag_problems(arguments: argparse.Namespace) -> list[str]:
+    """Returns what is wrong with the flags besides the prompts."""
+    problems = []
     if arguments.batch_size is not None and arguments.prompts is None:
         problems.append("--batch_size has no effect without --prompts; leave it out")
     if arguments.batch_size is not None and arguments.batch_size < 1:
@@ -143,7 +167,7 @@ def check(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         problems.append(f"--top_k={arguments.top_k} must be 0 or more")
     if arguments.top_p is not None and not 0 < arguments.top_p <= 1:
         problems.append(f"--top_p={arguments.top_p} must be above 0 and at most 1")
-    # Beyond these float32 has no logits left to tell tokens apart.
+    # Outside these bounds float32 logits no longer tell tokens apart.
     if arguments.temperature is not None and not 1e-6 <= arguments.temperature <= 1e6:
         problems.append(
             f"--temperature={arguments.temperature} must be from 0.000001 to 1000000; for the most likely token use "
@@ -156,30 +180,18 @@ def check(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     if arguments.seed is not None and not 0 <= arguments.seed < 2**31:
         problems.append(f"--seed={arguments.seed} must be from 0 to 2147483647")
     if arguments.greedy:
-        given = [name for name in ("top_k", "top_p", "temperature", "seed") if getattr(arguments, name) is not None]
-        problems += [f"--{name} has no effect with --greedy; leave one out" for name in given]
+        unused = [name for name in ("top_k", "top_p", "temperature", "seed") if getattr(arguments, name) is not None]
+        problems += [f"--{name} has no effect with --greedy; leave one out" for name in unused]
     for axis in ("tensor", "fsdp"):
         if getattr(arguments, axis) < 1 and getattr(arguments, axis) != -1:
             problems.append(f"--mesh.{axis}={getattr(arguments, axis)} must be at least 1, or -1 for the rest")
     if arguments.tensor == arguments.fsdp == -1:
         problems.append("--mesh.tensor and --mesh.fsdp are both -1; give one of them a size")
-    lines: list[dict[str, Any]] = []
-    if arguments.prompt is not None:
-        lines.append({"prompt": arguments.prompt})
-        if not is_text(arguments.prompt):
-            problems.append("--prompt is not valid UTF-8")
-    if arguments.prompts is not None and arguments.prompt is None:
-        try:
-            lines += read_prompts(arguments.prompts)
-        except InputError as error:
-            problems.append(str(error))
-    if problems:
-        raise InputError("\n".join(problems))
-    return lines
+    return problems
 
 
 def read_prompts(file: str) -> list[dict[str, Any]]:
-    """The objects of a JSONL file, or of standard input. InputError naming each line that has no prompt."""
+    """Returns the objects of a JSONL file or of standard input. Raises InputError naming lines without a prompt."""
     if file == "-":
         name, content = "standard input", sys.stdin.buffer.read()
     else:
@@ -187,31 +199,23 @@ def read_prompts(file: str) -> list[dict[str, Any]]:
             name, content = file, Path(file).expanduser().read_bytes()
         except OSError as error:
             raise InputError(f"--prompts={file} cannot be read: {error.strerror}") from None
-    found, problems = [], []
+    prompts: list[dict[str, Any]] = []
+    problems = []
     for number, line in enumerate(content.splitlines(), 1):
         if not line.strip():
             continue
         try:
             value = json.loads(line)
-            # All of it is written again.
+            # The whole object is printed again, so all of its texts must be valid UTF-8.
             json.dumps(value, ensure_ascii=False).encode()
         except (ValueError, RecursionError):
             value = None
         if isinstance(value, dict) and isinstance(value.get("prompt"), str):
-            found.append(value)
+            prompts.append(value)
         else:
             problems.append(f'{name}:{number}: no JSON object with a text as its "prompt"')
     if problems:
         raise InputError("\n".join(problems))
-    if not found:
+    if not prompts:
         raise InputError(f'{name} has no prompts; give a line {{"prompt": "…"}} for each')
-    return found
-
-
-def is_text(text: str) -> bool:
-    """Whether it can be written as UTF-8: no lone surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return prompts

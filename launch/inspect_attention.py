@@ -1,32 +1,26 @@
-"""One HTML page of who attends to whom: every layer's and head's attention over a prompt. It loads nothing."""
+"""Write one HTML page of every layer's and head's attention over a prompt. The page is complete in one file."""
 
 import argparse
 from pathlib import Path
 
 from data.errors import InputError
-from launch.report import check_output
+from launch.arguments import add_model, check_page, path, prompt
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `ziggurat inspect attention`."""
-    parser.add_argument("model", metavar="RUN|WEIGHTS", help="a run's folder, RUN@STEP, or exported weights")
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text, one segment at most")
+    """Adds the flags of `ziggurat inspect attention`."""
+    add_model(parser)
+    parser.add_argument("--prompt", type=prompt, required=True, metavar="TEXT", help="the text, one segment at most")
     parser.add_argument(
-        "--to", metavar="FILE.html", type=Path, default=Path("attention.html"), help="the page [attention.html]"
+        "--to", metavar="FILE.html", type=path, default=Path("attention.html"), help="the page [attention.html]"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the page; its path goes to standard output."""
-    try:
-        if not arguments.prompt.encode():
-            raise InputError("--prompt is empty; give some text")
-    except UnicodeEncodeError:
-        raise InputError("--prompt is not valid UTF-8") from None
+    """Writes the page and prints its path."""
     from launch.page.attention_page import GENERATOR, make_attention_page, most_tokens
 
-    output = arguments.to.expanduser()
-    check_output(output, "--to", GENERATOR, "page of attention")
+    check_page(arguments.to, "--to", GENERATOR, "page of attention")
     import jax
 
     from train.devices.mesh import on_one_device
@@ -47,6 +41,6 @@ def run(arguments: argparse.Namespace) -> int:
             )
         weights_LHTT = attention_of(config, trained.weights, tokens)
     texts = [token_text(trained.tokenizer, token) for token in tokens]
-    write_atomically(output, make_attention_page(arguments.model, texts, weights_LHTT))
-    print(output)
+    write_atomically(arguments.to, make_attention_page(arguments.model, texts, weights_LHTT))
+    print(arguments.to)
     return 0

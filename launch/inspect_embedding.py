@@ -1,7 +1,7 @@
-"""The tokens whose embeddings point most nearly as a word's does, or as word − minus + plus.
+"""List the tokens whose embeddings have the highest cosine similarity to a word's, or to word − minus + plus.
 
-A word is the token that it is in the middle of a text, with a space before it, or the one that it is at a beginning;
-else the mean of its tokens. Which it was goes to standard error.
+A word is the one token that spells it inside a text, with a space before it, or else at the beginning of a text; where
+both take several tokens, the mean of their embeddings counts. The log names the tokens of each word.
 """
 
 import argparse
@@ -10,27 +10,30 @@ import logging
 from typing import TYPE_CHECKING
 
 from data.errors import InputError
+from launch.arguments import add_json, add_model, text
+from launch.columns import columns
 
 if TYPE_CHECKING:
     from data.tokenizer.tokenizer import Tokenizer
 
 log = logging.getLogger("ziggurat")
 
-WORDS = ("word", "minus", "plus")
+# Flag of a word → the sign of its embedding in the sum.
+SIGNS = {"word": 1, "minus": -1, "plus": 1}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `ziggurat inspect embedding`."""
-    parser.add_argument("model", metavar="RUN|WEIGHTS", help="a run's folder, RUN@STEP, or exported weights")
-    parser.add_argument("--word", required=True, metavar="TEXT", help="whose neighbours are wanted, as in king")
-    parser.add_argument("--minus", metavar="TEXT", help="what is taken from it, as in man")
-    parser.add_argument("--plus", metavar="TEXT", help="what is added to it, as in woman")
-    parser.add_argument("--top", type=int, default=10, metavar="N", help="how many tokens are shown [10]")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    """Adds the flags of `ziggurat inspect embedding`."""
+    add_model(parser)
+    parser.add_argument("--word", type=text, required=True, metavar="TEXT", help="whose neighbours to list, as in king")
+    parser.add_argument("--minus", type=text, metavar="TEXT", help="a word to subtract, as in man")
+    parser.add_argument("--plus", type=text, metavar="TEXT", help="a word to add, as in woman")
+    parser.add_argument("--top", type=int, default=10, metavar="N", help="how many tokens to list [10]")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Find the tokens; the table goes to standard output."""
+    """Prints a table of the nearest tokens."""
     check(arguments)
     import jax
     import numpy as np
@@ -43,49 +46,37 @@ def run(arguments: argparse.Namespace) -> int:
         trained = load_trained(arguments.model)
     tokenizer = trained.tokenizer
     table_VD = np.asarray(trained.weights["embedding"]["table"], np.float32)[: tokenizer.vocab_size]
-    given = {name: tokens_of(tokenizer, getattr(arguments, name)) for name in WORDS if getattr(arguments, name)}
-    for name, tokens in given.items():
+    words = {name: tokens_of(tokenizer, getattr(arguments, name)) for name in SIGNS if getattr(arguments, name)}
+    for name, tokens in words.items():
         texts = ", ".join(repr(token_text(tokenizer, token)) for token in tokens)
         log.info("--%s=%s: %s%s", name, getattr(arguments, name), "the mean of " * (len(tokens) > 1), texts)
-    signs = {"word": 1, "minus": -1, "plus": 1}
-    query_D = np.sum([signs[name] * table_VD[tokens].mean(axis=0) for name, tokens in given.items()], axis=0)
+    query_D = np.sum([SIGNS[name] * table_VD[tokens].mean(axis=0) for name, tokens in words.items()], axis=0)
     if not query_D.any():
         raise InputError("--word, --minus and --plus cancel each other; give other words")
-    textless = [token for token in range(len(table_VD)) if not tokenizer.token_bytes(token)]
-    own = {token for tokens in given.values() for token in tokens}
-    found = [
+    left_out = {token for tokens in words.values() for token in tokens}
+    left_out.update(token for token in range(len(table_VD)) if not tokenizer.token_bytes(token))
+    nearest = [
         {"token": token_text(tokenizer, token), "id": token, "cosine": cosine}
-        for token, cosine in nearest_tokens(table_VD, query_D, own.union(textless), arguments.top)
+        for token, cosine in nearest_tokens(table_VD, query_D, left_out, arguments.top)
     ]
     if arguments.json:
-        print(json.dumps({"tokens": given, "nearest": found}))
+        print(json.dumps({"tokens": words, "nearest": nearest}))
         return 0
-    width = max(len(repr(row["token"])) for row in found)
-    print(f"{'token':{width}}  {'id':>7}  cosine")
-    for row in found:
-        print(f"{row['token']!r:{width}}  {row['id']:>7}  {row['cosine']:6.4f}")
+    rows = [(repr(row["token"]), row["id"], f"{row['cosine']:.4f}") for row in nearest]
+    print(columns([("token", "id", "cosine"), *rows], right={1, 2}))
     return 0
 
 
-def tokens_of(tokenizer: "Tokenizer", text: str) -> list[int]:
-    """The token of a word, or its tokens where it has several; a space at its beginning is the user's own."""
-    spellings = [text] if text[0].isspace() else [f" {text}", text]
-    found = [tokenizer.encode(spelling).tolist() for spelling in spellings]
-    return next((tokens for tokens in found if len(tokens) == 1), found[0])
+def tokens_of(tokenizer: "Tokenizer", word: str) -> list[int]:
+    """Returns the single token that spells a word, or else its several tokens; a space that the user gave is kept."""
+    spellings = [word] if word[0].isspace() else [f" {word}", word]
+    encoded = [tokenizer.encode(spelling).tolist() for spelling in spellings]
+    return next((tokens for tokens in encoded if len(tokens) == 1), encoded[0])
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """InputError with everything that is wrong with the flags."""
-    problems = []
-    for name in WORDS:
-        if (text := getattr(arguments, name)) is None:
-            continue
-        if not text:
-            problems.append(f"--{name} is empty; give a word")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            problems.append(f"--{name} is not valid UTF-8")
+    """Raises InputError with everything that is wrong with the flags."""
+    problems = [f"--{name} is empty; give a word" for name in SIGNS if getattr(arguments, name) == ""]
     if arguments.top < 1:
         problems.append(f"--top={arguments.top} must be at least 1")
     if problems:

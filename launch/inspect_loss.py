@@ -1,6 +1,6 @@
-"""What the model learns at each position of a text, from one pass: the target, its loss, the three best predictions.
+"""Show what the model predicts at each position of a text, from one pass: the target, its loss, the best predictions.
 
-The last line has no target: it is what would come next.
+The last line has no target: its predictions are of the token that would follow the text.
 """
 
 import argparse
@@ -8,25 +8,21 @@ import json
 import math
 
 from data.errors import InputError
+from launch.arguments import add_json, add_model, prompt
+from launch.columns import columns
 
 BEST = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `ziggurat inspect loss`."""
-    parser.add_argument("model", metavar="RUN|WEIGHTS", help="a run's folder, RUN@STEP, or exported weights")
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text, one segment at most")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    """Adds the flags of `ziggurat inspect loss`."""
+    add_model(parser)
+    parser.add_argument("--prompt", type=prompt, required=True, metavar="TEXT", help="the text, one segment at most")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Evaluate the text; the table goes to standard output."""
-    try:
-        size = len(arguments.prompt.encode())
-    except UnicodeEncodeError:
-        raise InputError("--prompt is not valid UTF-8") from None
-    if not size:
-        raise InputError("--prompt is empty; give some text")
+    """Prints a table of all positions."""
     import jax
 
     from train.devices.mesh import on_one_device
@@ -40,17 +36,20 @@ def run(arguments: argparse.Namespace) -> int:
             raise InputError(
                 f"--prompt has {len(tokens)} tokens; the model sees {context}, of which one stands before a text"
             )
-        rows = inspect_positions(trained.config, trained.weights, trained.tokenizer, tokens, BEST)
-    losses = [row["loss"] for row in rows if row["loss"] is not None]
-    figures = {"loss": sum(losses) / len(losses), "bits_per_byte": sum(losses) / math.log(2) / size}
+        positions = inspect_positions(trained.config, trained.weights, trained.tokenizer, tokens, BEST)
+    losses = [position["loss"] for position in positions if position["loss"] is not None]
+    loss = sum(losses) / len(losses)
+    bits_per_byte = sum(losses) / math.log(2) / len(arguments.prompt.encode())
     if arguments.json:
-        print(json.dumps({"positions": rows} | figures))
+        print(json.dumps({"positions": positions, "loss": loss, "bits_per_byte": bits_per_byte}))
         return 0
-    width = max(len(repr(row[name])) for row in rows for name in ("input", "target"))
-    print(f"{'position':>8}  {'input':{width}}  {'target':{width}}  {'loss':>7}  best predictions")
-    for row in rows:
-        target, loss = (repr(row["target"]), f"{row['loss']:.4f}") if row["target"] is not None else ("", "")
-        best = "  ".join(f"{best['token']!r} {best['probability']:.1%}" for best in row["best"])
-        print(f"{row['position']:>8}  {row['input']!r:{width}}  {target:{width}}  {loss:>7}  {best}")
-    print(f"loss {figures['loss']:.4f} nats a token, {figures['bits_per_byte']:.4f} bits a byte")
+    rows = [("position", "input", "target", "loss", "best predictions")]
+    for position in positions:
+        has_target = position["target"] is not None
+        target = repr(position["target"]) if has_target else ""
+        best = "  ".join(f"{best['token']!r} {best['probability']:.1%}" for best in position["best"])
+        shown_loss = f"{position['loss']:.4f}" if has_target else ""
+        rows.append((position["position"], repr(position["input"]), target, shown_loss, best))
+    print(columns(rows, right={0, 3}))
+    print(f"loss {loss:.4f} nats a token, {bits_per_byte:.4f} bits a byte")
     return 0

@@ -22,7 +22,6 @@ from typing import Any, BinaryIO, NamedTuple
 from data.errors import InputError
 from data.files.remote import protocol
 from launch.presets import load_config
-from train.devices.processes import share_of_gpus
 from train.run.name import CONFIG_FILE, read_config
 
 # Seconds that processes have before they are killed: when one has failed, and to save when they are asked to end.
@@ -72,6 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def own_environment(environment: Mapping[str, str], process: int, processes: int) -> dict[str, str]:
     """Of one of so many processes: which it is, and its share of the machine's GPUs."""
+    from train.devices.processes import share_of_gpus
+
     gpus = share_of_gpus(environment, process, processes)
     return {
         **environment,
@@ -85,7 +86,7 @@ def run_folder(command: Sequence[str]) -> Path | None:
     """Of the run that a command trains; none: it trains none. InputError where its config is wrong."""
     if command[0] != "pretrain" or {"-h", "--help"} & set(command):
         return None
-    from launch.cli import parse
+    from launch.commands import parse
 
     _, arguments = parse(command)
     return Path(load_config(arguments.config, arguments.overrides).train.run_dir).expanduser()

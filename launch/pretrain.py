@@ -1,6 +1,7 @@
-"""Pretrain a model from raw text. The same command again goes on with the run in train.run_dir."""
+"""Pretrain a model from raw text. The same command again resumes the run in train.run_dir."""
 
 import argparse
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -9,18 +10,27 @@ from data.errors import Fault, StorageError
 from launch.exit_status import exit_at_once
 from launch.presets import add_config_arguments, load_config
 
+# What XLA reports where a peer has ended or cannot be reached: Gloo on CPUs, NCCL on GPUs, the coordination service on
+# all. Their other errors are this process's own.
+LOST_PEER = re.compile(
+    r"Gloo.*(closed|reset|broken pipe|connect|time|read error)"
+    r"|NCCL.*(remote process exited|unhandled system error|connection)"
+    r"|coordination service",
+    re.IGNORECASE | re.DOTALL,
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `ziggurat pretrain`."""
+    """Adds the flags of `ziggurat pretrain`."""
     add_config_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train; the summary goes to standard output."""
+    """Trains the model and prints a summary."""
     config = load_config(arguments.config, arguments.overrides)
     import jax
 
-    from launch.summary import closing
+    from launch.summary import summary
     from train.devices.processes import join_processes
     from train.loop import pretrain
     from train.stop import PREEMPTED, Stopped
@@ -29,23 +39,34 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         finished = pretrain(config)
         if jax.process_index() == 0:
-            print(closing(finished, program()))
+            print(summary(finished, program()))
     except Stopped as stopped:
         if jax.process_index() == 0:
-            print(f"{config.train.run_dir}: {stopped}; the same command goes on", file=sys.stderr)
+            print(f"{config.train.run_dir}: {stopped}; the same command resumes the run", file=sys.stderr)
         return PREEMPTED
     except (Exception, KeyboardInterrupt) as error:
-        if any(name in str(error) for name in ("Gloo", "NCCL", "coordination service")):
-            # Where in this program it waited for the others tells nothing.
-            error = Fault(f"another process of this run cannot be reached: {str(error).splitlines()[0]}")
-        # What Orbax has not written would be mourned in pages, as the process ends.
+        if message := lost_peer(error):
+            # The traceback would only show where this process happened to wait.
+            error = Fault(f"another process of this run cannot be reached: {message}")
+        # Orbax's atexit handlers would print pages about unfinished writes.
         if jax.distributed.is_initialized() or isinstance(error, StorageError):
             exit_at_once(error)
         raise
     return 0
 
 
+def lost_peer(error: BaseException | None) -> str:
+    """Returns the first line of XLA's error about a lost peer that caused this error; empty where there is none."""
+    import jax
+
+    while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError) and LOST_PEER.search(str(error)):
+            return str(error).splitlines()[0]
+        error = error.__cause__ or error.__context__
+    return ""
+
+
 def program() -> str:
-    """What the user types to call this program again."""
+    """Returns what the user types to run ziggurat again."""
     called = Path(sys.argv[0])
     return shlex.quote(str(called)) if called.name == "ziggurat" else "ziggurat"

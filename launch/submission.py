@@ -21,7 +21,7 @@ def checked(command: Sequence[str], devices: int | None = None, slices: int = 1)
     """
     if not command or command[0] != "pretrain":
         raise InputError("what can wait in a queue is pretrain; give it after --, as in: -- pretrain --config=tiny")
-    from launch.cli import parse
+    from launch.commands import parse
 
     _, arguments = parse(command)
     config = load_config(arguments.config, arguments.overrides)

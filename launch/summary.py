@@ -9,7 +9,7 @@ from train.run.goodput import goodput, shares
 from train.run.step_log import read_steps
 
 
-def closing(run: Run, program: str) -> str:
+def summary(run: Run, program: str) -> str:
     """How the run ended, and what can be done with it now; `program` is how the user calls ziggurat."""
     config, held_out = run.load_config(), run.held_out_texts()
     records = [record for _, record in read_steps(run.metrics)]

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from launch.cli import without_absent_accelerators
+from launch.cli import prepare_process
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STEPS, EVERY = 16, 8
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16, help="of the model [16: 55 million parameters]")
     parser.add_argument("--to", type=Path, help="the folder whose disk is measured [a temporary one]")
     arguments = parser.parse_args()
-    without_absent_accelerators()
+    prepare_process([])
     with tempfile.TemporaryDirectory(dir=arguments.to) as name:
         folder = Path(name)
         config = write_config(folder, arguments.layers)

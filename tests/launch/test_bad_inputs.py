@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from data.tokenizer.training import train_tokenizer
-from launch.exit_status import report
+from launch.exit_status import report_error
 from tests.launch.small_run import ROOT, here, write_config
 
 LONG = "n" * 300
@@ -91,7 +91,7 @@ TABLE = [
     ("export of a step of weights", ["export", "{run}/export@8", "--format=hf", "--to={dir}/new"], "have no steps"),
     ("export onto something", ["export", "{run}", "--format=hf", "--to={dir}"], "holds other things than an export"),
     ("text of more than a segment", ["inspect", "loss", "{run}", "--prompt=" + 99 * "cat "], "the model sees 32"),
-    ("no text to inspect", ["inspect", "loss", "{run}", "--prompt="], "--prompt is empty; give some text"),
+    ("no text to inspect", ["inspect", "loss", "{run}", "--prompt="], "--prompt: empty; give some text"),
     ("table of positions too short", ["pretrain", "--config={config}", "--config.model.position=learned",
      "--config.model.max_positions=31"], "max_positions = 31 is less than data.segment_length = 32"),
     ("floors that are none", ["pretrain", "--config={config}", "--config.model.norm=batchnorm"], "rmsnorm, layernorm"),
@@ -192,10 +192,8 @@ def test_a_config_file_that_fails_is_named_with_its_line(tmp_path: Path, capsys)
 
 def test_missing_and_unknown_flags_of_a_command_have_status_2(capsys):
     for command in (["pretrain"], ["generate"], ["export", "run", "--format=onnx", "--to=x"], []):
-        with pytest.raises(SystemExit) as caught:
-            here(*command)
-        assert caught.value.code == 2
-        capsys.readouterr()
+        assert here(*command) == 2
+        assert "usage: ziggurat" in "".join(capsys.readouterr())
 
 
 def test_all_problems_of_a_config_come_at_once(capsys):
@@ -215,7 +213,7 @@ def test_a_hidden_room_is_refused(tmp_path: Path):
 
 
 def test_an_outage_is_a_fault_that_a_new_start_may_mend(capsys):
-    assert report(ConnectionError("s3://texts/a.jsonl cannot be read after 5 tries (TimeoutError)")) == 1
+    assert report_error(ConnectionError("s3://texts/a.jsonl cannot be read after 5 tries (TimeoutError)")) == 1
     assert capsys.readouterr().err.startswith(
         "ziggurat: s3://texts/a.jsonl cannot be read after 5 tries (TimeoutError); start again"
     )

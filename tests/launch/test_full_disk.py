@@ -11,7 +11,7 @@ import pytest
 
 import train.loop
 from data.errors import StorageError
-from launch.exit_status import report
+from launch.exit_status import report_error
 from launch.local import last_saved
 from tests.launch.small_run import back_to, command, here, metrics, ziggurat
 from train.run.events import Events
@@ -31,7 +31,7 @@ def test_a_full_disk_ends_a_run_in_one_line_and_the_same_command_ends_with_the_s
     assert last.startswith(
         f"ziggurat: the checkpoint of step 12 cannot be written to {run / 'checkpoints'}: File too large ("
     )
-    assert last.endswith("MB free); once it can be written, the same command goes on")
+    assert last.endswith("MB free); once it can be written, the same command resumes the run")
     assert "Traceback" not in err
     assert not (run / "lease.json").exists()
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
@@ -68,12 +68,12 @@ def test_a_disk_without_room_is_a_fault_that_may_pass(capsys):
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
         (StorageError("an event cannot be written to x: gone"), "an event cannot be written to x: gone"),
     ):
-        assert report(error) == 1
+        assert report_error(error) == 1
         error = capsys.readouterr().err
         assert words in error
         assert error.count("\n") == 1
     # A path that cannot be is the user's to change.
-    assert report(PermissionError(errno.EACCES, "Permission denied", "/runs")) == 2
+    assert report_error(PermissionError(errno.EACCES, "Permission denied", "/runs")) == 2
 
 
 def test_checkpoints_may_be_moved_to_another_disk_and_are_found_from_everywhere(

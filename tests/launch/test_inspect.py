@@ -41,8 +41,8 @@ def test_the_page_shows_the_attention_that_transformers_tells_of_the_export(fini
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--prompt="], "--prompt is empty"),
-        (["--prompt=\ud800"], "--prompt is not valid UTF-8"),
+        (["--prompt="], "--prompt: empty"),
+        (["--prompt=\ud800"], "--prompt: not valid UTF-8"),
         (["--prompt=" + "the cat " * 20], "the model sees 32 at once"),
         (
             ["--prompt=a", "--to={dir}/notes.txt"],
@@ -124,7 +124,7 @@ def test_the_words_own_tokens_are_no_answer_and_which_they_are_is_said(planted: 
         (["--word="], "--word is empty"),
         (["--word=cat", "--plus=", "--top=0"], "--plus is empty; give a word\n"),
         (["--word=cat", "--minus=cat"], "--word, --minus and --plus cancel each other"),
-        (["--word=\ud800"], "--word is not valid UTF-8"),
+        (["--word=\ud800"], "--word: not valid UTF-8"),
     ],
 )
 def test_words_that_have_no_neighbours_are_refused(flags: list[str], words: str, finished: Path, capsys):

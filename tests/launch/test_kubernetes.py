@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from data.errors import InputError
-from launch.cli import parse
+from launch.commands import parse
 from launch.kubernetes import devices_of_a_host, manifest
 from tests.launch.small_run import here
 from tests.peers import require

@@ -163,7 +163,7 @@ def test_a_signal_to_the_launcher_saves_on_all_processes_and_the_same_command_go
         assert not any(is_running(int(child)) for child in children)
     finally:
         launcher.kill()
-    stopped = re.search(r"stopped after step (\d+); the same command goes on", said)
+    stopped = re.search(r"stopped after step (\d+); the same command resumes the run", said)
     assert stopped, said
     step = int(stopped[1])
     again = command(*train, f"--config.train.num_steps={step + 2}", stderr=subprocess.PIPE)

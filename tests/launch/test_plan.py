@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli import without_absent_accelerators
+from launch.cli import prepare_process
 from launch.plan_text import plan_text, seconds_text
 from tests.launch.small_run import here, write_config
 from tests.peers import require
@@ -105,9 +105,23 @@ def test_compilers_for_absent_accelerators_are_left_alone_by_other_commands(monk
     def platforms(files: tuple[str, ...], own: str | None) -> str | None:
         monkeypatch.setattr("launch.cli.ACCELERATORS", files)
         monkeypatch.setattr(os, "environ", {"JAX_PLATFORMS": own} if own else {})
-        without_absent_accelerators()
+        prepare_process([])
         return os.environ.get("JAX_PLATFORMS")
 
     assert platforms(("no-such-device*",), None) == "cpu"
     assert platforms(("no-such-device*", "nul[l]"), None) is None
     assert platforms(("no-such-device*",), "tpu,cpu") == "tpu,cpu"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked of Linux's C library")
+def test_only_commands_that_run_training_steps_start_again_with_huge_pages(monkeypatch):
+    started: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda program, command: started.append(command))
+    for argv, files, own in (
+        (["pretrain"], (), {}), (["evaluate"], (), {}), (["pretrain"], ("nul[l]",), {}),
+        (["pretrain"], (), {"GLIBC_TUNABLES": "glibc.malloc.check=0"}),
+    ):  # fmt: skip
+        monkeypatch.setattr("launch.cli.ACCELERATORS", files)
+        monkeypatch.setattr(os, "environ", dict(own))
+        prepare_process(argv)
+        assert len(started) == 1

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data.errors import InputError
-from launch.cli import parse
+from launch.commands import parse
 from launch.slurm import newest_step, script, submit
 from tests.launch.slurm_cluster import require_slurm, slurm_cluster
 from tests.launch.small_run import environment, here, metrics, write_config

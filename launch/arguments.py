@@ -1,0 +1,52 @@
+"""Arguments that several commands share."""
+
+import argparse
+from pathlib import Path
+
+from data.errors import InputError
+
+
+def text(value: str) -> str:
+    """Argparse type of a text. A shell's bytes that are no UTF-8 reach Python as lone surrogates, which are refused."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("not valid UTF-8") from None
+    return value
+
+
+def prompt(value: str) -> str:
+    """Argparse type of a text that is not empty."""
+    if not value:
+        raise argparse.ArgumentTypeError("empty; give some text")
+    return text(value)
+
+
+def path(value: str) -> Path:
+    """Argparse type of a path, which may begin with ~."""
+    return Path(value).expanduser()
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds the positional argument `model`: a run, one of its checkpoints, or weights."""
+    parser.add_argument("model", metavar="RUN|WEIGHTS", help="a run's folder, RUN@STEP, or exported weights")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag --json."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def check_page(page: Path, flag: str, generator: str, kind: str) -> None:
+    """Raises InputError where a page cannot be written to this file, or would replace a file that is not such a page.
+
+    Args:
+        page: the file that will be written.
+        flag: named in the message, as in --output.
+        generator: comment in the first lines of each such page.
+        kind: name of such a page in the message.
+    """
+    if any(parent.exists() and not parent.is_dir() for parent in page.parents):
+        raise InputError(f"{flag}={page} is in a file, not in a folder; name another path")
+    if page.exists() and not (page.is_file() and generator in page.read_text(errors="replace")[:100]):
+        raise InputError(f"{page} exists and is no {kind}; name another file with {flag}=FILE")
