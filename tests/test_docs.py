@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli import COMMANDS, parse
+from launch.commands import COMMANDS, parse
 from train.config.config import config_fields
 
 ROOT = Path(__file__).resolve().parent.parent

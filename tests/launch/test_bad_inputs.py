@@ -17,7 +17,7 @@ LONG = "n" * 300
 # (what it is, the command, words of the message). In commands and words, {run} is a finished run's folder, {dir} an
 # empty one, {config} a good config file.
 TABLE = [
-    ("no such command", ["pretrian"], "pretrian: there is no such command; there are tokenize, pretrain"),
+    ("no such command", ["pretrian"], "pretrian: there is no such command; did you mean pretrain?"),
     ("no such preset", ["pretrain", "--config=tinny"], "vaswani_base; did you mean tiny?"),
     ("no such config file", ["pretrain", "--config={dir}/none.py"], "there is no such file"),
     ("unknown field", ["pretrain", "--config=tiny", "--config.model.layers=2"], "model.layers: there is no such field"),
