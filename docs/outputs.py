@@ -113,7 +113,9 @@ def run(command: str, folder: Path) -> list[str]:
         stderr=subprocess.STDOUT,
         text=True,
     )
-    text = done.stdout.replace(sys.prefix, f"{SHOWN_FOLDER}/.venv").replace(str(folder), SHOWN_FOLDER)
+    text = done.stdout.replace(sys.prefix, f"{SHOWN_FOLDER}/.venv")
+    for place in (folder, ROOT):
+        text = text.replace(str(place), SHOWN_FOLDER)
     return [line.rstrip() for line in text.rstrip("\n").splitlines()]
 
 
