@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Writes the page and prints its path."""
-    from launch.page.attention_page import GENERATOR, make_attention_page, most_tokens
+    from launch.page.attention_page import GENERATOR, make_attention_page, max_tokens
 
     check_page(arguments.to, "--to", GENERATOR, "page of attention")
     import jax
@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
         trained = load_trained(arguments.model)
         config = trained.config
         tokens = trained.tokenizer.encode_with_bos(arguments.prompt)
-        most = min(config.data.segment_length, most_tokens(config.model.num_layers, config.model.num_heads))
+        most = min(config.data.segment_length, max_tokens(config.model.num_layers, config.model.num_heads))
         if len(tokens) > most:
             raise InputError(
                 f"--prompt has {len(tokens) - 1} tokens; the model sees {config.data.segment_length} at once, of which "

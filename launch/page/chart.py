@@ -1,4 +1,4 @@
-"""Charts of what was measured at each step, as SVG: all over the same steps, thinned to what can be seen."""
+"""Charts of what was measured at each step, as SVG. All have the same steps, thinned to what can be seen."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -7,33 +7,34 @@ from typing import Any
 
 import numpy as np
 
-from launch.page.markup import Html, tag
+from launch.page.markup import Html, element
 
-# Of the drawing, in its own units: about a phone's pixels.
+# Size of a chart and edges of its plot, in units of about a phone's pixels.
 WIDTH, HEIGHT = 400, 180
 LEFT, RIGHT, TOP, BOTTOM = 46, 394, 8, 156
-# Of large numbers on an axis.
-UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
-# Points side by side, at most.
-COLUMNS = 320
-# Points that are few enough to be drawn as such.
-FEW = 40
-# Marks of one kind that are too many to go through a chart.
-MANY = 30
+# Prefixes of large numbers on an axis.
+PREFIXES = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
+# Columns of pixels to which the points of a chart are thinned.
+MAX_COLUMNS = 320
+# Up to so many points, each is drawn as a dot.
+MAX_DOTS = 40
+# Up to so many marks of one kind are drawn through the whole chart.
+MAX_LONG_MARKS = 30
+MAX_TASK_CHARTS = 24
 
 
 @dataclass(frozen=True)
 class Measure:
-    """What a chart shows.
+    """A quantity of metrics.jsonl that has a chart.
 
     Attributes:
-        field: of metrics.jsonl.
-        title: above the chart.
-        unit: beside it.
-        text: a value as a person reads it.
-        factor: from the field's unit to the axis's.
-        from_zero: the axis begins there.
-        is_smoothed: it jumps from step to step, so a mean stands before it.
+        field: name in metrics.jsonl, as in "loss".
+        title: shown above the chart.
+        unit: shown after the title.
+        text: formats a value for people.
+        factor: multiplies the field's values on the axis.
+        from_zero: the axis begins at 0.
+        is_smoothed: draws an exponential mean over the values, which jump from step to step.
     """
 
     field: str
@@ -56,23 +57,21 @@ MEASURES = (
     Measure("memory_bytes", "Memory", "GiB, the most so far", "{:.2f} GiB".format, 2**-30, from_zero=True),
     Measure("utilization", "Utilisation", "% of positions trained on", "{:.1f}%".format, 100, True, is_smoothed=True),
 )
-# Charts of tasks, at most: a group may have very many.
-TASK_CHARTS = 24
 
 
 def task_measures(records: Sequence[Mapping[str, Any]]) -> list[Measure]:
-    """One for each metric of each task that `records` have as a field `tasks/TASK/METRIC`."""
+    """Returns a measure for each field `tasks/TASK/METRIC` of the records, MAX_TASK_CHARTS at most."""
     fields = dict.fromkeys(name for record in records for name in record if name.startswith("tasks/"))
-    found = []
-    for field in list(fields)[:TASK_CHARTS]:
+    measures = []
+    for field in list(fields)[:MAX_TASK_CHARTS]:
         task, _, metric = field.removeprefix("tasks/").rpartition("/")
-        found.append(Measure(field, task, metric, "{:.4g}".format))
-    return found
+        measures.append(Measure(field, task, metric, "{:.4g}".format))
+    return measures
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A measure's figure, and what its readout says: `values` at `steps`."""
+    """The figure of a measure, and the texts of its values for the page's script: `values` at `steps`."""
 
     figure: Html
     steps: list[int]
@@ -81,7 +80,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Axes:
-    """Where a step from `first` to `last` and a value from `low` to `high` stand in the drawing."""
+    """Maps steps from `first` to `last` and values from `low` to `high` to the plot."""
 
     first: int
     last: int
@@ -89,106 +88,108 @@ class Axes:
     high: float
 
     def x(self, step: float) -> float:
-        """From the left."""
+        """Returns a step's distance from the left edge of the chart."""
         return LEFT + (RIGHT - LEFT) * (step - self.first) / (self.last - self.first)
 
     def y(self, value: float) -> float:
-        """From the top; what is beyond an end stands at it."""
+        """Returns a value's distance from the top edge; values outside the axis are drawn at its end."""
         return BOTTOM - (BOTTOM - TOP) * min(max((value - self.low) / (self.high - self.low), 0.0), 1.0)
 
     def drawing(self) -> list[Html]:
-        """Lines at round values, and the numbers of both axes."""
+        """Returns grid lines at round values, and the labels of both axes."""
         values, steps = ticks(self.low, self.high), ticks(self.first, self.last, 5)
+        anchors = {self.first: "start", self.last: "end"}
         return [
-            tag("path", class_="grid", d="".join(f"M{LEFT} {self.y(value):.1f}H{RIGHT}" for value in values)),
+            element("path", class_="grid", d="".join(f"M{LEFT} {self.y(value):.1f}H{RIGHT}" for value in values)),
             *(
-                tag("text", text, x=LEFT - 6, y=f"{self.y(value) + 4:.1f}", text_anchor="end")
-                for value, text in zip(values, numbers(values), strict=True)
+                element("text", text, x=LEFT - 6, y=f"{self.y(value) + 4:.1f}", text_anchor="end")
+                for value, text in zip(values, axis_labels(values), strict=True)
             ),
             *(
-                tag("text", text, class_="step", x=f"{self.x(step):.1f}", y=BOTTOM + 17,
-                    text_anchor="start" if step == self.first else "end" if step == self.last else "middle")
-                for step, text in zip(steps, numbers(steps), strict=True)
+                element("text", text, class_="step", x=f"{self.x(step):.1f}", y=BOTTOM + 17,
+                        text_anchor=anchors.get(int(step), "middle"))
+                for step, text in zip(steps, axis_labels(steps), strict=True)
                 if step == int(step) and (step == self.last or self.x(step) < RIGHT - 20)
             ),
         ]  # fmt: skip
 
 
-def draw(
-    measure: Measure, records: Sequence[Mapping[str, Any]], marks: Mapping[str, Sequence[int]], missing: str
+def make_chart(
+    measure: Measure, records: Sequence[Mapping[str, Any]], marks: Mapping[str, Sequence[int]], placeholder: str
 ) -> Chart | None:
-    """The chart of a measure; none where no step has it.
+    """Returns the chart of a measure, or None where no step has it and there is no placeholder.
 
     Args:
-        measure: what is shown.
-        records: of metrics.jsonl, by step.
+        measure: the quantity to draw.
+        records: lines of metrics.jsonl, by step.
         marks: steps of events, by the class of their marks.
-        missing: what stands in the place of a chart whose measure some step will have.
+        placeholder: text in place of the chart of a measure that some later step will have.
     """
-    found = [(record["step"], record[measure.field]) for record in records if measure.field in record]
-    if not found:
-        none = tag("figure", caption(measure, [], ""), tag("div", missing, class_="none"))
-        return Chart(none, [], []) if missing else None
-    x = np.array([step for step, _ in found])
-    y = np.array([value for _, value in found], float) * measure.factor
+    points = [(record["step"], record[measure.field]) for record in records if measure.field in record]
+    if not points:
+        empty = element("figure", caption(measure, [], ""), element("div", placeholder, class_="none"))
+        return Chart(empty, [], []) if placeholder else None
+    x = np.array([step for step, _ in points])
+    y = np.array([value for _, value in points], float) * measure.factor
     finite = y[np.isfinite(y)]
-    axes = Axes(*between(records), *limits(finite, measure.from_zero))
-    ends, kept = columns(x, y)
-    curves = [tag("path", class_="line", d=curve(axes, x[kept], y[kept]))]
-    if len(x) <= FEW:
-        curves.append(tag("path", class_="dots", d=curve(axes, x, y, is_line=False)))
+    axes = Axes(*step_range(records), *value_range(finite, measure.from_zero))
+    ends, kept = thinned(x, y)
+    curves = [element("path", class_="line", d=curve(axes, x[kept], y[kept]))]
+    if len(x) <= MAX_DOTS:
+        curves.append(element("path", class_="dots", d=curve(axes, x, y, is_line=False)))
     elif measure.is_smoothed:
         curves = [
-            tag("path", class_="raw", d=curve(axes, x[kept], y[kept])),
-            tag("path", class_="line", d=curve(axes, x[ends], smooth(y)[ends])),
+            element("path", class_="raw", d=curve(axes, x[kept], y[kept])),
+            element("path", class_="line", d=curve(axes, x[ends], smooth(y)[ends])),
         ]
     notes = [f"{len(y) - len(finite):,} not finite"] if len(finite) < len(y) else []
     if len(finite) and finite.max() > axes.high:
         notes.append(f"highest {measure.text(float(finite.max()))}")
     values = [measure.text(value) for value in y[ends].tolist()]
-    svg = tag(
+    svg = element(
         "svg",
         *axes.drawing(),
-        *(tag("path", class_=f"mark {name}", d=marked(axes, name, steps)) for name, steps in marks.items()),
+        *(element("path", class_=f"mark {name}", d=mark_path(axes, name, steps)) for name, steps in marks.items()),
         *curves,
-        tag("path", class_="cursor", d=""),
-        tag("text", class_="when", x=LEFT, y=BOTTOM + 17, text_anchor="middle"),
+        element("path", class_="cursor", d=""),
+        element("text", class_="when", x=LEFT, y=BOTTOM + 17, text_anchor="middle"),
         viewBox=f"0 0 {WIDTH} {HEIGHT}",
         role="img",
         aria_label=f"{measure.title}: {measure.text(float(y[0]))} at step {x[0]:,}, {values[-1]} at step {x[-1]:,}",
     )
-    return Chart(
-        tag("figure", caption(measure, notes, values[-1]), svg, data_chart=measure.field), x[ends].tolist(), values
-    )
+    figure = element("figure", caption(measure, notes, values[-1]), svg, data_chart=measure.field)
+    return Chart(figure, x[ends].tolist(), values)
 
 
-def between(records: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
-    """The steps that the charts begin and end with: from before the first one, which of a fork is not step 1."""
+def step_range(records: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """Returns the first and last step of all charts; the first is before the run's own, 0 unless it is a fork."""
     return records[0]["step"] - 1, records[-1]["step"]
 
 
 def caption(measure: Measure, notes: Sequence[str], value: str) -> Html:
-    """Above a chart: what it shows, and the value where the pointer is, at first the last one."""
-    title = tag("span", measure.title, " ", tag("small", "; ".join(filter(None, [measure.unit, *notes]))))
-    return tag("figcaption", title, tag("output", value))
+    """Returns the title of a chart and the value at the pointer, which at first is the last one."""
+    title = element("span", measure.title, " ", element("small", "; ".join(filter(None, [measure.unit, *notes]))))
+    return element("figcaption", title, element("output", value))
 
 
-def limits(values: np.ndarray, from_zero: bool) -> tuple[float, float]:
-    """The ends of the axis. A few values far above all others end at its upper end."""
+def value_range(values: np.ndarray, from_zero: bool) -> tuple[float, float]:
+    """Returns the ends of the axis of finite values. A few outliers above all others don't stretch it."""
     if not len(values):
         return 0.0, 1.0
-    low, usual, high = 0.0 if from_zero else float(values.min()), float(np.quantile(values, 0.995)), float(values.max())
-    if len(values) > FEW and high > usual + (usual - low):
+    low = 0.0 if from_zero else float(values.min())
+    usual, high = float(np.quantile(values, 0.995)), float(values.max())
+    if len(values) > MAX_DOTS and high > usual + (usual - low):
         high = usual + 0.1 * (usual - low)
     room = 0.05 * (high - low) or abs(high) / 2 or 0.5
     return low if from_zero else low - room, high + room
 
 
-def columns(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the last point of each column of the drawing, and of these with its lowest and highest."""
-    column = (x - x[0]) * COLUMNS // (x[-1] - x[0] + 1)
+def thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns indices of the last point of each pixel column, and of these with each column's lowest and highest."""
+    column = (x - x[0]) * MAX_COLUMNS // (x[-1] - x[0] + 1)
     ends = np.flatnonzero(np.diff(column, append=column[-1] + 1))
-    kept, begin = set(ends.tolist()), 0
+    kept = set(ends.tolist())
+    begin = 0
     for end in (ends + 1).tolist():
         part = y[begin:end]
         if np.isfinite(part).any():
@@ -199,43 +200,49 @@ def columns(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """An exponential mean over about a hundredth of the points, without the bias of its beginning."""
+    """Returns an exponential mean over about a hundredth of the points, corrected for its start at 0."""
     keep = math.exp(-100 / len(values))
-    total, weight, found = 0.0, 0.0, []
+    total = weight = 0.0
+    means = []
     for value in values.tolist():
         if math.isfinite(value):
-            total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
-        found.append(total / weight if weight else math.nan)
-    return np.array(found)
+            total = keep * total + (1 - keep) * value
+            weight = keep * weight + (1 - keep)
+        means.append(total / weight if weight else math.nan)
+    return np.array(means)
 
 
 def curve(axes: Axes, x: np.ndarray, y: np.ndarray, is_line: bool = True) -> str:
-    """The path through these points, broken where one is not finite; or the points alone."""
-    found, pen = [], "M"
+    """Returns the SVG path through points, interrupted at values that are not finite; or the path of dots alone."""
+    commands = []
+    pen = "M"
     for step, value in zip(x.tolist(), y.tolist(), strict=True):
         if math.isfinite(value):
-            found.append(f"{pen}{axes.x(step):.1f} {axes.y(value):.1f}{'' if is_line else 'h0'}")
+            commands.append(f"{pen}{axes.x(step):.1f} {axes.y(value):.1f}{'' if is_line else 'h0'}")
         pen = "L" if is_line and math.isfinite(value) else "M"
-    return "".join(found)
+    return "".join(commands)
 
 
-def marked(axes: Axes, name: str, steps: Sequence[int]) -> str:
-    """The path of an event's marks: a save's are below the axis; others go through the chart, or are many and short."""
-    where = sorted({round(axes.x(step)) for step in steps if axes.first <= step <= axes.last})
-    top, bottom = (BOTTOM, BOTTOM + 4) if name == "save" else (TOP, TOP + 5 if len(where) > MANY else BOTTOM)
-    return "".join(f"M{x} {top}V{bottom}" for x in where)
+def mark_path(axes: Axes, name: str, steps: Sequence[int]) -> str:
+    """Returns the SVG path of an event's marks: saves below the axis, others through the chart or, if many, short."""
+    places = sorted({round(axes.x(step)) for step in steps if axes.first <= step <= axes.last})
+    top, bottom = TOP, TOP + 5 if len(places) > MAX_LONG_MARKS else BOTTOM
+    if name == "save":
+        top, bottom = BOTTOM, BOTTOM + 4
+    return "".join(f"M{x} {top}V{bottom}" for x in places)
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round numbers from `low` to `high`, about so many."""
+    """Returns about `count` round numbers from `low` to `high`."""
     rough = (high - low) / count
     size = 10.0 ** math.floor(math.log10(rough)) if rough > 0 else 1.0
     step = next(step for step in (size, 2 * size, 5 * size, 10 * size) if step >= rough * 0.999)
     return [step * k for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def numbers(values: Sequence[float]) -> list[str]:
-    """Short texts for the numbers of an axis, each another."""
-    factor, unit = next(((f, u) for f, u in UNITS if max(map(abs, values), default=0.0) > 5 * f), (1.0, ""))
-    texts = ([f"{value / factor:.{digits}g}{unit if value else ''}" for value in values] for digits in range(4, 17))
-    return [text.replace("e-0", "e-") for text in next(t for t in texts if len(set(t)) == len(t))]
+def axis_labels(values: Sequence[float]) -> list[str]:
+    """Returns texts for the numbers of an axis, as short as keeps them distinct."""
+    largest = max(map(abs, values), default=0.0)
+    factor, prefix = next(((factor, prefix) for factor, prefix in PREFIXES if largest > 5 * factor), (1.0, ""))
+    texts = ([f"{value / factor:.{digits}g}{prefix if value else ''}" for value in values] for digits in range(4, 17))
+    return [text.replace("e-0", "e-") for text in next(labels for labels in texts if len(set(labels)) == len(labels))]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launch.page.attention_page import MOST_BYTES, make_attention_page, most_tokens, visible
+from launch.page.attention_page import MAX_WEIGHT_BYTES, make_attention_page, max_tokens, token_label
 from tests.browser import Browser
 from tests.peers import require_program
 
@@ -43,14 +43,14 @@ def test_a_page_holds_every_weight_to_half_a_percent_and_its_texts_escaped():
     assert data_of(page)["tokens"][3] == HOSTILE
     assert page.count("<script") == page.count("</script>") == 2
     assert "default-src 'none'" in page
-    assert [visible(text) for text in ("\n    ", " ", " a", "\t", "a\r\n")] == ["↵␣×4", "␣", " a", "⇥", "a␍↵"]
+    assert [token_label(text) for text in ("\n    ", " ", " a", "\t", "a\r\n")] == ["↵␣×4", "␣", " a", "⇥", "a␍↵"]
 
 
 def test_the_longest_text_of_a_large_model_gives_a_page_that_a_browser_opens():
     for layers, heads in ((4, 4), (32, 32), (96, 96)):
-        T = most_tokens(layers, heads)
-        assert layers * heads * T * (T + 1) / 2 <= MOST_BYTES < layers * heads * (T + 1) * (T + 2) / 2
-    assert most_tokens(32, 32) > 100
+        T = max_tokens(layers, heads)
+        assert layers * heads * T * (T + 1) / 2 <= MAX_WEIGHT_BYTES < layers * heads * (T + 1) * (T + 2) / 2
+    assert max_tokens(32, 32) > 100
 
 
 @pytest.fixture(scope="module")

@@ -15,22 +15,22 @@ import pytest
 
 from data.errors import InputError
 from launch.page.chart import (
-    COLUMNS,
-    FEW,
     LEFT,
+    MAX_COLUMNS,
+    MAX_DOTS,
     MEASURES,
     RIGHT,
     Axes,
-    columns,
+    axis_labels,
     curve,
-    limits,
-    numbers,
     smooth,
+    thinned,
     ticks,
+    value_range,
 )
-from launch.page.history import state, stretches
-from launch.page.markup import Html, document, tag
-from launch.page.report_page import SAMPLES, make_page
+from launch.page.history import run_state, running_spans
+from launch.page.markup import Html, element, html_page
+from launch.page.report_page import MAX_SAMPLES, make_page
 from tests.browser import Browser
 from tests.peers import require_program
 from train.config.config import to_json
@@ -90,16 +90,16 @@ def whole(folder: Path) -> Run:
 
 
 def test_every_text_is_escaped_unless_it_is_markup_and_no_script_but_the_pages_runs():
-    element = tag("p", HOSTILE, Html("<b>x</b>"), None, title=HOSTILE)
-    assert element.count("<") == element.count(">") == 4
-    page = document(HOSTILE, "", element, {"a": HOSTILE})
+    paragraph = element("p", HOSTILE, Html("<b>x</b>"), None, title=HOSTILE)
+    assert paragraph.count("<") == paragraph.count(">") == 4
+    page = html_page(HOSTILE, "", paragraph, {"a": HOSTILE}, "report")
     assert page.count("<script") == page.count("</script>") == 2
     assert page.count("<img") == 0
     assert "default-src 'none'" in page
     data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
     assert data is not None
     assert json.loads(data[1]) == {"a": HOSTILE}
-    assert document("", "", tag("p", "\ud800"), None).encode()
+    assert html_page("", "", element("p", "\ud800"), None, "report").encode()
 
 
 def test_a_page_tells_the_whole_run(tmp_path: Path):
@@ -165,7 +165,7 @@ def test_the_page_of_a_long_run_is_small_and_fast(tmp_path: Path):
     assert time.process_time() - begun < 30
     assert len(page) < 600_000
     assert "1 not finite" in page
-    assert f"{SAMPLES} of 200 evaluations" in page
+    assert f"{MAX_SAMPLES} of 200 evaluations" in page
     assert "700 events are left out here" in page
 
 
@@ -180,7 +180,7 @@ def test_the_page_of_a_long_run_is_small_and_fast(tmp_path: Path):
     ],
 )  # fmt: skip
 def test_the_last_event_and_a_sign_of_life_say_how_a_run_stands(last: str | None, is_alive: bool, word: str):
-    assert state([event(0, last)] if last else [], is_alive, BEGIN)[1] == word
+    assert run_state([event(0, last)] if last else [], is_alive, BEGIN)[1] == word
 
 
 def test_the_line_of_time_has_what_ran_and_what_was_lost():
@@ -189,18 +189,18 @@ def test_the_line_of_time_has_what_ran_and_what_was_lost():
         start(210, 50), event(260, "stop", step=90), start(310, 90), event(330, "save", step=100),
         event(345, "crash", step=100, alive_until=BEGIN + 330), start(360, 100),
     ]  # fmt: skip
-    found = [(begin - BEGIN, end - BEGIN, name) for begin, end, name in stretches(events, BEGIN + 370)]
+    found = [(begin - BEGIN, end - BEGIN, name) for begin, end, name in running_spans(events, BEGIN + 370)]
     assert found == [(90, 150, "up"), (150, 180, "lost"), (200, 260, "up"), (300, 330, "up"), (350, 370, "up")]
 
 
 def test_thinning_keeps_every_spike_and_a_line_is_broken_where_a_value_is_not_finite():
     x, y = np.arange(1, 50_001), np.zeros(50_000)
     y[[777, 31_313]] = 5.0, -5.0
-    ends, kept = columns(x, y)
-    assert len(ends) <= COLUMNS
-    assert len(kept) <= 3 * COLUMNS
+    ends, kept = thinned(x, y)
+    assert len(ends) <= MAX_COLUMNS
+    assert len(kept) <= 3 * MAX_COLUMNS
     assert {777, 31_313, 49_999} <= set(kept.tolist())
-    assert columns(x[:1], y[:1])[1].tolist() == [0]
+    assert thinned(x[:1], y[:1])[1].tolist() == [0]
     axes = Axes(0, 4, 0.0, 1.0)
     values = np.array([0.0, 1.0, math.nan, 2.0, math.inf])
     assert re.sub(r"[\d. ]+", "", curve(axes, np.arange(5), values)) == "MLM"
@@ -212,19 +212,19 @@ def test_thinning_keeps_every_spike_and_a_line_is_broken_where_a_value_is_not_fi
 def test_axes_have_round_numbers_and_do_not_follow_a_few_spikes():
     assert ticks(0, 300, 5) == [0, 100, 200, 300]
     assert ticks(1.9, 7.2) == [2, 4, 6]
-    assert numbers([0, 0.0005, 0.001]) == ["0", "0.0005", "0.001"]
-    assert numbers([0, 10_000, 20_000]) == ["0", "10k", "20k"]
-    assert numbers([2000, 4000]) == ["2000", "4000"]
-    assert numbers([1.5, 1.5005, 1.501]) == ["1.5", "1.5005", "1.501"]
-    assert numbers([0, 6e-6]) == ["0", "6e-6"]
-    assert numbers([]) == []
+    assert axis_labels([0, 0.0005, 0.001]) == ["0", "0.0005", "0.001"]
+    assert axis_labels([0, 10_000, 20_000]) == ["0", "10k", "20k"]
+    assert axis_labels([2000, 4000]) == ["2000", "4000"]
+    assert axis_labels([1.5, 1.5005, 1.501]) == ["1.5", "1.5005", "1.501"]
+    assert axis_labels([0, 6e-6]) == ["0", "6e-6"]
+    assert axis_labels([]) == []
     values = np.ones(1000)
     values[:100] = np.linspace(1, 3, 100)
     values[500] = 1000.0
-    assert limits(values, from_zero=False)[1] < 5
-    assert limits(values[:FEW], from_zero=True)[0] == 0
-    assert limits(np.array([2.0, 2.0]), from_zero=False) == (1, 3)
-    assert limits(np.zeros(3), from_zero=True) == (0, 0.5)
+    assert value_range(values, from_zero=False)[1] < 5
+    assert value_range(values[:MAX_DOTS], from_zero=True)[0] == 0
+    assert value_range(np.array([2.0, 2.0]), from_zero=False) == (1, 3)
+    assert value_range(np.zeros(3), from_zero=True) == (0, 0.5)
 
 
 @pytest.fixture(scope="module")
