@@ -4,19 +4,16 @@ import ast
 import importlib.util
 import re
 import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from docs import outputs
 from launch.commands import COMMANDS, parse
 from train.config.config import config_fields
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "docs"))
-import outputs  # noqa: E402
-
 PAGES = outputs.pages()
 EVERY_PAGE = pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
 FENCED = re.compile(r"^```.*?^```", re.M | re.S)
@@ -32,7 +29,7 @@ def prose(page: Path) -> str:
 
 
 def inline_code(page: Path) -> list[str]:
-    """What a page writes in backticks."""
+    """The spans of a page in backticks."""
     return re.findall(r"`([^`\n]+)`", prose(page))
 
 
