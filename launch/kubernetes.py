@@ -3,85 +3,128 @@
     ziggurat launch kubernetes --topology=h100:2x8 --image=IMAGE --volume=CLAIM:/runs \\
         -- pretrain --config=small --config.train.run_dir=/runs/small | kubectl apply -f -
 
-Writes the manifest of a JobSet (jobset.sigs.k8s.io, which the cluster must have) to standard output. There is a process
-a pod and a pod a host. What a pod's exit status says is done by Kubernetes: see `manifest`.
+Writes the manifest of a JobSet (jobset.sigs.k8s.io, which must be installed in the cluster) to standard output, with a
+pod for each host and one process a pod. Kubernetes acts on a pod's exit status: the user's error fails the JobSet; a
+pod that was stopped, or whose node is taken away, is made again; any other end is a fault, after which all pods start
+again, --restarts times. Kubernetes does not know whether anything new has been saved.
 """
 
 import argparse
+import json
 import math
 import re
 import shlex
-from collections.abc import Mapping
+from importlib import resources
 from pathlib import PurePosixPath
-from typing import Any
+from string import Template
+from typing import TYPE_CHECKING, Any
 
 from data.errors import InputError
-from launch.local import PREEMPTED, USERS_ERROR
-from launch.submission import checked, put
+from launch.submission import check_command, write_submission
 
-PORT = 8476
-# GKE's names of the accelerators that `--topology` names.
+if TYPE_CHECKING:
+    from train.config.config import Config
+
+# GKE's names of the TPUs that `--topology` names.
 TPUS = {"v4": "tpu-v4-podslice", "v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice", "v6e": "tpu-v6e-slice"}
-# A step and a save, when a pod is asked to end.
-GRACE_SECONDS = 300
-# The holder of a run's folder writes lease.json every five seconds. Before it is taken an older one may lie there.
-STALE_MINUTES, START_SECONDS = 5, 1800
+RESOURCES = {"tpu": "google.com/tpu", "gpu": "nvidia.com/gpu"}
+# The process that holds a run's folder renews its lease every five seconds.
+STALE_MINUTES = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `ziggurat launch kubernetes`."""
+    """Adds the flags of `ziggurat launch kubernetes`."""
     parser.add_argument(
         "--topology", required=True, metavar="CHIP:SHAPE",
         help="as `ziggurat plan` takes it: v6e:16x16 (the chips of a slice) or h100:2x8 (hosts × GPUs of each)",
     )  # fmt: skip
-    parser.add_argument("--slices", type=int, default=1, metavar="N", help="of TPUs [1]")
+    parser.add_argument("--slices", type=int, default=1, metavar="N", help="TPU slices of this shape [1]")
     parser.add_argument("--image", required=True, metavar="IMAGE", help="a container that has ziggurat on its PATH")
     parser.add_argument(
         "--volume", required=True, metavar="CLAIM:PATH",
-        help="a persistent volume claim that all pods can write to (ReadWriteMany), and where it is mounted",
+        help="a persistent volume claim that all pods can write to (ReadWriteMany), and where to mount it",
     )  # fmt: skip
-    parser.add_argument("--name", metavar="NAME", help="of the JobSet [from the name of the run's folder]")
+    parser.add_argument("--name", metavar="NAME", help="name of the JobSet [that of the run's folder]")
     parser.add_argument(
         "--node-selector", action="append", default=[], metavar="LABEL=VALUE",
         help="a label that the nodes must have, besides those of TPUs",
     )  # fmt: skip
     parser.add_argument(
-        "--restarts", type=int, default=20, metavar="N", help="after faults, in the whole of the run [20]"
+        "--restarts", type=int, default=20, metavar="N", help="restarts after faults, in the whole run [20]"
     )
-    parser.add_argument("--output", metavar="FILE", help="where the manifest goes [standard output]")
+    parser.add_argument("--output", metavar="FILE", help="file of the manifest [standard output]")
     parser.add_argument("command", nargs="*", metavar="COMMAND", help="pretrain with its flags, after --")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the manifest."""
+    """Writes the manifest."""
     import yaml
 
-    put(yaml.safe_dump(manifest(arguments), sort_keys=False, width=120), arguments.output)
+    write_submission(yaml.safe_dump(manifest(arguments), sort_keys=False, width=120), arguments.output)
     return 0
 
 
 def manifest(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The JobSet: a replicated job of a pod for each host, and for each slice of TPUs such a job.
+    """Returns the JobSet. Raises InputError with everything that is wrong with the flags or the command."""
+    import yaml
 
-    A pod that ends with the user's error fails the whole. One that was stopped, or whose node is taken away, is made
-    anew; so are all of them, by the same rule, since all stop together. Any other end is a fault: it fails the job, and
-    the JobSet starts all pods again, `--restarts` times. Kubernetes does not see whether anything new has been saved.
-
-    Raises:
-        InputError: all that is wrong with the flags, or with the command.
-    """
     from train.planning.topology import parse_topology
 
     chip, shape = parse_topology(arguments.topology, arguments.slices)
-    count = math.prod(shape)
     if chip.platform == "tpu" and chip.name not in TPUS:
         raise InputError(f"--topology={arguments.topology}: Kubernetes has {', '.join(TPUS)}")
-    each = shape[1] if chip.platform == "gpu" else devices_of_a_host(shape)
-    config = checked(arguments.command, count * arguments.slices, arguments.slices)
+    num_devices = math.prod(shape)
+    devices_per_host = shape[1] if chip.platform == "gpu" else tpus_per_host(shape)
+    config = check_command(arguments.command, num_devices * arguments.slices, arguments.slices)
     claim, _, mount = arguments.volume.partition(":")
     run_dir = PurePosixPath(config.train.run_dir)
     name = arguments.name or re.sub(r"[^a-z0-9]+", "-", run_dir.name.lower()).strip("-")
+    if problems := flag_problems(arguments, config, name):
+        raise InputError("\n".join(problems))
+
+    selector = dict(pair.split("=") for pair in arguments.node_selector)
+    if chip.platform == "tpu":
+        selector |= {
+            "cloud.google.com/gke-tpu-accelerator": TPUS[chip.name],
+            "cloud.google.com/gke-tpu-topology": "x".join(map(str, shape)),
+        }
+    lease = shlex.quote(str(run_dir / "lease.json"))
+    values = {
+        "image": arguments.image,
+        "command": ["ziggurat", *arguments.command],
+        "resource": RESOURCES[chip.platform],
+        "selector": selector,
+        "claim": claim,
+        "mount": mount,
+        "is_lease_fresh": f'test ! -e {lease} || test -n "$(find {lease} -mmin -{STALE_MINUTES})"',
+    }
+    template = Template(resources.files("launch").joinpath("kubernetes.yaml").read_text())
+    text = template.substitute(
+        # JSON is YAML, so that any text is quoted well.
+        {key: json.dumps(value, ensure_ascii=False) for key, value in values.items()},
+        name=name,
+        hosts=num_devices // devices_per_host,
+        devices=devices_per_host,
+        slices=arguments.slices,
+        restarts=arguments.restarts,
+    )
+    jobset: dict[str, Any] = yaml.safe_load(text)
+    pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    if arguments.slices == 1:
+        del jobset["metadata"]["annotations"]
+    if not selector:
+        del pod["nodeSelector"]
+    if chip.platform == "tpu":
+        container = pod["containers"][0]
+        del container["env"], container["volumeMounts"][1], pod["volumes"][1]
+    return jobset
+
+
+def flag_problems(arguments: argparse.Namespace, config: "Config", name: str) -> list[str]:
+    """Returns what is wrong with the flags, besides the topology."""
     problems = []
+    claim, _, mount = arguments.volume.partition(":")
+    run_dir = PurePosixPath(config.train.run_dir)
     if not claim or not mount.startswith("/"):
         problems.append(f"--volume={arguments.volume} must be CLAIM:PATH with an absolute path, as in training:/runs")
     elif not run_dir.is_relative_to(mount):
@@ -90,122 +133,13 @@ def manifest(arguments: argparse.Namespace) -> dict[str, Any]:
         problems.append(f"--name={name}: give at most 40 small letters, digits and dashes, a letter first")
     if arguments.restarts < 0:
         problems.append(f"--restarts={arguments.restarts} must be at least 0")
-    problems += [f"--node-selector={pair} must be LABEL=VALUE" for pair in arguments.node_selector
-                 if not re.fullmatch(r"[^=]+=[^=]*", pair)]  # fmt: skip
-    if problems:
-        raise InputError("\n".join(problems))
-
-    selector = dict(pair.split("=") for pair in arguments.node_selector)
-    environment: list[dict[str, Any]] = []
-    if chip.platform == "tpu":
-        # GKE tells a pod of a TPU who the others are; JAX reads that.
-        selector |= {
-            "cloud.google.com/gke-tpu-accelerator": TPUS[chip.name],
-            "cloud.google.com/gke-tpu-topology": "x".join(map(str, shape)),
-        }
-    else:
-        index = {"fieldRef": {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}
-        environment = [
-            {"name": "ZIGGURAT_COORDINATOR", "value": f"{name}-train-0-0.{name}:{PORT}"},
-            {"name": "ZIGGURAT_NUM_PROCESSES", "value": str(count // each)},
-            {"name": "ZIGGURAT_PROCESS_ID", "valueFrom": index},
-        ]
-    pod = pod_spec(
-        image=arguments.image,
-        command=["ziggurat", *arguments.command],
-        resource={"tpu": "google.com/tpu", "gpu": "nvidia.com/gpu"}[chip.platform],
-        devices=each,
-        environment=environment,
-        selector=selector,
-        volume=(claim, mount),
-        lease=str(run_dir / "lease.json"),
-    )
-    on_exit = lambda status: {"containerName": "train", "operator": "In", "values": [status]}
-    job = {
-        "parallelism": count // each,
-        "completions": count // each,
-        "completionMode": "Indexed",
-        "backoffLimit": 0,
-        "podFailurePolicy": {
-            "rules": [
-                {"action": "FailJob", "onExitCodes": on_exit(USERS_ERROR)},
-                {"action": "Ignore", "onExitCodes": on_exit(PREEMPTED)},
-                {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-            ]
-        },
-        "template": {"spec": pod},
-    }
-    metadata: dict[str, Any] = {"name": name}
-    if arguments.slices > 1:
-        # Each slice of TPUs is a pool of nodes, which a job has alone.
-        metadata["annotations"] = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
-    user_error = {"name": "usersError", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
-    return {
-        "apiVersion": "jobset.x-k8s.io/v1alpha2",
-        "kind": "JobSet",
-        "metadata": metadata,
-        "spec": {
-            "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
-            "failurePolicy": {"maxRestarts": arguments.restarts, "rules": [user_error]},
-            "replicatedJobs": [{"name": "train", "replicas": arguments.slices, "template": {"spec": job}}],
-        },
-    }
+    for pair in arguments.node_selector:
+        if not re.fullmatch(r"[^=]+=[^=]*", pair):
+            problems.append(f"--node-selector={pair} must be LABEL=VALUE")
+    return problems
 
 
-def devices_of_a_host(shape: tuple[int, ...]) -> int:
-    """TPUs of a host of a slice: four, but up to eight where the slice has but one host."""
+def tpus_per_host(shape: tuple[int, ...]) -> int:
+    """Returns the TPUs of each host of a slice: four, or up to eight where the slice is one host."""
     count = math.prod(shape)
     return count if count <= (8 if len(shape) == 2 else 4) else 4
-
-
-def pod_spec(
-    image: str,
-    command: list[str],
-    resource: str,
-    devices: int,
-    environment: list[dict[str, Any]],
-    selector: Mapping[str, str],
-    volume: tuple[str, str],
-    lease: str,
-) -> dict[str, Any]:
-    """A pod with one process.
-
-    That the run lives shows in its folder, on every pod: `lease.json`, where there is one, is not old. A process whose
-    steps hang ends by itself (`train.watchdog_seconds`).
-
-    Args:
-        image: of its container.
-        command: what it runs.
-        resource: Kubernetes' name of its devices.
-        devices: how many of them.
-        environment: of the process.
-        selector: labels of its node.
-        volume: the claim, and where it is mounted.
-        lease: the file that the run's first process writes anew every few seconds.
-    """
-    file = shlex.quote(lease)
-    fresh = f'test ! -e {file} || test -n "$(find {file} -mmin -{STALE_MINUTES})"'
-    probe = lambda: {"exec": {"command": ["sh", "-c", fresh]}, "timeoutSeconds": 30}
-    volumes = [("runs", volume[1], {"persistentVolumeClaim": {"claimName": volume[0]}})]
-    if resource == "nvidia.com/gpu":
-        # GPUs of a host may speak through it, and a container's own is small.
-        volumes.append(("shared-memory", "/dev/shm", {"emptyDir": {"medium": "Memory"}}))
-    return {
-        "restartPolicy": "Never",
-        "terminationGracePeriodSeconds": GRACE_SECONDS,
-        **({"nodeSelector": dict(selector)} if selector else {}),
-        "tolerations": [{"key": resource, "operator": "Exists"}],
-        "containers": [
-            {
-                "name": "train",
-                "image": image,
-                "command": command,
-                **({"env": environment} if environment else {}),
-                "resources": {"limits": {resource: str(devices)}},
-                "startupProbe": {**probe(), "periodSeconds": 10, "failureThreshold": START_SECONDS // 10},
-                "livenessProbe": {**probe(), "periodSeconds": 60, "failureThreshold": 3},
-                "volumeMounts": [{"name": name, "mountPath": path} for name, path, _ in volumes],
-            }
-        ],
-        "volumes": [{"name": name, **what} for name, _, what in volumes],
-    }

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from data.errors import InputError
 from data.files.remote import protocol
-from launch.submission import checked, put
+from launch.submission import check_command, write_submission
 
 # Between the notice and the end of the job: a step, a save, and Slurm's own delay of up to a minute.
 NOTICE_SECONDS = 300
@@ -95,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the script, or submit it."""
     text = script(arguments, Path.cwd())
     if arguments.output or not arguments.submit:
-        put(text, arguments.output)
+        write_submission(text, arguments.output)
     if arguments.submit:
         print(submit(text))
     return 0
@@ -127,7 +127,7 @@ def script(arguments: argparse.Namespace, folder: Path) -> str:
     if problems:
         raise InputError("\n".join(problems))
     gpus = arguments.gpus_per_node
-    config = checked(arguments.command, gpus and gpus * arguments.nodes)
+    config = check_command(arguments.command, gpus and gpus * arguments.nodes)
     run_dir = Path(config.train.run_dir).expanduser()
     options = {
         "job-name": run_dir.name,

@@ -1,28 +1,27 @@
-"""What is launched through a queue is checked first: what would end with status 2 should not wait for its turn."""
+"""Commands that wait in a queue are checked before they are submitted: the user's errors should not wait there."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from data.errors import InputError
+from launch.commands import parse
 from launch.presets import load_config
 from train.config.config import Config
 
 
-def checked(command: Sequence[str], devices: int | None = None, slices: int = 1) -> Config:
-    """The config of the `pretrain` command that follows `--`.
+def check_command(command: Sequence[str], devices: int | None = None, slices: int = 1) -> Config:
+    """Returns the config of the `pretrain` command that follows `--`.
 
     Args:
-        command: its words.
-        devices: that all processes will have, where that is known: then the mesh must fit them.
-        slices: of TPUs.
+        command: words of the command line.
+        devices: number over all processes, where it is known; then the mesh must fit it.
+        slices: number of TPU slices.
 
     Raises:
-        InputError: all that is wrong with it.
+        InputError: everything that is wrong with the command.
     """
     if not command or command[0] != "pretrain":
         raise InputError("what can wait in a queue is pretrain; give it after --, as in: -- pretrain --config=tiny")
-    from launch.commands import parse
-
     _, arguments = parse(command)
     config = load_config(arguments.config, arguments.overrides)
     if devices:
@@ -31,16 +30,15 @@ def checked(command: Sequence[str], devices: int | None = None, slices: int = 1)
 
         problems = rule_problems(config.mesh)
         if not problems:
-            problems = mesh_problems(
-                config.resolved(config.tokenizer.vocab_size), mesh_shape(config.mesh, devices, slices)
-            )
+            shape = mesh_shape(config.mesh, devices, slices)
+            problems = mesh_problems(config.resolved(config.tokenizer.vocab_size), shape)
         if problems:
             raise InputError("\n".join(problems))
     return config
 
 
-def put(text: str, output: str | None) -> None:
-    """Write what is to be submitted to a file, or else to standard output."""
+def write_submission(text: str, output: str | None) -> None:
+    """Writes a script or manifest to a file, or to standard output."""
     if output is None:
         print(text, end="")
     else:

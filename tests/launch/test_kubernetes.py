@@ -12,7 +12,7 @@ import yaml
 
 from data.errors import InputError
 from launch.commands import parse
-from launch.kubernetes import devices_of_a_host, manifest
+from launch.kubernetes import manifest, tpus_per_host
 from tests.launch.small_run import here
 from tests.peers import require
 from train.devices.processes import how_to_join
@@ -89,7 +89,7 @@ def test_pods_with_tpus_are_placed_and_left_to_be_told_by_gke():
     assert container_of(jobset)["resources"] == {"limits": {"google.com/tpu": "4"}}
     assert "env" not in container_of(jobset)
     assert list(jobset["metadata"]["annotations"].values()) == ["cloud.google.com/gke-nodepool"]
-    assert list(map(devices_of_a_host, [(1, 1), (2, 2), (2, 4), (4, 4), (2, 2, 1), (2, 2, 2)])) == [1, 4, 8, 4, 4, 4]
+    assert list(map(tpus_per_host, [(1, 1), (2, 2), (2, 4), (4, 4), (2, 2, 1), (2, 2, 2)])) == [1, 4, 8, 4, 4, 4]
 
 
 def test_what_happens_follows_from_the_exit_status():
