@@ -1,7 +1,7 @@
 """Run a command as several JAX processes on this machine: ziggurat launch local --processes=2 -- pretrain --config=tiny
 
-Every line that a process prints has its number before it. A signal goes on to all; when one fails, the others end too.
-A run that has failed or was stopped is started again, by its exit status: see `supervise`.
+Each line that a process prints is prefixed with its number. Signals are passed on to all processes; when one fails, the
+others are ended. A run that has failed or was stopped is started again, depending on its exit status.
 """
 
 import argparse
@@ -21,18 +21,20 @@ from typing import Any, BinaryIO, NamedTuple
 
 from data.errors import InputError
 from data.files.remote import protocol
+from launch.commands import parse
 from launch.presets import load_config
 from train.run.name import CONFIG_FILE, read_config
 
-# Seconds that processes have before they are killed: when one has failed, and to save when they are asked to end.
-GRACE, PATIENCE = 3.0, 600.0
 DONE, USERS_ERROR, PREEMPTED = 0, 2, 75
-LONGEST_PAUSE = 60.0
+# Seconds until processes are killed: after another has failed, and after they were asked to end, so that they can save.
+SECONDS_AFTER_FAILURE = 3.0
+SECONDS_TO_SAVE = 600.0
+MAX_PAUSE = 60.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `ziggurat launch local`."""
-    parser.add_argument("--processes", type=int, required=True, metavar="N", help="how many")
+    """Adds the flags of `ziggurat launch local`."""
+    parser.add_argument("--processes", type=int, required=True, metavar="N", help="number of processes")
     parser.add_argument("--devices", type=int, metavar="K", help="virtual CPU devices of each [what JAX finds]")
     parser.add_argument(
         "--restarts", type=int, default=3, metavar="N",
@@ -42,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Start the processes and wait; returns the first status that is not 0."""
+    """Runs the processes until they end; returns the first exit status that is not 0."""
     problems = []
     if arguments.processes < 1:
         problems.append(f"--processes={arguments.processes} must be at least 1")
@@ -54,23 +56,23 @@ def run(arguments: argparse.Namespace) -> int:
         problems.append(f"--restarts={arguments.restarts} must be at least 0")
     if problems:
         raise InputError("\n".join(problems))
-    environment = dict(os.environ)
+    shared = dict(os.environ)
     if arguments.devices:
-        flags = f"{environment.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={arguments.devices}"
-        environment["XLA_FLAGS"] = flags.strip()
+        flags = f"{shared.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={arguments.devices}"
+        shared["XLA_FLAGS"] = flags.strip()
     command = [sys.executable, "-m", "launch.cli", *arguments.command]
-    own = [own_environment(environment, i, arguments.processes) for i in range(arguments.processes)]
+    environments = [process_environment(shared, i, arguments.processes) for i in range(arguments.processes)]
 
-    def start() -> Ended:
+    def start() -> Exit:
         coordinator = {"ZIGGURAT_COORDINATOR": f"127.0.0.1:{free_port()}"}
-        return launch(command, [environment | coordinator for environment in own])
+        return run_processes(command, [environment | coordinator for environment in environments])
 
     folder = run_folder(arguments.command) if arguments.restarts else None
     return supervise(start, folder, arguments.restarts) if folder else start().status
 
 
-def own_environment(environment: Mapping[str, str], process: int, processes: int) -> dict[str, str]:
-    """Of one of so many processes: which it is, and its share of the machine's GPUs."""
+def process_environment(environment: Mapping[str, str], process: int, processes: int) -> dict[str, str]:
+    """Returns the environment of one process: its number, and its share of the machine's GPUs."""
     from train.devices.processes import share_of_gpus
 
     gpus = share_of_gpus(environment, process, processes)
@@ -83,58 +85,61 @@ def own_environment(environment: Mapping[str, str], process: int, processes: int
 
 
 def run_folder(command: Sequence[str]) -> Path | None:
-    """Of the run that a command trains; none: it trains none. InputError where its config is wrong."""
+    """Returns the folder of the run that a command trains, if any. Raises InputError where its config is wrong."""
     if command[0] != "pretrain" or {"-h", "--help"} & set(command):
         return None
-    from launch.commands import parse
-
     _, arguments = parse(command)
     return Path(load_config(arguments.config, arguments.overrides).train.run_dir).expanduser()
 
 
-class Ended(NamedTuple):
-    """How processes ended: the first `status` that is not 0 (of a signal n: 128 + n), and whether they were `asked`."""
+class Exit(NamedTuple):
+    """The end of a set of processes.
+
+    Attributes:
+        status: the first exit status that is not 0; 128 + n after signal n.
+        was_asked: the launcher received a signal to end.
+    """
 
     status: int
-    asked: bool
+    was_asked: bool
 
 
 def supervise(
-    start: Callable[[], Ended], folder: Path, restarts: int, sleep: Callable[[float], None] = time.sleep
+    start: Callable[[], Exit], folder: Path, restarts: int, sleep: Callable[[float], None] = time.sleep
 ) -> int:
-    """Start a run until it is done, as its exit statuses say.
+    """Starts a run again and again until its exit status, or a signal to this process, ends it; returns the status.
 
-    0 is done and 2 the user's error: it ends. 75 is stopped: start at once. All else is a fault: start after a pause
-    that doubles, and give up after so many in a row that have saved nothing new. A signal to this process ends it, too.
+    Status 0 (done) and 2 (the user's error) end it. After 75 (stopped) it starts at once. All else is a fault: it
+    starts after a pause that doubles, and gives up after more than `restarts` starts in a row that saved nothing new.
 
     Args:
-        start: runs all processes.
-        folder: of the run.
-        restarts: without progress.
-        sleep: in seconds.
+        start: runs all processes until they end.
+        folder: the run's folder, in which progress is seen.
+        restarts: largest number of restarts without progress.
+        sleep: waits for seconds; tests replace it.
     """
-    in_vain, reached = 0, last_saved(folder)
+    in_vain, reached = 0, newest_step(folder)
     while True:
-        ended = start()
-        if ended.asked or ended.status in (DONE, USERS_ERROR):
-            return ended.status
-        before, reached = reached, last_saved(folder)
-        in_vain = 0 if reached > before else in_vain + (ended.status != PREEMPTED)
+        end = start()
+        if end.was_asked or end.status in (DONE, USERS_ERROR):
+            return end.status
+        before, reached = reached, newest_step(folder)
+        in_vain = 0 if reached > before else in_vain + (end.status != PREEMPTED)
         if in_vain > restarts:
-            say(f"status {ended.status}, and nothing new saved in {in_vain} starts: given up")
-            return ended.status
-        pause = 0.0 if ended.status == PREEMPTED else min(2.0**in_vain, LONGEST_PAUSE)
-        say(
-            f"status {ended.status}, saved up to step {reached}: starting again"
-            + (f" in {pause:.0f} s" if pause else "")
-        )
+            print_line(f"status {end.status}, and nothing new saved in {in_vain} starts: given up")
+            return end.status
+        pause = 0.0 if end.status == PREEMPTED else min(2.0**in_vain, MAX_PAUSE)
+        in_seconds = f" in {pause:.0f} s" if pause else ""
+        print_line(f"status {end.status}, saved up to step {reached}: starting again{in_seconds}")
         sleep(pause)
 
 
-def last_saved(folder: Path) -> int:
-    """The step of a run's newest checkpoint, 0 where there is none; without JAX, which does not bear to be forked.
+def newest_step(folder: Path) -> int:
+    """Returns the step of a run's newest checkpoint, or 0.
 
-    Nor do the threads of a bucket's library: of checkpoints there it is the newest that was on its way.
+    `Checkpoints.steps` and `Run.last_step` know better, but need JAX and, for a bucket, threads, neither of which may
+    be there when a process forks. For checkpoints in a bucket this is the newest save in the audit log, which may be
+    incomplete. `launch.slurm.newest_step_command` does the same in a shell.
     """
     place = read_config(folder).checkpoint.dir if (folder / CONFIG_FILE).exists() else None
     if place and protocol(place):
@@ -145,20 +150,19 @@ def last_saved(folder: Path) -> int:
     return max((int(name) for name in names if name.isdigit()), default=0)
 
 
-def say(text: str) -> None:
-    """A line of the launcher's own."""
+def print_line(text: str) -> None:
+    """Prints a line of the launcher's own on standard error."""
     print(f"ziggurat: {text}", file=sys.stderr, flush=True)
 
 
-def launch(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> Ended:
-    """Run the command once in each environment, and wait until all have ended."""
+def run_processes(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> Exit:
+    """Runs the command once in each environment and waits until all have ended."""
     received: list[int] = []
-    before = {
+    handlers = {
         number: signal.signal(number, lambda n, _: received.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
     }
     processes: list[subprocess.Popen] = []
     threads: list[threading.Thread] = []
-    status, asked, deadline = 0, False, math.inf
     try:
         for environment in environments:
             process = subprocess.Popen(
@@ -171,69 +175,82 @@ def launch(command: Sequence[str], environments: Sequence[Mapping[str, str]]) ->
                 preexec_fn=die_with_parent,
             )
             processes.append(process)
-        # Threads come after all forks: a fork beside a thread may hang.
+        # All forks come before the first thread: a fork of a process with threads may deadlock.
         for i, process in enumerate(processes):
             for pipe, out in ((process.stdout, sys.stdout.buffer), (process.stderr, sys.stderr.buffer)):
                 assert pipe is not None
                 threads.append(threading.Thread(target=prefix_lines, args=(pipe, out, f"[{i}] "), daemon=True))
                 threads[-1].start()
-        while None in [process.poll() for process in processes]:
-            for number in received:
-                signal_all(processes, number)
-                if not asked:
-                    asked, deadline = True, min(deadline, time.monotonic() + PATIENCE)
-            received.clear()
-            failed = [process.returncode for process in processes if process.returncode]
-            if failed and not status:
-                status = failed[0]
-                # What has stopped by itself has told the others to: they are about to end, too.
-                stops = status == PREEMPTED
-                deadline = min(deadline, time.monotonic() + (PATIENCE if stops else GRACE))
-                if not asked and not stops:
-                    signal_all(processes, signal.SIGTERM)
-            if time.monotonic() > deadline:
-                signal_all(processes, signal.SIGKILL)
-            time.sleep(0.05)
-        status = status or next((process.returncode for process in processes if process.returncode), 0)
+        return wait_for(processes, received)
     finally:
         signal_all(processes, signal.SIGKILL)
         for process in processes:
             process.wait()
         for thread in threads:
             thread.join()
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
-    return Ended(status if status >= 0 else 128 - status, asked)
+
+
+def wait_for(processes: Sequence[subprocess.Popen], received: list[int]) -> Exit:
+    """Waits until all processes have ended; passes signals on, and ends all once one has failed.
+
+    Args:
+        processes: started in sessions of their own.
+        received: signals to this process, appended by its handlers and removed here.
+    """
+    status, was_asked, deadline = 0, False, math.inf
+    while None in [process.poll() for process in processes]:
+        for number in received:
+            signal_all(processes, number)
+            if not was_asked:
+                was_asked = True
+                deadline = min(deadline, time.monotonic() + SECONDS_TO_SAVE)
+        received.clear()
+        failed = [process.returncode for process in processes if process.returncode]
+        if failed and not status:
+            status = failed[0]
+            # A process that stops by itself does so together with all others, which are still saving.
+            is_stopping = status == PREEMPTED
+            seconds = SECONDS_TO_SAVE if is_stopping else SECONDS_AFTER_FAILURE
+            deadline = min(deadline, time.monotonic() + seconds)
+            if not was_asked and not is_stopping:
+                signal_all(processes, signal.SIGTERM)
+        if time.monotonic() > deadline:
+            signal_all(processes, signal.SIGKILL)
+        time.sleep(0.05)
+    status = status or next((process.returncode for process in processes if process.returncode), 0)
+    return Exit(status if status >= 0 else 128 - status, was_asked)
 
 
 def signal_all(processes: Sequence[subprocess.Popen], number: int) -> None:
-    """To every process that still runs, and to what it started."""
+    """Sends a signal to every process that still runs, and to the processes that it started."""
     for process in processes:
         if process.poll() is None:
             os.killpg(process.pid, number)
 
 
 def prefix_lines(pipe: BinaryIO, out: BinaryIO, prefix: str) -> None:
-    """Copy lines as they come. Where they can't be written (`| head`), the rest is taken all the same and dropped."""
+    """Copies lines as they come. Where they can't be written (`| head`), all later lines are read and dropped."""
     for line in pipe:
         try:
             out.write(prefix.encode() + line.rstrip(b"\r\n") + b"\n")
             out.flush()
         except OSError:
-            # With nobody to empty its pipe the process would wait for ever.
+            # Reading continues: the process would block for ever on a full pipe.
             with open(os.devnull, "wb") as nowhere:
                 os.dup2(nowhere.fileno(), out.fileno())
 
 
 def die_with_parent() -> Any:
-    """In the child, before it becomes the command: end when the launcher does, however that ends (Linux)."""
+    """Runs in the child: asks Linux to kill it when the launcher ends, in whatever way that happens."""
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on."""
+    """Returns a TCP port that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

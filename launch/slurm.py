@@ -1,7 +1,8 @@
 """Run pretraining on a Slurm cluster: ziggurat launch slurm --nodes=2 --gpus-per-node=8 --submit -- pretrain --config=…
 
-Writes a script for sbatch to standard output, or submits it and prints the number of the job. The job is told some
-minutes before its time is up, saves, and goes back to the queue; what fails is started again, by its exit status.
+Writes a script for sbatch to standard output, or submits it and prints the number of the job. Some minutes before its
+time is up, Slurm signals the job, which saves and goes back to the queue. A run that fails is started again, depending
+on its exit status.
 """
 
 import argparse
@@ -16,19 +17,19 @@ from data.errors import InputError
 from data.files.remote import protocol
 from launch.submission import check_command, write_submission
 
-# Between the notice and the end of the job: a step, a save, and Slurm's own delay of up to a minute.
+# Between Slurm's signal and the end of the job: a step, a save, and Slurm's own delay of up to a minute.
 NOTICE_SECONDS = 300
-# Once one task has ended, what the others have to end by themselves: to save, or to say what is wrong.
+# Once one task has ended, the others have this time to save, or to print their error.
 WAIT_SECONDS = 60
-# srun gives the highest status of all tasks, so each is turned into one that is the higher the more it says: what is
-# killed because another has failed must not hide why that failed. The shell lets its child answer to signals.
+# srun returns the highest status of all tasks. Each status is mapped so that a more informative one is higher: tasks
+# killed because another has failed must not hide why that one failed. The shell ignores signals; its child gets them.
 TASK = 'trap : TERM INT; "$@"; case $? in 0) ;; 75) exit 75 ;; 2) exit 200 ;; *) exit 100 ;; esac'
 SCRIPT = """\
 #!/bin/bash
 {lines}
 
-# 0: done. 2: the user's error. 75: stopped, so back to the queue. All else is a fault: started again here after a
-# pause, and given up after three in a row that have saved nothing new.
+# 0: done. 2: the user's error. 75: stopped, so back to the queue. All else is a fault: the run starts again after a
+# pause, until more than three faults in a row have saved nothing new.
 run() {{
     {srun} \\
         sh -c {task} sh \\
@@ -69,30 +70,30 @@ done
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `ziggurat launch slurm`."""
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="how many [1]")
+    """Adds the flags of `ziggurat launch slurm`."""
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="number of nodes [1]")
     parser.add_argument(
         "--tasks-per-node", type=int, default=1, metavar="N",
         help="processes of a node, which share its GPUs evenly [1]",
     )  # fmt: skip
-    parser.add_argument("--gpus-per-node", type=int, metavar="N", help="how many of each node [none]")
+    parser.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs of each node [none]")
     parser.add_argument("--cpus-per-task", type=int, metavar="N", help="CPUs of a process [what the cluster gives]")
     parser.add_argument("--time", metavar="LIMIT", help="as sbatch takes it, as in 1-00:00:00 [the partition's]")
-    parser.add_argument("--partition", metavar="NAME", help="where to run [the cluster's default]")
-    parser.add_argument("--account", metavar="NAME", help="who pays [the user's default]")
+    parser.add_argument("--partition", metavar="NAME", help="partition that runs the job [the cluster's default]")
+    parser.add_argument("--account", metavar="NAME", help="account that pays [the user's default]")
     parser.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION",
-        help="a further option of sbatch, as in --sbatch=--qos=high; it overrides what is written here",
+        help="a further option of sbatch, as in --sbatch=--qos=high; it overrides those of the script",
     )  # fmt: skip
     parser.add_argument("--container-image", metavar="IMAGE", help="run in it (pyxis); ziggurat is on its PATH")
     parser.add_argument("--container-mounts", metavar="FROM:TO,…", help="besides this folder, which is always mounted")
-    parser.add_argument("--output", metavar="FILE", help="where the script goes [standard output]")
+    parser.add_argument("--output", metavar="FILE", help="file of the script [standard output]")
     parser.add_argument("--submit", action="store_true", help="submit it, and print the number of the job")
     parser.add_argument("command", nargs="*", metavar="COMMAND", help="pretrain with its flags, after --")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the script, or submit it."""
+    """Writes the script, or submits it."""
     text = script(arguments, Path.cwd())
     if arguments.output or not arguments.submit:
         write_submission(text, arguments.output)
@@ -102,29 +103,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def script(arguments: argparse.Namespace, folder: Path) -> str:
-    """What sbatch is given.
+    """Returns the script for sbatch.
 
     Args:
-        arguments: of the command line.
-        folder: where it is to run.
+        arguments: the parsed command line.
+        folder: working folder of the job.
 
     Raises:
-        InputError: all that is wrong with the flags, or with the command.
+        InputError: everything that is wrong with the flags or the command.
     """
-    problems = [
-        f"--{name.replace('_', '-')}={number} must be at least 1"
-        for name in ("nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task")
-        if (number := getattr(arguments, name)) is not None and number < 1
-    ]
-    problems += [f"--sbatch={option}: an option begins with - and is one line" for option in arguments.sbatch
-                 if not option.startswith("-") or "\n" in option]  # fmt: skip
-    if not problems and arguments.gpus_per_node and arguments.gpus_per_node % arguments.tasks_per_node:
-        problems.append(
-            f"--tasks-per-node={arguments.tasks_per_node} does not divide --gpus-per-node={arguments.gpus_per_node}"
-        )
-    if arguments.container_mounts and not arguments.container_image:
-        problems.append("--container-mounts without --container-image: there is nothing to mount it in")
-    if problems:
+    if problems := flag_problems(arguments):
         raise InputError("\n".join(problems))
     gpus = arguments.gpus_per_node
     config = check_command(arguments.command, gpus and gpus * arguments.nodes)
@@ -145,8 +133,9 @@ def script(arguments: argparse.Namespace, folder: Path) -> str:
     }
     lines = [f"--{name}={shlex.quote(str(value))}" for name, value in options.items() if value is not None]
     flags = ["--label", "--kill-on-bad-exit=0", f"--wait={WAIT_SECONDS}"]
-    # srun does not take it over from sbatch.
-    flags += [f"--cpus-per-task={arguments.cpus_per_task}"] if arguments.cpus_per_task else []
+    if arguments.cpus_per_task:
+        # srun does not inherit this option from sbatch.
+        flags.append(f"--cpus-per-task={arguments.cpus_per_task}")
     program = [sys.executable, "-m", "launch.cli"]
     if arguments.container_image:
         mounts = ",".join(filter(None, (f"{folder}:{folder}", arguments.container_mounts)))
@@ -154,21 +143,40 @@ def script(arguments: argparse.Namespace, folder: Path) -> str:
                   f"--container-workdir={folder}"]  # fmt: skip
         program = ["ziggurat"]
     return SCRIPT.format(
-        # Of two lines for the same option the later one counts.
+        # Of two lines with the same option the later one counts.
         lines="\n".join(f"#SBATCH {option}" for option in [*lines, "--requeue", *arguments.sbatch]),
         srun=shlex.join(["srun", *flags]),
         task=shlex.quote(TASK),
         command=shlex.join([*program, *arguments.command]),
-        saved=newest_step(run_dir, config.checkpoint.dir),
+        saved=newest_step_command(run_dir, config.checkpoint.dir),
     )
 
 
-def newest_step(run_dir: Path, place: str | None) -> str:
-    """What the shell prints the step of the newest checkpoint with. Of a bucket it knows what the run tells.
+def flag_problems(arguments: argparse.Namespace) -> list[str]:
+    """Returns what is wrong with the flags."""
+    problems = [
+        f"--{name.replace('_', '-')}={number} must be at least 1"
+        for name in ("nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task")
+        if (number := getattr(arguments, name)) is not None and number < 1
+    ]
+    for option in arguments.sbatch:
+        if not option.startswith("-") or "\n" in option:
+            problems.append(f"--sbatch={option}: an option begins with - and is one line")
+    if not problems and arguments.gpus_per_node and arguments.gpus_per_node % arguments.tasks_per_node:
+        problems.append(
+            f"--tasks-per-node={arguments.tasks_per_node} does not divide --gpus-per-node={arguments.gpus_per_node}"
+        )
+    if arguments.container_mounts and not arguments.container_image:
+        problems.append("--container-mounts without --container-image: there is nothing to mount it in")
+    return problems
+
+
+def newest_step_command(run_dir: Path, place: str | None) -> str:
+    """Returns a shell command that prints the step of the newest checkpoint (see `launch.local.newest_step`).
 
     Args:
         run_dir: the run's folder.
-        place: `checkpoint.dir`.
+        place: the setting `checkpoint.dir`.
     """
     if place and protocol(place):
         file = shlex.quote(str(run_dir / "events.jsonl"))
@@ -178,7 +186,7 @@ def newest_step(run_dir: Path, place: str | None) -> str:
 
 
 def submit(text: str, sbatch: Sequence[str] = ("sbatch", "--parsable")) -> str:
-    """Give a script to Slurm; returns the number of the job. InputError where Slurm refuses it."""
+    """Submits a script to Slurm; returns the number of the job. Raises InputError where Slurm refuses it."""
     if shutil.which(sbatch[0]) is None:
         raise InputError(f"--submit: there is no {sbatch[0]} here; write the script and submit it where Slurm is")
     done = subprocess.run(sbatch, input=text, capture_output=True, text=True)

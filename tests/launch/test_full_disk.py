@@ -12,7 +12,7 @@ import pytest
 import train.loop
 from data.errors import StorageError
 from launch.exit_status import report_error
-from launch.local import last_saved
+from launch.local import newest_step
 from tests.launch.small_run import back_to, command, here, metrics, ziggurat
 from train.run.events import Events
 
@@ -94,4 +94,4 @@ def test_checkpoints_may_be_moved_to_another_disk_and_are_found_from_everywhere(
     capsys.readouterr()
     assert here("evaluate", run, "--json") == 0
     assert json.loads(capsys.readouterr().out)["step"] == 13
-    assert last_saved(run) == 13
+    assert newest_step(run) == 13

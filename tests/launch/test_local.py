@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from data.errors import InputError
-from launch.local import Ended, add_arguments, free_port, last_saved, launch, own_environment, run, supervise
+from launch.local import Exit, add_arguments, free_port, newest_step, process_environment, run, run_processes, supervise
 from tests.launch.small_run import ROOT, command, environment, write_config
 
 
@@ -43,7 +43,7 @@ def is_running(pid: int) -> bool:
 
 def test_every_line_of_both_streams_has_its_process_before_it(capfd):
     code = "print('out', i); print('err', i, file=sys.stderr); print('end', end='')"
-    assert launch(python(code), environments(3)) == (0, False)
+    assert run_processes(python(code), environments(3)) == (0, False)
     out, err = capfd.readouterr()
     assert sorted(out.splitlines()) == sorted(f"[{i}] {line}" for i in range(3) for line in (f"out {i}", "end"))
     assert sorted(err.splitlines()) == [f"[{i}] err {i}" for i in range(3)]
@@ -51,9 +51,11 @@ def test_every_line_of_both_streams_has_its_process_before_it(capfd):
 
 def test_the_first_failure_is_the_status_and_ends_the_others():
     began = time.monotonic()
-    assert launch(python("sys.exit(7) if i == '1' else time.sleep(60)"), environments(3)).status == 7
+    assert run_processes(python("sys.exit(7) if i == '1' else time.sleep(60)"), environments(3)).status == 7
     assert (
-        launch(python("os.kill(os.getpid(), signal.SIGKILL) if i == '0' else time.sleep(60)"), environments(2)).status
+        run_processes(
+            python("os.kill(os.getpid(), signal.SIGKILL) if i == '0' else time.sleep(60)"), environments(2)
+        ).status
         == 137
     )
     assert time.monotonic() - began < 30
@@ -62,14 +64,14 @@ def test_the_first_failure_is_the_status_and_ends_the_others():
 def test_one_that_stopped_leaves_the_others_time_to_save(capfd):
     told = "signal.signal(signal.SIGTERM, lambda *_: print('told', flush=True))"
     code = f"{told}; time.sleep(0.5 + int(i)); print('saved', flush=True); os._exit(75)"
-    assert launch(python(code), environments(2)) == (75, False)
+    assert run_processes(python(code), environments(2)) == (75, False)
     assert sorted(capfd.readouterr().out.splitlines()) == ["[0] saved", "[1] saved"]
 
 
 LAUNCHER = """
 import os, sys
-from launch.local import last_saved, launch
-sys.exit(launch([sys.executable, "-c", sys.argv[1]], [dict(os.environ)] * 2).status)
+from launch.local import newest_step, run_processes
+sys.exit(run_processes([sys.executable, "-c", sys.argv[1]], [dict(os.environ)] * 2).status)
 """
 
 
@@ -143,7 +145,9 @@ sys.exit(main(["pretrain", "--config={write_config(tmp_path)}"]))
         "ZIGGURAT_NUM_PROCESSES": "2",
     }
     began = time.monotonic()
-    assert launch([sys.executable, "-c", code], [joined | {"ZIGGURAT_PROCESS_ID": id} for id in "01"]).status == 1
+    assert (
+        run_processes([sys.executable, "-c", code], [joined | {"ZIGGURAT_PROCESS_ID": id} for id in "01"]).status == 1
+    )
     assert time.monotonic() - began < 90
     assert "[1] RuntimeError: a fault" in capfd.readouterr().err
 
@@ -241,11 +245,11 @@ def supervised(statuses: list[int], folder: Path, restarts: int = 3) -> tuple[in
     """(status, pauses, starts) where starts end so; one of 75 or more has saved a step more before."""
     left, pauses = list(statuses), []
 
-    def start() -> Ended:
+    def start() -> Exit:
         status = left.pop(0)
         if status >= 75:
             (folder / "checkpoints" / str(len(statuses) - len(left))).mkdir(parents=True)
-        return Ended(status, False)
+        return Exit(status, False)
 
     status = supervise(start, folder, restarts, pauses.append)
     return status, pauses, len(statuses) - len(left)
@@ -259,21 +263,21 @@ def test_a_run_is_started_again_by_its_exit_status(tmp_path: Path):
     assert supervised([1, 1, 137, 1, 0], tmp_path / "faults") == (0, [2, 4, 1, 2], 5)
     # To be stopped is no fault, however often.
     stopped_early = iter([75] * 9 + [0])
-    assert supervise(lambda: Ended(next(stopped_early), False), tmp_path / "early", 3, lambda _: None) == 0
+    assert supervise(lambda: Exit(next(stopped_early), False), tmp_path / "early", 3, lambda _: None) == 0
     assert supervised([1] * 9, tmp_path / "vain") == (1, [2, 4, 8], 4)
     assert supervised([1, 0], tmp_path / "once", restarts=0) == (1, [], 1)
-    asked = supervise(lambda: Ended(75, True), tmp_path, 3, lambda _: pytest.fail("it was asked to end"))
+    asked = supervise(lambda: Exit(75, True), tmp_path, 3, lambda _: pytest.fail("it was asked to end"))
     assert asked == 75
 
 
 def test_each_process_has_its_own_share_of_the_gpus():
     shown = {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}
-    found = [own_environment(shown, i, 2) for i in range(2)]
+    found = [process_environment(shown, i, 2) for i in range(2)]
     assert [environment["JAX_LOCAL_DEVICE_IDS"] for environment in found] == ["0,1", "2,3"]
     assert [environment["ZIGGURAT_PROCESS_ID"] for environment in found] == ["0", "1"]
-    assert "JAX_LOCAL_DEVICE_IDS" not in own_environment({"CUDA_VISIBLE_DEVICES": ""}, 0, 2)
+    assert "JAX_LOCAL_DEVICE_IDS" not in process_environment({"CUDA_VISIBLE_DEVICES": ""}, 0, 2)
     with pytest.raises(InputError, match="3 processes cannot share the 4 GPUs"):
-        own_environment(shown, 0, 3)
+        process_environment(shown, 0, 3)
 
 
 def test_what_is_saved_elsewhere_counts_too(tmp_path: Path):
@@ -281,11 +285,11 @@ def test_what_is_saved_elsewhere_counts_too(tmp_path: Path):
         run = tmp_path / "run"
         run.mkdir(exist_ok=True)
         (run / "config.json").write_text(json.dumps({"checkpoint": {"dir": str(place)}}))
-        assert last_saved(run) == 0
+        assert newest_step(run) == 0
         (tmp_path / "elsewhere" / "40").mkdir(parents=True)
         lines = [{"event": "save", "step": 20}, {"event": "save", "step": 40}, {"event": "fault"}]
         (run / "events.jsonl").write_text("".join(json.dumps({"time": "t"} | line) + "\n" for line in lines) + '{"ti')
-        assert last_saved(run) == 40
+        assert newest_step(run) == 40
         shutil.rmtree(tmp_path / "elsewhere")
         shutil.rmtree(run)
 

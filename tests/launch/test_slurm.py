@@ -10,7 +10,7 @@ import pytest
 
 from data.errors import InputError
 from launch.commands import parse
-from launch.slurm import newest_step, script, submit
+from launch.slurm import newest_step_command, script, submit
 from tests.launch.slurm_cluster import require_slurm, slurm_cluster
 from tests.launch.small_run import environment, here, metrics, write_config
 
@@ -167,7 +167,9 @@ def test_a_job_that_is_told_to_stop_goes_back_to_the_queue_and_completes(tmp_pat
 
 def test_the_script_finds_the_newest_checkpoint_wherever_it_is(tmp_path: Path):
     def found(place: str | None) -> str:
-        return subprocess.run(["bash", "-c", newest_step(tmp_path, place)], capture_output=True, text=True).stdout
+        return subprocess.run(
+            ["bash", "-c", newest_step_command(tmp_path, place)], capture_output=True, text=True
+        ).stdout
 
     elsewhere = tmp_path / "else where"
     for place in (None, str(elsewhere), "gs://bucket/run"):
