@@ -1,15 +1,13 @@
-"""Settings of the data path: which text, how it becomes tokens, how tokens become segments.
-
-Each field's metadata holds `help` (one line, with units) and `resume`: what a change of the field does when a run is
-resumed. "frozen" (where nothing is said) is refused, "warn" is accepted with a warning, "free" in silence.
-"""
+"""Settings of the data path: which text, how it becomes tokens, and how tokens become segments."""
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-# Fields of a mixture's corpus: what it is, how often it is drawn, and those of DataConfig that it may have of its own.
+from settings import problems_of, setting
+
+# Fields of a corpus in a mixture: the text, its weight, and fields of DataConfig that it may set for itself.
 PER_CORPUS_FIELDS = ("text_field", "prompt_field", "text_separator", "epochs")
 MIXTURE_FIELDS = ("corpus", "weight", *PER_CORPUS_FIELDS)
 MIXTURE_EXAMPLE = '{"web": {"corpus": "web/*.jsonl", "weight": 3}, "code": {"corpus": "code", "weight": 1}}'
@@ -20,123 +18,102 @@ CORPUS_HELP = "'stdlib' (the running Python's standard library), or a file, fold
 class DataConfig:
     """The corpus, and how its documents are ordered and cut into segments."""
 
-    corpus: str | dict[str, Any] = field(
-        default="stdlib",
-        # The fingerprint of the content decides, not the path.
-        metadata={"help": f"{CORPUS_HELP}; or a mixture: {MIXTURE_EXAMPLE}", "resume": "free"},
+    # A changed path alone may be the same text elsewhere: the fingerprint of the content decides on resume.
+    corpus: str | dict[str, Any] = setting("stdlib", f"{CORPUS_HELP}; or a mixture: {MIXTURE_EXAMPLE}", resume="free")
+    text_field: str = setting("text", "name of the field or column that holds the text")
+    prompt_field: str | None = setting(
+        None, "name of a field whose text precedes the document's and is not trained on; default: no prompt"
     )
-    text_field: str = field(default="text", metadata={"help": "name of the text's field or column"})
-    prompt_field: str | None = field(
-        default=None,
-        metadata={"help": "name of a field whose text stands before the document's and is not trained on; none: none"},
+    text_separator: str | None = setting(
+        None, "line that separates the documents of a .txt; default: each file is one document"
     )
-    text_separator: str | None = field(
-        default=None,
-        metadata={"help": "the line between two documents of a .txt; none: each file is a document"},
+    on_bad_document: str = setting(
+        "error",
+        "what happens at a document that cannot be read: error ends the run, skip reports it and continues",
+        resume="warn",
+        choices=("error", "skip"),
     )
-    on_bad_document: str = field(
-        default="error",
-        metadata={
-            "help": "what a document that cannot be read does: 'error' ends the run, 'skip' leaves it out and says so",
-            "resume": "warn",
-        },
+    validation_fraction: float = setting(
+        0.05, "share of the documents that is held out for evaluation", at_least=0, below=1
     )
-    validation_fraction: float = field(
-        default=0.05, metadata={"help": "part of the documents that is held out for evaluation"}
+    epochs: int | None = setting(
+        None, "passes over the corpus before the run ends; default: as many as the steps need", at_least=1
     )
-    epochs: int | None = field(
-        default=None,
-        metadata={"help": "times that the corpus is read before the run ends; none: as often as the steps need"},
+    num_streams: int | None = setting(
+        None, "virtual readers, a divisor of the rows of the first batch; default: those rows", at_least=1
     )
-    num_streams: int | None = field(
-        default=None, metadata={"help": "virtual readers; divides the rows of the first batch; none: equals them"}
+    chunk_bytes: int = setting(2**20, "largest part of a file, in bytes, that is read as a unit", at_least=1)
+    shuffle_window: int = setting(
+        2**22, "characters of a stream's text whose documents are shuffled together", at_least=1
     )
-    chunk_bytes: int = field(default=2**20, metadata={"help": "largest part of a file, in bytes, that is read as one"})
-    shuffle_window: int = field(
-        default=2**22, metadata={"help": "characters of a stream's text whose documents are shuffled together"}
+    segment_length: int = setting(256, "positions of a segment, that is the context window", at_least=1)
+    segmentation: str = setting(
+        "concatenate",
+        "concatenate documents and cut them, or pack whole ones where they fit and cut only long ones",
+        choices=("concatenate", "pack"),
     )
-    segment_length: int = field(default=256, metadata={"help": "positions of a segment: the context window"})
-    segmentation: str = field(
-        default="concatenate",
-        metadata={
-            "help": "'concatenate' documents and cut them, or 'pack' whole ones as they fit, cutting only long ones"
-        },
+    document_mask: bool = setting(True, "hide the other documents of a segment from attention")
+    restart_positions: bool | None = setting(
+        None, "start positions at 0 in each document; default: the value of document_mask"
     )
-    document_mask: bool = field(default=True, metadata={"help": "hide other documents of a segment from attention"})
-    restart_positions: bool | None = field(
-        default=None, metadata={"help": "positions begin at 0 in each document; none: as document_mask"}
+    train_last_position: bool = setting(
+        True, "train on the last position of a segment too; otherwise the next segment begins with it"
     )
-    train_last_position: bool = field(
-        default=True,
-        metadata={"help": "train on a segment's last position too; else the next segment begins with it"},
+    num_workers: int = setting(0, "processes that tokenize; 0: the loader's own thread does", resume="free", at_least=0)
+    prefetch: int = setting(2, "global batches prepared ahead", resume="free", at_least=1)
+    positions_every_steps: int = setting(
+        100,
+        "steps between lines of positions.jsonl, from which `inspect data` starts",
+        resume="free",
+        at_least=1,
     )
-    num_workers: int = field(
-        default=0,
-        metadata={"help": "processes that tokenize; 0: the loader's own thread does", "resume": "free"},
-    )
-    prefetch: int = field(default=2, metadata={"help": "global batches made ready ahead", "resume": "free"})
-    positions_every_steps: int = field(
-        default=100,
-        metadata={
-            "help": "steps between lines of positions.jsonl, where `inspect data` begins",
-            "resume": "free",
-        },
-    )
-    accept_changes: bool = field(
-        default=False,
-        metadata={"help": "resume with another corpus or other data settings, from a new epoch on", "resume": "free"},
+    accept_changes: bool = setting(
+        False, "resume with another corpus or other data settings, from a new epoch on", resume="free"
     )
 
     @property
     def restarts(self) -> bool:
-        """Whether positions begin at 0 in each document."""
+        """True if positions start at 0 in each document."""
         return self.document_mask if self.restart_positions is None else self.restart_positions
 
     def problems(self) -> list[str]:
-        """Everything wrong with these values, one line each, naming the field."""
-        found = []
-        for name in ("chunk_bytes", "shuffle_window", "prefetch", "positions_every_steps"):
-            if getattr(self, name) < 1:
-                found.append(f"data.{name} is {getattr(self, name)}; it must be at least 1")
-        if self.segment_length < (least := 1 if self.train_last_position else 2):
-            found.append(f"data.segment_length is {self.segment_length}; it must be at least {least}")
-        for name in ("num_streams", "epochs"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                found.append(f"data.{name} is {getattr(self, name)}; it must be at least 1")
-        if self.num_workers < 0:
-            found.append(f"data.num_workers is {self.num_workers}; it must be 0 or more")
-        if not 0 <= self.validation_fraction < 1:
-            found.append(f"data.validation_fraction is {self.validation_fraction}; it must be in [0, 1)")
-        for name, choices in (("on_bad_document", ("error", "skip")), ("segmentation", ("concatenate", "pack"))):
-            if getattr(self, name) not in choices:
-                found.append(f"data.{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
+        """Returns one line for everything that is wrong with these values, naming the field."""
+        problems = problems_of("data", self)
+        if self.segment_length == 1 and not self.train_last_position:
+            problems.append("data.segment_length is 1; it must be at least 2")
         for name in ("text_field", "prompt_field", "text_separator"):
             if problem := _text_problem(name, getattr(self, name)):
-                found.append(f"data.{name} {problem}")
+                problems.append(f"data.{name} {problem}")
         if not self.corpus:
-            found.append(f"data.corpus is empty; give {CORPUS_HELP}")
+            problems.append(f"data.corpus is empty; give {CORPUS_HELP}")
         elif isinstance(self.corpus, Mapping):
             for name, values in self.corpus.items():
-                found += _corpus_problems(f"data.corpus[{name!r}]", values)
+                problems += _corpus_problems(f"data.corpus[{name!r}]", values)
                 if not isinstance(name, str) or not name:
-                    found.append(f"data.corpus: {name!r} is no name; give a text")
-            if not found:
-                found += _weight_problems([stages(values.get("weight", 1)) for values in self.corpus.values()])
-        return found
+                    problems.append(f"data.corpus: {name!r} is not a name; give a text")
+            if not problems:
+                problems += _weight_problems([stages(values.get("weight", 1)) for values in self.corpus.values()])
+        return problems
+
+
+class ResolvedDataConfig(DataConfig):
+    """The same fields with the number of streams filled in. The annotation narrows the type for type checkers alone."""
+
+    num_streams: int
 
 
 def stages(weight: Any) -> list[tuple[int, float]]:
-    """A corpus's weight as (step, weight from it on), by step from 0."""
+    """Returns a corpus's weight as stages (first step, weight), in order from step 0."""
     return [(step, float(w)) for step, w in weight] if isinstance(weight, list | tuple) else [(0, float(weight))]
 
 
 def weight_at(step: int, weights: Sequence[tuple[int, float]]) -> float:
-    """Of a corpus with these `stages`."""
+    """Returns the weight of a corpus with these `stages` at a step."""
     return next(weight for since, weight in reversed(weights) if since <= step)
 
 
 def _weight_problems(corpora: Sequence[Sequence[tuple[int, float]]]) -> list[str]:
-    """Steps from which on nothing has a weight."""
+    """Returns a line that names the first step from which every weight is 0, if there is one."""
     steps = sorted({step for weights in corpora for step, _ in weights})
     return [
         f"data.corpus: from step {step} on every weight is 0; give one corpus more"
@@ -146,7 +123,7 @@ def _weight_problems(corpora: Sequence[Sequence[tuple[int, float]]]) -> list[str
 
 
 def _text_problem(name: str, value: Any) -> str | None:
-    """What is wrong with a field that is a text or, but for `text_field`, none."""
+    """Returns what is wrong with a text field, which may also be None unless it is `text_field`."""
     if value is None and name != "text_field":
         return None
     if not isinstance(value, str) or not value:
@@ -161,31 +138,30 @@ def _text_problem(name: str, value: Any) -> str | None:
 
 
 def _corpus_problems(where: str, values: Any) -> list[str]:
-    """What is wrong with one corpus of a mixture."""
+    """Returns one line for everything that is wrong with one corpus of a mixture."""
     if not isinstance(values, Mapping):
         return [f"{where} is {values!r}; it must hold fields, as in {MIXTURE_EXAMPLE}"]
-    found = [
-        f"{where}: there is no field {name!r}; there are {', '.join(MIXTURE_FIELDS)}"
+    problems = [
+        f"{where}: unknown field {name!r}; a corpus has {', '.join(MIXTURE_FIELDS)}"
         for name in values
         if name not in MIXTURE_FIELDS
     ]
     if not isinstance(values.get("corpus"), str) or not values["corpus"]:
-        found.append(f"{where} has no 'corpus'; give {CORPUS_HELP}")
-    problems = {
-        name: _text_problem(name, values[name])
-        for name in ("text_field", "prompt_field", "text_separator")
-        if name in values
-    }
-    found += [f"{where}: {name} {problem}" for name, problem in problems.items() if problem]
+        problems.append(f"{where} has no 'corpus'; give {CORPUS_HELP}")
+    for name in ("text_field", "prompt_field", "text_separator"):
+        if name in values and (problem := _text_problem(name, values[name])):
+            problems.append(f"{where}: {name} {problem}")
     if not _is_count(values.get("epochs", 1)):
-        found.append(f"{where}: epochs is {values['epochs']!r}; it must be a whole number from 1 on, or left out")
+        problems.append(
+            f"{where}: epochs is {values['epochs']!r}; it must be a whole number of at least 1, or left out"
+        )
     weight = values.get("weight", 1)
     if not _is_weight(weight) and not _is_schedule(weight):
-        found.append(
+        problems.append(
             f"{where}: weight is {weight!r}; it must be a number from 1e-4 to 1e4, or a schedule "
             "[[0, weight], [step, weight], ...] of steps that rise from 0 and such weights or 0"
         )
-    return found
+    return problems
 
 
 def _is_count(value: Any) -> bool:
@@ -215,28 +191,17 @@ def _is_schedule(value: Any) -> bool:
 class TokenizerConfig:
     """The SentencePiece BPE tokenizer, and the sample of the corpus that it is trained on."""
 
-    path: str | None = field(
-        default=None,
-        metadata={
-            "help": "folder of a tokenizer made by `ziggurat tokenize`, or with another's tokenizer.json; none: the "
-            "run trains its own",
-            "resume": "free",
-        },
+    path: str | None = setting(
+        None,
+        "folder of a tokenizer made by `ziggurat tokenize`, or of another's tokenizer.json; default: the run trains "
+        "its own",
+        resume="free",
     )
-    vocab_size: int = field(
-        default=4096,
-        metadata={"help": "pieces asked of the tokenizer; a small corpus gets as many as it supports"},
+    vocab_size: int = setting(
+        4096, "pieces asked of the tokenizer; a small corpus gets as many as it supports", at_least=320
     )
-    sample_bytes: int = field(default=2**23, metadata={"help": "bytes of training documents that it learns from"})
+    sample_bytes: int = setting(2**23, "bytes of training documents that it learns from", at_least=1024)
 
     def problems(self) -> list[str]:
-        """Everything wrong with these values, one line each, naming the field."""
-        found = []
-        if self.vocab_size < 320:
-            found.append(
-                f"tokenizer.vocab_size is {self.vocab_size}; it must be at least 320: 256 bytes, "
-                "the special pieces and some text"
-            )
-        if self.sample_bytes < 1024:
-            found.append(f"tokenizer.sample_bytes is {self.sample_bytes}; it must be at least 1024")
-        return found
+        """Returns one line for every value that is out of bounds, naming the field."""
+        return problems_of("tokenizer", self)

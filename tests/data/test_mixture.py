@@ -199,7 +199,7 @@ def test_what_is_wrong_with_all_corpora_is_said_at_once(folder: Path):
     [
         ("text", "must hold fields"),
         ({}, "has no 'corpus'"),
-        ({"corpus": "x", "wieght": 1}, "there is no field 'wieght'"),
+        ({"corpus": "x", "wieght": 1}, "unknown field 'wieght'"),
         ({"corpus": "x", "weight": 0}, "weight is 0"),
         ({"corpus": "x", "weight": True}, "weight is True"),
         ({"corpus": "x", "weight": [[0, 1], [0, 2]]}, "weight is [[0, 1], [0, 2]]"),

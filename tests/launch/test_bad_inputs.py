@@ -38,7 +38,7 @@ TABLE = [
     ("mixture that is no JSON", ["pretrain", "--config=tiny", "--config.data.corpus={{web"], "JSON where it begins"),
     ("mixture with an unknown field", ["pretrain", "--config=tiny",
      '--config.data.corpus={{"a": {{"corpus": "stdlib", "wieght": 2}}}}'],
-     "data.corpus['a']: there is no field 'wieght'"),
+     "data.corpus['a']: unknown field 'wieght'"),
     ("mixture with corpora that are not there", ["pretrain", "--config={config}",
      '--config.data.corpus={{"a": {{"corpus": "{dir}/none"}}}}'], "data.corpus['a'] = "),
     ("no such segmentation", ["pretrain", "--config=tiny", "--config.data.segmentation=packed"],

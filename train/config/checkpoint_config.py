@@ -1,57 +1,54 @@
-"""Settings of what is kept of a run, and where. Each field's metadata is as in train/config/config.py."""
+"""Settings of checkpoints and exports: how often, where, and how many are kept."""
 
 import dataclasses
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from data.files.remote import protocol
+from settings import problems_of, setting
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What is kept of the run."""
+    """Checkpoints and exports of a run."""
 
-    every_steps: int = field(default=500, metadata={"help": "steps between checkpoints", "resume": "free"})
-    keep: int = field(default=2, metadata={"help": "the newest checkpoints that stay", "resume": "free"})
-    keep_every_steps: int | None = field(
-        default=None,
-        metadata={"help": "checkpoints whose step is a multiple of this stay, too; none: no others", "resume": "free"},
+    every_steps: int = setting(500, "steps between checkpoints", resume="free", at_least=1)
+    keep: int = setting(2, "number of newest checkpoints to keep", resume="free", at_least=1)
+    keep_every_steps: int | None = setting(
+        None, "also keep checkpoints whose step is a multiple of this; default: no others", resume="free", at_least=1
     )
-    dir: str | None = field(
-        default=None,
-        # The newest checkpoint must be there: see `check_folder`.
-        metadata={
-            "help": "folder or gs://bucket/path of the checkpoints of this run alone; none: run_dir/checkpoints",
-            "resume": "free",
-        },
+    # `check_folder` makes sure on resume that the newest checkpoint is in this folder.
+    dir: str | None = setting(
+        None,
+        "folder or gs://bucket/path for the checkpoints of this run alone; default: run_dir/checkpoints",
+        resume="free",
     )
-    export: bool = field(
-        default=True,
-        metadata={"help": "at the end write Hugging Face weights to run_dir/export", "resume": "free"},
-    )
+    export: bool = setting(True, "write Hugging Face weights to run_dir/export at the end", resume="free")
 
     def resolved(self) -> "CheckpointConfig":
-        """The same with a path that means the same from everywhere."""
+        """Returns the same settings with an absolute path."""
         if self.dir is None or protocol(self.dir):
             return self
         return dataclasses.replace(self, dir=os.path.abspath(os.path.expanduser(self.dir)))
 
     def problems(self) -> list[str]:
-        """Steps and places that fit nothing, one line each."""
-        found, every, kept = [], self.every_steps, self.keep_every_steps
+        """Returns one line for everything that is wrong with these values, naming the field."""
+        problems = problems_of("checkpoint", self)
+        every = self.every_steps
+        kept = self.keep_every_steps
         if kept is not None and every > 0 and kept > 0 and kept % every:
-            found.append(
-                f"checkpoint.keep_every_steps = {kept} is no multiple of checkpoint.every_steps = {every}, so little "
+            problems.append(
+                f"checkpoint.keep_every_steps = {kept} is not a multiple of checkpoint.every_steps = {every}, so little "
                 f"would stay; give {-(-kept // every) * every}"
             )
         place = "folder" if self.dir is None else protocol(self.dir) or "folder"
         if self.dir == "":
-            found.append("checkpoint.dir is empty; name a folder, or leave it at none")
+            problems.append("checkpoint.dir is empty; name a folder, or leave it at none")
         elif place == "s3":
-            found.append(
-                f"checkpoint.dir = {self.dir}: Orbax cannot write checkpoints to s3:// (the arrays end up elsewhere, "
-                "and it says nothing); give a folder, one where the bucket is mounted, or gs://bucket/path"
+            problems.append(
+                f"checkpoint.dir = {self.dir}: Orbax cannot write checkpoints to s3:// (it puts the arrays elsewhere, "
+                "without an error); give a folder, one where the bucket is mounted, or gs://bucket/path"
             )
         elif place not in ("folder", "gs"):
-            found.append(f"checkpoint.dir = {self.dir}: checkpoints are written to a folder or to gs://bucket/path")
-        return found
+            problems.append(f"checkpoint.dir = {self.dir}: checkpoints are written to a folder or to gs://bucket/path")
+        return problems

@@ -1,8 +1,6 @@
-"""The settings of a run: one dataclass a group, and how values from a preset, a file and flags become them.
+"""All settings of a run: one dataclass for each group, written and resolved.
 
-The dataclasses are the only source of fields, defaults, units and documentation. Each field's metadata holds `help`
-and `resume`: whether a change of it on resume is refused ("frozen", where nothing is said), accepted with a warning
-("warn") or in silence ("free"). Everything wrong with a config is reported at once.
+The dataclasses are the only source of fields, defaults, units and documentation (see `settings`).
 """
 
 import dataclasses
@@ -12,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from data.config import DataConfig, TokenizerConfig
-from model.config import ModelConfig
+from data.config import DataConfig, ResolvedDataConfig, TokenizerConfig
+from model.config import ModelConfig, ResolvedModelConfig
 from train.config.checkpoint_config import CheckpointConfig
 from train.config.optimizer_config import OptimizerConfig
 from train.config.recovery_config import RecoveryConfig
@@ -22,7 +20,7 @@ from train.config.run_config import EvaluationConfig, MeshConfig, TrainConfig
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run."""
+    """All settings of a run as a user writes them."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -34,33 +32,40 @@ class Config:
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
-    def resolved(self, vocab_size: int | None = None) -> "Config":
-        """The same settings with every derived field filled in; `vocab_size` is the tokenizer's."""
-        return dataclasses.replace(
-            self,
-            model=self.model.resolved(vocab_size, self.data.segment_length),
-            data=dataclasses.replace(self.data, num_streams=self.num_streams),
-            checkpoint=self.checkpoint.resolved(),
-        )
+    def resolved(self, vocab_size: int | None = None) -> "ResolvedConfig":
+        """Returns the same settings with every derived field filled in; `vocab_size` is the tokenizer's."""
+        groups: dict[str, Any] = vars(self) | {
+            "model": self.model.resolved(vocab_size, self.data.segment_length),
+            "data": ResolvedDataConfig(**vars(self.data) | {"num_streams": self.num_streams}),
+            "checkpoint": self.checkpoint.resolved(),
+        }
+        return ResolvedConfig(**groups)
 
     @property
     def num_streams(self) -> int:
-        """V: the virtual readers of the corpus."""
+        """The number of virtual readers of the corpus (V)."""
         return self.data.num_streams or self.train.batch_ramp_start or self.train.batch_size
 
 
+class ResolvedConfig(Config):
+    """The same groups with every derived field filled in. The annotations narrow types for type checkers alone."""
+
+    model: ResolvedModelConfig
+    data: ResolvedDataConfig
+
+
 def config_fields() -> Iterator[tuple[str, str, dataclasses.Field]]:
-    """(group, field's name, field) of every setting, in order."""
+    """Yields (group, name, field) for every setting, in order."""
     for group in dataclasses.fields(Config):
         for setting in dataclasses.fields(typing.cast(type, group.type)):
             yield group.name, setting.name, setting
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
-    """Plain values by group and field, which `make_config` takes: what a run saves as config.json."""
+    """Returns plain values by group and field, as a run saves them in config.json and `make_config` takes them."""
     return dataclasses.asdict(config)
 
 
 def to_json(config: Config) -> str:
-    """`to_dict` as text."""
+    """Returns the text of config.json."""
     return json.dumps(to_dict(config), indent=2) + "\n"

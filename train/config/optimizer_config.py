@@ -1,12 +1,10 @@
-"""Settings of the optimizer and of its schedule.
+"""Settings of the optimizer and of its schedule."""
 
-Each field's metadata holds `help` (one line) and `resume`, as in train/config/config.py.
-"""
+from dataclasses import dataclass
 
-import dataclasses
-from dataclasses import dataclass, field
+from settings import problems_of, setting, unused_problems
 
-# Fields that have no effect with a choice of `optimizer.name` and of `optimizer.schedule`.
+# Fields without effect, by the choice of `optimizer.name` and of `optimizer.schedule`.
 UNUSED_BY_OPTIMIZER = {
     "adamw": ("muon_momentum",),
     "lion": ("muon_momentum", "epsilon"),
@@ -20,100 +18,80 @@ UNUSED_BY_SCHEDULE = {
     "inverse_sqrt": ("decay_fraction", "final_fraction"),
 }
 DECAYS = ("beta1", "beta2", "muon_momentum")
-MOMENT_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """The optimizer, and its learning rate over the steps."""
 
-    name: str = field(
-        default="adamw",
-        metadata={"help": "adamw, lion, adafactor, or muon (AdamW for all but matrices)"},
+    name: str = setting(
+        "adamw", "optimizer; muon uses AdamW for all parameters but matrices", choices=tuple(UNUSED_BY_OPTIMIZER)
     )
-    learning_rate: float = field(default=3e-4, metadata={"help": "the peak of the schedule", "resume": "warn"})
-    schedule: str = field(
-        default="cosine",
-        metadata={
-            "help": "after warm-up: cosine, linear, wsd (stable, then a linear decay) or inverse_sqrt",
-            "resume": "warn",
-        },
+    learning_rate: float = setting(3e-4, "peak of the schedule", resume="warn", at_least=0)
+    schedule: str = setting(
+        "cosine",
+        "learning rate after warm-up; wsd is stable, then a linear decay",
+        resume="warn",
+        choices=tuple(UNUSED_BY_SCHEDULE),
     )
-    warmup_steps: int | None = field(
-        default=None, metadata={"help": "steps of linear warm-up; none: 5% of the run, at most 2000", "resume": "warn"}
+    warmup_steps: int | None = setting(
+        None, "steps of linear warm-up; default: 5% of the run, at most 2000", resume="warn", at_least=0
     )
-    decay_fraction: float = field(
-        default=0.2, metadata={"help": "the part of the run at its end that is wsd's decay", "resume": "warn"}
+    decay_fraction: float = setting(
+        0.2, "share of the run, at its end, that is the decay of wsd", resume="warn", at_least=0, at_most=1
     )
-    final_fraction: float = field(
-        default=0.1, metadata={"help": "learning rate at the end, as a part of the peak", "resume": "warn"}
+    final_fraction: float = setting(
+        0.1, "learning rate at the end, as a share of the peak", resume="warn", at_least=0, at_most=1
     )
-    beta1: float = field(default=0.9, metadata={"help": "decay of the gradient's mean", "resume": "warn"})
-    beta2: float = field(
-        default=0.95, metadata={"help": "decay of the gradient's square; of lion's momentum", "resume": "warn"}
+    beta1: float = setting(0.9, "decay of the gradient's mean", resume="warn", at_least=0, below=1)
+    beta2: float = setting(
+        0.95, "decay of the gradient's square, or of lion's momentum", resume="warn", at_least=0, below=1
     )
-    muon_momentum: float = field(default=0.95, metadata={"help": "decay of muon's momentum", "resume": "warn"})
-    epsilon: float = field(default=1e-8, metadata={"help": "added to the root of the square", "resume": "warn"})
-    moment_dtype: str = field(
-        default="float32",
-        metadata={"help": "float32 or bfloat16, for what the optimizer remembers of gradients; it computes in float32"},
+    muon_momentum: float = setting(0.95, "decay of muon's momentum", resume="warn", at_least=0, below=1)
+    epsilon: float = setting(1e-8, "added to the root of the gradient's square", resume="warn", above=0)
+    moment_dtype: str = setting(
+        "float32",
+        "dtype in which the optimizer stores moments; it computes in float32",
+        choices=("float32", "bfloat16"),
     )
-    weight_decay: float = field(
-        default=0.1, metadata={"help": "of matrices, times the learning rate; norms have none", "resume": "warn"}
+    weight_decay: float = setting(
+        0.1, "decay of matrices, times the learning rate; norms have none", resume="warn", at_least=0
     )
-    clip_norm: float = field(
-        default=1.0, metadata={"help": "largest global norm of the gradient; 0: no limit", "resume": "warn"}
-    )
+    clip_norm: float = setting(1.0, "largest global norm of the gradient; 0 sets no limit", resume="warn", at_least=0)
 
     def steps_of_warmup(self, num_steps: int) -> int:
-        """Steps of warm-up in a run of so many: as given, or 5% of it, at most 2000."""
+        """Returns the steps of warm-up in a run of `num_steps`: as set, or 5% of the run, at most 2000."""
         return min(num_steps // 20, 2000) if self.warmup_steps is None else self.warmup_steps
 
     def problems(self, num_steps: int) -> list[str]:
-        """Everything wrong with these values in a run of so many steps, one line each, naming the field."""
-        found = []
-        choices = {
-            "name": tuple(UNUSED_BY_OPTIMIZER),
-            "schedule": tuple(UNUSED_BY_SCHEDULE),
-            "moment_dtype": MOMENT_DTYPES,
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                found.append(f"optimizer.{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
-        for name in DECAYS:
-            if not 0 <= getattr(self, name) < 1:
-                found.append(f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1)")
-        if self.epsilon <= 0:
-            found.append(f"optimizer.epsilon is {self.epsilon}; it must be above 0")
-        for name in ("decay_fraction", "final_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                found.append(f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1]")
-
+        """Returns one line for everything that is wrong with these values in a run of `num_steps`, naming the field."""
         unused = dict.fromkeys(UNUSED_BY_OPTIMIZER.get(self.name, ()), self.name)
         unused |= dict.fromkeys(UNUSED_BY_SCHEDULE.get(self.schedule, ()), f"the schedule {self.schedule}")
-        for setting in dataclasses.fields(self):
-            if setting.name in unused and getattr(self, setting.name) != setting.default:
-                with_what, default = unused[setting.name], "none" if setting.default is None else setting.default
-                found.append(f"optimizer.{setting.name} has no effect with {with_what}; leave it at {default}")
+        problems = problems_of("optimizer", self) + unused_problems("optimizer", self, unused)
         warmup = self.steps_of_warmup(num_steps)
         if self.schedule == "inverse_sqrt" and warmup < 1:
-            found.append("inverse_sqrt falls from the end of warm-up; give optimizer.warmup_steps of at least 1")
+            problems.append("inverse_sqrt falls from the end of warm-up; give optimizer.warmup_steps of at least 1")
         if warmup >= num_steps > 0:
-            found.append(
+            problems.append(
                 f"optimizer.warmup_steps = {warmup} leave none of train.num_steps = {num_steps} at the peak; lower them"
             )
         if self.moment_dtype == "bfloat16":
-            # Between two powers of 2 there are 2⁷ bfloat16: what changes by less than 2⁻⁸ of itself can round back.
-            most, why = 1 - 2**-8, "moments in bfloat16 cannot fall by less than 1/256 of their size in a step"
-            found += [
-                f"optimizer.{name} is {getattr(self, name):.6g}; {why}: give at most {most:.4f}, "
-                "or optimizer.moment_dtype=float32"
-                for name in DECAYS
-                if name not in unused and most < getattr(self, name) < 1
-            ]
-            if self.name == "adafactor" and num_steps > 0 and 1 - num_steps**-0.8 > most:
-                found.append(
-                    f"adafactor's decay grows beyond {most:.4f} in train.num_steps = {num_steps}; {why}: "
-                    "give optimizer.moment_dtype=float32"
-                )
-        return found
+            problems += self._bfloat16_problems(num_steps, [name for name in DECAYS if name not in unused])
+        return problems
+
+    def _bfloat16_problems(self, num_steps: int, decays: list[str]) -> list[str]:
+        # There are 2⁷ bfloat16 values between two powers of 2, so a change by less than 2⁻⁸ of a value can round away.
+        most = 1 - 2**-8
+        why = "moments in bfloat16 cannot fall by less than 1/256 of their size in a step"
+        problems = [
+            f"optimizer.{name} is {getattr(self, name):.6g}; {why}: give at most {most:.4f}, "
+            "or optimizer.moment_dtype=float32"
+            for name in decays
+            if most < getattr(self, name) < 1
+        ]
+        if self.name == "adafactor" and num_steps > 0 and 1 - num_steps**-0.8 > most:
+            problems.append(
+                f"adafactor's decay grows beyond {most:.4f} in train.num_steps = {num_steps}; {why}: "
+                "give optimizer.moment_dtype=float32"
+            )
+        return problems

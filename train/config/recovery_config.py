@@ -1,53 +1,46 @@
-"""Settings of what a run does about steps that stand out. Each field's metadata is as in train/config/config.py."""
+"""Settings of recovery from loss spikes and non-finite figures."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+from settings import problems_of, setting
 
 
 @dataclass(frozen=True)
 class RecoveryConfig:
-    """What a step does whose figures stand out: it is tried again once, then its rows are left out."""
+    """Recovery from a spike: its rows are tried again once, then they are skipped."""
 
-    spike_deviations: float = field(
-        default=10.0,
-        metadata={
-            "help": "a loss so many robust standard deviations above the last ones' median stands out; 0: none does",
-            "resume": "free",
-        },
+    spike_deviations: float = setting(
+        10.0,
+        "robust standard deviations above the median of the last losses at which a loss is a spike; 0 finds none",
+        resume="free",
+        at_least=0,
     )
-    spike_window: int = field(
-        default=128, metadata={"help": "steps whose losses a loss is compared with, from 32", "resume": "free"}
+    spike_window: int = setting(128, "number of last losses that a loss is compared with", resume="free", at_least=32)
+    skip_batches: int = setting(
+        1, "batches to skip at once: the one with the spike and those before it", resume="free", at_least=1
     )
-    skip_batches: int = field(
-        default=1,
-        metadata={"help": "batches that are left out at a time, the one that stands out last", "resume": "free"},
+    max_skipped_batches: int = setting(
+        10, "batches skipped before the run ends for a person to look", resume="free", at_least=0
     )
-    max_skipped_batches: int = field(
-        default=10, metadata={"help": "batches left out before the run ends for a person to look", "resume": "free"}
-    )
-    skips: dict[str, Any] = field(
-        default_factory=dict,
-        # What has been left out once stays so: see `train.run.ledger.Ledger`.
-        metadata={
-            "help": 'other batches to leave out, number of the first → how many, as in {"120": 2}; their numbers are '
-            "those of the steps that would read them, were none left out",
-            "resume": "free",
-        },
+    # Batches that were skipped once stay skipped: see `train.run.ledger.Ledger`.
+    skips: dict[str, Any] = setting(
+        {},
+        'further batches to skip, number of the first → how many, as in {"120": 2}; a number is that of the step that '
+        "would read the batch if none were skipped",
+        resume="free",
     )
 
     def batches(self) -> set[int]:
-        """The numbers that `skips` names."""
+        """Returns the numbers of all batches that `skips` names."""
         return {int(first) + i for first, count in self.skips.items() for i in range(count)}
 
     def problems(self) -> list[str]:
-        """Values that fit nothing, one line each."""
-        least = {"spike_deviations": 0, "spike_window": 32, "skip_batches": 1, "max_skipped_batches": 0}
-        found = [
-            f"recovery.{name} is {getattr(self, name)}; it must be at least {minimum}"
-            for name, minimum in least.items()
-            if getattr(self, name) < minimum
-        ]
+        """Returns one line for everything that is wrong with these values, naming the field."""
+        problems = problems_of("recovery", self)
         for first, count in self.skips.items():
             if not (str(first).isdigit() and int(first) and isinstance(count, int) and count > 0):
-                found.append(f'recovery.skips: {first!r}: {count!r} is no step and number of batches, as in {{"9": 1}}')
-        return found
+                problems.append(
+                    f'recovery.skips: {first!r}: {count!r} is not a step and a number of batches, as in {{"9": 1}}'
+                )
+        return problems

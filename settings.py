@@ -1,0 +1,139 @@
+"""Declares config fields in one table: default, help, bounds, choices, and whether a resumed run may change them.
+
+Every config of the project is a frozen dataclass whose fields are `setting`s. Bounds and choices are checked here and
+shown by `--help`, so that the two cannot disagree; rules that involve several fields are functions of each config.
+Imports the standard library alone, since both `model` and `data` use it.
+"""
+
+import copy
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def setting(
+    default: T,
+    help: str,
+    *,
+    resume: str = "frozen",
+    at_least: float | None = None,
+    at_most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> T:
+    """Declares a dataclass field.
+
+    Args:
+        default: value of a config that does not set the field; a dictionary is copied for each config.
+        help: one clause with units; where the default is None it ends with the default that is derived.
+        resume: what happens if a resumed run changes the field: "frozen" refuses it, "warn" accepts it with a
+            warning, "free" accepts it silently.
+        at_least: smallest value allowed.
+        at_most: largest value allowed.
+        above: exclusive lower bound.
+        below: exclusive upper bound.
+        choices: all values allowed, for a text.
+    """
+    bounds = {"at_least": at_least, "at_most": at_most, "above": above, "below": below}
+    metadata = {"help": help, "resume": resume, "choices": choices, "bounds": bounds}
+    field: Any
+    if isinstance(default, dict):
+        field = dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
+    else:
+        field = dataclasses.field(default=default, metadata=metadata)
+    return field
+
+
+def default_of(field: "dataclasses.Field[Any]") -> Any:
+    """Returns the default of a field, also of one with a factory."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def choices_of(config: type, name: str) -> tuple[str, ...]:
+    """Returns the values that a field of a config may have."""
+    choices: tuple[str, ...] = {field.name: field for field in dataclasses.fields(config)}[name].metadata["choices"]
+    return choices
+
+
+def bounds_text(field: "dataclasses.Field[Any]") -> str:
+    """Returns the bounds of a field in words, as in "at least 1", or an empty text without bounds."""
+    b = {name: bound for name, bound in field.metadata["bounds"].items() if bound is not None}
+    match sorted(b):
+        case ["at_least", "at_most"]:
+            return f"from {b['at_least']} to {b['at_most']}"
+        case ["at_least", "below"]:
+            return f"in [{b['at_least']}, {b['below']})"
+        case [name]:
+            return f"{name.replace('_', ' ')} {b[name]}"
+    return ""
+
+
+def problems_of(group: str, config: Any) -> list[str]:
+    """Returns one line for every field of a config that is outside its bounds or choices.
+
+    Args:
+        group: name of the config in flags, as in "model" of `--config.model.num_layers`.
+        config: a dataclass of settings.
+    """
+    problems = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value is None:
+            continue
+        choices = field.metadata["choices"]
+        if choices and value not in choices:
+            problems.append(f"{group}.{field.name} is {value!r}; it must be one of {', '.join(choices)}")
+        elif not _is_within(value, field.metadata["bounds"]):
+            problems.append(f"{group}.{field.name} is {value}; it must be {bounds_text(field)}")
+    return problems
+
+
+def unused_problems(group: str, config: Any, unused: Mapping[str, str]) -> list[str]:
+    """Returns one line for every field that is set but has no effect.
+
+    Args:
+        group: name of the config in flags.
+        config: a dataclass of settings.
+        unused: the choice that makes a field useless, by the field's name.
+    """
+    return [
+        f"{group}.{field.name} has no effect with {unused[field.name]}; "
+        f"leave it at {'none' if field.default is None else field.default}"
+        for field in dataclasses.fields(config)
+        if field.name in unused and getattr(config, field.name) != field.default
+    ]
+
+
+def help_of(field: "dataclasses.Field[Any]") -> str:
+    """Returns the help of a field with its bounds and default, for `--help`."""
+    bounds = bounds_text(field)
+    default = default_of(field)
+    text = field.metadata["help"] + (f"; {bounds}" if bounds else "")
+    if default is None:
+        return text
+    return f"{text} (default: {str(default).lower() if isinstance(default, bool) else default})"
+
+
+def kind_of(field: "dataclasses.Field[Any]") -> str:
+    """Returns the values that a flag of a field takes, for `--help`: its choices, or the kind of its type."""
+    if field.metadata["choices"]:
+        return "|".join(field.metadata["choices"])
+    names = {int: "INTEGER", float: "NUMBER", str: "TEXT", bool: "true|false", dict: "JSON", tuple: "FIRST,LAST"}
+    kind: Any = field.type
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    return "|".join(names.get(typing.get_origin(k) or k, "none") for k in kinds)
+
+
+def _is_within(value: Any, bounds: Mapping[str, float | None]) -> bool:
+    at_least, at_most, above, below = (bounds[name] for name in ("at_least", "at_most", "above", "below"))
+    return (
+        (at_least is None or value >= at_least)
+        and (at_most is None or value <= at_most)
+        and (above is None or value > above)
+        and (below is None or value < below)
+    )
