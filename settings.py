@@ -25,12 +25,13 @@ def setting(
     above: float | None = None,
     below: float | None = None,
     choices: tuple[str, ...] = (),
+    unset: str = "",
 ) -> T:
     """Declares a dataclass field.
 
     Args:
         default: value of a config that does not set the field; a dictionary is copied for each config.
-        help: one clause with units; where the default is None it ends with the default that is derived.
+        help: one clause with units.
         resume: what happens if a resumed run changes the field: "frozen" refuses it, "warn" accepts it with a
             warning, "free" accepts it silently.
         at_least: smallest value allowed.
@@ -38,9 +39,10 @@ def setting(
         above: exclusive lower bound.
         below: exclusive upper bound.
         choices: all values allowed, for a text.
+        unset: what a default of None stands for, in words.
     """
     bounds = {"at_least": at_least, "at_most": at_most, "above": above, "below": below}
-    metadata = {"help": help, "resume": resume, "choices": choices, "bounds": bounds}
+    metadata = {"help": help, "resume": resume, "choices": choices, "bounds": bounds, "unset": unset}
     field: Any
     if isinstance(default, dict):
         field = dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
@@ -113,10 +115,11 @@ def help_of(field: "dataclasses.Field[Any]") -> str:
     """Returns the help of a field with its bounds and default, for `--help`."""
     bounds = bounds_text(field)
     default = default_of(field)
-    text = field.metadata["help"] + (f"; {bounds}" if bounds else "")
     if default is None:
-        return text
-    return f"{text} (default: {str(default).lower() if isinstance(default, bool) else default})"
+        default = field.metadata["unset"]
+    elif isinstance(default, bool):
+        default = str(default).lower()
+    return f"{field.metadata['help']}{bounds and f'; {bounds}'} (default: {default})"
 
 
 def kind_of(field: "dataclasses.Field[Any]") -> str:

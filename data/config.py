@@ -22,10 +22,10 @@ class DataConfig:
     corpus: str | dict[str, Any] = setting("stdlib", f"{CORPUS_HELP}; or a mixture: {MIXTURE_EXAMPLE}", resume="free")
     text_field: str = setting("text", "name of the field or column that holds the text")
     prompt_field: str | None = setting(
-        None, "name of a field whose text precedes the document's and is not trained on; default: no prompt"
+        None, "name of a field whose text precedes the document's and is not trained on", unset="no prompt"
     )
     text_separator: str | None = setting(
-        None, "line that separates the documents of a .txt; default: each file is one document"
+        None, "line that separates the documents of a .txt", unset="each file is one document"
     )
     on_bad_document: str = setting(
         "error",
@@ -37,10 +37,10 @@ class DataConfig:
         0.05, "share of the documents that is held out for evaluation", at_least=0, below=1
     )
     epochs: int | None = setting(
-        None, "passes over the corpus before the run ends; default: as many as the steps need", at_least=1
+        None, "passes over the corpus before the run ends", unset="as many as the steps need", at_least=1
     )
     num_streams: int | None = setting(
-        None, "virtual readers, a divisor of the rows of the first batch; default: those rows", at_least=1
+        None, "virtual readers, a divisor of the rows of the first batch", unset="those rows", at_least=1
     )
     chunk_bytes: int = setting(2**20, "largest part of a file, in bytes, that is read as a unit", at_least=1)
     shuffle_window: int = setting(
@@ -54,7 +54,7 @@ class DataConfig:
     )
     document_mask: bool = setting(True, "hide the other documents of a segment from attention")
     restart_positions: bool | None = setting(
-        None, "start positions at 0 in each document; default: the value of document_mask"
+        None, "start positions at 0 in each document", unset="the value of document_mask"
     )
     train_last_position: bool = setting(
         True, "train on the last position of a segment too; otherwise the next segment begins with it"
@@ -193,8 +193,8 @@ class TokenizerConfig:
 
     path: str | None = setting(
         None,
-        "folder of a tokenizer made by `ziggurat tokenize`, or of another's tokenizer.json; default: the run trains "
-        "its own",
+        "folder of a tokenizer made by `ziggurat tokenize`, or of another's tokenizer.json",
+        unset="the run trains its own",
         resume="free",
     )
     vocab_size: int = setting(

@@ -16,7 +16,7 @@ from json.encoder import encode_basestring_ascii
 from pathlib import Path
 
 from data import formats
-from data.config import DataConfig
+from data.config import ResolvedDataConfig
 from data.errors import BadText, InputError
 from data.files.listing import File, fingerprint, is_local, list_files
 from data.formats import parquet, text
@@ -92,8 +92,7 @@ class Corpus:
             was left of a file could not.
     """
 
-    def __init__(self, files: list[File], config: DataConfig):
-        assert config.num_streams is not None
+    def __init__(self, files: list[File], config: ResolvedDataConfig):
         self.files, self.size = files, sum(file.size for file in files)
         self._config = config
         self._fields = formats.Fields(config.text_field, config.prompt_field, config.text_separator)
@@ -125,7 +124,6 @@ class Corpus:
             return []
         if _is_compressed(file):
             return [0, end]
-        assert self._config.num_streams is not None
         if (
             formats.format_and_compression(file.name)[0] == ".parquet"
             and len(self.files) < FILES_PER_STREAM * self._config.num_streams
@@ -223,7 +221,6 @@ class Corpus:
         if problems:
             raise InputError("\n".join(problems))
         # Streams that share chunks need a document each; other streams may have theirs in another epoch.
-        assert self._config.num_streams is not None
         least = self._config.num_streams if self.shared else 1
         number = sum(1 for _ in itertools.islice((d for c in self.chunks for d in self.documents(c)), least))
         if not number:
@@ -285,7 +282,9 @@ def _is_compressed(file: File) -> bool:
     return formats.format_and_compression(file.name)[1] != ""
 
 
-def open_corpus(where: str, config: DataConfig, leave_out: Path | None = None, field: str = "data.corpus") -> Corpus:
+def open_corpus(
+    where: str, config: ResolvedDataConfig, leave_out: Path | None = None, field: str = "data.corpus"
+) -> Corpus:
     """List a file, a folder (with its subfolders) or a glob, here or wherever fsspec reads.
 
     Args:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from data.config import DataConfig
+from data.config import ResolvedDataConfig
 from data.mixture import POSITION_SIZE, Mixture, initial_positions, open_streams
 from data.provenance import describe_row
 from data.segmenter import Segment, SegmentPart, make_segment
@@ -62,7 +62,7 @@ class Loader:
         self,
         mixture: Mixture,
         tokenizer: Tokenizer,
-        config: DataConfig,
+        config: ResolvedDataConfig,
         seed: int,
         batch_sizes: Iterable[int],
         sharding: jax.sharding.Sharding,
@@ -70,7 +70,6 @@ class Loader:
         step: int = 0,
         skips: Mapping[int, int] = MappingProxyType({}),
     ):
-        assert config.num_streams is not None
         self._tokenizer, self._skips = tokenizer, skips
         self._mixture, self._config, self._sharding = mixture, config, sharding
         self._sizes = enumerate(batch_sizes, start=step)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from data.config import PER_CORPUS_FIELDS, DataConfig, stages, weight_at
+from data.config import PER_CORPUS_FIELDS, ResolvedDataConfig, stages, weight_at
 from data.corpus import Corpus, Document, open_corpus
 from data.errors import InputError
 from data.segmenter import SegmentPart
@@ -43,7 +43,7 @@ class Source:
 
     name: str
     corpus: Corpus
-    config: DataConfig
+    config: ResolvedDataConfig
     weights: tuple[tuple[int, float], ...]
 
     def weight(self, step: int) -> float:
@@ -95,7 +95,7 @@ def corpus_field(name: str) -> str:
     return f"data.corpus[{name!r}]" if name else "data.corpus"
 
 
-def open_mixture(config: DataConfig, stdlib: Callable[[], str], leave_out: Path | None = None) -> Mixture:
+def open_mixture(config: ResolvedDataConfig, stdlib: Callable[[], str], leave_out: Path | None = None) -> Mixture:
     """List every corpus of `data.corpus`.
 
     Args:

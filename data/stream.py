@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.config import DataConfig
+from data.config import ResolvedDataConfig
 from data.corpus import Corpus, Document, stable_hash
 from data.errors import InputError
 from data.segmenter import DocumentPairs, SegmentPart, concatenate, make_pairs, pack
@@ -81,8 +81,7 @@ class WindowReader:
         starts: of each stream of this process that reads here, the window that it begins with.
     """
 
-    def __init__(self, corpus: Corpus, config: DataConfig, seed: int, starts: Mapping[int, WindowStart]):
-        assert config.num_streams is not None
+    def __init__(self, corpus: Corpus, config: ResolvedDataConfig, seed: int, starts: Mapping[int, WindowStart]):
         self._corpus, self._config, self._seed, self._starts = corpus, config, seed, starts
         self._num_streams = config.num_streams
         self._windows = self._read(min(starts.values()))
@@ -142,7 +141,7 @@ class WindowReader:
 
 
 def open_readers(
-    corpus: Corpus, config: DataConfig, seed: int, positions: Mapping[int, StreamPosition]
+    corpus: Corpus, config: ResolvedDataConfig, seed: int, positions: Mapping[int, StreamPosition]
 ) -> Mapping[int, WindowReader]:
     """What each stream reads, by the positions at which they begin: its own reader, or one for all."""
     starts = {v: position.start for v, position in positions.items()}
@@ -173,7 +172,7 @@ class Stream:
         tokenize: Tokenize,
         bos_id: int,
         eos_id: int,
-        config: DataConfig,
+        config: ResolvedDataConfig,
         stream: int,
         position: StreamPosition = BEGINNING,
     ):

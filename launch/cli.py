@@ -54,12 +54,13 @@ def show_commands(argv: Sequence[str]) -> int | None:
 
 
 def check_rooms() -> None:
-    """Raises InputError where another package hides one of this project's four folders."""
-    for room in ("model", "data", "train", "launch"):
-        spec = importlib.util.find_spec(room)
-        folder = Path(spec.origin).resolve().parent if spec and spec.origin else None
-        if folder != ROOT / room:
-            raise InputError(f"the package {room!r} resolves to {folder}, not to {ROOT / room}; use a venv of its own")
+    """Raises InputError where another package hides one of this project's packages or its module `settings`."""
+    files = {room: ROOT / room / "__init__.py" for room in ("model", "data", "train", "launch")}
+    for name, file in (files | {"settings": ROOT / "settings.py"}).items():
+        spec = importlib.util.find_spec(name)
+        origin = Path(spec.origin).resolve() if spec and spec.origin else None
+        if origin != file:
+            raise InputError(f"the package {name!r} resolves to {origin}, not to {file}; use a venv of its own")
 
 
 def prepare_process(argv: Sequence[str]) -> None:

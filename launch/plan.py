@@ -23,7 +23,7 @@ from data.errors import InputError
 from launch.presets import add_config_arguments, load_config
 
 if TYPE_CHECKING:
-    from train.config.config import Config
+    from train.config.config import ResolvedConfig
 from launch.plan_text import mesh_text, plan_text
 
 log = logging.getLogger("ziggurat")
@@ -104,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def search(arguments: argparse.Namespace, config: "Config", devices: Sequence[Any]) -> int:
+def search(arguments: argparse.Namespace, config: "ResolvedConfig", devices: Sequence[Any]) -> int:
     """Print a ranking of what may be the fastest, and the plan of the best."""
     from launch.plan_search import ranked, search_text
     from train.devices.hardware import with_usable_memory

@@ -1,16 +1,19 @@
-"""The config that a command line names: a preset or a Python file, and the overrides of single fields."""
+"""Loads the config that a command line names: a preset, a Python file or a run, with overrides of fields."""
 
 import argparse
+import dataclasses
+import inspect
 import os
 import runpy
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ml_collections import ConfigDict
 
 from data.errors import InputError
+from settings import help_of, kind_of
 from train.config.config import Config, config_fields, to_dict
 from train.config.reading import make_config, nearest
 from train.run.name import read_config, split_name
@@ -19,7 +22,7 @@ PRESETS = Path(__file__).parent / "configs"
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """`--config=NAME|FILE`, and `--config.GROUP.FIELD=VALUE` for every field; they end in `overrides`."""
+    """Adds `--config=NAME|FILE|RUN`, and `--config.GROUP.FIELD=VALUE` for every field, collected in `overrides`."""
     parser.add_argument(
         "--config",
         required=required,
@@ -28,39 +31,41 @@ def add_config_arguments(parser: argparse.ArgumentParser, required: bool = True)
         help=f"one of {', '.join(presets())}, a file, a run's folder, or RUN@STEP to begin another run with that",
     )
     parser.set_defaults(overrides={})
-    groups: dict[str, Any] = {}
-    for group, name, setting in config_fields():
-        if group not in groups:
-            groups[group] = parser.add_argument_group(f"fields of {group}")
-        help = f"{setting.metadata['help']} [{setting.default}]".replace("%", "%%")
-        groups[group].add_argument(f"--config.{group}.{name}", action=Override, metavar="VALUE", help=help)
+    groups = {}
+    for group in dataclasses.fields(Config):
+        introduction = (inspect.getdoc(cast(type, group.type)) or "").partition("\n")[0]
+        groups[group.name] = parser.add_argument_group(f"fields of {group.name}", introduction)
+    for group_name, name, field in config_fields():
+        flag = f"--config.{group_name}.{name}"
+        help = help_of(field).replace("%", "%%")
+        groups[group_name].add_argument(flag, action=Override, metavar=kind_of(field), help=help)
 
 
 class Override(argparse.Action):
     """Collects the values of fields by their names."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
-        """Called by argparse for each."""
+        """Adds one override to the namespace."""
         assert option is not None
         namespace.overrides = namespace.overrides | {option.removeprefix("--config."): values}
 
 
 def presets() -> list[str]:
-    """Names that `--config` takes."""
+    """Returns the names of all presets."""
     return sorted(file.stem for file in PRESETS.glob("[!_]*.py"))
 
 
 def load_config(name: str, overrides: Mapping[str, str]) -> Config:
-    """The config of a preset's name, a Python file that defines `get_config() -> ConfigDict`, or a run.
+    """Loads a config from a preset, a Python file that defines `get_config() -> ConfigDict`, or a run.
 
     RUN is a run as it was last started, wherever its folder is now. RUN@STEP is a fork of it (see `train.fork`).
 
     Args:
-        name: of the config.
-        overrides: texts by field; they win.
+        name: the value of `--config`.
+        overrides: texts of flags by "group.field", which win over the config's values.
 
     Raises:
-        InputError: there is no such config, its file fails, or everything that is wrong with its values.
+        InputError: there is no such config, its file fails, or values are wrong; names all wrong values.
     """
     if name not in presets() and not name.endswith(".py"):
         folder, step = split_name(name)
@@ -86,15 +91,15 @@ def load_config(name: str, overrides: Mapping[str, str]) -> Config:
 
 
 def run_values(folder: Path, step: int | None) -> dict[str, dict[str, Any]]:
-    """The settings of a run, or of a fork that begins with its checkpoint of a step.
+    """Returns the settings of a run, or of a fork that starts from its checkpoint of a step.
 
-    What a person has accepted once is not accepted for good, and a run's place for checkpoints is its own.
+    `data.accept_changes` is reset, and a fork does not inherit the folder of its parent's checkpoints.
     """
     values = to_dict(read_config(folder))
     values["data"]["accept_changes"] = False
     values["train"]["run_dir"] = str(folder)
     if step is not None:
-        # Imported weights are at step 0, and alone.
+        # Step 0 is a checkpoint of imported weights, which has nothing else.
         values["train"] |= {"init_from": f"{folder}@{step}", "init_with": "all" if step else "weights"}
         values["checkpoint"]["dir"] = None
     return values

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from model.collectives import gather_keys, gather_time
-from model.config import ModelConfig
+from model.config import ResolvedModelConfig
 from model.context_parallel import zigzag_order
 from model.dropout import DropoutKeys, dropout
 from model.linear import Linear
@@ -90,7 +90,9 @@ def _scores(q_BHTC: jax.Array, k_BKSC: jax.Array, mask_B1TS: jax.Array, softcap:
 class Attention(nnx.Module):
     """The projections to queries, keys and values, attention in every head, and the projection back to width D."""
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Any], layout: Layout, linear: type[Linear] = Linear):
+    def __init__(
+        self, config: ResolvedModelConfig, weights: Mapping[str, Any], layout: Layout, linear: type[Linear] = Linear
+    ):
         kv_axes = ("model", "kv_heads", "head")
         self.query = linear("btd,dhc->bhtc", weights, "query", ("model", "heads", "head"), layout)
         self.key = linear("btd,dkc->bktc", weights, "key", kv_axes, layout)

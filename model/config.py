@@ -21,7 +21,7 @@ UNUSED_BY_SCALING = {"none": ("rope_factor", *_TURNS), "linear": _TURNS, "llama3
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape and numerics of the decoder, as a user writes them; `resolved` fills in fields that are None."""
+    """The shape and numerics of the decoder."""
 
     # ── Size ───────────────────────────────────────────────────────────────────────────────────────────────────────
     num_layers: int = setting(4, "decoder blocks (L)", at_least=1)
@@ -29,16 +29,18 @@ class ModelConfig:
     num_heads: int = setting(4, "query heads (H)", at_least=1)
     num_kv_heads: int | None = setting(
         None,
-        "key/value heads (K), each shared by H/K query heads: H is MHA, 1 is MQA; default: num_heads",
+        "key/value heads (K), each shared by H/K query heads: H is MHA, 1 is MQA",
+        unset="num_heads",
         at_least=1,
     )
-    head_dim: int | None = setting(None, "width of a head (C); default: model_dim / num_heads", at_least=1)
+    head_dim: int | None = setting(None, "width of a head (C)", unset="model_dim / num_heads", at_least=1)
     feedforward_dim: int | None = setting(
         None,
-        "inner width of the feed-forward (F); default: 4 model_dim, or 8/3 of it up to a multiple of 64 if gated",
+        "inner width of the feed-forward (F)",
+        unset="4 model_dim, or 8/3 of it up to a multiple of 64 if gated",
         at_least=1,
     )
-    vocab_size: int | None = setting(None, "number of token ids; default: those of the tokenizer", at_least=1)
+    vocab_size: int | None = setting(None, "number of token ids", unset="those of the tokenizer", at_least=1)
 
     # ── Floor 1: token embedding ───────────────────────────────────────────────────────────────────────────────────
     tie_embeddings: bool = setting(False, "use the transposed embedding as the unembedding")
@@ -50,7 +52,7 @@ class ModelConfig:
     # ── Floor 2: position ──────────────────────────────────────────────────────────────────────────────────────────
     position: str = setting("rope", "how attention learns positions", choices=("rope", "sinusoidal", "learned", "none"))
     max_positions: int | None = setting(
-        None, "rows of the table of learned positions; default: data.segment_length", at_least=1
+        None, "rows of the table of learned positions", unset="data.segment_length", at_least=1
     )
     rope_base: float = setting(10_000.0, "base of the rotary frequencies", above=1)
     rope_scaling: str = setting(
@@ -58,13 +60,13 @@ class ModelConfig:
     )
     rope_factor: float = setting(1.0, "factor by which the context exceeds rope_original_context", at_least=1)
     rope_original_context: int | None = setting(
-        None, "positions that the unscaled frequencies were trained for (llama3, yarn); default: not set", at_least=1
+        None, "positions that the unscaled frequencies were trained for (llama3, yarn)", unset="not set", at_least=1
     )
     rope_low_turns: float = setting(
         1.0, "rotary pairs with fewer turns over the original context are slowed by the whole factor", above=0
     )
     rope_high_turns: float | None = setting(
-        None, "rotary pairs with more turns keep their frequency; default: 4 for llama3, 32 for yarn", above=0
+        None, "rotary pairs with more turns keep their frequency", unset="4 for llama3, 32 for yarn", above=0
     )
 
     # ── Floor 3: attention ─────────────────────────────────────────────────────────────────────────────────────────
@@ -72,11 +74,12 @@ class ModelConfig:
     qk_norm: bool = setting(False, "RMSNorm of each head's queries and keys (Dehghani et al. 2023)")
     sliding_window: int | None = setting(
         None,
-        "newest positions that each position attends to, itself included (Beltagy et al. 2020); default: all",
+        "newest positions that each position attends to, itself included (Beltagy et al. 2020)",
+        unset="all",
         at_least=1,
     )
     attention_softcap: float | None = setting(
-        None, "c in scores c·tanh(score/c) (Gemma 2, Riviere et al. 2024); default: no cap", above=0
+        None, "c in scores c·tanh(score/c) (Gemma 2, Riviere et al. 2024)", unset="no cap", above=0
     )
     attention_dropout: float = setting(
         0.0, "share of the attention weights that is dropped", resume="warn", at_least=0, below=1
@@ -129,7 +132,8 @@ class ModelConfig:
     )
     loss_chunk: int | None = setting(
         None,
-        "positions on a device whose logits exist at once in the loss; default: 2²⁶ logits",
+        "positions on a device whose logits exist at once in the loss",
+        unset="2²⁶ logits",
         resume="free",
         at_least=1,
     )

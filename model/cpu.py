@@ -92,7 +92,6 @@ class ColumnUnembedding(Unembedding):
     """`Unembedding` by `column_product`; its own matrix is transposed to [V, D]."""
 
     def __call__(self, x_BTD: jax.Array, table_VD: jax.Array) -> jax.Array:
-        assert self.config.vocab_size is not None
         x_BTD = self.layout.reshard(x_BTD, "batch", "time", None)
         matrix_VD = table_VD if self.matrix is None else self.matrix[...]
         matrix_VD = gather_weight(matrix_VD.astype(self.config.compute_dtype), self.layout, "vocabulary", "model")

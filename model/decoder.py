@@ -9,7 +9,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from model.attention import Attend, Attention, Aux, Cache, causal_mask
-from model.config import ModelConfig
+from model.config import ResolvedModelConfig
 from model.cpu import scan_layers
 from model.dropout import DropoutKeys, dropout, fold_keys
 from model.embedding import Embedding
@@ -52,7 +52,9 @@ class Block(nnx.Module):
     Pre-norm (GPT-2): x + f(norm(x)). Post-norm (Vaswani et al. 2017): norm(x + f(x)).
     """
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Any], layout: Layout, linear: type[Linear] = Linear):
+    def __init__(
+        self, config: ResolvedModelConfig, weights: Mapping[str, Any], layout: Layout, linear: type[Linear] = Linear
+    ):
         norm = NORMS[config.norm]
         self.attention_norm = norm(config, weights["attention_norm"])
         self.attention = Attention(config, weights["attention"], layout, linear)
@@ -107,7 +109,7 @@ class Decoder(nnx.Module):
     Building one takes only time to trace, so a training step builds it from the weights that it is given.
     """
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Any], layout: Layout = UNSHARDED):
+    def __init__(self, config: ResolvedModelConfig, weights: Mapping[str, Any], layout: Layout = UNSHARDED):
         self.config = config
         self.layout = layout
         self.embedding = Embedding(config, weights["embedding"], layout)

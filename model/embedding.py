@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from model.config import ModelConfig
+from model.config import ResolvedModelConfig
 from model.sharding import Layout, as_tuple
 
 
@@ -97,7 +97,7 @@ _rows.defvjp(_forward, _backward)
 class Embedding(nnx.Module):
     """A table with a row a token of the vocabulary, scaled by √D where asked (Vaswani et al. 2017, section 3.4)."""
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, jax.Array], layout: Layout):
+    def __init__(self, config: ResolvedModelConfig, weights: Mapping[str, jax.Array], layout: Layout):
         self.table = nnx.Param(weights["table"])
         self.scale = math.sqrt(config.model_dim) if config.scale_embeddings else 1.0
         self.dtype = config.compute_dtype

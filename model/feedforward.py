@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from model.collectives import gather_time
-from model.config import ModelConfig
+from model.config import ResolvedModelConfig
 from model.linear import Linear
 from model.sharding import Layout
 
@@ -26,7 +26,11 @@ class FeedForward(nnx.Module):
     """down(act(up(x))) or, gated, down(act(gate(x)) · up(x)); widths D → F → D."""
 
     def __init__(
-        self, config: ModelConfig, weights: Mapping[str, jax.Array], layout: Layout, linear: type[Linear] = Linear
+        self,
+        config: ResolvedModelConfig,
+        weights: Mapping[str, jax.Array],
+        layout: Layout,
+        linear: type[Linear] = Linear,
     ):
         widen, narrow = ("model", "feedforward"), ("feedforward", "model")
         self.gate = linear("btd,df->btf", weights, "gate", widen, layout) if config.gated else None

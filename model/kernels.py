@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from model.attention import Attend, attend, causal_mask
 from model.backend import platform
 from model.collectives import gather_keys
-from model.config import ModelConfig
+from model.config import ResolvedModelConfig
 from model.context_parallel import all_positions, zigzag_order
 from model.dropout import DropoutKeys
 from model.sharding import Layout
@@ -36,7 +36,7 @@ class KernelChoice(NamedTuple):
         return f"{self.kernel} ({self.reason})"
 
 
-def choose_kernel(config: ModelConfig, layout: Layout, T: int) -> KernelChoice:
+def choose_kernel(config: ResolvedModelConfig, layout: Layout, T: int) -> KernelChoice:
     """The kernel for a pass over segments of T on the ambient mesh.
 
     Raises:
@@ -61,7 +61,7 @@ def choose_kernel(config: ModelConfig, layout: Layout, T: int) -> KernelChoice:
     return KernelChoice(kernel, f"on {here}")
 
 
-def _not_by_splash(config: ModelConfig, layout: Layout, T: int) -> str | None:
+def _not_by_splash(config: ResolvedModelConfig, layout: Layout, T: int) -> str | None:
     """What the kernel cannot do of this, if anything."""
     if config.attention_dropout:
         return "model.attention_dropout is done by plain attention alone"
@@ -71,8 +71,7 @@ def _not_by_splash(config: ModelConfig, layout: Layout, T: int) -> str | None:
     return None
 
 
-def _not_by_cudnn(config: ModelConfig, layout: Layout, T: int) -> str | None:
-    assert config.head_dim
+def _not_by_cudnn(config: ResolvedModelConfig, layout: Layout, T: int) -> str | None:
     if platform() != "gpu":
         return f"there is none for {platform()}"
     if config.attention_dropout:
@@ -88,7 +87,7 @@ def _not_by_cudnn(config: ModelConfig, layout: Layout, T: int) -> str | None:
     return None
 
 
-def attention_over(config: ModelConfig, layout: Layout, segment_ids_BT: jax.Array) -> Attend:
+def attention_over(config: ResolvedModelConfig, layout: Layout, segment_ids_BT: jax.Array) -> Attend:
     """Causal attention within the segments, as it is done best on the ambient mesh; T is spread as `zigzag_order`."""
     kernel = choose_kernel(config, layout, segment_ids_BT.shape[1]).kernel
     if kernel == "splash":
@@ -116,7 +115,7 @@ def _on_each_device(
 
 
 def _splash(
-    config: ModelConfig,
+    config: ResolvedModelConfig,
     layout: Layout,
     segment_ids_BT: jax.Array,
     q_BHTC: jax.Array,
@@ -167,7 +166,7 @@ def _splash(
 
 
 def _cudnn(
-    config: ModelConfig,
+    config: ResolvedModelConfig,
     layout: Layout,
     mask_B1TS: jax.Array,
     q_BHTC: jax.Array,

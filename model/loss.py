@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from model.collectives import gather_weight, partial_sums, scatter_time
-from model.config import ModelConfig
+from model.config import ResolvedModelConfig
 from model.product import weight_gradients_first
 from model.sharding import UNSHARDED, Layout
 from model.unembedding import logits
@@ -37,7 +37,7 @@ def summed_losses(
     matrix_DV: jax.Array,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
-    config: ModelConfig,
+    config: ResolvedModelConfig,
     layout: Layout = UNSHARDED,
 ) -> Losses:
     """The sums over a batch.
@@ -58,21 +58,28 @@ def summed_losses(
 
 
 def token_losses(
-    x_BTD: jax.Array, matrix_DV: jax.Array, targets_BT: jax.Array, config: ModelConfig, layout: Layout = UNSHARDED
+    x_BTD: jax.Array,
+    matrix_DV: jax.Array,
+    targets_BT: jax.Array,
+    config: ResolvedModelConfig,
+    layout: Layout = UNSHARDED,
 ) -> Losses:
     """At each position; arguments as of `summed_losses`. Not for gradients, which would need all logits."""
     return _in_chunks(x_BTD, gather_weight(matrix_DV, layout, "model", "vocabulary"), (targets_BT,), config, layout)[0]
 
 
 def predictions(
-    x_BTD: jax.Array, matrix_DV: jax.Array, targets_BT: jax.Array, config: ModelConfig, layout: Layout = UNSHARDED
+    x_BTD: jax.Array,
+    matrix_DV: jax.Array,
+    targets_BT: jax.Array,
+    config: ResolvedModelConfig,
+    layout: Layout = UNSHARDED,
 ) -> tuple[jax.Array, jax.Array]:
     """(log p(target) in float32 nats, whether the target is the first of the likeliest tokens) at each position [B, T].
 
     Arguments as of `summed_losses`. Not for gradients.
     """
     matrix_DV, vocab_size = gather_weight(matrix_DV, layout, "model", "vocabulary"), config.vocab_size
-    assert vocab_size is not None
     token_V = jnp.arange(matrix_DV.shape[1], out_sharding=layout.out_sharding("vocabulary"))
 
     def of_chunk(_: None, of: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
@@ -117,11 +124,10 @@ def _weighted(losses: Losses, weights_BT: jax.Array) -> Losses:
 
 
 def _in_chunks(
-    x_BTD: jax.Array, matrix_DV: jax.Array, rest: tuple[jax.Array, ...], config: ModelConfig, layout: Layout
+    x_BTD: jax.Array, matrix_DV: jax.Array, rest: tuple[jax.Array, ...], config: ResolvedModelConfig, layout: Layout
 ) -> tuple[Losses, tuple[jax.Array, jax.Array] | None]:
     """Losses at each position; where `rest` has weights beside the targets, also the gradients of x and the matrix."""
     (B, T), V, vocab_size = rest[0].shape, matrix_DV.shape[1], config.vocab_size
-    assert vocab_size is not None
     smoothing, z = config.label_smoothing, config.z_loss
     token_V = jnp.arange(V, out_sharding=layout.out_sharding("vocabulary"))
     uniform_V = jnp.where(token_V < vocab_size, 1 / vocab_size, 0.0)
@@ -164,9 +170,8 @@ def _in_chunks(
     return found, (_joined(dx, T, layout), gradient_DV)
 
 
-def _count(B: int, T: int, config: ModelConfig, layout: Layout) -> int:
+def _count(B: int, T: int, config: ResolvedModelConfig, layout: Layout) -> int:
     """How many chunks the positions of a batch are cut in."""
-    assert config.loss_chunk is not None
     rows, positions = B // layout.size("batch"), T // layout.size("time")
     least, own = -(-positions // max(config.loss_chunk // rows, 1)), T // layout.size("sequence")
     # A few chunks more, where they need no filling up.

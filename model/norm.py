@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from model.config import ModelConfig
+from model.config import ResolvedModelConfig
 
 
 class RMSNorm(nnx.Module):
     """x / √(mean(x²) + ε) · scale over the last axis (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, jax.Array]):
+    def __init__(self, config: ResolvedModelConfig, weights: Mapping[str, jax.Array]):
         self.scale = nnx.Param(weights["scale"])
         self.epsilon = config.norm_epsilon
 
@@ -27,7 +27,7 @@ class RMSNorm(nnx.Module):
 class LayerNorm(nnx.Module):
     """(x - mean(x)) / √(variance(x) + ε) · scale + bias over the last axis (Ba et al. 2016, arXiv:1607.06450)."""
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, jax.Array]):
+    def __init__(self, config: ResolvedModelConfig, weights: Mapping[str, jax.Array]):
         self.scale = nnx.Param(weights["scale"])
         self.bias = nnx.Param(weights["bias"])
         self.epsilon = config.norm_epsilon
@@ -43,6 +43,6 @@ class LayerNorm(nnx.Module):
 NORMS: dict[str, type[RMSNorm | LayerNorm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
 
 
-def final_norm(config: ModelConfig, weights: Mapping[str, Any]) -> RMSNorm | LayerNorm | None:
+def final_norm(config: ResolvedModelConfig, weights: Mapping[str, Any]) -> RMSNorm | LayerNorm | None:
     """Returns the norm after the last block, which only a pre-norm decoder has."""
     return NORMS[config.norm](config, weights["norm"]) if config.norm_placement == "pre" else None

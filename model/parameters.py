@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from model.config import VOCABULARY_MULTIPLE, ModelConfig
+from model.config import VOCABULARY_MULTIPLE, ResolvedModelConfig
 from model.sharding import UNSHARDED, Layout
 from model.trees import nested
 
@@ -54,13 +54,12 @@ class Parameter:
         return self.role not in CONSTANT
 
 
-def padded_vocabulary(config: ModelConfig) -> int:
+def padded_vocabulary(config: ResolvedModelConfig) -> int:
     """Rows of the embedding (V): the vocabulary up to a fixed multiple, so that any mesh can share it."""
-    assert config.vocab_size is not None
     return -(-config.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
-def parameter_table(config: ModelConfig) -> dict[str, Parameter]:
+def parameter_table(config: ResolvedModelConfig) -> dict[str, Parameter]:
     """Every parameter of the decoder by its dotted name.
 
     What the embedding puts on the residual stream has deviation one a component, or 1/√D where its transpose is to give
@@ -70,9 +69,6 @@ def parameter_table(config: ModelConfig) -> dict[str, Parameter]:
     there. Norms start as the identity, biases at zero.
     """
     c = config
-    assert c.num_kv_heads
-    assert c.head_dim
-    assert c.feedforward_dim
     layers = {"layers": c.num_layers}
     model, feedforward = {"model": c.model_dim}, {"feedforward": c.feedforward_dim}
     heads, kv_heads, head = {"heads": c.num_heads}, {"kv_heads": c.num_kv_heads}, {"head": c.head_dim}
@@ -119,7 +115,7 @@ def parameter_table(config: ModelConfig) -> dict[str, Parameter]:
     return table
 
 
-def count_parameters(config: ModelConfig) -> int:
+def count_parameters(config: ResolvedModelConfig) -> int:
     """Parameters of the model, without the padding of the vocabulary."""
     padding = padded_vocabulary(config) - (config.vocab_size or 0)
     table = parameter_table(config)
@@ -127,7 +123,7 @@ def count_parameters(config: ModelConfig) -> int:
     return total - padding * sum(config.model_dim for p in table.values() if "vocabulary" in p.axes)
 
 
-def initial_weights(config: ModelConfig, seed: int, layout: Layout = UNSHARDED) -> dict[str, Any]:
+def initial_weights(config: ResolvedModelConfig, seed: int, layout: Layout = UNSHARDED) -> dict[str, Any]:
     """Fresh float32 weights, each made in place in its shards; the same bits on every mesh.
 
     Values are uniform within ±√3 deviations. A parameter's key depends on the seed and its name alone, so adding one

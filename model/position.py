@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from model.backend import platform
-from model.config import ModelConfig
+from model.config import ResolvedModelConfig
 from model.embedding import embedding_lookup
 from model.sharding import Layout
 
@@ -28,7 +28,7 @@ Rotation = tuple[jax.Array, jax.Array] | None
 class Position(nnx.Module):
     """What positions do to the embedded tokens, and how they turn the queries and keys of every layer."""
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, jax.Array] | None, layout: Layout):
+    def __init__(self, config: ResolvedModelConfig, weights: Mapping[str, jax.Array] | None, layout: Layout):
         self.table = nnx.Param(weights["table"]) if weights else None
         self.config = config
         self.layout = layout
@@ -55,14 +55,14 @@ def sinusoids(positions_BT: jax.Array, D: int) -> jax.Array:
     return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(*positions_BT.shape, D)
 
 
-def rope_rotation(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rope_rotation(config: ResolvedModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The rotation of these positions; made once, used by all layers. YaRN's is longer than 1 (its section 3.4)."""
     length = 0.1 * math.log(config.rope_factor) + 1 if config.rope_scaling == "yarn" else 1.0
     angles = positions_BT[:, None, :, None].astype(jnp.float32) * frequencies(config)
     return jnp.cos(angles) * length, jnp.sin(angles) * length
 
 
-def frequencies(config: ModelConfig) -> np.ndarray:
+def frequencies(config: ResolvedModelConfig) -> np.ndarray:
     """Radians a position by which each pair turns, float32 [C/2]: base^(-2i/C), scaled for a longer context.
 
     - linear: all are divided by the factor (Chen et al. 2023, arXiv:2306.15595).

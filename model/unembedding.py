@@ -10,21 +10,20 @@ import jax.numpy as jnp
 from flax import nnx
 
 from model.collectives import gather_weight
-from model.config import ModelConfig
+from model.config import ResolvedModelConfig
 from model.sharding import Layout
 
 
 class Unembedding(nnx.Module):
     """A matrix [D, V]; with tied embeddings, the embedding table transposed."""
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, jax.Array] | None, layout: Layout):
+    def __init__(self, config: ResolvedModelConfig, weights: Mapping[str, jax.Array] | None, layout: Layout):
         self.matrix = nnx.Param(weights["matrix"]) if weights else None
         self.config = config
         self.layout = layout
 
     def __call__(self, x_BTD: jax.Array, table_VD: jax.Array) -> jax.Array:
         """Returns `logits` [B, T, V]; `table_VD` is the embedding table."""
-        assert self.config.vocab_size is not None
         x_BTD = self.layout.reshard(x_BTD, "batch", "time", None)
         matrix_DV = gather_weight(self.weight(table_VD), self.layout, "model", "vocabulary")
         return logits(x_BTD, matrix_DV, self.config.vocab_size)

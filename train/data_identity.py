@@ -17,7 +17,7 @@ from data.errors import InputError
 from data.mixture import MixedStream, Mixture, corpus_field, initial_positions, open_streams
 from data.tokenizer.tokenizer import Tokenizer
 from train.config.changes import Change, table
-from train.config.config import Config, config_fields
+from train.config.config import Config, ResolvedConfig, config_fields
 from train.devices.processes import on_first_process
 from train.run.folder import Run, Text
 from train.run.name import split_name
@@ -45,7 +45,7 @@ class Prepared:
         tasks: of lm-evaluation-harness, that it evaluates on.
     """
 
-    config: Config
+    config: ResolvedConfig
     mixture: Mixture
     tokenizer: Tokenizer
     held_out: list[Text]
@@ -101,7 +101,6 @@ def go_on(
     moves = not all(change.field.endswith((".weight", ".epochs")) for change in changes)
     if moves:
         epoch = int(positions[:, :, 0].max()) + 1
-        assert config.data.num_streams is not None
         positions = initial_positions(prepared.mixture, config.data.num_streams, epoch)
     for source, epochs in zip(prepared.mixture.sources, positions[:, :, 0].min(axis=0).tolist(), strict=True):
         if source.config.epochs is not None and epochs >= source.config.epochs:
@@ -145,11 +144,10 @@ def streams_before(
             f"the data that {run.folder} read in step {step + 1} is not what its corpus, tokenizer and data settings "
             "are now; restore them"
         )
-    assert config.data.num_streams is not None
-    begin, positions = first_step(config), initial_positions(mixture, config.data.num_streams)
+    begin, positions = first_step(config), initial_positions(mixture, config.num_streams)
     if before:
         begin, positions = before[-1]["step"], np.array(before[-1]["positions"], np.int64)
-    streams = range(config.data.num_streams)
+    streams = range(config.num_streams)
     bos_id, eos_id, seed = tokenizer.bos_id, tokenizer.eos_id, config.train.seed
     return begin, open_streams(mixture, tokenizer.encode_all, bos_id, eos_id, seed, streams, positions)
 

@@ -99,7 +99,7 @@ def check_fork(config: Config) -> None:
 
 def shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Of all parameters."""
-    return {name: p.shape for name, p in parameter_table(config.model).items()}
+    return {name: p.shape for name, p in parameter_table(config.resolved().model).items()}
 
 
 def fork_fields(config: Config) -> dict[str, Any]:

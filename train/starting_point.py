@@ -53,7 +53,6 @@ def begin(prepared: Prepared, run: Run, checkpoints: Checkpoints, optimizer: opt
 
 
 def _first(prepared: Prepared) -> np.ndarray:
-    assert prepared.config.data.num_streams is not None
     return initial_positions(prepared.mixture, prepared.config.data.num_streams)
 
 

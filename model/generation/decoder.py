@@ -9,7 +9,7 @@ from flax import nnx
 
 from model.attention import Cache, attend, visible
 from model.backend import platform
-from model.config import ModelConfig
+from model.config import ResolvedModelConfig
 from model.cpu import ColumnLinear, ColumnUnembedding
 from model.decoder import Block
 from model.embedding import Embedding
@@ -24,7 +24,7 @@ from model.unembedding import Unembedding
 class CachedDecoder(nnx.Module):
     """`model.decoder.Decoder` over the weights of `decoding_weights`, one block a layer."""
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Any], layout: Layout = UNSHARDED):
+    def __init__(self, config: ResolvedModelConfig, weights: Mapping[str, Any], layout: Layout = UNSHARDED):
         on_cpu = platform() == "cpu"
         linear = ColumnLinear if on_cpu else Linear
         unembedding = ColumnUnembedding if on_cpu else Unembedding
@@ -64,10 +64,8 @@ class CachedDecoder(nnx.Module):
         return self.unembedding(x_BTD, self.embedding.table[...])
 
 
-def empty_cache(config: ModelConfig, batch: int, context: int, layout: Layout = UNSHARDED) -> list[Cache]:
+def empty_cache(config: ResolvedModelConfig, batch: int, context: int, layout: Layout = UNSHARDED) -> list[Cache]:
     """Returns room for the keys and values of `context` positions in every layer, each [B, K, S, C]."""
-    assert config.num_kv_heads is not None
-    assert config.head_dim is not None
     shape = (batch, config.num_kv_heads, context, config.head_dim)
     sharding = layout.out_sharding("batch", "kv_heads", None, None)
     zeros = lambda: jnp.zeros(shape, config.compute_dtype, out_sharding=sharding)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.config import ModelConfig
+from model.config import ResolvedModelConfig
 from model.generation.decoder import empty_cache
 from model.generation.programs import NO_TOKEN, DecodeState, RowState, decode_steps, insert_row, prefill
 from model.generation.sampling import Sampling
@@ -74,7 +74,13 @@ class Generator:
     """
 
     def __init__(
-        self, config: ModelConfig, weights: Mapping[str, Any], *, context: int, eos_id: int, layout: Layout = UNSHARDED
+        self,
+        config: ResolvedModelConfig,
+        weights: Mapping[str, Any],
+        *,
+        context: int,
+        eos_id: int,
+        layout: Layout = UNSHARDED,
     ):
         # A kernel that was asked for in training may not take the lengths of prompts.
         self.config = dataclasses.replace(config, attention_kernel="auto")

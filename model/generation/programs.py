@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from model.attention import Cache
-from model.config import ModelConfig
+from model.config import ResolvedModelConfig
 from model.generation.decoder import CachedDecoder, empty_cache
 from model.generation.sampling import Sampling, sample
 from model.sharding import Layout
@@ -48,7 +48,7 @@ class DecodeState(NamedTuple):
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def prefill(
-    config: ModelConfig,
+    config: ResolvedModelConfig,
     layout: Layout,
     sampling: Sampling,
     weights: Any,
@@ -89,7 +89,7 @@ def insert_row(state: DecodeState, row: DecodeState, slot: jax.Array) -> DecodeS
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=6)
 def decode_steps(
-    config: ModelConfig,
+    config: ResolvedModelConfig,
     layout: Layout,
     sampling: Sampling,
     weights: Any,

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from model.backend import platform
-from model.config import ModelConfig
+from model.config import ResolvedModelConfig
 from model.parameters import parameter_table
 from model.trees import flattened, nested
 
 
 @partial(jax.jit, static_argnums=0)
-def decoding_weights(config: ModelConfig, weights: Mapping[str, Any]) -> dict[str, Any]:
+def decoding_weights(config: ResolvedModelConfig, weights: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a copy of the weights for `CachedDecoder`, in the compute dtype but for norms.
 
     "blocks" is a list with the arrays of each layer, so that no decode step slices them out of a stack. On CPUs the

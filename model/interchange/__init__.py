@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from model.config import CHOICES, ModelConfig
+from model.config import ModelConfig, ResolvedModelConfig
 from model.interchange.family import Family
 from model.interchange.gemma import GEMMA
 from model.interchange.gpt import GPT1, GPT2
@@ -22,6 +22,7 @@ from model.interchange.tensors import ParameterReader, TensorMap, Theirs
 from model.parameters import parameter_table
 from model.position import sinusoids
 from model.trees import flattened, nested
+from settings import choices_of
 
 # Before Llama stands what only Gemma has a name for.
 FAMILIES = (GEMMA, LLAMA, MISTRAL, QWEN3, GPT2, GPT1)
@@ -33,7 +34,7 @@ HEAD = "lm_head.weight"
 ROUNDED = 2**-7
 
 
-def family_of(config: ModelConfig) -> Family:
+def family_of(config: ResolvedModelConfig) -> Family:
     """The class of theirs that has this model's choices. ValueError names those that the nearest ones do not have."""
     lacks = [family.lacks(config) for family in FAMILIES]
     fewest = min(map(len, lacks))
@@ -47,7 +48,7 @@ def family_of(config: ModelConfig) -> Family:
 
 
 def config_to_theirs(
-    config: ModelConfig, context: int, bos_id: int, eos_id: int, dtype: str = "float32"
+    config: ResolvedModelConfig, context: int, bos_id: int, eos_id: int, dtype: str = "float32"
 ) -> dict[str, Any]:
     """The values of their config.json.
 
@@ -77,13 +78,13 @@ def config_to_theirs(
     return theirs | ({OWN: own} if own else {})
 
 
-def shapes_of_theirs(config: ModelConfig, context: int) -> dict[str, tuple[int, ...]]:
+def shapes_of_theirs(config: ResolvedModelConfig, context: int) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor of theirs by its name, in the order of `to_theirs`."""
     layout = _layout(config, context)
     return {name: layout.shape(tensor) for name, tensor, _ in layout.names()}
 
 
-def to_theirs(config: ModelConfig, context: int, read: ParameterReader) -> Iterator[tuple[str, np.ndarray]]:
+def to_theirs(config: ResolvedModelConfig, context: int, read: ParameterReader) -> Iterator[tuple[str, np.ndarray]]:
     """Their (name, array), one at a time: the tables, then layer by layer, then what is after the layers.
 
     Args:
@@ -111,7 +112,7 @@ def reader_of(weights: Mapping[str, Any]) -> ParameterReader:
     return lambda name, layer: np.asarray(flat[name] if layer is None else flat[name][layer])
 
 
-def config_from_theirs(theirs: Mapping[str, Any]) -> ModelConfig:
+def config_from_theirs(theirs: Mapping[str, Any]) -> ResolvedModelConfig:
     """The model of their config.json, resolved. ValueError says what in it our decoder does not have."""
     family = _family_of_theirs(theirs)
     for name, value in family.fixed.items():
@@ -131,7 +132,7 @@ def config_from_theirs(theirs: Mapping[str, Any]) -> ModelConfig:
     found |= own
     if found.get("position") == "learned":
         found["max_positions"] = family.context.read(theirs)
-    config = ModelConfig(compute_dtype="float32", **found)
+    config = ResolvedModelConfig(compute_dtype="float32", **found)
     if problems := config.problems():
         raise ValueError("; ".join(problems))
     return config.resolved()
@@ -145,7 +146,7 @@ def context_from_theirs(theirs: Mapping[str, Any]) -> int:
     return context
 
 
-def reader_from_theirs(config: ModelConfig, context: int, read: Theirs) -> ParameterReader:
+def reader_from_theirs(config: ResolvedModelConfig, context: int, read: Theirs) -> ParameterReader:
     """Our parameters, float32, one at a time, from their tensors: the inverse of `to_theirs`.
 
     Their names and shapes are as `check_theirs` wants them.
@@ -162,7 +163,7 @@ def reader_from_theirs(config: ModelConfig, context: int, read: Theirs) -> Param
     return ours
 
 
-def check_theirs(config: ModelConfig, context: int, names: Collection[str], read: Theirs) -> None:
+def check_theirs(config: ResolvedModelConfig, context: int, names: Collection[str], read: Theirs) -> None:
     """ValueError where their tensors are not those of this model.
 
     Args:
@@ -208,12 +209,12 @@ def full_names(theirs: Mapping[str, Any], names: Collection[str]) -> dict[str, s
     return {first + name if leaves_out and name != HEAD else name: name for name in names}
 
 
-def from_theirs(config: ModelConfig, context: int, read: Theirs) -> dict[str, Any]:
+def from_theirs(config: ResolvedModelConfig, context: int, read: Theirs) -> dict[str, Any]:
     """Their tensors, got by name, → nested float32 weights."""
     return stacked(config, reader_from_theirs(config, context, read))
 
 
-def stacked(config: ModelConfig, read: ParameterReader) -> dict[str, Any]:
+def stacked(config: ResolvedModelConfig, read: ParameterReader) -> dict[str, Any]:
     """All parameters that a reader gives, as nested arrays: the inverse of `reader_of`."""
     weights = {}
     for name, parameter in parameter_table(config).items():
@@ -226,15 +227,15 @@ def stacked(config: ModelConfig, read: ParameterReader) -> dict[str, Any]:
     return nested(weights)
 
 
-def _wide(config: ModelConfig, context: int) -> ModelConfig:
+def _wide(config: ResolvedModelConfig, context: int) -> ResolvedModelConfig:
     return family_of(config).widened(config, context)
 
 
-def _layout(config: ModelConfig, context: int) -> TensorMap:
+def _layout(config: ResolvedModelConfig, context: int) -> TensorMap:
     return TensorMap(_wide(config, context), family_of(config).tensors)
 
 
-def _filling(config: ModelConfig, layout: TensorMap, name: str) -> np.ndarray:
+def _filling(config: ResolvedModelConfig, layout: TensorMap, name: str) -> np.ndarray:
     """What a parameter that the model does without is: fixed positions, or zeros."""
     parameter = layout.parameters[name]
     shape = tuple(size for axis, size in parameter.axes.items() if axis != "layers")
@@ -255,9 +256,11 @@ def _family_of_theirs(theirs: Mapping[str, Any]) -> Family:
 
 
 def _is_own(name: str, value: Any) -> bool:
-    return name in OWN_FIELDS and (value in CHOICES["position"] if name == "position" else isinstance(value, bool))
+    return name in OWN_FIELDS and (
+        value in choices_of(ModelConfig, "position") if name == "position" else isinstance(value, bool)
+    )
 
 
-def _own(config: ModelConfig, wide: ModelConfig) -> dict[str, Any]:
+def _own(config: ResolvedModelConfig, wide: ResolvedModelConfig) -> dict[str, Any]:
     """The fields in which a model is another than its class of theirs."""
     return {name: getattr(config, name) for name in OWN_FIELDS if getattr(config, name) != getattr(wide, name)}

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from model.config import ModelConfig
+from model.config import ResolvedModelConfig
 from model.interchange.settings import Setting
 from model.interchange.tensors import Tensor
 
@@ -37,14 +37,14 @@ class Family:
     tensors: tuple[Tensor, ...]
     context: Setting
     choices: Mapping[str, tuple[Any, ...]]
-    limits: Mapping[str, Callable[[ModelConfig], bool]] = field(default_factory=dict)
+    limits: Mapping[str, Callable[[ResolvedModelConfig], bool]] = field(default_factory=dict)
     always: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    more_to: Callable[[ModelConfig], dict[str, Any]] = lambda config: {}
+    more_to: Callable[[ResolvedModelConfig], dict[str, Any]] = lambda config: {}
     more_from: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda theirs: {}
     without: tuple[str, ...] = ()
 
-    def lacks(self, config: ModelConfig) -> list[str]:
+    def lacks(self, config: ResolvedModelConfig) -> list[str]:
         """The choices of a model that it does not have, as "model.field = value"."""
         named = {setting.ours: tuple(setting.names) for setting in self.settings if setting.names}
         choices = {**self.choices, **named}
@@ -52,7 +52,7 @@ class Family:
         wrong += [name for name, holds in self.limits.items() if not holds(config)]
         return [f"model.{name} = {getattr(config, name)}" for name in dict.fromkeys(wrong)]
 
-    def widened(self, config: ModelConfig, context: int) -> ModelConfig:
+    def widened(self, config: ResolvedModelConfig, context: int) -> ResolvedModelConfig:
         """The model of the same function that has all that the class has in any case."""
         changes = dict(self.always)
         if changes.get("position", config.position) != config.position:

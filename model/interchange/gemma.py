@@ -6,7 +6,7 @@ A norm's w is ours less one, which loses the last bits of values below 0.5: less
 from collections.abc import Mapping
 from typing import Any
 
-from model.config import ModelConfig
+from model.config import ResolvedModelConfig
 from model.interchange import llama
 from model.interchange.family import Family
 from model.interchange.settings import ALSO
@@ -20,7 +20,7 @@ ACTIVATION = llama.ACTIVATION._replace(
 OLDER = ACTIVATION._replace(theirs="hidden_activation")
 
 
-def to_theirs(config: ModelConfig) -> dict[str, Any]:
+def to_theirs(config: ResolvedModelConfig) -> dict[str, Any]:
     """The activation under both names, and no token that pads: by default it is the first."""
     return llama.rotary(config) | {OLDER.theirs: OLDER.written(config.activation), "pad_token_id": None}
 

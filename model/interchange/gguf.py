@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from model.config import ModelConfig
+from model.config import ResolvedModelConfig
 from model.position import frequencies
 
 NO_LLAMA3 = ("none", "linear", "yarn")
@@ -91,7 +91,7 @@ TRANSPOSED = re.compile(r"transformer\.h\.\d+\..*\.c_\w+\.weight")
 PRECISE = ("position_embd.weight", "rope_freqs.weight")
 
 
-def architecture_of(config: ModelConfig, kind: str, context: int) -> Architecture:
+def architecture_of(config: ResolvedModelConfig, kind: str, context: int) -> Architecture:
     """What llama.cpp computes as this model.
 
     Args:
@@ -119,7 +119,7 @@ def architecture_of(config: ModelConfig, kind: str, context: int) -> Architectur
     return found
 
 
-def metadata(config: ModelConfig, architecture: Architecture, context: int) -> dict[str, Any]:
+def metadata(config: ResolvedModelConfig, architecture: Architecture, context: int) -> dict[str, Any]:
     """The architecture's settings, by the names that stand behind its own."""
     found: dict[str, Any] = {
         "vocab_size": config.vocab_size,
@@ -151,15 +151,14 @@ def name_in_gguf(theirs: str) -> str:
     return f"{WHOLE[module]}.{part}"
 
 
-def shapes(config: ModelConfig, theirs: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def shapes(config: ResolvedModelConfig, theirs: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor, in the order of `tensors`, from those of Transformers'."""
     found = {name_in_gguf(name): shape[::-1] if TRANSPOSED.fullmatch(name) else shape for name, shape in theirs.items()}
-    assert config.head_dim is not None
     return found | ({"rope_freqs.weight": (config.head_dim // 2,)} if config.rope_scaling == "llama3" else {})
 
 
 def tensors(
-    config: ModelConfig, architecture: Architecture, theirs: Iterator[tuple[str, np.ndarray]]
+    config: ResolvedModelConfig, architecture: Architecture, theirs: Iterator[tuple[str, np.ndarray]]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(name, float32 array [outputs, inputs], vector or table), one at a time, from those of Transformers."""
     for name, array in theirs:
@@ -169,7 +168,6 @@ def tensors(
         if architecture.interleaved and ".q_proj." in name:
             array = interleaved(array, config.num_heads)
         if architecture.interleaved and ".k_proj." in name:
-            assert config.num_kv_heads is not None
             array = interleaved(array, config.num_kv_heads)
         if architecture.added and name.endswith("norm.weight"):
             array = array + np.float32(architecture.added)
@@ -184,8 +182,7 @@ def interleaved(array: np.ndarray, heads: int) -> np.ndarray:
     return halves.swapaxes(1, 2).reshape(array.shape)
 
 
-def slowed(config: ModelConfig) -> np.ndarray:
+def slowed(config: ResolvedModelConfig) -> np.ndarray:
     """How many times slower each pair turns than without scaling, float32 [C/2]."""
-    assert config.head_dim is not None
     plain = config.rope_base ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
     return (plain / frequencies(config)).astype(np.float32)

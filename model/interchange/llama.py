@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from model.config import ModelConfig
+from model.config import ResolvedModelConfig
 from model.interchange.family import Family
 from model.interchange.rope import rope_from_theirs, rope_to_theirs
 from model.interchange.settings import ALSO, Setting, flag, number, whole_number, whole_or_none, word
@@ -65,14 +65,14 @@ NO_WINDOW = {"sliding_window": (None,)}
 INVERSE_FREQUENCIES = ("rotary_emb.inv_freq",)
 
 
-def rotary(config: ModelConfig) -> dict[str, Any]:
+def rotary(config: ResolvedModelConfig) -> dict[str, Any]:
     """Their rotary settings, once more at the places where older versions, and other programs, look for them."""
     rope = rope_to_theirs(config)
     scaling = None if config.rope_scaling == "none" else rope
     return {"rope_theta": config.rope_base, "rope_scaling": scaling, "rope_parameters": rope}
 
 
-def qwen3_to_theirs(config: ModelConfig) -> dict[str, Any]:
+def qwen3_to_theirs(config: ResolvedModelConfig) -> dict[str, Any]:
     """With a window all layers have it."""
     window = {"sliding_window": config.sliding_window, "use_sliding_window": config.sliding_window is not None}
     return rotary(config) | window | {"max_window_layers": 0}

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from model.config import HIGH_TURNS, ModelConfig
+from model.config import HIGH_TURNS, ResolvedModelConfig
 from model.interchange.settings import number, whole_number
 
 # Transformers reads it beside the others first.
@@ -12,7 +12,7 @@ ORIGINAL = "original_max_position_embeddings"
 TURNS = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_slow", "beta_fast")}
 
 
-def rope_to_theirs(config: ModelConfig) -> dict[str, Any]:
+def rope_to_theirs(config: ResolvedModelConfig) -> dict[str, Any]:
     """Their `rope_parameters`."""
     scaling = config.rope_scaling
     theirs: dict[str, Any] = {

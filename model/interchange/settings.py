@@ -16,7 +16,7 @@ class Setting(NamedTuple):
 
     Attributes:
         theirs: its name.
-        ours: of `ModelConfig`.
+        ours: of `ResolvedModelConfig`.
         kind: how it is read.
         default: what a file without it means; none: it must be there.
         names: our value → theirs, for those that have names.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from model.config import ModelConfig
+from model.config import ResolvedModelConfig
 from model.parameters import CONSTANT, Parameter, parameter_table
 
 # Gives one of our parameters, by name, as NumPy has it: of one layer, or whole where it is not stacked (none).
@@ -58,7 +58,7 @@ class TensorMap:
         tensors: all that the family may have, in the order of its files.
     """
 
-    def __init__(self, config: ModelConfig, tensors: tuple[Tensor, ...]):
+    def __init__(self, config: ResolvedModelConfig, tensors: tuple[Tensor, ...]):
         self.num_layers = config.num_layers
         self.parameters = parameter_table(config)
         self.tensors = [tensor for tensor in tensors if tensor.ours[0] in self.parameters]

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import model.kernels
-from model.config import CHOICES, ModelConfig
+from model.config import ModelConfig
 from model.decoder import Block, Decoder
 from model.loss import token_losses
 from model.sharding import UNSHARDED
+from settings import choices_of
 from tests.small import VOCAB_SIZE, small_batch, small_model, small_weights
 
 
@@ -90,7 +91,7 @@ def test_remat_policies_trade_memory_and_leave_gradients_as_they_are():
     weights, batch = small_weights(base), small_batch(16, 64)
     arguments = (weights, *(jnp.array(batch[name]) for name in ("tokens", "positions", "segment_ids")))
     memory, expected = {}, None
-    for policy in CHOICES["remat_policy"]:
+    for policy in choices_of(ModelConfig, "remat_policy"):
         compiled = gradient_of(small_model(num_layers=4, remat_policy=policy)).lower(*arguments).compile()
         memory[policy] = compiled.memory_analysis().temp_size_in_bytes
         found = compiled(*arguments)

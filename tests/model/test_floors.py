@@ -6,10 +6,11 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.config import CHOICES, ModelConfig
+from model.config import ModelConfig
 from model.decoder import Decoder
 from model.generation.decoder import CachedDecoder, empty_cache
 from model.generation.weights import decoding_weights
+from settings import choices_of
 from tests.small import VOCAB_SIZE, small_model, small_weights
 
 T, PART = 12, 5
@@ -18,8 +19,8 @@ T, PART = 12, 5
 @st.composite
 def models(draw: st.DrawFn) -> ModelConfig:
     """Any model of two small layers."""
-    position = draw(st.sampled_from(CHOICES["position"]))
-    scaling = draw(st.sampled_from(CHOICES["rope_scaling"])) if position == "rope" else "none"
+    position = draw(st.sampled_from(choices_of(ModelConfig, "position")))
+    scaling = draw(st.sampled_from(choices_of(ModelConfig, "rope_scaling"))) if position == "rope" else "none"
     factor, original = (1.0, None) if scaling == "none" else (4.0, 8)
     return small_model(
         model_dim=16,
@@ -39,14 +40,14 @@ def models(draw: st.DrawFn) -> ModelConfig:
         qk_norm=draw(st.booleans()),
         sliding_window=draw(st.sampled_from([None, 1, 3])),
         attention_softcap=draw(st.sampled_from([None, 2.0])),
-        activation=draw(st.sampled_from(CHOICES["activation"])),
+        activation=draw(st.sampled_from(choices_of(ModelConfig, "activation"))),
         gated=draw(st.booleans()),
         feedforward_bias=draw(st.booleans()),
-        norm=draw(st.sampled_from(CHOICES["norm"])),
-        norm_placement=draw(st.sampled_from(CHOICES["norm_placement"])),
+        norm=draw(st.sampled_from(choices_of(ModelConfig, "norm"))),
+        norm_placement=draw(st.sampled_from(choices_of(ModelConfig, "norm_placement"))),
         # Neither changes what a pass gives without keys.
         residual_dropout=draw(st.sampled_from([0.0, 0.5])),
-        remat_policy=draw(st.sampled_from(CHOICES["remat_policy"])),
+        remat_policy=draw(st.sampled_from(choices_of(ModelConfig, "remat_policy"))),
     )
 
 

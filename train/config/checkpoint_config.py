@@ -15,12 +15,13 @@ class CheckpointConfig:
     every_steps: int = setting(500, "steps between checkpoints", resume="free", at_least=1)
     keep: int = setting(2, "number of newest checkpoints to keep", resume="free", at_least=1)
     keep_every_steps: int | None = setting(
-        None, "also keep checkpoints whose step is a multiple of this; default: no others", resume="free", at_least=1
+        None, "also keep checkpoints whose step is a multiple of this", unset="no others", resume="free", at_least=1
     )
     # `check_folder` makes sure on resume that the newest checkpoint is in this folder.
     dir: str | None = setting(
         None,
-        "folder or gs://bucket/path for the checkpoints of this run alone; default: run_dir/checkpoints",
+        "folder or gs://bucket/path for the checkpoints of this run alone",
+        unset="run_dir/checkpoints",
         resume="free",
     )
     export: bool = setting(True, "write Hugging Face weights to run_dir/export at the end", resume="free")
@@ -38,8 +39,8 @@ class CheckpointConfig:
         kept = self.keep_every_steps
         if kept is not None and every > 0 and kept > 0 and kept % every:
             problems.append(
-                f"checkpoint.keep_every_steps = {kept} is not a multiple of checkpoint.every_steps = {every}, so little "
-                f"would stay; give {-(-kept // every) * every}"
+                f"checkpoint.keep_every_steps = {kept} is not a multiple of checkpoint.every_steps = {every}, so "
+                f"little would stay; give {-(-kept // every) * every}"
             )
         place = "folder" if self.dir is None else protocol(self.dir) or "folder"
         if self.dir == "":

@@ -35,7 +35,7 @@ class OptimizerConfig:
         choices=tuple(UNUSED_BY_SCHEDULE),
     )
     warmup_steps: int | None = setting(
-        None, "steps of linear warm-up; default: 5% of the run, at most 2000", resume="warn", at_least=0
+        None, "steps of linear warm-up", unset="5% of the run, at most 2000", resume="warn", at_least=0
     )
     decay_fraction: float = setting(
         0.2, "share of the run, at its end, that is the decay of wsd", resume="warn", at_least=0, at_most=1

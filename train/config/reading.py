@@ -1,4 +1,4 @@
-"""Makes a config from a preset, a file and flags."""
+"""Makes a config from the values of a preset, a file or a run, and from flags."""
 
 import dataclasses
 import difflib
@@ -15,34 +15,34 @@ from train.config.config import Config, config_fields
 
 
 def make_config(values: Mapping[str, Any], overrides: Mapping[str, str] | None = None) -> Config:
-    """Settings from a preset's values and the command line's.
+    """Makes a config from a preset's values and the command line's.
 
     Args:
-        values: {group: {field: value}}, whatever is left out keeps its default.
-        overrides: {"group.field": text}, read by the field's type; they win.
+        values: {group: {field: value}}; fields that are missing keep their defaults.
+        overrides: {"group.field": text}, parsed by the field's type; they win.
 
     Raises:
-        InputError: every unknown name, wrong type and impossible combination, one a line.
+        InputError: names every unknown field, wrong type and impossible combination, one on each line.
     """
     problems: list[str] = []
-    known = {f"{group}.{name}": setting for group, name, setting in config_fields()}
+    known = {f"{group}.{name}": field for group, name, field in config_fields()}
     chosen: dict[str, Any] = {}
 
-    given: dict[str, Any] = {}
+    from_preset: dict[str, Any] = {}
     for group, fields in values.items():
         if group not in {f.name for f in dataclasses.fields(Config)}:
             problems.append(f"{group}: there is no such group{nearest(group, [n.split('.')[0] for n in known])}")
         elif not isinstance(fields, Mapping):
             problems.append(f"{group} is {fields!r}; it must hold fields, as in {group}.{_first_field(known, group)}")
         else:
-            given |= {f"{group}.{name}": value for name, value in fields.items()}
-    for source, read in ((given, from_value), (overrides or {}, from_text)):
+            from_preset |= {f"{group}.{name}": value for name, value in fields.items()}
+    for source, parse in ((from_preset, check_value), (overrides or {}, parse_text)):
         for name, value in source.items():
             if name not in known:
                 problems.append(f"{name}: there is no such field{nearest(name, list(known))}")
                 continue
             try:
-                chosen[name] = read(value, kinds_of(known[name]))
+                chosen[name] = parse(value, types_of(known[name]))
             except ValueError as error:
                 problems.append(f"{name} is {value!r}; it must be {error}")
 
@@ -54,11 +54,11 @@ def make_config(values: Mapping[str, Any], overrides: Mapping[str, str] | None =
 
 
 def nearest(name: str, names: list[str]) -> str:
-    """ ", did you mean ...?" or nothing."""
-    found = difflib.get_close_matches(name, sorted(set(names)), n=1, cutoff=0.6)
-    if not found and "." in name:
-        found = [known for known in sorted(set(names)) if known.endswith("." + name.rsplit(".", 1)[1])][:1]
-    return f"; did you mean {found[0]}?" if found else ""
+    """Returns "; did you mean ...?" with the nearest of some names, or an empty text if none is near."""
+    matches = difflib.get_close_matches(name, sorted(set(names)), n=1, cutoff=0.6)
+    if not matches and "." in name:
+        matches = [known for known in sorted(set(names)) if known.endswith("." + name.rsplit(".", 1)[1])]
+    return f"; did you mean {matches[0]}?" if matches else ""
 
 
 def _first_field(known: Mapping[str, Any], group: str) -> str:
@@ -66,7 +66,7 @@ def _first_field(known: Mapping[str, Any], group: str) -> str:
 
 
 def _build(chosen: Mapping[str, Any]) -> Config:
-    """The dataclasses with the chosen fields."""
+    """Builds the dataclasses with the chosen fields."""
     groups = {}
     for group in dataclasses.fields(Config):
         own = {n.split(".")[1]: v for n, v in chosen.items() if n.split(".")[0] == group.name}
@@ -77,22 +77,22 @@ def _build(chosen: Mapping[str, Any]) -> Config:
 PAIR = tuple[int, int]
 
 
-def kinds_of(setting: dataclasses.Field) -> tuple[type, ...]:
-    """The types that a field may have."""
-    kind = setting.type
-    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (typing.cast(type, kind),)
+def types_of(field: dataclasses.Field) -> tuple[type, ...]:
+    """Returns the types that the value of a field may have."""
+    annotation = field.type
+    kinds = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (typing.cast(type, annotation),)
     return tuple(dict if typing.get_origin(kind) is dict else kind for kind in kinds)
 
 
-def from_value(value: Any, kinds: tuple[type, ...]) -> Any:
-    """A Python value as one of these types; ValueError says what it must be."""
+def check_value(value: Any, kinds: tuple[type, ...]) -> Any:
+    """Returns a Python value as one of these types, or raises ValueError with the types in words."""
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
         try:
             value = float(value)
         except OverflowError:
             raise ValueError("a finite number") from None
     if PAIR in kinds and isinstance(value, list | tuple) and [type(number) for number in value] == [int, int]:
-        # JSON has lists alone.
+        # JSON has no tuples.
         return tuple(value)
     if type(value) in kinds:
         if isinstance(value, float) and not math.isfinite(value):
@@ -101,8 +101,8 @@ def from_value(value: Any, kinds: tuple[type, ...]) -> Any:
     raise ValueError(_kinds_text(kinds))
 
 
-def from_text(text: str, kinds: tuple[type, ...]) -> Any:
-    """A flag's text as one of these types."""
+def parse_text(text: str, kinds: tuple[type, ...]) -> Any:
+    """Parses the text of a flag as one of these types, or raises ValueError with the types in words."""
     if types.NoneType in kinds and text.lower() == "none":
         return None
     if bool in kinds:

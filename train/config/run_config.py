@@ -12,7 +12,8 @@ class MeshConfig:
 
     slices: int | None = setting(
         None,
-        "groups of devices with fast links inside; default: as the devices report",
+        "groups of devices with fast links inside",
+        unset="as the devices report",
         resume="free",
         at_least=1,
     )
@@ -48,17 +49,18 @@ class TrainConfig:
     num_steps: int = setting(1000, "optimizer steps of the whole run", resume="warn", at_least=1)
     batch_size: int = setting(16, "rows of one optimizer step, over all devices", at_least=1)
     batch_ramp_start: int | None = setting(
-        None, "rows of the first step, doubled until they are batch_size; default: no ramp", at_least=1
+        None, "rows of the first step, doubled until they are batch_size", unset="no ramp", at_least=1
     )
     batch_ramp_steps: int | None = setting(
         None,
-        "steps until the batch has batch_size rows, shared equally by the doublings; default: no ramp",
+        "steps until the batch has batch_size rows, shared equally by the doublings",
+        unset="no ramp",
         at_least=1,
     )
     accumulation_steps: int = setting(1, "parts of the batch that run in sequence", resume="free", at_least=1)
     seed: int = setting(0, "seed of the initial weights and the data order", at_least=0, at_most=2**32 - 1)
     init_from: str | None = setting(
-        None, "RUN@STEP, a checkpoint of another run that this one starts from; default: new weights"
+        None, "RUN@STEP, a checkpoint of another run that this one starts from", unset="new weights"
     )
     init_with: str = setting(
         "all",
@@ -80,11 +82,11 @@ class TrainConfig:
         0, "steps between figures of each layer's activations and updates; 0 takes none", resume="free", at_least=0
     )
     profile_steps: tuple[int, int] | None = setting(
-        None, "first and last step to trace to run_dir/profile, as in 5,8; default: no trace", resume="free"
+        None, "first and last step to trace to run_dir/profile, as in 5,8", unset="no trace", resume="free"
     )
     tensorboard: bool = setting(False, "also write metrics for TensorBoard to run_dir/tensorboard", resume="free")
     wandb: str | None = setting(
-        None, "project of Weights & Biases that also gets the metrics; default: no project", resume="free"
+        None, "project of Weights & Biases that also gets the metrics", unset="no project", resume="free"
     )
     watchdog_seconds: float = setting(
         3600.0,
@@ -94,7 +96,7 @@ class TrainConfig:
         at_least=0,
     )
     on_event: str | None = setting(
-        None, "shell command that gets each event of the run as JSON on its input; default: no command", resume="free"
+        None, "shell command that gets each event of the run as JSON on its input", unset="no command", resume="free"
     )
 
     def problems(self) -> list[str]:
@@ -167,15 +169,16 @@ class EvaluationConfig:
     sample_tokens: int = setting(64, "new tokens of the sample", resume="free", at_least=0)
     tasks: str | None = setting(
         None,
-        "tasks of lm-evaluation-harness to evaluate on, as in hellaswag,arc_easy; default: no tasks",
+        "tasks of lm-evaluation-harness to evaluate on, as in hellaswag,arc_easy",
+        unset="no tasks",
         resume="free",
     )
     task_dir: str | None = setting(
-        None, "folder with the YAML files of the tasks; default: those of the harness", resume="free"
+        None, "folder with the YAML files of the tasks", unset="those of the harness", resume="free"
     )
     tasks_every_steps: int = setting(1000, "steps between evaluations on tasks", resume="free", at_least=1)
     task_limit: int | None = setting(
-        None, "largest number of documents of each task; default: all", resume="free", at_least=1
+        None, "largest number of documents of each task", unset="all", resume="free", at_least=1
     )
 
     def problems(self) -> list[str]:

@@ -10,10 +10,10 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from data.errors import InputError
-from model.config import ModelConfig
+from model.config import ResolvedModelConfig
 from model.kernels import choose_kernel
 from model.sharding import Layout
-from train.config.config import Config
+from train.config.config import ResolvedConfig
 from train.config.run_config import MeshConfig
 from train.devices.mesh_checks import mesh_problems, rule_problems, weight_problems
 from train.devices.rules import AXES, TRAINING, training_layout
@@ -44,7 +44,7 @@ def mesh_shape(config: MeshConfig, num_devices: int, num_slices: int = 1) -> tup
     return (slices, *sizes)
 
 
-def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(config: ResolvedConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Devices on AXES, Explicit; `tensor` innermost, where the links are fastest, slices outermost.
 
     Args:
@@ -106,7 +106,7 @@ def generation_mesh(config: MeshConfig) -> Mesh:
     return explicit_mesh(np.array(devices[: math.prod(shape)]).reshape(shape))
 
 
-def check_sharing(config: ModelConfig) -> None:
+def check_sharing(config: ResolvedModelConfig) -> None:
     """InputError where the ambient mesh cannot share a model's weights."""
     if problems := weight_problems(config, TRAINING, jax.sharding.get_mesh().shape):
         raise InputError("\n".join(problems))

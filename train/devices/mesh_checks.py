@@ -4,10 +4,10 @@ import math
 from collections.abc import Mapping
 from functools import partial
 
-from model.config import ModelConfig
+from model.config import ResolvedModelConfig
 from model.parameters import parameter_table
 from model.sharding import Layout, as_tuple
-from train.config.config import Config
+from train.config.config import ResolvedConfig
 from train.config.run_config import MeshConfig
 from train.devices.rules import ARRAYS, AXES, RULES, training_layout
 
@@ -46,7 +46,7 @@ def rule_problems(config: MeshConfig) -> list[str]:
     return found
 
 
-def mesh_problems(config: Config, shape: tuple[int, ...]) -> list[str]:
+def mesh_problems(config: ResolvedConfig, shape: tuple[int, ...]) -> list[str]:
     """What this model and batch cannot share over this mesh, one line each, naming field, axis and sizes that work."""
     size, layout = dict(zip(AXES, shape, strict=True)), training_layout(config.mesh)
     rows = config.train.batch_size // config.train.accumulation_steps
@@ -64,7 +64,7 @@ def mesh_problems(config: Config, shape: tuple[int, ...]) -> list[str]:
     return found + weight_problems(config.model, layout, size)
 
 
-def weight_problems(config: ModelConfig, layout: Layout, size: Mapping[str, int]) -> list[str]:
+def weight_problems(config: ResolvedModelConfig, layout: Layout, size: Mapping[str, int]) -> list[str]:
     """Those of the model's weights alone, over mesh axes of these sizes."""
     fields = {"model": "model_dim", "heads": "num_heads", "kv_heads": "num_kv_heads", "feedforward": "feedforward_dim"}
     found, seen = [], set()

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from data.tokenizer.tokenizer import Tokenizer
 from model.generation.generator import Generator
 from model.generation.sampling import Sampling
-from train.config.config import Config
+from train.config.config import ResolvedConfig
 from train.devices.rules import GENERATION
 
 
@@ -75,7 +75,7 @@ class Unfolding:
         return text[:cut]
 
 
-def make_generator(config: Config, weights: Any, tokenizer: Tokenizer) -> Generator:
+def make_generator(config: ResolvedConfig, weights: Any, tokenizer: Tokenizer) -> Generator:
     """The model of a run or of exported weights, on the ambient mesh, ready to continue prompts."""
     return Generator(
         # What the tokenizer has no text for is not drawn.

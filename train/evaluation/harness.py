@@ -30,7 +30,7 @@ from model.context_parallel import to_zigzag
 from model.decoder import Decoder
 from model.generation.sampling import Sampling
 from model.loss import predictions
-from train.config.config import Config
+from train.config.config import ResolvedConfig
 from train.config.reading import nearest
 from train.devices.mesh import batch_sharding
 from train.devices.rules import training_layout
@@ -89,7 +89,11 @@ class Tasks:
                 self._loaded[kind] |= loaded[kind]
 
     def of_model(
-        self, config: Config, tokenizer: Tokenizer, alive: Callable[[], None] = lambda: None, errors: bool = False
+        self,
+        config: ResolvedConfig,
+        tokenizer: Tokenizer,
+        alive: Callable[[], None] = lambda: None,
+        errors: bool = False,
     ) -> Callable[[Any], list[Result]]:
         """The function that evaluates a model's weights, under the ambient mesh.
 
@@ -183,7 +187,7 @@ def quiet() -> Iterator[None]:
 ScoringStep = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
 
 
-def make_scoring_step(config: Config) -> ScoringStep:
+def make_scoring_step(config: ResolvedConfig) -> ScoringStep:
     """The compiled function; a row's targets are where `loss_weights` is not zero. Every process gets the results."""
     # A kernel that a run asks for may not take short rows.
     model, layout = dataclasses.replace(config.model, attention_kernel="auto"), training_layout(config.mesh)
@@ -207,7 +211,7 @@ class Model(LM):
         weights: nested, on the ambient mesh; none until they are given.
     """
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, alive: Callable[[], None]):
+    def __init__(self, config: ResolvedConfig, tokenizer: Tokenizer, alive: Callable[[], None]):
         super().__init__()
         self.config, self.tokenizer, self.alive = config, tokenizer, alive
         self.weights: Any = None
@@ -289,7 +293,7 @@ class Model(LM):
         return texts
 
 
-def row_lengths(config: Config) -> list[int]:
+def row_lengths(config: ResolvedConfig) -> list[int]:
     """The lengths of rows that are computed with, ascending: a segment, and halves of it that the mesh can share."""
     layout, T = training_layout(config.mesh), config.data.segment_length
     time = layout.size("time")

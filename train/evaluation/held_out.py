@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from data.segmenter import DocumentPairs, make_pairs, segment_documents
 from data.tokenizer.tokenizer import Tokenizer
 from model.generation.sampling import Sampling
-from train.config.config import Config
+from train.config.config import ResolvedConfig
 from train.devices.mesh import batch_sharding
 from train.devices.rules import training_layout
 from train.devices.xla import compiler_options, sum_loss_weights
@@ -30,7 +30,7 @@ Batch = Mapping[str, jax.Array]
 EvaluationStep = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
 
 
-def make_evaluation_step(config: Config) -> EvaluationStep:
+def make_evaluation_step(config: ResolvedConfig) -> EvaluationStep:
     """The compiled function (weights, batch) → (summed loss in nats, summed loss weight)."""
 
     def evaluation_step(weights: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -45,7 +45,7 @@ def evaluate(
     weights: Any,
     texts: Sequence[Text],
     tokenizer: Tokenizer,
-    config: Config,
+    config: ResolvedConfig,
 ) -> dict[str, Evaluation]:
     """Evaluate documents, one after the other and cut into segments: each token is predicted from its segment alone.
 
@@ -67,7 +67,7 @@ def evaluate(
 
 
 def _evaluate(
-    step: EvaluationStep, weights: Any, texts: Sequence[Text], tokenizer: Tokenizer, config: Config
+    step: EvaluationStep, weights: Any, texts: Sequence[Text], tokenizer: Tokenizer, config: ResolvedConfig
 ) -> Evaluation:
     sharding = batch_sharding(jax.sharding.get_mesh(), training_layout(config.mesh))
 
@@ -106,7 +106,7 @@ def gzip_bits_per_byte(texts: Sequence[Text]) -> float:
     return 8 * sum(len(gzip.compress(text, 9, mtime=0)) for text in encoded) / sum(map(len, encoded))
 
 
-def sample_text(config: Config, tokenizer: Tokenizer, weights: Any) -> str:
+def sample_text(config: ResolvedConfig, tokenizer: Tokenizer, weights: Any) -> str:
     """The prompt of `evaluation.prompt`, continued: the 40 most likely tokens at each place, always the same seed."""
     prompt = tokenizer.encode_with_bos(config.evaluation.prompt)
     generator = make_generator(config, weights, tokenizer)

@@ -11,7 +11,7 @@ import numpy as np
 
 from data.tokenizer.tokenizer import Tokenizer
 from model.decoder import Decoder
-from train.config.config import Config
+from train.config.config import ResolvedConfig
 from train.devices.rules import TRAINING
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
     return tokenizer.token_bytes(token).decode(errors="replace") or tokenizer.pieces[token]
 
 
-def attention_of(config: Config, weights: Any, tokens: Sequence[int]) -> np.ndarray:
+def attention_of(config: ResolvedConfig, weights: Any, tokens: Sequence[int]) -> np.ndarray:
     """The attention of each layer and head over one row of tokens, float32 [L, H, T, T]: query, then key.
 
     Args:
@@ -62,7 +62,7 @@ def nearest_tokens(
 
 
 def inspect_positions(
-    config: Config, weights: Any, tokenizer: Tokenizer, tokens: np.ndarray, best: int
+    config: ResolvedConfig, weights: Any, tokenizer: Tokenizer, tokens: np.ndarray, best: int
 ) -> list[dict[str, Any]]:
     """What one pass over the beginning of a document predicts at each position.
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from data.errors import InputError
-from train.config.config import Config
+from train.config.config import ResolvedConfig
 from train.devices.mesh import batch_sharding
 from train.devices.rules import training_layout
 from train.devices.xla import compiler_options
@@ -56,7 +56,7 @@ class Compilation:
     executable: Any = field(default=None, compare=False)
 
 
-def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(config: ResolvedConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns shapes, dtypes and shardings of a full batch, [B, T] each."""
     sharding = batch_sharding(mesh, training_layout(config.mesh))
     shape = (config.train.batch_size, config.data.segment_length)
@@ -64,7 +64,7 @@ def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
 
 
-def compile_step(config: Config, mesh: Mesh, cache: Path | None = None) -> Compilation:
+def compile_step(config: ResolvedConfig, mesh: Mesh, cache: Path | None = None) -> Compilation:
     """Compiles the function that `pretrain` jits, for the full batch.
 
     Args:
@@ -140,7 +140,7 @@ def _keep(file: Path, compilation: Compilation) -> None:
         log.warning("the compiled program was not cached: %s", error)
 
 
-def _key(config: Config, mesh: Mesh, lowered: str) -> str:
+def _key(config: ResolvedConfig, mesh: Mesh, lowered: str) -> str:
     """Hashes everything that the compiled program depends on."""
     devices = [(device.device_kind, device.process_index, getattr(device, "coords", None),
                 getattr(device, "slice_index", 0)) for device in mesh.devices.flat]  # fmt: skip

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from model.parameters import parameter_table
 from model.sharding import as_tuple
-from train.config.config import Config
+from train.config.config import ResolvedConfig
 from train.devices.hardware import Chip
 from train.devices.rules import training_layout
 
@@ -96,13 +96,13 @@ class Machine(NamedTuple):
     state: float
 
 
-def estimate(config: Config, machine: Machine) -> Estimate:
+def estimate(config: ResolvedConfig, machine: Machine) -> Estimate:
     """Estimates the step of a resolved config on a mesh on which it is legal."""
     return _Step(config, machine).estimate()
 
 
 class _Step:
-    def __init__(self, config: Config, machine: Machine):
+    def __init__(self, config: ResolvedConfig, machine: Machine):
         self.config = config
         self.machine = machine
         self.chip = machine.chip
@@ -126,8 +126,6 @@ class _Step:
         self.weight_bytes = F32 * sum(math.prod(p.shape) / self.size(*p.axes) for p in table.values())
         self.state_bytes = self.weight_bytes * machine.state
         self.head = math.prod(table["embedding.table"].shape) / self.size("vocabulary")
-        assert self.model.head_dim
-        assert self.model.num_kv_heads
         self.heads = self.model.num_heads * self.model.head_dim / self.size("heads")
         self.keys = self.model.num_kv_heads * self.model.head_dim / self.size("kv_heads")
 

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from model.kernels import choose_kernel
-from train.config.config import Config
+from train.config.config import ResolvedConfig
 from train.devices.hardware import Chip
 from train.devices.rules import training_layout
 from train.planning.compilation import Compilation, abstract_batch
@@ -104,7 +104,7 @@ class Plan:
 
 
 def make_plan(
-    config: Config,
+    config: ResolvedConfig,
     mesh: Mesh,
     chip: Chip,
     compilation: Compilation,
@@ -157,7 +157,7 @@ def make_plan(
     return plan if compilation.refused else _with_estimate(plan, mesh, chip, compilation.text)
 
 
-def argument_bytes(config: Config, mesh: Mesh) -> dict[str, int]:
+def argument_bytes(config: ResolvedConfig, mesh: Mesh) -> dict[str, int]:
     """Returns the bytes per device of a step's arguments: `weights`, `optimizer`, `average` and `batch`."""
     with jax.set_mesh(mesh):
         state = abstract_state(config, make_optimizer(config))

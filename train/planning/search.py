@@ -14,7 +14,7 @@ from data.errors import InputError
 from model.decoder import REMAT_POLICIES
 from model.kernels import choose_kernel
 from train.config.checks import config_problems
-from train.config.config import Config
+from train.config.config import ResolvedConfig
 from train.devices.hardware import Chip
 from train.devices.mesh import make_mesh, mesh_shape, on_one_device
 from train.devices.mesh_checks import mesh_problems
@@ -49,7 +49,7 @@ class Candidate(NamedTuple):
     estimate: Estimate
 
 
-def candidates(config: Config, devices: Sequence[Any], chip: Chip, given: Collection[str]) -> list[Candidate]:
+def candidates(config: ResolvedConfig, devices: Sequence[Any], chip: Chip, given: Collection[str]) -> list[Candidate]:
     """Returns all candidates that are legal and may fit, by estimated time; those that may not fit come last.
 
     The batch of a step is never changed, because it affects learning. A device's share of it follows from the mesh and
@@ -93,7 +93,7 @@ def worth_compiling(candidate: Candidate, compiled: Sequence[tuple[Candidate, fl
     return candidate.estimate.step_seconds * correction * (1 - SECONDS_ERROR) < best
 
 
-def _legal(config: Config, devices: Sequence[Any], chip: Chip, given: Collection[str]) -> Iterator[Candidate]:
+def _legal(config: ResolvedConfig, devices: Sequence[Any], chip: Chip, given: Collection[str]) -> Iterator[Candidate]:
     own = {f"mesh.{axis}": getattr(config.mesh, axis) for axis in AXES_IN_SLICE} | {
         PARTS: config.train.accumulation_steps, REMAT: config.model.remat_policy
     }  # fmt: skip
@@ -127,7 +127,7 @@ def _legal(config: Config, devices: Sequence[Any], chip: Chip, given: Collection
                 yield Candidate(changes, dict(machine.shape), share, estimate(changed, machine))
 
 
-def _batch_axes(config: Config) -> Collection[str]:
+def _batch_axes(config: ResolvedConfig) -> Collection[str]:
     return training_layout(config.mesh).mesh_axes("batch")
 
 
@@ -139,7 +139,7 @@ def _factors(number: int, count: int) -> Iterator[tuple[int, ...]]:
             yield (*sizes, number // math.prod(sizes))
 
 
-def _machine(config: Config, devices: Sequence[Any], chip: Chip, state: float) -> Machine:
+def _machine(config: ResolvedConfig, devices: Sequence[Any], chip: Chip, state: float) -> Machine:
     mesh = make_mesh(config, devices)
     with jax.set_mesh(mesh):
         kernel = choose_kernel(config.model, training_layout(config.mesh), config.data.segment_length).kernel
@@ -147,7 +147,7 @@ def _machine(config: Config, devices: Sequence[Any], chip: Chip, state: float) -
     return Machine(dict(mesh.shape), chip, bandwidth, kernel, state)
 
 
-def _state(config: Config) -> float:
+def _state(config: ResolvedConfig) -> float:
     """Returns the bytes of the state for each byte of the weights, which all meshes share."""
     sizes = argument_bytes(config, on_one_device())
     return (sum(sizes.values()) - sizes["batch"]) / sizes["weights"]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from train.config.config import Config
+from train.config.config import ResolvedConfig
 from train.devices.hardware import Chip, chip_of
 from train.planning.compilation import abstract_batch
 from train.step.flops import peak_flops
@@ -74,7 +74,7 @@ def memory_bandwidth() -> float:
         return 2 * MOVED_BYTES / min(_seconds(lambda: add(x).block_until_ready()) for _ in range(3))
 
 
-def measured_step(config: Config, mesh: Mesh, executable: Any) -> float:
+def measured_step(config: ResolvedConfig, mesh: Mesh, executable: Any) -> float:
     """Returns the median seconds of several steps on random tokens, after one warm-up step.
 
     Args:
@@ -84,7 +84,6 @@ def measured_step(config: Config, mesh: Mesh, executable: Any) -> float:
     """
     T = config.data.segment_length
     random = np.random.default_rng(0)
-    assert config.model.vocab_size
     tokens = random.integers(0, config.model.vocab_size, (config.train.batch_size, T + 1), dtype=np.int32)
     ones = np.ones_like(tokens[:, 1:])
     arrays: dict[str, np.ndarray] = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}

@@ -14,17 +14,16 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from model.config import ModelConfig
+from model.config import ResolvedModelConfig
 from model.parameters import parameter_table
 from train.devices.hardware import chip_of
 
 
-def flops_per_token(config: ModelConfig, T: int) -> float:
+def flops_per_token(config: ResolvedModelConfig, T: int) -> float:
     """Returns the model FLOPs of training on one token of a segment of T tokens (formula above)."""
     matrices = sum(math.prod(p.shape) for p in parameter_table(config).values() if p.role in ("matrix", "unembedding"))
     if config.tie_embeddings:
         matrices += math.prod(parameter_table(config)["embedding.table"].shape)
-    assert config.head_dim is not None
     window = min(config.sliding_window or T, T)
     keys = window * (1 - window / (2 * T))
     return 6 * matrices + 12 * config.num_layers * config.num_heads * config.head_dim * keys

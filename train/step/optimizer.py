@@ -9,14 +9,14 @@ import optax
 
 from model.parameters import parameter_table
 from model.trees import flattened, nested
-from train.config.config import Config
+from train.config.config import ResolvedConfig
 from train.step.adafactor import scale_by_adafactor
 from train.step.muon import orthogonalize
 from train.step.schedule import learning_rate
 from train.step.state import Weights
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformation:
+def make_optimizer(config: ResolvedConfig) -> optax.GradientTransformation:
     """Returns the optimizer of `optimizer.name`, with clipping by global norm and decay by the parameter table.
 
     - adamw: Loshchilov and Hutter 2019, arXiv:1711.05101.

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from model.parameters import initial_weights
-from train.config.config import Config
+from train.config.config import ResolvedConfig
 from train.devices.rules import training_layout
 
 State = dict[str, Any]
@@ -19,12 +19,12 @@ State = dict[str, Any]
 Weights = dict[str, Any]
 
 
-def make_state(config: Config, optimizer: optax.GradientTransformation) -> State:
+def make_state(config: ResolvedConfig, optimizer: optax.GradientTransformation) -> State:
     """Returns the state before the first step on the ambient mesh, with the same bits on every mesh of a platform."""
     return jax.jit(lambda: _state(config, optimizer))()
 
 
-def abstract_state(config: Config, optimizer: optax.GradientTransformation) -> State:
+def abstract_state(config: ResolvedConfig, optimizer: optax.GradientTransformation) -> State:
     """Returns the shapes, dtypes and shardings of `make_state`, without allocating memory."""
     mesh = jax.sharding.get_mesh()
 
@@ -40,7 +40,7 @@ def evaluated_weights(state: State) -> Any:
     return state.get("average", state["weights"])
 
 
-def _state(config: Config, optimizer: optax.GradientTransformation) -> State:
+def _state(config: ResolvedConfig, optimizer: optax.GradientTransformation) -> State:
     weights = initial_weights(config.model, config.train.seed, training_layout(config.mesh))
     state = {"step": jnp.zeros((), jnp.int32), "weights": weights, "optimizer": optimizer.init(weights)}
     return state | ({"average": weights} if config.train.ema_decay else {})

@@ -13,7 +13,7 @@ from model.decoder import Decoder
 from model.dropout import DropoutKeys, row_keys
 from model.loss import Losses, summed_losses
 from model.sharding import Layout
-from train.config.config import Config
+from train.config.config import ResolvedConfig
 from train.devices.rules import training_layout
 from train.devices.xla import compiler_options, sum_loss_weights
 from train.step.schedule import accumulation_parts, batch_size, learning_rate
@@ -24,7 +24,7 @@ Batch = Mapping[str, jax.Array]
 Metrics = dict[str, Any]
 
 
-def summed_loss(config: Config, weights: Weights, batch: Batch, keys_B: DropoutKeys = None) -> Losses:
+def summed_loss(config: ResolvedConfig, weights: Weights, batch: Batch, keys_B: DropoutKeys = None) -> Losses:
     """Returns the minimized loss and the cross-entropy, summed over the batch by `loss_weights`."""
     layout = training_layout(config.mesh)
     batch = {name: to_zigzag(x, layout) for name, x in batch.items()}
@@ -34,7 +34,7 @@ def summed_loss(config: Config, weights: Weights, batch: Batch, keys_B: DropoutK
     return summed_losses(x_BTD, matrix_DV, batch["targets"], batch["loss_weights"], config.model, layout)
 
 
-def update_average(config: Config, average: Weights, weights: Weights, step: jax.Array) -> Weights:
+def update_average(config: ResolvedConfig, average: Weights, weights: Weights, step: jax.Array) -> Weights:
     """Returns the moving average of the weights after update `step` (Polyak and Juditsky 1992), in float32.
 
     The decay starts lower, at (1 + t)/(10 + t) as in TensorFlow's ExponentialMovingAverage: otherwise the initial
@@ -57,7 +57,7 @@ def split_rows(parts: int, tree: Any, layout: Layout) -> Any:
 
 
 def make_train_step(
-    config: Config, optimizer: optax.GradientTransformation, watches: bool = False
+    config: ResolvedConfig, optimizer: optax.GradientTransformation, watches: bool = False
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """Returns the jitted function (state, batch) → (state, metrics), which donates the memory of its state.
 
@@ -118,7 +118,7 @@ class StepPrograms:
     Steps are numbered from 1 here, as in the log.
     """
 
-    def __init__(self, config: Config, optimizer: optax.GradientTransformation):
+    def __init__(self, config: ResolvedConfig, optimizer: optax.GradientTransformation):
         self._config = config
         self._functions: Any = {watches: make_train_step(config, optimizer, watches) for watches in (False, True)}
         self._compiled: dict[tuple[int, bool], jax.stages.Compiled] = {}

@@ -11,13 +11,15 @@ from model.context_parallel import to_zigzag
 from model.decoder import Decoder
 from model.parameters import parameter_table
 from model.trees import flattened
-from train.config.config import Config
+from train.config.config import ResolvedConfig
 from train.devices.rules import training_layout
 
 Watched = dict[str, Any]
 
 
-def watch(config: Config, weights: Any, parts: Mapping[str, jax.Array], gradients: Any, updates: Any) -> Watched:
+def watch(
+    config: ResolvedConfig, weights: Any, parts: Mapping[str, jax.Array], gradients: Any, updates: Any
+) -> Watched:
     """Returns the figures of `train.watch_every_steps` in float32; L is the number of layers.
 
     Args:
@@ -51,7 +53,7 @@ def watch(config: Config, weights: Any, parts: Mapping[str, jax.Array], gradient
     }
 
 
-def norms(config: Config, tree: Any) -> dict[str, jax.Array]:
+def norms(config: ResolvedConfig, tree: Any) -> dict[str, jax.Array]:
     """Returns each parameter's norm by name; [L] for parameters that are stacked over layers."""
     table = parameter_table(config.model)
     flat = flattened(tree)

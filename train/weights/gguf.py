@@ -14,7 +14,7 @@ from data.errors import InputError, StorageError
 from data.tokenizer.to_gguf import gguf_metadata
 from data.tokenizer.tokenizer import Tokenizer
 from model import interchange
-from model.config import ModelConfig
+from model.config import ResolvedModelConfig
 from model.interchange import gguf as layout
 from model.interchange.tensors import ParameterReader
 from train.run.storage import check_room
@@ -41,7 +41,12 @@ def check_gguf_file(file: Path) -> None:
 
 
 def write_gguf(
-    file: Path, config: ModelConfig, context: int, read: ParameterReader, tokenizer: Tokenizer, dtype: str = "f32"
+    file: Path,
+    config: ResolvedModelConfig,
+    context: int,
+    read: ParameterReader,
+    tokenizer: Tokenizer,
+    dtype: str = "f32",
 ) -> None:
     """Write a model with its tokenizer; the file appears whole or not at all. One tensor is in memory at a time.
 
@@ -106,7 +111,7 @@ def write_gguf(
         partial.unlink(missing_ok=True)
 
 
-def why_no_gguf(config: ModelConfig, context: int) -> str | None:
+def why_no_gguf(config: ResolvedModelConfig, context: int) -> str | None:
     """What in this model llama.cpp does not compute; none where it can be written."""
     try:
         layout.architecture_of(config, interchange.family_of(config).kind, context)
@@ -119,11 +124,10 @@ def why_no_gguf(config: ModelConfig, context: int) -> str | None:
 FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
 
 
-def _settings(config: ModelConfig, context: int, tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[str, Any]]:
+def _settings(config: ResolvedModelConfig, context: int, tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the file says of the model, its architecture among it, and of the tokenizer."""
     if problem := why_no_gguf(config, context):
         raise InputError(f"these weights cannot be exported: {problem}")
-    assert config.vocab_size is not None
     if tokenizer.vocab_size > config.vocab_size:
         raise InputError(
             f"the tokenizer of {tokenizer.folder} has {tokenizer.vocab_size} ids, the model {config.vocab_size}; take "

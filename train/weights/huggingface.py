@@ -16,7 +16,7 @@ from data.tokenizer.folder import load_tokenizer
 from data.tokenizer.to_huggingface import write_huggingface_tokenizer
 from data.tokenizer.tokenizer import MODEL_FILE, Tokenizer
 from model import interchange
-from model.config import ModelConfig
+from model.config import ModelConfig, ResolvedModelConfig
 from model.interchange.tensors import ParameterReader
 from train.run.storage import check_room
 from train.weights.safetensors_files import DTYPES, FILE, INDEX, TensorFiles, write_tensor_files
@@ -46,7 +46,7 @@ class Weights:
         step: of the run that has trained it, where that is known.
     """
 
-    config: ModelConfig
+    config: ResolvedModelConfig
     context: int
     tokenizer: Tokenizer
     read: ParameterReader
@@ -117,7 +117,7 @@ def why_no_export(config: ModelConfig) -> str | None:
     return None
 
 
-def check_expressible(config: ModelConfig) -> None:
+def check_expressible(config: ResolvedModelConfig) -> None:
     """InputError where no Transformers class has this model's choices."""
     if problem := why_no_export(config):
         raise InputError(f"these weights cannot be exported: {problem}")

@@ -13,7 +13,7 @@ from data.tokenizer.folder import load_tokenizer
 from data.tokenizer.tokenizer import Tokenizer
 from model.parameters import parameter_table
 from train.checkpoint.checkpoint import Checkpoints
-from train.config.config import Config
+from train.config.config import Config, ResolvedConfig
 from train.config.run_config import MeshConfig
 from train.devices.mesh import check_sharing
 from train.run.folder import Run
@@ -36,7 +36,7 @@ class Trained:
         step: of the checkpoint, where it is a run.
     """
 
-    config: Config
+    config: ResolvedConfig
     weights: Any
     tokenizer: Tokenizer
     run: Run | None = None
@@ -94,7 +94,7 @@ def run_of(where: str) -> Run | None:
     return None if is_export(folder) else Run.there(folder)[0]
 
 
-def saved_run(folder: Path) -> tuple[Run, Config, Tokenizer]:
+def saved_run(folder: Path) -> tuple[Run, ResolvedConfig, Tokenizer]:
     """(run, resolved settings for its use after training, tokenizer) of a run that has a checkpoint."""
     run, config = Run.there(folder)
     if run.last_step() is None:
@@ -105,7 +105,7 @@ def saved_run(folder: Path) -> tuple[Run, Config, Tokenizer]:
     return run, dataclasses.replace(config, model=model, mesh=MeshConfig()), tokenizer
 
 
-def export_run(run: Run, config: Config, checkpoints: Checkpoints, tokenizer: Tokenizer, step: int) -> None:
+def export_run(run: Run, config: ResolvedConfig, checkpoints: Checkpoints, tokenizer: Tokenizer, step: int) -> None:
     """Write the weights of a checkpoint for inference; they are read from there, not gathered from the devices."""
     _, read = checkpoints.open_weights(parameter_table(config.model), step)
     weights = Weights(config.model, config.data.segment_length, tokenizer, read, step)

@@ -1,12 +1,17 @@
 """Settings: where values come from, and that everything wrong with them is said at once."""
 
+import argparse
+import dataclasses
 import json
+import re
 
 import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
 from data.errors import InputError
+from launch.presets import add_config_arguments
+from settings import bounds_text, default_of
 from train.config.config import Config, config_fields, to_json
 from train.config.reading import make_config
 
@@ -181,10 +186,47 @@ def test_a_saved_config_is_read_back_equal():
     assert make_config(json.loads(to_json(config))) == config
 
 
-def test_every_field_says_what_it_is_and_what_a_change_on_resume_does():
-    for group, name, setting in config_fields():
-        assert len(setting.metadata["help"]) > 10, (group, name)
-        assert setting.metadata.get("resume", "frozen") in ("frozen", "warn", "free")
+def test_every_field_has_help_a_resume_rule_and_a_default_in_words():
+    for group, name, field in config_fields():
+        assert len(field.metadata["help"]) > 10, (group, name)
+        assert field.metadata["resume"] in ("frozen", "warn", "free")
+        assert bool(field.metadata["unset"]) == (field.default is None), (group, name)
+
+
+def outside(field: dataclasses.Field) -> list[object]:
+    """Values just outside the bounds and choices of a field."""
+    bounds = field.metadata["bounds"]
+    step = 1 if "int" in str(field.type) else 1e-9
+    values = [
+        bounds[name] + change for name, change in (("at_least", -step), ("at_most", step)) if bounds[name] is not None
+    ]
+    values += [bounds[name] for name in ("above", "below") if bounds[name] is not None]
+    return [*values, "no such choice"] if field.metadata["choices"] else values
+
+
+def test_every_bound_and_choice_of_the_table_is_enforced_and_named():
+    checked = 0
+    for group, name, field in config_fields():
+        for value in outside(field):
+            value = float(value) if field.type in ("float", float) else value
+            stated = ", ".join(field.metadata["choices"]) or bounds_text(field)
+            named = [
+                problem for problem in problems({group: {name: value}}) if problem.startswith(f"{group}.{name} is ")
+            ]
+            assert any(problem.endswith(stated) for problem in named), (group, name, value, named)
+            checked += 1
+    assert checked > 80
+
+
+def test_help_shows_every_field_with_its_default():
+    parser = argparse.ArgumentParser(usage="")
+    add_config_arguments(parser)
+    entries = re.split(r"\n  (?=--config)", parser.format_help())
+    shown = {entry.split()[0].removeprefix("--config."): " ".join(entry.split()) for entry in entries}
+    for group, name, field in config_fields():
+        default = field.metadata["unset"] or default_of(field)
+        default = str(default).lower() if isinstance(default, bool) else default
+        assert f"(default: {default})" in shown[f"{group}.{name}"]
 
 
 def test_what_bfloat16_moments_can_follow_is_accepted_and_what_they_cannot_is_refused():
