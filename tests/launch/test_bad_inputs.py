@@ -80,7 +80,7 @@ TABLE = [
     ("settings of no step", ["pretrain", "--config={run}@newest"], "after @ comes the step of a checkpoint"),
     ("settings of what is no run", ["pretrain", "--config={dir}"], "has no config.json"),
     ("steps between those that stay", ["pretrain", "--config={config}", "--config.checkpoint.keep_every_steps=6"],
-     "checkpoint.keep_every_steps = 6 is no multiple of checkpoint.every_steps = 4, so little would stay; give 8"),
+     "checkpoint.keep_every_steps = 6 is not a multiple of checkpoint.every_steps = 4, so little would stay; give 8"),
     ("no step at all", ["evaluate", "{run}@last"], "after @ comes the step of a checkpoint"),
     ("step of weights", ["evaluate", "{run}/export@8"], "exported weights have no steps"),
     ("weights without a corpus", ["evaluate", "{run}/export"], "give --corpus=PATH"),
