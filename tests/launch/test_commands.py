@@ -41,7 +41,7 @@ def test_help_of_pretrain_lists_every_field_with_its_default_and_imports_no_jax(
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "--config.mesh.fsdp INTEGER" in done.stdout
-    assert "[0.0003]" in done.stdout
+    assert "(default: 0.0003)" in done.stdout
 
 
 def evaluated(capsys, *arguments: object) -> dict:
