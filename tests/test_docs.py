@@ -19,8 +19,10 @@ EVERY_PAGE = pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"],
 FENCED = re.compile(r"^```.*?^```", re.M | re.S)
 COMMENT = re.compile(r"<!--.*?-->", re.S)
 FIELDS = {f"{group}.{name}" for group, name, _ in config_fields()}
+ROOMS = ("model", "data", "train", "launch")
 GROUPS = {field.partition(".")[0] for field in FIELDS}
-OUR_FILE = re.compile(r"(?<![\w/.@-])(?:(?:model|data|train|launch|tests|docs|\.ci|\.github)/[\w./-]*|[A-Z]+\.md)")
+OUR_FOLDERS = r"model|data|train|launch|tests|docs|\.ci|\.github"
+OUR_FILE = re.compile(rf"(?<![\w/.@-])(?:(?:{OUR_FOLDERS})/[\w./-]*|settings\.py|[A-Z]+\.md)")
 
 
 def prose(page: Path) -> str:
@@ -198,8 +200,7 @@ def test_the_index_lists_every_page():
 def test_every_message_in_troubleshooting_is_one_of_the_codes():
     texts = [
         node.value
-        for room in ("model", "data", "train", "launch")
-        for file in (ROOT / room).rglob("*.py")
+        for file in (ROOT / "settings.py", *(file for room in ROOMS for file in (ROOT / room).rglob("*.py")))
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     ]
