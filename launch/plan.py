@@ -1,11 +1,11 @@
-"""What a run will take, before its machines are paid for: memory, speed, days and cost, from its compiled step.
+"""Show what a run will take before its machines are paid for: memory, speed, days and cost, from its compiled step.
 
-The real compiler compiles the training step for a topology that is not here: --topology=v5e:16x16 (the chips of a TPU
-slice; --slices=N of them) or h100:16x8 (hosts × GPUs). Without --topology it plans for this machine, and holds its
-estimate against some steps. No text is read: the vocabulary is model.vocab_size, or else tokenizer.vocab_size.
+The real compiler compiles the training step for a topology that need not be there: --topology=v5e:16x16 (the chips of
+a TPU slice; --slices=N of them) or h100:16x8 (hosts × GPUs). Without --topology it plans for this machine, and compares
+its estimate with measured steps. No text is read: the vocabulary is model.vocab_size, or else tokenizer.vocab_size.
 
---search finds the fastest mesh, number of parts of the batch (train.accumulation_steps) and remat policy on a topology,
-of all that are legal; fields of these that flags give stay. It compiles N programs at most.
+--search finds the fastest mesh, number of accumulation parts (train.accumulation_steps) and remat policy on a topology,
+among all that are legal. Those of these fields that are given as flags stay. It compiles at most N programs.
 """
 
 import argparse
@@ -20,54 +20,43 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.errors import InputError
+from launch.arguments import add_json
+from launch.plan_text import mesh_text, plan_text
 from launch.presets import add_config_arguments, load_config
 
 if TYPE_CHECKING:
     from train.config.config import ResolvedConfig
-from launch.plan_text import mesh_text, plan_text
 
 log = logging.getLogger("ziggurat")
-# Seconds of a step, by the estimate; two at least are run.
-LONGEST_MEASURED = 60.0
-MOST_COMPILED = 6
+# Longer steps, by the estimate, are not measured.
+MAX_MEASURED_SECONDS = 60.0
+MAX_COMPILED = 6
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `ziggurat plan`."""
-    parser.add_argument(
-        "--topology", metavar="CHIP:SHAPE", help="v5e:16x16, v5p:8x8x8, h100:16x8, ...; none: this machine"
-    )
+    """Adds the flags of `ziggurat plan`."""
+    parser.add_argument("--topology", metavar="CHIP:SHAPE", help="v5e:16x16, v5p:8x8x8, h100:16x8, ... [this machine]")
     parser.add_argument("--slices", metavar="N", default="1", help="TPU slices of this shape [1]")
     parser.add_argument("--tokens", metavar="N", help="tokens to train on, as in 2e12 [those of train.num_steps]")
-    parser.add_argument("--price", metavar="P", help="dollars of a device-hour")
+    parser.add_argument("--price", metavar="P", help="dollars for a device-hour")
     parser.add_argument(
-        "--search",
-        metavar="N",
-        nargs="?",
-        const=str(MOST_COMPILED),
-        help=f"rank meshes, parts of the batch and remat policies; compile N programs at most [{MOST_COMPILED}]",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+        "--search", metavar="N", nargs="?", const=str(MAX_COMPILED),
+        help=f"rank meshes, parts of the batch and remat policies; compile at most N programs [{MAX_COMPILED}]",
+    )  # fmt: skip
+    add_json(parser)
     add_config_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the plan."""
-    tokens, price = number("--tokens", arguments.tokens), number("--price", arguments.price)
-    if not arguments.slices.isdecimal():
-        raise InputError(f"--slices={arguments.slices}: give a whole number, at least 1")
-    if arguments.slices != "1" and arguments.topology is None:
-        raise InputError(f"--slices={arguments.slices} goes with --topology=CHIP:SHAPE")
-    if arguments.search is not None and not (arguments.search.isdecimal() and int(arguments.search)):
-        raise InputError(f"--search={arguments.search}: give a whole number of programs to compile, at least 1")
-    if arguments.search is not None and arguments.topology is None:
-        raise InputError("--search goes with --topology=CHIP:SHAPE; of GPUs that are here too, as in h100:1x8")
+    """Prints the plan."""
+    tokens, price = positive("--tokens", arguments.tokens), positive("--price", arguments.price)
+    check(arguments)
     config = load_config(arguments.config, arguments.overrides)
     config = config.resolved(config.tokenizer.vocab_size)
     import jax
 
     if arguments.topology is not None:
-        # The devices that are here have nothing to do, and stay free for others.
+        # Planning for other devices leaves this machine's accelerators free for other programs.
         jax.config.update("jax_platforms", "cpu")
     from train.devices.hardware import with_usable_memory
     from train.devices.mesh import make_mesh
@@ -86,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
         return search(arguments, config, devices)
     mesh = make_mesh(config, devices)
     log.info("compiling for %d × %s as %s", mesh.size, devices[0].device_kind, mesh_text(mesh.shape))
-    with ended_by_interrupts():
+    with interrupts_end_process():
         compilation = compile_step(config, mesh, cache_folder())
     if arguments.topology is None:
         log.info("measuring this machine")
@@ -95,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
         chip = with_usable_memory(parse_topology(arguments.topology)[0])
     plan = make_plan(config, mesh, chip, compilation, topology, tokens, price)
     if arguments.topology is None and plan.fits and plan.estimated_step_seconds:
-        if plan.estimated_step_seconds <= LONGEST_MEASURED:
+        if plan.estimated_step_seconds <= MAX_MEASURED_SECONDS:
             log.info("running some steps")
             plan = replace(plan, measured_step_seconds=measured_step(config, mesh, compilation.executable))
         else:
@@ -104,32 +93,20 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def search(arguments: argparse.Namespace, config: "ResolvedConfig", devices: Sequence[Any]) -> int:
-    """Print a ranking of what may be the fastest, and the plan of the best."""
-    from launch.plan_search import ranked, search_text
-    from train.devices.hardware import with_usable_memory
-    from train.planning.search import SEARCHED, candidates
-    from train.planning.topology import parse_topology
-
-    chip = with_usable_memory(parse_topology(arguments.topology)[0])
-    found = candidates(config, devices, chip, arguments.overrides)
-    log.info("%s legal ways to run the step may fit; compiling the most promising", f"{len(found):,}")
-    flags = [f"--{name}={value}" for name in ("config", "topology", "slices", "tokens", "price")
-             if (value := getattr(arguments, name)) is not None]  # fmt: skip
-    flags += [f"--config.{name}={value}" for name, value in arguments.overrides.items() if name not in SEARCHED]
-    outcomes = ranked(found, int(arguments.search), flags)
-    plans = [outcome.plan for outcome in outcomes if outcome.plan]
-    if arguments.json:
-        print(json.dumps({"candidates": len(found), "plans": [plan.to_dict() for plan in plans]}))
-        return 0
-    print(search_text(outcomes, len(found)))
-    if plans and plans[0].fits:
-        print("\n" + plan_text(plans[0], arguments.config))
-    return 0
+def check(arguments: argparse.Namespace) -> None:
+    """Raises InputError where --slices or --search is wrong."""
+    if not arguments.slices.isdecimal():
+        raise InputError(f"--slices={arguments.slices}: give a whole number, at least 1")
+    if arguments.slices != "1" and arguments.topology is None:
+        raise InputError(f"--slices={arguments.slices} goes with --topology=CHIP:SHAPE")
+    if arguments.search is not None and not (arguments.search.isdecimal() and int(arguments.search)):
+        raise InputError(f"--search={arguments.search}: give a whole number of programs to compile, at least 1")
+    if arguments.search is not None and arguments.topology is None:
+        raise InputError("--search goes with --topology=CHIP:SHAPE; for GPUs of this machine, too, as in h100:1x8")
 
 
-def number(flag: str, text: str | None) -> float | None:
-    """A flag's positive number; InputError where it is none."""
+def positive(flag: str, text: str | None) -> float | None:
+    """Returns a flag's number; raises InputError where it is not above 0."""
     if text is None:
         return None
     try:
@@ -137,24 +114,49 @@ def number(flag: str, text: str | None) -> float | None:
     except ValueError:
         value = 0.0
     if not 0 < value < float("inf"):
-        raise InputError(
-            f"{flag}={text}: give a number above 0, as in {flag}={'2e12' if flag == '--tokens' else '1.2'}"
-        )
+        example = "2e12" if flag == "--tokens" else "1.2"
+        raise InputError(f"{flag}={text}: give a number above 0, as in {flag}={example}")
     return value
 
 
+def search(arguments: argparse.Namespace, config: "ResolvedConfig", devices: Sequence[Any]) -> int:
+    """Prints a ranking of the candidates that were compiled, and the plan of the fastest."""
+    from launch.plan_search import compile_best, search_text
+    from train.devices.hardware import with_usable_memory
+    from train.planning.search import SEARCHED, candidates
+    from train.planning.topology import parse_topology
+
+    chip = with_usable_memory(parse_topology(arguments.topology)[0])
+    legal = candidates(config, devices, chip, arguments.overrides)
+    log.info("%s legal ways to run the step may fit; compiling the most promising", f"{len(legal):,}")
+    flags = []
+    for name in ("config", "topology", "slices", "tokens", "price"):
+        if (value := getattr(arguments, name)) is not None:
+            flags.append(f"--{name}={value}")
+    flags += [f"--config.{name}={value}" for name, value in arguments.overrides.items() if name not in SEARCHED]
+    outcomes = compile_best(legal, int(arguments.search), flags)
+    plans = [outcome.plan for outcome in outcomes if outcome.plan]
+    if arguments.json:
+        print(json.dumps({"candidates": len(legal), "plans": [plan.to_dict() for plan in plans]}))
+        return 0
+    print(search_text(outcomes, len(legal)))
+    if plans and plans[0].fits:
+        print("\n" + plan_text(plans[0], arguments.config))
+    return 0
+
+
 def cache_folder() -> Path:
-    """Where compiled programs of topologies are kept: in JAX_COMPILATION_CACHE_DIR, or in the user's cache."""
+    """Returns the folder of compiled programs of topologies: JAX_COMPILATION_CACHE_DIR, or the user's cache."""
     if folder := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return Path(folder) / "ziggurat"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ziggurat"
 
 
 @contextmanager
-def ended_by_interrupts() -> Iterator[None]:
-    """Ctrl-C ends this process at once: Python's own handling would wait for the compiler, which may take minutes."""
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+def interrupts_end_process() -> Iterator[None]:
+    """Lets Ctrl-C end the process at once. Python's handler would first wait for the compiler, for minutes perhaps."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, handler)

@@ -1,7 +1,7 @@
-"""`ziggurat plan --search`: the fastest way to run a step on a topology.
+"""The search of `ziggurat plan --search` for the fastest way to run a step on a topology.
 
-All are estimated, the most promising compiled, each by a `ziggurat plan --json` of its own, as many at once as this
-machine has room for: what they are ranked by is what that command says, and an interrupt ends it.
+All candidates are estimated and the most promising are compiled, each by its own `ziggurat plan --json`, as many at
+once as this machine has room for. They are ranked by what these commands print. An interrupt ends the search early.
 """
 
 import json
@@ -24,14 +24,14 @@ from train.planning.this_machine import memory_available
 from train.run.goodput import duration
 
 log = logging.getLogger("ziggurat")
-# A compiler's memory with the program of a large model.
+# Memory of a compiler with the program of a large model.
 COMPILER_BYTES = 3 * 2**30
-SHOWN = 10
+MAX_SHOWN = 10
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a candidate: its plan, or what its command said instead."""
+    """The result of compiling a candidate: its plan, or why there is none."""
 
     candidate: Candidate
     plan: Plan | None
@@ -39,45 +39,52 @@ class Outcome:
 
     @property
     def seconds(self) -> float:
-        """Of a step; infinite where it does not fit."""
+        """Estimated seconds of a step; infinite where it does not fit."""
         plan = self.plan
         return plan.estimated_step_seconds if plan and plan.fits and plan.estimated_step_seconds else math.inf
 
 
 class Compiler(NamedTuple):
-    """A command under way; its output goes to files, so that it never waits for a reader."""
+    """A running `ziggurat plan`. Its output goes to files, so that it never blocks on a full pipe.
+
+    Attributes:
+        candidate: the way to run the step that it plans.
+        process: the running command.
+        files: path of its output, without the endings .json and .log.
+    """
 
     candidate: Candidate
     process: subprocess.Popen[bytes]
     files: str
 
 
-def ranked(candidates: Sequence[Candidate], most: int, flags: Sequence[str]) -> list[Outcome]:
-    """Compile candidates until none that is left may be faster, or `most` are compiled; the best first.
-
-    An interrupt ends it early, with what there is.
+def compile_best(candidates: Sequence[Candidate], most: int, flags: Sequence[str]) -> list[Outcome]:
+    """Compiles candidates until no other may be faster; returns the outcomes, the fastest first.
 
     Args:
-        candidates: the fastest first, by their estimates.
-        most: programs to compile.
-        flags: of `ziggurat plan`, the same for all.
+        candidates: sorted by their estimates, the fastest first.
+        most: largest number of programs to compile.
+        flags: those of `ziggurat plan` that all candidates share.
     """
     outcomes: list[Outcome] = []
-    left, running = list(candidates), list[Compiler]()
+    waiting = list(candidates)
+    running: list[Compiler] = []
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         try:
-            while left or running:
-                compiled = [(o.candidate, o.seconds) for o in outcomes if o.seconds < math.inf]
-                left = [candidate for candidate in left if worth_compiling(candidate, compiled)]
-                left = left[: most - len(outcomes) - len(running)]
-                while left and len(running) < at_once():
-                    running.append(begin(left.pop(0), flags, f"{folder}/{len(outcomes) + len(running)}"))
+            while waiting or running:
+                compiled = [(outcome.candidate, outcome.seconds) for outcome in outcomes if outcome.seconds < math.inf]
+                waiting = [candidate for candidate in waiting if worth_compiling(candidate, compiled)]
+                waiting = waiting[: most - len(outcomes) - len(running)]
+                while waiting and len(running) < max_compilers():
+                    files = f"{folder}/{len(outcomes) + len(running)}"
+                    running.append(start_compiler(waiting.pop(0), flags, files))
                 time.sleep(0.1)
                 for compiler in [compiler for compiler in running if compiler.process.poll() is not None]:
                     running.remove(compiler)
-                    outcomes.append(end(compiler))
-                    log.info("%s", progress_text(outcomes, len(left) + len(running), time.monotonic() - start))
+                    outcomes.append(read_outcome(compiler))
+                    remaining = len(waiting) + len(running)
+                    log.info("%s", progress_text(outcomes, remaining, time.monotonic() - start))
         except KeyboardInterrupt:
             log.info("interrupted: ranking what is compiled")
         finally:
@@ -87,21 +94,21 @@ def ranked(candidates: Sequence[Candidate], most: int, flags: Sequence[str]) -> 
     return sorted(outcomes, key=lambda outcome: outcome.seconds)
 
 
-def at_once() -> int:
-    """Compilers for which this machine has processors and memory."""
+def max_compilers() -> int:
+    """Returns the number of compilers for which this machine has processors and memory."""
     return max(1, min(os.cpu_count() or 1, memory_available() // COMPILER_BYTES))
 
 
-def begin(candidate: Candidate, flags: Sequence[str], files: str) -> Compiler:
-    """Start the plan of a candidate; its output goes to files with this beginning of their names."""
+def start_compiler(candidate: Candidate, flags: Sequence[str], files: str) -> Compiler:
+    """Starts the plan of a candidate, with output to `files`.json and `files`.log."""
     command = [sys.executable, "-m", "launch.cli", "plan", "--json", *flags, *change_flags(candidate)]
-    with open(f"{files}.json", "wb") as output, open(f"{files}.log", "wb") as said:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=said)
+    with open(f"{files}.json", "wb") as output, open(f"{files}.log", "wb") as errors:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors)
     return Compiler(candidate, process, files)
 
 
-def end(compiler: Compiler) -> Outcome:
-    """Read what a command that has ended left."""
+def read_outcome(compiler: Compiler) -> Outcome:
+    """Reads the output of a compiler that has ended."""
     if compiler.process.returncode == 0:
         return Outcome(compiler.candidate, Plan(**json.loads(Path(f"{compiler.files}.json").read_bytes())))
     lines = Path(f"{compiler.files}.log").read_text(errors="replace").strip().splitlines()
@@ -109,26 +116,27 @@ def end(compiler: Compiler) -> Outcome:
 
 
 def change_flags(candidate: Candidate) -> list[str]:
-    """The fields of a candidate, as the command line takes them."""
+    """Returns the fields of a candidate as flags."""
     return [f"--config.{name}={value}" for name, value in candidate.changes.items()]
 
 
 def candidate_text(candidate: Candidate) -> str:
-    """As in "fsdp 8 × tensor 2, 4 rows, full"."""
-    rows, (parts, policy) = candidate.rows, (candidate.changes[name] for name in (PARTS, REMAT))
-    of_parts = f" × {parts} parts" if parts != "1" else ""
-    return f"{mesh_text(candidate.mesh)}, {rows} row{'s' * (rows > 1)}{of_parts}, {policy}"
+    """Returns a candidate as in "fsdp 8 × tensor 2, 4 rows, full"."""
+    parts = candidate.changes[PARTS]
+    rows = f"{candidate.rows} row{'s' * (candidate.rows > 1)}" + (f" × {parts} parts" if parts != "1" else "")
+    return f"{mesh_text(candidate.mesh)}, {rows}, {candidate.changes[REMAT]}"
 
 
-def progress_text(outcomes: Sequence[Outcome], left: int, seconds: float) -> str:
-    """What the last command found, and how long the others will take."""
-    last, most = outcomes[-1], len(outcomes) + left
-    remaining = f"; at most {duration(seconds / len(outcomes) * left)} more" if left else ""
-    return f"{len(outcomes)} of {most}  {candidate_text(last.candidate)}: {outcome_text(last)}{remaining}"
+def progress_text(outcomes: Sequence[Outcome], remaining: int, seconds: float) -> str:
+    """Returns the newest outcome, and how long the remaining compilations will take."""
+    newest = outcomes[-1]
+    time_left = f"; at most {duration(seconds / len(outcomes) * remaining)} more" if remaining else ""
+    counts = f"{len(outcomes)} of {len(outcomes) + remaining}"
+    return f"{counts}  {candidate_text(newest.candidate)}: {outcome_text(newest)}{time_left}"
 
 
 def outcome_text(outcome: Outcome) -> str:
-    """A candidate's figures in a line."""
+    """Returns the figures of an outcome."""
     plan = outcome.plan
     if plan is None:
         return f"failed: {outcome.problem}"
@@ -139,11 +147,15 @@ def outcome_text(outcome: Outcome) -> str:
 
 
 def search_text(outcomes: Sequence[Outcome], count: int) -> str:
-    """The ranking, and the flags of the best."""
+    """Returns the ranking of the outcomes, and the flags of the best.
+
+    Args:
+        outcomes: the fastest first.
+        count: number of candidates, compiled or not.
+    """
     lines = [f"{count:,} legal ways to run the step that may fit, {len(outcomes)} compiled; the fastest:"]
-    lines += [
-        f"{place:>4}  {candidate_text(o.candidate)}: {outcome_text(o)}" for place, o in enumerate(outcomes[:SHOWN], 1)
-    ]
+    for place, outcome in enumerate(outcomes[:MAX_SHOWN], 1):
+        lines.append(f"{place:>4}  {candidate_text(outcome.candidate)}: {outcome_text(outcome)}")
     if outcomes and outcomes[0].seconds < math.inf:
         return "\n".join([*lines, "the best, as flags of plan and pretrain:", *change_flags(outcomes[0].candidate)])
     return "\n".join([*lines, "none of them fits"])

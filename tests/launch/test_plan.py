@@ -94,7 +94,7 @@ def test_without_a_topology_it_plans_for_this_machine_and_measures(config: str, 
 
 
 def test_a_step_that_takes_long_is_not_measured(config: str, monkeypatch, capsys, caplog):
-    monkeypatch.setattr("launch.plan.LONGEST_MEASURED", 0.0)
+    monkeypatch.setattr("launch.plan.MAX_MEASURED_SECONDS", 0.0)
     assert here("plan", config, "--json") == 0
     assert json.loads(capsys.readouterr().out)["measured_step_seconds"] is None
     assert "too long to be measured" in caplog.text

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from launch import plan_search as search
-from launch.plan_search import Compiler, ranked, search_text
+from launch.plan_search import Compiler, compile_best, search_text
 from tests.launch.small_run import here, write_config
 from tests.peers import require
 from train.planning.estimate import Estimate
@@ -53,8 +53,8 @@ def compilers(monkeypatch) -> Callable[[dict[float, str]], list[float]]:
                 command = [sys.executable, "-c", says[seconds]]
                 return Compiler(candidate, subprocess.Popen(command, stdout=output, stderr=said), files)
 
-        monkeypatch.setattr(search, "begin", begin)
-        monkeypatch.setattr(search, "at_once", lambda: 1)
+        monkeypatch.setattr(search, "start_compiler", begin)
+        monkeypatch.setattr(search, "max_compilers", lambda: 1)
         return begun
 
     return install
@@ -66,20 +66,20 @@ def prints(plan: dict[str, Any]) -> str:
 
 def test_programs_are_compiled_in_the_order_of_their_estimates_until_none_can_be_faster(compilers):
     begun = compilers({1.0: prints(plan_of(1.2)), 1.1: prints(plan_of(1.1)), 1.15: prints(plan_of(1.3))})
-    outcomes = ranked([candidate(s) for s in (1.0, 1.1, 1.15, 9.0, 9.5)], 5, [])
+    outcomes = compile_best([candidate(s) for s in (1.0, 1.1, 1.15, 9.0, 9.5)], 5, [])
     assert begun == [1.0, 1.1, 1.15]
     assert [outcome.seconds for outcome in outcomes] == [1.1, 1.2, 1.3]
 
 
 def test_no_more_are_compiled_than_asked(compilers):
     begun = compilers({s: prints(plan_of(s)) for s in (1.0, 1.01, 1.02)})
-    assert len(ranked([candidate(s) for s in (1.0, 1.01, 1.02)], 2, [])) == len(begun) == 2
+    assert len(compile_best([candidate(s) for s in (1.0, 1.01, 1.02)], 2, [])) == len(begun) == 2
 
 
 def test_what_does_not_fit_or_fails_is_ranked_last_and_said(compilers):
     fails = "import sys; sys.exit('the compiler fell over')"
     compilers({1.0: prints(plan_of(0.5, fits=False)), 1.01: fails, 1.02: prints(plan_of(1.1))})
-    outcomes = ranked([candidate(s) for s in (1.0, 1.01, 1.02)], 3, [])
+    outcomes = compile_best([candidate(s) for s in (1.0, 1.01, 1.02)], 3, [])
     assert [outcome.seconds for outcome in outcomes] == [1.1, math.inf, math.inf]
     text = search_text(outcomes, 7)
     assert "7 legal ways to run the step that may fit, 3 compiled" in text
@@ -91,8 +91,8 @@ def test_what_does_not_fit_or_fails_is_ranked_last_and_said(compilers):
 def test_an_interrupt_ends_it_with_what_there_is(compilers, monkeypatch):
     compilers({1.0: prints(plan_of(1.1)), 1.01: "import time; time.sleep(600)"})
     kept: list[Compiler] = []
-    begin = search.begin
-    monkeypatch.setattr(search, "begin", lambda *of: kept.append(begin(*of)) or kept[-1])
+    start = search.start_compiler
+    monkeypatch.setattr(search, "start_compiler", lambda *of: kept.append(start(*of)) or kept[-1])
     pause = search.time.sleep
 
     def interrupted(seconds: float) -> None:
@@ -101,7 +101,7 @@ def test_an_interrupt_ends_it_with_what_there_is(compilers, monkeypatch):
         pause(seconds)
 
     monkeypatch.setattr("launch.plan_search.time.sleep", interrupted)
-    outcomes = ranked([candidate(1.0), candidate(1.01)], 2, [])
+    outcomes = compile_best([candidate(1.0), candidate(1.01)], 2, [])
     assert [outcome.seconds for outcome in outcomes] == [1.1]
     assert all(compiler.process.poll() is not None for compiler in kept)
 
