@@ -39,7 +39,7 @@ FEATURES = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX-512 bfloat
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`ziggurat doctor` has no flags."""
+    """Adds nothing: `ziggurat doctor` has no flags."""
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from launch.presets import PRESETS, load_config, presets
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`ziggurat presets` has no flags."""
+    """Adds nothing: `ziggurat presets` has no flags."""
 
 
 def run(arguments: argparse.Namespace) -> int:

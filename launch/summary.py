@@ -1,4 +1,4 @@
-"""The lines that end a finished run."""
+"""The lines that `ziggurat pretrain` prints at the end of a finished run."""
 
 import shlex
 
@@ -10,17 +10,18 @@ from train.run.step_log import read_steps
 
 
 def summary(run: Run, program: str) -> str:
-    """How the run ended, and what can be done with it now; `program` is how the user calls ziggurat."""
+    """Returns the results of a run and the commands that use it; `program` is how the user calls ziggurat."""
     config, held_out = run.load_config(), run.held_out_texts()
     records = [record for _, record in read_steps(run.metrics)]
     evaluated = [record for record in records if "validation_bits_per_byte" in record]
     steps = records[-1]["step"] if records else config.train.num_steps
-    lines = [f"{run.folder} is finished: {steps} steps"]
+    first = f"{run.folder} is finished: {steps} steps"
     if steps < config.train.num_steps:
-        lines[0] += f" of {config.train.num_steps}, where its corpus ended"
+        first += f" of {config.train.num_steps}, where its corpus ended"
     if records:
         rates = sorted(record["tokens_per_second"] for record in records)
-        lines[0] += f", {rates[len(rates) // 2]:,.0f} tokens/s"
+        first += f", {rates[len(rates) // 2]:,.0f} tokens/s"
+    lines = [first]
     if evaluated and held_out:
         bits = evaluated[-1]["validation_bits_per_byte"]
         lines.append(f"held-out text   {bits:.3f} bits a byte; gzip -9 needs {gzip_bits_per_byte(held_out):.3f}")
@@ -32,12 +33,10 @@ def summary(run: Run, program: str) -> str:
     if evaluated:
         lines += ["sample:", *("  " + line for line in evaluated[-1]["sample"].splitlines())]
     model = run.export if run.export.exists() else run.folder
-    return "\n".join(
-        [
-            *lines,
-            "to continue a prompt:",
-            f"  {program} generate {shlex.quote(str(model))} --prompt={shlex.quote(config.evaluation.prompt)}",
-            "to start another run:",
-            f"  {program} pretrain --config=NAME --config.train.run_dir=FOLDER",
-        ]
-    )
+    lines += [
+        "to continue a prompt:",
+        f"  {program} generate {shlex.quote(str(model))} --prompt={shlex.quote(config.evaluation.prompt)}",
+        "to start another run:",
+        f"  {program} pretrain --config=NAME --config.train.run_dir=FOLDER",
+    ]
+    return "\n".join(lines)

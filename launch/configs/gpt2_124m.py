@@ -1,7 +1,8 @@
 """ziggurat pretrain --config=gpt2_124m --config.data.corpus='texts/*.jsonl'
 
 GPT-2's smallest model (Radford et al. 2019): 124,439,808 parameters, learned positions, dropout of 0.1, half a million
-tokens a step. Its training was not published; rate and decay are those of the 125M model of GPT-3 (Brown et al. 2020).
+tokens a step. Its recipe was not published; learning rate and weight decay are those of GPT-3's 125M model (Brown et
+al. 2020).
 `python -m tests.benchmarks.presets` trains it at a reduced batch: after 300 steps of 1,024 tokens of the default corpus
 its loss on held-out documents is 6.39 nats a token; their unigram entropy is 7.05 (version 0.2.0).
 """
@@ -10,7 +11,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """The values that differ from the defaults."""
+    """Returns the fields that differ from the defaults."""
     config = ConfigDict()
     config.model = {
         "num_layers": 12,

@@ -1,16 +1,16 @@
 """ziggurat pretrain --config=gpt3_175b --config.data.corpus='texts/*.jsonl' --config.mesh.tensor=8
 
 GPT-3 (Brown et al. 2020): 174,604,259,328 parameters, 300 billion tokens. The rate rises over the first 375 million;
-the batch grows from 49 thousand tokens to 3.1 million over the first 12 billion, by doubling where the paper grows it
-linearly. Every layer's attention is dense, where the paper's alternates with a banded one. For hundreds of
-accelerators: only its shapes have been tested.
+the batch grows from 49 thousand tokens to 3.1 million over the first 12 billion, by doubling; in the paper it grows
+linearly. All layers have dense attention; in the paper every other layer's is banded. For hundreds of accelerators:
+only its shapes have been tested.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """The values that differ from the defaults."""
+    """Returns the fields that differ from the defaults."""
     config = ConfigDict()
     config.model = {
         "num_layers": 96,
@@ -37,6 +37,6 @@ def get_config() -> ConfigDict:
         "batch_ramp_start": 24,
         "batch_ramp_steps": 23_250,
     }
-    # In float32 an export is 698 GB: `ziggurat export` writes one where and as it is wanted.
+    # In float32 an export takes 698 GB. `ziggurat export` writes one to another disk or in another dtype.
     config.checkpoint = {"every_steps": 1000, "export": False}
     return config

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """The values that differ from the defaults."""
+    """Returns the fields that differ from the defaults."""
     config = ConfigDict()
     config.model = {
         "num_layers": 32,

@@ -1,14 +1,14 @@
 """ziggurat pretrain --config=qwen3_0_6b --config.data.corpus='texts/*.jsonl'
 
-Qwen3 0.6B (Qwen Team 2025): 596,049,920 parameters, heads wider than the model divided by their number, and norms of
-queries and keys. Its report gives no rates and batch sizes; those here are ours. Only its shapes have been tested.
+Qwen3 0.6B (Qwen Team 2025): 596,049,920 parameters, heads wider than model_dim / num_heads, and norms of queries and
+keys. Its report gives no learning rates and batch sizes; those here are ours. Only its shapes have been tested.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """The values that differ from the defaults."""
+    """Returns the fields that differ from the defaults."""
     config = ConfigDict()
     config.model = {
         "num_layers": 28,

@@ -1,6 +1,6 @@
 """ziggurat pretrain --config=small --config.data.corpus='texts/*.jsonl'
 
-For one consumer GPU of 16 GB or more: 125,848,320 parameters on 2.6 billion tokens, 16 rows of 1,024 at a time.
+For one consumer GPU of 16 GB or more: 125,848,320 parameters, 2.6 billion tokens, 16 rows of 1,024 tokens at a time.
 Weights, gradients and moments take 2 GB. Not yet run on a GPU.
 """
 
@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """The values that differ from the defaults."""
+    """Returns the fields that differ from the defaults."""
     config = ConfigDict()
     config.model = {"num_layers": 12, "model_dim": 768, "num_heads": 12, "num_kv_heads": 4, "remat_policy": "products"}
     config.data = {"segment_length": 1024, "num_workers": 2}
