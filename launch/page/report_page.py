@@ -85,7 +85,7 @@ def make_page(run: Run) -> str:
     parts.append(section("Samples", samples(records)))
     if events:
         parts.append(section("What happened", event_list(events)))
-    parts.append(section("Settings", settings(config)))
+    parts.append(section("Settings", changed_settings(config)))
     parts.append(element("p", f"Made {utc_text(now)} UTC by ziggurat report.", class_="quiet"))
     data = readouts(charts, records) if charts else None
     return html_page(f"{run.folder.name}: {word}", GENERATOR, fragment(parts), data, "report")
@@ -238,7 +238,7 @@ def samples(records: Records) -> Html:
     return fragment([note, element("div", *texts, class_="samples")])
 
 
-def settings(config: Config) -> Html:
+def changed_settings(config: Config) -> Html:
     """Returns the settings that differ from their defaults, those that were derived included, and below all of them."""
     rows = []
     for group, name, setting in config_fields():
