@@ -15,60 +15,62 @@ from model.sharding import Layout, as_tuple
 
 
 def embedding_lookup(table: jax.Array, ids_BT: jax.Array, layout: Layout) -> jax.Array:
-    """Rows [B, T, D] of a table [rows, D].
+    """Returns the rows [B, T, D] of a table [rows, D] with these ids.
 
-    Each device looks up its part of D for the positions of all that share D, and they exchange what they find: less
-    than the table is, and so are the gradients.
+    Each device looks up its part of D, for the positions of all devices that shard D; then all-to-alls exchange parts
+    of D for positions. This moves less than gathering the table, and its gradient, would.
     """
     if not layout.rules:
         return _rows(table, ids_BT, None)
-    exchange = Exchange.of(layout, table.shape[1])
-    table = exchange.cut(table)
-    ids_BT = jax.reshard(ids_BT, PartitionSpec(*exchange.places[0].partitions[:2]))
-    x_BTD = _rows(table, ids_BT, exchange.places[0])
-    for place in exchange.places[1:]:
-        x_BTD = jax.reshard(x_BTD, place)
+    exchange = Exchange.plan(layout, table.shape[1])
+    table = exchange.split(table)
+    ids_BT = jax.reshard(ids_BT, PartitionSpec(*exchange.specs[0].partitions[:2]))
+    x_BTD = _rows(table, ids_BT, exchange.specs[0])
+    for spec in exchange.specs[1:]:
+        x_BTD = jax.reshard(x_BTD, spec)
     return layout.reshard(x_BTD, "batch", "sequence", None)
 
 
 class Exchange(NamedTuple):
-    """How look-ups are shared.
+    """The shardings of a look-up.
 
     Attributes:
-        width: the mesh axes that share D, the last of which divides it finest.
-        places: of what is found, [B, T, D], from there on; one mesh axis moves at a time from D to B or T: an
-            all-to-all, where XLA would gather everything for several at once.
+        width: the mesh axes that shard D, the innermost last.
+        specs: partitions of the looked-up rows [B, T, D], in sequence. From one to the next a single mesh axis moves
+            from D to B or T, which is an all-to-all; if several moved at once, XLA would gather the whole array.
     """
 
     width: tuple[str, ...]
-    places: tuple[PartitionSpec, ...]
+    specs: tuple[PartitionSpec, ...]
 
     @classmethod
-    def of(cls, layout: Layout, D: int) -> "Exchange":
-        """Over the mesh axes that share the storage of D, and those of "lookup" too as far as D can be divided."""
+    def plan(cls, layout: Layout, D: int) -> "Exchange":
+        """Returns the look-up over the mesh axes that shard D in storage, and those of "lookup" that divide D."""
         sizes = jax.sharding.get_abstract_mesh().shape
-        sharing: list[str] = []
+        sharding: list[str] = []
         for mesh in dict.fromkeys((*as_tuple(layout.rules.get("model")), *as_tuple(layout.rules.get("lookup")))):
-            if D % math.prod(sizes[name] for name in (*sharing, mesh)) == 0:
-                sharing.append(mesh)
+            if D % math.prod(sizes[name] for name in (*sharding, mesh)) == 0:
+                sharding.append(mesh)
         rows, time = as_tuple(layout.rules.get("batch")), as_tuple(layout.rules.get("sequence"))
-        kept_B = tuple(itertools.takewhile(lambda mesh: mesh not in sharing, rows))
-        kept_T = tuple(itertools.takewhile(lambda mesh: mesh not in sharing, time))
-        to_T = tuple(itertools.takewhile(lambda mesh: mesh in sharing, time[len(kept_T) :]))
-        to_B = tuple(itertools.takewhile(lambda mesh: mesh in sharing, rows[len(kept_B) :]))
+        kept_B = tuple(itertools.takewhile(lambda mesh: mesh not in sharding, rows))
+        kept_T = tuple(itertools.takewhile(lambda mesh: mesh not in sharding, time))
+        to_T = tuple(itertools.takewhile(lambda mesh: mesh in sharding, time[len(kept_T) :]))
+        to_B = tuple(itertools.takewhile(lambda mesh: mesh in sharding, rows[len(kept_B) :]))
         moves = (*to_T, *to_B)
-        width = (*(mesh for mesh in sharing if mesh not in moves), *reversed(moves))
-        places = [PartitionSpec(kept_B, kept_T, width)]
+        width = (*(mesh for mesh in sharding if mesh not in moves), *reversed(moves))
+        specs = [PartitionSpec(kept_B, kept_T, width)]
         for count in range(1, len(moves) + 1):
-            on_T, on_B = to_T[:count], to_B[: max(count - len(to_T), 0)]
-            places.append(PartitionSpec((*kept_B, *on_B), (*kept_T, *on_T), width[: len(width) - count]))
-        return cls(width, tuple(places))
+            on_T = to_T[:count]
+            on_B = to_B[: max(count - len(to_T), 0)]
+            specs.append(PartitionSpec((*kept_B, *on_B), (*kept_T, *on_T), width[: len(width) - count]))
+        return cls(width, tuple(specs))
 
-    def cut(self, table: jax.Array) -> jax.Array:
-        """All rows of a table, of each the device's part. Its gradient is summed over those that share B or T."""
-        kept_B, kept_T, _ = self.places[0].partitions
+    def split(self, table: jax.Array) -> jax.Array:
+        """Returns the table sharded over D alone; its gradient is summed over the mesh axes of B and T."""
+        kept_B, kept_T, _ = self.specs[0].partitions
         reduced = frozenset((*as_tuple(kept_B), *as_tuple(kept_T)))
-        # Backward the sums come first: JAX 0.10 loses some of what is moved while it is still to be summed.
+        # Two reshards, so that the backward pass sums before it moves shards: XLA drops contributions of unreduced
+        # arrays that it moves (https://github.com/openxla/xla/issues/40034; tests/model/test_workarounds.py).
         table = jax.reshard(table, PartitionSpec(None, self.width))
         return jax.reshard(table, PartitionSpec(None, self.width, reduced=reduced))
 
@@ -84,9 +86,9 @@ def _forward(table, ids_BT, out_sharding):  # type: ignore[no-untyped-def]
     return _rows(table, ids_BT, out_sharding), (table, ids_BT)
 
 
-def _backward(out_sharding, kept, gradient_BTD):  # type: ignore[no-untyped-def]
-    # A frequent token's gradient is a sum over thousands of positions: in bfloat16 it would stop growing.
-    table, ids_BT = kept
+def _backward(out_sharding, operands, gradient_BTD):  # type: ignore[no-untyped-def]
+    # The gradient of a frequent token is a sum over thousands of positions, which would stop growing in bfloat16.
+    table, ids_BT = operands
     _, pull = jax.vjp(lambda table: _plain_rows(table, ids_BT, out_sharding), table.astype(jnp.float32))
     return pull(gradient_BTD.astype(jnp.float32))[0].astype(table.dtype), None
 
@@ -95,7 +97,7 @@ _rows.defvjp(_forward, _backward)
 
 
 class Embedding(nnx.Module):
-    """A table with a row a token of the vocabulary, scaled by √D where asked (Vaswani et al. 2017, section 3.4)."""
+    """A table with a row for each token; its rows may be scaled by √D (Vaswani et al. 2017, section 3.4)."""
 
     def __init__(self, config: ResolvedModelConfig, weights: Mapping[str, jax.Array], layout: Layout):
         self.table = nnx.Param(weights["table"])
@@ -104,5 +106,5 @@ class Embedding(nnx.Module):
         self.layout = layout
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        """Token ids [B, T] → vectors [B, T, D]."""
+        """Maps token ids [B, T] to vectors [B, T, D]."""
         return embedding_lookup(self.table[...].astype(self.dtype), tokens_BT, self.layout) * self.scale

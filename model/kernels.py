@@ -1,7 +1,7 @@
-"""Attention by the kernels of libraries, which never hold a score for every pair of positions.
+"""Fused attention kernels of libraries, which never hold a score for every pair of positions.
 
-Each is the same function as `model.attention.attend` under `causal_mask`. One function chooses, by the platform of the
-ambient mesh, so that a plan for another platform chooses as that platform would.
+Each computes `model.attention.attend` under `causal_mask`. `choose_kernel` reads the platform of the ambient mesh, so
+that a plan for another platform chooses as that platform would.
 """
 
 import math
@@ -21,13 +21,13 @@ from model.context_parallel import all_positions, zigzag_order
 from model.dropout import DropoutKeys
 from model.sharding import Layout
 
-# Scores on the chip at once, of splash attention; a block's sides divide the positions.
+# Side lengths of splash attention's blocks of scores, of which the largest that divides the positions is taken.
 BLOCKS = (512, 256, 128)
-OF_PLATFORM = {"tpu": "splash", "gpu": "cudnn"}
+PLATFORM_KERNELS = {"tpu": "splash", "gpu": "cudnn"}
 
 
 class KernelChoice(NamedTuple):
-    """A kernel (plain, splash or cudnn), and why it is the one."""
+    """A kernel (plain, splash or cudnn), and the reason for it."""
 
     kernel: str
     reason: str
@@ -37,32 +37,31 @@ class KernelChoice(NamedTuple):
 
 
 def choose_kernel(config: ResolvedModelConfig, layout: Layout, T: int) -> KernelChoice:
-    """The kernel for a pass over segments of T on the ambient mesh.
+    """Returns the kernel for segments of T positions on the ambient mesh.
 
     Raises:
-        ValueError: `model.attention_kernel` asks for one that cannot do it.
+        ValueError: `model.attention_kernel` names a kernel that cannot compute this model's attention.
     """
-    here = platform()
-    asked = config.attention_kernel
-    kernel = OF_PLATFORM.get(here, "plain") if asked == "auto" else asked
-    limits = {"plain": lambda *_: None, "splash": _not_by_splash, "cudnn": _not_by_cudnn}
-    obstacle = limits[kernel](config, layout, T)
-    if asked != "auto":
+    name = platform()
+    wanted = config.attention_kernel
+    kernel = PLATFORM_KERNELS.get(name, "plain") if wanted == "auto" else wanted
+    obstacles = {"plain": lambda *_: None, "splash": _splash_obstacle, "cudnn": _cudnn_obstacle}
+    obstacle = obstacles[kernel](config, layout, T)
+    if wanted != "auto":
         if obstacle:
-            raise ValueError(f"model.attention_kernel = {asked}: {obstacle}; leave it at auto")
-        interpreted = kernel == "splash" and here != "tpu"
+            raise ValueError(f"model.attention_kernel = {wanted}: {obstacle}; leave it at auto")
+        interpreted = kernel == "splash" and name != "tpu"
         return KernelChoice(
             kernel, "model.attention_kernel asks for it" + (", interpreted here" if interpreted else "")
         )
     if kernel == "plain":
-        return KernelChoice("plain", f"there is no kernel for {here}")
+        return KernelChoice("plain", f"there is no kernel for {name}")
     if obstacle:
         return KernelChoice("plain", f"not {kernel}: {obstacle}")
-    return KernelChoice(kernel, f"on {here}")
+    return KernelChoice(kernel, f"on {name}")
 
 
-def _not_by_splash(config: ResolvedModelConfig, layout: Layout, T: int) -> str | None:
-    """What the kernel cannot do of this, if anything."""
+def _splash_obstacle(config: ResolvedModelConfig, layout: Layout, T: int) -> str | None:
     if config.attention_dropout:
         return "model.attention_dropout is done by plain attention alone"
     shard = T // layout.size("time")
@@ -71,7 +70,7 @@ def _not_by_splash(config: ResolvedModelConfig, layout: Layout, T: int) -> str |
     return None
 
 
-def _not_by_cudnn(config: ResolvedModelConfig, layout: Layout, T: int) -> str | None:
+def _cudnn_obstacle(config: ResolvedModelConfig, layout: Layout, T: int) -> str | None:
     if platform() != "gpu":
         return f"there is none for {platform()}"
     if config.attention_dropout:
@@ -88,7 +87,7 @@ def _not_by_cudnn(config: ResolvedModelConfig, layout: Layout, T: int) -> str | 
 
 
 def attention_over(config: ResolvedModelConfig, layout: Layout, segment_ids_BT: jax.Array) -> Attend:
-    """Causal attention within the segments, as it is done best on the ambient mesh; T is spread as `zigzag_order`."""
+    """Returns causal attention within documents by the kernel for the ambient mesh; T is in `zigzag_order`."""
     kernel = choose_kernel(config, layout, segment_ids_BT.shape[1]).kernel
     if kernel == "splash":
         return partial(_splash, config, layout, segment_ids_BT)
@@ -106,11 +105,11 @@ def attention_over(config: ResolvedModelConfig, layout: Layout, segment_ids_BT: 
 def _on_each_device(
     function: Callable[..., jax.Array], layout: Layout, arguments: tuple[Any, ...], specs: tuple[Any, ...]
 ) -> jax.Array:
-    """The function of each device's heads, rows and positions; the result lies as the queries do."""
+    """Runs the function on each device's rows, heads and positions; the result is sharded as the queries are."""
     if not layout.rules:
         return function(*arguments)
     heads = layout.spec("batch", "heads", "time", None)
-    # Kernels say nothing of what varies over which axes.
+    # The Pallas and cuDNN calls state no varying-manual-axes (vma) types (tests/model/test_workarounds.py).
     return jax.shard_map(function, in_specs=specs, out_specs=heads, check_vma=False)(*arguments)
 
 
@@ -123,7 +122,7 @@ def _splash(
     v_BKTC: jax.Array,
     keys_B: DropoutKeys,
 ) -> jax.Array:
-    """Pallas splash attention, which skips blocks of scores that the mask leaves empty (TPU)."""
+    """Runs Pallas splash attention (TPU), which skips blocks of scores that the mask leaves empty."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -147,22 +146,22 @@ def _splash(
         residual_checkpoint_name="attention",
         interpret=platform() != "tpu",
     )
-    of_kernel = None
+    kernel_specs = None
     if layout.rules:
         mesh = jax.sharding.get_abstract_mesh()
-        of_kernel = kernel.manual_sharding_spec(NamedSharding(mesh, layout.spec(None, "time")))
-        kernel = jax.tree.map(jax.reshard, kernel, of_kernel)
+        kernel_specs = kernel.manual_sharding_spec(NamedSharding(mesh, layout.spec(None, "time")))
+        kernel = jax.tree.map(jax.reshard, kernel, kernel_specs)
 
-    def of_device(kernel: Any, ids_BT: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        # The kernel leaves the scores' scale to its caller.
+    def on_device(kernel: Any, ids_BT: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        # The kernel expects scaled queries.
         q = (q.astype(jnp.float32) / math.sqrt(q.shape[-1])).astype(q.dtype)
         k, v = all_positions(k, layout, 2), all_positions(v, layout, 2)
         ids = kernels.SegmentIds(ids_BT, all_positions(ids_BT, layout, 1))
         return jax.vmap(kernel)(q, k, v, ids)
 
-    shared, own = layout.spec("batch", "kv_heads", "time", None), layout.spec("batch", "heads", "time", None)
-    specs = (of_kernel, layout.spec("batch", "time"), own, shared, shared)
-    return _on_each_device(of_device, layout, (kernel, segment_ids_BT, q_BHTC, k_BKTC, v_BKTC), specs)
+    queries, keys = layout.spec("batch", "heads", "time", None), layout.spec("batch", "kv_heads", "time", None)
+    specs = (kernel_specs, layout.spec("batch", "time"), queries, keys, keys)
+    return _on_each_device(on_device, layout, (kernel, segment_ids_BT, q_BHTC, k_BKTC, v_BKTC), specs)
 
 
 def _cudnn(
@@ -174,18 +173,18 @@ def _cudnn(
     v_BKTC: jax.Array,
     keys_B: DropoutKeys,
 ) -> jax.Array:
-    """cuDNN's flash attention; the mask of documents is one more number a pair of positions, for all heads (GPU)."""
+    """Runs cuDNN's flash attention (GPU), whose mask costs a number for each pair of positions, shared by all heads."""
     n = layout.size("time")
 
-    def of_device(mask: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def on_device(mask: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         if n > 1:
-            # The mask's keys lie as the devices do.
+            # The keys of the mask are in zigzag order, too.
             k, v = (jax.lax.all_gather(x, tuple(layout.mesh_axes("time")), axis=2, tiled=True) for x in (k, v))
         q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-        # Where it knows of causality, it skips what comes later.
+        # With is_causal it skips later keys, but only in the order of the row.
         y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=n == 1, implementation="cudnn")
         return y.swapaxes(1, 2)
 
-    shared, own = layout.spec("batch", "kv_heads", "time", None), layout.spec("batch", "heads", "time", None)
-    specs = (layout.spec("batch", None, "time", None), own, shared, shared)
-    return _on_each_device(of_device, layout, (mask_B1TS, q_BHTC, k_BKTC, v_BKTC), specs)
+    queries, keys = layout.spec("batch", "heads", "time", None), layout.spec("batch", "kv_heads", "time", None)
+    specs = (layout.spec("batch", None, "time", None), queries, keys, keys)
+    return _on_each_device(on_device, layout, (mask_B1TS, q_BHTC, k_BKTC, v_BKTC), specs)

@@ -1,8 +1,8 @@
-"""Cross-entropy without the logits of a whole batch: those of a chunk of positions at a time.
+"""Cross-entropy in chunks of positions, without the logits of a whole batch.
 
-With a vocabulary of 200,000 the logits of one batch would outweigh everything else. And each chunk's are made once:
-while they are there, they give the chunk's gradients, too, which wait for the backward pass (as in Hsu et al. 2024,
-Liger Kernel, arXiv:2410.10989).
+With a vocabulary of 200,000, the logits of one batch would take more memory than everything else. The logits of each
+chunk are computed once: the forward pass also computes the chunk's gradients from them, and keeps these for the
+backward pass (as in Hsu et al. 2024, Liger Kernel, arXiv:2410.10989).
 """
 
 from functools import partial
@@ -20,12 +20,12 @@ from model.unembedding import logits
 
 
 class Losses(NamedTuple):
-    """Float32 nats: at each position [B, T], or summed.
+    """Losses in float32 nats, at each position [B, T] or summed.
 
     Attributes:
-        objective: what is minimized, -(1 - ε) log p(target) - ε mean(log p) + z · log²(denominator), by
-            `model.label_smoothing` ε and `model.z_loss` z.
-        cross_entropy: -log p(target), for the record: no gradient comes from it.
+        objective: the minimized loss, -(1 - ε) log p(target) - ε mean(log p) + z · log²(denominator), with ε
+            `model.label_smoothing` and z `model.z_loss`.
+        cross_entropy: -log p(target), which is only reported and has no gradient.
     """
 
     objective: jax.Array
@@ -40,21 +40,19 @@ def summed_losses(
     config: ResolvedModelConfig,
     layout: Layout = UNSHARDED,
 ) -> Losses:
-    """The sums over a batch.
+    """Returns the losses of a batch, weighted and summed.
 
     Args:
-        x_BTD: the decoder's output.
-        matrix_DV: the unembedding as it is stored, padded to V columns; those from `vocab_size` on have probability
-            zero.
-        targets_BT: int32 ids.
-        weights_BT: float32, how much each position counts.
-        config: `loss_chunk` is how many positions' logits one device has at once, at most, but one a row.
-        layout: where V is shared, and over which mesh axes the matrix's gradient is summed.
+        x_BTD: the decoder's output vectors.
+        matrix_DV: the unembedding as it is stored, padded to V columns; the padding has probability zero.
+        targets_BT: ids of the next tokens, int32.
+        weights_BT: the weight of each position in the sum, float32.
+        config: `loss_chunk` bounds the positions whose logits a device holds at once (but at least one a row).
+        layout: the table by which positions and V are sharded.
     """
     x_BTD, matrix_DV = weight_gradients_first(x_BTD, matrix_DV)
-    return _summed_losses(
-        x_BTD, gather_weight(matrix_DV, layout, "model", "vocabulary"), targets_BT, weights_BT, config, layout
-    )
+    matrix_DV = gather_weight(matrix_DV, layout, "model", "vocabulary")
+    return _summed_losses(x_BTD, matrix_DV, targets_BT, weights_BT, config, layout)
 
 
 def token_losses(
@@ -64,8 +62,9 @@ def token_losses(
     config: ResolvedModelConfig,
     layout: Layout = UNSHARDED,
 ) -> Losses:
-    """At each position; arguments as of `summed_losses`. Not for gradients, which would need all logits."""
-    return _in_chunks(x_BTD, gather_weight(matrix_DV, layout, "model", "vocabulary"), (targets_BT,), config, layout)[0]
+    """Returns the losses at each position, without gradients; the arguments are those of `summed_losses`."""
+    matrix_DV = gather_weight(matrix_DV, layout, "model", "vocabulary")
+    return _in_chunks(x_BTD, matrix_DV, targets_BT, None, config, layout)[0]
 
 
 def predictions(
@@ -75,45 +74,50 @@ def predictions(
     config: ResolvedModelConfig,
     layout: Layout = UNSHARDED,
 ) -> tuple[jax.Array, jax.Array]:
-    """(log p(target) in float32 nats, whether the target is the first of the likeliest tokens) at each position [B, T].
+    """Returns log p(target) [B, T] in float32 nats, and [B, T] True where the target is the most likely token.
 
-    Arguments as of `summed_losses`. Not for gradients.
+    Of equally likely tokens the first counts. The arguments are those of `summed_losses`; there are no gradients.
     """
-    matrix_DV, vocab_size = gather_weight(matrix_DV, layout, "model", "vocabulary"), config.vocab_size
+    matrix_DV = gather_weight(matrix_DV, layout, "model", "vocabulary")
+    vocab_size = config.vocab_size
     token_V = jnp.arange(matrix_DV.shape[1], out_sharding=layout.out_sharding("vocabulary"))
 
-    def of_chunk(_: None, of: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
-        x, targets = (layout.reshard(x, "batch", "time", *(None,) * (x.ndim - 2)) for x in of)
+    def predict_chunk(_: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
+        x, targets = (layout.reshard(x, "batch", "time", *(None,) * (x.ndim - 2)) for x in chunk)
         scores = logits(x, matrix_DV, vocab_size)
         target_V = targets[..., None] == token_V
         score = jnp.sum(jnp.where(target_V, scores, 0.0), axis=-1, keepdims=True)
         ahead_V = (scores > score) | ((scores == score) & (token_V < targets[..., None]))
-        found = score[..., 0] - jax.nn.logsumexp(scores, axis=-1), ~jnp.any(ahead_V & ~target_V, axis=-1)
-        return None, (layout.reshard(found[0], "batch", "sequence"), layout.reshard(found[1], "batch", "sequence"))
+        log_p = score[..., 0] - jax.nn.logsumexp(scores, axis=-1)
+        is_first = ~jnp.any(ahead_V & ~target_V, axis=-1)
+        return None, (layout.reshard(log_p, "batch", "sequence"), layout.reshard(is_first, "batch", "sequence"))
 
-    (B, T) = targets_BT.shape
-    chunks = _count(B, T, config, layout)
-    parts = _chunks(x_BTD, chunks, layout), _chunks(targets_BT, chunks, layout)
-    log_p, is_first = (_joined(x, T, layout) for x in jax.lax.scan(of_chunk, None, parts)[1])
+    B, T = targets_BT.shape
+    count = _num_chunks(B, T, config, layout)
+    chunks = _split_chunks(x_BTD, count, layout), _split_chunks(targets_BT, count, layout)
+    log_p, is_first = (_join_chunks(x, T, layout) for x in jax.lax.scan(predict_chunk, None, chunks)[1])
     return layout.reshard(log_p, "batch", "time"), layout.reshard(is_first, "batch", "time")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _summed_losses(x_BTD, matrix_DV, targets_BT, weights_BT, config, layout):  # type: ignore[no-untyped-def]
-    losses, _ = _in_chunks(x_BTD, matrix_DV, (targets_BT,), config, layout)
+    losses, _ = _in_chunks(x_BTD, matrix_DV, targets_BT, None, config, layout)
     return _weighted(losses, weights_BT)
 
 
 def _forward(x_BTD, matrix_DV, targets_BT, weights_BT, config, layout):  # type: ignore[no-untyped-def]
-    losses, gradients = _in_chunks(x_BTD, matrix_DV, (targets_BT, weights_BT), config, layout)
+    losses, gradients = _in_chunks(x_BTD, matrix_DV, targets_BT, weights_BT, config, layout)
     return _weighted(losses, weights_BT), gradients
 
 
 def _backward(config, layout, gradients, cotangents):  # type: ignore[no-untyped-def]
     dx_BTD, sums_DV = gradients
     slope = cotangents.objective.astype(dx_BTD.dtype)
-    unsummed_slope = jax.reshard(slope, layout.spec(reduced=layout.token_axes)) if layout.rules else slope
-    return dx_BTD * slope, sums_DV * unsummed_slope, None, None
+    dx_BTD = dx_BTD * slope
+    if layout.rules:
+        # The gradient of the matrix is still to be summed over the tokens, so its factor must be `reduced`.
+        slope = jax.reshard(slope, layout.spec(reduced=layout.token_axes))
+    return dx_BTD, sums_DV * slope, None, None
 
 
 _summed_losses.defvjp(_forward, _backward)
@@ -124,20 +128,28 @@ def _weighted(losses: Losses, weights_BT: jax.Array) -> Losses:
 
 
 def _in_chunks(
-    x_BTD: jax.Array, matrix_DV: jax.Array, rest: tuple[jax.Array, ...], config: ResolvedModelConfig, layout: Layout
+    x_BTD: jax.Array,
+    matrix_DV: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array | None,
+    config: ResolvedModelConfig,
+    layout: Layout,
 ) -> tuple[Losses, tuple[jax.Array, jax.Array] | None]:
-    """Losses at each position; where `rest` has weights beside the targets, also the gradients of x and the matrix."""
-    (B, T), V, vocab_size = rest[0].shape, matrix_DV.shape[1], config.vocab_size
-    smoothing, z = config.label_smoothing, config.z_loss
+    """Returns the losses at each position; given weights, also the gradients of x and of the matrix."""
+    B, T = targets_BT.shape
+    V = matrix_DV.shape[1]
+    vocab_size = config.vocab_size
+    smoothing = config.label_smoothing
+    z = config.z_loss
     token_V = jnp.arange(V, out_sharding=layout.out_sharding("vocabulary"))
     uniform_V = jnp.where(token_V < vocab_size, 1 / vocab_size, 0.0)
     sums_DV = layout.out_sharding(None, "vocabulary", unreduced=layout.token_axes)
     partial_BTD = partial_sums(layout, "vocabulary")
-    # As in `model.product`: sums are float32, what leaves a device is in the compute dtype.
+    # As in `model.product`, sums are float32, and devices exchange the compute dtype.
     einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
-    def of_chunk(gradient_DV: jax.Array | None, of: tuple[jax.Array, ...]) -> tuple[jax.Array | None, Any]:
-        x, targets, *weights = (layout.reshard(x, "batch", "time", *(None,) * (x.ndim - 2)) for x in of)
+    def add_chunk(gradient_DV: jax.Array | None, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array | None, Any]:
+        x, targets, *weights = (layout.reshard(x, "batch", "time", *(None,) * (x.ndim - 2)) for x in chunk)
         scores = logits(x, matrix_DV, vocab_size)
         # One-hot by comparison: XLA fuses it, and it shards over V where a gather would not.
         target_V = targets[..., None] == token_V
@@ -151,35 +163,36 @@ def _in_chunks(
         losses = Losses(*(layout.reshard(x_BT, "batch", "sequence") for x_BT in (objective, cross_entropy)))
         if gradient_DV is None:
             return None, (losses, None)
-        # The slopes by the logits.
+        # The gradient of the objective by the logits.
         slope = jnp.exp(scores - log_sum[..., None]) * (1 + 2 * z * log_sum[..., None])
         slope = slope - (1 - smoothing) * target_V - smoothing * uniform_V
         slope = (slope * weights[0][..., None]).astype(x.dtype)
         dx = scatter_time(einsum("btv,dv->btd", slope, matrix_DV, out_sharding=partial_BTD).astype(x.dtype), layout)
         return gradient_DV + einsum("btd,btv->dv", x, slope, out_sharding=sums_DV), (losses, dx)
 
-    count = _count(B, T, config, layout)
-    zeros_DV = jnp.zeros(matrix_DV.shape, jnp.float32, out_sharding=sums_DV) if len(rest) > 1 else None
-    chunks = tuple(_chunks(x, count, layout) for x in (x_BTD, *rest))
-    gradient_DV, (losses, dx) = jax.lax.scan(of_chunk, zeros_DV, chunks)
-    found = Losses(*(layout.reshard(_joined(x, T, layout), "batch", "time") for x in losses))
+    count = _num_chunks(B, T, config, layout)
+    zeros_DV = None if weights_BT is None else jnp.zeros(matrix_DV.shape, jnp.float32, out_sharding=sums_DV)
+    arrays = (x_BTD, targets_BT) if weights_BT is None else (x_BTD, targets_BT, weights_BT)
+    chunks = tuple(_split_chunks(x, count, layout) for x in arrays)
+    gradient_DV, (losses, dx) = jax.lax.scan(add_chunk, zeros_DV, chunks)
+    losses = Losses(*(layout.reshard(_join_chunks(x, T, layout), "batch", "time") for x in losses))
     if gradient_DV is None:
-        return found, None
-    # Both at once: else the float32 sums may stay in memory until the last layer's gradient is there.
+        return losses, None
+    # The barrier frees the float32 sums, which else may stay in memory until the last layer's gradient is computed.
     dx, gradient_DV = jax.lax.optimization_barrier((dx, gradient_DV.astype(matrix_DV.dtype)))
-    return found, (_joined(dx, T, layout), gradient_DV)
+    return losses, (_join_chunks(dx, T, layout), gradient_DV)
 
 
-def _count(B: int, T: int, config: ResolvedModelConfig, layout: Layout) -> int:
-    """How many chunks the positions of a batch are cut in."""
-    rows, positions = B // layout.size("batch"), T // layout.size("time")
-    least, own = -(-positions // max(config.loss_chunk // rows, 1)), T // layout.size("sequence")
-    # A few chunks more, where they need no filling up.
-    return next((count for count in range(least, 2 * least) if own % count == 0), least)
+def _num_chunks(B: int, T: int, config: ResolvedModelConfig, layout: Layout) -> int:
+    rows = B // layout.size("batch")
+    positions = T // layout.size("time")
+    least = -(-positions // max(config.loss_chunk // rows, 1))
+    # A larger number that needs no padding is better.
+    return next((count for count in range(least, 2 * least) if T // layout.size("sequence") % count == 0), least)
 
 
-def _chunks(x: jax.Array, count: int, layout: Layout) -> jax.Array:
-    """[B, T, ...] → [count, B, T / count, ...], filled up with zeros. Each device cuts its own positions."""
+def _split_chunks(x: jax.Array, count: int, layout: Layout) -> jax.Array:
+    """Reshapes [B, T, ...] to [count, B, T / count, ...], padded with zeros; each device splits its own positions."""
     n, rest = layout.size("sequence"), (None,) * (x.ndim - 2)
     x = layout.reshard(x, "batch", "sequence", *rest)
     x = _reshape(x, (x.shape[0], n, -1, *x.shape[2:]), layout.out_sharding("batch", "sequence", None, *rest))
@@ -192,9 +205,10 @@ def _chunks(x: jax.Array, count: int, layout: Layout) -> jax.Array:
     return _reshape(x, (count, x.shape[1], -1, *x.shape[4:]), layout.out_sharding(None, "batch", "sequence", *rest))
 
 
-def _joined(chunks: jax.Array, T: int, layout: Layout) -> jax.Array:
-    """The inverse of `_chunks`: [B, T, ...]."""
-    (count, B), n, rest = chunks.shape[:2], layout.size("sequence"), (None,) * (chunks.ndim - 3)
+def _join_chunks(chunks: jax.Array, T: int, layout: Layout) -> jax.Array:
+    """Reshapes chunks to [B, T, ...]: the inverse of `_split_chunks`."""
+    count, B = chunks.shape[:2]
+    n, rest = layout.size("sequence"), (None,) * (chunks.ndim - 3)
     cut = layout.out_sharding(None, "batch", "sequence", None, *rest)
     x = jnp.moveaxis(_reshape(chunks, (count, B, n, -1, *chunks.shape[3:]), cut), 0, 2)
     x = _reshape(x, (B, n, -1, *x.shape[4:]), layout.out_sharding("batch", "sequence", None, *rest))[:, :, : T // n]

@@ -1,4 +1,4 @@
-"""The one table of parameters: what the decoder is made of, before any array exists.
+"""The one table of parameters, which exists before any array does.
 
 Initialization, sharding, weight decay, export and counting all read it. A parameter's name is its path in the nested
 dictionary of weights, joined by dots: `blocks.attention.query`. Parameters of the blocks are stacked over layers.
@@ -17,7 +17,7 @@ from model.config import VOCABULARY_MULTIPLE, ResolvedModelConfig
 from model.sharding import UNSHARDED, Layout
 from model.trees import nested
 
-# Roles whose initial values are not random.
+# Roles whose initial values are constant.
 CONSTANT = ("norm", "bias")
 
 
@@ -27,10 +27,10 @@ class Parameter:
 
     Attributes:
         axes: logical axis name → size, in the array's order.
-        fan_in: the axes that the forward pass sums over; empty where it looks up or multiplies elementwise.
+        fan_in: the axes that the forward pass sums over; empty for tables, norms and biases.
         role: embedding, position, matrix, unembedding, norm or bias.
-        scale: of the initial values, whose standard deviation is scale/√(product of fan_in); a norm's and a bias's are
-            constant at `scale`.
+        scale: norms and biases start at this constant; other initial values have the standard deviation
+            scale/√(product of fan_in).
     """
 
     axes: Mapping[str, int]
@@ -40,33 +40,33 @@ class Parameter:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Sizes of the axes."""
+        """The sizes of the axes."""
         return tuple(self.axes.values())
 
     @property
     def fan_out(self) -> tuple[str, ...]:
-        """The axes of what a product with this parameter yields."""
+        """The axes of the result of a product with this parameter."""
         return tuple(name for name in self.axes if name not in ("layers", *self.fan_in))
 
     @property
     def decay(self) -> bool:
-        """Whether weight decay applies: to matrices and tables, not to norms and biases."""
+        """True where weight decay applies: for matrices and tables, not for norms and biases."""
         return self.role not in CONSTANT
 
 
 def padded_vocabulary(config: ResolvedModelConfig) -> int:
-    """Rows of the embedding (V): the vocabulary up to a fixed multiple, so that any mesh can share it."""
+    """Returns V, the rows of the embedding: the vocabulary up to a fixed multiple, so that any mesh divides it."""
     return -(-config.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 def parameter_table(config: ResolvedModelConfig) -> dict[str, Parameter]:
-    """Every parameter of the decoder by its dotted name.
+    """Returns every parameter of the decoder by its dotted name.
 
-    What the embedding puts on the residual stream has deviation one a component, or 1/√D where its transpose is to give
-    logits of variance one; learned positions start at half of that (the proportion of GPT-2, Radford et al. 2019).
-    Matrices start at 1/√fan_in. The two of a pre-norm block that write to the residual stream start lower by √(2L)
-    (GPT-2 again) and by the embedding's deviation, so that what all blocks add is no more than what the embedding put
-    there. Norms start as the identity, biases at zero.
+    The embedding starts with standard deviation 1, or 1/√D where the rows are scaled by √D or the transposed table is
+    to give logits of variance one. Learned positions start at half of the embedded tokens' deviation (the proportion of
+    GPT-2, Radford et al. 2019). Matrices start at 1/√fan_in. The two of a pre-norm block that write to the residual
+    stream start lower by √(2L) (GPT-2, too) and by the embedded tokens' deviation, so that all blocks together add no
+    more than the embedding did. Norms start as the identity, biases at zero.
     """
     c = config
     layers = {"layers": c.num_layers}
@@ -79,16 +79,16 @@ def parameter_table(config: ResolvedModelConfig) -> dict[str, Parameter]:
     residual = stream / math.sqrt(2 * c.num_layers) if c.norm_placement == "pre" else 1.0
 
     def norm(name: str, axes: dict[str, int]) -> dict[str, Parameter]:
-        found = {f"{name}.scale": Parameter(axes, (), "norm")}
-        return found | ({f"{name}.bias": Parameter(axes, (), "bias", 0.0)} if c.norm == "layernorm" else {})
+        scale = {f"{name}.scale": Parameter(axes, (), "norm")}
+        return scale | ({f"{name}.bias": Parameter(axes, (), "bias", 0.0)} if c.norm == "layernorm" else {})
 
     def linear(
         name: str, inputs: dict[str, int], outputs: dict[str, int], bias: bool, scale: float = 1.0
     ) -> dict[str, Parameter]:
-        found = {name: Parameter(layers | inputs | outputs, tuple(inputs), "matrix", scale)}
-        # A vector of the model's width is stored whole.
-        own = layers | (width if outputs is model else outputs)
-        return found | ({f"{name}_bias": Parameter(own, (), "bias", 0.0)} if bias else {})
+        matrix = {name: Parameter(layers | inputs | outputs, tuple(inputs), "matrix", scale)}
+        # A vector of the model's width is not sharded.
+        bias_axes = layers | (width if outputs is model else outputs)
+        return matrix | ({f"{name}_bias": Parameter(bias_axes, (), "bias", 0.0)} if bias else {})
 
     def head_norm(name: str) -> dict[str, Parameter]:
         return {f"blocks.attention.{name}_norm.scale": Parameter(layers | head, (), "norm")} if c.qk_norm else {}
@@ -116,18 +116,18 @@ def parameter_table(config: ResolvedModelConfig) -> dict[str, Parameter]:
 
 
 def count_parameters(config: ResolvedModelConfig) -> int:
-    """Parameters of the model, without the padding of the vocabulary."""
-    padding = padded_vocabulary(config) - (config.vocab_size or 0)
+    """Returns the number of parameters, without the padding of the vocabulary."""
+    padding = padded_vocabulary(config) - config.vocab_size
     table = parameter_table(config)
     total = sum(math.prod(p.shape) for p in table.values())
     return total - padding * sum(config.model_dim for p in table.values() if "vocabulary" in p.axes)
 
 
 def initial_weights(config: ResolvedModelConfig, seed: int, layout: Layout = UNSHARDED) -> dict[str, Any]:
-    """Fresh float32 weights, each made in place in its shards; the same bits on every mesh.
+    """Returns initial float32 weights, each computed in its shards, with the same bits on every mesh.
 
-    Values are uniform within ±√3 deviations. A parameter's key depends on the seed and its name alone, so adding one
-    leaves the others as they were.
+    Values are uniform within ±√3 deviations. A parameter's key depends on the seed and its name alone, so that a new
+    parameter does not change the others.
     """
 
     def initial(name: str, p: Parameter) -> jax.Array:
@@ -137,7 +137,7 @@ def initial_weights(config: ResolvedModelConfig, seed: int, layout: Layout = UNS
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
         deviation = p.scale / math.sqrt(math.prod(p.axes[axis] for axis in p.fan_in))
         bits = jax.random.bits(key, p.shape, jnp.uint32, out_sharding=sharding)
-        # An odd number within ±2²⁴ is exact in float32, so one product is all that rounds, on any device.
+        # An odd number within ±2²⁴ is exact in float32, so that a single product rounds, alike on every device.
         whole = 2 * (bits >> 8).astype(jnp.int32) + 1 - 2**24
         return whole.astype(jnp.float32) * (math.sqrt(3) * deviation / 2**24)
 

@@ -1,11 +1,11 @@
-"""Floor 2, position: attention alone could not tell one order of the tokens from another.
+"""Floor 2, position: without it attention could not distinguish the order of the tokens.
 
-- rope: each pair of a head's components is turned by an angle proportional to the position, so that the product of a
+- rope: each pair of a head's components is rotated by an angle proportional to the position, so that the product of a
   query and a key depends on their distance alone (Su et al. 2021, arXiv:2104.09864). Pairs are (i, i + C/2), as in
   Llama's published weights.
 - sinusoidal: sines and cosines of the position are added to the embedding (Vaswani et al. 2017, section 3.5).
-- learned: a table with a row a position is added (GPT-2, Radford et al. 2019).
-- none: the causal mask alone tells (Kazemnejad et al. 2023, arXiv:2305.19466).
+- learned: the position's row of a table is added (GPT-2, Radford et al. 2019).
+- none: only the causal mask distinguishes positions (Kazemnejad et al. 2023, arXiv:2305.19466).
 """
 
 import math
@@ -21,12 +21,12 @@ from model.config import ResolvedModelConfig
 from model.embedding import embedding_lookup
 from model.sharding import Layout
 
-# Cosine and sine of every angle, each float32 [B, 1, T, C/2]; none: nothing is turned.
+# Cosine and sine of every angle, each float32 [B, 1, T, C/2], or None where nothing is rotated.
 Rotation = tuple[jax.Array, jax.Array] | None
 
 
 class Position(nnx.Module):
-    """What positions do to the embedded tokens, and how they turn the queries and keys of every layer."""
+    """The positions' effect on the embedded tokens, and the rotation of queries and keys for all layers."""
 
     def __init__(self, config: ResolvedModelConfig, weights: Mapping[str, jax.Array] | None, layout: Layout):
         self.table = nnx.Param(weights["table"]) if weights else None
@@ -34,7 +34,7 @@ class Position(nnx.Module):
         self.layout = layout
 
     def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, Rotation]:
-        """Embedded tokens [B, T, D] and their positions → the same with positions added, and the rotation."""
+        """Returns the embedded tokens [B, T, D] with positions added, and the rotation."""
         match self.config.position:
             case "rope":
                 return x_BTD, rope_rotation(self.config, positions_BT)
@@ -49,29 +49,31 @@ class Position(nnx.Module):
 
 
 def sinusoids(positions_BT: jax.Array, D: int) -> jax.Array:
-    """Float32 [B, T, D]: component 2i is sin(position / 10000^(2i/D)), component 2i + 1 its cosine."""
+    """Returns float32 [B, T, D]: component 2i is sin(position / 10000^(2i/D)), component 2i + 1 its cosine."""
     wavelengths = np.power(10_000.0, np.arange(0, D, 2) / D).astype(np.float32)
     angles = positions_BT[..., None].astype(jnp.float32) / wavelengths
     return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(*positions_BT.shape, D)
 
 
 def rope_rotation(config: ResolvedModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The rotation of these positions; made once, used by all layers. YaRN's is longer than 1 (its section 3.4)."""
+    """Returns the rotation for these positions, which all layers share. YaRN also scales by a length above 1.
+
+    (Peng et al. 2023, section 3.4.)
+    """
     length = 0.1 * math.log(config.rope_factor) + 1 if config.rope_scaling == "yarn" else 1.0
     angles = positions_BT[:, None, :, None].astype(jnp.float32) * frequencies(config)
     return jnp.cos(angles) * length, jnp.sin(angles) * length
 
 
 def frequencies(config: ResolvedModelConfig) -> np.ndarray:
-    """Radians a position by which each pair turns, float32 [C/2]: base^(-2i/C), scaled for a longer context.
+    """Returns each pair's angle in radians per position, float32 [C/2]: base^(-2i/C), scaled for a longer context.
 
     - linear: all are divided by the factor (Chen et al. 2023, arXiv:2306.15595).
     - llama3 (Llama Team 2024) and yarn (Peng et al. 2023, arXiv:2309.00071): pairs that turn more than `high_turns`
       times in the original context stay, those that turn less than `low_turns` times are divided, and those between
-      are mixed: in proportion to their turns (llama3), or to their place among the pairs (yarn).
+      are interpolated: in proportion to their turns (llama3), or to their index (yarn).
     """
     C, factor = config.head_dim, config.rope_factor
-    assert C is not None
     plain = config.rope_base ** -(np.arange(0, C, 2) / C)
     if config.rope_scaling == "none":
         kept = np.ones(C // 2)
@@ -84,29 +86,29 @@ def frequencies(config: ResolvedModelConfig) -> np.ndarray:
         if config.rope_scaling == "llama3":
             kept = np.clip((context * plain / (2 * math.pi) - low) / (high - low), 0, 1)
         else:
-            # The pair, in fractions, that makes so many turns.
+            # The (fractional) index of the pair that makes this number of turns.
             pair = lambda turns: C * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(config.rope_base))
             first, last = max(math.floor(pair(high)), 0), min(math.ceil(pair(low)), C - 1)
             kept = 1 - np.clip((np.arange(C // 2) - first) / max(last - first, 0.001), 0, 1)
     return (plain * kept + plain / factor * (1 - kept)).astype(np.float32)
 
 
-def rotate(x_BHTC: jax.Array, by: Rotation) -> jax.Array:
-    """Turn queries or keys [B, H, T, C] by their positions' angles, in float32; the dtype stays."""
-    if by is None:
+def rotate(x_BHTC: jax.Array, rotation: Rotation) -> jax.Array:
+    """Rotates queries or keys [B, H, T, C] by their positions' angles, in float32; the dtype stays the same."""
+    if rotation is None:
         return x_BHTC
-    cosine, sine = by
+    cosine, sine = rotation
     if platform() == "tpu":
         return _rotate_by_product(x_BHTC, cosine, sine)
     half = x_BHTC.shape[-1] // 2
     first, second = x_BHTC[..., :half].astype(jnp.float32), x_BHTC[..., half:].astype(jnp.float32)
-    turned = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
-    return turned.astype(x_BHTC.dtype)
+    rotated = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+    return rotated.astype(x_BHTC.dtype)
 
 
 @jax.custom_vjp
 def _rotate_by_product(x_BHTC: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:
-    """The same for a TPU, whose vector unit is slow to cut a head in halves: its matrix unit swaps them, exactly."""
+    """Rotates on a TPU, whose vector unit is slow to split heads: the matrix unit swaps the halves, exactly."""
     C, f32 = x_BHTC.shape[-1], jnp.float32
     swap_CC = jnp.asarray(np.roll(np.eye(C), C // 2, axis=1), x_BHTC.dtype)
     precision = jax.lax.Precision.HIGHEST if x_BHTC.dtype == f32 else None
@@ -117,6 +119,6 @@ def _rotate_by_product(x_BHTC: jax.Array, cosine: jax.Array, sine: jax.Array) ->
 
 _rotate_by_product.defvjp(
     lambda x_BHTC, cosine, sine: (_rotate_by_product(x_BHTC, cosine, sine), (cosine, sine)),
-    # The gradient is turned back.
-    lambda by, gradient: (_rotate_by_product(gradient, by[0], -by[1]), None, None),
+    # The gradient is rotated back.
+    lambda rotation, gradient: (_rotate_by_product(gradient, rotation[0], -rotation[1]), None, None),
 )

@@ -85,7 +85,7 @@ def _partitions(x: jax.Array) -> tuple[MeshAxes, ...]:
 
 
 def _reshape(x: jax.Array, shape: tuple[int, ...], spec: tuple[MeshAxes, ...], explicit: bool) -> jax.Array:
-    # JAX infers the sharding of a reshape's result except at or behind an axis of size 1; where `out_sharding` isn't
-    # needed, it adds copies.
+    # JAX infers the sharding of a reshape's result except at or behind an axis of size 1, whose mesh axes it drops
+    # (tests/model/test_workarounds.py). Where `out_sharding` isn't needed, it adds copies.
     explicit = explicit and not jax.typeof(x).sharding.mesh.empty
     return jnp.reshape(x, shape, out_sharding=PartitionSpec(*spec) if explicit else None)

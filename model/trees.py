@@ -1,11 +1,11 @@
-"""Nested dictionaries and flat ones with dotted names."""
+"""Conversion between nested dictionaries and flat ones with dotted names."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a.b": x} → {"a": {"b": x}}: the tree of weights from dotted names."""
+    """Returns {"a": {"b": x}} for {"a.b": x}."""
     tree: dict[str, Any] = {}
     for name, value in flat.items():
         *path, last = name.split(".")
@@ -17,7 +17,7 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": x}} → {"a.b": x}: the inverse of `nested`."""
+    """Returns {"a.b": x} for {"a": {"b": x}}: the inverse of `nested`."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):

@@ -30,8 +30,8 @@ class Unembedding(nnx.Module):
 
     def weight(self, table_VD: jax.Array) -> jax.Array:
         """Returns the matrix [D, V] in the compute dtype, sharded as it is stored; V is the padded vocabulary."""
-        matrix_DV = table_VD.T if self.matrix is None else self.matrix[...]
-        return matrix_DV.astype(self.config.compute_dtype)
+        dtype = self.config.compute_dtype
+        return table_VD.astype(dtype).T if self.matrix is None else self.matrix[...].astype(dtype)
 
 
 def logits(x_BTD: jax.Array, matrix_DV: jax.Array, vocab_size: int) -> jax.Array:
