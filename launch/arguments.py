@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from data.errors import InputError
+from data.files.writable import why_not_writable
 
 
 def text(value: str) -> str:
@@ -46,7 +47,7 @@ def check_page(page: Path, flag: str, generator: str, kind: str) -> None:
         generator: comment in the first lines of each such page.
         kind: name of such a page in the message.
     """
-    if any(parent.exists() and not parent.is_dir() for parent in page.parents):
-        raise InputError(f"{flag}={page} is in a file, not in a folder; name another path")
+    if problem := why_not_writable(page.parent):
+        raise InputError(f"{flag}={page}: {problem}; name another path")
     if page.exists() and not (page.is_file() and generator in page.read_text(errors="replace")[:100]):
         raise InputError(f"{page} exists and is no {kind}; name another file with {flag}=FILE")

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
+from data.files.writable import why_not_writable
 from launch.columns import columns
 from launch.version import ROOT, version
 
@@ -79,10 +80,11 @@ def machine() -> Iterator[tuple[str, str, str]]:
     yield "", "memory", f"{total / 2**30:,.1f} GiB"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     for name, folder in (("this folder", Path.cwd()), ("cache", cache)):
-        existing = next(path for path in (folder, *folder.parents) if path.exists())
-        writable = os.access(existing, os.W_OK)
-        text = f"{folder}: {shutil.disk_usage(existing).free / 1e9:,.1f} GB free"
-        yield "" if writable else BROKEN, name, text if writable else f"{text}, but it cannot be written to"
+        if problem := why_not_writable(folder):
+            yield BROKEN, name, f"{folder}: {problem}"
+        else:
+            existing = next(path for path in (folder, *folder.parents) if path.exists())
+            yield "", name, f"{folder}: {shutil.disk_usage(existing).free / 1e9:,.1f} GB free"
 
 
 def processor() -> str:

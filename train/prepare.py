@@ -1,6 +1,5 @@
 """What a run stands on before its first step: a folder of its own, its text, its tokenizer, what it holds out."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from data.errors import InputError
+from data.files.writable import why_not_writable
 from data.formats.stdlib import snapshot_stdlib
 from data.mixture import Mixture, open_mixture
 from data.tokenizer.folder import copy_tokenizer, holds_tokenizer, load_tokenizer
@@ -70,10 +70,8 @@ def prepare(config: Config, run: Run, lease: Lease) -> Prepared:
 
 def check_folder(config: Config, run: Run) -> None:
     """InputError where a folder cannot be, holds something else, or a run that this config would not continue."""
-    existing = next(path for path in (run.folder.absolute(), *run.folder.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        problem = "cannot be written to" if existing.is_dir() else "is a file"
-        raise InputError(f"train.run_dir = {run.folder}: {existing} {problem}; name another folder")
+    if problem := why_not_writable(run.folder):
+        raise InputError(f"train.run_dir = {run.folder}: {problem}; name another folder")
     if missing := missing_packages(config):
         raise InputError("\n".join(missing))
     check_folders(config, run)

@@ -48,7 +48,7 @@ def test_the_page_shows_the_attention_that_transformers_tells_of_the_export(fini
             ["--prompt=a", "--to={dir}/notes.txt"],
             "notes.txt exists and is no page of attention; name another file with --to",
         ),
-        (["--prompt=a", "--to={dir}/notes.txt/page.html"], "is in a file, not in a folder"),
+        (["--prompt=a", "--to={dir}/notes.txt/page.html"], "notes.txt is a file; name another path"),
         (["--prompt=a", "--to={dir}"], "exists and is no page of attention"),
     ],
 )

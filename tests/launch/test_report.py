@@ -33,7 +33,7 @@ def test_a_run_has_a_page_whose_path_goes_to_standard_output(finished: Path, tmp
         (["{run}/export"], "is not the config of a run of this version"),
         (["{run}", "--output={run}/config.json"], "config.json exists and is no report; name another file"),
         (["{run}", "--output={run}"], "exists and is no report; name another file"),
-        (["{run}", "--output={run}/config.json/page.html"], "is in a file, not in a folder"),
+        (["{run}", "--output={run}/config.json/page.html"], "config.json is a file; name another path"),
     ],
 )
 def test_what_is_no_run_and_no_place_for_a_page_is_refused(

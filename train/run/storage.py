@@ -15,6 +15,7 @@ from orbax.checkpoint.utils import checkpoint_steps
 
 from data.errors import InputError, StorageError
 from data.files import remote
+from data.files.writable import why_not_writable
 
 # The listings that it would remember don't have what other processes and libraries have written since.
 fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
@@ -42,10 +43,8 @@ def check_writable(place: epath.Path) -> None:
         asked(place, lambda: files.pipe_file(f"{path}/{PROBE}", b"."))
         asked(place, lambda: files.rm_file(f"{path}/{PROBE}"))
         return
-    existing = next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        problem = "cannot be written to" if existing.is_dir() else "is a file"
-        raise InputError(f"checkpoint.dir = {place}: {existing} {problem}; name another folder")
+    if problem := why_not_writable(Path(place)):
+        raise InputError(f"checkpoint.dir = {place}: {problem}; name another folder")
 
 
 def check_room(folder: PathLike, size: int) -> None:

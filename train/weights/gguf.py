@@ -3,7 +3,6 @@
 import importlib
 import logging
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from data.errors import InputError, StorageError
+from data.files.writable import why_not_writable
 from data.tokenizer.to_gguf import gguf_metadata
 from data.tokenizer.tokenizer import Tokenizer
 from model import interchange
@@ -34,9 +34,8 @@ def check_gguf_file(file: Path) -> None:
         with file.open("rb") as there:
             if there.read(len(MAGIC)) != MAGIC:
                 raise InputError(f"{file} is something else than a GGUF file; name a new file")
-    above = next(path for path in file.absolute().parents if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise InputError(f"{file}: {above} is no folder that can be written to; name another file")
+    if problem := why_not_writable(file.parent):
+        raise InputError(f"{file}: {problem}; name another file")
     _library()
 
 

@@ -268,7 +268,7 @@ def test_a_file_appears_whole_and_replaces_only_its_like(tokenizer, tmp_path: Pa
     for there, words in [
         (tmp_path / "notes", "something else than a GGUF file"),
         (tmp_path, "is a folder"),
-        (tmp_path / "notes" / "model.gguf", "notes is no folder that can be written to"),
+        (tmp_path / "notes" / "model.gguf", "notes is a file; name another file"),
     ]:
         with pytest.raises(InputError, match=words):
             write(there, config, weights, tokenizer)
