@@ -14,8 +14,8 @@ from launch.arguments import add_json, add_model
 from launch.columns import columns
 
 if TYPE_CHECKING:
-    from train.evaluation.results import Result
-    from train.run.folder import Text
+    from train.evaluation.results import TaskResult
+    from train.run.folder import HeldOutDocument
     from train.weights.load import Trained
 
 
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from train.devices.mesh import on_one_device
     from train.evaluation.held_out import evaluate, gzip_bits_per_byte, make_evaluation_step
-    from train.evaluation.results import total
+    from train.evaluation.results import combine
     from train.evaluation.tasks import open_tasks
     from train.weights.load import load_trained
 
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         tasks = open_tasks(arguments.tasks, arguments.task_dir, arguments.limit, arguments.num_fewshot, "--tasks")
     figures: dict[str, Any] = {}
     by_corpus: dict[str, dict[str, Any]] = {}
-    scores: list[Result] = []
+    scores: list[TaskResult] = []
     with jax.set_mesh(on_one_device()):
         trained = load_trained(arguments.model)
         config = trained.config
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
         if tasks is None or arguments.corpus is not None:
             texts = texts_of(arguments, trained)
             results = evaluate(make_evaluation_step(config), trained.weights, texts, trained.tokenizer, config)
-            figures |= dataclasses.asdict(total(results.values())) | {"gzip_bits_per_byte": gzip_bits_per_byte(texts)}
+            figures |= dataclasses.asdict(combine(results.values())) | {"gzip_bits_per_byte": gzip_bits_per_byte(texts)}
             if len(results) > 1:
                 by_corpus = {name: dataclasses.asdict(result) for name, result in results.items()}
         if tasks is not None:
@@ -80,16 +80,16 @@ def check(arguments: argparse.Namespace) -> None:
         raise InputError("\n".join(problems))
 
 
-def texts_of(arguments: argparse.Namespace, trained: "Trained") -> "list[Text]":
+def texts_of(arguments: argparse.Namespace, trained: "Trained") -> "list[HeldOutDocument]":
     """Returns the documents to evaluate. Raises InputError where there are none."""
     from data.corpus import open_corpus
-    from train.run.folder import Text
+    from train.run.folder import HeldOutDocument
 
     if arguments.corpus is not None:
         # No document is held out, and one stream reads all of them, so that a short text is enough.
         settings = dataclasses.replace(trained.config.data, num_streams=1, validation_fraction=0.0)
         documents = open_corpus(arguments.corpus, settings, field="--corpus").all_documents()
-        texts = [Text(document.text, document.prompt) for document in documents]
+        texts = [HeldOutDocument(document.text, document.prompt) for document in documents]
         if not texts:
             raise InputError(f"--corpus={arguments.corpus} has no text to evaluate on")
         return texts
@@ -100,7 +100,7 @@ def texts_of(arguments: argparse.Namespace, trained: "Trained") -> "list[Text]":
     return texts
 
 
-def as_json(figures: Mapping[str, Any], by_corpus: Mapping[str, Any], scores: "list[Result]") -> str:
+def as_json(figures: Mapping[str, Any], by_corpus: Mapping[str, Any], scores: "list[TaskResult]") -> str:
     """Returns everything as one JSON object."""
     from train.evaluation.results import task_metrics
 
@@ -113,7 +113,7 @@ def as_json(figures: Mapping[str, Any], by_corpus: Mapping[str, Any], scores: "l
     return json.dumps(result)
 
 
-def as_text(figures: Mapping[str, Any], by_corpus: Mapping[str, Mapping[str, Any]], scores: "list[Result]") -> str:
+def as_text(figures: Mapping[str, Any], by_corpus: Mapping[str, Mapping[str, Any]], scores: "list[TaskResult]") -> str:
     """Returns a line for each figure, and a table with the value ± standard error of each task's metrics."""
     lines = [line(name, value) for name, value in figures.items()]
     for corpus, values in by_corpus.items():

@@ -55,7 +55,7 @@ class Finder(importlib.abc.MetaPathFinder):
 def patch(module):
     import jax, numpy
     path = os.environ["CHAOS_POISON"]
-    class Programs(module.Programs):
+    class Programs(module.StepPrograms):
         def __call__(self, step, state, batch):
             try:
                 wanted = json.load(open(path))
@@ -78,7 +78,7 @@ def patch(module):
         copies = [jax.device_put(numpy.float32(math.nan), shard.device) for shard in x.addressable_shards]
         return jax.make_array_from_single_device_arrays(x.shape, x.sharding, copies)
 
-    module.Programs = Programs
+    module.StepPrograms = Programs
 
 sys.meta_path.insert(0, Finder())
 """

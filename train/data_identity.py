@@ -19,13 +19,13 @@ from data.tokenizer.tokenizer import Tokenizer
 from train.config.changes import Change, table
 from train.config.config import Config, ResolvedConfig, config_fields
 from train.devices.processes import on_first_process
-from train.run.folder import Run, Text
+from train.run.folder import HeldOutDocument, Run
 from train.run.name import split_name
 from train.run.step_log import read_steps
 
 if TYPE_CHECKING:
     from train.evaluation.harness import Tasks
-from train.evaluation.documents import held_out_of
+from train.evaluation.documents import choose_held_out
 
 log = logging.getLogger("ziggurat")
 ACCEPT = "accept the change of the data with --config.data.accept_changes=true"
@@ -33,7 +33,7 @@ ANOTHER_RUN = "start another run with --config.train.run_dir=FOLDER"
 
 
 @dataclass(frozen=True)
-class Prepared:
+class RunInputs:
     """What `prepare` finds or makes.
 
     Attributes:
@@ -48,7 +48,7 @@ class Prepared:
     config: ResolvedConfig
     mixture: Mixture
     tokenizer: Tokenizer
-    held_out: list[Text]
+    held_out: list[HeldOutDocument]
     identity: dict[str, Any]
     tasks: "Tasks | None" = None
 
@@ -67,9 +67,9 @@ def identity_of(config: Config, mixture: Mixture) -> dict[str, Any]:
     return found | {"train.seed": config.train.seed}
 
 
-def go_on(
-    progress: Mapping[str, Any], prepared: Prepared, trained: Path, instead: str = ANOTHER_RUN
-) -> tuple[Prepared, np.ndarray]:
+def continue_data(
+    progress: Mapping[str, Any], prepared: RunInputs, trained: Path, instead: str = ANOTHER_RUN
+) -> tuple[RunInputs, np.ndarray]:
     """What a checkpoint's run goes on with, and where in the data: there, or if the data has changed in a new epoch.
 
     Other data has other held-out documents too. All processes call it together.
@@ -111,7 +111,7 @@ def go_on(
     if moves:
         log.warning("the streams begin anew, with epoch %d, and other documents are held out", epoch)
         run = Run.of(config)
-        on_first_process(lambda: run.save_held_out(held_out_of(prepared.mixture, config.evaluation.max_bytes)))
+        on_first_process(lambda: run.save_held_out(choose_held_out(prepared.mixture, config.evaluation.max_bytes)))
         prepared = replace(prepared, held_out=run.held_out_texts())
     return prepared, positions
 

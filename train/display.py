@@ -13,7 +13,7 @@ from rich.text import Text
 from data.mixture import Mixture, Source, corpus_field
 from model.kernels import choose_kernel
 from model.parameters import count_parameters
-from train.data_identity import Prepared
+from train.data_identity import RunInputs
 from train.devices.rules import training_layout
 from train.run.goodput import duration
 from train.step.schedule import batch_size
@@ -99,7 +99,7 @@ class Display:
             self._live.stop()
 
 
-def opening(prepared: Prepared, step: int, peak: str) -> list[str]:
+def opening_lines(prepared: RunInputs, step: int, peak: str) -> list[str]:
     """What will be trained, on what and with what; one line each."""
     config = prepared.config
     mesh = " × ".join(f"{axis} {size}" for axis, size in jax.sharding.get_mesh().shape.items() if size > 1)
@@ -130,7 +130,7 @@ def opening(prepared: Prepared, step: int, peak: str) -> list[str]:
     return lines
 
 
-def drawn(source: Source, mixture: Mixture) -> str:
+def source_text(source: Source, mixture: Mixture) -> str:
     """How often rows are of a corpus, and how often it is read."""
     sums = [sum(other.weight(step) for other in mixture.sources) for step, _ in source.weights]
     shares = [

@@ -57,7 +57,7 @@ def parent_of(config: Config) -> Parent:
     return Parent(run, saved, step)
 
 
-def check_folders(config: Config, run: Run) -> None:
+def check_not_own_parent(config: Config, run: Run) -> None:
     """InputError where a fork would be its own parent."""
     if config.train.init_from and split_name(config.train.init_from)[0].resolve() == run.folder.resolve():
         raise InputError(
@@ -75,7 +75,7 @@ def check_fork(config: Config) -> None:
     by_rule = changes_of(parent.config, child)
     changes = by_rule["frozen"] + by_rule["warn"]
     model, optimizer, data = [], [], []
-    if shapes(parent.config) != shapes(child):
+    if parameter_shapes(parent.config) != parameter_shapes(child):
         model = [change for change in by_rule["frozen"] if change.field.startswith("model.")]
     if take != "weights":
         optimizer = [change for change in changes if change.field in OF_OPTIMIZER]
@@ -97,7 +97,7 @@ def check_fork(config: Config) -> None:
         log.warning("other than in %s:\n%s", parent.run.folder, table(told))
 
 
-def shapes(config: Config) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Of all parameters."""
     return {name: p.shape for name, p in parameter_table(config.resolved().model).items()}
 

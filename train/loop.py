@@ -16,16 +16,16 @@ from data.loader import LoadedBatch, Loader, corpus_has_ended, gather_positions
 from train.checkpoint.checkpoint import Checkpoints
 from train.checkpoint.replicas import check_replicas, is_finite
 from train.config.config import Config
-from train.data_identity import Prepared, data_fingerprint
+from train.data_identity import RunInputs, data_fingerprint
 from train.devices.agreement import Agreement
 from train.devices.mesh import batch_sharding, make_mesh
 from train.devices.processes import all_gather_json, on_first_process
 from train.devices.rules import training_layout
-from train.display import Display, Rate, opening
-from train.evaluation.documents import some_of
+from train.display import Display, Rate, opening_lines
+from train.evaluation.documents import first_of_each_corpus
 from train.evaluation.held_out import evaluate, make_evaluation_step, sample_text
 from train.evaluation.results import evaluation_metrics, task_metrics
-from train.prepare import prepare
+from train.prepare import prepare_run
 from train.profiling import Profiler
 from train.run.events import Events, start_fields
 from train.run.folder import Run
@@ -34,7 +34,7 @@ from train.run.ledger import SKIP, Ledger
 from train.run.step_log import StepLog
 from train.run.storage import writing
 from train.run.trackers import open_writers
-from train.starting_point import begin
+from train.starting_point import find_starting_point
 from train.step.flops import flops_per_token, memory_bytes, peak_flops
 from train.step.optimizer import make_optimizer
 from train.step.schedule import batch_size
@@ -42,7 +42,7 @@ from train.step.spike_detector import Anomaly, SpikeDetector
 from train.step.state import evaluated_weights
 from train.step.step import StepPrograms
 from train.step.watch import compact
-from train.stop import Stopped, StopSignals, still_alive
+from train.stop import Stopped, StopSignals, reset_watchdog
 from train.weights.huggingface import check_export_folder, exported_step, why_no_export
 from train.weights.load import export_run
 
@@ -71,7 +71,7 @@ def pretrain(config: Config) -> Run:
         signals = stack.enter_context(StopSignals(display.say))
         lease = Lease(run.lease)
         stack.callback(lease.release)
-        prepared = prepare(config, run, lease)
+        prepared = prepare_run(config, run, lease)
         config = prepared.config
         stack.enter_context(jax.set_mesh(mesh))
         stack.callback(events.close)
@@ -130,7 +130,7 @@ class Training:
 
     def __init__(
         self,
-        prepared: Prepared,
+        prepared: RunInputs,
         run: Run,
         display: Display,
         checkpoints: Checkpoints,
@@ -142,7 +142,7 @@ class Training:
         self.optimizer = make_optimizer(self.config)
         self.programs = StepPrograms(self.config, self.optimizer)
         self.evaluation_step = make_evaluation_step(self.config)
-        alive, tasks = partial(still_alive, self.config), prepared.tasks
+        alive, tasks = partial(reset_watchdog, self.config), prepared.tasks
         self.on_tasks = tasks.of_model(self.config, prepared.tokenizer, alive) if tasks else None
         self.agreement, self.rate = Agreement(), Rate()
         self.restore()
@@ -150,16 +150,16 @@ class Training:
 
     def restore(self) -> None:
         """What this start begins with, and what it goes back to."""
-        self.begun = begun = begin(self.prepared, self.run, self.checkpoints, self.optimizer)
+        self.begun = begun = find_starting_point(self.prepared, self.run, self.checkpoints, self.optimizer)
         self.prepared, self.state, self.positions = begun.prepared, begun.state, begun.positions
         self.step, self.judge = int(self.state["step"]), SpikeDetector(self.config.recovery, begun.history)
-        self.some_held_out = some_of(self.prepared.held_out, self.config.evaluation.loop_bytes)
+        self.some_held_out = first_of_each_corpus(self.prepared.held_out, self.config.evaluation.loop_bytes)
 
     def to_the_end(self) -> None:
         """Train, going back where a step stands out. Raises as `train` does, but for Anomaly."""
         peak, source = peak_flops(self.config.model.compute_dtype)
         self.peak_share = flops_per_token(self.config.model, self.config.data.segment_length) / peak
-        for line in opening(self.prepared, self.step, source):
+        for line in opening_lines(self.prepared, self.step, source):
             self.display.say(line)
         while found := self.anomaly_of_training():
             self.heal(found)
@@ -179,7 +179,7 @@ class Training:
 
     def heal(self, anomaly: Anomaly) -> None:
         """Back to the last save, to try its steps again or to leave rows out. InputError where too many would be."""
-        still_alive(self.config)
+        reset_watchdog(self.config)
         self.events.account.turn_to("checkpoint")
         self.events.account.lose()
         self.state = {}  # Its memory is needed.
@@ -220,7 +220,7 @@ class Training:
             begins = True
 
             while self.step < last_step and not stops:
-                still_alive(config)
+                reset_watchdog(config)
                 begun = time.perf_counter()
                 events.account.turn_to("data")
                 loaded = next(loader)
@@ -353,7 +353,7 @@ class Training:
 
     def evaluated(self, last_step: int) -> dict[str, Any]:
         """What the evaluations find that are due: on all held-out documents or on some, with a sample; on tasks."""
-        still_alive(self.config)
+        reset_watchdog(self.config)
         self.events.account.turn_to("evaluation")
         step, weights, tokenizer, found = self.step, evaluated_weights(self.state), self.prepared.tokenizer, {}
         on_text, on_tasks = self.evaluates(step, last_step)
@@ -370,7 +370,7 @@ class Training:
 
     def save(self, over: bool) -> None:
         """A checkpoint of the state, whose replicas are the same."""
-        still_alive(self.config)
+        reset_watchdog(self.config)
         self.events.account.turn_to("checkpoint")
         begun = time.perf_counter()
         if not all(all_gather_json(bool(is_finite(self.state)))):

@@ -16,9 +16,9 @@ from data.tokenizer.training import train_tokenizer
 from train.config.changes import changes_of, table
 from train.config.config import Config
 from train.devices.processes import on_first_process
-from train.evaluation.tasks import run_tasks
-from train.fork import check_folders, check_fork, parent_of
-from train.run.folder import Run, Text
+from train.evaluation.tasks import open_run_tasks
+from train.fork import check_fork, check_not_own_parent, parent_of
+from train.run.folder import HeldOutDocument, Run
 from train.run.lease import Lease
 from train.run.ledger import inherited, read_ledger, write_ledger
 from train.run.name import split_name
@@ -27,11 +27,11 @@ from train.run.trackers import missing_packages
 
 if TYPE_CHECKING:
     pass
-from train.data_identity import ACCEPT, ANOTHER_RUN, Prepared, check_same_everywhere, identity_of, log
-from train.evaluation.documents import held_out_of, up_to
+from train.data_identity import ACCEPT, ANOTHER_RUN, RunInputs, check_same_everywhere, identity_of, log
+from train.evaluation.documents import choose_held_out, take_bytes
 
 
-def prepare(config: Config, run: Run, lease: Lease) -> Prepared:
+def prepare_run(config: Config, run: Run, lease: Lease) -> RunInputs:
     """Make or find everything in the run's folder that the first step needs. All processes call it together.
 
     Before it writes there, it takes the lease.
@@ -40,7 +40,7 @@ def prepare(config: Config, run: Run, lease: Lease) -> Prepared:
         InputError: the folder is something else's, or config, corpus or tokenizer don't fit it or each other.
     """
     check_folder(config, run)
-    tasks = run_tasks(config.evaluation)
+    tasks = open_run_tasks(config.evaluation)
     mixture = open_run_mixture(config, run)
     # A run begins with its first checkpoint. What a start without one has left is made anew.
     begins = run.last_step() is None
@@ -59,13 +59,13 @@ def prepare(config: Config, run: Run, lease: Lease) -> Prepared:
             "raise it, or leave it at none"
         )
     config = config.resolved(tokenizer.vocab_size)
-    make_once(run.held_out, lambda: run.save_held_out(held_out_of(mixture, config.evaluation.max_bytes)))
+    make_once(run.held_out, lambda: run.save_held_out(choose_held_out(mixture, config.evaluation.max_bytes)))
     held_out = run.held_out_texts()
     if config.data.validation_fraction and not held_out and jax.process_index() == 0:
         log.warning("no document is held out, so nothing is evaluated; raise data.validation_fraction, or give more")
     fingerprints = mixture.fingerprints() | {"tokenizer": tokenizer.fingerprint}
     check_same_everywhere(fingerprints)
-    return Prepared(config, mixture, tokenizer, held_out, identity_of(config, mixture) | fingerprints, tasks)
+    return RunInputs(config, mixture, tokenizer, held_out, identity_of(config, mixture) | fingerprints, tasks)
 
 
 def check_folder(config: Config, run: Run) -> None:
@@ -74,7 +74,7 @@ def check_folder(config: Config, run: Run) -> None:
         raise InputError(f"train.run_dir = {run.folder}: {problem}; name another folder")
     if missing := missing_packages(config):
         raise InputError("\n".join(missing))
-    check_folders(config, run)
+    check_not_own_parent(config, run)
     last_step = run.last_step()
     if run.is_claimed():
         check_moved_checkpoints(run, last_step)
@@ -178,7 +178,7 @@ def train_run_tokenizer(config: Config, mixture: Mixture, folder: Path) -> Token
     for source, share in zip(mixture.sources, mixture.shares(0), strict=True):
         texts = source.corpus.training_texts(config.train.seed)
         size = config.tokenizer.sample_bytes * share // sum(mixture.shares(0))
-        sample += [text.text for text in up_to(map(Text, texts), size)] if size else []
+        sample += [text.text for text in take_bytes(map(HeldOutDocument, texts), size)] if size else []
     return train_tokenizer(sample, config.tokenizer.vocab_size, folder)
 
 

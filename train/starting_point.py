@@ -10,15 +10,15 @@ import optax
 
 from data.mixture import initial_positions
 from train.checkpoint.checkpoint import Checkpoints
-from train.data_identity import Prepared, go_on
+from train.data_identity import RunInputs, continue_data
 from train.fork import fork_fields, parent_of
 from train.run.folder import Run
 from train.step.state import State, abstract_state, make_state
 
 
 @dataclass(frozen=True)
-class Begun:
-    """What `begin` finds or makes.
+class StartingPoint:
+    """What `find_starting_point` finds or makes.
 
     Attributes:
         prepared: what the run stands on; where the data has changed, with what is held out of it now.
@@ -29,7 +29,7 @@ class Begun:
         fields: what its `start` event says of it.
     """
 
-    prepared: Prepared
+    prepared: RunInputs
     state: State
     positions: np.ndarray
     over: bool = False
@@ -37,35 +37,37 @@ class Begun:
     fields: dict[str, Any] = field(default_factory=dict)
 
 
-def begin(prepared: Prepared, run: Run, checkpoints: Checkpoints, optimizer: optax.GradientTransformation) -> Begun:
+def find_starting_point(
+    prepared: RunInputs, run: Run, checkpoints: Checkpoints, optimizer: optax.GradientTransformation
+) -> StartingPoint:
     """What training goes on from. All processes call it together.
 
     Raises:
-        InputError: all checkpoints are damaged, or the data is not what was trained on (see `go_on`).
+        InputError: all checkpoints are damaged, or the data is not what was trained on (see `continue_data`).
     """
     config = prepared.config
     if restored := checkpoints.restore(abstract_state(config, optimizer)):
         state, progress = restored
-        return _there(state, progress, *go_on(progress, prepared, run.folder), {})
+        return _there(state, progress, *continue_data(progress, prepared, run.folder), {})
     if config.train.init_from:
         return _fork(prepared, optimizer)
-    return Begun(prepared, make_state(config, optimizer), _first(prepared))
+    return StartingPoint(prepared, make_state(config, optimizer), _first(prepared))
 
 
-def _first(prepared: Prepared) -> np.ndarray:
+def _first(prepared: RunInputs) -> np.ndarray:
     return initial_positions(prepared.mixture, prepared.config.data.num_streams)
 
 
 def _there(
-    state: State, progress: dict[str, Any], prepared: Prepared, positions: np.ndarray, fields: dict[str, Any]
-) -> Begun:
+    state: State, progress: dict[str, Any], prepared: RunInputs, positions: np.ndarray, fields: dict[str, Any]
+) -> StartingPoint:
     if progress["identity"] != prepared.identity:
         # There is more to read, and other losses are usual.
-        return Begun(prepared, state, positions, fields=fields)
-    return Begun(prepared, state, positions, progress["is_over"], progress.get("history", []), fields)
+        return StartingPoint(prepared, state, positions, fields=fields)
+    return StartingPoint(prepared, state, positions, progress["is_over"], progress.get("history", []), fields)
 
 
-def _fork(prepared: Prepared, optimizer: optax.GradientTransformation) -> Begun:
+def _fork(prepared: RunInputs, optimizer: optax.GradientTransformation) -> StartingPoint:
     """With the checkpoint of another run: see `train.fork`."""
     config = prepared.config
     parent, take, fields = parent_of(config), config.train.init_with, fork_fields(config)
@@ -78,11 +80,13 @@ def _fork(prepared: Prepared, optimizer: optax.GradientTransformation) -> Begun:
             state["weights"] = checkpoints.restore_weights(abstract["weights"], parent.step)[1]
             if "average" in state:
                 state["average"] = jax.tree.map(jnp.copy, state["weights"])
-            return Begun(prepared, state, _first(prepared), fields=fields)
+            return StartingPoint(prepared, state, _first(prepared), fields=fields)
         state, progress = checkpoints.restore_step(parent.step, abstract)
     finally:
         checkpoints.close()
     if take == "optimizer":
-        return Begun(prepared, state, _first(prepared), fields=fields)
-    found = go_on(progress, prepared, parent.run.folder, "read it from its beginning with train.init_with=optimizer")
+        return StartingPoint(prepared, state, _first(prepared), fields=fields)
+    found = continue_data(
+        progress, prepared, parent.run.folder, "read it from its beginning with train.init_with=optimizer"
+    )
     return _there(state, progress, *found, fields)

@@ -73,7 +73,7 @@ class StopSignals:
             self._say(f"{name}: stopping after this step; once more ends it at once")
 
 
-def still_alive(config: Config) -> None:
+def reset_watchdog(config: Config) -> None:
     """Unless this is called again in time, the process shows where all its threads stand and ends with status 1.
 
     A collective that waits for a process that is no more, or a dead file system, would wait for ever.

@@ -24,7 +24,7 @@ from launch.page.history import (
 )
 from launch.page.markup import Html, element, fragment, html_page
 from train.config.config import Config, config_fields, to_json
-from train.evaluation.documents import some_of
+from train.evaluation.documents import first_of_each_corpus
 from train.evaluation.held_out import gzip_bits_per_byte
 from train.run.events import read_events
 from train.run.folder import Run
@@ -138,7 +138,7 @@ def key_figures(config: Config, run: Run, records: Records, events: Sequence[Eve
         last, texts = evaluated[-1], run.held_out_texts()
         if not any(event["event"] == "end" and event["step"] == last["step"] for event in events):
             # Only the evaluation at a run's end is of all texts.
-            texts = some_of(texts, config.evaluation.loop_bytes)
+            texts = first_of_each_corpus(texts, config.evaluation.loop_bytes)
         gzip = f"; gzip -9 needs {gzip_bits_per_byte(texts):.3f}" if texts else ""
         figures.append(("held-out text", f"{last['validation_bits_per_byte']:.3f}", f"bits a byte{gzip}"))
     if records:

@@ -4,33 +4,35 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from data.mixture import Mixture
-from train.run.folder import Text
+from train.run.folder import HeldOutDocument
 
 if TYPE_CHECKING:
     pass
 
 
-def held_out_of(mixture: Mixture, size: int) -> list[Text]:
+def choose_held_out(mixture: Mixture, size: int) -> list[HeldOutDocument]:
     """The first held-out documents of each corpus, of `size` bytes in all, shared equally."""
     share = size // len(mixture.sources)
     return [
         text
         for name, documents in mixture.held_out()
-        for text in up_to((Text(document.text, document.prompt, name) for document in documents), share)
+        for text in take_bytes((HeldOutDocument(document.text, document.prompt, name) for document in documents), share)
     ]
 
 
-def some_of(held_out: list[Text], size: int) -> list[Text]:
+def first_of_each_corpus(held_out: list[HeldOutDocument], size: int) -> list[HeldOutDocument]:
     """The first of these documents, of `size` bytes in all, shared equally by their corpora."""
     names = dict.fromkeys(text.corpus for text in held_out)
     return [
-        text for name in names for text in up_to((text for text in held_out if text.corpus == name), size // len(names))
+        text
+        for name in names
+        for text in take_bytes((text for text in held_out if text.corpus == name), size // len(names))
     ]
 
 
-def up_to(texts: Iterable[Text], size: int) -> list[Text]:
+def take_bytes(texts: Iterable[HeldOutDocument], size: int) -> list[HeldOutDocument]:
     """The first texts, of `size` bytes in all, prompts included; the last is cut where it is longer."""
-    taken: list[Text] = []
+    taken: list[HeldOutDocument] = []
     for text in texts:
         encoded = text.text.encode()
         size -= len(text.prompt.encode())

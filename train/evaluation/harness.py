@@ -36,8 +36,8 @@ from train.devices.mesh import batch_sharding
 from train.devices.rules import training_layout
 from train.devices.xla import compiler_options
 from train.evaluation.continuation import continuations, make_generator
-from train.evaluation.held_out import Batch, batches, placed
-from train.evaluation.results import Result
+from train.evaluation.held_out import Batch, put_on_devices, stack_rows
+from train.evaluation.results import TaskResult
 
 log = logging.getLogger("ziggurat")
 # Positions of the shortest rows.
@@ -94,7 +94,7 @@ class Tasks:
         tokenizer: Tokenizer,
         alive: Callable[[], None] = lambda: None,
         errors: bool = False,
-    ) -> Callable[[Any], list[Result]]:
+    ) -> Callable[[Any], list[TaskResult]]:
         """The function that evaluates a model's weights, under the ambient mesh.
 
         Args:
@@ -105,7 +105,7 @@ class Tasks:
         """
         model = Model(config, tokenizer, alive)
 
-        def evaluate(weights: Any) -> list[Result]:
+        def evaluate(weights: Any) -> list[TaskResult]:
             model.weights = weights
             with quiet():
                 found = evaluator.evaluate(
@@ -113,7 +113,7 @@ class Tasks:
                 )
             model.weights = None
             return [
-                Result(task, metric.removesuffix(",none"), float(value), number(values.get(error_of(metric))))
+                TaskResult(task, metric.removesuffix(",none"), float(value), number(values.get(error_of(metric))))
                 for task, values in (found["results"] | found.get("groups", {})).items()
                 for metric, value in values.items()
                 if "," in metric and "_stderr," not in metric and number(value) is not None
@@ -262,8 +262,10 @@ class Model(LM):
         found = [(0.0, True)] * len(pairs)
         for length, of_length in sorted(by_length.items()):
             answers: list[tuple[float, bool]] = []
-            for batch in batches((row(tokens, count, length) for _, tokens, count in of_length), rows * (T // length)):
-                score_B, greedy_B = self._step(self.weights, placed(batch, sharding))
+            for batch in stack_rows(
+                (row(tokens, count, length) for _, tokens, count in of_length), rows * (T // length)
+            ):
+                score_B, greedy_B = self._step(self.weights, put_on_devices(batch, sharding))
                 answers += zip(np.asarray(score_B).tolist(), np.asarray(greedy_B).tolist(), strict=True)
                 self.alive()
             for (i, _, _), (score, greedy) in zip(of_length, answers, strict=False):

@@ -18,7 +18,7 @@ from train.devices.mesh import batch_sharding
 from train.devices.rules import training_layout
 from train.devices.xla import compiler_options, sum_loss_weights
 from train.evaluation.continuation import make_generator
-from train.run.folder import Text
+from train.run.folder import HeldOutDocument
 from train.step.step import summed_loss
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def make_evaluation_step(config: ResolvedConfig) -> EvaluationStep:
 def evaluate(
     step: EvaluationStep,
     weights: Any,
-    texts: Sequence[Text],
+    texts: Sequence[HeldOutDocument],
     tokenizer: Tokenizer,
     config: ResolvedConfig,
 ) -> dict[str, Evaluation]:
@@ -67,11 +67,11 @@ def evaluate(
 
 
 def _evaluate(
-    step: EvaluationStep, weights: Any, texts: Sequence[Text], tokenizer: Tokenizer, config: ResolvedConfig
+    step: EvaluationStep, weights: Any, texts: Sequence[HeldOutDocument], tokenizer: Tokenizer, config: ResolvedConfig
 ) -> Evaluation:
     sharding = batch_sharding(jax.sharding.get_mesh(), training_layout(config.mesh))
 
-    def pairs(text: Text) -> DocumentPairs:
+    def pairs(text: HeldOutDocument) -> DocumentPairs:
         prompt = tokenizer.encode(text.prompt)
         tokens = np.concatenate([prompt, tokenizer.encode(text.text)])
         return make_pairs(tokens, tokenizer.bos_id, tokenizer.eos_id, prompt_length=len(prompt))
@@ -79,19 +79,19 @@ def _evaluate(
     rows = segment_documents(map(pairs, texts), config.data)
     batch_size = config.train.batch_size // config.train.accumulation_steps
     loss = weight = 0.0
-    for batch in batches(rows, batch_size):
-        batch_loss, batch_weight = step(weights, placed(batch, sharding))
+    for batch in stack_rows(rows, batch_size):
+        batch_loss, batch_weight = step(weights, put_on_devices(batch, sharding))
         loss, weight = loss + float(batch_loss), weight + float(batch_weight)
     size = sum(len(text.text.encode()) for text in texts)
     return Evaluation(loss / weight, loss / math.log(2) / size, int(weight), size, len(texts))
 
 
-def placed(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> Batch:
+def put_on_devices(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> Batch:
     """Arrays that every process has, on the devices."""
     return {name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for name, x in batch.items()}
 
 
-def batches(rows: Iterable[dict[str, np.ndarray]], size: int) -> Iterable[dict[str, np.ndarray]]:
+def stack_rows(rows: Iterable[dict[str, np.ndarray]], size: int) -> Iterable[dict[str, np.ndarray]]:
     """Rows [T] stacked `size` at a time [size, T]; the last batch is filled up with rows of no weight."""
     rows = iter(rows)
     while group := list(itertools.islice(rows, size)):
@@ -100,7 +100,7 @@ def batches(rows: Iterable[dict[str, np.ndarray]], size: int) -> Iterable[dict[s
         yield {name: np.stack([row[name] for row in group]) for name in empty}
 
 
-def gzip_bits_per_byte(texts: Sequence[Text]) -> float:
+def gzip_bits_per_byte(texts: Sequence[HeldOutDocument]) -> float:
     """What `gzip -9` needs for the same documents, one by one: the figure to be below."""
     encoded = [text.text.encode() for text in texts]
     return 8 * sum(len(gzip.compress(text, 9, mtime=0)) for text in encoded) / sum(map(len, encoded))

@@ -21,7 +21,7 @@ class Evaluation:
     documents: int
 
 
-def total(results: Iterable[Evaluation]) -> Evaluation:
+def combine(results: Iterable[Evaluation]) -> Evaluation:
     """Of several sets of documents as one."""
     results = list(results)
     tokens, size = sum(result.tokens for result in results), sum(result.bytes for result in results)
@@ -35,14 +35,14 @@ def evaluation_metrics(by_corpus: Mapping[str, Evaluation]) -> dict[str, Any]:
     def fields(result: Evaluation) -> dict[str, float]:
         return {f"validation_{name}": asdict(result)[name] for name in ("loss", "bits_per_byte", "tokens")}
 
-    found: dict[str, Any] = fields(total(by_corpus.values()))
+    found: dict[str, Any] = fields(combine(by_corpus.values()))
     if len(by_corpus) > 1:
         found["validation_by_corpus"] = {name: fields(result) for name, result in by_corpus.items()}
     return found
 
 
 @dataclass(frozen=True)
-class Result:
+class TaskResult:
     """The metric of a task or group of tasks; `error` is its standard error, where it is known."""
 
     task: str
@@ -51,7 +51,7 @@ class Result:
     error: float | None
 
 
-def task_metrics(results: Iterable[Result]) -> dict[str, Any]:
+def task_metrics(results: Iterable[TaskResult]) -> dict[str, Any]:
     """The field `tasks` of a line of metrics.jsonl: values by task and metric."""
     found: dict[str, dict[str, float]] = {}
     for result in results:

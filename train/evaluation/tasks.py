@@ -25,6 +25,6 @@ def open_tasks(
     return Tasks(given, folder, limit, num_fewshot, asked)
 
 
-def run_tasks(config: EvaluationConfig) -> "Tasks | None":
+def open_run_tasks(config: EvaluationConfig) -> "Tasks | None":
     """The tasks that a run is evaluated on, if any. InputError as of `open_tasks`."""
     return None if config.tasks is None else open_tasks(config.tasks, config.task_dir, config.task_limit)

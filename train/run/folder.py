@@ -14,7 +14,7 @@ from train.run.name import CONFIG_FILE, read_config
 from train.run.storage import PARTIAL, steps_in, write_atomically
 
 
-class Text(NamedTuple):
+class HeldOutDocument(NamedTuple):
     """A held-out document: its text, what stands before it and is not counted, and the name of its corpus."""
 
     text: str
@@ -151,13 +151,13 @@ class Run:
         """The run's settings. InputError where the folder is no run or its config is damaged."""
         return read_config(self.folder)
 
-    def held_out_texts(self) -> list[Text]:
+    def held_out_texts(self) -> list[HeldOutDocument]:
         """The documents of `held_out`."""
         if not self.held_out.is_file():
             return []
-        return [Text(**json.loads(line)) for line in self.held_out.read_text().splitlines()]
+        return [HeldOutDocument(**json.loads(line)) for line in self.held_out.read_text().splitlines()]
 
-    def save_held_out(self, texts: list[Text]) -> None:
+    def save_held_out(self, texts: list[HeldOutDocument]) -> None:
         """Keep these documents with the run."""
         records = ({name: value for name, value in text._asdict().items() if value} for text in texts)
         write_atomically(self.held_out, "".join(json.dumps(record) + "\n" for record in records))

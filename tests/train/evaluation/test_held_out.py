@@ -11,12 +11,12 @@ from tests.small import mesh_of, small_model
 from train.config.reading import make_config
 from train.devices.mesh import on_one_device
 from train.evaluation.held_out import evaluate, gzip_bits_per_byte, make_evaluation_step
-from train.evaluation.results import evaluation_metrics, total
-from train.run.folder import Text
+from train.evaluation.results import combine, evaluation_metrics
+from train.run.folder import HeldOutDocument
 from train.step.optimizer import make_optimizer
 from train.step.state import make_state
 
-TEXTS = [Text(text) for text in ("a short one", "é and 漢", "x" * 100, "the last, of several words")]
+TEXTS = [HeldOutDocument(text) for text in ("a short one", "é and 漢", "x" * 100, "the last, of several words")]
 
 
 def evaluations(config, mesh, texts=TEXTS):
@@ -55,7 +55,7 @@ def test_several_corpora_have_figures_of_their_own_and_in_all():
     for name in found:
         alone = evaluation(config, mesh, [text._replace(corpus="") for text in several if text.corpus == name])
         assert dataclasses.astuple(found[name]) == pytest.approx(dataclasses.astuple(alone), rel=1e-6)
-    whole = total(found.values())
+    whole = combine(found.values())
     assert (whole.documents, whole.tokens) == (4, sum(len(text.text.encode()) + 1 for text in TEXTS))
     nats = sum(result.loss * result.tokens for result in found.values())
     assert whole.loss == pytest.approx(nats / whole.tokens)
@@ -66,10 +66,12 @@ def test_several_corpora_have_figures_of_their_own_and_in_all():
 
 def test_a_prompt_is_seen_and_not_counted():
     config, mesh = config_for(segment_length=64), on_one_device()
-    found = evaluation(config, mesh, [Text("an answer", prompt="a question? ")])
+    found = evaluation(config, mesh, [HeldOutDocument("an answer", prompt="a question? ")])
     assert (found.tokens, found.bytes) == (len("an answer") + 1, len("an answer"))
-    whole, prompt = (evaluation(config, mesh, [Text(text)]) for text in ("a question? an answer", "a question? "))
-    assert found.loss != pytest.approx(evaluation(config, mesh, [Text("an answer")]).loss, rel=1e-4)
+    whole, prompt = (
+        evaluation(config, mesh, [HeldOutDocument(text)]) for text in ("a question? an answer", "a question? ")
+    )
+    assert found.loss != pytest.approx(evaluation(config, mesh, [HeldOutDocument("an answer")]).loss, rel=1e-4)
     # All positions but the prompt's; its own end is not one of the whole text.
     assert whole.loss * whole.tokens - found.loss * found.tokens == pytest.approx(prompt.loss * prompt.tokens, rel=0.15)
 
@@ -83,6 +85,6 @@ def test_a_mesh_and_the_batch_size_change_nothing():
 
 
 def test_gzip_compresses_document_by_document():
-    text = Text("the same words again and again, " * 20)
+    text = HeldOutDocument("the same words again and again, " * 20)
     assert gzip_bits_per_byte([text, text]) == gzip_bits_per_byte([text])
     assert 0.3 < gzip_bits_per_byte([text]) < 1.0
