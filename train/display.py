@@ -113,7 +113,7 @@ def opening_lines(prepared: RunInputs, step: int, peak: str) -> list[str]:
         f"{config.train.run_dir} {begin} of {config.train.num_steps} steps, {tokens}",
         *(
             f"{corpus_field(source.name).removeprefix('data.')}: {source.corpus.describe()}, "
-            f"fingerprint {source.corpus.fingerprint[:12]}{drawn(source, prepared.mixture)}"
+            f"fingerprint {source.corpus.fingerprint[:12]}{source_text(source, prepared.mixture)}"
             for source in prepared.mixture.sources
         ),
         f"tokenizer: {prepared.tokenizer.vocab_size:,} token ids",

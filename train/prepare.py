@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
@@ -15,7 +15,9 @@ from data.tokenizer.tokenizer import Tokenizer
 from data.tokenizer.training import train_tokenizer
 from train.config.changes import changes_of, table
 from train.config.config import Config
+from train.data_identity import ACCEPT, ANOTHER_RUN, RunInputs, check_same_everywhere, identity_of, log
 from train.devices.processes import on_first_process
+from train.evaluation.documents import choose_held_out, take_bytes
 from train.evaluation.tasks import open_run_tasks
 from train.fork import check_fork, check_not_own_parent, parent_of
 from train.run.folder import HeldOutDocument, Run
@@ -24,11 +26,6 @@ from train.run.ledger import inherited, read_ledger, write_ledger
 from train.run.name import split_name
 from train.run.storage import check_writable, write_atomically
 from train.run.trackers import missing_packages
-
-if TYPE_CHECKING:
-    pass
-from train.data_identity import ACCEPT, ANOTHER_RUN, RunInputs, check_same_everywhere, identity_of, log
-from train.evaluation.documents import choose_held_out, take_bytes
 
 
 def prepare_run(config: Config, run: Run, lease: Lease) -> RunInputs:

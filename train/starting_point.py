@@ -1,4 +1,4 @@
-"""What a start begins with: the run's newest checkpoint, that of another run, or new weights."""
+"""The starting point of training: the run's newest checkpoint, a checkpoint of another run, or new weights."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,75 +18,76 @@ from train.step.state import State, abstract_state, make_state
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """What `find_starting_point` finds or makes.
+    """A state to train from, and its place in the data.
 
     Attributes:
-        prepared: what the run stands on; where the data has changed, with what is held out of it now.
-        state: on the ambient mesh.
-        positions: where in the data it goes on: see `data.mixture.initial_positions`.
-        over: whether the data has been read to its end.
-        history: of the last steps' losses, with which the next ones are compared.
-        fields: what its `start` event says of it.
+        inputs: the run's inputs; with new held-out documents if the data has changed.
+        state: the state of training, on the ambient mesh.
+        positions: positions of all streams (see `data.mixture.initial_positions`).
+        is_over: true if the data has been read to its end.
+        history: (loss, number of tokens) of the last steps, for the spike detector.
+        fields: fields of the `start` event.
     """
 
-    prepared: RunInputs
+    inputs: RunInputs
     state: State
     positions: np.ndarray
-    over: bool = False
+    is_over: bool = False
     history: list[list[float]] = field(default_factory=list)
     fields: dict[str, Any] = field(default_factory=dict)
 
 
 def find_starting_point(
-    prepared: RunInputs, run: Run, checkpoints: Checkpoints, optimizer: optax.GradientTransformation
+    inputs: RunInputs, run: Run, checkpoints: Checkpoints, optimizer: optax.GradientTransformation
 ) -> StartingPoint:
-    """What training goes on from. All processes call it together.
+    """Restores or makes the state to train from. All processes call it together.
 
     Raises:
         InputError: all checkpoints are damaged, or the data is not what was trained on (see `continue_data`).
     """
-    config = prepared.config
+    config = inputs.config
     if restored := checkpoints.restore(abstract_state(config, optimizer)):
         state, progress = restored
-        return _there(state, progress, *continue_data(progress, prepared, run.folder), {})
+        inputs, positions = continue_data(progress, inputs, run.folder)
+        return _at_checkpoint(inputs, state, positions, progress, {})
     if config.train.init_from:
-        return _fork(prepared, optimizer)
-    return StartingPoint(prepared, make_state(config, optimizer), _first(prepared))
+        return _fork(inputs, optimizer)
+    return StartingPoint(inputs, make_state(config, optimizer), _first_positions(inputs))
 
 
-def _first(prepared: RunInputs) -> np.ndarray:
-    return initial_positions(prepared.mixture, prepared.config.data.num_streams)
+def _first_positions(inputs: RunInputs) -> np.ndarray:
+    return initial_positions(inputs.mixture, inputs.config.data.num_streams)
 
 
-def _there(
-    state: State, progress: dict[str, Any], prepared: RunInputs, positions: np.ndarray, fields: dict[str, Any]
+def _at_checkpoint(
+    inputs: RunInputs, state: State, positions: np.ndarray, progress: dict[str, Any], fields: dict[str, Any]
 ) -> StartingPoint:
-    if progress["identity"] != prepared.identity:
-        # There is more to read, and other losses are usual.
-        return StartingPoint(prepared, state, positions, fields=fields)
-    return StartingPoint(prepared, state, positions, progress["is_over"], progress.get("history", []), fields)
+    if progress["identity"] != inputs.identity:
+        # The data has changed: there is more to read, and the losses before do not apply.
+        return StartingPoint(inputs, state, positions, fields=fields)
+    return StartingPoint(inputs, state, positions, progress["is_over"], progress.get("history", []), fields)
 
 
-def _fork(prepared: RunInputs, optimizer: optax.GradientTransformation) -> StartingPoint:
-    """With the checkpoint of another run: see `train.fork`."""
-    config = prepared.config
-    parent, take, fields = parent_of(config), config.train.init_with, fork_fields(config)
-    abstract, checkpoints = abstract_state(config, optimizer), Checkpoints(parent.run.checkpoints)
+def _fork(inputs: RunInputs, optimizer: optax.GradientTransformation) -> StartingPoint:
+    """Starts from a checkpoint of another run (see `train.fork`)."""
+    config = inputs.config
+    parent = parent_of(config)
+    fields = fork_fields(config)
+    abstract = abstract_state(config, optimizer)
+    checkpoints = Checkpoints(parent.run.checkpoints)
     try:
-        if take == "weights":
+        if config.train.init_with == "weights":
             state = make_state(config, optimizer)
-            # Not two sets of weights at once, where it can be helped.
-            del state["weights"]
+            del state["weights"]  # so that two sets of weights do not exist at once
             state["weights"] = checkpoints.restore_weights(abstract["weights"], parent.step)[1]
             if "average" in state:
                 state["average"] = jax.tree.map(jnp.copy, state["weights"])
-            return StartingPoint(prepared, state, _first(prepared), fields=fields)
+            return StartingPoint(inputs, state, _first_positions(inputs), fields=fields)
         state, progress = checkpoints.restore_step(parent.step, abstract)
     finally:
         checkpoints.close()
-    if take == "optimizer":
-        return StartingPoint(prepared, state, _first(prepared), fields=fields)
-    found = continue_data(
-        progress, prepared, parent.run.folder, "read it from its beginning with train.init_with=optimizer"
-    )
-    return _there(state, progress, *found, fields)
+    if config.train.init_with == "optimizer":
+        return StartingPoint(inputs, state, _first_positions(inputs), fields=fields)
+    remedy = "read it from its beginning with train.init_with=optimizer"
+    inputs, positions = continue_data(progress, inputs, parent.run.folder, remedy)
+    return _at_checkpoint(inputs, state, positions, progress, fields)

@@ -210,7 +210,7 @@ def test_a_bad_document_ends_the_run_with_its_checkpoint_or_is_left_out(tmp_path
     assert "corpus.jsonl:101: " in caplog.text
     assert "corpus.jsonl:201: " in caplog.text
     assert caplog.text.count(":101: ") == 1
-    assert "2 documents could not be read and were left out" in capsys.readouterr().err
+    assert "2 documents could not be read and were skipped" in capsys.readouterr().err
     expected = [record["loss"] for record in metrics(run)]
     shutil.rmtree(run)
     assert here(*command, "--config.data.on_bad_document=skip", "--config.data.num_workers=2") == 0

@@ -1,13 +1,9 @@
 """The held-out documents of a run."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from data.mixture import Mixture
 from train.run.folder import HeldOutDocument
-
-if TYPE_CHECKING:
-    pass
 
 
 def choose_held_out(mixture: Mixture, size: int) -> list[HeldOutDocument]:

@@ -4,7 +4,7 @@ import gzip
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,13 +18,9 @@ from train.devices.mesh import batch_sharding
 from train.devices.rules import training_layout
 from train.devices.xla import compiler_options, sum_loss_weights
 from train.evaluation.continuation import make_generator
+from train.evaluation.results import Evaluation
 from train.run.folder import HeldOutDocument
 from train.step.step import summed_loss
-
-if TYPE_CHECKING:
-    # The harness is imported where it is used.
-    pass
-from train.evaluation.results import Evaluation
 
 Batch = Mapping[str, jax.Array]
 EvaluationStep = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]

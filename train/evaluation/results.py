@@ -3,11 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    # The harness is imported where it is used.
-    pass
+from typing import Any
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,106 @@
+"""Steps in flight: dispatched to the devices, with figures that the host has not read yet."""
+
+import collections
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from train.data_identity import RunInputs
+from train.devices.agreement import Agreement
+from train.display import Rate
+from train.step.flops import memory_bytes
+from train.step.schedule import batch_size
+from train.step.spike_detector import SpikeDetector
+
+
+class DispatchedStep(NamedTuple):
+    """A step whose metrics, and the reports of all processes about it, are still computed by the devices."""
+
+    step: int
+    metrics: Any
+    reports: Any
+
+
+class InFlight:
+    """The dispatched steps of a run, oldest first.
+
+    There are never more than two, so that the devices always have work while the host logs the step before.
+
+    Attributes:
+        rate: tokens a second over the last finished steps.
+
+    Args:
+        inputs: the inputs of the run.
+        agreement: all-gathers the reports of the processes.
+        detector: raises Anomaly for a spike.
+        step: number of steps that are done.
+        flops_share: share of the devices' peak that one token a second is.
+    """
+
+    def __init__(self, inputs: RunInputs, agreement: Agreement, detector: SpikeDetector, step: int, flops_share: float):
+        self._config = inputs.config
+        self._mixture = inputs.mixture
+        self._agreement = agreement
+        self._detector = detector
+        self._flops_share = flops_share
+        self._rows_left = sum(batch_size(self._config, s) for s in range(step, self._config.train.num_steps))
+        self._steps: collections.deque[DispatchedStep] = collections.deque()
+        self.rate = Rate()
+        self.rate.start()
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def add(self, step: int, metrics: Any, report: list[float]) -> None:
+        """Adds a step that was just dispatched, and sends this process's report on it to the others.
+
+        Args:
+            step: number of the step, from 1.
+            metrics: output of the step's program.
+            report: 1 if this process was asked to stop; seconds that it waited for data; seconds that it was busy.
+        """
+        reports = self._agreement.send(report, [metrics["loss"], metrics["grad_norm"]])
+        self._steps.append(DispatchedStep(step, metrics, reports))
+
+    def finish_oldest(self) -> tuple[dict[str, Any], bool]:
+        """Waits for the oldest step and returns (its line of metrics.jsonl, True if a process was asked to stop).
+
+        Raises:
+            Anomaly: its figures are not finite, or its loss is an outlier.
+        """
+        step, metrics, reports = self._steps.popleft()
+        figures: dict[str, Any] = jax.tree.map(lambda x: x.tolist(), jax.device_get(metrics))
+        asked, waited, busy, *seen = self._agreement.read(reports).T
+        record = {"step": step, "time": round(time.time(), 3)} | figures
+        # A non-finite figure on any process counts for all. Outliers are judged by the figures of process 0.
+        seen_by_process = np.transpose(seen).tolist()
+        record |= dict(zip(("loss", "grad_norm"), seen_by_process[0], strict=True))
+        shares = self._mixture.shares
+        new_data = step > 1 and shares(step - 1) != shares(step - 2)
+        self._detector.check(record, seen_by_process, new_data)
+        self.rate.finished(record["loss_weight"])
+        record |= self._speed(step, record["loss_weight"], waited)
+        if len(busy) > 1:
+            slowest = int(busy.argmax())  # the other processes wait for this one
+            record |= {
+                "slowest_process": slowest, "slowest_process_seconds": float(busy[slowest]),
+                "slowest_process_data_wait_seconds": float(waited[slowest]),
+            }  # fmt: skip
+        return record, bool(asked.any())
+
+    def seconds_left(self) -> float:
+        """Returns the seconds until the run's last step at the current rate."""
+        return self.rate.seconds(self._rows_left * self._config.data.segment_length)
+
+    def _speed(self, step: int, tokens: float, waited: np.ndarray) -> dict[str, float]:
+        rows = batch_size(self._config, step - 1)
+        self._rows_left -= rows
+        return {
+            "utilization": tokens / (rows * self._config.data.segment_length),
+            "tokens_per_second": self.rate.tokens_per_second,
+            "peak_share": self.rate.tokens_per_second * self._flops_share,
+            "data_wait_seconds": float(waited.max()),
+            "memory_bytes": memory_bytes(),
+        }

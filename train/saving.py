@@ -1,0 +1,81 @@
+"""Saves of a run: checkpoints of its state, and the log of its positions in the data."""
+
+import time
+from typing import Any
+
+import numpy as np
+
+from data.loader import gather_positions
+from train.checkpoint.checkpoint import Checkpoints
+from train.checkpoint.replicas import check_replicas, is_finite
+from train.data_identity import data_fingerprint
+from train.devices.processes import all_gather_json
+from train.run.events import Events
+from train.run.ledger import Ledger
+from train.run.step_log import StepLog
+from train.step.spike_detector import Anomaly, SpikeDetector
+from train.step.state import State
+
+
+class Saver:
+    """Saves the state of one pass of training, from a restored step on.
+
+    Args:
+        checkpoints: the run's checkpoints.
+        events: the audit log.
+        ledger: the skipped batches.
+        detector: its history is saved with the state.
+        identity: what the order of the data follows from.
+        position_log: positions.jsonl, on process 0 alone.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        events: Events,
+        ledger: Ledger,
+        detector: SpikeDetector,
+        identity: dict[str, Any],
+        position_log: StepLog | None,
+    ):
+        self._checkpoints = checkpoints
+        self._events = events
+        self._ledger = ledger
+        self._detector = detector
+        self._identity = identity
+        self._position_log = position_log
+
+    def save(self, step: int, state: State, positions: np.ndarray, is_over: bool) -> None:
+        """Saves a checkpoint; all processes call it together.
+
+        Args:
+            step: number of steps that are done.
+            state: the state after them.
+            positions: positions of the streams that this process reads (see `gather_positions`).
+            is_over: true if the data has been read to its end.
+
+        Raises:
+            Anomaly: the state is not finite.
+            Fault: replicas of the state differ.
+        """
+        self._events.account.turn_to("checkpoint")
+        begun = time.perf_counter()
+        if not all(all_gather_json(bool(is_finite(state)))):
+            raise Anomaly(step, "its weights or optimizer state are not finite")
+        check_replicas(state)
+        all_positions = gather_positions(positions).tolist()
+        self.log_positions(step, all_positions)
+        history = [list(pair) for pair in self._detector.history]
+        progress = {"positions": all_positions, "identity": self._identity, "is_over": is_over, "history": history}
+        self._checkpoints.save(state, progress)
+        stall = round(time.perf_counter() - begun, 3)
+        self._events.account.keep()
+        self._ledger.saved()
+        self._events.write("save", step=step, stall_seconds=stall)
+        self._events.account.turn_to("steps")
+
+    def log_positions(self, step: int, positions: list[Any]) -> None:
+        """Writes the positions of all streams after a step to positions.jsonl."""
+        if self._position_log:
+            data = data_fingerprint(self._identity)
+            self._position_log.write({"step": step, "data": data, "positions": positions})
