@@ -11,6 +11,7 @@ import pytest
 
 from docs import outputs
 from launch.commands import COMMANDS, parse
+from tests.test_project import INNER_ORDER
 from train.config.config import config_fields
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -195,6 +196,14 @@ def test_the_index_lists_every_page():
     index = (ROOT / "docs" / "README.md").read_text()
     for page in (ROOT / "docs").glob("*.md"):
         assert page.name == "README.md" or f"({page.name})" in index, page.name
+
+
+def test_the_drawing_of_the_house_has_every_room():
+    drawing = (ROOT / "docs" / "architecture.md").read_text()
+    for package, rooms in INNER_ORDER.items():
+        for room in rooms:
+            path = f"{package}/{room}"
+            assert f"`{path}" in drawing, f"docs/architecture.md: {path} is not there"
 
 
 def test_every_message_in_troubleshooting_is_one_of_the_codes():
