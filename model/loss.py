@@ -193,26 +193,26 @@ def _num_chunks(B: int, T: int, config: ResolvedModelConfig, layout: Layout) -> 
 
 def _split_chunks(x: jax.Array, count: int, layout: Layout) -> jax.Array:
     """Reshapes [B, T, ...] to [count, B, T / count, ...], padded with zeros; each device splits its own positions."""
-    n, rest = layout.size("sequence"), (None,) * (x.ndim - 2)
-    x = layout.reshard(x, "batch", "sequence", *rest)
-    x = _reshape(x, (x.shape[0], n, -1, *x.shape[2:]), layout.out_sharding("batch", "sequence", None, *rest))
+    n, trailing = layout.size("sequence"), (None,) * (x.ndim - 2)
+    x = layout.reshard(x, "batch", "sequence", *trailing)
+    x = _reshape(x, (x.shape[0], n, -1, *x.shape[2:]), layout.out_sharding("batch", "sequence", None, *trailing))
     if padding := -x.shape[2] % count:
         x = jnp.pad(x, [(0, padding if axis == 2 else 0) for axis in range(x.ndim)])
     x = _reshape(
-        x, (*x.shape[:2], count, -1, *x.shape[3:]), layout.out_sharding("batch", "sequence", None, None, *rest)
+        x, (*x.shape[:2], count, -1, *x.shape[3:]), layout.out_sharding("batch", "sequence", None, None, *trailing)
     )
     x = jnp.moveaxis(x, 2, 0)
-    return _reshape(x, (count, x.shape[1], -1, *x.shape[4:]), layout.out_sharding(None, "batch", "sequence", *rest))
+    return _reshape(x, (count, x.shape[1], -1, *x.shape[4:]), layout.out_sharding(None, "batch", "sequence", *trailing))
 
 
 def _join_chunks(chunks: jax.Array, T: int, layout: Layout) -> jax.Array:
     """Reshapes chunks to [B, T, ...]: the inverse of `_split_chunks`."""
     count, B = chunks.shape[:2]
-    n, rest = layout.size("sequence"), (None,) * (chunks.ndim - 3)
-    cut = layout.out_sharding(None, "batch", "sequence", None, *rest)
+    n, trailing = layout.size("sequence"), (None,) * (chunks.ndim - 3)
+    cut = layout.out_sharding(None, "batch", "sequence", None, *trailing)
     x = jnp.moveaxis(_reshape(chunks, (count, B, n, -1, *chunks.shape[3:]), cut), 0, 2)
-    x = _reshape(x, (B, n, -1, *x.shape[4:]), layout.out_sharding("batch", "sequence", None, *rest))[:, :, : T // n]
-    return _reshape(x, (B, T, *x.shape[3:]), layout.out_sharding("batch", "sequence", *rest))
+    x = _reshape(x, (B, n, -1, *x.shape[4:]), layout.out_sharding("batch", "sequence", None, *trailing))[:, :, : T // n]
+    return _reshape(x, (B, T, *x.shape[3:]), layout.out_sharding("batch", "sequence", *trailing))
 
 
 def _reshape(x: jax.Array, shape: tuple[int, ...], sharding: PartitionSpec | None) -> jax.Array:

@@ -146,7 +146,9 @@ class Scheduler:
         needed = max(next_power_of_two(longest), round_up(longest + max_new_tokens))
         self.capacity = min(needed, generator.context)
         config, layout = generator.config, generator.layout
-        self.state = DecodeState(empty_cache(config, len(self.slots), self.capacity, layout), self._nothing_seen())
+        self.state = DecodeState(
+            empty_cache(config, len(self.slots), self.capacity, layout), self._seen_tokens(self.slots)
+        )
         self.program = (config, layout, sampling, generator.weights, np.int32(seed))
 
     def run(self) -> Iterator[TokenDelta]:
@@ -169,8 +171,8 @@ class Scheduler:
 
     def decode(self) -> np.ndarray:
         """Runs decode steps in all slots; returns the token ids [B, N] that were drawn, or NO_TOKEN."""
-        rows, eos_id = self._row_state(self.slots), np.int32(self.generator.eos_id)
-        tokens_BN, self.state = decode_steps(*self.program, rows, self.state, eos_id, np.int32(self.max_new_tokens))
+        eos_id, limit = np.int32(self.generator.eos_id), np.int32(self.max_new_tokens)
+        tokens_BN, self.state = decode_steps(*self.program, _row_state(self.slots), self.state, eos_id, limit)
         return np.asarray(tokens_BN)
 
     def collect(self, tokens_BN: np.ndarray) -> Iterator[TokenDelta]:
@@ -189,7 +191,7 @@ class Scheduler:
         length = request.cache_length = len(request.window)
         T = min(next_power_of_two(length), self.generator.context)
         tokens_1T = np.array([request.window + [0] * (T - length)], np.int32)
-        token_1, row = prefill(*self.program, self._row_state([request]), tokens_1T, self._seen(request))
+        token_1, row = prefill(*self.program, _row_state([request]), tokens_1T, self._seen_tokens([request]))
         self.state = insert_row(self.state, row, slot)
         tokens: list[int] = np.asarray(token_1).tolist()
         return tokens
@@ -205,30 +207,19 @@ class Scheduler:
         if ended or request.prompt_index in self.stopped:
             self.slots[slot] = None
 
-    def _row_state(self, requests: Sequence[Request | None]) -> RowState:
-        rows = [
-            RowState(request.window[-1], request.cache_length, request.prompt_index, request.num_drawn)
-            if request
-            else RowState(NO_TOKEN, 0, 0, 0)
-            for request in requests
-        ]
-        return RowState(*np.array(rows, np.int32).T)
-
-    def _vocabulary(self) -> int:
-        return len(self.generator.weights["embedding"]["table"])
-
-    def _nothing_seen(self) -> jax.Array | None:
+    def _seen_tokens(self, requests: Sequence[Request | None]) -> jax.Array | None:
         if not self.sampling.penalizes:
             return None
-        sharding = self.generator.layout.out_sharding("batch", None)
-        return jnp.zeros((len(self.slots), self._vocabulary()), bool, out_sharding=sharding)
+        seen_BV = np.zeros((len(requests), len(self.generator.weights["embedding"]["table"])), bool)
+        for row, request in enumerate(requests):
+            seen_BV[row, request.tokens if request else []] = True
+        return jnp.asarray(seen_BV)
 
-    def _seen(self, request: Request) -> np.ndarray | None:
-        if not self.sampling.penalizes:
-            return None
-        seen_1V = np.zeros((1, self._vocabulary()), bool)
-        seen_1V[0, request.tokens] = True
-        return seen_1V
+
+def _row_state(requests: Sequence[Request | None]) -> RowState:
+    empty = RowState(NO_TOKEN, 0, 0, 0)
+    rows = [RowState(r.window[-1], r.cache_length, r.prompt_index, r.num_drawn) if r else empty for r in requests]
+    return RowState(*np.array(rows, np.int32).T)
 
 
 def round_up(n: int) -> int:

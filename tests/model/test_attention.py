@@ -1,4 +1,4 @@
-"""Floor 3 against its definition, written out as loops."""
+"""Floor 3 against its definition in plain loops."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def test_attend_is_the_definition_with_heads_sharing_keys(window: int | None, so
     q, k, v = (random.normal(size=(B, n, T, C)).astype(np.float32) for n in (H, K, K))
     segment_ids = np.array([[1, 1, 2, 2, 2], [1, 1, 1, 1, 0]])
     mask = causal_mask(jnp.array(segment_ids), window)
-    found = attend(jnp.array(q), jnp.array(k), jnp.array(v), mask, softcap)
+    actual = attend(jnp.array(q), jnp.array(k), jnp.array(v), mask, softcap)
     for b in range(B):
         for h in range(H):
             for t in range(T):
@@ -34,7 +34,7 @@ def test_attend_is_the_definition_with_heads_sharing_keys(window: int | None, so
                     scores = softcap * np.tanh(scores / softcap)
                 weights = np.exp(scores) / np.exp(scores).sum()
                 expected = sum(w * v[b, shared, s] for w, s in zip(weights, seen, strict=True))
-                np.testing.assert_allclose(found[b, h, t], expected, atol=1e-6)
+                np.testing.assert_allclose(actual[b, h, t], expected, atol=1e-6)
 
 
 def test_the_module_projects_rotates_and_attends():
@@ -43,10 +43,10 @@ def test_the_module_projects_rotates_and_attends():
     x = jnp.array(np.random.default_rng(1).normal(size=(2, 7, config.model_dim)), jnp.float32)
     positions, segment_ids = jnp.tile(jnp.arange(7), (2, 1)), jnp.ones((2, 7), jnp.int32)
     angles, mask = rope_rotation(config, positions), causal_mask(segment_ids)
-    found, aux = Attention(config, weights, UNSHARDED)(x, angles, attention_over(config, UNSHARDED, segment_ids))
+    actual, aux = Attention(config, weights, UNSHARDED)(x, angles, attention_over(config, UNSHARDED, segment_ids))
     query, key, value = (jnp.einsum("btd,dhc->bhtc", x, weights[name]) for name in ("query", "key", "value"))
     mixed = attend(rotate(query, angles), rotate(key, angles), value, mask)
-    np.testing.assert_allclose(found, jnp.einsum("bhtc,hcd->btd", mixed, weights["output"]), atol=1e-6)
+    np.testing.assert_allclose(actual, jnp.einsum("bhtc,hcd->btd", mixed, weights["output"]), atol=1e-6)
     assert aux == {}
 
 
@@ -57,7 +57,7 @@ def test_scores_and_softmax_are_float32_under_bfloat16():
     np.testing.assert_allclose(average.astype(jnp.float32), 1.0, atol=4e-3)
 
 
-def test_normed_queries_and_keys_have_the_length_that_their_scales_say():
+def test_normed_queries_and_keys_have_the_length_of_their_scales():
     config = small_model(qk_norm=True)
     weights = jax.tree.map(lambda x: x[0], small_weights(config)["blocks"]["attention"])
     x = jnp.array(np.random.default_rng(1).normal(size=(2, 7, config.model_dim)), jnp.float32)
@@ -73,7 +73,7 @@ def test_normed_queries_and_keys_have_the_length_that_their_scales_say():
 
 
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (2, None), (3, 1.5)])
-def test_weights_to_look_at_sum_to_one_see_what_attend_sees_and_give_its_result(
+def test_attention_weights_sum_to_one_and_have_the_mask_and_the_result_of_attend(
     window: int | None, softcap: float | None
 ):
     random = np.random.default_rng(0)
@@ -89,7 +89,7 @@ def test_weights_to_look_at_sum_to_one_see_what_attend_sees_and_give_its_result(
 
 
 @pytest.mark.parametrize("name", theirs.MODELS)
-def test_transformers_tells_the_same_weights_of_every_layer_and_head(name: str):
+def test_transformers_gives_the_same_weights_for_every_layer_and_head(name: str):
     torch = require("torch")
     config = theirs.MODELS[name]
     weights, T = small_weights(config), 16
@@ -99,6 +99,6 @@ def test_transformers_tells_the_same_weights_of_every_layer_and_head(name: str):
     with torch.no_grad():
         expected = model(torch.tensor(tokens, dtype=torch.long), output_attentions=True).attentions
     positions, one = jnp.tile(jnp.arange(T), (2, 1)), jnp.ones((2, T), jnp.int32)
-    found = jax.jit(lambda weights: Decoder(config, weights).attention_weights(tokens, positions, one))(weights)
-    assert found.shape == (config.num_layers, 2, config.num_heads, T, T)
-    assert np.abs(np.asarray(found) - np.stack([layer.numpy() for layer in expected])).max() <= 1e-5
+    actual = jax.jit(lambda weights: Decoder(config, weights).attention_weights(tokens, positions, one))(weights)
+    assert actual.shape == (config.num_layers, 2, config.num_heads, T, T)
+    assert np.abs(np.asarray(actual) - np.stack([layer.numpy() for layer in expected])).max() <= 1e-5

@@ -17,7 +17,7 @@ from tests.small import VOCAB_SIZE, small_batch, small_model, small_weights
 
 
 def one_document(tokens: np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Tokens [T] as the arguments of the decoder."""
+    """Returns the decoder's arguments for tokens [T]."""
     length = len(tokens)
     return jnp.array(tokens)[None], jnp.arange(length)[None], jnp.ones((1, length), jnp.int32)
 
@@ -71,10 +71,10 @@ def test_a_document_in_a_packed_segment_has_the_losses_that_it_has_alone(dtype: 
     for row in range(4):
         ids = batch["segment_ids"][row]
         for segment in set(ids.tolist()) - {0}:
-            here = ids == segment
-            alone = {name: array[row, here][None] for name, array in batch.items()}
-            assert alone["positions"][0].tolist() == list(range(here.sum()))
-            np.testing.assert_allclose(packed[row, here], losses(config, weights, alone)[0], atol=tolerance)
+            inside = ids == segment
+            alone = {name: array[row, inside][None] for name, array in batch.items()}
+            assert alone["positions"][0].tolist() == list(range(inside.sum()))
+            np.testing.assert_allclose(packed[row, inside], losses(config, weights, alone)[0], atol=tolerance)
             pieces += 1
     assert pieces > 8
 
@@ -94,9 +94,9 @@ def test_remat_policies_trade_memory_and_leave_gradients_as_they_are():
     for policy in choices_of(ModelConfig, "remat_policy"):
         compiled = gradient_of(small_model(num_layers=4, remat_policy=policy)).lower(*arguments).compile()
         memory[policy] = compiled.memory_analysis().temp_size_in_bytes
-        found = compiled(*arguments)
-        expected = expected or found
-        for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        actual = compiled(*arguments)
+        expected = expected or actual
+        for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(actual), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
     assert memory["none"] > 2 * memory["products"] > 2 * memory["full"], memory
 
@@ -117,7 +117,7 @@ def test_the_program_does_not_grow_with_depth():
         batch = small_batch(2)
         arguments = [jnp.array(batch[name]) for name in ("tokens", "positions", "segment_ids")]
         sizes.append(len(str(jax.make_jaxpr(gradient_of(config))(small_weights(config), *arguments)).splitlines()))
-    # Lines of the program as text: a wider number may wrap one.
+    # Counted in lines of text, of which a wider number may wrap one.
     assert abs(sizes[0] - sizes[1]) <= 2
 
 
@@ -131,17 +131,17 @@ def test_the_program_does_not_grow_with_depth():
     ],
     ids=["on one CPU", "on two", "with remat", "many layers"],
 )
-def test_one_cpu_writes_few_layers_out(changes: dict, devices: int, scanned: bool):
+def test_on_one_cpu_few_layers_are_unrolled(changes: dict, devices: int, scanned: bool):
     config = small_model(**changes)
     weights, batch = small_weights(config), small_batch(2)
     arguments = (weights, *(jnp.array(batch[name]) for name in ("tokens", "positions", "segment_ids")))
     gradient = gradient_of(config)
     expected = gradient(*arguments)
     with jax.set_mesh(jax.make_mesh((devices,), ("data",))):
-        here = jax.tree.map(jnp.asarray, jax.device_get(arguments))
-        assert ("scan[" in str(jax.make_jaxpr(gradient)(*here))) == scanned
-        found = gradient(*here)
-    for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        on_mesh = jax.tree.map(jnp.asarray, jax.device_get(arguments))
+        assert ("scan[" in str(jax.make_jaxpr(gradient)(*on_mesh))) == scanned
+        actual = gradient(*on_mesh)
+    for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(actual), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
@@ -150,11 +150,11 @@ def test_one_cpu_writes_few_layers_out(changes: dict, devices: int, scanned: boo
     [{}, {"qk_norm": True, "sliding_window": 3, "attention_softcap": 1.0}, {"norm_placement": "post"}],
     ids=["plain", "norms and a window", "post-norm"],
 )
-def test_what_is_watched_is_of_the_visible_keys_and_of_what_each_layer_hands_on(changes: dict, monkeypatch):
+def test_watch_gives_the_largest_logit_of_visible_keys_and_the_rms_of_each_layers_output(changes: dict, monkeypatch):
     config = small_model(**changes)
     weights, batch = small_weights(config), small_batch(3)
     arguments = [jnp.array(batch[name]) for name in ("tokens", "positions", "segment_ids")]
-    found = Decoder(config, weights).watch(*arguments)
+    actual = Decoder(config, weights).watch(*arguments)
     logits, attend = [], model.kernels.attend
 
     def recording(q, k, v, mask, *rest):
@@ -169,5 +169,5 @@ def test_what_is_watched_is_of_the_visible_keys_and_of_what_each_layer_hands_on(
     for layer in range(2):
         block = Block(config, jax.tree.map(lambda w, i=layer: w[i], weights["blocks"]), UNSHARDED)
         x, _ = block(x, rotation, attention, None, None, None)
-        np.testing.assert_allclose(found["residual_rms"][layer], np.sqrt(np.mean(np.square(x))), rtol=1e-5)
-    np.testing.assert_allclose(found["largest_logit"], logits, rtol=1e-5)
+        np.testing.assert_allclose(actual["residual_rms"][layer], np.sqrt(np.mean(np.square(x))), rtol=1e-5)
+    np.testing.assert_allclose(actual["largest_logit"], logits, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""Dropout: its rate and scale, and masks that belong to rows."""
+"""Dropout: its rate and scale, and its masks, one for each row."""
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ def test_each_rate_acts_in_training_and_none_without_keys():
 def test_layers_drop_different_components():
     config = small_model(num_layers=2, residual_dropout=0.5)
     weights = jax.tree.map(lambda x: x, small_weights(config))
-    # Both layers the same: what differs is their masks.
+    # Both layers have the same weights, so that only their masks differ.
     weights["blocks"] = jax.tree.map(lambda x: jnp.stack([x[0], x[0]]), weights["blocks"])
     batch, keys_B = small_batch(2), row_keys(0, jnp.int32(0), jnp.arange(2))
     arguments = [jnp.array(batch[name]) for name in ("tokens", "positions", "segment_ids")]

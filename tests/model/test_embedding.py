@@ -13,8 +13,8 @@ def test_a_token_becomes_its_row_scaled_where_asked():
     table, tokens = jnp.array(np.random.default_rng(0).normal(size=(5, 32)), jnp.float32), jnp.array([[3, 0], [4, 3]])
     plain, scaled = small_model(), small_model(scale_embeddings=True)
     np.testing.assert_array_equal(Embedding(plain, {"table": table}, UNSHARDED)(tokens), table[tokens])
-    found = Embedding(scaled, {"table": table}, UNSHARDED)(tokens)
-    np.testing.assert_allclose(found, table[tokens] * np.sqrt(32), rtol=1e-6)
+    actual = Embedding(scaled, {"table": table}, UNSHARDED)(tokens)
+    np.testing.assert_allclose(actual, table[tokens] * np.sqrt(32), rtol=1e-6)
 
 
 def test_the_gradient_of_a_frequent_token_is_summed_in_float32():

@@ -1,5 +1,4 @@
-"""Every combination of floors that a property test can draw: causality (C12), one pass for all prefixes, packing (C3),
-and the cache."""
+"""Properties of every combination of floors: causality (C12), one pass for all prefixes, packing (C3), the cache."""
 
 import jax
 import numpy as np
@@ -18,7 +17,7 @@ T, PART = 12, 5
 
 @st.composite
 def models(draw: st.DrawFn) -> ModelConfig:
-    """Any model of two small layers."""
+    """Draws any model of two small layers."""
     position = draw(st.sampled_from(choices_of(ModelConfig, "position")))
     scaling = draw(st.sampled_from(choices_of(ModelConfig, "rope_scaling"))) if position == "rope" else "none"
     factor, original = (1.0, None) if scaling == "none" else (4.0, 8)
@@ -45,14 +44,14 @@ def models(draw: st.DrawFn) -> ModelConfig:
         feedforward_bias=draw(st.booleans()),
         norm=draw(st.sampled_from(choices_of(ModelConfig, "norm"))),
         norm_placement=draw(st.sampled_from(choices_of(ModelConfig, "norm_placement"))),
-        # Neither changes what a pass gives without keys.
+        # Neither changes the result of a pass without dropout keys.
         residual_dropout=draw(st.sampled_from([0.0, 0.5])),
         remat_policy=draw(st.sampled_from(choices_of(ModelConfig, "remat_policy"))),
     )
 
 
 def log_probabilities(config: ModelConfig):
-    """Two compiled functions: log p [B, T, V] of rows, and of the next tokens of a document whose cache is given."""
+    """Returns two compiled functions: log p [B, T, V] of whole rows, and of more tokens after those in a cache."""
 
     def of(decoder: Decoder | CachedDecoder, x_BTD: jax.Array) -> jax.Array:
         return jax.nn.log_softmax(decoder.logits(x_BTD)[..., :VOCAB_SIZE])
@@ -90,15 +89,15 @@ def test_any_model_is_causal_trains_all_prefixes_at_once_packs_and_decodes_from_
     prefix = at_once(weights, tokens[None, :PART], positions[:1, :PART], one[:1, :PART])[0]
     np.testing.assert_allclose(prefix, whole[:PART], atol=2e-5)
 
-    # A document packed behind another one has what it has alone.
-    second = np.tile(np.arange(T) >= T - PART, (T, 1))
-    packed = at_once(weights, changed, np.where(second, positions - (T - PART), positions), one + second)[-1]
+    # A document packed behind another one has the results that it has alone.
+    behind = np.tile(np.arange(T) >= T - PART, (T, 1))
+    packed = at_once(weights, changed, np.where(behind, positions - (T - PART), positions), one + behind)[-1]
     alone = at_once(weights, tokens[None, -PART:], positions[:1, :PART], one[:1, :PART])[0]
     np.testing.assert_allclose(packed[-PART:], alone, atol=2e-5)
     np.testing.assert_allclose(packed[:-PART], whole[:-PART], atol=2e-5)
 
-    # Read in two parts, the second through the cache of the first.
+    # Two passes, the second through the cache of the first, give the results of one.
     weights = decoding_weights(config, weights)
     first, cache = extend(weights, tokens[None, :-PART], np.array([0]), empty_cache(config, 1, T))
-    rest, _ = extend(weights, tokens[None, -PART:], np.array([T - PART]), cache)
-    np.testing.assert_allclose(np.concatenate([first[0], rest[0]]), whole, atol=2e-5)
+    second, _ = extend(weights, tokens[None, -PART:], np.array([T - PART]), cache)
+    np.testing.assert_allclose(np.concatenate([first[0], second[0]]), whole, atol=2e-5)

@@ -1,4 +1,4 @@
-"""Every kernel is plain attention, computed otherwise: here in interpreter mode, on one device and on meshes."""
+"""Every kernel gives the results of plain attention, in interpreter mode, on one device and on meshes."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ def config_for(kernel: str, **changes: object) -> ModelConfig:
 
 
 def inputs(config: ModelConfig, rows: int = 2, seed: int = 0):
-    """Queries, keys, values, what the result's gradient is, and segments that begin inside blocks and at their ends."""
+    """Returns q, k, v, the gradient of the result, and segments that begin inside blocks and at their ends."""
     random = np.random.default_rng(seed)
     heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads, config.num_heads)
     q, k, v, g = (random.normal(size=(rows, n, T, config.head_dim)).astype(np.float32) for n in heads)
@@ -34,13 +34,13 @@ def inputs(config: ModelConfig, rows: int = 2, seed: int = 0):
 
 
 def result_and_gradients(config: ModelConfig, mesh, layout, arrays, dtype=jnp.float32):
-    """Of attention on a mesh, in the order of the rows."""
+    """Returns attention's result and gradients on a mesh, in the order of the rows."""
     with jax.set_mesh(mesh):
         order = zigzag_order(T, layout)
         axes = [("batch", heads, "time", None) for heads in ("heads", "kv_heads", "kv_heads", "heads")]
         q, k, v, g = (
-            jax.device_put(jnp.asarray(x[:, :, order], dtype), layout.spec(*of))
-            for x, of in zip(arrays[:4], axes, strict=True)
+            jax.device_put(jnp.asarray(x[:, :, order], dtype), layout.spec(*names))
+            for x, names in zip(arrays[:4], axes, strict=True)
         )
         ids = jax.device_put(arrays[4][:, order], layout.spec("batch", "time"))
 
@@ -50,12 +50,12 @@ def result_and_gradients(config: ModelConfig, mesh, layout, arrays, dtype=jnp.fl
             y, pull = jax.vjp(lambda *x: attention(*x, None), q, k, v)
             return y, *pull(g)
 
-        found = [np.asarray(x, np.float32) for x in both(q, k, v, g, ids)]
-    return [x[:, :, np.argsort(order)] for x in found]
+        actual = [np.asarray(x, np.float32) for x in both(q, k, v, g, ids)]
+    return [x[:, :, np.argsort(order)] for x in actual]
 
 
-def assert_close(found, expected, tolerance: float) -> None:
-    for one, other in zip(found, expected, strict=True):
+def assert_close(actual, expected, tolerance: float) -> None:
+    for one, other in zip(actual, expected, strict=True):
         assert np.linalg.norm(one - other) / np.linalg.norm(other) < tolerance
 
 
@@ -70,8 +70,8 @@ def test_splash_attention_is_plain_attention(changes: dict):
 def test_splash_attention_in_bfloat16_is_as_near_as_plain_attention_is():
     arrays = inputs(config_for("plain"))
     exact = result_and_gradients(config_for("plain"), mesh_of(), TRAINING, arrays)
-    found = result_and_gradients(config_for("splash"), mesh_of(), TRAINING, arrays, jnp.bfloat16)
-    assert_close(found, exact, 1e-2)
+    actual = result_and_gradients(config_for("splash"), mesh_of(), TRAINING, arrays, jnp.bfloat16)
+    assert_close(actual, exact, 1e-2)
 
 
 @pytest.mark.parametrize("kernel", ["plain", "splash"])
@@ -82,12 +82,12 @@ def test_splash_attention_in_bfloat16_is_as_near_as_plain_attention_is():
 def test_devices_that_share_rows_heads_and_positions_give_the_same(shape: dict, kernel: str, changes: dict):
     arrays = inputs(config_for("plain", **changes))
     expected = result_and_gradients(config_for("plain", **changes), mesh_of(), TRAINING, arrays)
-    found = result_and_gradients(config_for(kernel, **changes), mesh_of(**shape), TRAINING, arrays)
-    assert_close(found, expected, 2e-6)
+    actual = result_and_gradients(config_for(kernel, **changes), mesh_of(**shape), TRAINING, arrays)
+    assert_close(actual, expected, 2e-6)
 
 
 @pytest.mark.parametrize("kernel", ["plain", "splash"])
-def test_what_comes_later_or_in_another_segment_changes_not_one_bit(kernel: str):
+def test_later_positions_and_other_segments_change_no_bit(kernel: str):
     config = config_for(kernel)
     q, k, v, g, ids = inputs(config, rows=1)
     place = 100
@@ -101,7 +101,7 @@ def test_what_comes_later_or_in_another_segment_changes_not_one_bit(kernel: str)
 
 
 @pytest.mark.parametrize("kernel", ["plain", "splash"])
-def test_a_packed_document_has_what_it_has_alone(kernel: str):
+def test_a_packed_document_has_the_results_that_it_has_alone(kernel: str):
     config = config_for(kernel)
     q, k, v, g, ids = inputs(config, rows=1)
     inside = ids[0] == ids[0, 128]
@@ -121,7 +121,7 @@ def test_devices_that_share_the_positions_have_equal_causal_work():
 
 
 def platform(name: str):
-    """A mesh of a platform that is not here, as far as a choice needs one."""
+    """Returns an abstract mesh of a platform that this machine lacks, for `choose_kernel`."""
     kind = {"tpu": "TPU v5e", "gpu": "NVIDIA H100"}[name]
     device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform=name)
     return jax.sharding.AbstractMesh((1,), ("data",), axis_types=(AxisType.Explicit,), abstract_device=device)
@@ -144,9 +144,9 @@ def platform(name: str):
 def test_the_choice_follows_the_platform_and_says_why(name: str, changes: dict, length: int, kernel: str, words: str):
     config = config_for("auto", **changes)
     with jax.sharding.use_abstract_mesh(platform(name)):
-        found = choose_kernel(config, UNSHARDED, length)
-        assert found.kernel == kernel
-        assert words in str(found)
+        actual = choose_kernel(config, UNSHARDED, length)
+        assert actual.kernel == kernel
+        assert words in str(actual)
         if kernel == "plain":
             asked = dataclasses.replace(config, attention_kernel={"tpu": "splash", "gpu": "cudnn"}[name])
             with pytest.raises(ValueError, match="leave it at auto"):

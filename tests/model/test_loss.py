@@ -23,13 +23,13 @@ def model(chunk: int, vocab_size: int = VOCAB, **changes: float) -> ModelConfig:
 
 
 def plain(x: jax.Array, matrix: jax.Array, targets: jax.Array) -> jax.Array:
-    """-log p(target)."""
+    """Returns -log p(target) by `log_softmax`."""
     scores = jax.nn.log_softmax(x @ matrix[:, :VOCAB])
     return -jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
 
 
-def assert_near(found: object, expected: object) -> None:
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+def assert_near(actual: object, expected: object) -> None:
+    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
 
 
@@ -80,14 +80,14 @@ def test_smoothing_and_z_loss_have_the_gradients_of_their_definitions():
     assert_near(jax.value_and_grad(chunked, (0, 1))(x, matrix), jax.value_and_grad(whole, (0, 1))(x, matrix))
     cross_entropy = summed_losses(x, matrix, targets, weights, config).cross_entropy
     assert_near(cross_entropy, jnp.sum(weights * plain(x, matrix, targets)))
-    # The same where gradients are computed beside, and no other value.
-    (objective, beside), _ = jax.value_and_grad(
+    # The values are the same where gradients are computed, too.
+    (objective, other), _ = jax.value_and_grad(
         lambda x: summed_losses(x, matrix, targets, weights, config), has_aux=True
     )(x)
-    assert_near((objective, beside), (whole(x, matrix), cross_entropy))
+    assert_near((objective, other), (whole(x, matrix), cross_entropy))
 
 
-def test_a_large_vocabulary_fits_beside_what_must_be_there():
+def test_a_large_vocabulary_fits_in_memory():
     B, T, D, vocab_size = 16, 1024, 64, 200_000
     chunk = ModelConfig().resolved(vocab_size).loss_chunk
     assert chunk is not None

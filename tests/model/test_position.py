@@ -19,8 +19,8 @@ def test_a_product_of_query_and_key_depends_on_their_distance_alone():
 
     def score(at: int, other: int) -> float:
         angles = rope_rotation(config, jnp.array([[at, other]]))
-        turned = rotate(jnp.array([q, k])[None, None], angles)[0, 0]
-        return float(turned[0] @ turned[1])
+        rotated = rotate(jnp.array([q, k])[None, None], angles)[0, 0]
+        return float(rotated[0] @ rotated[1])
 
     for distance in (0, 1, 17):
         assert np.isclose(score(distance, 0), score(200 + distance, 200), atol=1e-4)
@@ -30,28 +30,28 @@ def test_a_product_of_query_and_key_depends_on_their_distance_alone():
 def test_position_zero_turns_nothing_and_lengths_stay():
     config = small_model(head_dim=8)
     x = jnp.array(np.random.default_rng(1).normal(size=(1, 2, 3, 8)), jnp.float32)
-    turned = rotate(x, rope_rotation(config, jnp.array([[0, 5, 900]])))
-    np.testing.assert_array_equal(turned[:, :, 0], x[:, :, 0])
-    np.testing.assert_allclose(jnp.linalg.norm(turned, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5)
+    rotated = rotate(x, rope_rotation(config, jnp.array([[0, 5, 900]])))
+    np.testing.assert_array_equal(rotated[:, :, 0], x[:, :, 0])
+    np.testing.assert_allclose(jnp.linalg.norm(rotated, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5)
 
 
 def test_pair_i_turns_by_position_over_base_to_the_2i_over_width():
     config = small_model(head_dim=4, rope_base=100.0)
-    turned = rotate(jnp.array([[[[1.0, 1.0, 0.0, 0.0]]]]), rope_rotation(config, jnp.array([[3]])))
+    rotated = rotate(jnp.array([[[[1.0, 1.0, 0.0, 0.0]]]]), rope_rotation(config, jnp.array([[3]])))
     expected = [np.cos(3), np.cos(0.3), np.sin(3), np.sin(0.3)]
-    np.testing.assert_allclose(turned[0, 0, 0], expected, atol=1e-6)
+    np.testing.assert_allclose(rotated[0, 0, 0], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-2)])
 def test_the_way_of_a_tpu_turns_the_same_and_its_gradient_back(dtype: str, tolerance: float, monkeypatch):
     config = small_model(head_dim=16)
     x, slope = jnp.asarray(np.random.default_rng(2).normal(size=(2, 3, 2, 5, 16)), dtype)
-    by = rope_rotation(config, jnp.arange(15).reshape(3, 5) * 7)
-    expected = rotate(x, by), *jax.vjp(lambda x: rotate(x, by), x)[1](slope)
+    angles = rope_rotation(config, jnp.arange(15).reshape(3, 5) * 7)
+    expected = rotate(x, angles), *jax.vjp(lambda x: rotate(x, angles), x)[1](slope)
     monkeypatch.setattr(model.position, "platform", lambda: "tpu")
-    found = rotate(x, by), *jax.vjp(lambda x: rotate(x, by), x)[1](slope)
-    assert "dot_general" in str(jax.make_jaxpr(lambda x: rotate(x, by))(x))
-    for one, other in zip(found, expected, strict=True):
+    actual = rotate(x, angles), *jax.vjp(lambda x: rotate(x, angles), x)[1](slope)
+    assert "dot_general" in str(jax.make_jaxpr(lambda x: rotate(x, angles))(x))
+    for one, other in zip(actual, expected, strict=True):
         assert one.dtype == x.dtype
         np.testing.assert_allclose(np.asarray(one, np.float32), np.asarray(other, np.float32), atol=tolerance)
 
@@ -90,8 +90,8 @@ def test_scaling_keeps_fast_pairs_and_slows_slow_ones():
 
 
 def test_sinusoids_are_the_formula_of_the_paper():
-    found = sinusoids(jnp.array([[0, 3, 40]]), 8)[0]
-    for row, position in zip(found, (0, 3, 40), strict=True):
+    actual = sinusoids(jnp.array([[0, 3, 40]]), 8)[0]
+    for row, position in zip(actual, (0, 3, 40), strict=True):
         for i in range(4):
             angle = position / 10_000 ** (2 * i / 8)
             np.testing.assert_allclose(row[2 * i : 2 * i + 2], [np.sin(angle), np.cos(angle)], atol=1e-5)
@@ -100,7 +100,7 @@ def test_sinusoids_are_the_formula_of_the_paper():
 @pytest.mark.parametrize("position", ["rope", "sinusoidal", "learned"])
 def test_the_order_of_the_past_matters_with_any_positions_and_only_with_them(position: str):
     def last(position: str, tokens: list[int]) -> np.ndarray:
-        # One layer: two would tell the order by what each position could see.
+        # With two layers the causal mask alone would distinguish the order.
         config = small_model(num_layers=1, position=position, max_positions=8 if position == "learned" else None)
         places, one = jnp.arange(4)[None], jnp.ones((1, 4), jnp.int32)
         return np.asarray(Decoder(config, small_weights(config))(jnp.array([tokens]), places, one)[0, -1])

@@ -1,4 +1,4 @@
-"""Generation: the cache against the full pass, rows beside each other, the end, sliding past the context, meshes."""
+"""Generation: the cache against the full pass, batching, the end, sliding past the context, meshes."""
 
 import functools
 
@@ -16,18 +16,18 @@ from model.trees import flattened, nested
 from tests.small import VOCAB_SIZE, mesh_of, small_batch, small_model, small_weights
 from train.devices.rules import GENERATION
 
-NONE = -1  # an end that no token is
+NO_EOS = -1  # no token has this id
 CONTEXT = 12
-# Few lengths: each power of two is a program.
+# Few lengths, because each power of two is a program.
 PROMPTS = [[1, 2, 3, 4, 5], small_batch(1)["tokens"][0][:7].tolist(), [4] * CONTEXT, list(range(9)), [11] * 6]
 
 
-def generator(config: ModelConfig, *, eos_id: int = NONE, context: int = CONTEXT) -> Generator:
+def generator(config: ModelConfig, *, eos_id: int = NO_EOS, context: int = CONTEXT) -> Generator:
     return Generator(config, small_weights(config), context=context, eos_id=eos_id)
 
 
 def generated(generator: Generator, prompts: list, sampling: Sampling = GREEDY, new: int = 30, **how) -> list:
-    """(tokens, how it ended) of each prompt."""
+    """Returns the tokens of each prompt, and how it ended."""
     tokens, ends = {}, {}
     for number, piece, ended in generator(prompts, max_new_tokens=new, sampling=sampling, **how):
         assert number not in ends
@@ -44,14 +44,14 @@ def full_logits(config: ModelConfig, weights: dict, tokens_BT: jax.Array) -> jax
     return decoder.logits(decoder(tokens_BT, positions_BT, jnp.ones_like(tokens_BT)))
 
 
-def check_greedy(config: ModelConfig, prompt: list[int], found: list[int], tolerance: float) -> None:
-    """What was drawn is the most likely by passes over all that the model sees, to a rounding."""
+def check_greedy(config: ModelConfig, prompt: list[int], actual: list[int], tolerance: float) -> None:
+    """Asserts that each token is the most likely one by a full pass over the window, up to rounding."""
     seen, rows = list(prompt), []
-    for token in found:
+    for token in actual:
         rows.append(seen + [0] * (CONTEXT - len(seen)) + [len(seen) - 1, token])
         seen.append(token)
         if len(seen) == CONTEXT + 1:
-            # Full: on from the newer half, with what was just drawn.
+            # The context is full: the model sees the newer half, with the token just drawn.
             seen = seen[-(CONTEXT // 2) :]
     *tokens, last, drawn = np.array(rows, np.int32).T
     logits = np.asarray(full_logits(config, small_weights(config), jnp.array(tokens).T))[np.arange(len(rows)), last]
@@ -73,8 +73,8 @@ def test_greedy_rows_follow_the_full_pass_and_slide_past_the_context(changes: di
         check_greedy(config, prompt, tokens, tolerance)
 
 
-def test_a_row_gives_what_it_gives_alone_whatever_is_beside_it():
-    # Sampled, and with a penalty, so that keys and what a row has had must be its own, too.
+def test_a_row_gives_the_tokens_that_it_gives_alone_in_any_batch():
+    # Sampled with a penalty, so that keys and seen tokens must be the row's own, too.
     sampling = Sampling(temperature=1.5, top_p=0.9, repetition_penalty=1.3)
     rows = generator(small_model())
     alone = generated(rows, PROMPTS, sampling, new=20, seed=7, batch_size=1)
@@ -84,15 +84,15 @@ def test_a_row_gives_what_it_gives_alone_whatever_is_beside_it():
     assert len({tuple(tokens) for tokens, _ in generated(rows, [[1]] * 3, sampling, seed=7)}) == 3
 
 
-def test_a_row_ends_before_eos_and_after_the_limit_and_gives_its_place_to_the_next():
+def test_a_row_ends_before_eos_and_after_the_limit_and_gives_its_slot_to_the_next():
     config = small_model()
     free = generated(generator(config), PROMPTS, new=20)
     end = next(token for i, token in enumerate(free[1][0]) if i > 4 and token not in free[1][0][:i])
-    found = generated(generator(config, eos_id=end), PROMPTS, new=20, batch_size=2)
-    for (tokens, ended), (longer, _) in zip(found, free, strict=True):
+    actual = generated(generator(config, eos_id=end), PROMPTS, new=20, batch_size=2)
+    for (tokens, ended), (longer, _) in zip(actual, free, strict=True):
         until = longer.index(end) if end in longer else 20
         assert (tokens, ended) == (longer[:until], "eos" if end in longer else "length")
-    # As its first token, too.
+    # The first token may be EOS, too.
     first = generated(generator(config, eos_id=free[0][0][0]), PROMPTS[:1])
     assert first == [([], "eos")]
     assert generated(generator(config), PROMPTS, new=1, batch_size=2) == [(t[:1], "length") for t, _ in free]
@@ -124,7 +124,7 @@ def test_a_cache_is_a_quarter_longer_than_needed_at_most_and_few_lengths_are_com
 
 
 def test_the_penalty_counts_all_of_the_prompt_and_of_what_was_drawn():
-    # Stronger than any logit: nothing comes twice, and nothing of the prompt, even past the context.
+    # A penalty above any logit: no token of the prompt or the continuation comes again, even past the context.
     prompt = list(range(100, 130))
     [(tokens, _)] = generated(generator(small_model()), [prompt], Sampling(temperature=0.0, repetition_penalty=1e6))
     assert len(set(tokens)) == 30
@@ -141,7 +141,7 @@ def test_a_mesh_gives_the_same_tokens_as_one_device():
             name: jax.device_put(value, jax.NamedSharding(jax.sharding.get_mesh(), GENERATION.spec(*table[name].axes)))
             for name, value in weights.items()
         }
-        shared = Generator(config, nested(placed), context=CONTEXT, eos_id=NONE, layout=GENERATION)
+        shared = Generator(config, nested(placed), context=CONTEXT, eos_id=NO_EOS, layout=GENERATION)
         query = shared.weights["blocks"][0]["attention"]["query"]
         assert query.sharding.shard_shape(query.shape)[0] == config.num_heads // 2
         assert generated(shared, PROMPTS[:3], sampling, new=9, batch_size=2) == expected

@@ -1,4 +1,4 @@
-"""Sampling: the distribution that is drawn from, against NumPy and Transformers, and the draws, against it."""
+"""Sampling: its distribution against NumPy and Transformers, and the samples against the distribution."""
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +18,15 @@ def logits_of(seed: int, rows: int = 3) -> np.ndarray:
 
 
 def probabilities(logits_BV: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """[B, V], of what `filtered_logits` leaves."""
+    """Returns the probabilities [B, V] after `filtered_logits`."""
     logits_BN, ids_BN = filtered_logits(jnp.asarray(logits_BV), sampling)
-    found = np.zeros(logits_BV.shape)
-    np.put_along_axis(found, np.asarray(ids_BN), np.asarray(jax.nn.softmax(logits_BN)), axis=-1)
-    return found
+    actual = np.zeros(logits_BV.shape)
+    np.put_along_axis(actual, np.asarray(ids_BN), np.asarray(jax.nn.softmax(logits_BN)), axis=-1)
+    return actual
 
 
 def expected(logits_V: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """The same for one row by the definitions, token after token in float64."""
+    """Returns the probabilities of one row by the definitions, token after token in float64."""
     p = np.exp(logits_V.astype(np.float64) / sampling.temperature)
     p /= p.sum()
     order = sorted(range(len(p)), key=lambda i: -p[i])
@@ -36,9 +36,9 @@ def expected(logits_V: np.ndarray, sampling: Sampling) -> np.ndarray:
         if nucleus and sum(p[j] for j in nucleus) / total >= sampling.top_p:
             break
         nucleus.append(i)
-    found = np.zeros_like(p)
-    found[nucleus] = p[nucleus] / sum(p[i] for i in nucleus)
-    return found
+    actual = np.zeros_like(p)
+    actual[nucleus] = p[nucleus] / sum(p[i] for i in nucleus)
+    return actual
 
 
 samplings = st.builds(
@@ -93,7 +93,7 @@ def test_draws_have_these_probabilities(sampling: Sampling):
     p = expected(np.where(had, np.where(logits > 0, logits / 0.5, logits * 0.5), logits)[0], sampling) \
         if sampling.penalizes else expected(logits[0], sampling)  # fmt: skip
     assert counts[p == 0].sum() == 0
-    # Chi-square, of tokens that are expected at least five times: mean and deviation under the null hypothesis.
+    # Chi-square over tokens that are expected at least five times, with its mean and deviation if they agree.
     often = p * count >= 5
     freedom = often.sum() - 1
     chi_square = np.sum((counts[often] - p[often] * count) ** 2 / (p[often] * count))
