@@ -92,6 +92,10 @@ def test_every_name_that_a_page_finds_in_a_file_is_there(page: Path):
         defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
         defined |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
         assert name in defined, f"{page.name}: {name} in {file}"
+    tests = {line for file in (ROOT / "tests").rglob("test_*.py") for line in file.read_text().splitlines()}
+    for name in inline_code(page):
+        if re.fullmatch(r"test_\w+", name):
+            assert any(line.startswith(f"def {name}(") for line in tests), f"{page.name}: {name}"
 
 
 @EVERY_PAGE
