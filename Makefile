@@ -1,4 +1,4 @@
-# Each of setup, pretrain and test makes .venv if it is missing. What is installed is pinned in constraints.txt.
+# setup, pretrain and test create .venv if it is missing, with the versions of constraints.txt.
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,13 +11,13 @@ ARGS ?=
 
 .PHONY: help setup pretrain test check format outputs lock clean
 
-help:  ## this list
+help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  \1: /p' $(MAKEFILE_LIST)
 
-setup: $(VENV)/base  ## make .venv and show the devices that JAX finds
+setup: $(VENV)/base  ## create .venv and show the devices that JAX finds
 	@$(BIN)/python -c "import jax; print('devices:', *(f'{d.device_kind} {d.id},' for d in jax.devices()))"
 
-pretrain: $(VENV)/base  ## train the tiny model; what it makes is in runs/tiny (ARGS="--config.train.num_steps=50" changes fields)
+pretrain: $(VENV)/base  ## train the tiny model into runs/tiny (ARGS="--config.train.num_steps=50" changes fields)
 	$(BIN)/ziggurat pretrain --config=tiny $(ARGS)
 
 test: $(VENV)/test check  ## lint, types and all tests
@@ -28,22 +28,22 @@ check: $(VENV)/test  ## linter, formatter and type checker
 	$(BIN)/ruff format --check --quiet
 	$(BIN)/mypy --no-error-summary
 
-format: $(VENV)/test  ## put the code into its form
+format: $(VENV)/test  ## format the code
 	$(BIN)/ruff check --fix --quiet
 	$(BIN)/ruff format --quiet
 
-outputs: $(VENV)/base  ## run the commands that README.md and docs/ show, and renew what they print (ARGS=--all: slow ones too)
+outputs: $(VENV)/base  ## run the commands that README.md and docs/ show, and renew their output (ARGS=--all: slow ones too)
 	$(BIN)/python docs/outputs.py $(ARGS)
 
-lock: $(VENV)/base  ## resolve constraints.txt anew: make lock PYTHONS="python3.11 python3.12"
+lock: $(VENV)/base  ## resolve constraints.txt again: make lock PYTHONS="python3.11 python3.12"
 	$(BIN)/python .ci/lock.py $(or $(PYTHONS),$(PYTHON))
 
 clean:  ## remove .venv and caches; runs stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
 
 $(VENV)/bin/python:
-	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON): install Python 3.11 or later (Debian: apt install python3 python3-venv), or say PYTHON=..."; exit 2; }
-	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "$(PYTHON) is $$($(PYTHON) -V); Ziggurat needs 3.11 or later. Install one, or say PYTHON=..."; exit 2; }
+	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON): install Python 3.11 or later (Debian: apt install python3 python3-venv), or set PYTHON=..."; exit 2; }
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "$(PYTHON) is $$($(PYTHON) -V); Ziggurat needs 3.11 or later. Install one, or set PYTHON=..."; exit 2; }
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "$(PYTHON) cannot make a venv: install its venv package (Debian: apt install python3-venv)"; exit 2; }
 
 $(VENV)/base: $(INPUTS) | $(VENV)/bin/python

@@ -60,10 +60,10 @@ def candidates(line: str) -> list[str]:
     if command is None:
         depth = len(words)
         names = [name.split() for name in COMMANDS]
-        found = {name[depth] for name in names if len(name) > depth and name[:depth] == words}
+        following = {name[depth] for name in names if len(name) > depth and name[:depth] == words}
     else:
-        found = set(flags(command, with_fields=current.startswith(OVERRIDE)))
-    return sorted(word for word in found if word.startswith(current))
+        following = set(flags(command, with_fields=current.startswith(OVERRIDE)))
+    return sorted(word for word in following if word.startswith(current))
 
 
 def flags(command: str, with_fields: bool) -> list[str]:

@@ -1,4 +1,4 @@
-"""How an error is printed, and the exit status that it means."""
+"""Prints errors and gives each its exit status."""
 
 import errno
 import os

@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
         if len(tokens) > most:
             raise InputError(
                 f"--prompt has {len(tokens) - 1} tokens; the model sees {config.data.segment_length} at once, of which "
-                f"one stands before a text, and of its {config.model.num_layers} × {config.model.num_heads} heads a "
+                f"one precedes every text, and of its {config.model.num_layers} × {config.model.num_heads} heads a "
                 f"page shows {most}; give {most - 1} at most"
             )
         weights_LHTT = attention_of(config, trained.weights, tokens)

@@ -112,9 +112,9 @@ def batch_rows(data: RunData, number: int, only_row: int | None) -> list[dict[st
     """Returns the rows of a step's batch with the parts of documents in each.
 
     Args:
-        data: of the run.
+        data: the run's data, from `opened`.
         number: number of the step, from 1.
-        only_row: the row to return, from 0; None returns all.
+        only_row: row to return, from 0, or None for all.
 
     Raises:
         InputError: the run has no such step or row.

@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
         tokens, context = trained.tokenizer.encode(arguments.prompt), trained.config.data.segment_length
         if len(tokens) >= context:
             raise InputError(
-                f"--prompt has {len(tokens)} tokens; the model sees {context}, of which one stands before a text"
+                f"--prompt has {len(tokens)} tokens; the model sees {context}, of which one precedes every text"
             )
         positions = inspect_positions(trained.config, trained.weights, trained.tokenizer, tokens, BEST)
     losses = [position["loss"] for position in positions if position["loss"] is not None]

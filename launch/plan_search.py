@@ -45,12 +45,9 @@ class Outcome:
 
 
 class Compiler(NamedTuple):
-    """A running `ziggurat plan`. Its output goes to files, so that it never blocks on a full pipe.
+    """A running `ziggurat plan` of a candidate.
 
-    Attributes:
-        candidate: the way to run the step that it plans.
-        process: the running command.
-        files: path of its output, without the endings .json and .log.
+    Its output goes to `files`.json and `files`.log, so that it never blocks on a full pipe.
     """
 
     candidate: Candidate
@@ -147,12 +144,7 @@ def outcome_text(outcome: Outcome) -> str:
 
 
 def search_text(outcomes: Sequence[Outcome], count: int) -> str:
-    """Returns the ranking of the outcomes, and the flags of the best.
-
-    Args:
-        outcomes: the fastest first.
-        count: number of candidates, compiled or not.
-    """
+    """Returns the ranking of outcomes, the fastest first, and the flags of the best; `count` is of all candidates."""
     lines = [f"{count:,} legal ways to run the step that may fit, {len(outcomes)} compiled; the fastest:"]
     for place, outcome in enumerate(outcomes[:MAX_SHOWN], 1):
         lines.append(f"{place:>4}  {candidate_text(outcome.candidate)}: {outcome_text(outcome)}")

@@ -174,9 +174,7 @@ def flag_problems(arguments: argparse.Namespace) -> list[str]:
 def newest_step_command(run_dir: Path, place: str | None) -> str:
     """Returns a shell command that prints the step of the newest checkpoint (see `launch.local.newest_step`).
 
-    Args:
-        run_dir: the run's folder.
-        place: the setting `checkpoint.dir`.
+    `place` is the setting `checkpoint.dir`.
     """
     if place and protocol(place):
         file = shlex.quote(str(run_dir / "events.jsonl"))

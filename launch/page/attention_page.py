@@ -11,9 +11,9 @@ from launch.page.markup import Html, element, html_page
 GENERATOR = "<!-- ziggurat attention -->"
 # Bytes of all weights, one a weight; base64 in the page takes a third more.
 MAX_WEIGHT_BYTES = 12 * 2**20
-# Up to so many tokens are named along the large head, on a wide page and on a phone.
+# Most tokens that are named along the large head, on a wide page and on a phone.
 MAX_NAMED, MAX_NAMED_ON_PHONE = 40, 24
-# Up to so many heads a layer leave room for the large head next to the grid.
+# Most heads of a layer that leave room for the large head next to the grid.
 MAX_SIDE_BY_SIDE = 12
 
 

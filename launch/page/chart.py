@@ -16,9 +16,9 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 394, 8, 156
 PREFIXES = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 # Columns of pixels to which the points of a chart are thinned.
 MAX_COLUMNS = 320
-# Up to so many points, each is drawn as a dot.
+# Most points that are drawn as dots.
 MAX_DOTS = 40
-# Up to so many marks of one kind are drawn through the whole chart.
+# Most marks of one kind that are drawn through the whole chart.
 MAX_LONG_MARKS = 30
 MAX_TASK_CHARTS = 24
 
