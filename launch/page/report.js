@@ -6,6 +6,7 @@ const nearest = (steps, step) => {
   while (high - low > 1) { const middle = (low + high) >> 1; steps[middle] <= step ? low = middle : high = middle; }
   return step - steps[low] <= steps[high] - step ? low : high;
 };
+// While the pointer is over one chart, all of them show their values at its step.
 const figures = [...document.querySelectorAll("figure[data-chart]")].map(figure => ({
   svg: figure.querySelector("svg"), output: figure.querySelector("output"), cursor: figure.querySelector(".cursor"),
   when: figure.querySelector(".when"), ...data.charts[figure.dataset.chart],

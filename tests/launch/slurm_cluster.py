@@ -51,7 +51,7 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 def require_slurm() -> None:
-    """Where Slurm is not installed the test is skipped; with ZIGGURAT_REQUIRE_PEERS=1 it fails."""
+    """Skips the test where Slurm is not installed; fails it with ZIGGURAT_REQUIRE_PEERS=1."""
     missing = [name for name in PROGRAMS if shutil.which(name, path=search_path()) is None]
     if missing and os.environ.get("ZIGGURAT_REQUIRE_PEERS") == "1":
         pytest.fail(f"{', '.join(missing)}: not installed, and ZIGGURAT_REQUIRE_PEERS=1")
@@ -60,7 +60,7 @@ def require_slurm() -> None:
 
 
 def search_path() -> str:
-    """Daemons stand where a user's PATH may not look."""
+    """The path of a daemon, which may not be on a user's PATH."""
     return f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
 
@@ -94,7 +94,7 @@ class Slurm:
         self.start(node, "slurmd", "-D", "-N", node)
 
     def kill_node(self, node: str) -> None:
-        """As if the machine's power went: its slurmd, and whatever runs there, at once."""
+        """Kills a node's slurmd and all that runs there at once, as a loss of power does."""
         self._daemons.pop(node).kill()
         for pid in self.processes(f"SLURMD_NODENAME={node}"):
             os.kill(pid, signal.SIGKILL)
@@ -118,12 +118,12 @@ class Slurm:
         return done.stdout
 
     def job(self, job: str) -> dict[str, str]:
-        """What `scontrol show job` says of it."""
+        """The output of `scontrol show job`."""
         words = self.run("scontrol", "--oneliner", "show", "job", job).split()
         return {name: value for name, _, value in (word.partition("=") for word in words)}
 
     def wait(self, condition, seconds: float, what: str) -> None:
-        """Until it holds; AssertionError with the cluster's own logs where it does not in time."""
+        """Waits until a condition holds; raises AssertionError with the cluster's logs where it does not in time."""
         deadline = time.monotonic() + seconds
         while not condition():
             logs = [path for path in sorted(self.folder.glob("*.log")) if time.monotonic() > deadline]
@@ -131,7 +131,7 @@ class Slurm:
             time.sleep(0.2)
 
     def stop(self) -> None:
-        """Nothing is left running."""
+        """Ends everything that still runs."""
         for pid in self.processes(f"SLURM_CONF={self.folder}/slurm.conf"):
             if pid not in [daemon.pid for daemon in self._daemons.values()]:
                 os.kill(pid, signal.SIGKILL)
@@ -153,7 +153,7 @@ def slurm_cluster() -> Iterator[Slurm]:
 
 
 def configure_and_start(slurm: Slurm, folder: Path) -> None:
-    """Until both nodes could run a job."""
+    """Waits until both nodes can run a job."""
     for name in ("state", *NODES):
         (folder / name).mkdir(parents=True)
     (folder / "key").write_bytes(os.urandom(1024))
@@ -174,7 +174,7 @@ def configure_and_start(slurm: Slurm, folder: Path) -> None:
 
 
 def idle_nodes(slurm: Slurm) -> set[str]:
-    """Nodes that could run a job."""
+    """The nodes that can run a job."""
     done = subprocess.run(["sinfo", "--noheader", "--Node", "--format=%N %T"], env=slurm.environment,
                           capture_output=True, text=True)  # fmt: skip
     return {line.split()[0] for line in done.stdout.splitlines() if line.endswith(" idle")}

@@ -30,7 +30,7 @@ def get_config():
 
 
 def write_corpus(path: Path) -> Path:
-    """About 120 kB of documents that a model can learn something of."""
+    """Writes about 120 kB of documents from which a model can learn something."""
     subjects, verbs = ["the cat", "a dog", "my bird", "one fish"], ["eats", "sees", "likes", "hears"]
     documents = [
         " ".join(f"{subjects[(i * j) % 4]} {verbs[(i + j * j) % 4]} {subjects[(i + j) % 4]}." for j in range(4 + i % 9))
@@ -51,26 +51,26 @@ def write_config(folder: Path, run: str = "run") -> Path:
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-    """This process's, of another that has so many virtual devices and compiles as this one does."""
+    """The environment of another process with this number of virtual devices, which compiles as this one does."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     return os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
 
 
 def command(*arguments: object, devices: int = 1, **popen: object) -> subprocess.Popen:
-    """Start `ziggurat ARGUMENTS` as a process of its own, with so many virtual devices."""
+    """Starts `ziggurat ARGUMENTS` as a process of its own, with this number of virtual devices."""
     arguments = (sys.executable, "-m", "launch.cli", *map(str, arguments))
     return subprocess.Popen(arguments, env=environment(devices), text=True, **popen)  # type: ignore[call-overload,no-any-return]
 
 
 def ziggurat(*arguments: object, devices: int = 1) -> subprocess.CompletedProcess:
-    """Run `ziggurat ARGUMENTS` to its end."""
+    """Runs `ziggurat ARGUMENTS` to its end."""
     process = command(*arguments, devices=devices, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     out, err = process.communicate()
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
 def here(*arguments: object) -> int:
-    """The same in this process, on its eight devices."""
+    """Runs `ziggurat ARGUMENTS` in this process, on its eight devices."""
     return main([str(argument) for argument in arguments])
 
 

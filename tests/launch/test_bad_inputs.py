@@ -1,4 +1,4 @@
-"""What a user gets wrong: a clear line, status 2, no traceback, nothing overwritten (C9)."""
+"""Mistakes of users: a clear line, status 2, no traceback, nothing overwritten (C9)."""
 
 import gzip
 import json
@@ -109,7 +109,7 @@ TABLE = [
 
 @pytest.fixture
 def places(tmp_path: Path, finished: Path) -> dict[str, str]:
-    """Where {run}, {dir} and the configs are."""
+    """The paths that stand for {run}, {dir} and the configs."""
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "a.csv").write_text("1,2")

@@ -1,4 +1,4 @@
-"""A run whose checkpoints are in a bucket: it survives what one on a disk survives, and says what is wrong."""
+"""A run whose checkpoints are in a bucket survives what one on a disk survives, and names what is wrong."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ class Bucket:
             return answer.read()
 
     def names(self, prefix: str) -> list[str]:
-        """Of the objects that begin so."""
+        """The names of the objects with this prefix."""
         found = json.loads(self.ask(f"/storage/v1/b/runs/o?prefix={prefix}"))
         return [item["name"] for item in found.get("items", [])]
 
@@ -122,7 +122,7 @@ def test_a_run_in_a_bucket_is_killed_damaged_resumed_evaluated_and_exported(
     assert here(*start) == 0
     assert bucket.names("deep/one/12.damaged/")
     assert checksums(bucket.read("deep/one/12/progress/metadata")) == expected
-    # The bucket is found again without being named, and another place is not begun anew.
+    # The bucket is found again without being named, and no new run begins at another place.
     assert here("pretrain", f"--config={run}") == 0
     assert here(*start[:2]) == 2
     assert "has saved its step 12 in gs://runs/deep/one" in capsys.readouterr().err

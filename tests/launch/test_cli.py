@@ -1,4 +1,4 @@
-"""The command line itself: what imports no JAX, what is said of a wrong command, and completion."""
+"""The command line itself: start without JAX, messages about wrong commands, and completion."""
 
 import subprocess
 import sys

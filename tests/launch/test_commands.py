@@ -108,7 +108,7 @@ def test_inspect_loss_shows_what_one_pass_learns_at_every_position(finished: Pat
                 assert row["loss"] == pytest.approx(-math.log(best["probability"]), rel=1e-5)
     assert sum(row["target"] in [best["token"] for best in row["best"]] for row in rows) >= 2
 
-    # A pass over each prefix alone says the same of the token that follows it.
+    # A pass over each prefix alone gives the token that follows it the same loss.
     for t in (0, 3, len(rows) - 2):
         prefix = "".join(row["target"] for row in rows[: t + 1])
         assert here("inspect", "loss", finished, f"--prompt={prefix}", "--json") == 0
@@ -141,7 +141,7 @@ def test_exported_weights_evaluate_as_the_run_does(finished: Path, tmp_path: Pat
     assert run["loss"] == pytest.approx(metrics(finished)[-1]["validation_loss"], rel=1e-5)
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (tmp_path / "weights" / name).read_bytes() == (finished / "export" / name).read_bytes()
-    # An earlier export is replaced, and nothing beside it is touched.
+    # An earlier export is replaced, and nothing next to it is touched.
     for name in ("weights.old", "weights.partial"):
         (tmp_path / name).mkdir()
     assert here("export", f"{finished}@8", "--format=hf", f"--to={tmp_path / 'weights'}") == 0

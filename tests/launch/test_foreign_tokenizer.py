@@ -18,7 +18,7 @@ from train.evaluation.inspection import token_text
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Of `pretrain`, for a run in the config's folder."""
+    """The arguments of `pretrain` for a run in the config's folder."""
     root = tmp_path_factory.mktemp("foreign")
     folder = others.write(root / "gpt2", others.byte_level("gpt2"), others.EOS)
     return [f"--config={write_config(root)}", f"--config.tokenizer.path={folder}", "--config.data.num_workers=1"]

@@ -60,7 +60,7 @@ def test_a_decay_branch_is_one_command_and_reads_on_where_its_parent_was(parent:
                 "--config.optimizer.decay_fraction=0.5", "--config.optimizer.final_fraction=0") == 0  # fmt: skip
     rates = [record["learning_rate"] for record in metrics(branch)]
     np.testing.assert_allclose(rates, 1e-2 * np.array([0.75, 0.5, 0.25, 0]), atol=1e-9)
-    # Its table says what is other, and its first step has the parent's batch and weights.
+    # Its table lists what differs, and its first step has the parent's batch and weights.
     assert "optimizer.decay_fraction  0.2     0.5\n" in caplog.text
     assert metrics(branch)[0]["loss"] == metrics(parent)[4]["loss"]
     capsys.readouterr()

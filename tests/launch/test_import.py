@@ -97,7 +97,7 @@ def test_a_run_begins_with_imported_weights_and_learns_another_corpus(imported: 
     assert bits[1] < bits[0] - 0.2
     assert Run(imported).last_step() == 0
 
-    # In its own folder it cannot go on: it has no optimizer, and no place in any data.
+    # It cannot be resumed in its own folder: it has no optimizer state and no position in any data.
     for flags, words in (
         (["report", imported], "holds imported weights, which have no steps and no data"),
         (["inspect", "data", imported, "--step=1"], "holds imported weights, which have no steps and no data"),

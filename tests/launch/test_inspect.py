@@ -67,7 +67,7 @@ def test_what_no_page_can_be_made_of_is_refused(flags: list[str], words: str, fi
 
 @pytest.fixture(scope="module")
 def planted(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An export in whose embedding bird = cat − dog + fish, and eats lies near sees."""
+    """An export in whose embedding bird = cat − dog + fish, and eats is close to sees."""
     folder = tmp_path_factory.mktemp("planted") / "weights"
     shutil.copytree(finished / "export", folder)
     tokenizer, weights = load_tokenizer(folder), load_file(folder / "model.safetensors")

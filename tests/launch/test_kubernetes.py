@@ -1,4 +1,4 @@
-"""The manifest of a JobSet: what it says, that its schemas accept it, and what its probe looks at."""
+"""The manifest of a JobSet: its fields, its schemas, and the file that its probe reads."""
 
 import argparse
 import json
@@ -42,7 +42,7 @@ def container_of(jobset: dict) -> dict:
 
 @pytest.mark.parametrize("flags", [GPUS, TPUS], ids=["gpu", "tpu"])
 def test_the_published_schemas_know_every_field(flags: list[str]):
-    """Of the JobSet as the classes that are generated from it, of the Job and its pods as JSON schemas."""
+    """The JobSet's schema is in classes that are generated from it, those of the Job and its pods in JSON."""
     validate, models = require("kubernetes_validate"), require("kubeflow_trainer_api.models")
     jobset = written(*flags)
     # What a class does not know it drops.

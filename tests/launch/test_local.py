@@ -259,7 +259,7 @@ def test_a_run_is_started_again_by_its_exit_status(tmp_path: Path):
     assert supervised([0, 1], tmp_path) == (0, [], 1)
     assert supervised([2, 0], tmp_path) == (2, [], 1)
     assert supervised([75, 75, 0], tmp_path / "stopped") == (0, [0, 0], 3)
-    # Each fault in a row waits longer; what has saved anything counts anew.
+    # Each fault in a row waits longer; a start that has saved anything resets the count.
     assert supervised([1, 1, 137, 1, 0], tmp_path / "faults") == (0, [2, 4, 1, 2], 5)
     # To be stopped is no fault, however often.
     stopped_early = iter([75] * 9 + [0])

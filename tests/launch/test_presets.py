@@ -1,4 +1,4 @@
-"""Presets: each opens with its command and says how large its model is, and the larger ones are checked by shapes."""
+"""Presets: each opens with its command and the size of its model; the larger ones are checked by shapes."""
 
 import ast
 import json
@@ -77,7 +77,7 @@ def test_gpt3_trains_on_the_tokens_of_its_paper():
     ],
 )
 def test_published_presets_have_the_parameters_of_their_class(name: str, theirs: str, values: dict):
-    """Built from the published sizes, not from what an export would say."""
+    """Transformers builds the model from the published sizes, not from an export's."""
     torch, transformers = require("torch"), require("transformers")
     model_class = getattr(transformers, theirs)
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""A run from its start to its end: what it leaves, what it says, and that it goes on exactly (C4, C8)."""
+"""A run from its start to its end: its files, its output, and that it resumes exactly (C4, C8)."""
 
 import gzip
 import json
@@ -117,7 +117,7 @@ def test_killed_at_random_and_inside_saves_it_ends_with_the_same_bits(tmp_path: 
         assert process.returncode in (-signal.SIGKILL, 0)
         done_steps = metrics(folder)[-1]["step"] if (folder / "metrics.jsonl").exists() else 0
         complete = [int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit()]
-        # A save is written while the next steps go on, and the next save waits for it.
+        # A save is written during the next steps, and the next save waits for it.
         assert done_steps - max(complete, default=0) < 2 * 3
     done = ziggurat("pretrain", f"--config={killed}", *shared)
     assert done.returncode == 0, done.stderr
@@ -180,7 +180,7 @@ def test_a_run_is_watched_and_traced_and_trains_as_it_would_have(finished: Path,
     assert steps == {"3", "4", "5"}
     assert list((run / "profile").rglob("*.xplane.pb"))
 
-    # Resumed behind what was to be traced: said, and nothing done.
+    # A run that resumes behind the steps to be traced warns and traces nothing.
     shutil.rmtree(run / "profile")
     assert here("pretrain", f"--config={config}", "--config.train.profile_steps=(9,11)",
                 "--config.train.num_steps=13", "--config.checkpoint.export=false") == 0  # fmt: skip
@@ -189,7 +189,7 @@ def test_a_run_is_watched_and_traced_and_trains_as_it_would_have(finished: Path,
 
 
 def test_a_start_without_a_checkpoint_is_made_anew(finished: Path, tmp_path: Path):
-    """Whatever instant it was killed at (C8), and with another corpus or tokenizer (C1)."""
+    """Killed at any instant (C8), and with another corpus or tokenizer (C1)."""
     config, run = write_config(tmp_path), tmp_path / "run"
     for name in ("config.json.partial", "corpus/stdlib.jsonl.partial"):
         (run / name).parent.mkdir(parents=True, exist_ok=True)

@@ -37,7 +37,7 @@ def state_of(run: Path, devices: int):
 
 
 def positions(run: Path) -> dict[int, list]:
-    """Of each step: the fingerprint of the data and where each stream stands."""
+    """The fingerprint of the data and the position of each stream, by step."""
     records = map(json.loads, (run / "positions.jsonl").read_text().splitlines())
     return {record["step"]: [record["data"], record["positions"]] for record in records}
 
@@ -76,7 +76,7 @@ def test_a_run_on_several_processes_and_moved_between_meshes_is_the_run_on_one_d
     on_devices(1, one)
     # Every row's positions are shared by the devices of both processes.
     assert_same_curve(on_processes(2, 2, two, "--config.mesh.context=4"), one)
-    # It goes on from step 8 on more processes: two have a slice, and share its heads and its vocabulary.
+    # It resumes at step 8 on more processes: two have a slice, and share its heads and its vocabulary.
     shared = ["--config.mesh.slices=2", "--config.mesh.tensor=2", "--config.evaluation.sample_tokens=3"]
     four = on_processes(4, 1, back_to(8, two, tmp_path / "four"), *shared)
     assert_same_curve(four, one, first=9)
@@ -99,7 +99,7 @@ def test_a_run_on_several_processes_and_moved_between_meshes_is_the_run_on_one_d
         assert progress["positions"] == wanted["positions"]
         assert progress["identity"] == wanted["identity"]
 
-    # And it goes on there: in shards, and on the mesh that it had over two processes, with the same sums.
+    # And it resumes there: in shards, and on the mesh that it had over two processes, with the same sums.
     assert_same_curve(on_devices(8, back_to(8, two, tmp_path / "shards")), one, first=9)
     same = on_devices(4, back_to(8, two, tmp_path / "same"), "--config.mesh.context=4")
     assert metrics(same)[8]["loss"] == pytest.approx(metrics(two)[8]["loss"], rel=1e-7)

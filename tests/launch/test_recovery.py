@@ -1,4 +1,4 @@
-"""A run that heals itself: what stands out is tried again, then left out, and the rest is as if it had never been."""
+"""A run that heals itself: an outlier is tried again, then skipped, and the rest is as if it had never been there."""
 
 import contextlib
 import io
@@ -28,7 +28,7 @@ def run(folder: Path, name: str, *flags: str) -> Path:
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, is_bad, times: float = math.inf) -> None:
-    """Make the state and figures of steps NaN where `is_bad(step, tokens of the batch)`, so many times in all."""
+    """Makes the state and figures of `times` steps NaN, where `is_bad(step, tokens of the batch)`."""
     left = [times]
 
     class Programs(train.loop.StepPrograms):
@@ -76,7 +76,7 @@ def test_rows_that_stand_out_again_are_left_out_as_in_a_run_that_was_told_to(str
     assert without_times(metrics(healed)) == without_times(metrics(told))
     assert metrics(healed)[4]["loss"] == metrics(straight)[4]["loss"]
     assert metrics(healed)[5]["loss"] != metrics(straight)[5]["loss"]
-    # The row that it goes on with is the one behind the rows that were left out.
+    # The next row that it trains on is the one behind the skipped rows.
     assert metrics(healed)[5]["loss"] != metrics(straight)[6]["loss"]
     assert [event["action"] for event in events(healed, "rollback")] == ["retry", "skip"]
     (skip,) = events(healed, "skip")
@@ -97,7 +97,7 @@ def without_text(rows: list[dict]) -> list[dict]:
 
 
 def described(folder: Path, step: int) -> list[dict]:
-    """What `inspect data` says of a step's rows, without their text."""
+    """The rows that `inspect data` prints for a step, without their text."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         assert here("inspect", "data", folder, f"--step={step}", "--json") == 0

@@ -23,12 +23,12 @@ MESH = {"slice": 1, "data": 1, "fsdp": 4, "context": 1, "tensor": 1}
 
 
 def candidate(seconds: float) -> Candidate:
-    """One whose estimate is so many seconds; its rows tell it apart."""
+    """A candidate with this estimate in seconds; its number of rows identifies it."""
     return Candidate(dict.fromkeys(SEARCHED, "1"), MESH, round(seconds * 100), Estimate(1.0, 1.0, seconds, 0.0, 0.0))
 
 
 def plan_of(seconds: float, fits: bool = True) -> dict[str, Any]:
-    """What `plan --json` prints of a step of so many seconds."""
+    """The object that `plan --json` prints for a step of this duration."""
     return asdict(
         Plan(
             topology="t", device_kind="TPU v5 lite", devices=4, mesh=MESH, attention="plain", remat_policy="full",
@@ -42,7 +42,7 @@ def plan_of(seconds: float, fits: bool = True) -> dict[str, Any]:
 
 @pytest.fixture
 def compilers(monkeypatch) -> Callable[[dict[float, str]], list[float]]:
-    """Commands that say what a test wants instead of compiling; a list of those that were begun."""
+    """Replaces compilers by commands that print what a test wants; returns a list of those that were started."""
     begun: list[float] = []
 
     def install(says: dict[float, str]) -> list[float]:

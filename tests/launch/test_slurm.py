@@ -1,4 +1,4 @@
-"""What goes to sbatch, and a run on a real Slurm of two nodes on this machine."""
+"""The script for sbatch, and a run on a real Slurm of two nodes on this machine."""
 
 import argparse
 import json
@@ -93,7 +93,7 @@ def test_a_refusal_of_slurm_is_passed_on():
         ([75], 75, ["stopped, saved up to step 0: back to the queue"]),
         ([1, 0], 0, ["failed, saved up to step 0: starting again in 2 s"]),
         ([137, 1, 1, 1, 0], 1, [*(f"starting again in {s} s" for s in (2, 4, 8)), "nothing new saved in 4 starts"]),
-        # The first that fails says why; what it drags with it ends by a signal.
+        # The first process that fails prints why; the others end by a signal.
         (["2 143"], 2, []),
         (["75 1", 0], 0, ["starting again in 2 s"]),
         ([1, "a node dies", 0], 0, ["starting again in 2 s", "a node does not answer"]),

@@ -34,8 +34,8 @@ def evaluated(capsys, *arguments: object) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-# Whether the harness's own adapter lets the tokenizer put its token before a text: as it says, but of a whole text it
-# would count that one, too, after another.
+# The harness's own adapter lets the tokenizer put its token before a text, except before whole texts, where the harness
+# would score that token, too.
 BEFORE = dict.fromkeys(("texts", "loglikelihood_rolling"), False)
 
 
@@ -45,7 +45,7 @@ def hugging_face(export: Path):
         require(peer)
     from lm_eval.models.huggingface import HFLM
 
-    # Its cache of logits, on unless told, gets one pair of this file wrong by 4 nats, and right without the others.
+    # Its cache of logits, on by default, gets one pair of this file wrong by 4 nats, but right without the others.
     return HFLM(pretrained=str(export), device="cpu", dtype="float32", batch_size=8, logits_cache=False)
 
 

@@ -28,7 +28,7 @@ def data_of(page: str) -> dict:
 
 
 def weights_of(page: str) -> np.ndarray:
-    """What the page's script reads: [L, H, T, T]."""
+    """The weights that the page's script reads, [L, H, T, T]."""
     data = data_of(page)
     L, H, T = data["layers"], data["heads"], len(data["tokens"])
     found = np.zeros((L, H, T, T))

@@ -1,4 +1,4 @@
-"""The report's page: what it says at any moment of a run, and how it looks in a browser."""
+"""The report's page: its text at any moment of a run, and its looks in a browser."""
 
 import datetime
 import json
