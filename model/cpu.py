@@ -1,17 +1,16 @@
 """Faster forms of the decoder's parts for XLA's CPU backend. Each is chosen on CPUs alone."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 from model.backend import platform
 from model.collectives import gather_weight
 from model.linear import Linear
 from model.product import einsum
-from model.sharding import Layout
 from model.unembedding import Unembedding, mask_padding
 
 # The most layers that are unrolled: the program's size and compile time grow with them.
@@ -74,18 +73,11 @@ class ColumnLinear(Linear):
 
     multiply = staticmethod(column_product)
 
-    def __init__(
-        self,
-        equation: str,
-        weights: Mapping[str, jax.Array],
-        name: str,
-        axes: tuple[str, ...],
-        layout: Layout,
-        sums_over: str | None = None,
-    ):
-        x_letters, weight_letters, _ = equation.replace("->", ",").split(",")
-        axes = tuple(axes[weight_letters.index(letter)] for letter in contracted_last(weight_letters, x_letters))
-        super().__init__(equation, weights, name, axes, layout, sums_over)
+    def gathered_weight(self, dtype: DTypeLike) -> jax.Array:
+        """Returns the weight for use in a product, with its axes in the transposed order."""
+        x_letters, weight_letters, _ = self.equation.replace("->", ",").split(",")
+        axes = (self.axes[weight_letters.index(letter)] for letter in contracted_last(weight_letters, x_letters))
+        return gather_weight(self.weight[...].astype(dtype), self.layout, *axes)
 
 
 class ColumnUnembedding(Unembedding):

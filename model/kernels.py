@@ -50,10 +50,8 @@ def choose_kernel(config: ResolvedModelConfig, layout: Layout, T: int) -> Kernel
     if wanted != "auto":
         if obstacle:
             raise ValueError(f"model.attention_kernel = {wanted}: {obstacle}; leave it at auto")
-        interpreted = kernel == "splash" and name != "tpu"
-        return KernelChoice(
-            kernel, "model.attention_kernel asks for it" + (", interpreted here" if interpreted else "")
-        )
+        interpreted = ", interpreted here" if kernel == "splash" and name != "tpu" else ""
+        return KernelChoice(kernel, f"model.attention_kernel asks for it{interpreted}")
     if kernel == "plain":
         return KernelChoice("plain", f"there is no kernel for {name}")
     if obstacle:

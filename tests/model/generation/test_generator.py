@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import model.generation.decoder
+import model.generation.weights
 from model.config import ModelConfig
 from model.decoder import Decoder
 from model.generation.generator import Generator, round_up
@@ -129,6 +131,23 @@ def test_the_penalty_counts_all_of_the_prompt_and_of_what_was_drawn():
     [(tokens, _)] = generated(generator(small_model()), [prompt], Sampling(temperature=0.0, repetition_penalty=1e6))
     assert len(set(tokens)) == 30
     assert not set(tokens) & set(prompt)
+
+
+def test_other_platforms_decode_the_same_tokens_with_weights_in_their_usual_order(monkeypatch):
+    config = small_model(tie_embeddings=False)
+    on_cpu = generator(config)
+    expected = generated(on_cpu, PROMPTS[:2], new=9, batch_size=2)
+    for module in (model.generation.weights, model.generation.decoder):
+        monkeypatch.setattr(module, "platform", lambda: "gpu")
+    # The platform is read while tracing.
+    jax.clear_caches()
+    try:
+        elsewhere = generator(config)
+        assert generated(elsewhere, PROMPTS[:2], new=9, batch_size=2) == expected
+    finally:
+        jax.clear_caches()
+    shapes = [weights["unembedding"]["matrix"].shape for weights in (elsewhere.weights, on_cpu.weights)]
+    assert shapes == [(config.model_dim, 384), (384, config.model_dim)]
 
 
 def test_a_mesh_gives_the_same_tokens_as_one_device():
