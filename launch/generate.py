@@ -20,7 +20,7 @@ from launch.arguments import add_model, text
 
 if TYPE_CHECKING:
     from model.generation.sampling import Sampling
-    from train.evaluation.continuation import Part
+    from train.evaluation.continuation import ContinuationPart
 
 log = logging.getLogger("ziggurat")
 
@@ -111,7 +111,7 @@ def sampling_of(arguments: argparse.Namespace) -> "Sampling":
     )
 
 
-def write_lines(lines: list[dict[str, Any]], parts: Iterator["Part"]) -> None:
+def write_lines(lines: list[dict[str, Any]], parts: Iterator["ContinuationPart"]) -> None:
     """Prints a line for each prompt, in their order, once it and all before it are done; logs the progress."""
     texts: list[list[str]] = [[] for _ in lines]
     tokens = [0] * len(lines)

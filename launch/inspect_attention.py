@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
     import jax
 
     from train.devices.mesh import on_one_device
-    from train.evaluation.inspection import attention_of, token_text
+    from train.evaluation.inspection import attention_maps, token_text
     from train.run.storage import write_atomically
     from train.weights.load import load_trained
 
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
                 f"one precedes every text, and of its {config.model.num_layers} × {config.model.num_heads} heads a "
                 f"page shows {most}; give {most - 1} at most"
             )
-        weights_LHTT = attention_of(config, trained.weights, tokens)
+        weights_LHTT = attention_maps(config, trained.weights, tokens)
     texts = [token_text(trained.tokenizer, token) for token in tokens]
     write_atomically(arguments.to, make_attention_page(arguments.model, texts, weights_LHTT))
     print(arguments.to)

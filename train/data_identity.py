@@ -1,4 +1,4 @@
-"""What must stay the same about the data of a run, and where a resumed run continues in it."""
+"""The identity of a run's data, which must stay the same, and where a resumed run continues in it."""
 
 import hashlib
 import json
@@ -34,15 +34,15 @@ ANOTHER_RUN = "start another run with --config.train.run_dir=FOLDER"
 
 @dataclass(frozen=True)
 class RunInputs:
-    """What `prepare` finds or makes.
+    """The inputs of a run, which `prepare_run` finds or makes.
 
     Attributes:
-        config: every derived field filled in.
-        mixture: the text.
-        tokenizer: of the run.
-        held_out: the documents that it evaluates on at its end.
-        identity: what the order of the data follows from, kept in each checkpoint.
-        tasks: of lm-evaluation-harness, that it evaluates on.
+        config: the run's resolved settings.
+        mixture: the corpora of the run.
+        tokenizer: the run's own tokenizer.
+        held_out: documents that the run evaluates at its end.
+        identity: settings and fingerprints that the order of the data follows from, saved in every checkpoint.
+        tasks: tasks of lm-evaluation-harness that the run evaluates on.
     """
 
     config: ResolvedConfig
@@ -54,43 +54,45 @@ class RunInputs:
 
 
 def identity_of(config: Config, mixture: Mixture) -> dict[str, Any]:
-    """The settings that the order of the data follows from, by name (C1); beside them stand the fingerprints."""
-    found = {
+    """Returns the settings that the order of the data follows from (C1); fingerprints are added to them."""
+    identity = {
         f"data.{name}": getattr(config.data, name)
-        for group, name, setting in config_fields()
-        if group == "data" and setting.metadata.get("resume", "frozen") == "frozen"
+        for group, name, field in config_fields()
+        if group == "data" and field.metadata["resume"] == "frozen"
     }
     for source in mixture.sources if isinstance(config.data.corpus, dict) else []:
-        found[f"{corpus_field(source.name)}.weight"] = [list(stage) for stage in source.weights]
+        identity[f"{corpus_field(source.name)}.weight"] = [list(stage) for stage in source.weights]
         for name in PER_CORPUS_FIELDS:
-            found[f"{corpus_field(source.name)}.{name}"] = getattr(source.config, name)
-    return found | {"train.seed": config.train.seed}
+            identity[f"{corpus_field(source.name)}.{name}"] = getattr(source.config, name)
+    return identity | {"train.seed": config.train.seed}
 
 
 def continue_data(
-    progress: Mapping[str, Any], prepared: RunInputs, trained: Path, instead: str = ANOTHER_RUN
+    progress: Mapping[str, Any], inputs: RunInputs, trained: Path, instead: str = ANOTHER_RUN
 ) -> tuple[RunInputs, np.ndarray]:
-    """What a checkpoint's run goes on with, and where in the data: there, or if the data has changed in a new epoch.
+    """Returns the inputs and positions to continue with: where the checkpoint was, or a new epoch of changed data.
 
-    Other data has other held-out documents too. All processes call it together.
+    Changed data has other held-out documents, too. All processes call it together.
 
     Args:
-        progress: of the checkpoint.
-        prepared: for the run that goes on.
-        trained: the folder of the run that has saved the checkpoint.
-        instead: what else can be done about other data.
+        progress: the JSON item of the checkpoint.
+        inputs: the inputs of the run that continues.
+        trained: folder of the run that saved the checkpoint.
+        instead: remedy for changed data other than accepting it.
 
     Raises:
-        InputError: corpus, tokenizer or data settings are not what the checkpoint was trained on, and
-            `data.accept_changes` is not set; or all of their epochs have been read.
+        InputError: corpus, tokenizer or data settings are not those of the checkpoint, and `data.accept_changes` is
+            false; or all epochs of the changed data have been read.
     """
     if "identity" not in progress:
         raise InputError(f"{trained} was begun by an older version; start another run")
-    saved, now, config = progress["identity"], prepared.identity, prepared.config
+    saved = progress["identity"]
+    now = inputs.identity
+    config = inputs.config
     positions = np.array(progress["positions"], np.int64)
     changes = [Change(name, saved.get(name), now.get(name)) for name in saved | now if saved.get(name) != now.get(name)]
     if not changes:
-        return prepared, positions
+        return inputs, positions
     if not config.data.accept_changes:
         raise InputError(
             f"the data is not what the run in {trained} has been trained on:\n{table(changes)}\n"
@@ -101,28 +103,28 @@ def continue_data(
     moves = not all(change.field.endswith((".weight", ".epochs")) for change in changes)
     if moves:
         epoch = int(positions[:, :, 0].max()) + 1
-        positions = initial_positions(prepared.mixture, config.data.num_streams, epoch)
-    for source, epochs in zip(prepared.mixture.sources, positions[:, :, 0].min(axis=0).tolist(), strict=True):
+        positions = initial_positions(inputs.mixture, config.data.num_streams, epoch)
+    for source, epochs in zip(inputs.mixture.sources, positions[:, :, 0].min(axis=0).tolist(), strict=True):
         if source.config.epochs is not None and epochs >= source.config.epochs:
             raise InputError(
                 f"{corpus_field(source.name)}: {epochs} epochs have been read before the change; give more than that "
                 "(data.epochs), or leave it at none"
             )
     if moves:
-        log.warning("the streams begin anew, with epoch %d, and other documents are held out", epoch)
+        log.warning("the streams start over with epoch %d, and other documents are held out", epoch)
         run = Run.of(config)
-        on_first_process(lambda: run.save_held_out(choose_held_out(prepared.mixture, config.evaluation.max_bytes)))
-        prepared = replace(prepared, held_out=run.held_out_texts())
-    return prepared, positions
+        on_first_process(lambda: run.save_held_out(choose_held_out(inputs.mixture, config.evaluation.max_bytes)))
+        inputs = replace(inputs, held_out=run.held_out_texts())
+    return inputs, positions
 
 
 def data_fingerprint(identity: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) of a `Prepared.identity`."""
+    """Returns the SHA-256 (hex) of `RunInputs.identity`."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def first_step(config: Config) -> int:
-    """The step (from 0) that reads the beginning of the data: in a fork with the optimizer its parent's, else 0."""
+    """Returns the step (from 0) that reads the beginning of the data; not 0 in a fork with the optimizer alone."""
     if config.train.init_from and config.train.init_with == "optimizer":
         return split_name(config.train.init_from)[1] or 0
     return 0
@@ -131,10 +133,10 @@ def first_step(config: Config) -> int:
 def streams_before(
     step: int, config: Config, run: Run, mixture: Mixture, tokenizer: Tokenizer
 ) -> tuple[int, dict[int, MixedStream]]:
-    """(s, all streams at the beginning of the batch that step s read), for the newest logged s up to `step`, from 0.
+    """Returns (s, all streams at the start of the batch of step s), for the newest logged s up to `step`.
 
     Raises:
-        InputError: the run has read other data around this step than its config and corpus say now.
+        InputError: the run has read other data around this step than its config and corpus describe now.
     """
     logged = [record for _, record in read_steps(run.positions)]
     identity = identity_of(config, mixture) | mixture.fingerprints() | {"tokenizer": tokenizer.fingerprint}
@@ -144,16 +146,25 @@ def streams_before(
             f"the data that {run.folder} read in step {step + 1} is not what its corpus, tokenizer and data settings "
             "are now; restore them"
         )
-    begin, positions = first_step(config), initial_positions(mixture, config.num_streams)
+    begin = first_step(config)
+    positions = initial_positions(mixture, config.num_streams)
     if before:
-        begin, positions = before[-1]["step"], np.array(before[-1]["positions"], np.int64)
-    streams = range(config.num_streams)
-    bos_id, eos_id, seed = tokenizer.bos_id, tokenizer.eos_id, config.train.seed
-    return begin, open_streams(mixture, tokenizer.encode_all, bos_id, eos_id, seed, streams, positions)
+        begin = before[-1]["step"]
+        positions = np.array(before[-1]["positions"], np.int64)
+    streams = open_streams(
+        mixture,
+        tokenizer.encode_all,
+        tokenizer.bos_id,
+        tokenizer.eos_id,
+        config.train.seed,
+        range(config.num_streams),
+        positions,
+    )
+    return begin, streams
 
 
 def check_same_everywhere(fingerprints: dict[str, str]) -> None:
-    """InputError, on all processes, where one of them sees another corpus or tokenizer."""
+    """Raises InputError on all processes if one of them has another corpus or tokenizer."""
     if jax.process_count() == 1:
         return
     for name, fingerprint in fingerprints.items():

@@ -1,4 +1,4 @@
-"""The live line and the log lines of a run."""
+"""The live line of a run on a terminal, and its lines in a log."""
 
 import collections
 import sys
@@ -21,46 +21,48 @@ from train.weights.huggingface import why_no_export
 
 
 class Rate:
-    """Tokens a second and waiting for data, over the last finished steps."""
+    """Tokens a second over the last finished steps."""
 
     def __init__(self, window: int = 10):
         self._ends: collections.deque[tuple[float, float]] = collections.deque(maxlen=window + 1)
 
     def start(self) -> None:
-        """Forget what was before: a pause (evaluation, a save) is no step time."""
+        """Forgets the steps so far, since a pause (evaluation, a save) is not step time."""
         self._ends.clear()
         self._ends.append((time.perf_counter(), 0.0))
 
     def finished(self, tokens: float) -> None:
-        """A step over so many tokens has just finished."""
+        """Records that a step over `tokens` has just finished."""
         self._ends.append((time.perf_counter(), tokens))
 
     @property
     def tokens_per_second(self) -> float:
-        """Over the window."""
+        """Tokens a second over the window of last steps."""
         return sum(tokens for _, tokens in list(self._ends)[1:]) / max(self._ends[-1][0] - self._ends[0][0], 1e-9)
 
     def seconds(self, tokens: float) -> float:
-        """What so many more tokens will take."""
+        """Returns the seconds that `tokens` more take at this rate."""
         return tokens / max(self.tokens_per_second, 1e-9)
 
 
 class Display:
-    """How a run looks while it goes: one live line on a terminal, a plain line every few steps in a log.
+    """Shows a run as it trains: a live line on a terminal, or a plain line every few steps in a log.
 
     Args:
-        num_steps: of the run.
+        num_steps: steps of the whole run.
         every: steps between plain lines.
-        quiet: show nothing (all processes but the first).
+        quiet: true to show nothing, on all processes but the first.
     """
 
     def __init__(self, num_steps: int, every: int, quiet: bool):
-        self.num_steps, self.every, self.quiet = num_steps, every, quiet
+        self.num_steps = num_steps
+        self.every = every
+        self.quiet = quiet
         self._console = Console(file=sys.stderr)
         self._live: Live | None = None
 
     def step(self, record: dict[str, Any], seconds_left: float) -> None:
-        """Show one finished step."""
+        """Shows one finished step."""
         if self.quiet:
             return
         step = record["step"]
@@ -79,44 +81,46 @@ class Display:
             self.say(line)
 
     def evaluation(self, record: dict[str, Any]) -> None:
-        """Show what an evaluation found: on held-out text, with a sample, on tasks, or on both."""
+        """Shows the results of an evaluation on held-out text, with a sample, and on tasks."""
         if "sample" in record:
-            bits, loss = record["validation_bits_per_byte"], record["validation_loss"]
+            bits = record["validation_bits_per_byte"]
+            loss = record["validation_loss"]
             self.say(f"step {record['step']}  held-out: {bits:.3f} bits a byte, loss {loss:.4f}; sample:")
             self.say("\n".join("    " + line for line in record["sample"].splitlines()))
         for task, values in record.get("tasks", {}).items():
-            found = ", ".join(f"{metric} {value:.4f}" for metric, value in values.items())
-            self.say(f"step {record['step']}  {task}: {found}")
+            results = ", ".join(f"{metric} {value:.4f}" for metric, value in values.items())
+            self.say(f"step {record['step']}  {task}: {results}")
 
     def say(self, text: str) -> None:
-        """Lines that stay."""
+        """Prints lines that stay."""
         if not self.quiet:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Restores the terminal."""
         if self._live:
             self._live.stop()
 
 
-def opening_lines(prepared: RunInputs, step: int, peak: str) -> list[str]:
-    """What will be trained, on what and with what; one line each."""
-    config = prepared.config
+def opening_lines(inputs: RunInputs, step: int, peak: str) -> list[str]:
+    """Returns lines that describe the model, its data and its devices."""
+    config = inputs.config
     mesh = " × ".join(f"{axis} {size}" for axis, size in jax.sharding.get_mesh().shape.items() if size > 1)
     kernel = choose_kernel(config.model, training_layout(config.mesh), config.data.segment_length)
-    first, full = (rows * config.data.segment_length for rows in (batch_size(config, 0), config.train.batch_size))
+    first = batch_size(config, 0) * config.data.segment_length
+    full = config.train.batch_size * config.data.segment_length
     tokens = f"{full:,} tokens each"
     if first < full:
         tokens += f", the first {config.train.batch_ramp_steps} steps on a ramp from {first:,}"
-    begin = f"goes on from step {step}" if step else "starts"
+    action = f"resumes at step {step}" if step else "starts"
     lines = [
-        f"{config.train.run_dir} {begin} of {config.train.num_steps} steps, {tokens}",
+        f"{config.train.run_dir} {action} of {config.train.num_steps} steps, {tokens}",
         *(
             f"{corpus_field(source.name).removeprefix('data.')}: {source.corpus.describe()}, "
-            f"fingerprint {source.corpus.fingerprint[:12]}{source_text(source, prepared.mixture)}"
-            for source in prepared.mixture.sources
+            f"fingerprint {source.corpus.fingerprint[:12]}{source_text(source, inputs.mixture)}"
+            for source in inputs.mixture.sources
         ),
-        f"tokenizer: {prepared.tokenizer.vocab_size:,} token ids",
+        f"tokenizer: {inputs.tokenizer.vocab_size:,} token ids",
         f"model: {count_parameters(config.model):,} parameters, {config.model.compute_dtype} compute",
         f"devices: {jax.device_count()} {jax.devices()[0].device_kind}{mesh and f' as {mesh}'}; "
         f"processes: {jax.process_count()}",
@@ -131,11 +135,11 @@ def opening_lines(prepared: RunInputs, step: int, peak: str) -> list[str]:
 
 
 def source_text(source: Source, mixture: Mixture) -> str:
-    """How often rows are of a corpus, and how often it is read."""
+    """Describes how often rows come from a corpus, and how often it is read."""
     sums = [sum(other.weight(step) for other in mixture.sources) for step, _ in source.weights]
     shares = [
         f"{weight / total:.1%} of the rows" + (f" from step {step}" if step else "")
         for (step, weight), total in zip(source.weights, sums, strict=True)
     ]
-    epochs = [f"the run ends after {source.config.epochs} epochs of it"] if source.config.epochs else []
+    epochs = [f"the run ends after its epoch {source.config.epochs}"] if source.config.epochs else []
     return "".join(f"; {word}" for word in ([*shares] if len(mixture.sources) > 1 else []) + epochs)

@@ -125,14 +125,6 @@ class Training:
         state: the state of training after `step` steps.
         step: number of steps that are done.
         positions: positions in the data after `step` steps, of the streams that this process reads.
-
-    Args:
-        inputs: the inputs of the run.
-        run: its folder.
-        display: shows progress.
-        checkpoints: its checkpoints.
-        signals: tells whether this process was asked to stop.
-        events: its audit log.
     """
 
     def __init__(
@@ -318,10 +310,10 @@ class Training:
     def log_finished(
         self, in_flight: InFlight, pauses: bool, last_step: int, profiler: Profiler, step_log: StepLog | None
     ) -> bool:
-        """Shows and logs finished steps, with the evaluations that are due. Returns True if a stop was asked.
+        """Shows and logs finished steps with the evaluations that are due. Returns True if a stop was asked.
 
         Args:
-            in_flight: the dispatched steps.
+            in_flight: the steps that are dispatched and not logged.
             pauses: true to wait for all of them, because something other than a step comes next.
             last_step: number of the run's last step.
             profiler: its trace ends with its last step.

@@ -1,4 +1,4 @@
-"""What a run stands on before its first step: a folder of its own, its text, its tokenizer, what it holds out."""
+"""Prepares a run before its first step: its folder, corpus, tokenizer and held-out documents."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,30 +29,30 @@ from train.run.trackers import missing_packages
 
 
 def prepare_run(config: Config, run: Run, lease: Lease) -> RunInputs:
-    """Make or find everything in the run's folder that the first step needs. All processes call it together.
+    """Makes or finds everything in the run's folder that the first step needs. All processes call it together.
 
-    Before it writes there, it takes the lease.
+    It takes the lease before it writes anything.
 
     Raises:
-        InputError: the folder is something else's, or config, corpus or tokenizer don't fit it or each other.
+        InputError: the folder is not a run's, or config, corpus or tokenizer do not fit it or each other.
     """
     check_folder(config, run)
     tasks = open_run_tasks(config.evaluation)
     mixture = open_run_mixture(config, run)
-    # A run begins with its first checkpoint. What a start without one has left is made anew.
-    begins = run.last_step() is None
-    if begins:
+    # A run exists from its first checkpoint on. Whatever a start without one has left is made again.
+    is_new = run.last_step() is None
+    if is_new:
         mixture.check()
         if config.train.init_from:
             check_fork(config)
     on_first_process(lease.take)
-    if begins:
+    if is_new:
         on_first_process(lambda: claim(config, run))
     tokenizer = run_tokenizer(config, run, mixture)
-    given = config.model.vocab_size
-    if given is not None and given < tokenizer.vocab_size:
+    vocab_size = config.model.vocab_size
+    if vocab_size is not None and vocab_size < tokenizer.vocab_size:
         raise InputError(
-            f"model.vocab_size = {given} is less than the tokenizer's {tokenizer.vocab_size} pieces; "
+            f"model.vocab_size = {vocab_size} is less than the tokenizer's {tokenizer.vocab_size} pieces; "
             "raise it, or leave it at none"
         )
     config = config.resolved(tokenizer.vocab_size)
@@ -66,7 +66,7 @@ def prepare_run(config: Config, run: Run, lease: Lease) -> RunInputs:
 
 
 def check_folder(config: Config, run: Run) -> None:
-    """InputError where a folder cannot be, holds something else, or a run that this config would not continue."""
+    """Raises InputError if the folder cannot be used, or holds a run that this config would not continue."""
     if problem := why_not_writable(run.folder):
         raise InputError(f"train.run_dir = {run.folder}: {problem}; name another folder")
     if missing := missing_packages(config):
@@ -80,11 +80,12 @@ def check_folder(config: Config, run: Run) -> None:
         return
     if last_step == 0:
         raise InputError(
-            f"train.run_dir = {run.folder} holds imported weights, with which another run can begin: "
+            f"train.run_dir = {run.folder} holds imported weights, from which another run can start: "
             f"--config={run.folder}@0 --config.train.run_dir=FOLDER"
         )
     saved = run.load_config()
-    changes, accepts = changes_of(saved, config.resolved(saved.model.vocab_size)), config.data.accept_changes
+    changes = changes_of(saved, config.resolved(saved.model.vocab_size))
+    accepts = config.data.accept_changes
     if frozen := [change for change in changes["frozen"] if not (accepts and change.field.startswith("data."))]:
         accept = ACCEPT + ", " if all(change.field.startswith("data.") for change in frozen) else ""
         raise InputError(
@@ -101,7 +102,7 @@ def check_folder(config: Config, run: Run) -> None:
 
 
 def check_moved_checkpoints(run: Run, last_step: int | None) -> None:
-    """InputError where the run's newest checkpoint is where it was saved before, and not in `checkpoint.dir`."""
+    """Raises InputError if the newest checkpoint is in an earlier `checkpoint.dir` and not in this one."""
     before, _ = Run.there(run.folder)
     if before.checkpoints != run.checkpoints and (newest := before.last_step() or 0) > (last_step or 0):
         raise InputError(
@@ -111,16 +112,16 @@ def check_moved_checkpoints(run: Run, last_step: int | None) -> None:
 
 
 def claim(config: Config, run: Run) -> None:
-    """Make the folder this run's, and empty of what an earlier start has left."""
+    """Makes the folder this run's, and removes what an earlier start without a checkpoint has left."""
     run.save_config(config)
     run.clear()
     if config.train.init_from and config.train.init_with == "all":
-        # Its data goes on as the parent's does, without what that leaves out.
+        # The data continues as the parent's does, without the batches that it skips.
         write_ledger(run.recovery, inherited(read_ledger(parent_of(config).run.recovery)))
 
 
 def open_run_mixture(config: Config, run: Run) -> Mixture:
-    """The corpora that the config names; the default one is kept in the run's folder on first use."""
+    """Opens the corpora of the config; the default corpus is copied to the run's folder on first use."""
 
     def stdlib() -> str:
         def make() -> None:
@@ -137,15 +138,15 @@ def open_run_mixture(config: Config, run: Run) -> Mixture:
 
 
 def folder_of_parent(config: Config) -> Run | None:
-    """The run that this one begins with a checkpoint of; none: none."""
+    """Returns the run whose checkpoint this one starts from, if there is one."""
     return Run(split_name(config.train.init_from)[0]) if config.train.init_from else None
 
 
 def run_tokenizer(config: Config, run: Run, mixture: Mixture) -> Tokenizer:
-    """The run's tokenizer: what is there, else a copy (of a fork's parent or `tokenizer.path`), else a new one.
+    """Returns the run's tokenizer: its own, or a copy of its parent's or of `tokenizer.path`, or a new one.
 
     Raises:
-        InputError: `tokenizer.path` has none, or another than the run began with.
+        InputError: `tokenizer.path` has no tokenizer, or another one than the run began with.
     """
     path = Path(config.tokenizer.path).expanduser() if config.tokenizer.path else None
 
@@ -166,9 +167,9 @@ def run_tokenizer(config: Config, run: Run, mixture: Mixture) -> Tokenizer:
 
 
 def train_run_tokenizer(config: Config, mixture: Mixture, folder: Path) -> Tokenizer:
-    """Train the tokenizer that the config asks for on a bounded sample of the training documents.
+    """Trains the tokenizer of the config on a bounded sample of the training documents.
 
-    Of several corpora each gives the part that its first weight says.
+    Each corpus of a mixture contributes by its first weight.
     """
     log.info("training a tokenizer of %d pieces", config.tokenizer.vocab_size)
     sample: list[str] = []
@@ -180,5 +181,5 @@ def train_run_tokenizer(config: Config, mixture: Mixture, folder: Path) -> Token
 
 
 def make_once(path: Path, make: Callable[[], Any]) -> None:
-    """Process 0 makes what is not there yet; the others wait until it is."""
+    """Calls `make` on process 0 unless the path exists; the other processes wait."""
     on_first_process(lambda: None if path.exists() else make())

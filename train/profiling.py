@@ -1,4 +1,4 @@
-"""A trace of some steps for TensorBoard, XProf or Perfetto, and the program that they ran."""
+"""Traces of some steps for TensorBoard, XProf or Perfetto, and the program that they ran."""
 
 import logging
 from collections.abc import Callable
@@ -11,40 +11,44 @@ log = logging.getLogger("ziggurat")
 
 
 class Profiler:
-    """Traces steps into a folder, and writes the compiled step's optimized HLO beside it as train_step.txt.
+    """Traces steps into a folder, and writes the optimized HLO of the step to train_step.txt there.
 
-    Process 0 alone traces: all run the same program, and traces of several in one folder would take each other's place.
+    Only process 0 traces: all run the same program, and traces of several processes in one folder would overwrite each
+    other.
+
+    Attributes:
+        first: number of the first traced step, or 0 without a trace.
+        last: number of the last traced step, or 0 without a trace.
 
     Args:
-        folder: of the traces; each has a folder with its date below `plugins/profile`.
-        steps: the first and the last that are traced; none: nothing is.
-        done: steps that the run has behind it: they are not traced any more.
-
-    `first` and `last` are the steps that are traced; 0 where there are none.
+        folder: folder of the traces; each has a dated folder below `plugins/profile`.
+        steps: first and last step to trace, or None for no trace.
+        done: number of steps that are done, which are not traced.
     """
 
     def __init__(self, folder: Path, steps: tuple[int, int] | None, done: int):
-        self._folder, self._running = folder, False
+        self._folder = folder
+        self._running = False
         self.first, self.last = (max(steps[0], done + 1), steps[1]) if steps else (0, 0)
         if self.first > self.last:
             log.warning("train.profile_steps = %s: the run has done %d steps, so nothing is traced", steps, done)
             self.first = self.last = 0
 
     def start(self, program: jax.stages.Compiled, state: Any) -> None:
-        """Before the first step: wait for the devices to be idle, write the step's program, and begin."""
+        """Waits until the devices are idle, writes the step's program, and starts the trace."""
         if jax.process_index() > 0:
             return
         jax.block_until_ready(state)
         self._folder.mkdir(parents=True, exist_ok=True)
         (self._folder / "train_step.txt").write_text(program.as_text() or "")
         options = jax.profiler.ProfileOptions()
-        # Calls of Python functions would slow what is measured, and crowd a trace that has room for a million events.
+        # Python calls would slow the steps, and fill a trace that holds a million events.
         options.python_tracer_level = 0
         jax.profiler.start_trace(self._folder, create_perfetto_trace=True, profiler_options=options)
         self._running = True
 
     def stop(self, say: Callable[[str], None] = log.info) -> None:
-        """Write the trace, where one goes on, once the last step is finished."""
+        """Writes the trace, if one is running."""
         if self._running:
             self._running = False
             jax.profiler.stop_trace()

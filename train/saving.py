@@ -21,11 +21,11 @@ class Saver:
     """Saves the state of one pass of training, from a restored step on.
 
     Args:
-        checkpoints: the run's checkpoints.
-        events: the audit log.
-        ledger: the skipped batches.
-        detector: its history is saved with the state.
-        identity: what the order of the data follows from.
+        checkpoints: the run's own checkpoints, open.
+        events: the audit log of this process.
+        ledger: the ledger of skipped batches.
+        detector: the spike detector, whose history is saved with the state.
+        identity: settings and fingerprints that the order of the data follows from.
         position_log: positions.jsonl, on process 0 alone.
     """
 

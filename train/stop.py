@@ -1,6 +1,6 @@
-"""Ending early, and well: a signal asks, all processes agree, the run saves and says so.
+"""Stopping early: a signal asks, all processes agree, and the run saves and exits.
 
-The status of a process that was asked to end is 75 (sysexits' EX_TEMPFAIL): start it again at once.
+A process that was asked to stop exits with status 75 (EX_TEMPFAIL of sysexits.h): start it again at once.
 """
 
 import faulthandler
@@ -19,10 +19,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(Exception):
-    """The run has ended before its last step because it was asked to; what it has done is saved.
+    """Raised when the run ends before its last step because it was asked to; its state is saved.
 
     Attributes:
-        step: the last that is done.
+        step: number of the last step that is done.
     """
 
     def __init__(self, step: int):
@@ -31,24 +31,29 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """SIGTERM and SIGINT while this is entered: the first is noted where someone will look, the next ends the process.
+    """Context manager for SIGTERM and SIGINT: the first is noted, the second ends the process at once.
 
-    A thread of its own hears them, so that they count while the main thread waits for devices or other processes.
+    A thread of its own receives them, so that they count while the main thread waits for devices or other processes.
 
     Attributes:
-        asked: whether a signal has come.
-        noted: whether the first is only noted. Before training begins there is nothing to save, so it ends at once.
+        asked: true once a signal has come.
+        noted: true if the first signal is only noted; before training starts there is nothing to save, so it ends
+            the process at once.
+
+    Args:
+        say: prints a line to the user.
     """
 
     def __init__(self, say: Callable[[str], None] = lambda _: None):
-        self.asked = self.noted = False
+        self.asked = False
+        self.noted = False
         self._say = say
 
     def __enter__(self) -> "StopSignals":
-        self._heard, self._told = socket.socketpair()
-        self._told.setblocking(False)
+        self._receiver, self._sender = socket.socketpair()
+        self._sender.setblocking(False)
         self._before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
-        self._wakeup = signal.set_wakeup_fd(self._told.fileno(), warn_on_full_buffer=False)
+        self._wakeup = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._thread.start()
         return self
@@ -57,27 +62,27 @@ class StopSignals:
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._told.close()
+        self._sender.close()
         self._thread.join()
-        self._heard.close()
+        self._receiver.close()
 
     def _listen(self) -> None:
-        while received := self._heard.recv(1):
+        while received := self._receiver.recv(1):
             if received[0] not in SIGNALS:
                 continue
             name = signal.Signals(received[0]).name
             if self.asked or not self.noted:
-                print(f"ziggurat: {name}: ended at once; the same command goes on", file=sys.stderr, flush=True)
+                print(f"ziggurat: {name}: ended at once; the same command resumes", file=sys.stderr, flush=True)
                 os._exit(PREEMPTED)
             self.asked = True
-            self._say(f"{name}: stopping after this step; once more ends it at once")
+            self._say(f"{name}: stopping after this step; a second one ends it at once")
 
 
 def reset_watchdog(config: Config) -> None:
-    """Unless this is called again in time, the process shows where all its threads stand and ends with status 1.
+    """Restarts the watchdog, which shows all threads and exits with status 1 unless it is restarted in time.
 
-    A collective that waits for a process that is no more, or a dead file system, would wait for ever.
+    A collective with a process that is gone, or a dead file system, would block forever.
     """
     if config.train.watchdog_seconds:
-        # To the descriptor: what stands for standard error may be no file.
+        # File descriptor 2, because sys.stderr may be replaced by an object that is not a file.
         faulthandler.dump_traceback_later(config.train.watchdog_seconds, exit=True, file=2)

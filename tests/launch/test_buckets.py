@@ -100,7 +100,7 @@ def test_a_run_in_a_bucket_is_killed_damaged_resumed_evaluated_and_exported(
     assert steps_in(epath.Path("gs://runs/deep/one")) in ([4], [4, 8])
     done = ziggurat(*start, devices=8)
     assert done.returncode == 0, done.stderr
-    assert "goes on from step" in done.stderr
+    assert "resumes at step" in done.stderr
     assert not (run / "checkpoints").exists()
     assert checksums(bucket.read("deep/one/12/progress/metadata")) == expected
     assert [record["step"] for record in metrics(run)] == list(range(1, 13))

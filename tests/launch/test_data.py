@@ -122,7 +122,7 @@ def test_a_changed_corpus_or_data_setting_is_refused_or_begins_a_new_epoch(
     accepted = [*again, "--config.data.segmentation=pack", "--config.data.accept_changes=true",
                 "--config.data.validation_fraction=0.2"]  # fmt: skip
     assert here(*accepted) == 0
-    assert "the streams begin anew, with epoch 1" in caplog.text
+    assert "the streams start over with epoch 1" in caplog.text
     # What is evaluated now is held out of the new data.
     kept = [text.text for text in Run(tmp_path / "run").held_out_texts()]
     assert kept != [text.text for text in Run(finished).held_out_texts()]
@@ -166,7 +166,7 @@ def test_the_weights_of_a_mixture_may_change_without_a_new_epoch(tmp_path: Path,
     assert here(*heavier) == 2
     assert "data.corpus['b'].weight  [[0, 1.0]]  [[0, 3.0]]\n" in capsys.readouterr().err
     assert here(*heavier, "--config.data.accept_changes=true") == 0
-    assert "begin anew" not in caplog.text
+    assert "start over" not in caplog.text
     capsys.readouterr()
     rows = [row for step in range(5, 13) for row in shown(capsys, tmp_path / "run", f"--step={step}")["rows"]]
     assert abs(Counter(row["corpus"] for row in rows)["b"] - 48) <= 8

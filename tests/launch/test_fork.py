@@ -124,7 +124,7 @@ def test_what_cannot_be_taken_over_is_refused_at_once_and_nothing_is_made(parent
         ([*start, "--config.train.num_steps=8"], "has done the 8 steps of"),
         ([*start, f"--config.checkpoint.dir={parent / 'checkpoints'}"], "but no config.json"),
         (["pretrain", f"--config={parent}@8"], "is the run that train.init_from", "--config.train.run_dir=FOLDER"),
-        (["pretrain", f"--config={parent}@7", start[2]], "there is no checkpoint of step 7; there are [4, 8, 12]"),
+        (["pretrain", f"--config={parent}@7", start[2]], "it has no checkpoint of step 7, only [4, 8, 12]"),
         ([*start, f"--config.train.init_from={parent}"],
          f"names no checkpoint, as RUN@STEP does; the newest is {parent}@12"),
         ([*start, f"--config.train.init_from={parent}@last"], "after @ comes the step of a checkpoint"),

@@ -40,7 +40,7 @@ def test_a_full_disk_ends_a_run_in_one_line_and_the_same_command_ends_with_the_s
 
     done = ziggurat(*flags, devices=8)
     assert done.returncode == 0, done.stderr
-    assert "goes on from step 8" in done.stderr
+    assert "resumes at step 8" in done.stderr
     progress = [folder / "checkpoints" / "12" / "progress" / "metadata" for folder in (run, finished)]
     assert progress[0].read_bytes() == progress[1].read_bytes()
     assert [record["step"] for record in metrics(run)] == list(range(1, 13))

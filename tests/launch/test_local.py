@@ -173,7 +173,7 @@ def test_a_signal_to_the_launcher_saves_on_all_processes_and_the_same_command_go
     again = command(*train, f"--config.train.num_steps={step + 2}", stderr=subprocess.PIPE)
     _, said = again.communicate(timeout=120)
     assert again.returncode == 0, said
-    assert f"goes on from step {step} of {step + 2} steps" in said
+    assert f"resumes at step {step} of {step + 2} steps" in said
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     kinds = [(event["event"], event["step"]) for event in events]
     assert kinds == [
@@ -195,7 +195,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step_and_they_start_ag
         assert any(" loss " in line for line in itertools.islice(launcher.stderr, 100))
         children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
         os.kill(int(children[1]), signal.SIGTERM)
-        said = list(itertools.takewhile(lambda line: "goes on from step" not in line, launcher.stderr))
+        said = list(itertools.takewhile(lambda line: "resumes at step" not in line, launcher.stderr))
         launcher.send_signal(signal.SIGTERM)
         launcher.communicate(timeout=60)
     finally:

@@ -101,7 +101,7 @@ def test_killed_at_random_and_inside_saves_it_ends_with_the_same_bits(tmp_path: 
         wanted = chance.randint(4, 8)
         steps = 0
         for line in process.stderr:
-            if "goes on from step" in line:
+            if "resumes at step" in line:
                 restored_from.append(int(line.split("from step ")[1].split()[0]))
             steps += line.startswith("step ") and "loss" in line and "held-out" not in line
             if steps >= wanted:
@@ -121,7 +121,7 @@ def test_killed_at_random_and_inside_saves_it_ends_with_the_same_bits(tmp_path: 
         assert done_steps - max(complete, default=0) < 2 * 3
     done = ziggurat("pretrain", f"--config={killed}", *shared)
     assert done.returncode == 0, done.stderr
-    assert "goes on from step" in done.stderr
+    assert "resumes at step" in done.stderr
     assert max(restored_from, default=0) > 0
     assert_same_end(tmp_path / "killed", tmp_path / "straight", 30)
     assert without_times(metrics(tmp_path / "killed")) == without_times(metrics(tmp_path / "straight"))

@@ -162,7 +162,7 @@ def test_a_job_that_is_told_to_stop_goes_back_to_the_queue_and_completes(tmp_pat
     assert {event["processes"] for event in events if event["event"] == "start"} == {2}
     log = (tmp_path / f"run-{job}.log").read_text()
     assert f"ziggurat: stopped, saved up to step {events[2]['step']}: back to the queue" in log
-    assert f"0: {run} goes on from step {events[2]['step']} of 100 steps" in log
+    assert f"0: {run} resumes at step {events[2]['step']} of 100 steps" in log
 
 
 def test_the_script_finds_the_newest_checkpoint_wherever_it_is(tmp_path: Path):

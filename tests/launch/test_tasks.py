@@ -53,14 +53,14 @@ def test_tasks_have_the_figures_of_the_harnesss_own_adapter(finished: Path, task
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    from train.evaluation.harness import quiet
+    from train.evaluation.harness import silence_harness
 
     found = evaluated(capsys, finished / "export", f"--tasks={','.join(TASKS)}", f"--task_dir={tasks}")
     assert found.keys() == {"tasks", "task_errors"}
     manager, model = TaskManager(include_path=tasks, include_defaults=False), hugging_face(finished / "export")
     for name, values in found["tasks"].items():
         model.add_bos_token = BEFORE.get(name)
-        with quiet():
+        with silence_harness():
             theirs = simple_evaluate(model, tasks=[name], task_manager=manager, bootstrap_iters=0)
         assert len(theirs["samples"][name]) == len(DOCUMENTS), name
         for metric, value in values.items():
@@ -75,7 +75,7 @@ def test_answers_are_those_of_the_harnesss_own_adapter(finished: Path, tasks: Pa
     from lm_eval.api.instance import Instance
 
     from train.devices.mesh import on_one_device
-    from train.evaluation.harness import Model, quiet
+    from train.evaluation.harness import HarnessModel, silence_harness
 
     pairs = [
         (document["begin"], choice) for document in DOCUMENTS[:6] for choice in (*document["choices"], " ", " sees.")
@@ -89,14 +89,14 @@ def test_answers_are_those_of_the_harnesss_own_adapter(finished: Path, tasks: Pa
         found = []
         for ask, given in (("loglikelihood", pairs), ("loglikelihood_rolling", texts), ("generate_until", starts)):
             model.add_bos_token = BEFORE.get(ask)
-            with quiet():
+            with silence_harness():
                 requests = [Instance(ask, {}, of if isinstance(of, tuple) else (of,), 0) for of in given]
                 found.append(getattr(model, ask)(requests))
         return found
 
     with jax.set_mesh(on_one_device()):
         trained = load_trained(str(finished / "export"))
-        model = Model(trained.config, trained.tokenizer, lambda: None)
+        model = HarnessModel(trained.config, trained.tokenizer, lambda: None)
         model.weights = trained.weights
         ours = answers(model)
     theirs = answers(hugging_face(finished / "export"))
@@ -148,7 +148,7 @@ BROKEN = {
     [
         (
             ["--tasks=nothing"],
-            "has no task nothing; there are choices, column, endings, nodata, texts, unsafe, words\n",
+            "has no task nothing; it has choices, column, endings, nodata, texts, unsafe, words\n",
         ),
         (["--tasks=damaged"], "damaged.yaml cannot be read: ParserError"),
         (["--tasks=nodata"], "--tasks: the task nodata cannot be used: FileNotFoundError"),
@@ -215,7 +215,7 @@ def test_a_run_that_is_evaluated_on_tasks_has_the_weights_of_one_that_is_not(
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("tasks", "nothing", "evaluation.tasks: {tasks} has no task nothing; there are choices, endings, texts, words"),
+        ("tasks", "nothing", "evaluation.tasks: {tasks} has no task nothing; it has choices, endings, texts, words"),
         ("task_limit", "0", "evaluation.task_limit is 0; it must be at least 1"),
         ("tasks", "none", "evaluation.task_dir has no effect without evaluation.tasks"),
     ],

@@ -1,4 +1,4 @@
-"""Texts continued: what `model.generation` does with tokens, for text, with stop strings."""
+"""Continues texts: what `model.generation` does with tokens, for text with stop strings."""
 
 import codecs
 import dataclasses
@@ -12,14 +12,14 @@ from train.config.config import ResolvedConfig
 from train.devices.rules import GENERATION
 
 
-class Part(NamedTuple):
+class ContinuationPart(NamedTuple):
     """A part of a continuation.
 
     Attributes:
-        number: of its prompt, from 0.
-        text: what has been added to the continuation.
-        tokens: how many tokens it has so far, the end of the text not among them.
-        ended: "eos", "stop" (one of the stop strings came) or "length" where this is its last part.
+        number: index of the prompt, from 0.
+        text: text that is added to the continuation.
+        tokens: number of tokens so far, without the end of text.
+        ended: "eos", "stop" (at a stop string) or "length" for the last part, otherwise None.
     """
 
     number: int
@@ -28,27 +28,29 @@ class Part(NamedTuple):
     ended: str | None
 
 
-class Unfolding:
-    """The text of one continuation, as its tokens come.
+class TextStream:
+    """Detokenizes one continuation as its tokens arrive.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the tokenizer of the model.
         stop: the text ends before the first of these strings.
 
     Attributes:
-        tokens: how many it has taken.
-        stopped: whether a stop string has come.
+        tokens: number of tokens that it has taken.
+        stopped: true once a stop string has come.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
-        self._tokenizer, self._stop = tokenizer, stop
-        # A character may be several tokens: its bytes wait until they are all there.
+        self._tokenizer = tokenizer
+        self._stop = stop
+        # A character can span several tokens; its bytes wait until all have come.
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
-        self.tokens, self.stopped = 0, False
+        self.tokens = 0
+        self.stopped = False
 
     def add(self, tokens: Sequence[int]) -> str:
-        """What is now certain of the text: without an end that may be the beginning of a stop string."""
+        """Returns the text that is now certain, without an end that may begin a stop string."""
         certain = []
         for token in tokens:
             if self.stopped:
@@ -58,16 +60,18 @@ class Unfolding:
         return "".join(certain)
 
     def finish(self) -> str:
-        """What was held back, where no more comes."""
+        """Returns the text that was held back, when no more tokens come."""
         last = "" if self.stopped else self._certain(self._decoder.decode(b"", final=True))
-        held, self._held = self._held, ""
-        return last + held
+        last += self._held
+        self._held = ""
+        return last
 
     def _certain(self, text: str) -> str:
         text = self._held + text
-        if found := [text.index(stop) for stop in self._stop if stop in text]:
-            self.stopped, self._held = True, ""
-            return text[: min(found)]
+        if stops := [text.index(stop) for stop in self._stop if stop in text]:
+            self.stopped = True
+            self._held = ""
+            return text[: min(stops)]
         longest = max(map(len, self._stop), default=1) - 1
         begins = lambda i: any(stop.startswith(text[i:]) for stop in self._stop)
         cut = next((i for i in range(max(len(text) - longest, 0), len(text)) if begins(i)), len(text))
@@ -76,9 +80,9 @@ class Unfolding:
 
 
 def make_generator(config: ResolvedConfig, weights: Any, tokenizer: Tokenizer) -> Generator:
-    """The model of a run or of exported weights, on the ambient mesh, ready to continue prompts."""
+    """Makes the generator of a run or of exported weights, on the ambient mesh."""
     return Generator(
-        # What the tokenizer has no text for is not drawn.
+        # Ids without text in the tokenizer are never sampled.
         dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size),
         weights,
         context=config.data.segment_length,
@@ -97,21 +101,21 @@ def continuations(
     seed: int = 0,
     stop: Sequence[str] = (),
     batch_size: int = 1,
-) -> Iterator[Part]:
-    """Continue prompts; yields parts as they come, those of a prompt in order, the last with why it `ended`.
+) -> Iterator[ContinuationPart]:
+    """Continues prompts, and yields parts as they come: in order for each prompt, the last with `ended`.
 
     Args:
-        generator: of `make_generator`.
-        tokenizer: of its model.
-        prompts: token ids of each, of `Tokenizer.encode_with_bos`.
-        max_new_tokens: the limit of each.
-        sampling: how tokens are drawn.
-        seed: with the number of its prompt it decides what a continuation draws.
-        stop: strings, none empty, before the first of which a text ends.
-        batch_size: how many prompts are continued at once, at most.
+        generator: the generator from `make_generator`.
+        tokenizer: the tokenizer of its model.
+        prompts: token ids of each prompt, from `Tokenizer.encode_with_bos`.
+        max_new_tokens: largest number of new tokens of each prompt.
+        sampling: how tokens are sampled.
+        seed: random seed; with the index of its prompt it decides what a continuation samples.
+        stop: nonempty strings, before the first of which a text ends.
+        batch_size: largest number of prompts that are continued at once.
     """
     stopped: set[int] = set()
-    texts = {number: Unfolding(tokenizer, stop) for number in range(len(prompts))}
+    texts = {number: TextStream(tokenizer, stop) for number in range(len(prompts))}
     pieces = generator(
         prompts, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, batch_size=batch_size, stopped=stopped
     )
@@ -123,4 +127,4 @@ def continuations(
         if text.stopped:
             stopped.add(number)
             ended = "stop"
-        yield Part(number, added, text.tokens, ended)
+        yield ContinuationPart(number, added, text.tokens, ended)

@@ -1,4 +1,4 @@
-"""The held-out documents of a run."""
+"""Chooses the held-out documents that a run keeps and evaluates."""
 
 from collections.abc import Iterable
 
@@ -7,7 +7,7 @@ from train.run.folder import HeldOutDocument
 
 
 def choose_held_out(mixture: Mixture, size: int) -> list[HeldOutDocument]:
-    """The first held-out documents of each corpus, of `size` bytes in all, shared equally."""
+    """Returns the first held-out documents of each corpus, `size` bytes in all in equal shares."""
     share = size // len(mixture.sources)
     return [
         text
@@ -17,7 +17,7 @@ def choose_held_out(mixture: Mixture, size: int) -> list[HeldOutDocument]:
 
 
 def first_of_each_corpus(held_out: list[HeldOutDocument], size: int) -> list[HeldOutDocument]:
-    """The first of these documents, of `size` bytes in all, shared equally by their corpora."""
+    """Returns the first of some documents, `size` bytes in all in equal shares for each corpus."""
     names = dict.fromkeys(text.corpus for text in held_out)
     return [
         text
@@ -27,7 +27,7 @@ def first_of_each_corpus(held_out: list[HeldOutDocument], size: int) -> list[Hel
 
 
 def take_bytes(texts: Iterable[HeldOutDocument], size: int) -> list[HeldOutDocument]:
-    """The first texts, of `size` bytes in all, prompts included; the last is cut where it is longer."""
+    """Returns the first documents up to `size` bytes with prompts; the last is cut if it is longer."""
     taken: list[HeldOutDocument] = []
     for text in texts:
         encoded = text.text.encode()

@@ -1,6 +1,6 @@
 """Tasks of EleutherAI's lm-evaluation-harness, and our model as one that it asks (`pip install 'ziggurat[tasks]'`).
 
-The harness makes requests of a task's documents and scores what comes back. Every process of a run makes the same
+The harness makes requests from a task's documents and scores the answers. Every process of a run makes the same
 requests in the same order, so that all run the same programs on the run's mesh.
 """
 
@@ -40,51 +40,51 @@ from train.evaluation.held_out import Batch, put_on_devices, stack_rows
 from train.evaluation.results import TaskResult
 
 log = logging.getLogger("ziggurat")
-# Positions of the shortest rows.
+# Smallest number of positions in a compiled row.
 SHORTEST = 16
-# New tokens where a task does not say how many, as in the harness's own adapters.
+# Default number of new tokens of a task, as in the harness's own adapters.
 NEW_TOKENS = 256
-# What a task may say of generation. The sampled tokens are those of seed 0.
+# Generation settings of a task that have an effect. Sampling uses seed 0.
 GENERATION_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k"}
-# Of the standard error where there is no formula for it.
+# Bootstrap samples of a standard error without a formula.
 RESAMPLES = 1000
 
 
 class Tasks:
-    """Tasks with their documents, to be evaluated on again and again.
+    """Tasks with their documents, for repeated evaluation.
 
     Args:
-        names: of tasks, groups or tags.
-        folder: with their YAML files; none: those of the harness, whose documents come from the Hugging Face Hub.
-        limit: documents of each that count, at most.
-        num_fewshot: examples before each document, where a task does not forbid them; none: as the task says.
-        asked: where the names stand, as in `--tasks`.
+        names: names of tasks, groups or tags.
+        folder: folder of their YAML files; None for the harness's own, whose documents come from the Hugging Face Hub.
+        limit: largest number of documents of each task.
+        num_fewshot: examples before each document unless a task forbids them; None for the task's own number.
+        asked: the flag or field that names the tasks, as in `--tasks`.
 
     Raises:
-        InputError: there is no such task, or its file or data are wrong.
+        InputError: a task does not exist, or its file or data are wrong.
     """
 
     def __init__(
         self, names: Sequence[str], folder: str | None, limit: int | None, num_fewshot: int | None, asked: str
     ):
         self.limit = limit
-        where = Path(folder).expanduser() if folder is not None else None
-        if where is not None and not where.is_dir():
-            raise InputError(f"{asked}: there is no folder {where} with tasks")
-        with quiet():
-            manager = TaskManager(include_path=where, include_defaults=where is None)
+        place = Path(folder).expanduser() if folder is not None else None
+        if place is not None and not place.is_dir():
+            raise InputError(f"{asked}: there is no folder {place} with tasks")
+        with silence_harness():
+            manager = TaskManager(include_path=place, include_defaults=place is None)
         if missing := [name for name in names if name not in manager.all_tasks]:
-            raise InputError("\n".join(no_such_task(asked, name, where, manager.all_tasks) for name in missing))
+            raise InputError("\n".join(no_such_task(asked, name, place, manager.all_tasks) for name in missing))
         self._loaded: Any = {"tasks": {}, "groups": {}}
         for name in names:
-            # What can be wrong with a file, a template or a download the harness raises as it comes.
+            # The harness raises any exception for faults of a file, a template or a download.
             try:
-                with quiet():
+                with silence_harness():
                     loaded = manager.load([name])
                     for task in loaded["tasks"].values():
-                        prepare(task, num_fewshot)
+                        prepare_task(task, num_fewshot)
             except Exception as error:
-                raise InputError(f"{asked}: the task {name} cannot be used: {told(error)}") from None
+                raise InputError(f"{asked}: the task {name} cannot be used: {one_line(error)}") from None
             for kind in self._loaded:
                 self._loaded[kind] |= loaded[kind]
 
@@ -95,80 +95,84 @@ class Tasks:
         alive: Callable[[], None] = lambda: None,
         errors: bool = False,
     ) -> Callable[[Any], list[TaskResult]]:
-        """The function that evaluates a model's weights, under the ambient mesh.
+        """Returns the function that evaluates a model's weights on the ambient mesh.
 
         Args:
-            config: resolved; its batch size and segment length are the largest batch's.
-            tokenizer: of the model.
-            alive: is called after each piece of work.
-            errors: whether standard errors are wanted, too.
+            config: the resolved settings, with the batch size and segment length of the largest batch.
+            tokenizer: the tokenizer of the model.
+            alive: called after each piece of work.
+            errors: true to compute standard errors, too.
         """
-        model = Model(config, tokenizer, alive)
+        model = HarnessModel(config, tokenizer, alive)
 
         def evaluate(weights: Any) -> list[TaskResult]:
             model.weights = weights
-            with quiet():
-                found = evaluator.evaluate(
+            with silence_harness():
+                results = evaluator.evaluate(
                     model, self._loaded, limit=self.limit, bootstrap_iters=errors * RESAMPLES, log_samples=False
                 )
             model.weights = None
             return [
-                TaskResult(task, metric.removesuffix(",none"), float(value), number(values.get(error_of(metric))))
-                for task, values in (found["results"] | found.get("groups", {})).items()
+                TaskResult(
+                    task, metric.removesuffix(",none"), float(value), finite_or_none(values.get(error_of(metric)))
+                )
+                for task, values in (results["results"] | results.get("groups", {})).items()
                 for metric, value in values.items()
-                if "," in metric and "_stderr," not in metric and number(value) is not None
+                if "," in metric and "_stderr," not in metric and finite_or_none(value) is not None
             ]
 
         return evaluate
 
 
 def no_such_task(asked: str, name: str, folder: Path | None, known: Sequence[str]) -> str:
-    """What to say of a task that is not there."""
+    """Returns the message for an unknown task."""
     if folder is None:
         return f"{asked}: lm-evaluation-harness has no task {name}{nearest(name, list(known))}"
-    there = f"there are {', '.join(known)}" if known else "there is none"
+    existing = f"it has {', '.join(known)}" if known else "it has none"
     damaged = []
     for file in sorted(folder.rglob("*.yaml")):
         try:
             load_yaml(file, resolve_func=False)
         except Exception as error:  # as above
-            damaged.append(f"\n  {file} cannot be read: {told(error)}")
-    return f"{asked}: {folder} has no task {name}; {there}{''.join(damaged)}"
+            damaged.append(f"\n  {file} cannot be read: {one_line(error)}")
+    return f"{asked}: {folder} has no task {name}; {existing}{''.join(damaged)}"
 
 
-def told(error: Exception) -> str:
-    """An exception as one line."""
+def one_line(error: Exception) -> str:
+    """Formats an exception as one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
 
 
-def prepare(task: Any, num_fewshot: int | None) -> None:
-    """Make a task ready, and try the request of its first document. ValueError where it is not for us."""
+def prepare_task(task: Any, num_fewshot: int | None) -> None:
+    """Prepares a task and tries the request of its first document. ValueError if it cannot be used here."""
     if getattr(task, "UNSAFE_CODE", False):
         raise ValueError("it runs code that the model writes")
     if getattr(task, "MULTIMODAL", False):
-        raise ValueError("it is not of text alone")
+        raise ValueError("it needs more than text")
     own = task.get_config("num_fewshot")
-    # A task that says 0 means it.
+    # Zero is a deliberate choice of the task.
     task.set_config(key="num_fewshot", value=own or 0 if num_fewshot is None or own == 0 else num_fewshot)
     task.set_fewshot_seed(seed=1234)
     task.build_all_requests(limit=1, rank=0, world_size=1)
 
 
 def error_of(metric: str) -> str:
-    """Where the harness has the standard error of its `metric,filter`."""
+    """Returns the harness's name for the standard error of a `metric,filter`."""
     name, _, rest = metric.partition(",")
     return f"{name}_stderr,{rest}"
 
 
-def number(value: Any) -> float | None:
-    """A result that is a number."""
+def finite_or_none(value: Any) -> float | None:
+    """Returns a result as a float if it is a number, or None."""
     return float(value) if isinstance(value, int | float | np.number) and not isinstance(value, bool) else None
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Here the harness draws no bars, says nothing, starts no processes, and leaves the global random numbers alone."""
-    kept, log_of_harness = (random.getstate(), np.random.get_state()), logging.getLogger("lm_eval")
+def silence_harness() -> Iterator[None]:
+    """Suppresses bars, output and processes of the harness, and restores the global random state."""
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
+    log_of_harness = logging.getLogger("lm_eval")
     level = log_of_harness.level
     log_of_harness.setLevel(logging.ERROR)
     random.seed(0)
@@ -179,18 +183,21 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         log_of_harness.setLevel(level)
-        random.setstate(kept[0])
-        np.random.set_state(kept[1])
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
-# (weights, batch) → of each row log p of its targets in nats, and whether all of them are the likeliest.
 ScoringStep = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
 
 
 def make_scoring_step(config: ResolvedConfig) -> ScoringStep:
-    """The compiled function; a row's targets are where `loss_weights` is not zero. Every process gets the results."""
-    # A kernel that a run asks for may not take short rows.
-    model, layout = dataclasses.replace(config.model, attention_kernel="auto"), training_layout(config.mesh)
+    """Compiles the function (weights, batch) → (log p of the targets [B] in nats, whether all are greedy [B]).
+
+    The targets of a row are where `loss_weights` is not zero. Every process gets all results.
+    """
+    # The run's own kernel may not support short rows.
+    model = dataclasses.replace(config.model, attention_kernel="auto")
+    layout = training_layout(config.mesh)
 
     def scoring_step(weights: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         batch = {name: to_zigzag(x, layout) for name, x in batch.items()}
@@ -204,90 +211,94 @@ def make_scoring_step(config: ResolvedConfig) -> ScoringStep:
     return jax.jit(scoring_step, compiler_options=compiler_options())
 
 
-class Model(LM):
-    """A model as the harness asks it; arguments as of `Tasks.of_model`.
+class HarnessModel(LM):
+    """A model with the interface that the harness asks; arguments as of `Tasks.of_model`.
 
     Attributes:
-        weights: nested, on the ambient mesh; none until they are given.
+        weights: nested weights on the ambient mesh, or None before they are set.
     """
 
     def __init__(self, config: ResolvedConfig, tokenizer: Tokenizer, alive: Callable[[], None]):
         super().__init__()
-        self.config, self.tokenizer, self.alive = config, tokenizer, alive
+        self.config = config
+        self.tokenizer = tokenizer
+        self.alive = alive
         self.weights: Any = None
         self._step = make_scoring_step(config)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Of each (context, continuation): log p of the continuation in nats, and whether greedy decoding gives it."""
+        """Returns log p of each continuation in nats, and whether greedy decoding gives it."""
         return self.scores([self.pair(*request.args) for request in requests])
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        """log p of each whole text in nats, after what stands before a text."""
+        """Returns log p of each whole text in nats, after the token that precedes every text."""
         pairs = [self.pair("", text) for (text,) in (request.args for request in requests)]
         return [score for score, _ in self.scores(pairs)]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Continuations of the contexts, each up to the first of its stop strings, the end of text or its length."""
-        # Those of the same settings are continued together.
-        alike, found = dict[str, list[int]](), [""] * len(requests)
+        """Returns continuations, each up to its first stop string, the end of text, or the largest length."""
+        # Requests with the same settings are continued together.
+        alike = dict[str, list[int]]()
+        answers = [""] * len(requests)
         for i, request in enumerate(requests):
             alike.setdefault(repr(sorted(request.args[1].items())), []).append(i)
         for numbers in alike.values():
             texts = self.continued([requests[i].args[0] for i in numbers], requests[numbers[0]].args[1])
             for i, text in zip(numbers, texts, strict=True):
-                found[i] = text
-        return found
+                answers[i] = text
+        return answers
 
     def pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """The tokens of both as the harness's own adapters cut them.
+        """Encodes context and continuation together, and cuts the tokens as the harness's own adapters do.
 
-        Spaces at the context's end go with the continuation, and the tokens of both together are cut where those of the
-        context alone end. Where a token reaches over the border, at least the last one is the continuation's. Of
-        no text at all nothing is.
+        Spaces at the context's end belong to the continuation, and the cut is where the tokens of the context alone
+        end. A token across the border belongs to the continuation; both are empty for empty texts.
         """
         tokens = self.tokenizer.encode_with_bos(context + continuation)
         cut = max(min(len(self.tokenizer.encode_with_bos(context.rstrip())), len(tokens) - 1), 1)
         return tokens[:cut], tokens[cut:]
 
     def scores(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """Of each pair of token lists: log p of the second after the first, and whether it is greedy decoding's."""
+        """Returns for each pair of token lists the log p of the second after the first, and whether it is greedy."""
         T = self.config.data.segment_length
         sharding = batch_sharding(jax.sharding.get_mesh(), training_layout(self.config.mesh))
         rows = self.config.train.batch_size // self.config.train.accumulation_steps
-        lengths, by_length = row_lengths(self.config), dict[int, list[tuple[int, list[int], int]]]()
+        lengths = row_lengths(self.config)
+        by_length = dict[int, list[tuple[int, list[int], int]]]()
         for i, pair in enumerate(pairs):
-            for tokens, count in pieces(*pair, T):
+            for tokens, count in scoring_windows(*pair, T):
                 length = next(length for length in lengths if length >= len(tokens) - 1)
                 by_length.setdefault(length, []).append((i, tokens, count))
-        found = [(0.0, True)] * len(pairs)
+        scores = [(0.0, True)] * len(pairs)
         for length, of_length in sorted(by_length.items()):
             answers: list[tuple[float, bool]] = []
             for batch in stack_rows(
-                (row(tokens, count, length) for _, tokens, count in of_length), rows * (T // length)
+                (scoring_row(tokens, count, length) for _, tokens, count in of_length), rows * (T // length)
             ):
                 score_B, greedy_B = self._step(self.weights, put_on_devices(batch, sharding))
                 answers += zip(np.asarray(score_B).tolist(), np.asarray(greedy_B).tolist(), strict=True)
                 self.alive()
             for (i, _, _), (score, greedy) in zip(of_length, answers, strict=False):
-                found[i] = found[i][0] + score, found[i][1] and greedy
-        return found
+                scores[i] = scores[i][0] + score, scores[i][1] and greedy
+        return scores
 
     def continued(self, contexts: Sequence[str], settings: dict[str, Any]) -> list[str]:
-        """Their continuations, as `generate_until` says."""
-        given = normalize_gen_kwargs(settings, NEW_TOKENS)
-        for name in sorted(given.keys() - GENERATION_SETTINGS):
+        """Returns continuations of the contexts, as `generate_until`."""
+        options = normalize_gen_kwargs(settings, NEW_TOKENS)
+        for name in sorted(options.keys() - GENERATION_SETTINGS):
             log.warning("generation_kwargs: %s has no effect", name)
-        T, most = self.config.data.segment_length, given["max_gen_toks"]
-        # All is seen at once where it can be.
-        seen = T - most if most < T else T // 2
+        T = self.config.data.segment_length
+        most = options["max_gen_toks"]
+        # The context is as long as it can be with all new tokens in one segment.
+        context_length = T - most if most < T else T // 2
         texts = [""] * len(contexts)
         for part in continuations(
             make_generator(self.config, self.weights, self.tokenizer),
             self.tokenizer,
-            [self.tokenizer.encode_with_bos(context)[-seen:] for context in contexts],
+            [self.tokenizer.encode_with_bos(context)[-context_length:] for context in contexts],
             max_new_tokens=most,
-            sampling=Sampling(temperature=given.get("temperature", 0.0), top_k=given.get("top_k", 0)),
-            stop=[stop for stop in given["until"] if stop],
+            sampling=Sampling(temperature=options.get("temperature", 0.0), top_k=options.get("top_k", 0)),
+            stop=[stop for stop in options["until"] if stop],
             batch_size=self.config.train.batch_size // self.config.train.accumulation_steps,
         ):
             texts[part.number] += part.text
@@ -296,8 +307,9 @@ class Model(LM):
 
 
 def row_lengths(config: ResolvedConfig) -> list[int]:
-    """The lengths of rows that are computed with, ascending: a segment, and halves of it that the mesh can share."""
-    layout, T = training_layout(config.mesh), config.data.segment_length
+    """Returns the lengths of compiled rows, ascending: a segment, and its halves down to what the mesh can share."""
+    layout = training_layout(config.mesh)
+    T = config.data.segment_length
     time = layout.size("time")
     unit = math.lcm(layout.size("sequence"), 2 * time if time > 1 else 1)
     lengths = [T]
@@ -306,12 +318,11 @@ def row_lengths(config: ResolvedConfig) -> list[int]:
     return lengths
 
 
-def pieces(context: list[int], continuation: list[int], T: int) -> Iterator[tuple[list[int], int]]:
-    """What a model of T positions reads to score a continuation: (tokens, how many of the last count).
+def scoring_windows(context: list[int], continuation: list[int], T: int) -> Iterator[tuple[list[int], int]]:
+    """Yields (tokens, number of last ones that count) for a model of T positions to score a continuation.
 
-    Each token of the continuation counts once, after the newest of what stands before it: of a longer text a piece has
-    T tokens and one before them, and the last as many before its own as there is room for. Of a whole text these are
-    the harness's disjoint windows.
+    Every token of the continuation counts once, with the longest context that fits: each window but the last holds T
+    counted tokens and one before them. For a whole text these are the harness's disjoint windows.
     """
     for start in range(0, len(continuation), T):
         part = continuation[start : start + T]
@@ -319,8 +330,8 @@ def pieces(context: list[int], continuation: list[int], T: int) -> Iterator[tupl
         yield before + part, len(part)
 
 
-def row(tokens: Sequence[int], count: int, length: int) -> dict[str, np.ndarray]:
-    """A row of a batch that reads all tokens but the last, filled up to `length`; the last `count` are its targets."""
+def scoring_row(tokens: Sequence[int], count: int, length: int) -> dict[str, np.ndarray]:
+    """Makes a row of `length` that reads all tokens but the last; its last `count` tokens are the targets."""
     n = len(tokens) - 1
     filled = np.zeros(length + 1, np.int32)
     filled[: n + 1] = tokens

@@ -1,4 +1,4 @@
-"""Loss and bits per byte on whole documents, and a sample."""
+"""Loss and bits per byte on whole documents, and the sample of an evaluation."""
 
 import gzip
 import itertools
@@ -27,7 +27,7 @@ EvaluationStep = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
 
 
 def make_evaluation_step(config: ResolvedConfig) -> EvaluationStep:
-    """The compiled function (weights, batch) → (summed loss in nats, summed loss weight)."""
+    """Compiles the function (weights, batch) → (summed loss in nats, summed loss weight)."""
 
     def evaluation_step(weights: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         batch, loss_weight = sum_loss_weights(batch)
@@ -43,17 +43,17 @@ def evaluate(
     tokenizer: Tokenizer,
     config: ResolvedConfig,
 ) -> dict[str, Evaluation]:
-    """Evaluate documents, one after the other and cut into segments: each token is predicted from its segment alone.
+    """Evaluates documents that are concatenated and cut into segments; a token's context is its own segment.
 
     Args:
-        step: from `make_evaluation_step`.
-        weights: nested, on the run's mesh.
-        texts: whole documents; every process gives the same ones.
-        tokenizer: of the run.
-        config: batch size, segment length and masking.
+        step: the function from `make_evaluation_step`.
+        weights: nested weights on the run's mesh.
+        texts: whole documents, the same on every process.
+        tokenizer: the tokenizer of the run.
+        config: the resolved settings, for batch size, segment length and masking.
 
     Returns:
-        Of each corpus by its name, figures over all tokens of all its documents, their EOS included.
+        Figures by corpus name, over all tokens of all its documents including their EOS.
     """
     names = dict.fromkeys(text.corpus for text in texts)
     return {
@@ -77,18 +77,19 @@ def _evaluate(
     loss = weight = 0.0
     for batch in stack_rows(rows, batch_size):
         batch_loss, batch_weight = step(weights, put_on_devices(batch, sharding))
-        loss, weight = loss + float(batch_loss), weight + float(batch_weight)
+        loss += float(batch_loss)
+        weight += float(batch_weight)
     size = sum(len(text.text.encode()) for text in texts)
     return Evaluation(loss / weight, loss / math.log(2) / size, int(weight), size, len(texts))
 
 
 def put_on_devices(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> Batch:
-    """Arrays that every process has, on the devices."""
+    """Places arrays that every process has on the devices."""
     return {name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for name, x in batch.items()}
 
 
 def stack_rows(rows: Iterable[dict[str, np.ndarray]], size: int) -> Iterable[dict[str, np.ndarray]]:
-    """Rows [T] stacked `size` at a time [size, T]; the last batch is filled up with rows of no weight."""
+    """Stacks rows [T] into batches [size, T]; the last batch is filled with rows of no weight."""
     rows = iter(rows)
     while group := list(itertools.islice(rows, size)):
         empty = {name: np.zeros_like(array) for name, array in group[0].items()}
@@ -97,13 +98,13 @@ def stack_rows(rows: Iterable[dict[str, np.ndarray]], size: int) -> Iterable[dic
 
 
 def gzip_bits_per_byte(texts: Sequence[HeldOutDocument]) -> float:
-    """What `gzip -9` needs for the same documents, one by one: the figure to be below."""
+    """Returns the bits per byte of `gzip -9` on the same documents, one by one, as a baseline."""
     encoded = [text.text.encode() for text in texts]
     return 8 * sum(len(gzip.compress(text, 9, mtime=0)) for text in encoded) / sum(map(len, encoded))
 
 
 def sample_text(config: ResolvedConfig, tokenizer: Tokenizer, weights: Any) -> str:
-    """The prompt of `evaluation.prompt`, continued: the 40 most likely tokens at each place, always the same seed."""
+    """Continues `evaluation.prompt` with top-k sampling of 40, always with the same seed."""
     prompt = tokenizer.encode_with_bos(config.evaluation.prompt)
     generator = make_generator(config, weights, tokenizer)
     pieces = generator([prompt], max_new_tokens=config.evaluation.sample_tokens, sampling=Sampling(top_k=40))

@@ -1,9 +1,9 @@
-"""Looking inside a model: who attends to whom in each head, and which tokens' embeddings lie close together."""
+"""Looks inside a model: attention of each head, nearest embeddings, and predictions at each position."""
 
 import math
 from collections.abc import Collection, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,25 +14,21 @@ from model.decoder import Decoder
 from train.config.config import ResolvedConfig
 from train.devices.rules import TRAINING
 
-if TYPE_CHECKING:
-    # The harness is imported where it is used.
-    pass
-
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """What a token stands for; of one that is no text its name."""
+    """Returns the text of a token, or its name if it has no text."""
     if token >= tokenizer.vocab_size:
         return f"<{token}>"
     return tokenizer.token_bytes(token).decode(errors="replace") or tokenizer.pieces[token]
 
 
-def attention_of(config: ResolvedConfig, weights: Any, tokens: Sequence[int]) -> np.ndarray:
-    """The attention of each layer and head over one row of tokens, float32 [L, H, T, T]: query, then key.
+def attention_maps(config: ResolvedConfig, weights: Any, tokens: Sequence[int]) -> np.ndarray:
+    """Returns the attention of each layer and head over one row of tokens, float32 [L, H, T (query), T (key)].
 
     Args:
-        config: of the model.
-        weights: nested, on the ambient mesh.
-        tokens: ids, a segment at most.
+        config: the resolved settings of the model.
+        weights: nested weights on the ambient mesh.
+        tokens: token ids, at most a segment.
     """
 
     @jax.jit
@@ -47,13 +43,13 @@ def attention_of(config: ResolvedConfig, weights: Any, tokens: Sequence[int]) ->
 def nearest_tokens(
     table_VD: np.ndarray, query_D: np.ndarray, leave_out: Collection[int], top: int
 ) -> list[tuple[int, float]]:
-    """(token, cosine) of the rows that point the same way as a vector, nearest first.
+    """Returns (token, cosine) for the rows nearest to the direction of a vector, nearest first.
 
     Args:
         table_VD: the embedding of each token.
-        query_D: not zero.
-        leave_out: tokens that are no answer.
-        top: how many are wanted.
+        query_D: a vector that is not zero.
+        leave_out: tokens that are not returned.
+        top: number of tokens to return.
     """
     lengths_V = np.linalg.norm(table_VD, axis=1) * np.linalg.norm(query_D)
     cosine_V = table_VD @ query_D / np.maximum(lengths_V, np.finfo(np.float32).tiny)
@@ -64,18 +60,18 @@ def nearest_tokens(
 def inspect_positions(
     config: ResolvedConfig, weights: Any, tokenizer: Tokenizer, tokens: np.ndarray, best: int
 ) -> list[dict[str, Any]]:
-    """What one pass over the beginning of a document predicts at each position.
+    """Returns the predictions of one pass over the beginning of a document.
 
     Args:
-        config: of the model.
-        weights: nested, on the ambient mesh.
-        tokenizer: of the model.
-        tokens: int32 [n], fewer than a segment.
-        best: how many predictions are wanted.
+        config: the resolved settings of the model.
+        weights: nested weights on the ambient mesh.
+        tokenizer: the tokenizer of the model.
+        tokens: token ids, int32 [n], fewer than a segment.
+        best: number of predictions at each position.
 
     Returns:
-        n + 1 rows: "position" from 0, "input" and "target" (texts), "loss" in nats, and the "best" predictions, each
-        with "token" and "probability". The first input is what stands before a text; the last row has no target.
+        n + 1 rows with "position" from 0, "input" and "target" (texts), "loss" in nats, and the "best" predictions,
+        each with "token" and "probability". The first input precedes every text; the last row has no target.
     """
     inputs = np.array([tokenizer.bos_id, *tokens], np.int32)
 

@@ -8,7 +8,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Result over a set of documents: `loss` in nats a token; `bits_per_byte` of their UTF-8 text, EOS included."""
+    """Figures of a set of documents, EOS tokens included.
+
+    Attributes:
+        loss: cross-entropy in nats a token.
+        bits_per_byte: summed loss in bits divided by the UTF-8 bytes of the text.
+        tokens: number of predicted tokens.
+        bytes: UTF-8 bytes of the text.
+        documents: number of documents in the set.
+    """
 
     loss: float
     bits_per_byte: float
@@ -18,28 +26,29 @@ class Evaluation:
 
 
 def combine(results: Iterable[Evaluation]) -> Evaluation:
-    """Of several sets of documents as one."""
+    """Combines the figures of several sets of documents."""
     results = list(results)
-    tokens, size = sum(result.tokens for result in results), sum(result.bytes for result in results)
+    tokens = sum(result.tokens for result in results)
+    size = sum(result.bytes for result in results)
     nats = sum(result.loss * result.tokens for result in results)
     return Evaluation(nats / tokens, nats / math.log(2) / size, tokens, size, sum(r.documents for r in results))
 
 
 def evaluation_metrics(by_corpus: Mapping[str, Evaluation]) -> dict[str, Any]:
-    """Fields of a line of metrics.jsonl: of all documents, and of each corpus where there are several."""
+    """Returns fields of metrics.jsonl: of all documents, and of each corpus if there are several."""
 
     def fields(result: Evaluation) -> dict[str, float]:
         return {f"validation_{name}": asdict(result)[name] for name in ("loss", "bits_per_byte", "tokens")}
 
-    found: dict[str, Any] = fields(combine(by_corpus.values()))
+    metrics: dict[str, Any] = fields(combine(by_corpus.values()))
     if len(by_corpus) > 1:
-        found["validation_by_corpus"] = {name: fields(result) for name, result in by_corpus.items()}
-    return found
+        metrics["validation_by_corpus"] = {name: fields(result) for name, result in by_corpus.items()}
+    return metrics
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """The metric of a task or group of tasks; `error` is its standard error, where it is known."""
+    """A metric of a task or a group of tasks; `error` is its standard error if it is known."""
 
     task: str
     metric: str
@@ -48,8 +57,8 @@ class TaskResult:
 
 
 def task_metrics(results: Iterable[TaskResult]) -> dict[str, Any]:
-    """The field `tasks` of a line of metrics.jsonl: values by task and metric."""
-    found: dict[str, dict[str, float]] = {}
+    """Returns the field `tasks` of metrics.jsonl: values by task and metric."""
+    values: dict[str, dict[str, float]] = {}
     for result in results:
-        found.setdefault(result.task, {})[result.metric] = result.value
-    return {"tasks": found}
+        values.setdefault(result.task, {})[result.metric] = result.value
+    return {"tasks": values}

@@ -1,4 +1,4 @@
-"""Opens tasks of lm-evaluation-harness, which is imported only then."""
+"""Opens tasks of lm-evaluation-harness, which is imported only when there are any."""
 
 import importlib.util
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def open_tasks(
     names: str, folder: str | None, limit: int | None, num_fewshot: int | None = None, asked: str = "evaluation.tasks"
 ) -> "Tasks":
-    """Tasks by their names, as in a,b; see `harness.Tasks`. InputError also where the harness is not installed."""
+    """Opens tasks by names such as a,b (see `harness.Tasks`). Raises InputError also without the harness."""
     if importlib.util.find_spec("lm_eval") is None:
         raise InputError(f"{asked} needs the package lm-eval: pip install -e '.[tasks]'")
     given = [name for part in names.split(",") if (name := part.strip())]
@@ -26,5 +26,5 @@ def open_tasks(
 
 
 def open_run_tasks(config: EvaluationConfig) -> "Tasks | None":
-    """The tasks that a run is evaluated on, if any. InputError as of `open_tasks`."""
+    """Opens the tasks that a run is evaluated on, if any. Raises InputError as `open_tasks`."""
     return None if config.tasks is None else open_tasks(config.tasks, config.task_dir, config.task_limit)

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.evaluation.continuation import Unfolding
+from train.evaluation.continuation import TextStream
 
 
 class Bytes:
@@ -22,7 +22,7 @@ text = st.text(alphabet="abé", max_size=12)
     cuts=st.lists(st.integers(1, 5)),
 )
 def test_a_text_is_cut_before_its_first_stop_string_wherever_its_pieces_end(whole: str, stop: list, cuts: list):
-    tokens, unfolding, parts = list(whole.encode()), Unfolding(Bytes(), stop), []
+    tokens, unfolding, parts = list(whole.encode()), TextStream(Bytes(), stop), []
     for size in [*cuts, len(tokens)]:
         parts.append(unfolding.add(tokens[:size]))
         tokens = tokens[size:]
@@ -38,6 +38,6 @@ def test_a_text_is_cut_before_its_first_stop_string_wherever_its_pieces_end(whol
 
 
 def test_half_a_character_at_the_end_is_told():
-    unfolding = Unfolding(Bytes(), [])
+    unfolding = TextStream(Bytes(), [])
     assert unfolding.add("é".encode()[:1]) == ""
     assert unfolding.finish() == "\ufffd"

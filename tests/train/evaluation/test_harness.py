@@ -36,9 +36,9 @@ class Letters(ByteTokenizer):
 def adapter():
     """To initial weights, on the ambient mesh."""
     require("lm_eval")
-    from train.evaluation.harness import Model
+    from train.evaluation.harness import HarnessModel
 
-    model = Model(CONFIG, Letters(), lambda: None)
+    model = HarnessModel(CONFIG, Letters(), lambda: None)
     model.weights = make_state(CONFIG, make_optimizer(CONFIG))["weights"]
     return model
 
@@ -117,12 +117,12 @@ def test_a_whole_text_is_read_in_the_harnesss_own_disjoint_windows():
     require("lm_eval")
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-    from train.evaluation.harness import pieces
+    from train.evaluation.harness import scoring_windows
 
     for n in range(30):
         tokens = list(range(1, n + 1))
         theirs = [make_disjoint_window(pair) for pair in get_rolling_token_windows(tokens, 0, 7, 1)]
-        ours = [(piece[:-count], piece[-count:]) for piece, count in pieces([0], tokens, 7)]
+        ours = [(piece[:-count], piece[-count:]) for piece, count in scoring_windows([0], tokens, 7)]
         assert ours == theirs
 
 
@@ -142,14 +142,14 @@ def test_rows_are_as_short_as_they_can_be_and_the_mesh_can_share():
 
 def test_the_harness_is_kept_quiet_and_leaves_the_random_numbers_alone(capsys):
     require("lm_eval")
-    from train.evaluation.harness import quiet
+    from train.evaluation.harness import silence_harness
 
     random.seed(7)
     np.random.seed(7)
     before = random.getstate(), np.random.get_state()[1].tolist()
     drawn = []
     for _ in range(2):
-        with quiet():
+        with silence_harness():
             print("words")
             drawn.append((random.random(), np.random.rand()))
     assert drawn[0] == drawn[1]
