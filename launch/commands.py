@@ -69,13 +69,17 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message.removeprefix('argument ')}\n  {usage}\n  all flags: {self.prog} --help")
 
     def read(self, words: Sequence[str]) -> argparse.Namespace:
-        """Parses a command's words. Names of fields that don't exist stay among the overrides: reading the config
-        reports them together with all other problems."""
+        """Parses a command's words.
+
+        Fields that don't exist stay among the overrides: the config reports them together with its other problems.
+        """
         flags = [flag for action in self.options for flag in action.option_strings]
         for word in words[: words.index("--")] if "--" in words else words:
             name = word.partition("=")[0]
             if name.startswith("--") and name not in flags and not name.startswith(OVERRIDE):
-                self.error(f"{word}: there is no such flag{did_you_mean(name, flags)}")
+                from train.config.reading import nearest
+
+                self.error(f"{word}: there is no such flag{nearest(name, flags)}")
         arguments, unknown = self.parse_known_args(words)
         for word in unknown:
             name, has_value, value = word.partition("=")
@@ -111,9 +115,3 @@ def overview(words: Sequence[str]) -> str:
         for name, (_, help) in COMMANDS.items()
         if name.split()[: len(words)] == list(words) and name != " ".join(words)
     )
-
-
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Returns "; did you mean NAME?" for the most similar name, or an empty text."""
-    nearest = difflib.get_close_matches(name, list(names), n=1)
-    return f"; did you mean {nearest[0]}?" if nearest else ""
