@@ -30,15 +30,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         prepare_process(argv)
     try:
         check_rooms()
-        if argv and argv[0] == "--version":
-            print(f"ziggurat {version()}")
-            return 0
-        if (status := show_commands(argv)) is not None:
-            return status
-        run, arguments = parse(argv)
-        return run(arguments)
+        status = run_command(argv)
+        # A failing last write is reported here and not as Python exits.
+        sys.stdout.flush()
+        return status
     except (InputError, Fault, StorageError, OSError, KeyboardInterrupt) as error:
         return report_error(error)
+
+
+def run_command(argv: Sequence[str]) -> int:
+    """Runs the command of a command line, or prints the version or the list of commands."""
+    if argv and argv[0] == "--version":
+        print(f"ziggurat {version()}")
+        return 0
+    if (status := show_commands(argv)) is not None:
+        return status
+    run, arguments = parse(argv)
+    return run(arguments)
 
 
 def show_commands(argv: Sequence[str]) -> int | None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import select
 import sys
 import time
 import traceback
@@ -25,6 +26,8 @@ def report_error(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         print("ziggurat: interrupted", file=sys.stderr)
         return 130
+    if isinstance(error, BrokenPipeError) and is_output_closed():
+        return 1
     place = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
     number = error.errno if isinstance(error, OSError) else None
     if number in PATH_ERRORS and place != str(error):
@@ -39,6 +42,18 @@ def report_error(error: BaseException) -> int:
     else:
         traceback.print_exception(error)
     return 1
+
+
+def is_output_closed() -> bool:
+    """True where the reader of standard output has gone, as with `| head`; all later output is then dropped."""
+    output = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(output, 0)
+    is_closed = bool(poll.poll(0))
+    if is_closed:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), output)
+    return is_closed
 
 
 def exit_at_once(error: BaseException) -> NoReturn:

@@ -1,5 +1,6 @@
 """The command line itself: start without JAX, messages about wrong commands, and completion."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,18 @@ def test_a_wrong_word_is_named_with_the_nearest_right_one_and_a_short_usage(comm
     assert "usage: ziggurat" in captured.err
     assert len(captured.err.splitlines()) <= 3
     assert captured.out == ""
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_gone_ends_a_command_in_silence(unbuffered: str):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.cli", "--help"], stdout=writing, stderr=subprocess.PIPE, cwd=ROOT,
+        env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+    )  # fmt: skip
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_presets_are_listed_with_their_parameters(capsys):
