@@ -101,7 +101,7 @@ def test_a_run_begins_with_imported_weights_and_learns_another_corpus(imported: 
     for flags, words in (
         (["report", imported], "holds imported weights, which have no steps and no data"),
         (["inspect", "data", imported, "--step=1"], "holds imported weights, which have no steps and no data"),
-        (["pretrain", f"--config={imported}"], "holds imported weights, with which another run can begin"),
+        (["pretrain", f"--config={imported}"], "holds imported weights, from which another run can start"),
         ([*start, "--config.train.run_dir=x", "--config.train.init_with=all"], "set train.init_with=weights"),
     ):
         capsys.readouterr()
