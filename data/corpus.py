@@ -1,8 +1,8 @@
 """A corpus: its files, their chunks, and the documents in them.
 
-A chunk is a byte range of a file, known from the listing alone: what begins in it belongs to it (a line of a .jsonl, a
-row group of a .parquet, a document of a .txt with separators). A .txt without separators is one document, of which a
-chunk is the piece up to where the next chunk's begins. A compressed file is one chunk.
+A chunk is a byte range of a file, known from the listing alone; whatever begins in it belongs to it (a line of a
+.jsonl, a row group of a .parquet, a document of a .txt with separators). A .txt without separators is one document,
+and a chunk is the piece up to the beginning of the next. A compressed file is one chunk.
 """
 
 import hashlib
@@ -23,23 +23,23 @@ from data.formats import parquet, text
 
 log = logging.getLogger("ziggurat")
 
-# A local corpus up to this size is hashed, and looked through for damage, whole.
+# A local corpus up to this size is hashed and checked for damage as a whole.
 SMALL_CORPUS_BYTES = 2**28
 MIN_CHUNK_BYTES = 256
-# Fewer .txt files than this give their ends to the held-out part, not whole files.
+# With fewer .txt files, their ends are held out instead of whole files.
 MANY_FILES = 20
 # Held-out text is read in pieces of about this size.
 HELD_OUT_PIECE_BYTES = 2**24
-# Epochs whose order is remembered: streams reach the next one at different times.
+# Number of epochs whose order is cached: streams reach the next one at different times.
 CACHED_ORDERS = 4
 MAX_PROBLEMS = 10
-# With fewer files than so many a stream, the footers of .parquet files are read for the chunks.
+# Below this number of files per stream, the footers of .parquet files are read for the chunks.
 FILES_PER_STREAM = 4
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Bytes `begin` to `end` of the file with this number."""
+    """Bytes `begin` to `end` of the file with index `file`."""
 
     file: int
     begin: int
@@ -51,11 +51,11 @@ class Document:
     """A document or a piece of one.
 
     Attributes:
-        text: not empty.
-        file: number of its file.
-        place: where it begins: the byte of the file, or of what a compressed file holds; the row of a .parquet.
-        ends: whether the document ends with it; else its next piece is in another chunk, or held out.
-        prompt: what stands before it and is not trained on.
+        text: the text, which is not empty.
+        file: index of its file.
+        place: byte offset in the file (or in the content of a compressed file), or row of a .parquet.
+        ends: true if the document ends with it; otherwise its next piece is in another chunk, or held out.
+        prompt: text that precedes it and is not trained on.
     """
 
     text: str
@@ -66,14 +66,15 @@ class Document:
 
 
 def stable_hash(*parts: int | str) -> int:
-    """A number of 64 bits that these parts determine, the same on every machine."""
+    """Returns a 64-bit hash of some parts that is the same on every machine."""
     return int.from_bytes(hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest())
 
 
 def unit_hash(text: str) -> float:
-    """A number in [0, 1) that a text determines, which says whether it is held out: `digest("held out", text) / 2**64`.
+    """Returns a number in [0, 1) determined by a text: `stable_hash("held out", text) / 2**64`, written out for speed.
 
-    Written out, since it is done for each document: making JSON of a tuple takes longer than all the rest.
+    Texts below `validation_fraction` are held out. Serializing a tuple for each document would take longer than the
+    hash.
     """
     written = '["held out", ' + encode_basestring_ascii(text) + "]"
     return int.from_bytes(hashlib.blake2b(written.encode(), digest_size=8).digest()) / 2**64
@@ -83,13 +84,13 @@ class Corpus:
     """Files of text, each cut into chunks. Made by `open_corpus`.
 
     Attributes:
-        files: sorted by name.
-        size: bytes of all files.
-        chunks: of all files, in order.
-        order: (seed, epoch) → the chunks as they are dealt to the streams.
-        shared: there are fewer chunks than streams: each stream reads all of them, and takes its part of the documents.
-        skipped: (file, place) of each document that could not be read and was left out; (file, problem) where what
-            was left of a file could not.
+        files: files, sorted by name.
+        size: total size of the files in bytes.
+        chunks: chunks of all files, in order.
+        order: function (seed, epoch) → chunks in the order in which they are dealt to the streams.
+        shared: true if there are fewer chunks than streams: each stream reads all of them and takes its share of
+            documents.
+        skipped: (file, place) of each unreadable document that was skipped; (file, problem) for the rest of a file.
     """
 
     def __init__(self, files: list[File], config: ResolvedDataConfig):
@@ -97,7 +98,7 @@ class Corpus:
         self._config = config
         self._fields = formats.Fields(config.text_field, config.prompt_field, config.text_separator)
         self.skipped: set[tuple[int, int | str]] = set()
-        # Where each file's training part ends.
+        # The byte at which each file's training part ends.
         self._ends = [file.size for file in files]
         texts = [number for number, file in enumerate(files) if self._is_one_document(file) and file.size]
         if config.validation_fraction and len(texts) >= MANY_FILES:
@@ -119,7 +120,7 @@ class Corpus:
         self.order = lru_cache(CACHED_ORDERS)(self._order)
 
     def _borders(self, file: File, end: int) -> list[int]:
-        """The bytes at which a file's chunks begin and end."""
+        """Returns the bytes at which a file's chunks begin and end."""
         if not end:
             return []
         if _is_compressed(file):
@@ -141,7 +142,7 @@ class Corpus:
         return formats.format_and_compression(file.name)[0] == ".txt" and self._config.text_separator is None
 
     def _held_out_from(self, file: File) -> int:
-        """Where the held-out end of a .txt begins: at a line, or in the last one where that is longer."""
+        """Returns the byte at which the held-out end of a .txt begins: at a line, or inside a very long one."""
         wanted = round(file.size * (1 - self._config.validation_fraction))
         begin = text.piece_start(file, wanted, file.size)
         return begin if begin < file.size else text.next_character(file, wanted, file.size)
@@ -151,7 +152,7 @@ class Corpus:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the files' names, sizes and content (of a large corpus, of what identifies it)."""
+        """SHA-256 (hex) of the files' names, sizes and content, or of what identifies the content of a large corpus."""
         whole = self.size <= SMALL_CORPUS_BYTES
         try:
             return hashlib.sha256("".join(fingerprint(file, whole) for file in self.files).encode()).hexdigest()
@@ -159,15 +160,15 @@ class Corpus:
             raise InputError(f"data.corpus: {error}") from None
 
     def describe(self) -> str:
-        """One line for a person."""
+        """Returns one line that describes the corpus."""
         what = self.files[0].name if len(self.files) == 1 else f"{len(self.files):,} files"
         return f"{what}, {self.size / 1e6:,.1f} MB in {len(self.chunks):,} chunks"
 
     def documents(self, chunk: Chunk, place: int = 0) -> Iterator[Document]:
-        """The training documents and pieces that begin in a chunk, from a place on.
+        """Yields the training documents and pieces that begin in a chunk, from a place on.
 
         Raises:
-            InputError: one that cannot be read, with file and place, unless `on_bad_document` is "skip".
+            InputError: a document cannot be read, with file and place, unless `on_bad_document` is "skip".
         """
         held_out_by_file = self._is_one_document(self.files[chunk.file])
         for document in self._all(chunk.file, chunk.begin, chunk.end, place):
@@ -175,7 +176,7 @@ class Corpus:
                 yield document
 
     def held_out(self) -> Iterator[Document]:
-        """The held-out documents; of few .txt files, their ends. Of a .txt in pieces, so that none fills the memory."""
+        """Yields the held-out documents; for a few .txt files their ends, in pieces that fit into memory."""
         if not self._config.validation_fraction:
             return
         for number, (file, end) in enumerate(zip(self.files, self._ends, strict=True)):
@@ -190,26 +191,26 @@ class Corpus:
                     yield from self._piece(number, begin, end)
 
     def training_texts(self, seed: int) -> Iterator[str]:
-        """The texts and prompts of the training documents, chunk by chunk in an order that the seed determines."""
+        """Yields texts and prompts of training documents, chunk by chunk in an order determined by the seed."""
         for i in sorted(range(len(self.chunks)), key=lambda i: stable_hash("sample", seed, i)):
             for document in self.documents(self.chunks[i]):
                 yield from filter(None, (document.prompt, document.text))
 
     def all_documents(self) -> Iterator[Document]:
-        """Every document whole, training or held out, in the order of the listing."""
+        """Yields every document whole, training or held out, in the order of the listing."""
         for number, file in enumerate(self.files):
             yield from self._all(number, 0, file.size, whole=True)
 
     def check(self) -> None:
-        """Read a local corpus of moderate size once.
+        """Reads a local corpus of moderate size once.
 
         Raises:
-            InputError: up to ten of the problems in its documents, or that there are too few to train on.
+            InputError: some documents are damaged (names up to ten problems), or there are too few to train on.
         """
         if self.size > SMALL_CORPUS_BYTES or not all(map(is_local, self.files)):
             return
         problems: list[str] = []
-        # What is left out is said as it is read.
+        # Skipped documents are logged when they are read.
         for number, file in enumerate(self.files if self._config.on_bad_document == "error" else []):
             try:
                 for _ in self._all(number, 0, file.size, whole=True):
@@ -235,7 +236,7 @@ class Corpus:
             )
 
     def _all(self, number: int, begin: int, end: int, place: int = 0, whole: bool = False) -> Iterator[Document]:
-        """The documents that begin in a range of a file; with `whole`, not the piece of a .txt, but all of it."""
+        """Yields the documents that begin in a range of a file; with `whole` a .txt is read whole, not in pieces."""
         file = self.files[number]
         if self._is_one_document(file) and not _is_compressed(file):
             if not whole:
@@ -252,7 +253,7 @@ class Corpus:
             self._bad(number, None, error)
 
     def _piece(self, number: int, begin: int, end: int) -> Iterator[Document]:
-        """The text of a part of a .txt, if there is any."""
+        """Returns the text of a part of a .txt, or None if it is empty."""
         file = self.files[number]
         try:
             content = text.read_text(file, begin, end) if begin < end else ""
@@ -263,14 +264,14 @@ class Corpus:
             yield Document(content, number, begin, ends=end == file.size)
 
     def _bad(self, number: int, place: int | None, problem: BadText) -> None:
-        """End the run, or say once that a document is left out, or with no place what is left of a chunk."""
+        """Raises InputError, or logs once that a document (or, without a place, the rest of a chunk) is skipped."""
         file, skips = self.files[number], self._config.on_bad_document == "skip"
         key = (number, str(problem) if place is None else place)
         if skips and key in self.skipped:
             return
         where = file.path
         if place is not None:
-            # To count the lines before a place is to read them.
+            # Counting the lines before a place would read them all.
             where += formats.written_place(file, place, counts_lines=len(self.skipped) < MAX_PROBLEMS)
         if not skips:
             raise InputError(f"{where}: {problem}; mend it, or leave it out with data.on_bad_document=skip")
@@ -285,16 +286,16 @@ def _is_compressed(file: File) -> bool:
 def open_corpus(
     where: str, config: ResolvedDataConfig, leave_out: Path | None = None, field: str = "data.corpus"
 ) -> Corpus:
-    """List a file, a folder (with its subfolders) or a glob, here or wherever fsspec reads.
+    """Opens a file, a folder (with its subfolders) or a glob, on a local disk or wherever fsspec reads.
 
     Args:
         where: the path or URL; ~ is the home folder.
-        config: with `num_streams` given.
-        leave_out: a folder whose files don't count (a run's own), unless the corpus lies in it.
-        field: what the messages call it.
+        config: resolved settings of the data.
+        leave_out: a folder whose files are ignored (the run's own), unless the corpus is inside it.
+        field: name of the setting in messages.
 
     Raises:
-        InputError: nothing there, or nothing readable.
+        InputError: there is nothing, or nothing readable.
     """
     files = list_files(where, formats.ENDINGS, leave_out, field)
     try:

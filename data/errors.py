@@ -1,27 +1,33 @@
-"""The exceptions whose text is all that a person needs."""
+"""The exception tree of the project. Each text is written for a person: one clause per problem, with its remedy.
+
+- InputError (a ValueError): the user's mistake; exit status 2, do not restart.
+- Fault: a transient failure; exit status 1, restarting may succeed.
+- StorageError: a run cannot write; exit status 1, the same command resumes once it is mended.
+- BadText (a ValueError): an unreadable document, handled inside `data`.
+"""
 
 
 class InputError(ValueError):
-    """Bad input: a config field, a flag, a file. Its text names the place, the problem and the remedy.
+    """Bad input: a config field, a flag or a file. The text names the place, the problem and the remedy.
 
-    The command line prints the text alone, without a traceback, and exits with status 2. Several problems found
-    at once are joined by newlines, one a line.
+    The command line prints the text without a traceback and exits with status 2. Several problems found at once are
+    joined by newlines.
     """
 
 
 class Fault(Exception):
-    """What is wrong with neither the input nor this program, and a new start may find mended: exit status 1."""
+    """A transient failure of machine, network or device: restarting may succeed. Exit status 1."""
 
 
 class StorageError(Exception):
-    """What a run writes cannot be written: a disk is full or gone, a bucket refuses. Its text is one line for a person.
+    """A run cannot write: a disk is full or gone, or a bucket refuses. The text is one line for a person.
 
-    It is a fault, not the user's error: once it is mended, the same command goes on.
+    It is a fault, not the user's mistake: once it is mended, the same command resumes.
     """
 
 
 class BadText(ValueError):
     """A document, or the rest of a file, that cannot be read.
 
-    Its text says the problem, without the file's name. The corpus decides whether it ends the run or is skipped.
+    The text names the problem without the file. The corpus decides whether it ends the run or is skipped.
     """

@@ -1,4 +1,4 @@
-"""Streams to global batches: each process reads the streams of its own rows, a little ahead of the devices."""
+"""Streams to global batches: each process reads the streams of its own rows, slightly ahead of the devices."""
 
 import itertools
 import queue
@@ -18,7 +18,7 @@ from data.segmenter import Segment, SegmentPart, make_segment
 from data.tokenizer.tokenizer import Tokenizer
 from data.tokenizer.workers import Workers
 
-# Stands for every number of a position that another process knows.
+# Fills the positions that only another process knows.
 UNREAD = np.iinfo(np.int64).min
 
 
@@ -26,14 +26,14 @@ class LoadedBatch(NamedTuple):
     """A global batch.
 
     Attributes:
-        batch: the arrays of a row stacked to [B, T] over all devices. Row b belongs to stream ⌊b·V/B⌋.
-        positions: where each stream's next row begins, int64 [V, K, `POSITION_SIZE`]; `UNREAD` in the streams that
-            other processes read: see `gather_positions`.
-        streams_left_after: int64 [K]. Per corpus, how many of this process's streams still have text of it for the next
-            batch; a corpus without end counts in all of them. See `corpus_has_ended`.
-        streams_left_in: int64 [K]. The same count for this batch.
-        skipped: the rows of this process's streams that were left out before it, as `describe_row` says but for their
-            text, with "batch", which of the batches left out they are of.
+        batch: arrays [B, T] over all devices; row b belongs to stream ⌊b·V/B⌋.
+        positions: position of each stream's next row, int64 [V, K, `POSITION_SIZE`], with `UNREAD` for streams that
+            other processes read (see `gather_positions`).
+        streams_left_after: int64 [K], for each corpus the number of this process's streams with text of it for the next
+            batch; a corpus without end counts in all of them (see `corpus_has_ended`).
+        streams_left_in: int64 [K], the same count for this batch.
+        skipped: the rows of this process's streams that were skipped before the batch, as `describe_row` without text,
+            and with "batch", the number of the skipped batch.
     """
 
     batch: dict[str, jax.Array]
@@ -44,18 +44,18 @@ class LoadedBatch(NamedTuple):
 
 
 class Loader:
-    """A context manager and iterator of `LoadedBatch`, as long as there are batch sizes.
+    """A context manager and iterator of `LoadedBatch`, for as long as there are batch sizes.
 
     Args:
-        mixture: the text.
-        tokenizer: of the run.
-        config: of the data, with `num_streams`: V divides each B, and is divided by the number of shards of a batch.
-        seed: of the order.
-        batch_sizes: B of each batch.
-        sharding: of the batch's arrays.
-        positions: of all streams, [V, K, `POSITION_SIZE`]; none: the beginning.
-        step: number (from 0) of the first batch's step, which weights may follow.
-        skips: step → how many batches of its size are read and left out before its own.
+        mixture: the corpora to read.
+        tokenizer: the tokenizer of the run.
+        config: resolved settings of the data; V divides each B and is divided by the number of shards of a batch.
+        seed: seed of the data order.
+        batch_sizes: the size B of each batch.
+        sharding: sharding of the batch's arrays.
+        positions: positions of all streams, [V, K, `POSITION_SIZE`]; None for the beginning.
+        step: number (from 0) of the first batch's step, which weights may depend on.
+        skips: number of batches of the same size to read and skip before a step's own, by step.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Loader:
         self._sizes = enumerate(batch_sizes, start=step)
         self._workers = Workers(tokenizer.folder, config.num_workers) if config.num_workers else None
         self._num_streams = config.num_streams
-        # Shards are cut between streams, so those of a batch with one row a stream are those of every batch.
+        # Shards hold whole streams, so a batch with one row for each stream has the shards of every batch.
         shards = sharding.addressable_devices_indices_map((config.num_streams, config.segment_length)).values()
         self._streams = open_streams(
             mixture,
@@ -110,7 +110,7 @@ class Loader:
         return found
 
     def _fill(self) -> None:
-        """The thread: batches into the queue, until it is stopped or fails."""
+        """Runs in a thread: puts batches into the queue until it is stopped or fails."""
         batches = self._batches()
         while not self._stop.is_set():
             made: LoadedBatch | BaseException
@@ -128,7 +128,7 @@ class Loader:
                 return
 
     def _batches(self) -> Iterator[LoadedBatch]:
-        """All batches; where a corpus may end, each is made once the next one is, to know what that one has."""
+        """Yields all batches; if a corpus may end, one batch late, to know the streams left in the next."""
         batches = itertools.starmap(self._make, self._sizes)
         if not self._mixture.is_bounded:
             return batches
@@ -151,7 +151,7 @@ class Loader:
         return LoadedBatch({name: array(name) for name in next(iter(rows.values()))}, positions, left, left, skipped)
 
     def _read(self, step: int, size: int) -> tuple[dict[int, Segment], np.ndarray, np.ndarray, list[dict[str, Any]]]:
-        """The rows of this process's streams by their numbers in the batch, and the rest of `LoadedBatch`."""
+        """Returns the rows of this process's streams by their index in the batch, and the rest of `LoadedBatch`."""
         skipped = [
             {"batch": batch} | describe_row(self._mixture, self._tokenizer, b, k, parts)
             for batch in range(self._skips.get(step, 0))
@@ -163,7 +163,7 @@ class Loader:
         return {b: make_segment(parts, self._config) for b, (_, parts) in taken.items()}, positions, left, skipped
 
     def _take(self, step: int, size: int) -> tuple[dict[int, tuple[int, list[SegmentPart]]], np.ndarray, np.ndarray]:
-        """Corpus and parts of the rows, positions and left."""
+        """Returns the corpus and parts of each row, positions, and streams left."""
         K, each = len(self._mixture.sources), size // self._num_streams
         taken: dict[int, tuple[int, list[SegmentPart]]] = {}
         positions = np.full((self._num_streams, K, POSITION_SIZE), UNREAD, np.int64)
@@ -179,16 +179,16 @@ class Loader:
 
 
 def gather_positions(positions: np.ndarray) -> np.ndarray:
-    """Positions of all streams from each process's own; all processes call it together."""
+    """All-gathers the positions of all streams; all processes call it together."""
     if jax.process_count() == 1:
         return positions
-    # As halves of 32 bits, which JAX has without its 64-bit mode.
+    # JAX has no 64-bit integers by default, so they are gathered as two halves.
     halves = np.asarray(multihost_utils.process_allgather(positions.view(np.int32)))
     return np.ascontiguousarray(halves).view(np.int64).max(axis=0)
 
 
 def corpus_has_ended(left: np.ndarray, mixture: Mixture) -> bool:
-    """Whether a corpus that is read a number of times has ended in all streams; all processes call it together."""
+    """True if a corpus with a number of epochs has ended in all streams; all processes call it together."""
     if not mixture.is_bounded:
         return False
     everywhere = multihost_utils.process_allgather(left) if jax.process_count() > 1 else left[None]

@@ -1,11 +1,11 @@
-"""Several corpora as one: which of them each row is from.
+"""Several corpora as one: the choice of the corpus of each row.
 
-Each stream keeps a credit for each corpus. With each row the credits grow by the corpora's shares of the step, the
-corpus with the largest credit (the first of equals) gives the row, and pays 1 for it. So after any number of rows a
-stream has drawn each of K corpora less than K − 1 rows more or fewer than its shares say, and less than 1 for two.
-Streams begin at different places of that sequence, so that a rare corpus comes to them at different times.
+Each stream keeps a credit for each corpus. With each row, the credits grow by the corpora's shares of the step; the
+corpus with the largest credit (the first of equals) gives the row and pays 1 for it. After any number of rows a stream
+has therefore drawn each of K corpora less than K − 1 rows more or fewer than its shares, and less than 1 for two
+corpora. Streams begin at different places of that sequence, so that a rare corpus comes to them at different times.
 
-A position is that of `data.stream` for each corpus, and the corpus's credit.
+A position is a `StreamPosition` for each corpus, and the credit of the corpus.
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ from data.errors import InputError
 from data.segmenter import SegmentPart
 from data.stream import Stream, StreamPosition, Tokenize, open_readers
 
-# Credits are whole numbers, the same on every machine: a row costs so many.
+# Credits are integers, so that they are the same on every machine; a row costs this many.
 CREDITS_PER_ROW = 2**32
-# Rows of the sequence at whose places the streams begin, at most.
+# Largest number of rows of the sequence by which the starts of streams are staggered.
 STAGGERED_ROWS = 2**16
-# Numbers of a corpus's position in a stream.
+# Number of integers in a position, for each corpus of a stream.
 POSITION_SIZE = len(StreamPosition._fields) + 1
 
 
@@ -35,10 +35,10 @@ class Source:
     """A corpus of a mixture.
 
     Attributes:
-        name: of the corpus; empty where it is the only one.
-        corpus: its text.
-        config: of the data, with the corpus's own fields.
-        weights: (step, weight from it on), by step from 0.
+        name: name of the corpus, or an empty text if it is the only one.
+        corpus: the opened corpus, with its chunks.
+        config: settings of the data, with the corpus's own fields.
+        weights: stages (first step, weight), in order from step 0.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Source:
     weights: tuple[tuple[int, float], ...]
 
     def weight(self, step: int) -> float:
-        """At a step."""
+        """Returns the weight at a step."""
         return weight_at(step, self.weights)
 
 
@@ -55,8 +55,8 @@ class Mixture:
     """The corpora of a run. Made by `open_mixture`.
 
     Attributes:
-        sources: at least one.
-        is_bounded: a corpus is read a number of times, and the run ends when such a one has ended in all streams.
+        sources: the corpora, at least one.
+        is_bounded: true if some corpus has a number of epochs; the run ends when one has ended in all streams.
     """
 
     def __init__(self, sources: Sequence[Source]):
@@ -64,51 +64,51 @@ class Mixture:
         self.is_bounded = any(source.config.epochs is not None for source in sources)
 
     def shares(self, step: int) -> list[int]:
-        """What each corpus's credit grows by with a row of a step; `CREDITS_PER_ROW` in all."""
+        """Returns the growth of each corpus's credit with a row of a step; they sum to `CREDITS_PER_ROW`."""
         weights = [source.weight(step) for source in self.sources]
         shares = [round(CREDITS_PER_ROW * weight / sum(weights)) for weight in weights]
         shares[shares.index(max(shares))] += CREDITS_PER_ROW - sum(shares)
         return shares
 
     def fingerprints(self) -> dict[str, str]:
-        """Of each corpus by its name, in `data.corpus`'s words."""
+        """Returns the fingerprint of each corpus by its name in messages."""
         return {corpus_field(source.name): source.corpus.fingerprint for source in self.sources}
 
     def held_out(self) -> Iterator[tuple[str, Iterator[Document]]]:
-        """(name, held-out documents) of each corpus."""
+        """Yields (name, held-out documents) for each corpus."""
         for source in self.sources:
             yield source.name, source.corpus.held_out()
 
     def check(self) -> None:
-        """InputError where a local corpus of moderate size is damaged, or has nothing to train on."""
+        """Raises InputError if a local corpus of moderate size is damaged or has nothing to train on."""
         for source in self.sources:
             source.corpus.check()
 
     @property
     def skipped(self) -> int:
-        """Documents that could not be read and were left out, so far and in this process."""
+        """The number of unreadable documents that this process has skipped so far."""
         return sum(len(source.corpus.skipped) for source in self.sources)
 
 
 def corpus_field(name: str) -> str:
-    """What messages call a corpus."""
+    """Returns the name of a corpus in messages."""
     return f"data.corpus[{name!r}]" if name else "data.corpus"
 
 
 def open_mixture(config: ResolvedDataConfig, stdlib: Callable[[], str], leave_out: Path | None = None) -> Mixture:
-    """List every corpus of `data.corpus`.
+    """Opens every corpus of `data.corpus`.
 
     Args:
-        config: with `num_streams` given.
-        stdlib: gives the path of the default corpus, where it is asked for.
-        leave_out: a folder whose files don't count (a run's own).
+        config: resolved settings of the data.
+        stdlib: returns the path of the default corpus when it is used.
+        leave_out: a folder whose files are ignored (the run's own).
 
     Raises:
         InputError: as `open_corpus`, for all corpora at once.
     """
     several = config.corpus if isinstance(config.corpus, Mapping) else {"": {"corpus": config.corpus}}
     sources, problems = [], []
-    # By name: a config file has its own order of them, and a JSON text another.
+    # Sorted by name, because a config file and a JSON text may order them differently.
     for name, values in sorted(several.items()):
         own: dict[str, Any] = {field: values[field] for field in PER_CORPUS_FIELDS if field in values}
         own["corpus"] = values["corpus"]
@@ -126,17 +126,17 @@ def open_mixture(config: ResolvedDataConfig, stdlib: Callable[[], str], leave_ou
 
 
 def choose_corpus(credits: list[int], shares: Sequence[int]) -> int:
-    """The corpus of the next row; `credits` follow."""
+    """Returns the corpus of the next row, and updates `credits`."""
     for k, share in enumerate(shares):
         credits[k] += share
-    # What has no share now is not drawn, whatever its credit.
+    # A corpus without a share is never drawn, whatever its credit.
     chosen = max((k for k, share in enumerate(shares) if share), key=lambda k: (credits[k], -k))
     credits[chosen] -= CREDITS_PER_ROW
     return chosen
 
 
 def initial_positions(mixture: Mixture, num_streams: int, epoch: int = 0) -> np.ndarray:
-    """Where all streams begin, int64 [V, K, `POSITION_SIZE`]."""
+    """Returns the first position of all streams, int64 [V, K, `POSITION_SIZE`]."""
     shares = mixture.shares(0)
     positions = np.zeros((num_streams, len(shares), POSITION_SIZE), np.int64)
     positions[:, :, 0] = epoch
@@ -154,7 +154,7 @@ class MixedStream:
     """One of V virtual readers of all corpora.
 
     Attributes:
-        ended: whether each corpus has ended in this stream.
+        ended: for each corpus, true if it has ended in this stream.
     """
 
     def __init__(self, mixture: Mixture, streams: Sequence[Stream], positions: np.ndarray):
@@ -165,11 +165,11 @@ class MixedStream:
 
     @property
     def positions(self) -> np.ndarray:
-        """Where its next row begins, int64 [K, `POSITION_SIZE`]."""
+        """Returns the position of its next row, int64 [K, `POSITION_SIZE`]."""
         return np.concatenate([self._positions, np.array(self._credits)[:, None]], axis=1)
 
     def take(self, step: int) -> tuple[int, list[SegmentPart]]:
-        """(which corpus, the parts) of the next row, for a step; no parts where that corpus has ended."""
+        """Returns (corpus, parts) of the next row for a step; without parts if that corpus has ended."""
         k = choose_corpus(self._credits, self._mixture.shares(step))
         found = next(self._streams[k], None)
         if found is None:
@@ -189,7 +189,7 @@ def open_streams(
     streams: Sequence[int],
     positions: np.ndarray,
 ) -> dict[int, MixedStream]:
-    """The streams with these numbers, from positions [V, K, `POSITION_SIZE`] on."""
+    """Opens the streams with some indices, from positions [V, K, `POSITION_SIZE`] on."""
     by_source = []
     for k, source in enumerate(mixture.sources):
         starts = {v: StreamPosition(*positions[v, k, :-1].tolist()) for v in streams}

@@ -1,4 +1,4 @@
-"""Where a batch is from: the documents of each row, by file, place and characters."""
+"""The origin of a batch: the documents of each row, by file, place and characters."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -12,22 +12,22 @@ from data.mixture import MixedStream, Mixture, corpus_field
 from data.segmenter import DocumentPairs, SegmentPart, concatenate, make_pairs, pack
 from data.tokenizer.tokenizer import Tokenizer
 
-# UTF-8 bytes of each corpus that a summary looks at.
+# UTF-8 bytes of each corpus that a summary samples.
 SAMPLE_BYTES = 2**24
-# What has small chunks; of the others a sample ends where it has enough.
+# Formats with small chunks; a sample of others ends inside a chunk.
 SPLITS = ((".jsonl", ""), (".txt", ""))
 
 
 def rows_of_step(
     streams: dict[int, MixedStream], batch_sizes: Sequence[int], step: int, skips: Mapping[int, int]
 ) -> Iterator[tuple[int, int, list[SegmentPart]]]:
-    """Of each row of the last of some batches, its number, its corpus and its parts.
+    """Yields (row, corpus, parts) for every row of the batch of a step.
 
     Args:
-        streams: all V, at the beginning of the first batch.
-        batch_sizes: B of each batch up to the wanted one.
-        step: number (from 0) of the wanted batch's step.
-        skips: step → how many batches were left out before its own.
+        streams: all V streams, at the beginning of the first batch.
+        batch_sizes: the size B of each batch up to that of the step.
+        step: number (from 0) of the step.
+        skips: number of batches skipped before a step's own, by step.
     """
     for s, size in enumerate(batch_sizes, start=step + 1 - len(batch_sizes)):
         each = size // len(streams)
@@ -44,20 +44,20 @@ def rows_of_step(
 def describe_row(
     mixture: Mixture, tokenizer: Tokenizer, row: int, k: int, parts: Sequence[SegmentPart]
 ) -> dict[str, Any]:
-    """A row as plain values: "row", "corpus" (of a mixture) and its "parts", each as `describe_part` says."""
+    """Returns a row as plain values: "row", "corpus" (in a mixture) and "parts", each as `describe_part`."""
     source = mixture.sources[k]
     found: dict[str, Any] = {"row": row} | ({"corpus": source.name} if source.name else {})
     return found | {"parts": [describe_part(mixture, tokenizer, k, part) for part in parts]}
 
 
 def describe_part(mixture: Mixture, tokenizer: Tokenizer, k: int, part: SegmentPart) -> dict[str, Any]:
-    """What part of which document stands in a row.
+    """Returns the origin of a part of a row as plain values.
 
     Returns:
-        "file"; where the document or piece begins: "byte" (of the file, or of what a compressed one holds) or
-        "table_row" (of a .parquet); "characters", the span [begin, end) of its text that the targets are; "tokens", how
-        many they are; "end", whether the end of the document is one of them; "text", theirs. Before the text of a
-        document with a prompt stands the prompt, which is "prompt_characters" long.
+        "file"; the beginning of the document or piece as "byte" (in the file, or in the content of a compressed one) or
+        "table_row" (of a .parquet); "characters", the span [begin, end) of its text that the targets cover; "tokens",
+        their number; "end", true if the end of the document is one of them; and "text", the covered text. With a
+        prompt, which precedes the text of a document, also "prompt_characters", its length.
     """
     pairs, begin, end = part
     document = pairs.document
@@ -67,7 +67,7 @@ def describe_part(mixture: Mixture, tokenizer: Tokenizer, k: int, part: SegmentP
     whole = document.prompt + document.text
     encoded = whole.encode()
     if tokenizer.adds_space:
-        # One that is in no text stands before the prompt, and one before what follows it.
+        # One token without text precedes the prompt, and one the text after it.
         behind_prompt = len(document.prompt.encode()) + 1 if document.prompt else len(encoded)
         sizes = sizes - (sizes > 0) - (sizes > behind_prompt)
     first, last = (len(encoded[: sizes[min(at, len(sizes) - 1)]].decode(errors="ignore")) for at in (begin, end))
@@ -84,25 +84,25 @@ def describe_part(mixture: Mixture, tokenizer: Tokenizer, k: int, part: SegmentP
 
 
 def place_name(name: str) -> str:
-    """What a document's place counts in a file of this name."""
+    """Returns the key of a document's place for a file name."""
     return "table_row" if formats.format_and_compression(name)[0] == ".parquet" else "byte"
 
 
 def summarize(
     mixture: Mixture, tokenizer: Tokenizer, seed: int, tokens_of_steps: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """What each corpus holds, from a sample of its chunks.
+    """Summarizes each corpus from a sample of its chunks.
 
     Args:
-        mixture: the corpora.
-        tokenizer: of the run.
-        seed: of the sample.
-        tokens_of_steps: positions of each step's batch.
+        mixture: the corpora to summarize.
+        tokenizer: the tokenizer of the run.
+        seed: seed of the sample.
+        tokens_of_steps: number of positions in each step's batch.
 
     Returns:
-        Of each corpus: "corpus" (its listing), "sampled_documents" and "sampled_bytes" (UTF-8, prompts included);
-        "documents", "bytes" and "tokens" (ends included) of an epoch, as the sample and the sizes of the files say;
-        "bytes_per_token"; "utilization", the share of positions that hold a token in rows of the sample; "epochs" that
+        For each corpus: "corpus" (its listing), "sampled_documents" and "sampled_bytes" (UTF-8, prompts included);
+        "documents", "bytes" and "tokens" (ends included) of an epoch, extrapolated from the sample by file sizes;
+        "bytes_per_token"; "utilization", the share of positions with a token in rows of the sample; and "epochs" that
         the run will read. A long .txt counts as several documents.
     """
     found = []

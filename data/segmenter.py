@@ -1,9 +1,9 @@
-"""Documents to segments: what the model sees at once.
+"""Documents to segments: the positions that the model sees at once.
 
 A document of tokens t1 … tn is n + 1 pairs of input and target: B → t1, t1 → t2, …, tn → E, where E is the end-of-text
-token, and B what stands before a document: E too, unless a tokenizer has a token of its own for it. So every token, and
-the end, is a target exactly once. A row is made of parts of documents, and holds `segment_length` pairs. A piece that
-its document does not end with has no last pair: what follows it is not E. The pairs of a prompt are seen, and have no
+token, and B the token before a document: E too, unless the tokenizer has one of its own. Every token, and the end, is
+therefore a target exactly once. A row consists of parts of documents and holds `segment_length` pairs. A piece that is
+not the end of its document has no last pair, because E does not follow it. The pairs of a prompt are inputs without
 weight.
 """
 
@@ -23,11 +23,11 @@ class DocumentPairs(NamedTuple):
     """Inputs and targets of a document, int32 [n + 1].
 
     Attributes:
-        inputs: of the pairs.
-        targets: of the pairs.
-        prompt_length: how many of them come first and have no weight.
-        first_pair: the pair at which the rows begin.
-        document: what they are of, for who asks where a row is from.
+        inputs: input of each pair.
+        targets: target of each pair.
+        prompt_length: number of first pairs that belong to the prompt and have no weight.
+        first_pair: pair at which the rows begin.
+        document: the source document, kept for `describe_row`.
     """
 
     inputs: np.ndarray
@@ -54,7 +54,7 @@ def make_pairs(
     prompt_length: int = 0,
     document: Any = None,
 ) -> DocumentPairs:
-    """The pairs of a document's tokens, int32 [n], of which the first `prompt_length` are not trained on."""
+    """Makes the pairs of a document's tokens, int32 [n], of which the first `prompt_length` are not trained on."""
     around = np.empty(len(tokens) + 2, np.int32)
     around[0], around[1:-1], around[-1] = bos_id, tokens, eos_id
     last = len(around) if ends else len(around) - 1
@@ -62,11 +62,11 @@ def make_pairs(
 
 
 def concatenate(documents: Iterable[DocumentPairs], config: DataConfig) -> Iterator[tuple[list[SegmentPart], int]]:
-    """All documents one after the other, cut into rows.
+    """Concatenates all documents and cuts them into rows.
 
     Yields:
-        (the parts of a row, the pair of the newest document with which the next row begins). Where the documents end,
-        the last row may hold fewer pairs.
+        (parts of a row, pair of the newest document with which the next row begins). At the end of the documents, the
+        last row may hold fewer pairs.
     """
     T = config.segment_length
     parts: list[SegmentPart] = []
@@ -87,11 +87,11 @@ def concatenate(documents: Iterable[DocumentPairs], config: DataConfig) -> Itera
 
 
 def pack(documents: Sequence[DocumentPairs], config: DataConfig) -> list[list[SegmentPart]]:
-    """The documents of a window, whole, in as few rows as best fit finds: the longest first, each where least is left.
+    """Packs the documents of a window, whole, into few rows by best fit: the longest first, each into the fullest row.
 
-    A document longer than a row is cut into rows; what is left of it is packed like a document. Rows come in the order
-    of the first of their documents, parts in the order of the documents. (Best fit decreasing: Johnson 1973; for
-    pretraining: Ding et al. 2024, arXiv:2404.10830.)
+    A document longer than a row is cut into rows, and the rest is packed like a document. Rows come in the order of
+    their first documents, parts in the order of the documents. (Best fit decreasing: Johnson 1973; for pretraining:
+    Ding et al. 2024, arXiv:2404.10830.)
     """
     T = config.segment_length if config.train_last_position else config.segment_length - 1
     # (document, its pairs' begin and end)
@@ -116,12 +116,12 @@ def pack(documents: Sequence[DocumentPairs], config: DataConfig) -> list[list[Se
 
 
 def make_segment(parts: Sequence[SegmentPart], config: DataConfig) -> Segment:
-    """The row of these parts.
+    """Makes the row of some parts.
 
     Returns:
         `tokens`, `targets`, `positions`, `segment_ids` (int32) and `loss_weights` (float32), each [T]. With
-        `document_mask` each part has its own segment id, from 1 on; with `restarts` its positions begin at 0. What is
-        left of the row has segment id 0 and no weight.
+        `document_mask` each part has its own segment id, from 1 on; with `restarts` its positions start at 0. The
+        unused rest of the row has segment id 0 and no weight.
     """
     row, filled = empty_segment(config.segment_length), 0
     counted = np.arange(config.segment_length, dtype=np.int32)
@@ -139,13 +139,13 @@ def make_segment(parts: Sequence[SegmentPart], config: DataConfig) -> Segment:
 
 
 def empty_segment(T: int) -> Segment:
-    """A row of no weight."""
+    """Returns a row without weight."""
     row = {name: np.zeros(T, np.int32) for name in ("tokens", "targets", "positions", "segment_ids")}
     return row | {"loss_weights": np.zeros(T, np.float32)}
 
 
 def segment_documents(documents: Iterable[DocumentPairs], config: DataConfig) -> Iterator[Segment]:
-    """Rows of a finite number of documents, one after the other, all of their pairs trained on."""
+    """Yields rows of a finite number of concatenated documents, with all of their pairs trained on."""
     whole = dataclasses.replace(config, train_last_position=True)
     for parts, _ in concatenate(documents, whole):
         yield make_segment(parts, whole)

@@ -6,13 +6,13 @@ With h(…) = 64 bits of BLAKE2b, epoch e of stream v of V is
 2. their documents, in that order, cut into windows: a window closes with the document that fills `shuffle_window`;
 3. the documents of each window, sorted by h("document", seed, e, file, place).
 
-Where there are fewer chunks than streams, all streams read the same windows, of all chunks; each document goes, in the
-order of 3, to the stream that has the least text of the window so far, of equals to the one with the least
-h("deal", seed, e, chunk, place, v), with the chunk's number and the place at which the window begins.
+If there are fewer chunks than streams, all streams read the same windows, of all chunks; each document, in the order
+of 3, goes to the stream that has the least text of the window so far, among equals to the one with the least
+h("deal", seed, e, chunk, place, v), with the index of the chunk and the place at which the window begins.
 
-Nothing in it depends on machines, processes or workers (C1). A position is a few numbers: the epoch, chunk and place
-at which a window begins, and how much of the window is done. Restoring one reads a single window (of a compressed file,
-what stands before it too). After its last window a stream goes on with its own next epoch.
+The order does not depend on machines, processes or workers (C1). A position is a few numbers: the epoch, chunk and
+place at which a window begins, and how much of the window is done. Restoring one reads a single window (and the content
+before it in a compressed file). After its last window, a stream continues with its own next epoch.
 """
 
 import heapq
@@ -28,12 +28,12 @@ from data.segmenter import DocumentPairs, SegmentPart, concatenate, make_pairs, 
 
 Tokenize = Callable[[Iterable[str]], Iterator[np.ndarray]]
 
-# Chunks are dealt anew in each epoch, so a stream without documents may have some in a later one; not after so many.
+# Chunks are dealt again in each epoch, so a stream without documents may get some later, but not after this many.
 MAX_EMPTY_EPOCHS = 100
 
 
 class WindowStart(NamedTuple):
-    """Where a window begins: the epoch, the number of the chunk in the reader's order, the place in it (0: its own)."""
+    """The start of a window: the epoch, the chunk's index in the reader's order, and the place in it (0: its own)."""
 
     epoch: int = 0
     chunk: int = 0
@@ -41,12 +41,14 @@ class WindowStart(NamedTuple):
 
 
 class StreamPosition(NamedTuple):
-    """Where a stream's next row begins.
+    """The position of a stream's next row.
 
     Attributes:
-        epoch, chunk, place: the window's `WindowStart`.
-        item: of its documents, the one with the next pair; where rows are packed, the next of its rows.
-        pair: the next of the document's pairs.
+        epoch: epoch of the window (see `WindowStart`).
+        chunk: index of the window's first chunk.
+        place: place in that chunk at which the window begins.
+        item: index of the window's document with the next pair; with packed rows, index of the next row.
+        pair: index of that document's next pair.
     """
 
     epoch: int = 0
@@ -57,7 +59,7 @@ class StreamPosition(NamedTuple):
 
     @property
     def start(self) -> WindowStart:
-        """Of the window."""
+        """The start of the window."""
         return WindowStart(*self[:3])
 
 
@@ -65,31 +67,31 @@ BEGINNING = StreamPosition()
 
 
 class Window(NamedTuple):
-    """A stream's documents of a window, in their order, and where the next window begins."""
+    """A stream's documents of a window, in order, and the start of the next window."""
 
     documents: list[Document]
     next: WindowStart
 
 
 class WindowReader:
-    """The windows of some chunks, read one after the other: of one stream's, or of all for the streams that share them.
+    """Reads the windows of some chunks in order, for one stream, or for all streams that share them.
 
     Args:
-        corpus: the text.
-        config: of the data.
-        seed: of the order.
-        starts: of each stream of this process that reads here, the window that it begins with.
+        corpus: the corpus to read.
+        config: settings of the data.
+        seed: seed of the data order.
+        starts: the first window of each stream of this process that reads here.
     """
 
     def __init__(self, corpus: Corpus, config: ResolvedDataConfig, seed: int, starts: Mapping[int, WindowStart]):
         self._corpus, self._config, self._seed, self._starts = corpus, config, seed, starts
         self._num_streams = config.num_streams
         self._windows = self._read(min(starts.values()))
-        # What each stream has still to take.
+        # Documents that each stream has still to take.
         self._waiting: dict[tuple[int, WindowStart], Window] = {}
 
     def take(self, stream: int, start: WindowStart) -> Window:
-        """The stream's part of the window that begins here. Each stream takes one window after the other."""
+        """Returns the stream's documents of the window at a start. Each stream takes consecutive windows."""
         while (stream, start) not in self._waiting:
             begin, documents, following = next(self._windows)
             assert begin <= start, f"no window begins at {start}"
@@ -100,7 +102,7 @@ class WindowReader:
         return self._waiting.pop((stream, start))
 
     def _read(self, start: WindowStart) -> Iterator[tuple[WindowStart, list[Document], WindowStart]]:
-        """(where it begins, its documents, where the next begins) of each window from one on, forever."""
+        """Yields (start, documents, start of the next) for each window from one on, forever."""
         epoch, first, place = start
         while True:
             documents: list[Document] = []
@@ -126,11 +128,11 @@ class WindowReader:
         return sorted(documents, key=lambda d: stable_hash("document", self._seed, epoch, d.file, d.place))
 
     def _deal(self, documents: list[Document], start: WindowStart) -> Mapping[int, list[Document]]:
-        """Each stream's part of a window."""
+        """Returns each stream's documents of a window."""
         if not self._corpus.shared:
             return dict.fromkeys(self._starts, documents)
         parts: dict[int, list[Document]] = {v: [] for v in range(self._num_streams)}
-        # A heap of (characters so far, whose turn it is among equals, stream).
+        # A heap of (characters so far, rank among equals, stream).
         least = [(0, stable_hash("deal", self._seed, *start, v), v) for v in parts]
         heapq.heapify(least)
         for document in documents:
@@ -143,7 +145,7 @@ class WindowReader:
 def open_readers(
     corpus: Corpus, config: ResolvedDataConfig, seed: int, positions: Mapping[int, StreamPosition]
 ) -> Mapping[int, WindowReader]:
-    """What each stream reads, by the positions at which they begin: its own reader, or one for all."""
+    """Returns the reader of each stream by their first positions: one for each, or one for all."""
     starts = {v: position.start for v, position in positions.items()}
     if corpus.shared and starts:
         return dict.fromkeys(starts, WindowReader(corpus, config, seed, starts))
@@ -151,19 +153,19 @@ def open_readers(
 
 
 class Stream:
-    """An iterator of (the parts of a row, the position after it); it ends after `config.epochs`, if that is given.
+    """An iterator of (parts of a row, position after it); it ends after `config.epochs`, if that is set.
 
     Args:
-        reader: of its windows.
-        tokenize: texts → their tokens, int32, lazily and in order.
-        bos_id: the token before a document.
-        eos_id: the one after it.
-        config: of the data.
-        stream: v.
-        position: where the next row begins.
+        reader: the reader of its windows.
+        tokenize: function from texts to their tokens, int32, lazy and in order.
+        bos_id: id of the token before a document.
+        eos_id: id of the token after a document.
+        config: settings of the data.
+        stream: index v of the stream.
+        position: position of the next row.
 
     Raises:
-        InputError: its chunks hold no document in `MAX_EMPTY_EPOCHS` epochs running.
+        InputError: its chunks hold no document in `MAX_EMPTY_EPOCHS` consecutive epochs.
     """
 
     def __init__(
@@ -187,7 +189,7 @@ class Stream:
         return next(self._rows)
 
     def _windows(self, start: WindowStart) -> Iterator[tuple[WindowStart, Window]]:
-        """The stream's windows from one on, with where they begin."""
+        """Yields the stream's windows from one on, with their starts."""
         epochs, last = self._config.epochs, start.epoch
         while epochs is None or start.epoch < epochs:
             window = self._reader.take(self._stream, start)
@@ -202,7 +204,7 @@ class Stream:
             start = window.next
 
     def _pairs(self, documents: Sequence[Document], first: int = 0) -> Iterator[DocumentPairs]:
-        """Of each document; the first begins at this pair."""
+        """Yields the pairs of each document; the first document begins at `first_pair`."""
         tokens = self._tokenize(text for d in documents for text in ((d.prompt, d.text) if d.prompt else (d.text,)))
         for document in documents:
             prompt = next(tokens) if document.prompt else None

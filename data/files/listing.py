@@ -1,4 +1,4 @@
-"""The files of a corpus: listed, and read from any byte on, here and wherever fsspec reads."""
+"""The files of a corpus: listed, and read from any byte on, on local disks and wherever fsspec reads."""
 
 import glob
 import hashlib
@@ -25,11 +25,11 @@ class File:
     """A file as it was listed.
 
     Attributes:
-        path: where it is: a local path, or a URL that fsspec reads.
-        name: relative to what the files of its listing have in common, with "/".
-        size: bytes.
-        version: what tells that its content is another: elsewhere its ETag or the like ("": nothing), here its mtime
-            in nanoseconds.
+        path: a local path, or a URL that fsspec reads.
+        name: path relative to the common folder of the listing, with "/".
+        size: size in bytes, or -1 if it is unknown.
+        version: identifies the content: the ETag or similar of a remote file ("" if there is none), or the mtime in
+            nanoseconds of a local file.
     """
 
     path: str
@@ -39,22 +39,22 @@ class File:
 
 
 def is_local(file: File) -> bool:
-    """Whether it is read from this machine's file system."""
+    """True if the file is read from this machine's file system."""
     return not remote.protocol(file.path)
 
 
 def list_files(
     where: str, endings: Sequence[str], leave_out: Path | None = None, field: str = "data.corpus"
 ) -> list[File]:
-    """A file, the files of a folder and its subfolders, or those of a glob (`**` is any depth), sorted by name.
+    """Lists a file, the files of a folder and its subfolders, or those of a glob (`**` is any depth), by name.
 
-    In a folder, hidden files and those with other endings don't count.
+    Hidden files in a folder, and those with other endings, are ignored.
 
     Args:
         where: a path (~ is the home folder) or a URL.
-        endings: of the names that can be read.
-        leave_out: a local folder whose files don't count, unless `where` lies in it.
-        field: what the messages call it.
+        endings: endings of file names that can be read.
+        leave_out: a local folder whose files are ignored, unless `where` is inside it.
+        field: name of the setting in messages.
 
     Raises:
         InputError: there is no file, its name has another ending, or it cannot be reached.
@@ -99,7 +99,7 @@ def _listed(endings: Sequence[str]) -> str:
 
 
 def _list_local(where: str, endings: Sequence[str], leave_out: Path | None) -> tuple[str, list[File]]:
-    """Whether it is a file, a folder or a glob, and what is found there."""
+    """Returns the kind of a local place (file, folder or glob) and its files."""
     path = Path(where)
     # Path's own is_dir and is_file fail where a name is too long.
     if os.path.isdir(where):
@@ -155,7 +155,7 @@ def _list_remote(where: str, endings: Sequence[str]) -> tuple[str, list[File]]:
 
 
 def _remote_file(files: Any, url: str, place: str, name: str, info: dict[str, Any]) -> File:
-    """Its size is -1 where it cannot be read in ranges."""
+    """Makes a remote file, with size -1 if it cannot be read in ranges."""
     if info.get("size") is None:
         # Links of a page come without.
         info = remote.with_retries(url, lambda: files.info(place))
@@ -164,7 +164,7 @@ def _remote_file(files: Any, url: str, place: str, name: str, info: dict[str, An
 
 
 def _unless_missing(where: str, call: Callable[[], Any]) -> Any:
-    """What the call returns; none where there is nothing."""
+    """Returns the result of a call, or None if the place does not exist."""
     try:
         return remote.with_retries(where, call)
     except remote.RemoteError as error:
@@ -174,27 +174,26 @@ def _unless_missing(where: str, call: Callable[[], Any]) -> Any:
 
 
 class _LocalFile(io.FileIO):
-    """Counts what is read."""
+    """A local file that counts the bytes read."""
 
     def readinto(self, buffer: Any) -> int | None:
-        """As a file does."""
         number = super().readinto(buffer)
         READ_TOTALS["bytes"] += number or 0
         return number
 
 
 def open_file(file: File, begin: int = 0, end: int | None = None) -> BinaryIO:
-    """Its bytes from one on, buffered; it can be sought in. Of a file elsewhere, ranges are read as they are wanted.
+    """Opens a file for buffered, seekable reading from a byte on. A remote file is read in ranges on demand.
 
     Args:
-        file: as it was listed.
-        begin: the byte to begin at.
-        end: where the reader will probably stop, which saves reading ahead; none: the file's end.
+        file: a file of a listing.
+        begin: first byte to read.
+        end: byte at which the reader will probably stop, which limits reading ahead; None for the end of the file.
 
     Raises:
         InputError: access is refused.
-        BadText: it has vanished or changed since it was listed; reading from it may raise both too.
-        ConnectionError: it cannot be read after several tries.
+        BadText: the file has vanished or changed since it was listed; reading from it may raise both, too.
+        ConnectionError: the file cannot be read after several tries.
     """
     if not is_local(file):
         return io.BufferedReader(
@@ -215,18 +214,18 @@ def open_file(file: File, begin: int = 0, end: int | None = None) -> BinaryIO:
 
 
 def set_expected_end(stream: BinaryIO, end: int) -> None:
-    """Say where the reader of a file that `open_file` opened will probably stop next, so that no more is read."""
+    """Sets the byte at which the reader of an open file will probably stop, so that no more is read."""
     if isinstance(raw := getattr(stream, "raw", None), RangeReader):
         raw.end = end
 
 
 def fingerprint(file: File, whole: bool) -> str:
-    """SHA-256 (hex) of its name, size and content, not of where it is.
+    """Returns the SHA-256 (hex) of a file's name, size and content, but not of its path.
 
     Args:
-        file: as it was listed.
-        whole: all of its content counts, else its two ends of 64 KiB. Of a file elsewhere that has a version, the
-            version counts and nothing is read.
+        file: a file of a listing.
+        whole: true to hash all content, false for 64 KiB at both ends. A remote file with a version is identified by
+            that, without reading.
 
     Raises:
         InputError, BadText: as `open_file`.

@@ -1,4 +1,4 @@
-"""A file elsewhere, read in ranges of bytes as they are wanted."""
+"""A remote file, read in ranges of bytes on demand."""
 
 import importlib
 import io
@@ -16,24 +16,24 @@ LARGEST_BYTES = 2**22
 GROWTH = 16
 # How long an HTTP server may send nothing.
 SILENT_SECONDS = 30
-# Bytes read of files, here and elsewhere: READ["bytes"].
+# Counts the bytes read of local and remote files in READ["bytes"].
 READ_TOTALS: Counter[str] = Counter()
 
 
 class RangeReader(io.RawIOBase):
-    """A file elsewhere, read in ranges: a small one first, then larger ones.
+    """A remote file that is read in ranges: a small one first, then larger ones.
 
     Args:
-        url: of the file.
-        size: its bytes; nothing is read where it has another size now.
-        version: nor where it has another version.
-        begin: the byte to begin at.
-        end: where the reader will probably stop; a range ends there. It may be set anew.
+        url: URL of the file.
+        size: expected size in bytes; reading fails if it is another.
+        version: expected version; reading fails if it is another.
+        begin: first byte to read.
+        end: byte at which the reader will probably stop; a range ends there. It can be changed later.
 
     Raises:
         InputError: access is refused.
-        BadText: it has vanished or changed.
-        ConnectionError: it cannot be read after `TRIES` tries.
+        BadText: the file has vanished or changed.
+        ConnectionError: the file cannot be read after `TRIES` tries.
     """
 
     def __init__(self, url: str, size: int, version: str, begin: int, end: int):
@@ -77,20 +77,16 @@ class RangeReader(io.RawIOBase):
         return handle
 
     def readable(self) -> bool:
-        """Yes."""
         return True
 
     def seekable(self) -> bool:
-        """Yes."""
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go to a byte; nothing is read."""
         self._at = offset + (0, self._at, self._size)[whence]
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        """Read up to as many bytes as the buffer holds; 0 at the end of the file."""
         if self._at >= self._size or not len(buffer):
             return 0
         if not self._begin <= self._at < self._begin + len(self._range):

@@ -1,6 +1,6 @@
-"""Filesystems that fsspec reads: how one is opened, what its errors mean, and which calls are tried again.
+"""Filesystems of fsspec: opening them, the meaning of their errors, and retries.
 
-Errors that may pass (dropped connections, timeouts, overloaded servers) are tried again, ever later.
+Transient errors (dropped connections, timeouts, overloaded servers) are retried with growing delays.
 """
 
 import logging
@@ -20,7 +20,7 @@ MAX_TRIES = 5
 FIRST_DELAY = 0.5  # seconds, doubled with each try
 sleep = time.sleep
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-# Object stores whose filesystems would answer from listings that they made before.
+# Object stores whose filesystems would answer from cached listings.
 _WITH_LISTINGS = ("s3", "s3a", "gs", "gcs", "az", "abfs")
 _PACKAGES = {
     "s3": "s3fs",
@@ -55,10 +55,10 @@ _VERSIONS = ("ETag", "etag", "md5Hash", "blob_id", "Last-Modified", "LastModifie
 
 
 class RemoteError(Exception):
-    """What a filesystem said no with, after all tries.
+    """A remote file could not be read after all retries.
 
     Attributes:
-        kind: "refused", "missing", "changed", "no ranges" or "failed".
+        kind: the reason: "refused", "missing", "changed", "no ranges" or "failed".
     """
 
     def __init__(self, kind: str, text: str):
@@ -67,13 +67,13 @@ class RemoteError(Exception):
 
 
 def protocol(where: str) -> str:
-    """Of a URL ("s3"), else ""."""
+    """Returns the protocol of a URL, as in "s3", or an empty text for a path."""
     found = _URL.match(where)
     return found[1].lower() if found else ""
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """The filesystem of a URL, and the URL's path in it.
+    """Returns the filesystem of a URL, and the URL's path in it.
 
     Raises:
         InputError: fsspec does not know the protocol, or a package for it is not installed.
@@ -91,17 +91,17 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 
 def content_version(info: Mapping[str, Any]) -> str:
-    """What a filesystem says of a file's content: its ETag, or else when it changed; "" where it says nothing."""
+    """Returns what identifies a file's content: its ETag, or its time of change, or an empty text."""
     found = next((info[key] for key in _VERSIONS if info.get(key)), "")
-    # Some say it as a number in one place and as a time in another.
+    # Some filesystems report a number in one call and a time in another.
     return str(found.timestamp() if isinstance(found, datetime) else found)
 
 
 def with_retries(url: str, call: Callable[[], T], tries: int = MAX_TRIES) -> T:
-    """What the call returns; it is tried up to so many times.
+    """Returns the result of a call, which is tried up to `tries` times.
 
     Raises:
-        RemoteError: it failed for good, or each time.
+        RemoteError: the call failed permanently, or on every try.
     """
     delay = FIRST_DELAY
     for tried in range(1, tries + 1):
@@ -133,7 +133,7 @@ def _credentials(url: str) -> str:
 
 
 def _meaning(error: Exception) -> str | None:
-    """A kind of `RemoteError`, or "passing" for what another try may mend; none: a mistake in the program."""
+    """Returns a kind of `RemoteError`, "passing" for a transient error, or None for a fault of the program."""
     if isinstance(error, RemoteError):
         return error.kind
     status = next(filter(None, map(_status, _causes(error))), 0)
@@ -165,7 +165,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _status(error: BaseException) -> int:
-    """The HTTP status that an error of aiohttp, requests, httpx, gcsfs or botocore carries; 0: none."""
+    """Returns the HTTP status of an error of aiohttp, requests, httpx, gcsfs or botocore, or 0."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
@@ -177,7 +177,7 @@ def _status(error: BaseException) -> int:
 
 
 def _is_connection(error: BaseException) -> bool:
-    """Whether it is the system's or of a library below fsspec, and no complaint about the path."""
+    """True for a connection error of the system or of a library below fsspec, and not for one about the path."""
     if isinstance(error, ValueError | FileNotFoundError | IsADirectoryError | NotADirectoryError):
         return False
     return isinstance(error, OSError | EOFError) or type(error).__module__ != "builtins"

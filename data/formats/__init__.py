@@ -1,7 +1,9 @@
-"""Formats of corpora: how documents are read from a byte range of a file.
+"""Formats of corpora: documents read from a byte range of a file.
 
-Each document has a place, by which it is found again: the byte at which it begins, of a compressed file the byte of its
-text, of a .parquet the row.
+Every document has a place by which it is found again: the byte at which it begins (in a compressed file, of the
+decompressed text), or the row of a .parquet.
+
+May import `data.errors`, `data.config` and `data.files`.
 """
 
 from collections.abc import Iterator
@@ -20,29 +22,30 @@ ENDINGS = (
     ".parquet",
     *(format_ + end for format_ in (".txt", ".jsonl", ".json") for end in COMPRESSIONS),
 )
-# A message names the line up to this byte of a local file, which is read for it, and the byte after that.
+# Up to this byte of a local file, a message names the line, for which the file is read; after it, the byte.
 COUNTED_BYTES = 2**26
 
 
 def format_and_compression(name: str) -> tuple[str, str]:
-    """The format and the compression of a file with this name: (".jsonl", ".gz"), or (".txt", "")."""
+    """Returns the format and the compression of a file name: (".jsonl", ".gz"), or (".txt", "")."""
     compression = next((ending for ending in COMPRESSIONS if name.endswith(ending)), "")
     format_ = "." + name.removesuffix(compression).rpartition(".")[2]
-    # What is called .json.gz, as in C4 and Dolma, is JSON Lines.
+    # A .json.gz, as in C4 and Dolma, holds JSON Lines.
     return ".jsonl" if format_ == ".json" else format_, compression
 
 
 def read_documents(file: File, begin: int, end: int, fields: Fields, place: int = 0) -> Iterator[ReadResult]:
-    """The documents that begin in stored bytes `begin` to `end` of a file, in order; the texts may be empty.
+    """Yields the documents that begin in stored bytes `begin` to `end` of a file, in order; texts may be empty.
 
     Args:
-        file: as it was listed; a .txt is compressed, or `fields.separator` is given.
-        begin, end: any bytes. A compressed file is read as one: its range must be all of it.
-        fields: where the text is.
-        place: of the first document that is wanted. What lies before is not read, where the format allows it.
+        file: a file of a listing; a .txt must be compressed, or `fields.separator` be set.
+        begin: first byte of the range.
+        end: end of the range; a compressed file is read whole, so its range must be all of it.
+        fields: names of the fields that hold the text.
+        place: place of the first document to yield; bytes before it are not read if the format allows that.
 
     Yields:
-        (place, the document), or (place, what is wrong with it), after which reading goes on.
+        (place, document), or (place, problem), after which reading continues.
 
     Raises:
         BadText: the rest of the range cannot be read.
@@ -63,7 +66,7 @@ def read_documents(file: File, begin: int, end: int, fields: Fields, place: int 
         at = place if place >= begin else begin - 1
         with open_file(file, at, end) as stream:
             if place < begin:
-                # What is left of the line before; of a very long one, no more than this range.
+                # Skips the rest of the line before; of a very long one, no more than this range.
                 at += len(stream.readline(end - at))
             yield from jsonl.read_jsonl(stream, at, end, fields)
     else:
@@ -75,7 +78,7 @@ def read_documents(file: File, begin: int, end: int, fields: Fields, place: int 
 
 
 def line_number(file: File, offset: int) -> int:
-    """Of the line that begins at this byte of the text, from 1; the text before it is read."""
+    """Returns the number, from 1, of the line that begins at a byte of the text, which is read up to there."""
     lines = 1
     with open_text(file, format_and_compression(file.name)[1], 0, offset) as stream:
         while offset > 0 and (piece := stream.read(min(offset, 2**20))):
@@ -85,7 +88,7 @@ def line_number(file: File, offset: int) -> int:
 
 
 def written_place(file: File, place: int, counts_lines: bool = True) -> str:
-    """A document's place as it follows the file's path in a message; "" for a .txt, whose problems name the byte."""
+    """Formats a document's place for a message, after the file's path; empty for a .txt."""
     format_, compression = format_and_compression(file.name)
     if format_ == ".parquet":
         return f", row {place} (from 0)"

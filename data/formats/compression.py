@@ -1,4 +1,4 @@
-"""Compressed text: .gz, .zst and .xz, decompressed as it is read."""
+"""Compressed text: .gz, .zst and .xz, decompressed while it is read."""
 
 import gzip
 import importlib
@@ -19,7 +19,7 @@ WINDOW_LOG = 31
 
 
 def open_text(file: File, ending: str, begin: int = 0, end: int | None = None) -> BinaryIO:
-    """The text of a file, decompressed by its ending; `begin` and `end` are for a file that is not compressed ("").
+    """Opens the text of a file, decompressed by its ending; `begin` and `end` apply to uncompressed files ("") only.
 
     Raises:
         InputError, BadText: as `open_file`.
@@ -28,24 +28,24 @@ def open_text(file: File, ending: str, begin: int = 0, end: int | None = None) -
 
 
 def open_compressed(raw: BinaryIO, ending: str) -> BinaryIO:
-    """What a compressed stream holds, buffered; it cannot be sought in. Closing it closes the stream.
+    """Opens the content of a compressed stream, buffered and not seekable. Closing it closes the stream.
 
     Args:
-        raw: the stream.
-        ending: ".gz", ".zst" or ".xz".
+        raw: the stream of compressed bytes.
+        ending: ending of the file name: ".gz", ".zst" or ".xz".
 
     Raises:
-        InputError: a package for it is missing.
-        BadText: it is damaged or ends too early (while it is read).
+        InputError: a package for the format is missing.
+        BadText: the stream is damaged or ends early (while it is read).
     """
     return io.BufferedReader(_Decompressed(raw, ending), BLOCK_BYTES)
 
 
 def skip_bytes(stream: BinaryIO, number: int) -> None:
-    """Read this many bytes and forget them.
+    """Reads and discards a number of bytes.
 
     Raises:
-        BadText: there are fewer.
+        BadText: the stream has fewer bytes.
     """
     while number > 0:
         if not (piece := stream.read(min(number, BLOCK_BYTES))):
@@ -54,9 +54,9 @@ def skip_bytes(stream: BinaryIO, number: int) -> None:
 
 
 class _Streams:
-    """Compressed streams, one after the other, as `lzma` and `zstd` decompress them.
+    """Concatenated compressed streams, decompressed by `lzma` or `zstd`.
 
-    Their own files take damage behind the first stream for the end.
+    Their own file objects take damage after the first stream for the end.
     """
 
     def __init__(self, raw: BinaryIO, new: Callable[[], Any]):
@@ -64,7 +64,7 @@ class _Streams:
         self._stream: Any = None
 
     def read1(self, size: int) -> bytes:
-        """Up to this many bytes; none at the end."""
+        """Returns up to `size` bytes, or none at the end."""
         found = b""
         while not found:
             if self._stream is None or self._stream.eof:
@@ -79,7 +79,7 @@ class _Streams:
         return found
 
     def _next(self) -> bytes:
-        """How the next stream begins; zeros may stand before it."""
+        """Returns the first bytes of the next stream, after optional padding of zeros."""
         block = b"" if self._stream is None else self._stream.unused_data
         while not (begin := block.lstrip(b"\0")) and (block := self._raw.read(BLOCK_BYTES)):
             pass
@@ -103,11 +103,10 @@ class _Decompressed(io.RawIOBase):
             self._stream = _Streams(raw, lambda: zstd.ZstdDecompressor(options=options))
 
     def readable(self) -> bool:
-        """Yes."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Read up to as many bytes as the buffer holds; 0 at the end. BadText where there is damage."""
+        """Reads up to the size of the buffer, or 0 bytes at the end. Raises BadText at damage."""
         try:
             found = self._stream.read1(len(buffer))
         except EOFError:
@@ -119,7 +118,7 @@ class _Decompressed(io.RawIOBase):
         return len(found)
 
     def close(self) -> None:
-        """Close what it reads, too."""
+        """Also closes the stream that it reads."""
         self._raw.close()
         super().close()
 

@@ -1,4 +1,4 @@
-"""What is read: where a document's text is, and what was found there."""
+"""Documents as they are read from a file, and the names of the fields that hold them."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -7,24 +7,24 @@ from data.errors import BadText
 
 
 class RawDocument(NamedTuple):
-    """A document: its text, which may be empty, and what stands before it."""
+    """A document: its text, which may be empty, and its prompt."""
 
     text: str
     prompt: str = ""
 
 
-# The place of a document, and the document or what is wrong with it.
+# The place of a document, and the document or the problem with it.
 ReadResult = tuple[int, RawDocument | BadText]
 
 
 @dataclass(frozen=True)
 class Fields:
-    """Where a document is found.
+    """The fields that hold a document.
 
     Attributes:
-        text: name of its field or column.
-        prompt: name of the field or column of what stands before it; none: nothing does.
-        separator: the line between two documents of a .txt; none: the file is one document.
+        text: name of the field or column of the text.
+        prompt: name of the field or column of the prompt, or None.
+        separator: line between two documents of a .txt; None if the file is one document.
     """
 
     text: str = "text"

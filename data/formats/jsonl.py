@@ -1,4 +1,4 @@
-"""JSON Lines: each line is an object, and one of its fields a document."""
+"""JSON Lines: each line is an object, and one of its fields holds a document."""
 
 import json
 from collections.abc import Iterator
@@ -13,13 +13,13 @@ MOST_NAMES = 200
 
 
 def read_jsonl(stream: BinaryIO, at: int, end: int | None, fields: Fields) -> Iterator[ReadResult]:
-    """Each line that begins before a byte, as (byte, document or problem); blank lines are passed over.
+    """Yields (byte, document or problem) for each line that begins before a byte; blank lines are ignored.
 
     Args:
-        stream: stands at a line's beginning.
-        at: the byte there.
-        end: none: all lines.
-        fields: of the objects.
+        stream: a stream at the beginning of a line.
+        at: byte offset of that line.
+        end: end of the range, or None for all lines.
+        fields: names of the fields that hold a document.
     """
     while (end is None or at < end) and (line := stream.readline()):
         begin, at = at, at + len(line)
@@ -34,10 +34,10 @@ def read_jsonl(stream: BinaryIO, at: int, end: int | None, fields: Fields) -> It
 
 
 def parse_line(line: bytes, fields: Fields) -> RawDocument:
-    """The document of a line.
+    """Returns the document of a line.
 
     Raises:
-        BadText: it is no JSON object with these fields, or too deeply nested.
+        BadText: the line is not a JSON object with these fields, or is nested too deeply.
     """
     try:
         record = json.loads(line.decode())

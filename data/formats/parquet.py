@@ -1,6 +1,6 @@
-"""Parquet: each row is a document, whose text is in a column. A document's place is its row, from 0.
+"""Parquet: each row is a document, whose text is in a column. The place of a document is its row, from 0.
 
-A row group belongs to the byte range in which its first byte lies.
+A row group belongs to the byte range that holds its first byte.
 """
 
 import importlib
@@ -20,12 +20,12 @@ FOOTERS = 256
 
 
 class Footer(NamedTuple):
-    """What a file says of itself.
+    """The metadata of a Parquet file.
 
     Attributes:
-        metadata: pyarrow's `FileMetaData`.
-        begins: the first byte of each row group.
-        rows: the number of its first row.
+        metadata: pyarrow's `FileMetaData` of the file.
+        begins: first byte of each row group.
+        rows: number of the first row of each row group.
     """
 
     metadata: Any
@@ -35,11 +35,11 @@ class Footer(NamedTuple):
 
 @lru_cache(FOOTERS)
 def read_footer(file: File) -> Footer:
-    """Read and remember a file's footer.
+    """Reads and caches the footer of a file.
 
     Raises:
         InputError: pyarrow is missing, or access is refused.
-        BadText: it is no parquet, or as `open_file`.
+        BadText: the file is not Parquet, or as `open_file`.
     """
     arrow, parquet = _pyarrow()
     with open_file(file) as stream:
@@ -59,11 +59,11 @@ def read_footer(file: File) -> Footer:
 
 
 def read_parquet(file: File, begin: int, end: int, fields: Fields, place: int = 0) -> Iterator[ReadResult]:
-    """The rows from a place on of the row groups that begin in these bytes, as (row, document or problem).
+    """Yields (row, document or problem) from a row on, for the row groups in a byte range.
 
     Raises:
         InputError: pyarrow is missing, or access is refused.
-        BadText: there is no such column, it holds no text, or the file is damaged, or as `open_file`.
+        BadText: the column does not exist or holds no text, the file is damaged, or as `open_file`.
     """
     metadata, begins, rows = read_footer(file)
     wanted = [
@@ -105,7 +105,7 @@ def _begin(column: Any) -> int:
 
 
 def _end(group: Any, names: list[str]) -> int:
-    """The byte behind the last of these columns."""
+    """Returns the byte after the last of some columns."""
     return max(_begin(c) + c.total_compressed_size for c in _columns(group) if c.path_in_schema in names)
 
 
@@ -114,7 +114,7 @@ def _batch_rows(group: Any) -> int:
 
 
 def _check(arrow: Any, schema: Any, name: str, setting: str) -> None:
-    """BadText where a column is not there or holds no text."""
+    """Raises BadText if a column does not exist or holds no text."""
     if name not in schema.names:
         raise BadText(f"has no column {name!r}, only {', '.join(schema.names)}; see {setting}")
     type_ = schema.field(name).type

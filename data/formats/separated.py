@@ -1,6 +1,6 @@
-"""Plain text with several documents: a line of its own, always the same, stands between two of them.
+"""Plain text with several documents, separated by a line that is always the same.
 
-That line is in no document, and neither is the line end before it. Empty documents are passed over.
+Neither that line nor the line end before it belongs to a document. Empty documents are ignored.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from data.formats.jsonl import BYTE_ORDER_MARK
 
 
 def first_document(file: File, begin: int, end: int, separator: str) -> int:
-    """The byte at which the first document from `begin` on, above 0, begins; `end` or more where none does before it.
+    """Returns the byte at which the first document from `begin` on (above 0) begins, or at least `end` without one.
 
     Raises:
         InputError, BadText: as `open_file`.
@@ -31,13 +31,13 @@ def first_document(file: File, begin: int, end: int, separator: str) -> int:
 
 
 def read_separated(stream: BinaryIO, at: int, end: int | None, separator: str | None) -> Iterator[ReadResult]:
-    """Each document that begins before a byte, as (byte, document or problem).
+    """Yields (byte, document or problem) for each document that begins before a byte.
 
     Args:
-        stream: stands at a document's beginning.
-        at: the byte there.
-        end: none: all documents.
-        separator: none: the rest is one document.
+        stream: a stream at the beginning of a document.
+        at: byte offset of that document.
+        end: end of the range, or None for all documents.
+        separator: the separating line; None if the rest is one document.
     """
     while end is None or at < end:
         lines: list[bytes] = []

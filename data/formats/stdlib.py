@@ -8,7 +8,7 @@ LEFT_OUT = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-pa
 
 
 def snapshot_stdlib(path: Path) -> None:
-    """Write the library's source files, without its tests and `encodings`, one a line with its name; all or nothing."""
+    """Writes the library's source files without tests and `encodings`, one on each line with its name, atomically."""
     root = Path(sysconfig.get_path("stdlib"))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")

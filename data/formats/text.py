@@ -1,4 +1,4 @@
-"""Plain text: a file is a document, which may be read in pieces."""
+"""Plain text: a file is one document, which can be read in pieces."""
 
 from data.errors import BadText
 from data.files.listing import File, open_file
@@ -8,9 +8,9 @@ LINE_BYTES = 2**16
 
 
 def piece_start(file: File, at: int, end: int) -> int:
-    """The byte at which a piece that is wanted to begin at `at` begins: after the line that it falls into.
+    """Returns the byte at which a piece begins that should begin at `at`: after the line that holds it.
 
-    In a very long line, at the next character. At least 0, at most `end`.
+    In a very long line it begins at the next character. The result is from 0 to `end`.
 
     Raises:
         InputError, BadText: as `open_file`.
@@ -25,7 +25,7 @@ def piece_start(file: File, at: int, end: int) -> int:
 
 
 def next_character(file: File, at: int, end: int) -> int:
-    """The first byte from `at` on at which a character begins; at most `end`.
+    """Returns the first byte from `at` on at which a character begins, at most `end`.
 
     Raises:
         InputError, BadText: as `open_file`.
@@ -37,10 +37,10 @@ def next_character(file: File, at: int, end: int) -> int:
 
 
 def read_text(file: File, begin: int, end: int) -> str:
-    """The text of these bytes.
+    """Returns the text of a byte range.
 
     Raises:
-        BadText: they are no UTF-8, or as `open_file`.
+        BadText: the bytes are not UTF-8, or as `open_file`.
         InputError: as `open_file`.
     """
     with open_file(file, begin, end) as stream:

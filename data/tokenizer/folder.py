@@ -23,7 +23,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             if not (folder / JSON_FILE).is_file():
                 raise InputError(
                     f"{own} is damaged, or not made by `ziggurat tokenize`; restore it, or put the {JSON_FILE} of "
-                    "its makers beside it"
+                    "its makers next to it"
                 ) from None
     if (folder / JSON_FILE).is_file():
         return HuggingFaceTokenizer(folder)
@@ -31,12 +31,12 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
-    """Write a tokenizer to another folder, which is made where it is missing, all or nothing."""
+    """Writes a tokenizer to another folder, which is created if necessary, atomically."""
     return write_tokenizer(tokenizer.files(), folder)
 
 
 def holds_tokenizer(folder: Path) -> bool:
-    """Whether a tokenizer has been written to a folder."""
+    """True if a folder holds a tokenizer."""
     return (folder / MODEL_FILE).exists() or (folder / JSON_FILE).exists()
 
 

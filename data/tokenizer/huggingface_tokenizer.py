@@ -1,9 +1,9 @@
-"""Other people's tokenizers: a folder with a `tokenizer.json`, read by Hugging Face's `tokenizers`.
+"""Tokenizers of other projects: a folder with a `tokenizer.json`, read by Hugging Face's `tokenizers`.
 
-Byte-level BPE (GPT-2, Llama 3, Qwen) and vocabularies with byte fallback (Llama 2, Mistral, Gemma) are read: both have
-a token for every byte, so that no text is without tokens. The ids are those of Transformers' tokenizer without special
-tokens; what a text holds of special tokens' names is text. Such a tokenizer may normalize a text (Qwen composes
-characters, Llama 2 puts a space before it), so it comes back normalized.
+Byte-level BPE (GPT-2, Llama 3, Qwen) and vocabularies with byte fallback (Llama 2, Mistral, Gemma) are supported: both
+have a token for every byte, so every text has tokens. Ids are those of Transformers' tokenizer without special tokens;
+names of special tokens inside a text are plain text. Such a tokenizer may normalize a text (Qwen composes characters,
+Llama 2 puts a space before it), so decoding returns the normalized text.
 """
 
 import hashlib
@@ -21,21 +21,21 @@ from data.errors import InputError
 from data.tokenizer.tokenizer import JSON_FILE, SPACE, Tokenizer
 
 CONFIG_FILE = "tokenizer_config.json"
-# Of models that chat; nothing here reads it.
+# The template of chat models, which is only copied.
 TEMPLATE_FILE = "chat_template.jinja"
-# Where the token that ends a document may stand too, as an id.
+# Other files that may hold the id of the EOS token.
 MODEL_CONFIG_FILES = ("generation_config.json", "config.json")
 STEP_LISTS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """That of a folder's `tokenizer.json`. `tokenizer_config.json` or the model's config names what ends a document.
+    """The tokenizer of a `tokenizer.json`. `tokenizer_config.json` or the model's config names the EOS token.
 
     Attributes:
-        byte_level: each character of a piece stands for a byte, as in GPT-2; else pieces are text, and bytes have
-            pieces of their own.
-        settings: of `tokenizer.json`, without vocabulary and merges.
+        byte_level: true if every character of a piece stands for a byte, as in GPT-2; otherwise pieces are text, and
+            bytes have pieces of their own.
+        settings: content of `tokenizer.json` without vocabulary and merges.
 
     Raises:
         InputError: a file is damaged, there is no such token, or some bytes have no token.
@@ -49,10 +49,10 @@ class HuggingFaceTokenizer(Tokenizer):
             self._model = tokenizers.Tokenizer.from_buffer(content)
         except ValueError as error:
             raise InputError(f"{folder / JSON_FILE} is damaged, or no tokenizer ({error}); restore it") from None
-        # Most of what the file takes in memory; the merges are read again where they are wanted.
+        # The merges take most memory of the file; they are read again when they are needed.
         for large in ("vocab", "merges"):
             self.settings["model"].pop(large, None)
-        # What is for training models on single texts, not for reading a corpus.
+        # Truncation and padding are for single texts, not for a corpus.
         self._model.no_truncation()
         self._model.no_padding()
         if self.settings["model"].get("dropout"):
@@ -72,7 +72,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 "another tokenizer"
             )
         self.eos_id = self._find_eos()
-        # What its post-processor puts before a text, as Llama's and Gemma's do.
+        # The token that its post-processor puts before a text, as in Llama and Gemma.
         before = self._model.encode("").ids[:1]
         self.bos_id = before[0] if before and self.token_kinds[before[0]] == "control" else self.eos_id
         self.fingerprint = hashlib.sha256(content + f"\0{self.eos_id}".encode()).hexdigest()
@@ -98,19 +98,18 @@ class HuggingFaceTokenizer(Tokenizer):
         )
 
     def steps(self, part: str) -> list[dict[str, Any]]:
-        """The steps of its normalizer, pre_tokenizer or decoder, none, one or a sequence of them in the file."""
+        """Returns the steps of the normalizer, pre_tokenizer or decoder as a list."""
         found = self.settings.get(part)
         if found is None:
             return []
         return found[STEP_LISTS[part]] if found["type"] == "Sequence" else [found]
 
     def merges(self) -> list[tuple[str, str]]:
-        """Pairs of pieces; the first is joined first."""
+        """Pairs of pieces, in the order in which they are merged."""
         found = json.loads((self.folder / JSON_FILE).read_bytes())["model"].get("merges", [])
         return [tuple(pair.split(" ", 1) if isinstance(pair, str) else pair) for pair in found]
 
     def files(self) -> dict[str, bytes]:
-        """`tokenizer_config.json`, which names the EOS token, `tokenizer.json`, and the template of chats."""
         config = _read(self.folder / CONFIG_FILE)
         if _eos_token(config) is None:
             config["eos_token"] = self.pieces[self.eos_id]
@@ -122,13 +121,12 @@ class HuggingFaceTokenizer(Tokenizer):
         }
 
     def encode(self, text: str) -> np.ndarray:
-        """As Transformers', without special tokens."""
-        text.encode()  # ValueError where there are lone surrogates
-        # A batch of one: it skips what places in the text the tokens have.
+        text.encode()  # raises ValueError for lone surrogates
+        # A batch of one, because that skips the offsets of tokens.
         return np.array(self._model.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids that begin a text: without the space that was put before it."""
+        """Returns the text of ids that begin a text, without the space that was put before it."""
         text = super().decode(ids)
         return text.removeprefix(" ") if self.adds_space else text
 
@@ -154,7 +152,6 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @cached_property
     def token_kinds(self) -> list[str]:
-        """Of each id."""
         added, unknown = self._model.get_added_tokens_decoder(), self.settings["model"].get("unk_token")
         return [
             "unused" if not piece
@@ -168,8 +165,10 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def _byte_characters() -> dict[str, int]:
-    """GPT-2's alphabet (Radford et al. 2019, section 2.2): Latin-1's printable characters stand for their own bytes,
-    and those from U+0100 on, in turn, for the others."""
+    """Returns GPT-2's byte alphabet (Radford et al. 2019, section 2.2).
+
+    Printable Latin-1 characters stand for their own bytes, and those from U+0100 on, in order, for the others.
+    """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + k): byte for k, byte in enumerate(others)}
@@ -179,14 +178,14 @@ BYTE_OF_CHARACTER = _byte_characters()
 
 
 def _eos_token(config: Mapping[str, Any]) -> str | None:
-    """What a `tokenizer_config.json` names as the token that ends a text."""
+    """Returns the EOS token that a `tokenizer_config.json` names."""
     named = config.get("eos_token")
     named = named.get("content") if isinstance(named, dict) else named
     return named if isinstance(named, str) else None
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """A file's settings; none where it is missing."""
+    """Returns the settings in a file, or an empty dictionary if it is missing."""
     if not file.is_file():
         return {}
     try:

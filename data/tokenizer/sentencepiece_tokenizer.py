@@ -1,10 +1,8 @@
-"""Text to token ids and back. Ours is SentencePiece BPE (Kudo and Richardson 2018, arXiv:1808.06226), losing nothing.
+"""The project's own tokenizer: lossless SentencePiece BPE (Kudo and Richardson 2018, arXiv:1808.06226).
 
-What the pieces of the vocabulary don't cover falls back to bytes, and nothing is normalized. SentencePiece writes a
-space as U+2581, so a real U+2581 would come back as a space: it is escaped, as is the escape, by pieces of their own.
-Runs of spaces and line ends that the sample holds often (a program's indentation) are pieces too.
-
-Other people's tokenizers are in `data.tokenizer.huggingface_tokenizer`.
+Characters without a piece fall back to bytes, and nothing is normalized. SentencePiece writes a space as U+2581, so a
+real U+2581 would come back as a space: it is escaped, like the escape itself, by pieces of their own. Runs of spaces
+and line ends that are frequent in the sample (a program's indentation) are pieces, too.
 """
 
 import hashlib
@@ -26,7 +24,7 @@ MAX_PART_CHARACTERS = 2**20
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """Ours, from the bytes of its file. RuntimeError or ValueError where they are no such file's."""
+    """A tokenizer from the bytes of its model file. Raises RuntimeError or ValueError if they are not one."""
 
     def __init__(self, folder: Path, model: bytes):
         self.folder = folder
@@ -40,24 +38,22 @@ class SentencePieceTokenizer(Tokenizer):
         self.eos_id = self.bos_id = self.pieces.index(END_OF_TEXT)
 
     def scores(self) -> list[float]:
-        """Of each id: of all pairs that make a piece, the one of the highest score is joined first."""
+        """The score of each id; of all pairs that form a piece, the one with the highest score is merged first."""
         return [self._model.GetScore(i) for i in range(self.vocab_size)]
 
     def files(self) -> dict[str, bytes]:
-        """`tokenizer.model`."""
         return {MODEL_FILE: (self.folder / MODEL_FILE).read_bytes()}
 
     def encode(self, text: str) -> np.ndarray:
-        """Those of the whole text, found in parts."""
         found = [self._encode(part) for part in self.parts(text)]
         return found[0] if len(found) == 1 else np.concatenate(found)
 
     def parts(self, text: str) -> Iterator[str]:
-        """The text cut into what is encoded at once: at least one part, and those of a part are the part itself.
+        """Yields the parts of a text that are encoded independently; at least one.
 
-        A cut is made between two characters that no piece has side by side: what is left of it and what is right of
-        it are then never joined, so the ids are those of the whole text. A text without such a place for
-        `MAX_PART_CHARACTERS` characters (a run of one letter) is cut there all the same, and still comes back.
+        A cut is made between two characters that are adjacent in no piece: the text on both sides is then never
+        merged, so the ids are those of the whole text. A text without such a place for `MAX_PART_CHARACTERS`
+        characters (a run of one letter) is cut there all the same, and still decodes to itself.
         """
         start = 0
         while True:
@@ -77,7 +73,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @cached_property
     def _neighbours(self) -> frozenset[str]:
-        """Every two characters that stand side by side in a piece."""
+        """All pairs of characters that are adjacent in some piece."""
         pieces = (piece.replace(SPACE, " ") for piece in self.pieces)
         return frozenset(piece[i : i + 2] for piece in pieces for i in range(len(piece) - 1))
 
@@ -96,8 +92,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @cached_property
     def token_kinds(self) -> list[str]:
-        """Of each id."""
-        # The trainer puts what it was told to keep whole before the bytes; a run of line ends may also be learned.
+        # The trainer puts user-defined symbols before the bytes; a run of line ends may also be learned.
         first_byte = self.pieces.index("<0x00>")
         return [
             "unknown" if self._model.IsUnknown(i)

@@ -1,9 +1,10 @@
-"""The tokenizer as llama.cpp reads it, in the metadata of a GGUF file: the same ids.
+"""Exports a tokenizer to the metadata of a GGUF file, with the same ids in llama.cpp.
 
-- Ours and vocabularies with byte fallback are its "llama" (SentencePiece's BPE): the pair whose piece has the highest
-  score is joined first. Whitespace runs and escapes are user-defined: found before. It finds the longest of a text
-  first, SentencePiece the one that begins first, so a run that is no piece itself may be cut at another place.
-- Byte-level ones are its "gpt2", with merges, and a name for what splits a text before.
+- Our own, and vocabularies with byte fallback, become its "llama" (SentencePiece's BPE): the pair whose piece has the
+  highest score is merged first. Whitespace runs and escapes are user-defined tokens, which are matched before. It
+  matches the longest in a text first, SentencePiece the one that begins first, so a run that is not a piece itself may
+  be split elsewhere.
+- Byte-level ones become its "gpt2", with merges, and a name for the pre-tokenizer.
 
 llama.cpp writes a space as U+2581, as SentencePiece does, and does not escape a real one: it reads it as a space.
 """
@@ -20,7 +21,7 @@ GGUF_TOKEN_TYPES = {"piece": 1, "unknown": 2, "control": 3, "whole": 4, "unused"
 CONTRACTION_PATTERN = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 WORD_PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 REST_PATTERN = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# (what splits a text, whether a word that is a piece is taken as it is) → llama.cpp's name; none: GPT-2's pattern.
+# llama.cpp's name by (pre-tokenizer pattern, whether a word that is a piece is kept whole); None is GPT-2's pattern.
 PRE_TOKENIZERS = {
     (None, False): "gpt-2",
     (rf"{CONTRACTION_PATTERN}|{WORD_PATTERN}|\p{{N}}{{1,3}}|{REST_PATTERN}", True): "llama-bpe",
@@ -30,18 +31,18 @@ PRE_TOKENIZERS = {
 
 
 def gguf_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
-    """Keys behind "tokenizer.ggml." and their values.
+    """Returns the keys after "tokenizer.ggml." and their values.
 
     Args:
-        tokenizer: of the model.
-        vocab_size: of the model; ids that the tokenizer does not have become unused ones.
+        tokenizer: the tokenizer of the model.
+        vocab_size: vocabulary size of the model; ids without a piece become unused tokens.
 
     Raises:
-        InputError: llama.cpp would find other ids.
+        InputError: llama.cpp would compute other ids.
     """
     kinds = [*tokenizer.token_kinds, *["unused"] * (vocab_size - tokenizer.vocab_size)]
     texts = [*tokenizer.pieces, *[""] * (vocab_size - tokenizer.vocab_size)]
-    # As before every document in training.
+    # The token that precedes every document in training.
     found: dict[str, Any] = {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
@@ -79,7 +80,7 @@ UNESCAPED = {piece: text for text, piece in ESCAPES.items()}
 
 
 def _pre(tokenizer: HuggingFaceTokenizer) -> str:
-    """llama.cpp's name of what splits a text."""
+    """Returns llama.cpp's name of the pre-tokenizer."""
     model, steps = tokenizer.settings["model"], tokenizer.steps("pre_tokenizer")
     pattern, splits = None, False
     if [step["type"] for step in steps] == ["Split", "ByteLevel"]:
@@ -96,7 +97,7 @@ def _pre(tokenizer: HuggingFaceTokenizer) -> str:
 
 
 def _scores(tokenizer: HuggingFaceTokenizer) -> list[float]:
-    """SentencePiece's scores, as far as merges tell them: the earlier a piece is made, the higher; else 0."""
+    """Returns SentencePiece scores that follow from the merges: higher for earlier pieces, otherwise 0."""
     steps = [*tokenizer.steps("normalizer"), *tokenizer.steps("pre_tokenizer")]
     if not {step["type"] for step in steps} <= {"Prepend", "Replace", "Metaspace", "Split"} or not steps:
         raise _refused(tokenizer, "changes a text in a way that llama.cpp does not")

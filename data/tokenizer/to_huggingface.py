@@ -1,12 +1,11 @@
-"""The tokenizer as Hugging Face's `tokenizers` and Transformers read it: the same ids for every text (but
-where nothing in a million characters can be cut apart: see `Tokenizer.parts`).
+"""Exports a tokenizer to the files of Hugging Face's `tokenizers` and Transformers, with the same ids for every text
+(except a text without a cut in a million characters, see `Tokenizer.parts`).
 
-Other people's are written as they were read.
+Tokenizers of other projects are written as they were read. Transformers puts the EOS token before a text, as it
+precedes every document in training.
 
-Transformers puts the EOS token before a text, as it stands before every document in training.
-
-Both do BPE over a whole text. Where SentencePiece writes U+2581 for a space, this file has the space itself, so
-nothing is normalized, and what SentencePiece keeps whole (whitespace runs, escapes) is an added token.
+Both libraries do BPE over a whole text. Where SentencePiece writes U+2581 for a space, this file has the space itself,
+so nothing is normalized, and pieces that SentencePiece keeps whole (whitespace runs, escapes) are added tokens.
 """
 
 import json
@@ -18,12 +17,12 @@ from data.tokenizer.tokenizer import END_OF_TEXT, ESCAPES, JSON_FILE, SPACE, Tok
 
 
 def write_huggingface_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
-    """Write `tokenizer.json`, `tokenizer_config.json` and, of ours, `tokenizer.model` to a folder.
+    """Writes `tokenizer.json`, `tokenizer_config.json` and, for our own, `tokenizer.model` to a folder.
 
     Args:
-        tokenizer: to write.
-        folder: exists.
-        context: positions that the model sees at once.
+        tokenizer: the tokenizer to export.
+        folder: folder to write to; it must exist.
+        context: number of positions that the model sees at once.
     """
     for name, content in tokenizer.files().items():
         (folder / name).write_bytes(content)
@@ -65,7 +64,7 @@ def write_huggingface_tokenizer(tokenizer: Tokenizer, folder: Path, context: int
 
 
 def bos_post_processor(token: str, number: int) -> dict[str, Any]:
-    """The post-processor that puts a token before a text."""
+    """Returns the post-processor that puts a token before a text."""
     special = {"SpecialToken": {"id": token, "type_id": 0}}
     text, other = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
     return {
@@ -77,13 +76,13 @@ def bos_post_processor(token: str, number: int) -> dict[str, Any]:
 
 
 def plain_pieces(tokenizer: Tokenizer) -> list[str]:
-    """Each id's text as it stands in a document."""
+    """Returns the text of each id as it appears in a document."""
     plain = {piece: text for text, piece in ESCAPES.items()}
     return [plain.get(piece, piece.replace(SPACE, " ")) for piece in tokenizer.pieces]
 
 
 def added_tokens(tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """What is found in a text before BPE, and what is special."""
+    """Returns the tokens that are matched before BPE, and the special tokens."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return [
         {"id": i, "content": content, **flags, "special": kind in ("unknown", "control")}
@@ -93,7 +92,7 @@ def added_tokens(tokenizer: Tokenizer) -> list[dict[str, Any]]:
 
 
 def merge_pairs(tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    """Every pair of pieces that makes a piece, in the order of what they make: SentencePiece joins all of them."""
+    """Returns every pair of pieces that forms a piece, in the order of the pieces: SentencePiece merges all of them."""
     pieces = {
         piece: i
         for i, (piece, kind) in enumerate(zip(plain_pieces(tokenizer), tokenizer.token_kinds, strict=True))

@@ -13,21 +13,22 @@ from data.tokenizer.folder import write_tokenizer
 from data.tokenizer.sentencepiece_tokenizer import log
 from data.tokenizer.tokenizer import END_OF_TEXT, ESCAPES, MODEL_FILE, SPACE, Tokenizer
 
-# One piece of whitespace for so many pieces of the vocabulary.
+# Number of vocabulary pieces for each whitespace piece.
 PIECES_PER_WHITESPACE = 64
 CHARACTER_COVERAGE = 0.9995
 _WHITESPACE = re.compile(r"[ \n\r\t]{2,}")
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int, folder: Path) -> Tokenizer:
-    """Learn a tokenizer from texts and write it to `folder/tokenizer.model`, all or nothing.
+    """Trains a tokenizer on texts and writes it to `folder/tokenizer.model`, atomically.
 
-    The same texts give the same bytes. Where they support fewer ids than `vocab_size`, it has those, and says so.
+    The same texts give the same bytes. If they support fewer ids than `vocab_size`, the tokenizer has those, and a log
+    line says so.
 
     Args:
-        texts: what it learns from.
-        vocab_size: ids that are asked for: bytes, special and whitespace pieces included.
-        folder: made where it is missing.
+        texts: texts of the training sample.
+        vocab_size: requested number of ids, including bytes, special and whitespace pieces.
+        folder: folder to write to, created if necessary.
 
     Raises:
         InputError: there is no text, or `vocab_size` is too small for its characters.
@@ -45,7 +46,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, folder: Path) -> Toke
 
 
 def whitespace_pieces(texts: Iterable[str], number: int) -> list[str]:
-    """The runs of whitespace that save the most characters as pieces of their own."""
+    """Returns the runs of whitespace that save the most characters as pieces of their own."""
     runs: collections.Counter[str] = collections.Counter()
     for text in texts:
         runs.update(_WHITESPACE.findall(text))
@@ -54,7 +55,7 @@ def whitespace_pieces(texts: Iterable[str], number: int) -> list[str]:
 
 
 def _train(texts: Sequence[str], vocab_size: int, whole: Sequence[str]) -> bytes | int:
-    """The model's bytes, or the largest vocabulary that the texts support."""
+    """Returns the bytes of the model, or the largest vocabulary that the texts support."""
     out = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.Train(
@@ -90,7 +91,7 @@ def _train(texts: Sequence[str], vocab_size: int, whole: Sequence[str]) -> bytes
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
-    """What the trainer can take: no NUL, which it skips a text for."""
+    """Yields texts without NUL, because the trainer skips texts that contain it."""
     for text in texts:
         for plain, escaped in ESCAPES.items():
             text = text.replace(plain, escaped)

@@ -1,8 +1,8 @@
-"""Processes that tokenize: `python -m data.workers FOLDER` reads texts on standard input, writes their tokens.
+"""Processes that tokenize: `python -m data.tokenizer.workers FOLDER` reads texts on standard input and writes tokens.
 
-They import no JAX and end with their parent, whose end closes their input. Each is owned by one thread of a pool, so
-results come in the order of the texts, whatever the number of processes. Texts go to them in batches, so that short
-ones don't each cost a trip through the pipes; long ones go in parts, which the processes share.
+They import no JAX, and end with their parent, whose end closes their input. Each is owned by one thread of a pool, so
+results come in the order of the texts for any number of processes. Texts go to them in batches, so that short ones do
+not each cost a trip through the pipes; long ones go in parts, which the processes share.
 """
 
 import os
@@ -30,14 +30,14 @@ BATCH = 2**15
 
 
 class TextPart(NamedTuple):
-    """A text, or one of its `Tokenizer.parts`, and whether it is the last of its text."""
+    """A text, or one of its `Tokenizer.parts`, with a flag for the last part."""
 
     text: str
     is_last: bool
 
 
 class Workers:
-    """A number of processes with the tokenizer of a folder.
+    """A pool of processes with the tokenizer of a folder.
 
     Raises:
         InputError: the folder holds no tokenizer.
@@ -62,7 +62,7 @@ class Workers:
         self._processes.append(process)
 
     def _encode(self, parts: Sequence[TextPart]) -> list[tuple[np.ndarray, bool]]:
-        """A thread's work: the tokens of a batch, from its process."""
+        """Encodes a batch in a process of the pool; runs in a thread."""
         process = self._own.process
         found = None
         with suppress(BrokenPipeError):
@@ -88,10 +88,10 @@ class Workers:
             yield batch
 
     def __call__(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
-        """Tokens of each text, int32 [n], in order, which may be read-only.
+        """Yields the tokens of each text in order, int32 [n], possibly read-only.
 
-        Texts are taken up to 2 + ⌈number of processes / number of iterators⌉ batches ahead. Any number of these
-        iterators may be alive at the same time. One that is closed early leaves no work behind.
+        Texts are taken up to 2 + ⌈number of processes / number of iterators⌉ batches ahead. Any number of iterators
+        may be alive at the same time. One that is closed early leaves no work behind.
 
         Raises:
             RuntimeError: a process ended.
@@ -120,7 +120,7 @@ class Workers:
                 future.cancel()
 
     def close(self) -> None:
-        """End the processes."""
+        """Ends the processes."""
         self._pool.shutdown(cancel_futures=True)
         for process in self._processes:
             with suppress(BrokenPipeError):  # it ended before
@@ -130,7 +130,7 @@ class Workers:
 
 
 def send(pipe: BinaryIO, contents: Sequence[bytes]) -> None:
-    """Write what `receive` reads."""
+    """Writes a message for `receive`."""
     lengths = np.array([len(content) for content in contents], np.int64)
     body = b"".join([lengths.tobytes(), *contents])
     pipe.write(HEAD.pack(len(contents), len(body)) + body)
@@ -138,7 +138,7 @@ def send(pipe: BinaryIO, contents: Sequence[bytes]) -> None:
 
 
 def receive(pipe: BinaryIO) -> list[bytes] | None:
-    """What `send` wrote; none where the pipe ends."""
+    """Reads a message of `send`, or returns None at the end of the pipe."""
     head = pipe.read(HEAD.size)
     if len(head) < HEAD.size:
         return None
@@ -153,7 +153,7 @@ def receive(pipe: BinaryIO) -> list[bytes] | None:
 
 
 def serve(folder: Path) -> None:
-    """Tokenize what comes on standard input until it closes; signals, which reach all processes, are the parent's."""
+    """Tokenizes standard input until it closes; signals, which reach all processes, are left to the parent."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     tokenizer = load_tokenizer(folder)
