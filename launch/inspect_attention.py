@@ -23,9 +23,9 @@ def run(arguments: argparse.Namespace) -> int:
     check_page(arguments.to, "--to", GENERATOR, "page of attention")
     import jax
 
+    from data.files.atomic import atomic_file
     from train.devices.mesh import on_one_device
     from train.evaluation.inspection import attention_maps, token_text
-    from train.run.storage import write_atomically
     from train.weights.load import load_trained
 
     with jax.set_mesh(on_one_device()):
@@ -41,6 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
             )
         weights_LHTT = attention_maps(config, trained.weights, tokens)
     texts = [token_text(trained.tokenizer, token) for token in tokens]
-    write_atomically(arguments.to, make_attention_page(arguments.model, texts, weights_LHTT))
+    page = make_attention_page(arguments.model, texts, weights_LHTT)
+    with atomic_file(arguments.to) as partial:
+        partial.write_text(page)
     print(arguments.to)
     return 0

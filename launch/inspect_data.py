@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
 @contextmanager
 def opened(arguments: argparse.Namespace) -> Iterator[RunData]:
     """Opens the data of a run, or of the run that the config would start."""
-    from train.prepare import open_run_mixture, run_tokenizer
+    from train.prepare import check_not_imported, open_run_mixture, run_tokenizer
     from train.run.folder import Run
 
     if arguments.run is not None:
@@ -87,7 +87,7 @@ def opened(arguments: argparse.Namespace) -> Iterator[RunData]:
             raise InputError("a RUN has its own config; leave out --config.GROUP.FIELD")
         run = Run(arguments.run)
         config = run.load_config()
-        run.check_not_imported()
+        check_not_imported(run)
         tokenizer = load_tokenizer(run.tokenizer)
         yield RunData(config, run, open_run_mixture(config, run), tokenizer)
         return

@@ -13,15 +13,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Writes the page and prints its path."""
+    from data.files.atomic import atomic_file
     from launch.page.report_page import GENERATOR, make_page
+    from train.prepare import check_not_imported
     from train.run.folder import Run
-    from train.run.storage import write_atomically
 
     run = Run(arguments.run_folder)
-    run.check_not_imported()
+    check_not_imported(run)
     page = make_page(run)
     output = arguments.output or arguments.run_folder / "report.html"
     check_page(output, "--output", GENERATOR, "report")
-    write_atomically(output, page)
+    with atomic_file(output) as partial:
+        partial.write_text(page)
     print(output)
     return 0

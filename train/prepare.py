@@ -1,5 +1,6 @@
 """Prepares a run before its first step: its folder, corpus, tokenizer and held-out documents."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import jax
 
 from data.errors import InputError
+from data.files.atomic import atomic_file, partial_of
 from data.files.writable import why_not_writable
 from data.formats.stdlib import snapshot_stdlib
 from data.mixture import Mixture, open_mixture
@@ -24,7 +26,7 @@ from train.run.folder import HeldOutDocument, Run
 from train.run.lease import Lease
 from train.run.ledger import inherited, read_ledger, write_ledger
 from train.run.name import split_name
-from train.run.storage import check_writable, write_atomically
+from train.run.storage import check_writable
 from train.run.trackers import missing_packages
 
 
@@ -73,7 +75,7 @@ def check_folder(config: Config, run: Run) -> None:
         raise InputError("\n".join(missing))
     check_not_own_parent(config, run)
     last_step = run.last_step()
-    if run.is_claimed():
+    if is_claimed(run):
         check_moved_checkpoints(run, last_step)
     on_first_process(lambda: check_writable(run.checkpoints))
     if last_step is None:
@@ -101,6 +103,38 @@ def check_folder(config: Config, run: Run) -> None:
         log.warning("changed on resume:\n%s", table(changes["warn"]))
 
 
+def is_claimed(run: Run) -> bool:
+    """Returns True if the folder is a run's, even one that was killed as it began.
+
+    Raises:
+        InputError: the folder holds something else.
+    """
+    if run.config_file.exists():
+        run.load_config()
+        return True
+    if run.last_step() is not None:
+        raise InputError(
+            f"train.run_dir = {run.folder}: checkpoints in {run.checkpoints}, but no config.json; restore it, or "
+            "name other folders"
+        )
+    # A run writes its config before everything else except its copy of the default corpus and its lease.
+    first = (run.config_file, run.lease)
+    # Versions up to 0.7 named unfinished files with the second of these spellings.
+    unfinished = {name for path in first for name in (partial_of(path).name, path.name + ".partial")}
+    names = {path.name for path in run.folder.iterdir()} if run.folder.exists() else set()
+    if names - unfinished - {run.snapshot.parent.name, run.lease.name}:
+        raise InputError(f"train.run_dir = {run.folder} holds other things than a run; name a new folder")
+    return False
+
+
+def check_not_imported(run: Run) -> None:
+    """Raises InputError if the run holds only imported weights, so it has neither steps nor data of its own."""
+    if run.last_step() == 0:
+        raise InputError(
+            f"{run.folder} holds imported weights, which have no steps and no data; give a run begun with them"
+        )
+
+
 def check_moved_checkpoints(run: Run, last_step: int | None) -> None:
     """Raises InputError if the newest checkpoint is in an earlier `checkpoint.dir` and not in this one."""
     before, _ = Run.there(run.folder)
@@ -114,7 +148,9 @@ def check_moved_checkpoints(run: Run, last_step: int | None) -> None:
 def claim(config: Config, run: Run) -> None:
     """Makes the folder this run's, and removes what an earlier start without a checkpoint has left."""
     run.save_config(config)
-    run.clear()
+    shutil.rmtree(run.tokenizer, ignore_errors=True)
+    run.held_out.unlink(missing_ok=True)
+    run.recovery.unlink(missing_ok=True)
     if config.train.init_from and config.train.init_with == "all":
         # The data continues as the parent's does, without the batches that it skips.
         write_ledger(run.recovery, inherited(read_ledger(parent_of(config).run.recovery)))
@@ -127,7 +163,8 @@ def open_run_mixture(config: Config, run: Run) -> Mixture:
         def make() -> None:
             parent = folder_of_parent(config)
             if parent and parent.snapshot.exists():
-                write_atomically(run.snapshot, parent.snapshot.read_text())
+                with atomic_file(run.snapshot) as partial:
+                    partial.write_text(parent.snapshot.read_text())
             else:
                 snapshot_stdlib(run.snapshot)
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from data.errors import InputError
+from data.files.atomic import atomic_file
 from data.tokenizer.huggingface_tokenizer import HuggingFaceTokenizer
 from data.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
 from data.tokenizer.tokenizer import JSON_FILE, MODEL_FILE, Tokenizer
@@ -42,9 +43,7 @@ def holds_tokenizer(folder: Path) -> bool:
 
 def write_tokenizer(files: Mapping[str, bytes], folder: Path) -> Tokenizer:
     """Writes the files of a tokenizer, each atomically, and loads it."""
-    folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        partial = folder / (name + ".partial")
-        partial.write_bytes(content)
-        partial.rename(folder / name)
+        with atomic_file(folder / name) as partial:
+            partial.write_bytes(content)
     return load_tokenizer(folder)

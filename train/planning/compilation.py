@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from data.errors import InputError
+from data.files.atomic import atomic_file
 from train.config.config import ResolvedConfig
 from train.devices.mesh import batch_sharding
 from train.devices.rules import training_layout
@@ -132,10 +133,8 @@ def _kept(file: Path) -> Compilation | None:
 def _keep(file: Path, compilation: Compilation) -> None:
     kept = {name: value for name, value in vars(compilation).items() if name not in ("executable", "cached")}
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}")
-        partial.write_bytes(gzip.compress(json.dumps(kept).encode(), mtime=0))
-        partial.replace(file)
+        with atomic_file(file) as partial:
+            partial.write_bytes(gzip.compress(json.dumps(kept).encode(), mtime=0))
     except OSError as error:
         log.warning("the compiled program was not cached: %s", error)
 

@@ -1,17 +1,16 @@
 """A run's folder: config.json, tokenizer/, checkpoints/, what it logs, and the documents that it holds out."""
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from etils import epath
 
-from data.errors import InputError
+from data.files.atomic import atomic_file
 from train.config.config import Config, to_json
 from train.run.name import CONFIG_FILE, read_config
-from train.run.storage import PARTIAL, steps_in, write_atomically
+from train.run.storage import steps_in
 
 
 class HeldOutDocument(NamedTuple):
@@ -109,43 +108,10 @@ class Run:
         """Of the newest complete checkpoint; none where there is none. That of imported weights is of step 0."""
         return max(steps_in(self.checkpoints), default=None)
 
-    def is_claimed(self) -> bool:
-        """Whether the folder is a run's, even one that was killed as it began.
-
-        Raises:
-            InputError: it holds other things.
-        """
-        if self.config_file.exists():
-            self.load_config()
-            return True
-        if self.last_step() is not None:
-            raise InputError(
-                f"train.run_dir = {self.folder}: checkpoints in {self.checkpoints}, but no config.json; restore it, or "
-                "name other folders"
-            )
-        # The config is the first thing that a run writes, but for its snapshot of the default corpus.
-        others = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
-        before = {self.snapshot.parent.name, *(path.name + PARTIAL for path in (self.config_file, self.lease))}
-        if others - before - {self.lease.name}:
-            raise InputError(f"train.run_dir = {self.folder} holds other things than a run; name a new folder")
-        return False
-
-    def check_not_imported(self) -> None:
-        """InputError where it holds imported weights alone, which no step of its own has made."""
-        if self.last_step() == 0:
-            raise InputError(
-                f"{self.folder} holds imported weights, which have no steps and no data; give a run begun with them"
-            )
-
-    def clear(self) -> None:
-        """Remove what a start without a checkpoint has left: it may be of other settings or another corpus."""
-        shutil.rmtree(self.tokenizer, ignore_errors=True)
-        self.held_out.unlink(missing_ok=True)
-        self.recovery.unlink(missing_ok=True)
-
     def save_config(self, config: Config) -> None:
         """Write config.json at once."""
-        write_atomically(self.config_file, to_json(config))
+        with atomic_file(self.config_file) as partial:
+            partial.write_text(to_json(config))
 
     def load_config(self) -> Config:
         """The run's settings. InputError where the folder is no run or its config is damaged."""
@@ -160,4 +126,5 @@ class Run:
     def save_held_out(self, texts: list[HeldOutDocument]) -> None:
         """Keep these documents with the run."""
         records = ({name: value for name, value in text._asdict().items() if value} for text in texts)
-        write_atomically(self.held_out, "".join(json.dumps(record) + "\n" for record in records))
+        with atomic_file(self.held_out) as partial:
+            partial.write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import InputError
-from train.run.storage import write_atomically
+from data.files.atomic import atomic_file
 
 log = logging.getLogger("ziggurat")
 BEAT_SECONDS = 5.0
@@ -97,7 +97,8 @@ class Lease:
         return found is not None and {name: found[name] for name in self._holder} == self._holder
 
     def _write(self, beats: int) -> None:
-        write_atomically(self._path, json.dumps(self._holder | {"beats": beats}) + "\n")
+        with atomic_file(self._path) as partial:
+            partial.write_text(json.dumps(self._holder | {"beats": beats}) + "\n")
 
 
 def read(path: Path) -> dict[str, Any] | None:

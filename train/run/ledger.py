@@ -12,12 +12,12 @@ changes nothing of what was before.
 
 import collections
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from data.errors import Fault, InputError
+from data.files.atomic import atomic_file
 from train.config.recovery_config import RecoveryConfig
 from train.devices.processes import broadcast_json, on_first_process
 from train.run.storage import writing
@@ -120,12 +120,8 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
 
 def write_ledger(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
     """All of it at once, on disk when this returns."""
-    partial = path.with_suffix(".partial")
-    with writing("what is left out", path), partial.open("w") as file:
-        file.writelines(json.dumps(entry) + "\n" for entry in entries)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with writing("what is left out", path), atomic_file(path) as partial:
+        partial.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
 
 
 def inherited(entries: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

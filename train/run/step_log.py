@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data.files.atomic import atomic_file
 from train.run.storage import writing
 from train.run.trackers import Writer
 
@@ -30,9 +31,8 @@ class StepLog:
     def __init__(self, path: Path, step: int, writers: Sequence[Writer] = ()):
         self._path = path
         kept = [line for line, record in read_steps(path) if record["step"] <= step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        partial.replace(path)
+        with atomic_file(path) as partial:
+            partial.write_text("".join(kept))
         self._file = path.open("a")
         self._writers = writers
 

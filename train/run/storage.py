@@ -97,19 +97,3 @@ def _free(place: PathLike) -> str:
         return f" ({shutil.disk_usage(os.fspath(place)).free / 1e6:,.1f} MB free)"
     except OSError:
         return ""
-
-
-# Ends the name of a file that is not whole yet.
-PARTIAL = ".partial"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + PARTIAL)
-    try:
-        partial.write_text(text)
-    except OSError as error:
-        # That of a full disk does not say where.
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    partial.replace(path)

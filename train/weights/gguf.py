@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from data.errors import InputError, StorageError
+from data.files.atomic import atomic_file
 from data.files.writable import why_not_writable
 from data.tokenizer.to_gguf import gguf_metadata
 from data.tokenizer.tokenizer import Tokenizer
@@ -78,36 +79,34 @@ def write_gguf(
         log.warning("%d matrices have rows that do not divide by %d; they are f16", len(others), BLOCK)
 
     file = file.resolve()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    check_room(file.parent, sum(sizes.values()))
-    partial = file.with_name(f".{file.name}.ziggurat-partial")
-    writer = library.GGUFWriter(partial, architecture.name)
-    try:
-        _add(writer, {"general.type": "model", "general.name": file.stem, "general.file_type": FILE_TYPES[dtype]})
-        _add(writer, {"general.quantization_version": library.GGML_QUANT_VERSION})
-        _add(writer, {f"{architecture.name}.{name}": value for name, value in settings.items()})
-        _add(writer, {f"tokenizer.ggml.{name}": value for name, value in tokens.items()})
-        for name, shape in shapes.items():
-            writer.add_tensor_info(name, shape, np.dtype(np.float32), sizes[name], kinds[name])
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        theirs = interchange.to_theirs(config, context, read)
-        for name, array in layout.tensors(config, architecture, theirs):
-            assert array.shape == shapes[name], name
-            if kinds[name] == types.F16 and np.abs(array).max() > np.finfo(np.float16).max:
-                raise InputError(f"these weights cannot be exported: {name} has values too large for f16; take bf16")
-            writer.write_tensor_data(library.quants.quantize(array, kinds[name]))
-        writer.close()
-        partial.rename(file)
-    except OSError as error:
-        if error.strerror:
-            raise
-        # NumPy's, which names no cause.
-        raise StorageError(f"{file} cannot be written: {error}") from None
-    finally:
-        writer.close()
-        partial.unlink(missing_ok=True)
+    with atomic_file(file) as partial:
+        check_room(partial.parent, sum(sizes.values()))
+        writer = library.GGUFWriter(partial, architecture.name)
+        try:
+            _add(writer, {"general.type": "model", "general.name": file.stem, "general.file_type": FILE_TYPES[dtype]})
+            _add(writer, {"general.quantization_version": library.GGML_QUANT_VERSION})
+            _add(writer, {f"{architecture.name}.{name}": value for name, value in settings.items()})
+            _add(writer, {f"tokenizer.ggml.{name}": value for name, value in tokens.items()})
+            for name, shape in shapes.items():
+                writer.add_tensor_info(name, shape, np.dtype(np.float32), sizes[name], kinds[name])
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            theirs = interchange.to_theirs(config, context, read)
+            for name, array in layout.tensors(config, architecture, theirs):
+                assert array.shape == shapes[name], name
+                if kinds[name] == types.F16 and np.abs(array).max() > np.finfo(np.float16).max:
+                    raise InputError(
+                        f"these weights cannot be exported: {name} has values too large for f16; take bf16"
+                    )
+                writer.write_tensor_data(library.quants.quantize(array, kinds[name]))
+        except OSError as error:
+            if error.strerror:
+                raise
+            # NumPy's error names no cause.
+            raise StorageError(f"{file} cannot be written: {error}") from None
+        finally:
+            writer.close()
 
 
 def why_no_gguf(config: ResolvedModelConfig, context: int) -> str | None:

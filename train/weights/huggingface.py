@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from data.errors import InputError
+from data.files.atomic import atomic_folder
 from data.tokenizer.folder import load_tokenizer
 from data.tokenizer.to_huggingface import write_huggingface_tokenizer
 from data.tokenizer.tokenizer import MODEL_FILE, Tokenizer
@@ -72,14 +72,9 @@ def write_huggingface(folder: Path, weights: Weights, dtype: str = "float32", ca
     check_export_folder(folder)
     config, context, tokenizer = weights.config, weights.context, weights.tokenizer
     check_expressible(config)
-    folder = folder.resolve()
-    # Names that no folder of the user's own has: both are removed.
-    partial, old = (folder.with_name(f".{folder.name}.ziggurat-{what}") for what in ("partial", "old"))
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    with atomic_folder(folder) as partial:
         shapes = interchange.shapes_of_theirs(config, context)
-        check_room(folder.parent, sum(map(math.prod, shapes.values())) * FLOATS[dtype].itemsize)
+        check_room(partial.parent, sum(map(math.prod, shapes.values())) * FLOATS[dtype].itemsize)
         bos_id, eos_id = tokenizer.bos_id, tokenizer.eos_id
         values = interchange.config_to_theirs(config, context, bos_id, eos_id, dtype) | {STEP: weights.step}
         (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
@@ -88,14 +83,6 @@ def write_huggingface(folder: Path, weights: Weights, dtype: str = "float32", ca
         (partial / CARD).write_text(card)
         write_huggingface_tokenizer(tokenizer, partial, context)
         write_tensor_files(partial, shapes, FLOATS[dtype], interchange.to_theirs(config, context, weights.read))
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_export_folder(folder: Path) -> None:

@@ -1,13 +1,13 @@
 """Weights from elsewhere as a run whose only checkpoint is that of step 0: weights alone."""
 
 import dataclasses
-import shutil
 from pathlib import Path
 
 import jax
 
 from data.config import DataConfig
 from data.errors import InputError
+from data.files.atomic import atomic_folder
 from data.tokenizer.folder import copy_tokenizer
 from model.config import ModelConfig
 from train.checkpoint.checkpoint import Checkpoints
@@ -35,15 +35,8 @@ def import_weights(folder: Path, to: Path) -> Run:
             "give the model's own"
         )
     to = to.resolve()
-    partial = to.with_name(f".{to.name}.ziggurat-partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with atomic_folder(to) as partial:
         _write(weights, Run(partial), to)
-        if to.exists():
-            to.rmdir()
-        partial.rename(to)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return Run(to)
 
 
