@@ -8,13 +8,13 @@ import sys
 import jax
 
 from model.generation.sampling import Sampling
-from train.devices.mesh import on_one_device
+from train.devices.mesh import one_device_mesh
 from train.evaluation.continuation import continuations, make_generator
 from train.evaluation.inspection import inspect_positions
 from train.weights.load import load_trained
 
 weights, prompt = sys.argv[1:]
-with jax.set_mesh(on_one_device()):
+with jax.set_mesh(one_device_mesh()):
     trained = load_trained(weights)
     config, tokenizer = trained.config, trained.tokenizer
 

@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     check(arguments)
     import jax
 
-    from train.devices.mesh import on_one_device
+    from train.devices.mesh import one_device_mesh
     from train.evaluation.held_out import evaluate, gzip_bits_per_byte, make_evaluation_step
     from train.evaluation.results import combine
     from train.evaluation.tasks import open_tasks
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     figures: dict[str, Any] = {}
     by_corpus: dict[str, dict[str, Any]] = {}
     scores: list[TaskResult] = []
-    with jax.set_mesh(on_one_device()):
+    with jax.set_mesh(one_device_mesh()):
         trained = load_trained(arguments.model)
         config = trained.config
         if trained.step is not None:

@@ -24,11 +24,11 @@ def run(arguments: argparse.Namespace) -> int:
     import jax
 
     from data.files.atomic import atomic_file
-    from train.devices.mesh import on_one_device
+    from train.devices.mesh import one_device_mesh
     from train.evaluation.inspection import attention_maps, token_text
     from train.weights.load import load_trained
 
-    with jax.set_mesh(on_one_device()):
+    with jax.set_mesh(one_device_mesh()):
         trained = load_trained(arguments.model)
         config = trained.config
         tokens = trained.tokenizer.encode_with_bos(arguments.prompt)

@@ -17,7 +17,7 @@ from data.tokenizer.folder import load_tokenizer
 from launch.arguments import add_json
 from launch.columns import columns
 from launch.presets import add_config_arguments, load_config
-from train.run.name import split_name
+from train.run.run_name import split_name
 
 if TYPE_CHECKING:
     from data.mixture import Mixture

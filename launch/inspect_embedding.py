@@ -38,11 +38,11 @@ def run(arguments: argparse.Namespace) -> int:
     import jax
     import numpy as np
 
-    from train.devices.mesh import on_one_device
+    from train.devices.mesh import one_device_mesh
     from train.evaluation.inspection import nearest_tokens, token_text
     from train.weights.load import load_trained
 
-    with jax.set_mesh(on_one_device()):
+    with jax.set_mesh(one_device_mesh()):
         trained = load_trained(arguments.model)
     tokenizer = trained.tokenizer
     table_VD = np.asarray(trained.weights["embedding"]["table"], np.float32)[: tokenizer.vocab_size]

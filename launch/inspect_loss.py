@@ -25,11 +25,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Prints a table of all positions."""
     import jax
 
-    from train.devices.mesh import on_one_device
+    from train.devices.mesh import one_device_mesh
     from train.evaluation.inspection import inspect_positions
     from train.weights.load import load_trained
 
-    with jax.set_mesh(on_one_device()):
+    with jax.set_mesh(one_device_mesh()):
         trained = load_trained(arguments.model)
         tokens, context = trained.tokenizer.encode(arguments.prompt), trained.config.data.segment_length
         if len(tokens) >= context:

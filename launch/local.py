@@ -23,7 +23,7 @@ from data.errors import InputError
 from data.files.remote import protocol
 from launch.commands import parse
 from launch.presets import load_config
-from train.run.name import CONFIG_FILE, read_config
+from train.run.run_name import CONFIG_FILE, read_config
 
 DONE, USERS_ERROR, PREEMPTED = 0, 2, 75
 # Seconds until processes are killed: after another has failed, and after they were asked to end, so that they can save.

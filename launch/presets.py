@@ -16,7 +16,7 @@ from data.errors import InputError
 from settings import help_of, kind_of
 from train.config.config import Config, config_fields, to_dict
 from train.config.reading import make_config, nearest
-from train.run.name import read_config, split_name
+from train.run.run_name import read_config, split_name
 
 PRESETS = Path(__file__).parent / "configs"
 

@@ -14,7 +14,7 @@ from model import interchange
 from model.decoder import Decoder
 from tests.peers import require
 from tests.small import small_model
-from train.devices.mesh import on_one_device
+from train.devices.mesh import one_device_mesh
 from train.weights.load import load_trained
 
 CONTEXT = 16
@@ -74,7 +74,7 @@ def assert_same_logits(run: Path, folder: Path) -> None:
     torch, transformers = require("torch"), require("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 24))
-    with jax.set_mesh(on_one_device()):
+    with jax.set_mesh(one_device_mesh()):
         trained = load_trained(str(run))
     decoder = Decoder(trained.config.model, jax.tree.map(jnp.asarray, jax.device_get(trained.weights)))
     x_BTD = decoder(jnp.array(tokens), jnp.tile(jnp.arange(24), (2, 1)), jnp.ones((2, 24), jnp.int32))

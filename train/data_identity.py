@@ -20,8 +20,8 @@ from train.config.changes import Change, table
 from train.config.config import Config, ResolvedConfig, config_fields
 from train.devices.processes import on_first_process
 from train.run.folder import HeldOutDocument, Run
-from train.run.name import split_name
-from train.run.step_log import read_steps
+from train.run.run_name import split_name
+from train.run.step_log import read_step_log
 
 if TYPE_CHECKING:
     from train.evaluation.harness import Tasks
@@ -112,7 +112,7 @@ def continue_data(
             )
     if moves:
         log.warning("the streams start over with epoch %d, and other documents are held out", epoch)
-        run = Run.of(config)
+        run = Run.from_config(config)
         on_first_process(lambda: run.save_held_out(choose_held_out(inputs.mixture, config.evaluation.max_bytes)))
         inputs = replace(inputs, held_out=run.held_out_texts())
     return inputs, positions
@@ -138,7 +138,7 @@ def streams_before(
     Raises:
         InputError: the run has read other data around this step than its config and corpus describe now.
     """
-    logged = [record for _, record in read_steps(run.positions)]
+    logged = [record for _, record in read_step_log(run.positions)]
     identity = identity_of(config, mixture) | mixture.fingerprints() | {"tokenizer": tokenizer.fingerprint}
     before = [record for record in logged if record["step"] <= step]
     if any(record["data"] != data_fingerprint(identity) for record in before[-1:] or logged[:1]):

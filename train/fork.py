@@ -20,8 +20,8 @@ from model.parameters import parameter_table
 from train.config.changes import Change, changes_of, table
 from train.config.config import Config
 from train.run.folder import Run
-from train.run.name import split_name
-from train.run.storage import steps_in
+from train.run.run_name import split_name
+from train.run.storage import checkpoint_steps_in
 
 log = logging.getLogger("ziggurat")
 
@@ -42,10 +42,10 @@ def parent_of(config: Config) -> Parent:
     assert config.train.init_from is not None
     try:
         folder, step = split_name(config.train.init_from)
-        run, saved = Run.there(folder)
+        run, saved = Run.load(folder)
     except InputError as error:
         raise InputError(f"train.init_from = {config.train.init_from}: {error}") from None
-    steps = steps_in(run.checkpoints)
+    steps = checkpoint_steps_in(run.checkpoints)
     if step is None:
         # The config must name the step, since the parent may save more of them later.
         newest = f"the newest is {folder}@{steps[-1]}" if steps else "it has none yet"

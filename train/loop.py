@@ -27,7 +27,7 @@ from train.run.folder import Run
 from train.run.lease import Lease
 from train.run.ledger import SKIP, Ledger
 from train.run.step_log import StepLog
-from train.run.storage import writing
+from train.run.storage import storage_errors
 from train.run.trackers import open_writers
 from train.saving import Saver
 from train.starting_point import StartingPoint, find_starting_point
@@ -52,7 +52,7 @@ def pretrain(config: Config) -> Run:
         InputError: the user's mistakes, before any device time is spent; or too many batches would be skipped.
         Stopped: a signal asked the run to end early; its state is saved.
     """
-    run = Run.of(config)
+    run = Run.from_config(config)
     events = Events(run.events if jax.process_index() == 0 else None, config.train.on_event)
     exports = config.checkpoint.export and why_no_export(config.model) is None
     if exports:
@@ -85,13 +85,13 @@ def pretrain(config: Config) -> Run:
             events.write("start", step=first_step, **training.start.fields, **fields)
             with noting_faults(events, checkpoints):
                 training.run_to_end()
-                events.account.turn_to("checkpoint")
+                events.account.switch_to("checkpoint")
                 checkpoints.wait()
                 signals.noted = False
 
         # ── End: the weights for inference, read from the checkpoint ──
         if exports and (first_step < training.step or exported_step(run.export) != training.step):
-            with writing("the export", run.export):
+            with storage_errors("the export", run.export):
                 on_first_process(lambda: export_run(run, inputs.config, checkpoints, inputs.tokenizer, training.step))
         if first_step < training.step:
             events.write("end", step=training.step)
@@ -184,8 +184,8 @@ class Training:
     def roll_back(self, anomaly: Anomaly) -> None:
         """Restores the last save, to try the same rows again or to skip them. InputError if the budget is spent."""
         reset_watchdog(self.config)
-        self.events.account.turn_to("checkpoint")
-        self.events.account.lose()
+        self.events.account.switch_to("checkpoint")
+        self.events.account.discard_unsaved()
         self.state = {}  # frees its memory before the restore
         self.checkpoints.wait()
         self.start = self.restore(self.start.inputs)
@@ -249,7 +249,7 @@ class Training:
                 elif self.step % config.data.positions_every_steps == 0:
                     saver.log_positions(self.step, gather_positions(self.positions).tolist())
         if stop_asked:
-            self.events.account.turn_to("checkpoint")
+            self.events.account.switch_to("checkpoint")
             self.checkpoints.wait()
             self.events.write("stop", step=self.step)
             raise Stopped(self.step)
@@ -285,9 +285,9 @@ class Training:
         """Returns (the next batch, seconds that it took), and reports rows that were skipped before it."""
         reset_watchdog(self.config)
         begun = time.perf_counter()
-        self.events.account.turn_to("data")
+        self.events.account.switch_to("data")
         loaded = next(loader)
-        self.events.account.turn_to("steps")
+        self.events.account.switch_to("steps")
         self.report_skipped(loaded, self.step + 1)
         return loaded, time.perf_counter() - begun
 
@@ -296,9 +296,9 @@ class Training:
         begun = time.perf_counter() - waited
         if not self.programs.has(self.step):
             # No step is in flight now, so this does not count as the time of any.
-            self.events.account.turn_to("compile")
+            self.events.account.switch_to("compile")
             self.programs.compiled(self.step, self.state, loaded.batch)
-            self.events.account.turn_to("steps")
+            self.events.account.switch_to("steps")
             in_flight.rate.start()
             begun = time.perf_counter() - waited
         if self.step == profiler.first:
@@ -331,10 +331,10 @@ class Training:
                 profiler.stop(self.display.say)
                 in_flight.rate.start()
             if evaluates and not in_flight and not stop_asked:
-                self.events.account.turn_to("evaluation")
+                self.events.account.switch_to("evaluation")
                 fields = self.evaluations.run(self.step, last_step, evaluated_weights(self.state))
                 self.display.evaluation({"step": self.step} | fields)
-                self.events.account.turn_to("steps")
+                self.events.account.switch_to("steps")
                 in_flight.rate.start()
                 record |= fields
             if step_log:

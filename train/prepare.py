@@ -24,8 +24,8 @@ from train.evaluation.tasks import open_run_tasks
 from train.fork import check_fork, check_not_own_parent, parent_of
 from train.run.folder import HeldOutDocument, Run
 from train.run.lease import Lease
-from train.run.ledger import inherited, read_ledger, write_ledger
-from train.run.name import split_name
+from train.run.ledger import inherited_entries, read_ledger, write_ledger
+from train.run.run_name import split_name
 from train.run.storage import check_writable
 from train.run.trackers import missing_packages
 
@@ -137,7 +137,7 @@ def check_not_imported(run: Run) -> None:
 
 def check_moved_checkpoints(run: Run, last_step: int | None) -> None:
     """Raises InputError if the newest checkpoint is in an earlier `checkpoint.dir` and not in this one."""
-    before, _ = Run.there(run.folder)
+    before, _ = Run.load(run.folder)
     if before.checkpoints != run.checkpoints and (newest := before.last_step() or 0) > (last_step or 0):
         raise InputError(
             f"checkpoint.dir: {run.folder} has saved its step {newest} in {before.checkpoints}, and {run.checkpoints} "
@@ -153,7 +153,7 @@ def claim(config: Config, run: Run) -> None:
     run.recovery.unlink(missing_ok=True)
     if config.train.init_from and config.train.init_with == "all":
         # The data continues as the parent's does, without the batches that it skips.
-        write_ledger(run.recovery, inherited(read_ledger(parent_of(config).run.recovery)))
+        write_ledger(run.recovery, inherited_entries(read_ledger(parent_of(config).run.recovery)))
 
 
 def open_run_mixture(config: Config, run: Run) -> Mixture:

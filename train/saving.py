@@ -58,7 +58,7 @@ class Saver:
             Anomaly: the state is not finite.
             Fault: replicas of the state differ.
         """
-        self._events.account.turn_to("checkpoint")
+        self._events.account.switch_to("checkpoint")
         begun = time.perf_counter()
         if not all(all_gather_json(bool(is_finite(state)))):
             raise Anomaly(step, "its weights or optimizer state are not finite")
@@ -69,10 +69,10 @@ class Saver:
         progress = {"positions": all_positions, "identity": self._identity, "is_over": is_over, "history": history}
         self._checkpoints.save(state, progress)
         stall = round(time.perf_counter() - begun, 3)
-        self._events.account.keep()
-        self._ledger.saved()
+        self._events.account.mark_saved()
+        self._ledger.mark_saved()
         self._events.write("save", step=step, stall_seconds=stall)
-        self._events.account.turn_to("steps")
+        self._events.account.switch_to("steps")
 
     def log_positions(self, step: int, positions: list[Any]) -> None:
         """Writes the positions of all streams after a step to positions.jsonl."""

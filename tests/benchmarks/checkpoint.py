@@ -95,13 +95,13 @@ def restore_and_save(folder: Path) -> tuple[list[float], float, float]:
 
     from train.checkpoint.checkpoint import Checkpoints
     from train.config.checkpoint_config import CheckpointConfig
-    from train.devices.mesh import on_one_device
+    from train.devices.mesh import one_device_mesh
     from train.run.folder import Run
     from train.step.optimizer import make_optimizer
     from train.step.state import abstract_state
 
     config = Run(folder).load_config()
-    with jax.set_mesh(on_one_device()):
+    with jax.set_mesh(one_device_mesh()):
         checkpoints = Checkpoints(folder / "checkpoints")
         restored = []
         for _ in range(2):

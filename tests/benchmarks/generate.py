@@ -33,7 +33,7 @@ from model.generation.generator import Generator
 from model.generation.sampling import GREEDY
 from model.parameters import count_parameters, initial_weights
 from tests.llama_cpp import LlamaCpp
-from train.devices.mesh import on_one_device
+from train.devices.mesh import one_device_mesh
 from train.devices.rules import GENERATION
 from train.weights.gguf import write_gguf
 from train.weights.huggingface import Weights, write_huggingface
@@ -151,7 +151,7 @@ def main() -> None:
     # JAX takes as many threads as there are processors when it first starts.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
     jax.config.update("jax_platforms", "cpu")
-    with tempfile.TemporaryDirectory() as temporary, jax.set_mesh(on_one_device()):
+    with tempfile.TemporaryDirectory() as temporary, jax.set_mesh(one_device_mesh()):
         folder = Path(temporary)
         sources = sorted(Path(__file__).parent.parent.parent.glob("*/*.py"))
         tokenizer = train_tokenizer([file.read_text() for file in sources], 2048, folder / "tokenizer")

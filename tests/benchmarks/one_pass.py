@@ -20,7 +20,7 @@ import numpy as np
 from launch.presets import add_config_arguments, load_config
 from model.decoder import Decoder
 from model.loss import summed_losses
-from train.devices.mesh import batch_sharding, on_one_device
+from train.devices.mesh import batch_sharding, one_device_mesh
 from train.devices.rules import TRAINING
 from train.step.optimizer import make_optimizer
 from train.step.state import make_state
@@ -54,7 +54,7 @@ def main() -> None:
         targets, weights_BT = batch["targets"][:, -1:], batch["loss_weights"][:, -1:]
         return summed_losses(x_BTD, decoder.unembedding_matrix(), targets, weights_BT, config.model, TRAINING).objective
 
-    with jax.set_mesh(on_one_device()):
+    with jax.set_mesh(one_device_mesh()):
         weights = make_state(config, make_optimizer(config))["weights"]
         of_all = jax.jit(jax.grad(lambda weights, batch: summed_loss(config, weights, batch)[0]))
         of_last = jax.jit(jax.grad(loss_of_last))

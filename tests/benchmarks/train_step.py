@@ -80,12 +80,12 @@ def ziggurat(config: Config) -> tuple[Callable[[], float], Callable[[], float]]:
     import jax
     import jax.numpy as jnp
 
-    from train.devices.mesh import batch_sharding, on_one_device
+    from train.devices.mesh import batch_sharding, one_device_mesh
     from train.step.optimizer import make_optimizer
     from train.step.state import make_state
     from train.step.step import make_train_step
 
-    mesh = on_one_device()
+    mesh = one_device_mesh()
     with jax.set_mesh(mesh):
         optimizer = make_optimizer(config)
         state, train_step = make_state(config, optimizer), make_train_step(config, optimizer)

@@ -17,7 +17,7 @@ from etils import epath
 from launch.local import free_port
 from tests.launch.small_run import command, here, metrics, write_config, ziggurat
 from tests.peers import require
-from train.run.storage import steps_in
+from train.run.storage import checkpoint_steps_in
 
 
 class Bucket:
@@ -97,7 +97,7 @@ def test_a_run_in_a_bucket_is_killed_damaged_resumed_evaluated_and_exported(
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    assert steps_in(epath.Path("gs://runs/deep/one")) in ([4], [4, 8])
+    assert checkpoint_steps_in(epath.Path("gs://runs/deep/one")) in ([4], [4, 8])
     done = ziggurat(*start, devices=8)
     assert done.returncode == 0, done.stderr
     assert "resumes at step" in done.stderr

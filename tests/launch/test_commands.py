@@ -17,7 +17,7 @@ from data.tokenizer.folder import load_tokenizer
 from data.tokenizer.tokenizer import END_OF_TEXT
 from tests.launch.small_run import ROOT, here, metrics, write_config
 from tests.peers import require
-from train.devices.mesh import on_one_device
+from train.devices.mesh import one_device_mesh
 from train.evaluation.held_out import gzip_bits_per_byte
 from train.evaluation.inspection import inspect_positions
 from train.run.folder import Run
@@ -125,7 +125,7 @@ def test_inspect_loss_shows_what_one_pass_learns_at_every_position(finished: Pat
 
 
 def end_probability(run: Path, text: str) -> float:
-    with jax.set_mesh(on_one_device()):
+    with jax.set_mesh(one_device_mesh()):
         trained = load_trained(str(run))
         tokens = trained.tokenizer.encode(text)
         last = inspect_positions(trained.config, trained.weights, trained.tokenizer, tokens, 512)[-1]
@@ -262,13 +262,13 @@ def test_transformers_opens_a_trained_export_with_the_same_logits_tokens_and_tex
     import jax.numpy as jnp
 
     from model.decoder import Decoder
-    from train.devices.mesh import on_one_device
+    from train.devices.mesh import one_device_mesh
     from train.weights.load import load_trained
 
     model = transformers.AutoModelForCausalLM.from_pretrained(finished / "export")
     theirs = transformers.AutoTokenizer.from_pretrained(finished / "export")
     prompt = "the cat likes my bird. a dog"
-    with jax.set_mesh(on_one_device()):
+    with jax.set_mesh(one_device_mesh()):
         trained = load_trained(str(finished))
     ids = np.array(trained.tokenizer.encode_with_bos(prompt))
     assert theirs(prompt)["input_ids"] == ids.tolist()

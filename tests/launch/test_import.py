@@ -16,7 +16,7 @@ from tests.launch.small_run import here, metrics, write_corpus
 from tests.peers import require
 from tests.small import small_model, small_weights
 from tests.theirs import assert_same_logits
-from train.devices.mesh import on_one_device
+from train.devices.mesh import one_device_mesh
 from train.run.folder import Run
 from train.weights import safetensors_files as tensor_files
 from train.weights.huggingface import exported_step
@@ -35,7 +35,7 @@ def imported(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trained(run: Path | str) -> tuple:
-    with jax.set_mesh(on_one_device()):
+    with jax.set_mesh(one_device_mesh()):
         found = load_trained(str(run))
         return found, flattened(jax.device_get(found.weights))
 

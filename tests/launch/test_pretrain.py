@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from data.tokenizer.folder import load_tokenizer
 from tests.launch.small_run import back_to, command, here, metrics, write_config, ziggurat
 from train.checkpoint.checkpoint import Checkpoints
-from train.devices.mesh import on_one_device
+from train.devices.mesh import one_device_mesh
 from train.run.folder import Run
 from train.step.optimizer import make_optimizer
 from train.step.state import abstract_state
@@ -27,7 +27,7 @@ from train.weights.huggingface import exported_step
 def state_of(run: Path, step: int):
     """Everything in the newest checkpoint, which is of this step, and its progress."""
     config = Run(run).load_config()
-    with jax.set_mesh(on_one_device()):
+    with jax.set_mesh(one_device_mesh()):
         checkpoints = Checkpoints(run / "checkpoints")
         assert checkpoints.steps()[-1] == step
         found = checkpoints.restore(abstract_state(config, make_optimizer(config)))

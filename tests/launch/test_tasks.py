@@ -74,7 +74,7 @@ def test_tasks_have_the_figures_of_the_harnesss_own_adapter(finished: Path, task
 def test_answers_are_those_of_the_harnesss_own_adapter(finished: Path, tasks: Path):
     from lm_eval.api.instance import Instance
 
-    from train.devices.mesh import on_one_device
+    from train.devices.mesh import one_device_mesh
     from train.evaluation.harness import HarnessModel, silence_harness
 
     pairs = [
@@ -94,7 +94,7 @@ def test_answers_are_those_of_the_harnesss_own_adapter(finished: Path, tasks: Pa
                 found.append(getattr(model, ask)(requests))
         return found
 
-    with jax.set_mesh(on_one_device()):
+    with jax.set_mesh(one_device_mesh()):
         trained = load_trained(str(finished / "export"))
         model = HarnessModel(trained.config, trained.tokenizer, lambda: None)
         model.weights = trained.weights

@@ -14,7 +14,7 @@ import pytest
 
 from tests.small import small_batch, small_model
 from train.config.reading import make_config
-from train.devices.mesh import on_one_device
+from train.devices.mesh import one_device_mesh
 from train.step.optimizer import make_optimizer
 from train.step.state import make_state
 from train.step.step import make_train_step
@@ -27,7 +27,7 @@ def golden_run() -> list[dict[str, float]]:
     train = {"batch_size": 8, "num_steps": 10, "accumulation_steps": 2}
     config = make_config({"train": train, "optimizer": {"learning_rate": 1e-2}})
     config = dataclasses.replace(config, model=small_model(remat_policy="products"))
-    with jax.set_mesh(on_one_device()):
+    with jax.set_mesh(one_device_mesh()):
         optimizer = make_optimizer(config)
         state, step = make_state(config, optimizer), make_train_step(config, optimizer)
         metrics = []

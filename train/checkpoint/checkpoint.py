@@ -27,35 +27,35 @@ from orbax.checkpoint.checkpoint_utils import construct_restore_args
 from data.errors import InputError
 from model.parameters import Parameter
 from model.trees import flattened
-from train.checkpoint.checksum import DIGEST, check_digest, checksums, digest
-from train.checkpoint.reader import StoredWeights
-from train.checkpoint.trees import like, plain
+from train.checkpoint.checkpoint_reader import CheckpointReader
+from train.checkpoint.checksum import DIGEST_KEY, check_progress_digest, checksums, progress_digest
+from train.checkpoint.trees import restore_structure, to_plain_tree
 from train.config.config import CheckpointConfig
 from train.devices.processes import broadcast_json, on_first_process
-from train.run.storage import PathLike, is_remote, writing
+from train.run.storage import PathLike, is_remote, storage_errors
 from train.step.state import State
 
 log = logging.getLogger("ziggurat")
 # What the libraries raise where a file of a checkpoint is not as it was.
-DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OSError)
+DAMAGE_ERRORS = (ValueError, KeyError, TypeError, AttributeError, OSError)
 # Items of arrays.
-ARRAYS = ("weights", "optimizer", "average")
+ARRAY_ITEMS = ("weights", "optimizer", "average")
 # Those that are read for other uses than training.
-LAYERED = ("weights", "average")
+READ_BY_LAYER = ("weights", "average")
 # Where a layer of such an array has so many bytes on a device, it is stored on its own.
-OWN_CHUNK = 2**18
+LAYER_CHUNK_BYTES = 2**18
 
 
-def stored_as(item: str, tree: Any) -> Any:
+def save_arguments(item: str, tree: Any) -> Any:
     """How the arrays of an item lie on the disk: large weights of the blocks by layer, so that one is read alone.
 
     Of all others what a device holds is one chunk, which is read as a whole.
     """
 
     def of_array(path: tuple[Any, ...], array: jax.Array) -> ocp.SaveArgs:
-        stacked = item in LAYERED and path[0].key == "blocks"
+        stacked = item in READ_BY_LAYER and path[0].key == "blocks"
         layer = array.sharding.shard_shape(array.shape)[1:] if stacked else ()
-        return ocp.SaveArgs(shard_axes=(0,) if math.prod(layer) * array.dtype.itemsize >= OWN_CHUNK else ())
+        return ocp.SaveArgs(shard_axes=(0,) if math.prod(layer) * array.dtype.itemsize >= LAYER_CHUNK_BYTES else ())
 
     return jax.tree.map_with_path(of_array, tree)
 
@@ -92,7 +92,7 @@ class Checkpoints:
             enable_async_checkpointing=config is not None,
         )
         # Compression would make float32 a twelfth smaller, and a save take over half as long again.
-        arrays = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in ARRAYS}
+        arrays = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in ARRAY_ITEMS}
         items = {**arrays, "progress": ocp.JsonCheckpointHandler()}
         self.folder, self._newest = epath.Path(folder), 0
         place = self.folder if is_remote(folder) else self.folder.absolute()
@@ -119,11 +119,11 @@ class Checkpoints:
             StorageError: it cannot be written, or the one before could not.
         """
         step = int(state["step"])
-        items = {name: plain(tree) for name, tree in state.items() if name != "step"}
+        items = {name: to_plain_tree(tree) for name, tree in state.items() if name != "step"}
         sums = {name: jax.tree.map(int, checksums(tree)) for name, tree in items.items()}
-        arrays = {name: ocp.args.PyTreeSave(tree, save_args=stored_as(name, tree)) for name, tree in items.items()}
+        arrays = {name: ocp.args.PyTreeSave(tree, save_args=save_arguments(name, tree)) for name, tree in items.items()}
         noted = {**progress, "checksums": sums}
-        noted[DIGEST] = digest(noted)
+        noted[DIGEST_KEY] = progress_digest(noted)
         arguments = ocp.args.Composite(**arrays, progress=ocp.args.JsonSave(noted))
         self.wait()
         self._newest = step
@@ -137,7 +137,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def _writing(self) -> AbstractContextManager[None]:
-        return writing(f"the checkpoint of step {self._newest}", self.folder)
+        return storage_errors(f"the checkpoint of step {self._newest}", self.folder)
 
     def restore(self, abstract: State) -> tuple[State, dict[str, Any]] | None:
         """The newest undamaged checkpoint as (state, progress), or none where there is none at all.
@@ -179,7 +179,9 @@ class Checkpoints:
                 return candidate, next(iter(found[0].values()))
         raise InputError(f"{self.folder} holds no checkpoint that can be read")
 
-    def open_weights(self, parameters: Mapping[str, Parameter], step: int | None = None) -> tuple[int, StoredWeights]:
+    def open_weights(
+        self, parameters: Mapping[str, Parameter], step: int | None = None
+    ) -> tuple[int, CheckpointReader]:
         """(step, weights) as of `restore_weights`, to be read a layer at a time. One process alone may call it.
 
         Raises:
@@ -192,10 +194,10 @@ class Checkpoints:
             place = self.folder / str(candidate)
             try:
                 progress = json.loads((place / "progress" / "metadata").read_text())
-                check_digest(progress)
+                check_progress_digest(progress)
                 item = "average" if "average" in progress["checksums"] else "weights"
-                return candidate, StoredWeights(place / item, flattened(progress["checksums"][item]), parameters)
-            except DAMAGE as error:
+                return candidate, CheckpointReader(place / item, flattened(progress["checksums"][item]), parameters)
+            except DAMAGE_ERRORS as error:
                 log.warning("the checkpoint of step %d is damaged (%s); it is not used", candidate, error)
         raise InputError(f"{self.folder} holds no checkpoint that can be read")
 
@@ -205,7 +207,7 @@ class Checkpoints:
 
     def _state(self, step: int, abstract: State) -> tuple[State, dict[str, Any]] | None:
         """(state, progress) of one checkpoint; none, with a warning, where it is damaged."""
-        wanted = {name: plain(tree) for name, tree in abstract.items() if name != "step"}
+        wanted = {name: to_plain_tree(tree) for name, tree in abstract.items() if name != "step"}
 
         def wanted_of(has_average: bool) -> dict[str, Any]:
             return {name: tree for name, tree in wanted.items() if name != "average" or has_average}
@@ -220,7 +222,7 @@ class Checkpoints:
         if "average" not in wanted and "average" in progress["checksums"]:
             log.warning("train.ema_decay is 0: the average up to step %d ends there", step)
         count = jax.device_put(jnp.asarray(step, jnp.int32), abstract["step"].sharding)
-        return {"step": count} | {name: like(abstract[name], arrays[name]) for name in wanted}, progress
+        return {"step": count} | {name: restore_structure(abstract[name], arrays[name]) for name in wanted}, progress
 
     def _read(
         self, step: int, wanted: Callable[[bool], dict[str, Any]]
@@ -233,7 +235,7 @@ class Checkpoints:
         try:
             place = self._manager.directory / str(step)
             progress = self._reader.restore(place, ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
-            check_digest(progress)
+            check_progress_digest(progress)
             abstract = wanted("average" in progress["checksums"])
             arguments = {
                 name: ocp.args.PyTreeRestore(tree, restore_args=construct_restore_args(tree))
@@ -246,7 +248,7 @@ class Checkpoints:
             raise
         except Exception as error:
             # Where an array's bytes are damaged Orbax may raise a plain one.
-            if type(error) is not Exception and not isinstance(error, DAMAGE):
+            if type(error) is not Exception and not isinstance(error, DAMAGE_ERRORS):
                 raise
             # The libraries' own text goes on for kilobytes.
             cause = error.__cause__ or error

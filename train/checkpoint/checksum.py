@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 # Words that are summed up at once.
-WORDS = 2**18
-ODD = 2654435761
+WORDS_PER_BLOCK = 2**18
+ODD_FACTOR = 2654435761
 
 
-def checksum_of_part(part: np.ndarray, start: int) -> int:
+def partial_checksum(part: np.ndarray, start: int) -> int:
     """What consecutive elements add to the checksum of their array (see `train.checkpoint.checksum.checksums`).
 
     Args:
@@ -22,17 +22,17 @@ def checksum_of_part(part: np.ndarray, start: int) -> int:
         start: the place of the first in its array.
     """
     words = np.ascontiguousarray(part).reshape(-1).view({4: np.uint32, 2: np.uint16, 1: np.uint8}[part.dtype.itemsize])
-    places, total = np.arange(min(WORDS, words.size), dtype=np.uint32), 0
-    for first in range(0, words.size, WORDS):
-        block = words[first : first + WORDS].astype(np.uint32, copy=False)
+    places, total = np.arange(min(WORDS_PER_BLOCK, words.size), dtype=np.uint32), 0
+    for first in range(0, words.size, WORDS_PER_BLOCK):
+        block = words[first : first + WORDS_PER_BLOCK].astype(np.uint32, copy=False)
         # Both sums are modulo 2³², as the whole is.
         by_place = int(np.dot(places[: block.size], block))
         total += 2 * by_place + (2 * (start + first) + 1) * int(block.sum(dtype=np.uint32))
-    return total * ODD % 2**32
+    return total * ODD_FACTOR % 2**32
 
 
 # In a checkpoint's progress.
-DIGEST = "digest"
+DIGEST_KEY = "digest"
 
 
 @jax.jit
@@ -56,13 +56,13 @@ def checksums(tree: Any) -> Any:
     return jax.tree.map(of_array, tree)
 
 
-def digest(progress: Mapping[str, Any]) -> str:
+def progress_digest(progress: Mapping[str, Any]) -> str:
     """SHA-256 (hex) of all else in a checkpoint's progress."""
-    rest = json.loads(json.dumps({name: value for name, value in progress.items() if name != DIGEST}))
+    rest = json.loads(json.dumps({name: value for name, value in progress.items() if name != DIGEST_KEY}))
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def check_digest(progress: Mapping[str, Any]) -> None:
+def check_progress_digest(progress: Mapping[str, Any]) -> None:
     """ValueError where a checkpoint's progress is not what was saved. Those of version 0.5 have no digest."""
-    if progress.get(DIGEST, digest(progress)) != digest(progress):
+    if progress.get(DIGEST_KEY, progress_digest(progress)) != progress_digest(progress):
         raise ValueError("its progress is not what was saved")

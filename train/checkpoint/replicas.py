@@ -19,7 +19,7 @@ from data.errors import Fault
 from model.sharding import as_tuple
 from model.trees import flattened
 from train.checkpoint.checksum import checksums
-from train.checkpoint.trees import plain
+from train.checkpoint.trees import to_plain_tree
 from train.step.state import State
 
 
@@ -29,7 +29,7 @@ def check_replicas(state: State) -> None:
     Raises:
         Fault: they differ; it names the array and the devices.
     """
-    arrays = {name: x for name, x in flattened(plain(state)).items() if _axes_of_copies(x)}
+    arrays = {name: x for name, x in flattened(to_plain_tree(state)).items() if _axes_of_copies(x)}
     if not arrays:
         return
     shardings = [cast(NamedSharding, x.sharding) for x in arrays.values()]

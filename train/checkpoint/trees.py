@@ -4,22 +4,22 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def plain(tree: Any) -> Any:
+def to_plain_tree(tree: Any) -> Any:
     """Named tuples (Optax's states) as dictionaries by their fields' names; empty ones left out."""
     if isinstance(tree, tuple) and hasattr(tree, "_asdict"):
         tree = tree._asdict()
     if isinstance(tree, Mapping):
-        branches = {name: plain(branch) for name, branch in tree.items()}
+        branches = {name: to_plain_tree(branch) for name, branch in tree.items()}
         return {name: branch for name, branch in branches.items() if not isinstance(branch, dict) or branch}
     return tree
 
 
-def like(template: Any, tree: Any) -> Any:
-    """The inverse of `plain`: the values of `tree` in the containers of `template`."""
+def restore_structure(template: Any, tree: Any) -> Any:
+    """The inverse of `to_plain_tree`: the values of `tree` in the containers of `template`."""
     if isinstance(template, tuple) and hasattr(template, "_asdict"):
         fields = template._asdict()
-        return type(template)(**{name: like(fields[name], tree.get(name, {})) for name in fields})
+        return type(template)(**{name: restore_structure(fields[name], tree.get(name, {})) for name in fields})
     if isinstance(template, Mapping):
-        branches = {name: like(branch, tree.get(name, {})) for name, branch in template.items()}
+        branches = {name: restore_structure(branch, tree.get(name, {})) for name, branch in template.items()}
         return type(template)(branches)  # type: ignore[call-arg]
     return tree

@@ -87,7 +87,7 @@ def batch_sharding(mesh: Mesh, layout: Layout = TRAINING) -> NamedSharding:
     return NamedSharding(mesh, layout.spec("batch", None))
 
 
-def on_one_device() -> Mesh:
+def one_device_mesh() -> Mesh:
     """The mesh of a single device, for commands that need no more."""
     return explicit_mesh(np.array(jax.local_devices()[:1]).reshape((1,) * len(AXES)))
 

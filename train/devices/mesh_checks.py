@@ -9,15 +9,15 @@ from model.parameters import parameter_table
 from model.sharding import Layout, as_tuple
 from train.config.config import ResolvedConfig
 from train.config.run_config import MeshConfig
-from train.devices.rules import ARRAYS, AXES, RULES, training_layout
+from train.devices.rules import ACTIVATIONS, AXES, DEFAULT_RULES, training_layout
 
 
 def rule_problems(config: MeshConfig) -> list[str]:
     """What is wrong with `mesh.rules`: names that don't exist, and mesh axes that two axes of one array would share."""
     found = []
     for axis, mesh in config.rules.items():
-        if axis not in RULES:
-            found.append(f"mesh.rules: there is no logical axis {axis!r}; there are {', '.join(RULES)}")
+        if axis not in DEFAULT_RULES:
+            found.append(f"mesh.rules: there is no logical axis {axis!r}; there are {', '.join(DEFAULT_RULES)}")
         if not isinstance(mesh, list | tuple) or not all(isinstance(name, str) for name in mesh):
             found.append(f'mesh.rules.{axis} is {mesh!r}; it must be a list of mesh axes, as in ["fsdp"]')
             continue
@@ -27,7 +27,7 @@ def rule_problems(config: MeshConfig) -> list[str]:
     if found:
         return found
     layout = training_layout(config)
-    for axes in ARRAYS:
+    for axes in ACTIVATIONS:
         names = [name for axis in axes for name in as_tuple(layout.rules[axis])]
         for name in sorted({name for name in names if names.count(name) > 1}):
             sharing = " and ".join(f"{axis!r}" for axis in axes if name in layout.mesh_axes(axis))
@@ -50,7 +50,7 @@ def mesh_problems(config: ResolvedConfig, shape: tuple[int, ...]) -> list[str]:
     """What this model and batch cannot share over this mesh, one line each, naming field, axis and sizes that work."""
     size, layout = dict(zip(AXES, shape, strict=True)), training_layout(config.mesh)
     rows = config.train.batch_size // config.train.accumulation_steps
-    must_divide = partial(indivisible, layout, size)
+    must_divide = partial(divisibility_problems, layout, size)
     found = must_divide("train.batch_size / train.accumulation_steps", rows, "batch")
     if config.train.batch_ramp_start:
         # The later stages are multiples of it, and their parts of it or of a part of the full batch.
@@ -73,11 +73,11 @@ def weight_problems(config: ResolvedModelConfig, layout: Layout, size: Mapping[s
             if layout.mesh_axes(axis) and axis not in seen:
                 seen.add(axis)
                 name = f"model.{fields.get(axis, axis)}" + (" (padded)" if axis == "vocabulary" else "")
-                found += indivisible(layout, size, name, number, axis)
+                found += divisibility_problems(layout, size, name, number, axis)
     return found
 
 
-def indivisible(
+def divisibility_problems(
     layout: Layout, size: Mapping[str, int], name: str, number: int, axis: str, pieces: int = 1
 ) -> list[str]:
     """A line where the mesh axes that share a logical axis, in so many pieces each, do not divide a number."""

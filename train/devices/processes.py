@@ -43,8 +43,8 @@ def broadcast_json(make: Callable[[], Any]) -> Any:
     return all_gather_json(make() if jax.process_index() == 0 else None)[0]
 
 
-NAMES = ("ZIGGURAT_COORDINATOR", "ZIGGURAT_NUM_PROCESSES", "ZIGGURAT_PROCESS_ID")
-SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE", "SLURM_NODEID", "SLURM_PROCID",
+JOIN_VARIABLES = ("ZIGGURAT_COORDINATOR", "ZIGGURAT_NUM_PROCESSES", "ZIGGURAT_PROCESS_ID")
+SLURM_VARIABLES = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE", "SLURM_NODEID", "SLURM_PROCID",
          "SLURM_LOCALID")  # fmt: skip
 METADATA_SECONDS = 2.0
 # Hosts of a cluster come minutes apart, each with its image to load.
@@ -71,26 +71,26 @@ def how_to_join(environment: Mapping[str, str]) -> dict[str, Any] | None:
     Raises:
         InputError: variables that are missing or malformed.
     """
-    if any(environment.get(name) for name in NAMES):
-        return explicit(environment)
+    if any(environment.get(name) for name in JOIN_VARIABLES):
+        return join_by_variables(environment)
     # A batch script or an interactive shell inside an allocation has many tasks to give away, but is none of them.
-    if "SLURM_STEP_NUM_TASKS" in environment and whole(environment, "SLURM_STEP_NUM_TASKS") > 1:
-        return of_slurm(environment)
+    if "SLURM_STEP_NUM_TASKS" in environment and whole_number(environment, "SLURM_STEP_NUM_TASKS") > 1:
+        return join_slurm_step(environment)
     return {} if is_tpu_pod(environment) else None
 
 
-def explicit(environment: Mapping[str, str]) -> dict[str, Any]:
+def join_by_variables(environment: Mapping[str, str]) -> dict[str, Any]:
     """The three variables of NAMES: host:port of process 0, how many processes there are, and which this one is."""
-    if missing := [name for name in NAMES if not environment.get(name)]:
-        given = ", ".join(name for name in NAMES if environment.get(name))
+    if missing := [name for name in JOIN_VARIABLES if not environment.get(name)]:
+        given = ", ".join(name for name in JOIN_VARIABLES if environment.get(name))
         raise InputError(f"{', '.join(missing)}: not set, but {given}; the three go together")
-    if not re.fullmatch(r".+:\d+", environment[NAMES[0]]):
+    if not re.fullmatch(r".+:\d+", environment[JOIN_VARIABLES[0]]):
         raise InputError(f"{NAMES[0]}={environment[NAMES[0]]} must be the host and port of process 0, as in node1:8476")
-    number, process = (whole(environment, name) for name in NAMES[1:])
+    number, process = (whole_number(environment, name) for name in JOIN_VARIABLES[1:])
     if process >= number:
         raise InputError(f"{NAMES[2]}={process} must be less than {NAMES[1]}={number}")
     return {
-        "coordinator_address": environment[NAMES[0]],
+        "coordinator_address": environment[JOIN_VARIABLES[0]],
         "num_processes": number,
         "process_id": process,
         # Else JAX would look around for what it has not been given, and find this process in a Slurm job.
@@ -98,21 +98,21 @@ def explicit(environment: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def of_slurm(environment: Mapping[str, str]) -> dict[str, Any]:
+def join_slurm_step(environment: Mapping[str, str]) -> dict[str, Any]:
     """A task of an `srun` step. JAX itself finds process 0, on the first node of the step."""
-    if missing := [name for name in SLURM if not environment.get(name)]:
+    if missing := [name for name in SLURM_VARIABLES if not environment.get(name)]:
         raise InputError(f"{', '.join(missing)}: not set, but SLURM_STEP_NUM_TASKS; start processes with srun")
-    here = tasks_on_nodes(environment["SLURM_STEP_TASKS_PER_NODE"])[whole(environment, "SLURM_NODEID")]
+    here = tasks_on_nodes(environment["SLURM_STEP_TASKS_PER_NODE"])[whole_number(environment, "SLURM_NODEID")]
     return {
-        "num_processes": whole(environment, "SLURM_STEP_NUM_TASKS"),
-        "process_id": whole(environment, "SLURM_PROCID"),
+        "num_processes": whole_number(environment, "SLURM_STEP_NUM_TASKS"),
+        "process_id": whole_number(environment, "SLURM_PROCID"),
         # JAX would take one device a task, also of a task that has its node alone; an empty list: all that it sees.
-        "local_device_ids": share_of_gpus(environment, whole(environment, "SLURM_LOCALID"), here) or [],
+        "local_device_ids": share_of_gpus(environment, whole_number(environment, "SLURM_LOCALID"), here) or [],
         "cluster_detection_method": "slurm",
     }
 
 
-def whole(environment: Mapping[str, str], name: str) -> int:
+def whole_number(environment: Mapping[str, str], name: str) -> int:
     """A variable that is a whole number."""
     if not re.fullmatch(r"\d+", environment[name]):
         raise InputError(f"{name}={environment[name]} must be a whole number")
@@ -168,13 +168,15 @@ def is_tpu_pod(environment: Mapping[str, str]) -> bool:
     slices = environment.get("MEGASCALE_NUM_SLICES")
     if hosts is None and slices is None and "TPU_SKIP_MDS_QUERY" not in environment:
         server = environment.get("GCE_METADATA_IP", "metadata.google.internal")
-        hosts = metadata(server, "worker-network-endpoints")
-        found = re.search(r"^MEGASCALE_NUM_SLICES: '?(\d+)", metadata(server, "tpu-env") if hosts else "", re.M)
+        hosts = compute_engine_attribute(server, "worker-network-endpoints")
+        found = re.search(
+            r"^MEGASCALE_NUM_SLICES: '?(\d+)", compute_engine_attribute(server, "tpu-env") if hosts else "", re.M
+        )
         slices = found[1] if found else None
     return "," in (hosts or "") or (slices or "1") != "1"
 
 
-def metadata(server: str, key: str) -> str:
+def compute_engine_attribute(server: str, key: str) -> str:
     """What Compute Engine tells a machine of itself; empty where it has nothing to say, or this is no such machine."""
     url = f"http://{server}/computeMetadata/v1/instance/attributes/{key}"
     request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})

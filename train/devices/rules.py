@@ -7,7 +7,7 @@ AXES = ("slice", "data", "fsdp", "context", "tensor")
 # Logical axis → mesh axes. Weights are stored in shards of their model width and gathered for use, a layer at a time;
 # `tensor` shares heads, feed-forward width and vocabulary, and between them the residual stream's positions; `context`
 # shares the positions everywhere. Slices, whose links to each other are slow, and `data` have whole copies.
-RULES: dict[str, MeshAxes] = {
+DEFAULT_RULES: dict[str, MeshAxes] = {
     "batch": ("slice", "data", "fsdp"),
     "sequence": ("context", "tensor"),
     "time": ("context",),
@@ -18,11 +18,11 @@ RULES: dict[str, MeshAxes] = {
     "vocabulary": ("tensor",),
     "lookup": ("tensor",),
 }
-TRAINING = Layout(RULES)
+TRAINING = Layout(DEFAULT_RULES)
 # One sequence at a time on all devices: nothing to share over the batch or the positions.
-GENERATION = Layout(RULES | {"batch": None, "sequence": None, "time": None})
+GENERATION = Layout(DEFAULT_RULES | {"batch": None, "sequence": None, "time": None})
 # What the decoder makes, by its logical axes: in none of them may two axes be shared by the same mesh axis.
-ARRAYS = (
+ACTIVATIONS = (
     ("batch", "sequence"),
     ("batch", "time", "heads"),
     ("batch", "time", "kv_heads"),
@@ -33,4 +33,4 @@ ARRAYS = (
 
 def training_layout(config: MeshConfig) -> Layout:
     """The rules with what the config changes of them."""
-    return Layout(RULES | {axis: tuple(mesh) for axis, mesh in config.rules.items()})
+    return Layout(DEFAULT_RULES | {axis: tuple(mesh) for axis, mesh in config.rules.items()})

@@ -16,7 +16,7 @@ from model.kernels import choose_kernel
 from train.config.checks import config_problems
 from train.config.config import ResolvedConfig
 from train.devices.hardware import Chip
-from train.devices.mesh import make_mesh, mesh_shape, on_one_device
+from train.devices.mesh import make_mesh, mesh_shape, one_device_mesh
 from train.devices.mesh_checks import mesh_problems
 from train.devices.rules import AXES, training_layout
 from train.planning.estimate import Estimate, Machine, estimate
@@ -149,5 +149,5 @@ def _machine(config: ResolvedConfig, devices: Sequence[Any], chip: Chip, state: 
 
 def _state(config: ResolvedConfig) -> float:
     """Returns the bytes of the state for each byte of the weights, which all meshes share."""
-    sizes = argument_bytes(config, on_one_device())
+    sizes = argument_bytes(config, one_device_mesh())
     return (sum(sizes.values()) - sizes["batch"]) / sizes["weights"]

@@ -20,8 +20,8 @@ from typing import Any
 import jax
 
 from train.config.config import Config, to_json
-from train.run.goodput import Account
-from train.run.storage import writing
+from train.run.goodput import TimeAccount
+from train.run.storage import storage_errors
 
 log = logging.getLogger("ziggurat")
 PACKAGES = ("ziggurat", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "sentencepiece", "numpy")
@@ -42,7 +42,7 @@ class Events:
     """
 
     def __init__(self, path: Path | None, hook: str | None = None):
-        self.account = Account()
+        self.account = TimeAccount()
         self._path, self._hook = path, hook
         self._hooks: list[subprocess.Popen] = []
 
@@ -55,7 +55,7 @@ class Events:
             return
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         line = json.dumps({"time": now} | fields)
-        with writing("an event", self._path), self._path.open("a+b") as file:
+        with storage_errors("an event", self._path), self._path.open("a+b") as file:
             file.seek(max(file.tell() - 1, 0))
             torn = file.read(1) not in (b"", b"\n")  # by a kill
             file.write(("\n" * torn + line + "\n").encode())

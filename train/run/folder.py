@@ -9,8 +9,8 @@ from etils import epath
 
 from data.files.atomic import atomic_file
 from train.config.config import Config, to_json
-from train.run.name import CONFIG_FILE, read_config
-from train.run.storage import steps_in
+from train.run.run_name import CONFIG_FILE, read_config
+from train.run.storage import checkpoint_steps_in
 
 
 class HeldOutDocument(NamedTuple):
@@ -34,12 +34,12 @@ class Run:
     checkpoint_dir: str | None = None
 
     @classmethod
-    def of(cls, config: Config) -> "Run":
+    def from_config(cls, config: Config) -> "Run":
         """The run of these settings."""
         return cls(Path(config.train.run_dir).expanduser(), config.checkpoint.resolved().dir)
 
     @classmethod
-    def there(cls, folder: Path) -> tuple["Run", Config]:
+    def load(cls, folder: Path) -> tuple["Run", Config]:
         """A run that has begun, and its settings. InputError as `load_config`."""
         config = cls(folder).load_config()
         return cls(folder, config.checkpoint.dir), config
@@ -106,7 +106,7 @@ class Run:
 
     def last_step(self) -> int | None:
         """Of the newest complete checkpoint; none where there is none. That of imported weights is of step 0."""
-        return max(steps_in(self.checkpoints), default=None)
+        return max(checkpoint_steps_in(self.checkpoints), default=None)
 
     def save_config(self, config: Config) -> None:
         """Write config.json at once."""

@@ -15,7 +15,7 @@ KINDS = ("steps", "data", "evaluation", "checkpoint", "compile", "init")
 LOST, DOWN = "lost", "down"
 
 
-class Account:
+class TimeAccount:
     """Seconds of this start by KINDS. It begins with `init`."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
@@ -23,26 +23,26 @@ class Account:
         self._seconds = dict.fromkeys((*KINDS, LOST), 0.0)
         self._kept = 0.0
 
-    def turn_to(self, kind: str) -> None:
+    def switch_to(self, kind: str) -> None:
         """From now on it does this."""
         now = self._clock()
         self._seconds[self._kind] += now - self._since
         self._kind, self._since = kind, now
 
-    def keep(self) -> None:
+    def mark_saved(self) -> None:
         """The steps so far are saved."""
-        self.turn_to(self._kind)
+        self.switch_to(self._kind)
         self._kept = self._seconds["steps"]
 
-    def lose(self) -> None:
+    def discard_unsaved(self) -> None:
         """The steps since the last save are undone."""
-        self.turn_to(self._kind)
+        self.switch_to(self._kind)
         self._seconds[LOST] += self._seconds["steps"] - self._kept
         self._seconds["steps"] = self._kept
 
     def seconds(self) -> dict[str, float]:
         """So far, `lost` among them."""
-        self.turn_to(self._kind)
+        self.switch_to(self._kind)
         return {kind: round(seconds, 3) for kind, seconds in self._seconds.items()}
 
 

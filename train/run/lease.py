@@ -41,7 +41,7 @@ class Lease:
 
     def take(self, sleep: Callable[[float], None] = time.sleep) -> None:
         """Hold it from now on. InputError where its holder lives."""
-        found = read(self._path)
+        found = read_lease(self._path)
         self.last_beat = self._path.stat().st_mtime if found else None
         if found and not self._is_dead(found):
             who = f"process {found['pid']} on {found['host']}"
@@ -49,7 +49,7 @@ class Lease:
                      PATIENCE * BEAT_SECONDS)  # fmt: skip
             for _ in range(PATIENCE):
                 sleep(BEAT_SECONDS)
-                if (now := read(self._path)) and now != found:
+                if (now := read_lease(self._path)) and now != found:
                     raise InputError(
                         f"{self._path.parent} is being written to by {who}; end that one, or start another run with "
                         "--config.train.run_dir=FOLDER"
@@ -63,7 +63,7 @@ class Lease:
             return
         self._over.set()
         self._thread.join()
-        if self._is_ours(read(self._path)):
+        if self._is_ours(read_lease(self._path)):
             with suppress(OSError):  # A disk that has gone; the next start sees that this process is no more.
                 self._path.unlink()
 
@@ -82,7 +82,7 @@ class Lease:
     def _beat(self) -> None:
         beats = 0
         while not self._over.wait(BEAT_SECONDS):
-            found, beats = read(self._path), beats + 1
+            found, beats = read_lease(self._path), beats + 1
             if found and not self._is_ours(found):
                 who = f"process {found['pid']} on {found['host']}"
                 print(f"ziggurat: {who} has taken over {self._path.parent}: ended at once", file=sys.stderr, flush=True)
@@ -101,7 +101,7 @@ class Lease:
             partial.write_text(json.dumps(self._holder | {"beats": beats}) + "\n")
 
 
-def read(path: Path) -> dict[str, Any] | None:
+def read_lease(path: Path) -> dict[str, Any] | None:
     """The holder's entry; none where nobody holds it."""
     try:
         found: dict[str, Any] = json.loads(path.read_text())

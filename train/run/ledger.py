@@ -20,7 +20,7 @@ from data.errors import Fault, InputError
 from data.files.atomic import atomic_file
 from train.config.recovery_config import RecoveryConfig
 from train.devices.processes import broadcast_json, on_first_process
-from train.run.storage import writing
+from train.run.storage import storage_errors
 from train.step.spike_detector import Anomaly
 
 RETRY, SKIP = "retry", "skip"
@@ -64,7 +64,7 @@ class Ledger:
         """The number of the batch of a step, from 1."""
         return step + sum(count for before, count in self.skips.items() if before < step)
 
-    def saved(self) -> None:
+    def mark_saved(self) -> None:
         """A checkpoint has been made."""
         self._retries = 0
 
@@ -120,11 +120,11 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
 
 def write_ledger(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
     """All of it at once, on disk when this returns."""
-    with writing("what is left out", path), atomic_file(path) as partial:
+    with storage_errors("what is left out", path), atomic_file(path) as partial:
         partial.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
 
 
-def inherited(entries: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def inherited_entries(entries: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What a fork takes over of its parent's ledger: what is left out, which its own budget does not pay for."""
     batches = sorted(skipped_batches(entries))
     return (

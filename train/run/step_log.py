@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data.files.atomic import atomic_file
-from train.run.storage import writing
+from train.run.storage import storage_errors
 from train.run.trackers import Writer
 
 log = logging.getLogger("ziggurat")
@@ -30,7 +30,7 @@ class StepLog:
 
     def __init__(self, path: Path, step: int, writers: Sequence[Writer] = ()):
         self._path = path
-        kept = [line for line, record in read_steps(path) if record["step"] <= step]
+        kept = [line for line, record in read_step_log(path) if record["step"] <= step]
         with atomic_file(path) as partial:
             partial.write_text("".join(kept))
         self._file = path.open("a")
@@ -38,7 +38,7 @@ class StepLog:
 
     def write(self, record: dict[str, Any]) -> None:
         """One step's line."""
-        with writing("a line", self._path):
+        with storage_errors("a line", self._path):
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
         for writer in self._writers:
@@ -67,7 +67,7 @@ def scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield prefix + name, value
 
 
-def read_steps(path: Path) -> list[tuple[str, dict[str, Any]]]:
+def read_step_log(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """The complete (line, record) pairs of a `StepLog`, up to the first that is torn; none where there is no file."""
     records = []
     for line in path.read_text().splitlines(keepends=True) if path.exists() else []:

@@ -31,29 +31,29 @@ def is_remote(place: PathLike) -> bool:
     return remote.protocol(os.fspath(place)) != ""
 
 
-def steps_in(place: epath.Path) -> list[int]:
-    """Steps of the complete checkpoints, oldest first; none where there is no such folder. InputError as `asked`."""
-    return asked(place, lambda: sorted(checkpoint_steps(place)) if place.exists() else [])
+def checkpoint_steps_in(place: epath.Path) -> list[int]:
+    """Steps of the complete checkpoints, oldest first; none where there is no such folder. InputError as `with_input_errors`."""
+    return with_input_errors(place, lambda: sorted(checkpoint_steps(place)) if place.exists() else [])
 
 
 def check_writable(place: epath.Path) -> None:
     """InputError where checkpoints cannot be written there; a bucket is asked by a file that is removed again."""
     if is_remote(place):
         files, path = remote.filesystem(os.fspath(place))
-        asked(place, lambda: files.pipe_file(f"{path}/{PROBE}", b"."))
-        asked(place, lambda: files.rm_file(f"{path}/{PROBE}"))
+        with_input_errors(place, lambda: files.pipe_file(f"{path}/{PROBE}", b"."))
+        with_input_errors(place, lambda: files.rm_file(f"{path}/{PROBE}"))
         return
     if problem := why_not_writable(Path(place)):
         raise InputError(f"checkpoint.dir = {place}: {problem}; name another folder")
 
 
-def check_room(folder: PathLike, size: int) -> None:
+def check_free_space(folder: PathLike, size: int) -> None:
     """StorageError where the disk of a folder, which exists, has less room than so many bytes."""
     if (free := shutil.disk_usage(folder).free) < size:
         raise StorageError(f"{folder} has {free / 1e6:,.1f} MB free, and {size / 1e6:,.1f} MB are to be written")
 
 
-def asked(place: epath.Path, question: Callable[[], T]) -> T:
+def with_input_errors(place: epath.Path, question: Callable[[], T]) -> T:
     """What a file system answers. InputError where a bucket is not there, or says no."""
     if not is_remote(place):
         return question()
@@ -67,7 +67,7 @@ def asked(place: epath.Path, question: Callable[[], T]) -> T:
 
 
 @contextmanager
-def writing(what: str, place: PathLike) -> Iterator[None]:
+def storage_errors(what: str, place: PathLike) -> Iterator[None]:
     """StorageError where the file system of a place refuses what is written in here; other errors pass.
 
     Args:

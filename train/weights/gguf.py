@@ -18,7 +18,7 @@ from model import interchange
 from model.config import ResolvedModelConfig
 from model.interchange import gguf as layout
 from model.interchange.tensors import ParameterReader
-from train.run.storage import check_room
+from train.run.storage import check_free_space
 
 log = logging.getLogger("ziggurat")
 DTYPES = ("f32", "f16", "bf16", "q8_0")
@@ -80,7 +80,7 @@ def write_gguf(
 
     file = file.resolve()
     with atomic_file(file) as partial:
-        check_room(partial.parent, sum(sizes.values()))
+        check_free_space(partial.parent, sum(sizes.values()))
         writer = library.GGUFWriter(partial, architecture.name)
         try:
             _add(writer, {"general.type": "model", "general.name": file.stem, "general.file_type": FILE_TYPES[dtype]})

@@ -18,7 +18,7 @@ from data.tokenizer.tokenizer import MODEL_FILE, Tokenizer
 from model import interchange
 from model.config import ModelConfig, ResolvedModelConfig
 from model.interchange.tensors import ParameterReader
-from train.run.storage import check_room
+from train.run.storage import check_free_space
 from train.weights.safetensors_files import DTYPES, FILE, INDEX, TensorFiles, write_tensor_files
 
 # In config.json: how far the run was. What has it is an export.
@@ -74,7 +74,7 @@ def write_huggingface(folder: Path, weights: Weights, dtype: str = "float32", ca
     check_expressible(config)
     with atomic_folder(folder) as partial:
         shapes = interchange.shapes_of_theirs(config, context)
-        check_room(partial.parent, sum(map(math.prod, shapes.values())) * FLOATS[dtype].itemsize)
+        check_free_space(partial.parent, sum(map(math.prod, shapes.values())) * FLOATS[dtype].itemsize)
         bos_id, eos_id = tokenizer.bos_id, tokenizer.eos_id
         values = interchange.config_to_theirs(config, context, bos_id, eos_id, dtype) | {STEP: weights.step}
         (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")

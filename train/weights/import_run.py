@@ -13,7 +13,7 @@ from model.config import ModelConfig
 from train.checkpoint.checkpoint import Checkpoints
 from train.config.config import CheckpointConfig, Config
 from train.config.run_config import TrainConfig
-from train.devices.mesh import on_one_device
+from train.devices.mesh import one_device_mesh
 from train.run.folder import Run
 from train.weights.huggingface import Weights, in_memory, open_huggingface
 
@@ -46,7 +46,7 @@ def _write(weights: Weights, run: Run, to: Path) -> None:
     data, train = DataConfig(segment_length=weights.context), TrainConfig(run_dir=str(to))
     run.save_config(Config(model=model, data=data, train=train))
     copy_tokenizer(weights.tokenizer, run.tokenizer)
-    with jax.set_mesh(on_one_device()):
+    with jax.set_mesh(one_device_mesh()):
         checkpoints = Checkpoints(run.checkpoints, CheckpointConfig())
         arrays = jax.tree.map(jax.numpy.asarray, in_memory(weights))
         checkpoints.save({"step": 0, "weights": arrays}, {})

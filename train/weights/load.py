@@ -17,7 +17,7 @@ from train.config.config import Config, ResolvedConfig
 from train.config.run_config import MeshConfig
 from train.devices.mesh import check_sharing
 from train.run.folder import Run
-from train.run.name import split_name
+from train.run.run_name import split_name
 from train.step.optimizer import make_optimizer
 from train.step.state import abstract_state
 from train.weights.huggingface import Weights, in_memory, is_export, open_huggingface, write_huggingface
@@ -91,12 +91,12 @@ def open_weights(where: str) -> Weights:
 def run_of(where: str) -> Run | None:
     """The run of a RUN or RUN@STEP; none: they are exported weights."""
     folder, _ = split_name(where)
-    return None if is_export(folder) else Run.there(folder)[0]
+    return None if is_export(folder) else Run.load(folder)[0]
 
 
 def saved_run(folder: Path) -> tuple[Run, ResolvedConfig, Tokenizer]:
     """(run, resolved settings for its use after training, tokenizer) of a run that has a checkpoint."""
-    run, config = Run.there(folder)
+    run, config = Run.load(folder)
     if run.last_step() is None:
         raise InputError(f"{folder} has no checkpoint yet; let its `ziggurat pretrain` go on to the first one")
     tokenizer = load_tokenizer(run.tokenizer)

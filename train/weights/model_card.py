@@ -7,7 +7,7 @@ from model import interchange
 from model.parameters import count_parameters
 from train.run.events import read_events
 from train.run.folder import Run
-from train.run.step_log import read_steps
+from train.run.step_log import read_step_log
 from train.step.schedule import batch_size
 from train.weights.huggingface import Weights
 
@@ -69,7 +69,7 @@ def _training(run: Run, step: int) -> dict[str, Any]:
     config = run.load_config()
     starts = [event for event in read_events(run.events) if event["event"] == "start"]
     tokens = sum(batch_size(config, s) for s in range(step)) * config.data.segment_length
-    records = [record for _, record in read_steps(run.metrics) if record["step"] == step]
+    records = [record for _, record in read_step_log(run.metrics) if record["step"] == step]
     corpus = config.data.corpus
     facts = {
         "training": f"{step:,} steps, {tokens:,} tokens, padding included",

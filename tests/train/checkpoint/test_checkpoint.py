@@ -13,7 +13,7 @@ from data.errors import InputError
 from tests.small import mesh_of, small_batch, small_model
 from train.checkpoint.checkpoint import Checkpoints
 from train.checkpoint.checksum import checksums
-from train.checkpoint.trees import like, plain
+from train.checkpoint.trees import restore_structure, to_plain_tree
 from train.config.checkpoint_config import CheckpointConfig
 from train.config.config import Config
 from train.config.reading import make_config
@@ -302,7 +302,7 @@ def test_an_average_begins_with_the_weights_and_ends_where_it_is_not_wanted(
 def test_named_tuples_become_dictionaries_and_back():
     with jax.set_mesh(mesh_of()):
         state = abstract_state(CONFIG, OPTIMIZER)["optimizer"]
-    as_dictionaries = plain(state)
+    as_dictionaries = to_plain_tree(state)
     assert set(as_dictionaries) == {"adam", "schedule"}
     assert set(as_dictionaries["adam"]) == {"count", "mu", "nu"}
-    assert jax.tree.structure(like(state, as_dictionaries)) == jax.tree.structure(state)
+    assert jax.tree.structure(restore_structure(state, as_dictionaries)) == jax.tree.structure(state)

@@ -6,7 +6,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from data.errors import InputError
-from train.devices.processes import explicit, how_to_join, is_tpu_pod, share_of_gpus, tasks_on_nodes
+from train.devices.processes import how_to_join, is_tpu_pod, join_by_variables, share_of_gpus, tasks_on_nodes
 
 EXPLICIT = {"ZIGGURAT_COORDINATOR": "node1:8476", "ZIGGURAT_NUM_PROCESSES": "4", "ZIGGURAT_PROCESS_ID": "3"}
 # As Slurm 22.05 sets them: two nodes, two tasks a node, the third task. The batch script has the first part alone.
@@ -45,7 +45,7 @@ def test_what_the_launcher_says_goes_before_all_else():
 )
 def test_what_is_wrong_with_a_variable_is_said_by_its_name(wrong: dict, words: str):
     with pytest.raises(InputError, match=words):
-        explicit(EXPLICIT | wrong)
+        join_by_variables(EXPLICIT | wrong)
 
 
 def test_only_a_task_of_a_step_with_more_than_one_waits_for_others():

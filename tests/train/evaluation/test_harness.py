@@ -12,7 +12,7 @@ from tests.data.stand_in import ByteTokenizer
 from tests.peers import require
 from tests.small import mesh_of, small_model
 from train.config.reading import make_config
-from train.devices.mesh import on_one_device
+from train.devices.mesh import one_device_mesh
 from train.devices.rules import TRAINING
 from train.step.optimizer import make_optimizer
 from train.step.state import make_state
@@ -61,7 +61,7 @@ def test_scores_are_those_of_the_logits_on_every_mesh():
     pairs = [(random_tokens[i : i + 1 + i % 15], random_tokens[-1 - i % 9 :]) for i in range(24)]
     # More than a segment, of which the newest T and one are read; and a continuation that is longer than one.
     pairs += [(random_tokens[:40], random_tokens[60:65]), (random_tokens[:3], random_tokens[100:170])]
-    with jax.set_mesh(on_one_device()):
+    with jax.set_mesh(one_device_mesh()):
         weights = adapter().weights
         greedy = random_tokens[:5]
         for _ in range(4):
@@ -90,7 +90,7 @@ def test_scores_are_those_of_the_logits_on_every_mesh():
 
 
 def test_a_continuation_ends_before_its_first_stop_string():
-    with jax.set_mesh(on_one_device()):
+    with jax.set_mesh(one_device_mesh()):
         model = adapter()
         whole = model.continued(["some words"], {"until": [], "max_gen_toks": 12})[0]
         assert 0 < len(whole) <= 12
@@ -104,7 +104,7 @@ def test_a_continuation_ends_before_its_first_stop_string():
 
 
 def test_what_stands_before_a_text_is_never_scored():
-    with jax.set_mesh(on_one_device()):
+    with jax.set_mesh(one_device_mesh()):
         model = adapter()
         before = [model.tokenizer.bos_id]
         assert model.pair("", "") == (before, [])

@@ -9,7 +9,7 @@ import pytest
 from tests.data.stand_in import ByteTokenizer
 from tests.small import mesh_of, small_model
 from train.config.reading import make_config
-from train.devices.mesh import on_one_device
+from train.devices.mesh import one_device_mesh
 from train.evaluation.held_out import evaluate, gzip_bits_per_byte, make_evaluation_step
 from train.evaluation.results import combine, evaluation_metrics
 from train.run.folder import HeldOutDocument
@@ -38,7 +38,7 @@ def config_for(**data: object):
 
 @pytest.mark.parametrize("mask", [True, False])
 def test_figures_are_over_all_tokens_ends_included_and_all_bytes(mask: bool):
-    found = evaluation(config_for(document_mask=mask), on_one_device())
+    found = evaluation(config_for(document_mask=mask), one_device_mesh())
     size = sum(len(text.text.encode()) for text in TEXTS)
     assert (found.bytes, found.documents, found.tokens) == (size, 4, size + 4)
     assert found.loss == pytest.approx(math.log(300), abs=0.7)
@@ -48,7 +48,7 @@ def test_figures_are_over_all_tokens_ends_included_and_all_bytes(mask: bool):
 
 
 def test_several_corpora_have_figures_of_their_own_and_in_all():
-    config, mesh = config_for(), on_one_device()
+    config, mesh = config_for(), one_device_mesh()
     several = [text._replace(corpus="a" if i % 2 else "b") for i, text in enumerate(TEXTS)]
     found = evaluations(config, mesh, several)
     assert list(found) == ["b", "a"]
@@ -65,7 +65,7 @@ def test_several_corpora_have_figures_of_their_own_and_in_all():
 
 
 def test_a_prompt_is_seen_and_not_counted():
-    config, mesh = config_for(segment_length=64), on_one_device()
+    config, mesh = config_for(segment_length=64), one_device_mesh()
     found = evaluation(config, mesh, [HeldOutDocument("an answer", prompt="a question? ")])
     assert (found.tokens, found.bytes) == (len("an answer") + 1, len("an answer"))
     whole, prompt = (
@@ -77,11 +77,11 @@ def test_a_prompt_is_seen_and_not_counted():
 
 
 def test_a_mesh_and_the_batch_size_change_nothing():
-    one = evaluation(config_for(), on_one_device())
+    one = evaluation(config_for(), one_device_mesh())
     mesh = mesh_of(fsdp=4, tensor=2)
     assert evaluation(config_for(), mesh).loss == pytest.approx(one.loss, rel=1e-6)
     small = dataclasses.replace(config_for(), train=dataclasses.replace(config_for().train, batch_size=2))
-    assert evaluation(small, on_one_device()).loss == pytest.approx(one.loss, rel=1e-6)
+    assert evaluation(small, one_device_mesh()).loss == pytest.approx(one.loss, rel=1e-6)
 
 
 def test_gzip_compresses_document_by_document():

@@ -2,7 +2,7 @@
 
 import datetime
 
-from train.run.goodput import Account, goodput, shares
+from train.run.goodput import TimeAccount, goodput, shares
 
 
 def event(at: float, name: str, **fields: object) -> dict:
@@ -12,10 +12,10 @@ def event(at: float, name: str, **fields: object) -> dict:
 
 def test_an_account_gives_every_second_to_one_kind():
     now = 100.0
-    account = Account(lambda: now)
+    account = TimeAccount(lambda: now)
     for kind, seconds in (("compile", 3.0), ("data", 5.0), ("steps", 1.0), ("data", 10.0), ("steps", 2.0)):
         now += seconds
-        account.turn_to(kind)
+        account.switch_to(kind)
     now += 20.0
     assert account.seconds() == {
         "steps": 30.0, "data": 3.0, "evaluation": 0.0, "checkpoint": 0.0, "compile": 5.0, "init": 3.0,
@@ -26,17 +26,17 @@ def test_an_account_gives_every_second_to_one_kind():
 
 def test_steps_that_a_rollback_undoes_are_lost():
     now = 0.0
-    account = Account(lambda: now)
-    account.turn_to("steps")
+    account = TimeAccount(lambda: now)
+    account.switch_to("steps")
     now += 7.0
-    account.keep()
+    account.mark_saved()
     now += 5.0
-    account.turn_to("checkpoint")
-    account.lose()
+    account.switch_to("checkpoint")
+    account.discard_unsaved()
     now += 1.0
-    account.turn_to("steps")
+    account.switch_to("steps")
     now += 2.0
-    account.lose()
+    account.discard_unsaved()
     found = account.seconds()
     assert (found["steps"], found["lost"], found["checkpoint"]) == (7.0, 7.0, 1.0)
 

@@ -13,7 +13,7 @@ import pytest
 import train.run.lease
 from data.errors import InputError
 from tests.launch.small_run import ROOT
-from train.run.lease import Lease, read
+from train.run.lease import Lease, read_lease
 
 
 def entry(path: Path, **changes: object) -> None:
@@ -26,11 +26,11 @@ def test_it_is_held_shows_that_it_lives_and_is_let_go(tmp_path: Path, monkeypatc
     lease.release()
     lease.take()
     assert lease.last_beat is None
-    first = read(tmp_path / "lease.json")
+    first = read_lease(tmp_path / "lease.json")
     deadline = time.monotonic() + 10
-    while read(tmp_path / "lease.json") == first and time.monotonic() < deadline:
+    while read_lease(tmp_path / "lease.json") == first and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert read(tmp_path / "lease.json")["beats"] > first["beats"]
+    assert read_lease(tmp_path / "lease.json")["beats"] > first["beats"]
     lease.release()
     assert list(tmp_path.iterdir()) == []
 
@@ -49,10 +49,10 @@ def test_a_full_disk_does_not_end_it(tmp_path: Path, monkeypatch, caplog):
 
     monkeypatch.setattr(lease, "_write", refuse_once)
     assert refused.wait(10)
-    first, deadline = read(tmp_path / "lease.json"), time.monotonic() + 10
-    while read(tmp_path / "lease.json") == first and time.monotonic() < deadline:
+    first, deadline = read_lease(tmp_path / "lease.json"), time.monotonic() + 10
+    while read_lease(tmp_path / "lease.json") == first and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert read(tmp_path / "lease.json")["beats"] > first["beats"]
+    assert read_lease(tmp_path / "lease.json")["beats"] > first["beats"]
     assert "No space left on device" in caplog.text
     lease.release()
 
@@ -70,7 +70,7 @@ def test_a_holder_elsewhere_that_lives_keeps_it(tmp_path: Path):
     with pytest.raises(InputError, match="is being written to by process 1 on elsewhere"):
         Lease(path).take(sleep)
     assert len(slept) == 2
-    assert read(path)["host"] == "elsewhere"
+    assert read_lease(path)["host"] == "elsewhere"
 
 
 def test_one_elsewhere_that_gives_no_sign_of_life_loses_it(tmp_path: Path):
@@ -81,7 +81,7 @@ def test_one_elsewhere_that_gives_no_sign_of_life_loses_it(tmp_path: Path):
     lease.take(slept.append)
     assert len(slept) == train.run.lease.PATIENCE
     assert lease.last_beat == pytest.approx(time.time(), abs=60)
-    assert read(path)["host"] != "elsewhere"
+    assert read_lease(path)["host"] != "elsewhere"
     lease.release()
 
 
@@ -125,4 +125,4 @@ def test_a_holder_that_finds_another_in_its_place_ends_at_once(tmp_path: Path):
     entry(path)
     assert process.wait(20) == 1
     assert "process 1 on elsewhere has taken over" in process.stderr.read()
-    assert read(path)["host"] == "elsewhere"
+    assert read_lease(path)["host"] == "elsewhere"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from data.errors import Fault, InputError
 from train.config.recovery_config import RecoveryConfig
-from train.run.ledger import MOST_RETRIES, Ledger, inherited, read_ledger, write_ledger
+from train.run.ledger import MOST_RETRIES, Ledger, inherited_entries, read_ledger, write_ledger
 from train.step.spike_detector import LEAST_LOSSES, Anomaly, SpikeDetector
 
 
@@ -99,7 +99,7 @@ def test_a_batch_is_tried_again_once_then_left_out_until_the_budget_is_spent(tmp
     assert "recovery.max_skipped_batches" in str(caught.value)
     assert [entry["action"] for entry in read_ledger(path)] == ["retry", "retry", "skip", "skip", "retry"]
     # What a fork takes over of it is no burden on its own budget.
-    write_ledger(path, inherited(read_ledger(path)))
+    write_ledger(path, inherited_entries(read_ledger(path)))
     fork = Ledger(path, config, 0)
     assert fork.skipped == [7, 9]
     assert [fork.decide(anomaly, 4) for _ in range(2)] == ["retry", "skip"]
@@ -137,7 +137,7 @@ def test_a_device_that_fails_anew_each_time_ends_the_start(tmp_path: Path):
         assert ledger.decide(Anomaly(step, "loss is nan"), 0) == "retry"
     with pytest.raises(Fault, match="10 other steps have stood out since step 0 was saved"):
         ledger.decide(Anomaly(50, "loss is nan"), 0)
-    ledger.saved()
+    ledger.mark_saved()
     assert ledger.decide(Anomaly(51, "loss is nan"), 50) == "retry"
 
 

@@ -12,12 +12,12 @@ from model.decoder import Decoder
 from tests.small import small_batch, small_model, small_weights
 from train.display import Display, Rate
 from train.run.goodput import duration
-from train.run.step_log import StepLog, read_steps
+from train.run.step_log import StepLog, read_step_log
 from train.step.flops import flops_per_token, memory_bytes, peak_flops
 
 
 def steps(path: Path) -> list[int]:
-    return [record["step"] for _, record in read_steps(path)]
+    return [record["step"] for _, record in read_step_log(path)]
 
 
 def test_after_a_restart_each_step_stands_once_and_a_torn_line_is_dropped(tmp_path: Path):

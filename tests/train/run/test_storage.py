@@ -17,7 +17,7 @@ from data.errors import InputError, StorageError
 from tests.peers import require
 from train.run.events import Events
 from train.run.step_log import StepLog
-from train.run.storage import check_writable, steps_in, writing
+from train.run.storage import check_writable, checkpoint_steps_in, storage_errors
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def files_up_to(size: int) -> Iterator[None]:
     ],
 )
 def test_what_a_file_system_refuses_is_one_line(error: Exception, words: str, tmp_path: Path):
-    with pytest.raises(StorageError) as caught, writing("the thing", tmp_path / "there"):
+    with pytest.raises(StorageError) as caught, storage_errors("the thing", tmp_path / "there"):
         raise error
     text = str(caught.value)
     assert text.startswith(f"the thing cannot be written to {tmp_path / 'there'}: {words}")
@@ -49,14 +49,14 @@ def test_what_a_file_system_refuses_is_one_line(error: Exception, words: str, tm
 
 
 def test_free_room_is_named_and_what_a_bucket_says_is_passed_on(tmp_path: Path):
-    with pytest.raises(StorageError, match=r"MB free"), writing("it", tmp_path):
+    with pytest.raises(StorageError, match=r"MB free"), storage_errors("it", tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
-    with pytest.raises(StorageError, match="gs://a/b: KeyError: 'quota'"), writing("it", "gs://a/b"):
+    with pytest.raises(StorageError, match="gs://a/b: KeyError: 'quota'"), storage_errors("it", "gs://a/b"):
         raise KeyError("quota")
 
 
 def test_another_error_stays_what_it_is(tmp_path: Path):
-    with pytest.raises(ValueError, match="shapes"), writing("it", tmp_path):
+    with pytest.raises(ValueError, match="shapes"), storage_errors("it", tmp_path):
         raise ValueError("shapes do not fit")
 
 
@@ -81,7 +81,7 @@ def test_a_place_under_a_file_cannot_be_written_to_and_one_that_is_not_there_is_
     with pytest.raises(InputError, match="file is a file; name another folder"):
         check_writable(epath.Path(tmp_path / "file" / "checkpoints"))
     check_writable(epath.Path(tmp_path / "none" / "checkpoints"))
-    assert steps_in(epath.Path(tmp_path / "none")) == []
+    assert checkpoint_steps_in(epath.Path(tmp_path / "none")) == []
     assert not (tmp_path / "none").exists()
 
 

@@ -11,7 +11,7 @@ from tests import theirs
 from tests.peers import require
 from tests.small import small_batch, small_weights
 from train.config.reading import make_config
-from train.devices.mesh import on_one_device
+from train.devices.mesh import one_device_mesh
 from train.step.optimizer import make_optimizer
 from train.step.step import make_train_step, summed_loss
 
@@ -41,7 +41,7 @@ def test_the_loss_and_every_gradient_are_those_of_transformers(name: str):
     expected = torch_loss(model, batch)
     expected.backward()
 
-    with jax.set_mesh(on_one_device()):
+    with jax.set_mesh(one_device_mesh()):
         gradient = jax.jit(jax.value_and_grad(lambda weights: summed_loss(config, weights, batch)[0] / 64))
         loss, gradients = gradient(weights)
     assert float(loss) == pytest.approx(expected.item(), rel=1e-5)
@@ -85,7 +85,7 @@ def test_twenty_steps_follow_torchs_adamw_with_clipping_decay_mask_and_schedule(
         expected.append(loss.item())
 
     found = []
-    with jax.set_mesh(on_one_device()):
+    with jax.set_mesh(one_device_mesh()):
         optimizer = make_optimizer(config)
         state = {"step": np.int32(0), "weights": weights, "optimizer": optimizer.init(weights)}
         train_step = make_train_step(config, optimizer)

@@ -14,7 +14,7 @@ from tests.small import mesh_of, small_batch, small_model
 from train.checkpoint.checkpoint import Checkpoints
 from train.config.config import CheckpointConfig, Config
 from train.config.reading import make_config
-from train.devices.mesh import batch_sharding, on_one_device
+from train.devices.mesh import batch_sharding, one_device_mesh
 from train.devices.rules import TRAINING
 from train.step.muon import newton_schulz
 from train.step.optimizer import make_optimizer
@@ -236,7 +236,7 @@ def learn(config: Config, steps: int, shape: dict[str, int] | None = None):
 @pytest.mark.parametrize("name", RATES)
 def test_each_learns_a_batch_by_heart_and_stores_moments_as_told(name: str, dtype: str):
     config = config_for(name, moment_dtype=dtype)
-    with jax.set_mesh(on_one_device()):
+    with jax.set_mesh(one_device_mesh()):
         state, loss = learn(config, 60)
     assert loss < 2.0
     moments = [x for x in jax.tree.leaves(state["optimizer"]) if x.ndim]
@@ -267,7 +267,7 @@ def test_a_checkpoint_keeps_every_bit_of_each_state(name: str, tmp_path):
 
 def test_states_are_as_small_as_their_papers_say():
     def size(name: str, **changes: object) -> float:
-        with jax.set_mesh(on_one_device()):
+        with jax.set_mesh(one_device_mesh()):
             config = config_for(name, **changes)
             state = abstract_state(config, make_optimizer(config))
         bytes_of = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
@@ -282,7 +282,7 @@ def test_states_are_as_small_as_their_papers_say():
 
 def test_weight_decay_follows_the_table():
     config = config_for("lion", weight_decay=DECAY)
-    with jax.set_mesh(on_one_device()):
+    with jax.set_mesh(one_device_mesh()):
         optimizer = make_optimizer(config)
         state = make_state(config, optimizer)
         weights = state["weights"]

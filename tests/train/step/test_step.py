@@ -12,7 +12,7 @@ from model.trees import flattened
 from tests.small import small_batch, small_model
 from train.config.config import Config
 from train.config.reading import make_config
-from train.devices.mesh import batch_sharding, on_one_device
+from train.devices.mesh import batch_sharding, one_device_mesh
 from train.step.optimizer import make_optimizer
 from train.step.schedule import batch_size
 from train.step.state import make_state
@@ -25,7 +25,7 @@ def config_for(optimizer: dict | None = None, **train: object) -> Config:
 
 
 def run(config: Config, steps: int = 2):
-    with jax.set_mesh(on_one_device()):
+    with jax.set_mesh(one_device_mesh()):
         optimizer = make_optimizer(config)
         state, step = make_state(config, optimizer), make_train_step(config, optimizer)
         metrics = {}
@@ -50,7 +50,7 @@ def test_a_ramp_has_one_program_a_stage_and_its_parts_change_nothing_but_memory(
 
     def losses(**train: object):
         config = config_for(**ramp, **train)
-        with jax.set_mesh(on_one_device()), jax.log_compiles():
+        with jax.set_mesh(one_device_mesh()), jax.log_compiles():
             optimizer = make_optimizer(config)
             state, programs = make_state(config, optimizer), StepPrograms(config, optimizer)
             found = []
@@ -72,7 +72,7 @@ def test_a_ramp_has_one_program_a_stage_and_its_parts_change_nothing_but_memory(
 def test_a_batch_or_a_part_may_be_a_single_row():
     for rows, parts in ((1, 1), (2, 2)):
         config = config_for(batch_size=rows, accumulation_steps=parts)
-        with jax.set_mesh(on_one_device()):
+        with jax.set_mesh(one_device_mesh()):
             optimizer = make_optimizer(config)
             batch = jax.device_put(small_batch(rows), batch_sharding(jax.sharding.get_mesh()))
             _, metrics = make_train_step(config, optimizer)(make_state(config, optimizer), batch)
@@ -81,7 +81,7 @@ def test_a_batch_or_a_part_may_be_a_single_row():
 
 def test_the_loss_is_the_weighted_mean_of_cross_entropy_in_nats():
     config, batch = config_for(), small_batch()
-    with jax.set_mesh(on_one_device()):
+    with jax.set_mesh(one_device_mesh()):
         optimizer = make_optimizer(config)
         state = make_state(config, optimizer)
         one, _ = summed_loss(config, state["weights"], batch)
@@ -96,7 +96,7 @@ def test_the_loss_is_the_weighted_mean_of_cross_entropy_in_nats():
 def test_smoothing_and_z_loss_are_minimized_but_the_loss_stays_cross_entropy():
     plain, batch = config_for(), small_batch()
     smoothed = dataclasses.replace(plain, model=small_model(label_smoothing=0.2, z_loss=0.1))
-    with jax.set_mesh(on_one_device()):
+    with jax.set_mesh(one_device_mesh()):
         weights = make_state(plain, make_optimizer(plain))["weights"]
         same, cross_entropy = summed_loss(plain, weights, batch)
         objective, reported = summed_loss(smoothed, weights, batch)
@@ -111,7 +111,7 @@ def test_smoothing_and_z_loss_are_minimized_but_the_loss_stays_cross_entropy():
 
 def test_every_step_drops_anew_and_the_same_again_and_evaluation_drops_nothing():
     config = dataclasses.replace(config_for({"learning_rate": 0.0}), model=small_model(residual_dropout=0.3))
-    with jax.set_mesh(on_one_device()):
+    with jax.set_mesh(one_device_mesh()):
         optimizer = make_optimizer(config)
         step, losses = make_train_step(config, optimizer), []
         for _ in range(2):
@@ -127,7 +127,7 @@ def test_every_step_drops_anew_and_the_same_again_and_evaluation_drops_nothing()
 def test_an_update_is_adamw_with_clipping_and_decay_of_matrices_alone():
     config = config_for({"clip_norm": 0.1, "weight_decay": 0.5, "warmup_steps": 0, "learning_rate": 0.01})
     batch = small_batch()
-    with jax.set_mesh(on_one_device()):
+    with jax.set_mesh(one_device_mesh()):
         optimizer = make_optimizer(config)
         state = make_state(config, optimizer)
         before = jax.device_get(state["weights"])
@@ -151,7 +151,7 @@ def test_the_average_of_the_weights_forgets_fast_at_first_and_changes_no_step():
     config = config_for({"learning_rate": 1e-2}, ema_decay=0.25)
     plain, plain_metrics = run(config_for({"learning_rate": 1e-2}), steps=4)
     assert "average" not in plain
-    with jax.set_mesh(on_one_device()):
+    with jax.set_mesh(one_device_mesh()):
         optimizer = make_optimizer(config)
         state, step = make_state(config, optimizer), make_train_step(config, optimizer)
         expected = jax.device_get(state["weights"])
@@ -168,7 +168,7 @@ def test_the_average_of_the_weights_forgets_fast_at_first_and_changes_no_step():
 
 def test_a_model_learns_a_batch_by_heart():
     config = config_for({"learning_rate": 1e-2, "warmup_steps": 0})
-    with jax.set_mesh(on_one_device()):
+    with jax.set_mesh(one_device_mesh()):
         optimizer = make_optimizer(config)
         state, step = make_state(config, optimizer), make_train_step(config, optimizer)
         for _ in range(50):

@@ -13,7 +13,7 @@ from model.trees import flattened
 from tests.small import mesh_of, small_batch, small_model
 from train.config.config import Config
 from train.config.reading import make_config
-from train.devices.mesh import batch_sharding, on_one_device
+from train.devices.mesh import batch_sharding, one_device_mesh
 from train.step.optimizer import make_optimizer
 from train.step.state import make_state
 from train.step.step import StepPrograms, make_train_step
@@ -38,11 +38,11 @@ def one_step(config: Config, watches: bool, mesh: Mesh):
 
 @pytest.fixture(scope="module")
 def watched():
-    return one_step(config_for(), True, on_one_device())
+    return one_step(config_for(), True, one_device_mesh())
 
 
 def test_the_ordinary_step_is_the_same_program_with_and_without():
-    with jax.set_mesh(on_one_device()):
+    with jax.set_mesh(one_device_mesh()):
         texts = []
         for config in (config_for(), config_for(watch_every_steps=5)):
             optimizer = make_optimizer(config)
@@ -55,7 +55,7 @@ def test_the_ordinary_step_is_the_same_program_with_and_without():
 
 def test_steps_that_watch_are_those_that_the_number_divides():
     config = config_for(watch_every_steps=3)
-    with jax.set_mesh(on_one_device()):
+    with jax.set_mesh(one_device_mesh()):
         optimizer = make_optimizer(config)
         state, programs, found = make_state(config, optimizer), StepPrograms(config, optimizer), []
         for step in range(1, 8):
@@ -65,7 +65,7 @@ def test_steps_that_watch_are_those_that_the_number_divides():
 
 
 def test_a_watching_step_trains_as_the_ordinary_one_does(watched):
-    _, expected, metrics = one_step(config_for(), False, on_one_device())
+    _, expected, metrics = one_step(config_for(), False, one_device_mesh())
     _, weights, with_watch = watched
     assert with_watch.keys() == metrics.keys() | {"watch"}
     for name, expected_metric in metrics.items():

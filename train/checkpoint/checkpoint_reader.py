@@ -10,14 +10,14 @@ from etils import epath
 
 from data.errors import InputError
 from model.parameters import Parameter
-from train.checkpoint.checksum import checksum_of_part
+from train.checkpoint.checksum import partial_checksum
 from train.run.storage import is_remote
 
 # Of an array whose layers are stored together the bytes that are kept for the next layer.
-KEPT = 2**28
+CACHE_BYTES = 2**28
 
 
-class StoredWeights:
+class CheckpointReader:
     """A `Reader` of one checkpoint's weights. An array is checked as soon as all of it has been read.
 
     Args:
@@ -30,7 +30,7 @@ class StoredWeights:
         self.place, self.parameters, self._expected = place, parameters, sums
         self._sums = dict.fromkeys(parameters, 0)
         self._left = {name: set(range(p.shape[0]) if "layers" in p.axes else [None]) for name, p in parameters.items()}
-        self._keeping = tensorstore.Context({"cache_pool": {"total_bytes_limit": KEPT}})
+        self._keeping = tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
         self._arrays: dict[str, Any] = {}
 
     def __call__(self, name: str, layer: int | None) -> np.ndarray:
@@ -46,7 +46,7 @@ class StoredWeights:
             raise self._damaged(name, str(error).splitlines()[0][:160]) from None
         if layer in self._left[name]:
             self._left[name].remove(layer)
-            self._sums[name] += checksum_of_part(array, (layer or 0) * array.size)
+            self._sums[name] += partial_checksum(array, (layer or 0) * array.size)
             if not self._left[name] and self._sums[name] % 2**32 != self._expected.get(name):
                 raise self._damaged(name, "its bits are not those that were saved")
         return array

@@ -16,10 +16,10 @@ from data.errors import InputError
 from model.parameters import Parameter
 from model.trees import flattened
 from train.checkpoint.checkpoint import Checkpoints
-from train.checkpoint.checksum import checksum_of_part, checksums
-from train.checkpoint.reader import StoredWeights
+from train.checkpoint.checkpoint_reader import CheckpointReader
+from train.checkpoint.checksum import checksums, partial_checksum
 from train.config.config import CheckpointConfig
-from train.devices.mesh import on_one_device
+from train.devices.mesh import one_device_mesh
 
 LAYERS, WIDTH = 6, 512
 TABLE = {
@@ -41,7 +41,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.
     folder, random = tmp_path_factory.mktemp("stored"), np.random.default_rng(0)
     flat = {name: random.normal(size=p.shape).astype(np.float32) for name, p in TABLE.items()}
     blocks = {"norm": {"scale": flat["blocks.norm.scale"]}, "up": flat["blocks.up"]}
-    with jax.set_mesh(on_one_device()):
+    with jax.set_mesh(one_device_mesh()):
         weights = jax.tree.map(jnp.asarray, {"embedding": {"table": flat["embedding.table"]}, "blocks": blocks})
         checkpoints = Checkpoints(folder, CheckpointConfig())
         checkpoints.save({"step": jnp.int32(0), "weights": weights}, {})
@@ -50,7 +50,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.
     return folder, flat
 
 
-def opened(folder: Path) -> StoredWeights:
+def opened(folder: Path) -> CheckpointReader:
     checkpoints = Checkpoints(folder)
     step, weights = checkpoints.open_weights(TABLE)
     checkpoints.close()
@@ -62,11 +62,11 @@ def opened(folder: Path) -> StoredWeights:
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_checksum_is_the_sum_of_its_parts(shape: tuple[int, ...], dtype: jnp.dtype):
     array = np.random.default_rng(0).normal(size=shape).astype(dtype)
-    with jax.set_mesh(on_one_device()):
+    with jax.set_mesh(one_device_mesh()):
         whole = int(checksums(jnp.asarray(array)))
     flat = array.reshape(-1)
     cuts = [0, *sorted({1, flat.size // 3, flat.size})]
-    parts = [checksum_of_part(flat[a:b], a) for a, b in itertools.pairwise(cuts)]
+    parts = [partial_checksum(flat[a:b], a) for a, b in itertools.pairwise(cuts)]
     assert sum(parts) % 2**32 == whole
 
 
@@ -114,4 +114,4 @@ def test_a_config_of_another_shape_is_told(saved):
     other = TABLE | {"embedding.table": Parameter({"vocabulary": 128, "model": 8}, (), "embedding")}
     sums = flattened(json.loads((folder / "0" / "progress" / "metadata").read_text())["checksums"]["weights"])
     with pytest.raises(InputError, match="it has the shape \\(256, 8\\); the config says \\(128, 8\\)"):
-        StoredWeights(epath.Path(folder / "0" / "weights"), sums, other)("embedding.table", None)
+        CheckpointReader(epath.Path(folder / "0" / "weights"), sums, other)("embedding.table", None)
