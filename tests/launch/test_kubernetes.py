@@ -15,7 +15,7 @@ from launch.commands import parse
 from launch.kubernetes import manifest, tpus_per_host
 from tests.launch.small_run import here
 from tests.peers import require
-from train.devices.processes import how_to_join
+from train.devices.processes import join_arguments
 
 GPUS = ["--topology=h100:4x8", "--image=me/ziggurat:1", "--volume=training:/runs", "--node-selector=gpu=h100"]
 TPUS = ["--topology=v6e:4x4", "--slices=2", "--image=me/ziggurat:1", "--volume=training:/runs"]
@@ -73,7 +73,7 @@ def test_pods_with_gpus_are_told_who_they_are():
     assert told.pop("ZIGGURAT_PROCESS_ID") == index
     # JobSet's name of the first pod of its first job, in the network that has the JobSet's own name.
     assert told["ZIGGURAT_COORDINATOR"] == "llama-2-a-train-0-0.llama-2-a:8476"
-    joining = how_to_join(told | {"ZIGGURAT_PROCESS_ID": "3"})
+    joining = join_arguments(told | {"ZIGGURAT_PROCESS_ID": "3"})
     assert joining is not None
     assert joining["num_processes"] == 4
 

@@ -1,7 +1,4 @@
-"""The processes of a run find each other by what the environment tells: `ziggurat launch`, Slurm, or a TPU pod.
-
-JAX is imported as they join and not before: a launcher, which forks, shares out GPUs by the same rule.
-"""
+"""The processes of a run: collectives between hosts, and how they join by `ziggurat launch`, Slurm or a TPU pod."""
 
 import json
 import os
@@ -19,7 +16,7 @@ from data.errors import InputError
 
 
 def on_first_process(action: Callable[[], Any]) -> None:
-    """Process 0 does it; the others wait until it is done."""
+    """Runs an action on process 0; a barrier makes the others wait until it is done."""
     if jax.process_index() == 0:
         action()
     if jax.process_count() > 1:
@@ -27,7 +24,7 @@ def on_first_process(action: Callable[[], Any]) -> None:
 
 
 def all_gather_json(value: Any) -> list[Any]:
-    """The values of all processes, which JSON can hold, by process; all call it together."""
+    """All-gathers JSON values; returns them by process. All processes call it together."""
     if jax.process_count() == 1:
         return [value]
     mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -39,7 +36,7 @@ def all_gather_json(value: Any) -> list[Any]:
 
 
 def broadcast_json(make: Callable[[], Any]) -> Any:
-    """A value that JSON can hold, made by process 0 for all."""
+    """Broadcasts a JSON value that process 0 makes. All processes call it together."""
     return all_gather_json(make() if jax.process_index() == 0 else None)[0]
 
 
@@ -47,94 +44,97 @@ JOIN_VARIABLES = ("ZIGGURAT_COORDINATOR", "ZIGGURAT_NUM_PROCESSES", "ZIGGURAT_PR
 SLURM_VARIABLES = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE", "SLURM_NODEID", "SLURM_PROCID",
          "SLURM_LOCALID")  # fmt: skip
 METADATA_SECONDS = 2.0
-# Hosts of a cluster come minutes apart, each with its image to load.
+# Hosts of a cluster join minutes apart, because each loads its image.
 JOIN_SECONDS = 900
 
 
 def join_processes() -> None:
-    """Connect to the other processes of this run, where there are any. InputError where what is told cannot be."""
-    joining = how_to_join(os.environ)
+    """Connects to the other processes of this run, if there are any.
+
+    Raises:
+        InputError: variables of the environment are missing or malformed.
+    """
+    joining = join_arguments(os.environ)
     if joining is None:
         return
-    import jax
-
-    # It would take SIGTERM as a notice of preemption, which nothing here acts on: the process would not end.
+    # Otherwise JAX takes SIGTERM as a notice of preemption, which nothing acts on, and the process does not end.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(**joining, initialization_timeout=JOIN_SECONDS)
 
 
-def how_to_join(environment: Mapping[str, str]) -> dict[str, Any] | None:
-    """What `jax.distributed.initialize` takes; none: this process is alone.
+def join_arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
+    """Returns the arguments of `jax.distributed.initialize`, or None if this process is alone.
 
     Variables of this project come first, then those of a Slurm step, then a TPU pod.
 
     Raises:
-        InputError: variables that are missing or malformed.
+        InputError: variables are missing or malformed.
     """
     if any(environment.get(name) for name in JOIN_VARIABLES):
-        return join_by_variables(environment)
-    # A batch script or an interactive shell inside an allocation has many tasks to give away, but is none of them.
+        return explicit_join(environment)
+    # A batch script or an interactive shell inside an allocation can start many tasks, but is none of them.
     if "SLURM_STEP_NUM_TASKS" in environment and whole_number(environment, "SLURM_STEP_NUM_TASKS") > 1:
-        return join_slurm_step(environment)
+        return slurm_join(environment)
     return {} if is_tpu_pod(environment) else None
 
 
-def join_by_variables(environment: Mapping[str, str]) -> dict[str, Any]:
-    """The three variables of NAMES: host:port of process 0, how many processes there are, and which this one is."""
+def explicit_join(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the join arguments of JOIN_VARIABLES: host:port of process 0, number of processes, and own number."""
     if missing := [name for name in JOIN_VARIABLES if not environment.get(name)]:
         given = ", ".join(name for name in JOIN_VARIABLES if environment.get(name))
         raise InputError(f"{', '.join(missing)}: not set, but {given}; the three go together")
-    if not re.fullmatch(r".+:\d+", environment[JOIN_VARIABLES[0]]):
-        raise InputError(f"{NAMES[0]}={environment[NAMES[0]]} must be the host and port of process 0, as in node1:8476")
-    number, process = (whole_number(environment, name) for name in JOIN_VARIABLES[1:])
+    address, num_processes, process_id = JOIN_VARIABLES
+    if not re.fullmatch(r".+:\d+", environment[address]):
+        raise InputError(f"{address}={environment[address]} must be the host and port of process 0, as in node1:8476")
+    number, process = whole_number(environment, num_processes), whole_number(environment, process_id)
     if process >= number:
-        raise InputError(f"{NAMES[2]}={process} must be less than {NAMES[1]}={number}")
+        raise InputError(f"{process_id}={process} must be less than {num_processes}={number}")
     return {
-        "coordinator_address": environment[JOIN_VARIABLES[0]],
+        "coordinator_address": environment[address],
         "num_processes": number,
         "process_id": process,
-        # Else JAX would look around for what it has not been given, and find this process in a Slurm job.
+        # Otherwise JAX looks for missing arguments itself, and may find this process in a Slurm job.
         "cluster_detection_method": "deactivate",
     }
 
 
-def join_slurm_step(environment: Mapping[str, str]) -> dict[str, Any]:
-    """A task of an `srun` step. JAX itself finds process 0, on the first node of the step."""
+def slurm_join(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the join arguments of a task of an `srun` step. JAX itself finds process 0, on the first node."""
     if missing := [name for name in SLURM_VARIABLES if not environment.get(name)]:
         raise InputError(f"{', '.join(missing)}: not set, but SLURM_STEP_NUM_TASKS; start processes with srun")
-    here = tasks_on_nodes(environment["SLURM_STEP_TASKS_PER_NODE"])[whole_number(environment, "SLURM_NODEID")]
+    num_tasks = tasks_on_nodes(environment["SLURM_STEP_TASKS_PER_NODE"])[whole_number(environment, "SLURM_NODEID")]
     return {
         "num_processes": whole_number(environment, "SLURM_STEP_NUM_TASKS"),
         "process_id": whole_number(environment, "SLURM_PROCID"),
-        # JAX would take one device a task, also of a task that has its node alone; an empty list: all that it sees.
-        "local_device_ids": share_of_gpus(environment, whole_number(environment, "SLURM_LOCALID"), here) or [],
+        # By default JAX takes one device a task, even if the task has its node alone. An empty list means all devices.
+        "local_device_ids": share_of_gpus(environment, whole_number(environment, "SLURM_LOCALID"), num_tasks) or [],
         "cluster_detection_method": "slurm",
     }
 
 
 def whole_number(environment: Mapping[str, str], name: str) -> int:
-    """A variable that is a whole number."""
+    """Returns a variable that must be a whole number."""
     if not re.fullmatch(r"\d+", environment[name]):
         raise InputError(f"{name}={environment[name]} must be a whole number")
     return int(environment[name])
 
 
 def tasks_on_nodes(text: str) -> list[int]:
-    """Slurm's short form: "2(x3),1" → [2, 2, 2, 1]."""
+    """Expands Slurm's short form: "2(x3),1" → [2, 2, 2, 1]."""
     parts = (re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in text.split(","))
     return [int(part[1]) for part in parts if part for _ in range(int(part[2] or 1))]
 
 
 def share_of_gpus(environment: Mapping[str, str], process: int, processes: int) -> list[int] | None:
-    """Which of a machine's NVIDIA GPUs one of its processes takes; none: all that it sees.
+    """Returns which of a machine's NVIDIA GPUs one of its processes takes, or None for all that it sees.
 
     Args:
-        environment: CUDA_VISIBLE_DEVICES says what is seen, SLURM_GPUS_ON_NODE what all processes of the node see.
-        process: its number among those of this machine.
-        processes: of this machine.
+        environment: CUDA_VISIBLE_DEVICES names the visible GPUs, SLURM_GPUS_ON_NODE counts all of the node.
+        process: its number among the processes of this machine.
+        processes: how many there are on this machine.
 
     Raises:
-        InputError: they cannot be shared evenly.
+        InputError: the GPUs cannot be shared evenly.
     """
     seen = gpus_seen(environment)
     if processes == 1 or not seen or environment.get("JAX_PLATFORMS") == "cpu":
@@ -142,14 +142,14 @@ def share_of_gpus(environment: Mapping[str, str], process: int, processes: int) 
     if seen < int(environment.get("SLURM_GPUS_ON_NODE", seen)):
         return None  # Slurm has shown each task only its own.
     if seen % processes:
-        raise InputError(f"{processes} processes cannot share the {seen} GPUs of a machine evenly; start as many as "
-                         f"divide {seen}, or show them other GPUs by CUDA_VISIBLE_DEVICES")  # fmt: skip
+        raise InputError(f"{processes} processes cannot share the {seen} GPUs of a machine evenly; start a number that "
+                         f"divides {seen}, or make other GPUs visible by CUDA_VISIBLE_DEVICES")  # fmt: skip
     each = seen // processes
     return [*range(process * each, (process + 1) * each)]
 
 
 def gpus_seen(environment: Mapping[str, str]) -> int:
-    """How many NVIDIA GPUs a process here sees."""
+    """Counts the NVIDIA GPUs that a process on this machine sees."""
     shown = environment.get("CUDA_VISIBLE_DEVICES")
     if shown is not None:
         return len([name for name in shown.split(",") if name.strip() not in ("", "-1", "NoDevFiles")])
@@ -157,9 +157,9 @@ def gpus_seen(environment: Mapping[str, str]) -> int:
 
 
 def is_tpu_pod(environment: Mapping[str, str]) -> bool:
-    """Whether this is one of several hosts with TPUs, as Google's Kubernetes or Compute Engine tell.
+    """Returns True if this is one of several hosts with TPUs, by Google's Kubernetes or Compute Engine.
 
-    JAX finds the rest. It has set TPU_SKIP_MDS_QUERY where the machine has no TPU.
+    JAX finds the rest. It has set TPU_SKIP_MDS_QUERY if the machine has no TPU.
     """
     platforms = environment.get("JAX_PLATFORMS", "")
     if platforms and "tpu" not in platforms:
@@ -169,15 +169,14 @@ def is_tpu_pod(environment: Mapping[str, str]) -> bool:
     if hosts is None and slices is None and "TPU_SKIP_MDS_QUERY" not in environment:
         server = environment.get("GCE_METADATA_IP", "metadata.google.internal")
         hosts = compute_engine_attribute(server, "worker-network-endpoints")
-        found = re.search(
-            r"^MEGASCALE_NUM_SLICES: '?(\d+)", compute_engine_attribute(server, "tpu-env") if hosts else "", re.M
-        )
-        slices = found[1] if found else None
+        attributes = compute_engine_attribute(server, "tpu-env") if hosts else ""
+        match = re.search(r"^MEGASCALE_NUM_SLICES: '?(\d+)", attributes, re.M)
+        slices = match[1] if match else None
     return "," in (hosts or "") or (slices or "1") != "1"
 
 
 def compute_engine_attribute(server: str, key: str) -> str:
-    """What Compute Engine tells a machine of itself; empty where it has nothing to say, or this is no such machine."""
+    """Reads an attribute from Compute Engine's metadata server; empty if there is no such attribute or server."""
     url = f"http://{server}/computeMetadata/v1/instance/attributes/{key}"
     request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
     try:

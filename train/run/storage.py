@@ -32,7 +32,11 @@ def is_remote(place: PathLike) -> bool:
 
 
 def checkpoint_steps_in(place: epath.Path) -> list[int]:
-    """Steps of the complete checkpoints, oldest first; none where there is no such folder. InputError as `with_input_errors`."""
+    """Returns the steps of the complete checkpoints, oldest first; none if there is no such folder.
+
+    Raises:
+        InputError: as `with_input_errors`.
+    """
     return with_input_errors(place, lambda: sorted(checkpoint_steps(place)) if place.exists() else [])
 
 

@@ -148,7 +148,9 @@ def test_ours_is_chosen_where_it_is_and_theirs_beside_another_sentencepiece_mode
     (foreign / "tokenizer.model").write_bytes(ANOTHER)
     assert isinstance(load_tokenizer(foreign), HuggingFaceTokenizer)
     (foreign / "tokenizer.json").unlink()
-    with pytest.raises(InputError, match=r"tokenizer\.model is damaged, or not made by `ziggurat tokenize`.*next to it"):
+    with pytest.raises(
+        InputError, match=r"tokenizer\.model is damaged, or not made by `ziggurat tokenize`.*next to it"
+    ):
         load_tokenizer(foreign)
 
 

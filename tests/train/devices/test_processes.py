@@ -6,7 +6,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from data.errors import InputError
-from train.devices.processes import how_to_join, is_tpu_pod, join_by_variables, share_of_gpus, tasks_on_nodes
+from train.devices.processes import explicit_join, is_tpu_pod, join_arguments, share_of_gpus, tasks_on_nodes
 
 EXPLICIT = {"ZIGGURAT_COORDINATOR": "node1:8476", "ZIGGURAT_NUM_PROCESSES": "4", "ZIGGURAT_PROCESS_ID": "3"}
 # As Slurm 22.05 sets them: two nodes, two tasks a node, the third task. The batch script has the first part alone.
@@ -21,12 +21,12 @@ STEP = BATCH | {
 
 
 def test_a_process_that_nothing_is_said_of_is_alone():
-    assert how_to_join({"TPU_SKIP_MDS_QUERY": "1"}) is None
-    assert how_to_join({"JAX_PLATFORMS": "cpu", "TPU_WORKER_HOSTNAMES": "a,b"}) is None
+    assert join_arguments({"TPU_SKIP_MDS_QUERY": "1"}) is None
+    assert join_arguments({"JAX_PLATFORMS": "cpu", "TPU_WORKER_HOSTNAMES": "a,b"}) is None
 
 
 def test_what_the_launcher_says_goes_before_all_else():
-    joining = how_to_join(STEP | EXPLICIT)
+    joining = join_arguments(STEP | EXPLICIT)
     assert joining == {
         "coordinator_address": "node1:8476", "num_processes": 4, "process_id": 3,
         "cluster_detection_method": "deactivate",
@@ -45,21 +45,21 @@ def test_what_the_launcher_says_goes_before_all_else():
 )
 def test_what_is_wrong_with_a_variable_is_said_by_its_name(wrong: dict, words: str):
     with pytest.raises(InputError, match=words):
-        join_by_variables(EXPLICIT | wrong)
+        explicit_join(EXPLICIT | wrong)
 
 
 def test_only_a_task_of_a_step_with_more_than_one_waits_for_others():
-    assert how_to_join(BATCH) is None
+    assert join_arguments(BATCH) is None
     # A shell in an allocation (salloc), or `srun --pty bash`.
-    assert how_to_join(BATCH | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}) is None
-    assert how_to_join(STEP) == {
+    assert join_arguments(BATCH | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}) is None
+    assert join_arguments(STEP) == {
         "num_processes": 4, "process_id": 2, "local_device_ids": [], "cluster_detection_method": "slurm",
     }  # fmt: skip
     for name in ("SLURM_PROCID", "SLURM_STEP_NODELIST"):
         with pytest.raises(InputError, match=f"{name}: not set, but SLURM_STEP_NUM_TASKS"):
-            how_to_join({key: value for key, value in STEP.items() if key != name})
+            join_arguments({key: value for key, value in STEP.items() if key != name})
     with pytest.raises(InputError, match="SLURM_STEP_NUM_TASKS=many must be a whole number"):
-        how_to_join(STEP | {"SLURM_STEP_NUM_TASKS": "many"})
+        join_arguments(STEP | {"SLURM_STEP_NUM_TASKS": "many"})
 
 
 def test_slurms_short_form_is_understood():
@@ -71,7 +71,7 @@ def test_tasks_of_a_node_share_its_gpus_and_one_alone_has_them_all():
     shown = {"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_GPUS_ON_NODE": "4"}
 
     def devices(of: dict, local: int = 0) -> list[int]:
-        joining = how_to_join(STEP | of | {"SLURM_LOCALID": str(local)})
+        joining = join_arguments(STEP | of | {"SLURM_LOCALID": str(local)})
         assert joining is not None
         return joining["local_device_ids"]
 
