@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from data import formats
-from data.corpus import stable_hash
+from data.corpus import Corpus, stable_hash
 from data.files.ranges import READ_TOTALS
 from data.mixture import MixedStream, Mixture, corpus_field
 from data.segmenter import DocumentPairs, SegmentPart, concatenate, make_pairs, pack
@@ -105,55 +105,51 @@ def summarize(
         "bytes_per_token"; "utilization", the share of positions with a token in rows of the sample; and "epochs" that
         the run will read. A long .txt counts as several documents.
     """
-    found = []
+    summaries = []
     for k, source in enumerate(mixture.sources):
-        corpus, config = source.corpus, source.config
-        documents: list[DocumentPairs] = []
-        size = stored = 0
-        for chunk in sorted(corpus.chunks, key=lambda c: stable_hash("summary", seed, c.file, c.begin)):
-            if size >= SAMPLE_BYTES:
-                break
-            splits, before = (
-                formats.format_and_compression(corpus.files[chunk.file].name) in SPLITS,
-                READ_TOTALS["bytes"],
-            )
-            for document in corpus.documents(chunk):
-                prompt, tokens = tokenizer.encode(document.prompt), tokenizer.encode(document.text)
-                documents.append(
-                    make_pairs(
-                        np.concatenate([prompt, tokens]),
-                        tokenizer.bos_id,
-                        tokenizer.eos_id,
-                        document.ends,
-                        prompt_length=len(prompt),
-                    )
-                )
-                size += len((document.prompt + document.text).encode())
-                if size >= SAMPLE_BYTES and not splits:
-                    break
-            stored += chunk.end - chunk.begin if splits else READ_TOTALS["bytes"] - before
+        config = source.config
+        documents, size, stored = _sample(source.corpus, tokenizer, seed)
         pairs = sum(len(document.inputs) for document in documents)
-        rows = (
-            pack(documents, config)
-            if config.segmentation == "pack"
-            else [parts for parts, _ in concatenate(documents, config)]
-        )
-        whole = sum(chunk.end - chunk.begin for chunk in corpus.chunks) / max(stored, 1)
-        drawn = sum(tokens * mixture.shares(step)[k] for step, tokens in enumerate(tokens_of_steps)) / sum(
-            mixture.shares(0)
-        )
-        used = pairs / max(len(rows) * config.segment_length, 1)
-        found.append(
+        if config.segmentation == "pack":
+            rows = pack(documents, config)
+        else:
+            rows = [parts for parts, _ in concatenate(documents, config)]
+        scale = sum(chunk.end - chunk.begin for chunk in source.corpus.chunks) / max(stored, 1)
+        tokens_drawn = sum(tokens * mixture.shares(step)[k] for step, tokens in enumerate(tokens_of_steps))
+        utilization = pairs / max(len(rows) * config.segment_length, 1)
+        summaries.append(
             {
-                "corpus": f"{corpus_field(source.name)}: {corpus.describe()}",
+                "corpus": f"{corpus_field(source.name)}: {source.corpus.describe()}",
                 "sampled_documents": len(documents),
                 "sampled_bytes": size,
-                "documents": round(len(documents) * whole),
-                "bytes": round(size * whole),
-                "tokens": round(pairs * whole),
+                "documents": round(len(documents) * scale),
+                "bytes": round(size * scale),
+                "tokens": round(pairs * scale),
                 "bytes_per_token": size / max(pairs, 1),
-                "utilization": used,
-                "epochs": drawn * used / max(pairs * whole, 1),
+                "utilization": utilization,
+                "epochs": tokens_drawn / sum(mixture.shares(0)) * utilization / max(pairs * scale, 1),
             }
         )
-    return found
+    return summaries
+
+
+def _sample(corpus: Corpus, tokenizer: Tokenizer, seed: int) -> tuple[list[DocumentPairs], int, int]:
+    """Reads a sample of a corpus: (documents, UTF-8 bytes of their text, stored bytes that were read)."""
+    documents: list[DocumentPairs] = []
+    size = 0
+    stored = 0
+    for chunk in sorted(corpus.chunks, key=lambda c: stable_hash("summary", seed, c.file, c.begin)):
+        if size >= SAMPLE_BYTES:
+            break
+        splits = formats.format_and_compression(corpus.files[chunk.file].name) in SPLITS
+        before = READ_TOTALS["bytes"]
+        for document in corpus.documents(chunk):
+            prompt = tokenizer.encode(document.prompt)
+            tokens = np.concatenate([prompt, tokenizer.encode(document.text)])
+            bos_id, eos_id = tokenizer.bos_id, tokenizer.eos_id
+            documents.append(make_pairs(tokens, bos_id, eos_id, document.ends, prompt_length=len(prompt)))
+            size += len((document.prompt + document.text).encode())
+            if size >= SAMPLE_BYTES and not splits:
+                break
+        stored += chunk.end - chunk.begin if splits else READ_TOTALS["bytes"] - before
+    return documents, size, stored

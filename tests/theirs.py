@@ -47,13 +47,13 @@ FIXED = ("positions_embed.weight", "attn.c_attn.bias", "attn.c_proj.bias")
 def build(name: str) -> Any:
     """Transformers' model of this name."""
     transformers = require("transformers")
-    values = interchange.config_to_theirs(MODELS[name], CONTEXT, bos_id=0, eos_id=0)
+    values = interchange.export_config(MODELS[name], CONTEXT, bos_id=0, eos_id=0)
     return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**values))
 
 
 def tensors(name: str, weights: Any) -> dict[str, np.ndarray]:
     """Nested weights, or their gradients, under Transformers' names and in its layouts."""
-    return dict(interchange.to_theirs(MODELS[name], CONTEXT, interchange.reader_of(weights)))
+    return dict(interchange.export_tensors(MODELS[name], CONTEXT, interchange.reader_of(weights)))
 
 
 def load(name: str, weights: Any) -> tuple[Any, dict[str, Any]]:

@@ -1,6 +1,6 @@
-"""Google's first Gemma in Transformers: a Llama whose embeddings are scaled by √D and whose norms multiply by 1 + w.
+"""Google's first Gemma in Transformers: a Llama with embeddings scaled by √D and norms that multiply by 1 + w.
 
-A norm's w is ours less one, which loses the last bits of values below 0.5: less than 1e-7 of each.
+Its w is our scale minus one, which loses the last bits of values below 0.5: less than 1e-7 of each.
 """
 
 from collections.abc import Mapping
@@ -8,35 +8,35 @@ from typing import Any
 
 from model.config import ResolvedModelConfig
 from model.interchange import llama
+from model.interchange.config_keys import ALSO
 from model.interchange.family import Family
-from model.interchange.settings import ALSO
 
-# In its files "gelu" means the approximation, too, so the exact one has no name.
-ACTIVATIONS = {name: theirs for name, theirs in llama.ACTIVATIONS.items() if name != "gelu"}
+# In its files "gelu" also means the approximation, so the exact activation has no name.
+ACTIVATIONS = {name: hf_name for name, hf_name in llama.ACTIVATIONS.items() if name != "gelu"}
 ACTIVATION = llama.ACTIVATION._replace(
     default=ACTIVATIONS["gelu_tanh"], names=ACTIVATIONS, also={**ALSO, "gelu": "gelu_tanh"}
 )
-# Where some versions of Transformers look for it.
-OLDER = ACTIVATION._replace(theirs="hidden_activation")
+# The key that some versions of Transformers read.
+OLDER = ACTIVATION._replace(key="hidden_activation")
 
 
-def to_theirs(config: ResolvedModelConfig) -> dict[str, Any]:
-    """The activation under both names, and no token that pads: by default it is the first."""
-    return llama.rotary(config) | {OLDER.theirs: OLDER.written(config.activation), "pad_token_id": None}
+def more_to_huggingface(config: ResolvedModelConfig) -> dict[str, Any]:
+    """Returns the activation under both names, and no padding token, which would otherwise be the first token."""
+    return llama.rotary(config) | {OLDER.key: OLDER.written(config.activation), "pad_token_id": None}
 
 
-def from_theirs(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """ValueError where the activation has two names that are not the same."""
-    if theirs.get(OLDER.theirs) is not None and OLDER.read(theirs) != ACTIVATION.read(theirs):
-        raise ValueError(f"{ACTIVATION.theirs} and {OLDER.theirs} are not the same; leave out the one that is wrong")
-    return llama.rope_from_theirs(theirs)
+def more_from_huggingface(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns rotary fields. ValueError if the activation has two different names."""
+    if hf_config.get(OLDER.key) is not None and OLDER.read(hf_config) != ACTIVATION.read(hf_config):
+        raise ValueError(f"{ACTIVATION.key} and {OLDER.key} are not the same; leave out the one that is wrong")
+    return llama.rope_from_huggingface(hf_config)
 
 
 GEMMA = Family(
     kind="gemma",
     architecture="GemmaForCausalLM",
     first="model.",
-    settings=(
+    keys=(
         *llama.SIZES,
         llama.KV_HEADS._replace(default=16),
         llama.HEAD._replace(default=256),
@@ -50,7 +50,7 @@ GEMMA = Family(
     context=llama.CONTEXT._replace(default=8192),
     choices=llama.CHOICES | llama.NO_FEEDFORWARD_BIAS | llama.NO_WINDOW | {"scale_embeddings": (True,)},
     fixed={"use_bidirectional_attention": False},
-    more_to=to_theirs,
-    more_from=from_theirs,
+    more_to=more_to_huggingface,
+    more_from=more_from_huggingface,
     without=llama.INVERSE_FREQUENCIES,
 )

@@ -1,7 +1,7 @@
-"""Models as llama.cpp's files have them: the names and layouts of GGUF, as tables over Hugging Face's tensors.
+"""Models in the names and layouts of GGUF, as tables over the tensors of Hugging Face Transformers.
 
-llama.cpp reads what it knows of an architecture and computes the rest as that architecture does, without a word. So a
-model is written only where every choice of it is one that the architecture makes.
+llama.cpp reads the settings that it knows of an architecture and computes the rest as that architecture does, without
+a warning. A model is therefore written only if the architecture has every one of its choices.
 """
 
 import re
@@ -19,14 +19,13 @@ YARN = {"rope_high_turns": (32.0,), "rope_low_turns": (1.0,)}
 
 
 class Architecture(NamedTuple):
-    """One of llama.cpp's.
+    """An architecture of llama.cpp.
 
     Attributes:
-        name: its.
-        choices: our field → the values that it computes; a field that is not here follows from the class of
-            Transformers.
-        interleaved: whether the components that are turned together stand side by side.
-        added: what its norms do not add, and the class of Transformers does.
+        name: name as in `general.architecture`.
+        choices: values that it computes, by field; other fields follow from the Transformers class.
+        interleaved: true if components that are rotated together are adjacent.
+        added: norm offset: Transformers computes with 1 + w, llama.cpp with w, so this is added on export.
     """
 
     name: str
@@ -57,7 +56,7 @@ ARCHITECTURES = {
 }  # fmt: skip
 
 # Names of Transformers → those of llama.cpp: what there is once, and what there is in each layer.
-WHOLE = {
+GLOBAL_NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
     "lm_head": "output",
@@ -65,7 +64,7 @@ WHOLE = {
     "transformer.wpe": "position_embd",
     "transformer.ln_f": "output_norm",
 }
-BLOCK = {
+BLOCK_NAMES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
     "self_attn.q_proj": "attn_q",
@@ -92,12 +91,12 @@ PRECISE = ("position_embd.weight", "rope_freqs.weight")
 
 
 def architecture_of(config: ResolvedModelConfig, kind: str, context: int) -> Architecture:
-    """What llama.cpp computes as this model.
+    """Returns the architecture that computes this model.
 
     Args:
-        config: resolved.
-        kind: the model_type of its class in Transformers.
-        context: positions that the model sees at once.
+        config: resolved settings of the model.
+        kind: `model_type` of its class in Transformers.
+        context: number of positions that the model sees at once.
 
     Raises:
         ValueError: names the choices that prevent it.
@@ -120,7 +119,7 @@ def architecture_of(config: ResolvedModelConfig, kind: str, context: int) -> Arc
 
 
 def metadata(config: ResolvedModelConfig, architecture: Architecture, context: int) -> dict[str, Any]:
-    """The architecture's settings, by the names that stand behind its own."""
+    """Returns the settings of the architecture, by the names after its own."""
     found: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "context_length": context,
@@ -143,46 +142,46 @@ def metadata(config: ResolvedModelConfig, architecture: Architecture, context: i
     return found
 
 
-def name_in_gguf(theirs: str) -> str:
-    """The name that a tensor of Transformers has."""
-    module, _, part = theirs.rpartition(".")
+def name_in_gguf(hf: str) -> str:
+    """Returns the GGUF name of a tensor of Transformers."""
+    module, _, part = hf.rpartition(".")
     if layer := LAYER.fullmatch(module):
-        return f"blk.{layer[1]}.{BLOCK[layer[2]]}.{part}"
-    return f"{WHOLE[module]}.{part}"
+        return f"blk.{layer[1]}.{BLOCK_NAMES[layer[2]]}.{part}"
+    return f"{GLOBAL_NAMES[module]}.{part}"
 
 
-def shapes(config: ResolvedModelConfig, theirs: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor, in the order of `tensors`, from those of Transformers'."""
-    found = {name_in_gguf(name): shape[::-1] if TRANSPOSED.fullmatch(name) else shape for name, shape in theirs.items()}
+def shapes(config: ResolvedModelConfig, hf: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of each tensor, in the order of `tensors`, from the shapes in Transformers."""
+    found = {name_in_gguf(name): shape[::-1] if TRANSPOSED.fullmatch(name) else shape for name, shape in hf.items()}
     return found | ({"rope_freqs.weight": (config.head_dim // 2,)} if config.rope_scaling == "llama3" else {})
 
 
 def tensors(
-    config: ResolvedModelConfig, architecture: Architecture, theirs: Iterator[tuple[str, np.ndarray]]
+    config: ResolvedModelConfig, architecture: Architecture, hf: Iterator[tuple[str, np.ndarray]]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, float32 array [outputs, inputs], vector or table), one at a time, from those of Transformers."""
-    for name, array in theirs:
+    """Yields (name, float32 array) for each tensor of Transformers: [outputs, inputs], a vector or a table."""
+    for name, array in hf:
         array = array.astype(np.float32, copy=False)
         if TRANSPOSED.fullmatch(name):
             array = array.T
         if architecture.interleaved and ".q_proj." in name:
-            array = interleaved(array, config.num_heads)
+            array = interleave_pairs(array, config.num_heads)
         if architecture.interleaved and ".k_proj." in name:
-            array = interleaved(array, config.num_kv_heads)
+            array = interleave_pairs(array, config.num_kv_heads)
         if architecture.added and name.endswith("norm.weight"):
             array = array + np.float32(architecture.added)
         yield name_in_gguf(name), np.ascontiguousarray(array)
     if config.rope_scaling == "llama3":
-        yield "rope_freqs.weight", slowed(config)
+        yield "rope_freqs.weight", rope_divisors(config)
 
 
-def interleaved(array: np.ndarray, heads: int) -> np.ndarray:
-    """Rows [heads · C, ...] whose pairs of components are (i, i + C/2) → pairs (2i, 2i + 1)."""
+def interleave_pairs(array: np.ndarray, heads: int) -> np.ndarray:
+    """Reorders rows [heads · C, ...] with pairs (i, i + C/2) into adjacent pairs (2i, 2i + 1)."""
     halves = array.reshape(heads, 2, -1, *array.shape[1:])
     return halves.swapaxes(1, 2).reshape(array.shape)
 
 
-def slowed(config: ResolvedModelConfig) -> np.ndarray:
-    """How many times slower each pair turns than without scaling, float32 [C/2]."""
+def rope_divisors(config: ResolvedModelConfig) -> np.ndarray:
+    """Returns the factor by which scaling slows each rotary pair, float32 [C/2]."""
     plain = config.rope_base ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
     return (plain / frequencies(config)).astype(np.float32)

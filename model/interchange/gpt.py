@@ -5,25 +5,33 @@ GPT-2 (Radford et al. 2019) is pre-norm; the first (Radford et al. 2018) is post
 
 from typing import Any
 
+from model.interchange.config_keys import (
+    ALSO,
+    ConfigKey,
+    parse_flag,
+    parse_integer,
+    parse_name,
+    parse_number,
+    parse_optional_integer,
+)
 from model.interchange.family import Family
-from model.interchange.settings import ALSO, Setting, flag, number, whole_number, whole_or_none, word
 from model.interchange.tensors import Tensor, linear, plain
 
 # The name that both give GPT-2's approximation; "gelu" is the exact one in GPT-2 and the approximation in the first.
 GPT2_ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu", "silu": "silu"}
 GPT1_ACTIVATIONS = {"gelu_tanh": "gelu", "relu": "relu", "silu": "silu"}
 SIZES = (
-    Setting("vocab_size", "vocab_size", whole_number),
-    Setting("n_embd", "model_dim", whole_number),
-    Setting("n_layer", "num_layers", whole_number),
-    Setting("n_head", "num_heads", whole_number),
-    Setting("layer_norm_epsilon", "norm_epsilon", number, 1e-5),
-    Setting("embd_pdrop", "embedding_dropout", number, 0.1),
-    Setting("attn_pdrop", "attention_dropout", number, 0.1),
-    Setting("resid_pdrop", "residual_dropout", number, 0.1),
-    Setting("tie_word_embeddings", "tie_embeddings", flag, True),
+    ConfigKey("vocab_size", "vocab_size", parse_integer),
+    ConfigKey("n_embd", "model_dim", parse_integer),
+    ConfigKey("n_layer", "num_layers", parse_integer),
+    ConfigKey("n_head", "num_heads", parse_integer),
+    ConfigKey("layer_norm_epsilon", "norm_epsilon", parse_number, 1e-5),
+    ConfigKey("embd_pdrop", "embedding_dropout", parse_number, 0.1),
+    ConfigKey("attn_pdrop", "attention_dropout", parse_number, 0.1),
+    ConfigKey("resid_pdrop", "residual_dropout", parse_number, 0.1),
+    ConfigKey("tie_word_embeddings", "tie_embeddings", parse_flag, True),
 )
-CONTEXT = Setting("n_positions", "max_positions", whole_number, 1024)
+CONTEXT = ConfigKey("n_positions", "max_positions", parse_integer, 1024)
 CHOICES: dict[str, tuple[Any, ...]] = {
     "position": ("learned", "sinusoidal", "none"),
     "norm": ("layernorm",),
@@ -43,7 +51,7 @@ MASKS = (".attn.bias", ".attn.masked_bias")
 
 
 def tensors(token_table: str, position_table: str) -> tuple[Tensor, ...]:
-    """The names that both have, but for those of their tables."""
+    """Returns the tensors that both classes have, given the names of their tables."""
     layer = "transformer.h.{layer}."
     heads = [f"blocks.attention.{name}" for name in ("query", "key", "value")]
     weights = {
@@ -60,8 +68,8 @@ def tensors(token_table: str, position_table: str) -> tuple[Tensor, ...]:
         plain(layer + "ln_2.bias", "blocks.feedforward_norm.bias"),
         plain(layer + "attn.c_attn.weight", *heads),
         plain(layer + "attn.c_attn.bias", *(f"{name}_bias" for name in heads)),
-        *(plain(f"{layer}{theirs}.weight", ours) for theirs, ours in weights.items()),
-        *(plain(f"{layer}{theirs}.bias", f"{ours}_bias") for theirs, ours in weights.items()),
+        *(plain(f"{layer}{name}.weight", parameter) for name, parameter in weights.items()),
+        *(plain(f"{layer}{name}.bias", f"{parameter}_bias") for name, parameter in weights.items()),
         plain("transformer.ln_f.weight", "norm.scale"),
         plain("transformer.ln_f.bias", "norm.bias"),
         linear("lm_head.weight", "unembedding.matrix"),
@@ -72,11 +80,11 @@ GPT2 = Family(
     kind="gpt2",
     architecture="GPT2LMHeadModel",
     first="transformer.",
-    settings=(
+    keys=(
         *SIZES,
         # Null is four times the width, as ours is.
-        Setting("n_inner", "feedforward_dim", whole_or_none),
-        Setting("activation_function", "activation", word, "gelu_new", GPT2_ACTIVATIONS, ALSO),
+        ConfigKey("n_inner", "feedforward_dim", parse_optional_integer),
+        ConfigKey("activation_function", "activation", parse_name, "gelu_new", GPT2_ACTIVATIONS, ALSO),
     ),
     tensors=tensors("wte", "wpe"),
     context=CONTEXT,
@@ -90,7 +98,7 @@ GPT1 = Family(
     kind="openai-gpt",
     architecture="OpenAIGPTLMHeadModel",
     first="transformer.",
-    settings=(*SIZES, Setting("afn", "activation", word, "gelu", GPT1_ACTIVATIONS, {"swish": "silu"})),
+    keys=(*SIZES, ConfigKey("afn", "activation", parse_name, "gelu", GPT1_ACTIVATIONS, {"swish": "silu"})),
     tensors=tensors("tokens_embed", "positions_embed"),
     context=CONTEXT._replace(default=512),
     choices=CHOICES | {"norm_placement": ("post",)},

@@ -4,39 +4,41 @@ from collections.abc import Mapping
 from typing import Any
 
 from model.config import HIGH_TURNS, ResolvedModelConfig
-from model.interchange.settings import number, whole_number
+from model.interchange.config_keys import parse_integer, parse_number
 
-# Transformers reads it beside the others first.
+# Transformers reads this key at the top level first.
 ORIGINAL = "original_max_position_embeddings"
-# Their names of `rope_low_turns` and `rope_high_turns`.
+# Keys of `rope_low_turns` and `rope_high_turns`.
 TURNS = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_slow", "beta_fast")}
 
 
-def rope_to_theirs(config: ResolvedModelConfig) -> dict[str, Any]:
-    """Their `rope_parameters`."""
+def rope_to_huggingface(config: ResolvedModelConfig) -> dict[str, Any]:
+    """Returns the value of `rope_parameters`."""
     scaling = config.rope_scaling
-    theirs: dict[str, Any] = {
+    rope: dict[str, Any] = {
         "rope_type": "default" if scaling == "none" else scaling,
         "rope_theta": config.rope_base,
     }
     if scaling != "none":
-        theirs["factor"] = config.rope_factor
+        rope["factor"] = config.rope_factor
     if scaling in TURNS:
         low, high = TURNS[scaling]
-        theirs |= {low: config.rope_low_turns, high: config.rope_high_turns}
-        theirs[ORIGINAL] = config.rope_original_context
-    return theirs
+        rope |= {low: config.rope_low_turns, high: config.rope_high_turns}
+        rope[ORIGINAL] = config.rope_original_context
+    return rope
 
 
-def rope_from_theirs(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """Our rotary fields from their config. ValueError names what our scalings do not have."""
-    # The older name goes first, as in Transformers.
-    rope = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
+def rope_from_huggingface(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns our rotary fields. ValueError names scalings that this decoder does not have."""
+    # The older key wins, as in Transformers.
+    rope = hf_config.get("rope_scaling") or hf_config.get("rope_parameters") or {}
     if not isinstance(rope, Mapping):
         raise ValueError(f"rope_parameters is {rope!r}; it must be a table of settings")
-    if number(rope, "partial_rotary_factor", number(theirs, "partial_rotary_factor", 1.0)) != 1:
+    if parse_number(rope, "partial_rotary_factor", parse_number(hf_config, "partial_rotary_factor", 1.0)) != 1:
         raise ValueError("partial_rotary_factor: in this decoder all components of a head are turned")
-    ours: dict[str, Any] = {"rope_base": number(rope, "rope_theta", number(theirs, "rope_theta", 10_000.0))}
+    fields: dict[str, Any] = {
+        "rope_base": parse_number(rope, "rope_theta", parse_number(hf_config, "rope_theta", 10_000.0))
+    }
     # Older files call it "type".
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "linear", *TURNS):
@@ -45,11 +47,11 @@ def rope_from_theirs(theirs: Mapping[str, Any]) -> dict[str, Any]:
     if others := [name for name in rope if name not in known and rope[name] is not None]:
         raise ValueError(f"rope_parameters.{others[0]}: this decoder has no such choice")
     if kind == "default":
-        return ours
-    ours |= {"rope_scaling": kind, "rope_factor": number(rope, "factor")}
+        return fields
+    fields |= {"rope_scaling": kind, "rope_factor": parse_number(rope, "factor")}
     if kind in TURNS:
         low, high = TURNS[kind]
-        ours["rope_original_context"] = whole_number(theirs if theirs.get(ORIGINAL) else rope, ORIGINAL)
-        ours["rope_low_turns"] = number(rope, low, 1.0)
-        ours["rope_high_turns"] = number(rope, high, HIGH_TURNS[kind])
-    return ours
+        fields["rope_original_context"] = parse_integer(hf_config if hf_config.get(ORIGINAL) else rope, ORIGINAL)
+        fields["rope_low_turns"] = parse_number(rope, low, 1.0)
+        fields["rope_high_turns"] = parse_number(rope, high, HIGH_TURNS[kind])
+    return fields

@@ -36,7 +36,7 @@ from tests.llama_cpp import LlamaCpp
 from train.devices.mesh import one_device_mesh
 from train.devices.rules import GENERATION
 from train.weights.gguf import write_gguf
-from train.weights.huggingface import Weights, write_huggingface
+from train.weights.huggingface import WeightSource, write_huggingface
 
 THREADS = 2
 PROMPT, NEW, BATCHES, ROUNDS, CONTEXT = 256, 64, (1, 8), 5, 512
@@ -158,7 +158,7 @@ def main() -> None:
         config = ModelConfig(**MODEL).resolved(tokenizer.vocab_size)
         weights = jax.device_get(jax.jit(lambda: initial_weights(config, 0, GENERATION))())
         reader = interchange.reader_of(weights)
-        write_huggingface(folder / "hf", Weights(config, CONTEXT, tokenizer, reader))
+        write_huggingface(folder / "hf", WeightSource(config, CONTEXT, tokenizer, reader))
         llama_cpp = importlib.util.find_spec("xllamacpp") is not None
         if llama_cpp:
             write_gguf(folder / "f32.gguf", config, CONTEXT, reader, tokenizer)

@@ -282,18 +282,18 @@ def test_a_file_of_masks_and_short_names_is_read_as_the_class_would(tmp_path: Pa
     """As the first files of GPT-2 are: without the first word of each name, and with what is no weight."""
     config = small_model(position="learned", max_positions=16, gated=False, num_kv_heads=4, norm="layernorm",
                          attention_bias=True, feedforward_bias=True, tie_embeddings=True)  # fmt: skip
-    values = interchange.config_to_theirs(config, 16, bos_id=0, eos_id=0)
-    tensors = dict(interchange.to_theirs(config, 16, interchange.reader_of(small_weights(config))))
+    values = interchange.export_config(config, 16, bos_id=0, eos_id=0)
+    tensors = dict(interchange.export_tensors(config, 16, interchange.reader_of(small_weights(config))))
     short = {name.removeprefix("transformer."): array for name, array in tensors.items()}
     short |= {"h.0.attn.bias": np.ones((1, 1, 16, 16), np.float32), "h.1.attn.masked_bias": np.float32([0.0])}
     names = interchange.full_names(values, list(short))
     read = lambda name: short[names[name]]
-    interchange.check_theirs(config, 16, names, read)
-    for name, array in flattened(interchange.from_theirs(config, 16, read)).items():
+    interchange.check_imported(config, 16, names, read)
+    for name, array in flattened(interchange.import_tensors(config, 16, read)).items():
         assert array.dtype == np.float32, name
     short["lm_head.weight"] = short["wte.weight"]
     names = interchange.full_names(values, list(short))
-    interchange.check_theirs(config, 16, names, read)
+    interchange.check_imported(config, 16, names, read)
     short["lm_head.weight"] = short["wte.weight"] + 1
     with pytest.raises(ValueError, match="lm_head.weight is not the embedding"):
-        interchange.check_theirs(config, 16, names, read)
+        interchange.check_imported(config, 16, names, read)

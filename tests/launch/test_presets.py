@@ -88,7 +88,7 @@ def test_published_presets_have_the_parameters_of_their_class(name: str, theirs:
 
 def assert_same_shapes(model: Any, name: str) -> None:
     config = load_config(name, {}).resolved(32_000)
-    found = interchange.shapes_of_theirs(config.model, config.data.segment_length)
+    found = interchange.exported_shapes(config.model, config.data.segment_length)
     assert found == {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
 
 
@@ -96,7 +96,7 @@ def assert_same_shapes(model: Any, name: str) -> None:
 def test_every_presets_export_has_the_names_and_shapes_of_its_class_at_full_size(name: str):
     torch, transformers = require("torch"), require("transformers")
     config = load_config(name, {}).resolved(32_000)
-    values = interchange.config_to_theirs(config.model, config.data.segment_length, bos_id=0, eos_id=0)
+    values = interchange.export_config(config.model, config.data.segment_length, bos_id=0, eos_id=0)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**values))
     assert [type(model).__name__] == values["architectures"]

@@ -7,7 +7,7 @@ import pytest
 
 import model.position
 from model.decoder import Decoder
-from model.interchange.rope import rope_to_theirs
+from model.interchange.rope import rope_to_huggingface
 from model.position import frequencies, rope_rotation, rotate, sinusoids
 from tests.peers import require
 from tests.small import small_model, small_weights
@@ -70,7 +70,7 @@ def test_scaled_frequencies_are_those_of_transformers(changes: dict):
     transformers, rope = require("transformers"), require("transformers.modeling_rope_utils")
     config = small_model(head_dim=64, **changes)
     theirs = transformers.LlamaConfig(
-        head_dim=64, max_position_embeddings=99_999, rope_parameters=rope_to_theirs(config)
+        head_dim=64, max_position_embeddings=99_999, rope_parameters=rope_to_huggingface(config)
     )
     expected, length = rope.ROPE_INIT_FUNCTIONS[changes["rope_scaling"]](theirs, "cpu")
     np.testing.assert_allclose(frequencies(config), expected.numpy(), rtol=2e-6)

@@ -23,12 +23,12 @@ from train.run.storage import check_free_space
 log = logging.getLogger("ziggurat")
 DTYPES = ("f32", "f16", "bf16", "q8_0")
 MAGIC = b"GGUF"
-# Values of a row that q8_0 gives one scale.
-BLOCK = 32
+# Number of values in a row that share one scale in q8_0.
+Q8_BLOCK = 32
 
 
 def check_gguf_file(file: Path) -> None:
-    """InputError where a GGUF file there would overwrite what is none, or cannot be written for want of a package."""
+    """Raises InputError if the file is not GGUF, cannot be written, or the package for it is missing."""
     if file.is_dir():
         raise InputError(f"{file} is a folder; name a file for the export")
     if file.exists():
@@ -71,12 +71,12 @@ def write_gguf(
     settings, tokens = _settings(config, context, tokenizer)
     architecture = settings.pop("architecture")
     types = library.GGMLQuantizationType
-    shapes = layout.shapes(config, interchange.shapes_of_theirs(config, context))
+    shapes = layout.shapes(config, interchange.exported_shapes(config, context))
     kinds = {name: types[_dtype(name, shape, dtype)] for name, shape in shapes.items()}
     blocks = {name: library.GGML_QUANT_SIZES[kind] for name, kind in kinds.items()}
     sizes = {name: math.prod(shape) // blocks[name][0] * blocks[name][1] for name, shape in shapes.items()}
     if others := [name for name, kind in kinds.items() if dtype == "q8_0" and kind == types.F16]:
-        log.warning("%d matrices have rows that do not divide by %d; they are f16", len(others), BLOCK)
+        log.warning("%d matrices have rows that do not divide by %d; they are f16", len(others), Q8_BLOCK)
 
     file = file.resolve()
     with atomic_file(file) as partial:
@@ -92,7 +92,7 @@ def write_gguf(
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            theirs = interchange.to_theirs(config, context, read)
+            theirs = interchange.export_tensors(config, context, read)
             for name, array in layout.tensors(config, architecture, theirs):
                 assert array.shape == shapes[name], name
                 if kinds[name] == types.F16 and np.abs(array).max() > np.finfo(np.float16).max:
@@ -110,7 +110,7 @@ def write_gguf(
 
 
 def why_no_gguf(config: ResolvedModelConfig, context: int) -> str | None:
-    """What in this model llama.cpp does not compute; none where it can be written."""
+    """Returns what in this model llama.cpp does not compute, or None if it can be written."""
     try:
         layout.architecture_of(config, interchange.family_of(config).kind, context)
     except ValueError as error:
@@ -118,12 +118,12 @@ def why_no_gguf(config: ResolvedModelConfig, context: int) -> str | None:
     return None
 
 
-# llama.cpp's numbers of what most of a file is.
+# llama.cpp's number for the dtype of most of a file.
 FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
 
 
 def _settings(config: ResolvedModelConfig, context: int, tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the file says of the model, its architecture among it, and of the tokenizer."""
+    """Returns the settings of the model, with its architecture, and those of the tokenizer."""
     if problem := why_no_gguf(config, context):
         raise InputError(f"these weights cannot be exported: {problem}")
     if tokenizer.vocab_size > config.vocab_size:
@@ -139,14 +139,14 @@ def _settings(config: ResolvedModelConfig, context: int, tokenizer: Tokenizer) -
 
 
 def _dtype(name: str, shape: tuple[int, ...], dtype: str) -> str:
-    """That of one tensor, as the library names it."""
+    """Returns the library's name for the dtype of a tensor."""
     if len(shape) == 1 or name in layout.PRECISE:
         return "F32"
-    return "F16" if dtype == "q8_0" and shape[-1] % BLOCK else dtype.upper()
+    return "F16" if dtype == "q8_0" and shape[-1] % Q8_BLOCK else dtype.upper()
 
 
 def _add(writer: Any, values: Mapping[str, Any]) -> None:
-    """Add settings in the types that llama.cpp reads."""
+    """Adds settings in the types that llama.cpp reads."""
     for name, value in values.items():
         match value:
             case bool():

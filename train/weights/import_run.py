@@ -1,4 +1,4 @@
-"""Weights from elsewhere as a run whose only checkpoint is that of step 0: weights alone."""
+"""Imports weights as a run whose only checkpoint is that of step 0, with weights alone."""
 
 import dataclasses
 from pathlib import Path
@@ -15,14 +15,14 @@ from train.config.config import CheckpointConfig, Config
 from train.config.run_config import TrainConfig
 from train.devices.mesh import one_device_mesh
 from train.run.folder import Run
-from train.weights.huggingface import Weights, in_memory, open_huggingface
+from train.weights.huggingface import WeightSource, in_memory, open_huggingface
 
 
 def import_weights(folder: Path, to: Path) -> Run:
-    """Make a run of a folder of weights; it appears whole or not at all. All weights are in memory at once.
+    """Makes a run from a folder of weights, atomically. All weights are in memory at once.
 
     Raises:
-        InputError: the folder cannot be read (see `open_huggingface`), or there is something at `to`.
+        InputError: the folder cannot be read (see `open_huggingface`), or something exists at `to`.
     """
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise InputError(f"--to={to} is there already; name a new folder")
@@ -40,7 +40,7 @@ def import_weights(folder: Path, to: Path) -> Run:
     return Run(to)
 
 
-def _write(weights: Weights, run: Run, to: Path) -> None:
+def _write(weights: WeightSource, run: Run, to: Path) -> None:
     # Training computes as it does by default; evaluation and generation say float32 themselves.
     model = dataclasses.replace(weights.config, compute_dtype=ModelConfig.compute_dtype)
     data, train = DataConfig(segment_length=weights.context), TrainConfig(run_dir=str(to))

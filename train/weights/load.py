@@ -1,4 +1,4 @@
-"""Loads weights of a run, a checkpoint or an export."""
+"""Loads the weights of a run, a checkpoint or an export, and exports those of a checkpoint."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -20,20 +20,20 @@ from train.run.folder import Run
 from train.run.run_name import split_name
 from train.step.optimizer import make_optimizer
 from train.step.state import abstract_state
-from train.weights.huggingface import Weights, in_memory, is_export, open_huggingface, write_huggingface
+from train.weights.huggingface import WeightSource, in_memory, is_export, open_huggingface, write_huggingface
 from train.weights.model_card import model_card
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model ready for use: what `evaluate`, `generate` and `export` need of a run or of exported weights.
+    """A model ready for use, from a run or from exported weights.
 
     Attributes:
-        config: resolved; of exported weights it says the model and the segment length, the rest are defaults.
-        weights: nested dictionary, on the ambient mesh.
-        tokenizer: its tokenizer.
-        run: its folder, where it is a run.
-        step: of the checkpoint, where it is a run.
+        config: resolved settings; for exported weights only the model and the segment length are not defaults.
+        weights: nested weights on the ambient mesh.
+        tokenizer: the tokenizer of the model.
+        run: folder of the run, or None for exported weights.
+        step: step of the checkpoint, or None for exported weights.
     """
 
     config: ResolvedConfig
@@ -44,13 +44,12 @@ class Trained:
 
 
 def load_trained(where: str) -> Trained:
-    """Load a RUN, RUN@STEP or a folder of exported WEIGHTS onto the ambient mesh.
+    """Loads a RUN, RUN@STEP or a folder of exported WEIGHTS onto the ambient mesh.
 
-    Its config says float32 compute and no mesh, whatever the run trained in: a run and its export give the same figures
-    and text.
+    The config is set to float32 compute and no mesh, so that a run and its export give the same figures and text.
 
     Raises:
-        InputError: nothing there, or damaged, or the mesh cannot share the model.
+        InputError: there is nothing, it is damaged, or the mesh cannot share the model.
     """
     folder, step = split_name(where)
     if is_export(folder):
@@ -61,7 +60,7 @@ def load_trained(where: str) -> Trained:
         abstract = abstract_state(config, make_optimizer(config))["weights"]
         weights = jax.tree.map(lambda array, like: jax.device_put(array, like.sharding), in_memory(opened), abstract)
         return Trained(config, weights, opened.tokenizer)
-    run, config, tokenizer = saved_run(folder)
+    run, config, tokenizer = open_run(folder)
     check_sharing(config.model)
     checkpoints = Checkpoints(run.checkpoints)
     abstract = abstract_state(config, make_optimizer(config))["weights"]
@@ -70,35 +69,35 @@ def load_trained(where: str) -> Trained:
     return Trained(config, weights, tokenizer, run, found)
 
 
-def open_weights(where: str) -> Weights:
-    """The weights of a RUN, RUN@STEP or a folder of WEIGHTS as they lie there: see `train.weights.huggingface.Weights`.
+def open_weights(where: str) -> WeightSource:
+    """Opens the weights of a RUN, RUN@STEP or a folder of WEIGHTS, to be read on demand.
 
     Raises:
-        InputError: nothing there, or damaged.
+        InputError: there is nothing, or it is damaged.
     """
     folder, step = split_name(where)
     if is_export(folder):
         if step is not None:
             raise InputError(f"{where}: exported weights have no steps; leave out @{step}")
         return open_huggingface(folder)
-    run, config, tokenizer = saved_run(folder)
+    run, config, tokenizer = open_run(folder)
     checkpoints = Checkpoints(run.checkpoints)
     found, read = checkpoints.open_weights(parameter_table(config.model), step)
     checkpoints.close()
-    return Weights(config.model, config.data.segment_length, tokenizer, read, found)
+    return WeightSource(config.model, config.data.segment_length, tokenizer, read, found)
 
 
 def run_of(where: str) -> Run | None:
-    """The run of a RUN or RUN@STEP; none: they are exported weights."""
+    """Returns the run of a RUN or RUN@STEP, or None for exported weights."""
     folder, _ = split_name(where)
     return None if is_export(folder) else Run.load(folder)[0]
 
 
-def saved_run(folder: Path) -> tuple[Run, ResolvedConfig, Tokenizer]:
-    """(run, resolved settings for its use after training, tokenizer) of a run that has a checkpoint."""
+def open_run(folder: Path) -> tuple[Run, ResolvedConfig, Tokenizer]:
+    """Returns (run, resolved settings for use after training, tokenizer) of a run that has a checkpoint."""
     run, config = Run.load(folder)
     if run.last_step() is None:
-        raise InputError(f"{folder} has no checkpoint yet; let its `ziggurat pretrain` go on to the first one")
+        raise InputError(f"{folder} has no checkpoint yet; let its `ziggurat pretrain` reach the first one")
     tokenizer = load_tokenizer(run.tokenizer)
     config = config.resolved(tokenizer.vocab_size)
     model = dataclasses.replace(config.model, compute_dtype="float32", attention_kernel="auto")
@@ -106,7 +105,7 @@ def saved_run(folder: Path) -> tuple[Run, ResolvedConfig, Tokenizer]:
 
 
 def export_run(run: Run, config: ResolvedConfig, checkpoints: Checkpoints, tokenizer: Tokenizer, step: int) -> None:
-    """Write the weights of a checkpoint for inference; they are read from there, not gathered from the devices."""
+    """Exports a checkpoint for inference; weights are read from the checkpoint, not gathered from devices."""
     _, read = checkpoints.open_weights(parameter_table(config.model), step)
-    weights = Weights(config.model, config.data.segment_length, tokenizer, read, step)
+    weights = WeightSource(config.model, config.data.segment_length, tokenizer, read, step)
     write_huggingface(run.export, weights, card=model_card(weights, run))

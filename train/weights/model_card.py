@@ -1,4 +1,4 @@
-"""The README.md of exported weights: what they are, what they were trained on, what they score, how they are opened."""
+"""The README.md of exported weights: their model, training data, scores, and how to open them."""
 
 from importlib.metadata import version
 from typing import Any
@@ -9,15 +9,15 @@ from train.run.events import read_events
 from train.run.folder import Run
 from train.run.step_log import read_step_log
 from train.step.schedule import batch_size
-from train.weights.huggingface import Weights
+from train.weights.huggingface import WeightSource
 
 
-def model_card(weights: Weights, run: Run | None = None) -> str:
-    """The text, in Hugging Face's format.
+def model_card(weights: WeightSource, run: Run | None = None) -> str:
+    """Returns the text of the card in Hugging Face's format.
 
     Args:
-        weights: what the card is of.
-        run: that has trained them; none: they were converted, and no more is known.
+        weights: the model that the card describes.
+        run: folder of the run that trained it; None if the weights were converted.
     """
     facts = {"parameters": f"{count_parameters(weights.config):,}", **_model(weights)}
     if run is not None and weights.step:
@@ -48,7 +48,7 @@ tokenizer = AutoTokenizer.from_pretrained("this/folder")
 """
 
 
-def _model(weights: Weights) -> dict[str, str]:
+def _model(weights: WeightSource) -> dict[str, str]:
     config = weights.config
     heads = f"{config.num_heads} heads of {config.head_dim}"
     if config.num_kv_heads != config.num_heads:
@@ -65,7 +65,7 @@ def _model(weights: Weights) -> dict[str, str]:
 
 
 def _training(run: Run, step: int) -> dict[str, Any]:
-    """What the run's own files say."""
+    """Returns the facts of training from the run's own files."""
     config = run.load_config()
     starts = [event for event in read_events(run.events) if event["event"] == "start"]
     tokens = sum(batch_size(config, s) for s in range(step)) * config.data.segment_length

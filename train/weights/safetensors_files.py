@@ -1,6 +1,7 @@
-"""safetensors files, read and written one tensor at a time; several, with an index, are one model.
+"""safetensors files, read and written one tensor at a time; several files with an index are one model.
 
-The format: 8 bytes with the length of a JSON header, the header with each tensor's dtype, shape and place, the bytes.
+The format is 8 bytes with the length of a JSON header, the header with each tensor's dtype, shape and offsets, and the
+data. The library has no streaming writer, and its NumPy interface has no bfloat16.
 """
 
 import json
@@ -31,10 +32,10 @@ NAMES = {dtype.name: name for name, dtype in DTYPES.items()}
 
 
 class TensorFiles:
-    """The tensors of a folder, read from the disk when they are asked for.
+    """The tensors of a folder, read from the disk on demand.
 
     Raises:
-        ValueError: a file is missing or damaged, or the index says other than the files do.
+        ValueError: a file is missing or damaged, or the index contradicts the files.
     """
 
     def __init__(self, folder: Path):
@@ -46,11 +47,11 @@ class TensorFiles:
 
     @property
     def names(self) -> list[str]:
-        """Of all tensors."""
+        """Names of all tensors."""
         return list(self._of)
 
     def __call__(self, name: str) -> np.ndarray:
-        """One tensor, as it is in its file. ValueError where it has no float dtype."""
+        """Reads one tensor in the dtype of its file. ValueError if it is not a float dtype."""
         if name not in self._of:
             raise ValueError(f"there is no {name}")
         path, entry, begin = self._of[name]
@@ -94,17 +95,17 @@ class TensorFiles:
 def write_tensor_files(
     folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype, tensors: Iterable[tuple[str, np.ndarray]]
 ) -> None:
-    """Write tensors to `model.safetensors`, or to several files and their index beyond `LARGEST_FILE` bytes.
+    """Writes tensors to `model.safetensors`, or to several files and their index beyond `LARGEST_FILE` bytes.
 
     Args:
-        folder: exists.
-        shapes: of all tensors, in their order.
-        dtype: in the files.
+        folder: folder to write to; it must exist.
+        shapes: shapes of all tensors by name, in their order.
+        dtype: dtype in the files.
         tensors: the same names with their values, of any float dtype; one at a time is in memory.
 
     Raises:
         ValueError: a value is too large for the dtype.
-        OSError: of the disk.
+        OSError: the disk refuses a write.
     """
     files = list(_shares(shapes, dtype))
     names = (
@@ -127,7 +128,7 @@ def write_tensor_files(
 
 
 def _shares(shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> Iterator[dict[str, tuple[int, ...]]]:
-    """The tensors of each file."""
+    """Yields the tensors of each file."""
     share: dict[str, tuple[int, ...]] = {}
     size = 0
     for name, shape in shapes.items():

@@ -22,7 +22,7 @@ from data.tokenizer.training import train_tokenizer
 from model import interchange
 from model.config import ModelConfig
 from model.decoder import Decoder
-from model.interchange.gguf import interleaved
+from model.interchange.gguf import interleave_pairs
 from model.parameters import parameter_table
 from model.trees import nested
 from tests.data import others
@@ -314,4 +314,4 @@ def test_a_missing_package_is_named(tokenizer, tmp_path: Path, monkeypatch):
 
 def test_components_that_turn_together_stand_side_by_side():
     rows = np.arange(2 * 6)[:, None] * np.ones((1, 3))
-    assert interleaved(rows, 2)[:, 0].tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
+    assert interleave_pairs(rows, 2)[:, 0].tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
