@@ -290,7 +290,6 @@ def open_corpus(
 
     Args:
         where: the path or URL; ~ is the home folder.
-        config: resolved settings of the data.
         leave_out: a folder whose files are ignored (the run's own), unless the corpus is inside it.
         field: name of the setting in messages.
 

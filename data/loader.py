@@ -47,12 +47,7 @@ class Loader:
     """A context manager and iterator of `LoadedBatch`, for as long as there are batch sizes.
 
     Args:
-        mixture: the corpora to read.
-        tokenizer: the tokenizer of the run.
         config: resolved settings of the data; V divides each B and is divided by the number of shards of a batch.
-        seed: seed of the data order.
-        batch_sizes: the size B of each batch.
-        sharding: sharding of the batch's arrays.
         positions: positions of all streams, [V, K, `POSITION_SIZE`]; None for the beginning.
         step: number (from 0) of the first batch's step, which weights may depend on.
         skips: number of batches of the same size to read and skip before a step's own, by step.

@@ -99,7 +99,6 @@ def open_mixture(config: ResolvedDataConfig, stdlib: Callable[[], str], leave_ou
     """Opens every corpus of `data.corpus`.
 
     Args:
-        config: resolved settings of the data.
         stdlib: returns the path of the default corpus when it is used.
         leave_out: a folder whose files are ignored (the run's own).
 

@@ -26,7 +26,6 @@ def rows_of_step(
     Args:
         streams: all V streams, at the beginning of the first batch.
         batch_sizes: the size B of each batch up to that of the step.
-        step: number (from 0) of the step.
         skips: number of batches skipped before a step's own, by step.
     """
     for s, size in enumerate(batch_sizes, start=step + 1 - len(batch_sizes)):
@@ -94,9 +93,6 @@ def summarize(
     """Summarizes each corpus from a sample of its chunks.
 
     Args:
-        mixture: the corpora to summarize.
-        tokenizer: the tokenizer of the run.
-        seed: seed of the sample.
         tokens_of_steps: number of positions in each step's batch.
 
     Returns:

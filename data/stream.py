@@ -77,9 +77,6 @@ class WindowReader:
     """Reads the windows of some chunks in order, for one stream, or for all streams that share them.
 
     Args:
-        corpus: the corpus to read.
-        config: settings of the data.
-        seed: seed of the data order.
         starts: the first window of each stream of this process that reads here.
     """
 
@@ -156,11 +153,7 @@ class Stream:
     """An iterator of (parts of a row, position after it); it ends after `config.epochs`, if that is set.
 
     Args:
-        reader: the reader of its windows.
         tokenize: function from texts to their tokens, int32, lazy and in order.
-        bos_id: id of the token before a document.
-        eos_id: id of the token after a document.
-        config: settings of the data.
         stream: index v of the stream.
         position: position of the next row.
 

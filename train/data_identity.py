@@ -76,7 +76,6 @@ def continue_data(
 
     Args:
         progress: the JSON item of the checkpoint.
-        inputs: the inputs of the run that continues.
         trained: folder of the run that saved the checkpoint.
         instead: remedy for changed data other than accepting it.
 

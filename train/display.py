@@ -49,7 +49,6 @@ class Display:
     """Shows a run as it trains: a live line on a terminal, or a plain line every few steps in a log.
 
     Args:
-        num_steps: steps of the whole run.
         every: steps between plain lines.
         quiet: true to show nothing, on all processes but the first.
     """

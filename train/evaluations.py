@@ -12,11 +12,7 @@ from train.stop import reset_watchdog
 
 
 class Evaluations:
-    """The evaluations of a run.
-
-    Args:
-        inputs: the inputs of the run.
-    """
+    """The evaluations of a run."""
 
     def __init__(self, inputs: RunInputs):
         self._config = inputs.config
@@ -41,8 +37,6 @@ class Evaluations:
         """Runs the evaluations that are due after a step, and returns their fields of metrics.jsonl.
 
         Args:
-            step: number of the step, from 1.
-            last_step: number of the run's last step.
             weights: the weights to evaluate, on the run's mesh.
         """
         reset_watchdog(self._config)

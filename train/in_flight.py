@@ -32,10 +32,8 @@ class InFlight:
         rate: tokens a second over the last finished steps.
 
     Args:
-        inputs: the inputs of the run.
         agreement: all-gathers the reports of the processes.
         detector: raises Anomaly for a spike.
-        step: number of steps that are done.
         flops_share: share of the devices' peak that one token a second is.
     """
 
@@ -57,8 +55,6 @@ class InFlight:
         """Adds a step that was just dispatched, and sends this process's report on it to the others.
 
         Args:
-            step: number of the step, from 1.
-            metrics: output of the step's program.
             report: 1 if this process was asked to stop; seconds that it waited for data; seconds that it was busy.
         """
         reports = self._agreement.send(report, [metrics["loss"], metrics["grad_norm"]])

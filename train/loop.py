@@ -313,9 +313,7 @@ class Training:
         """Shows and logs finished steps with the evaluations that are due. Returns True if a stop was asked.
 
         Args:
-            in_flight: the steps that are dispatched and not logged.
             pauses: true to wait for all of them, because something other than a step comes next.
-            last_step: number of the run's last step.
             profiler: its trace ends with its last step.
             step_log: metrics.jsonl, on process 0 alone.
         """

@@ -21,9 +21,6 @@ class Saver:
     """Saves the state of one pass of training, from a restored step on.
 
     Args:
-        checkpoints: the run's own checkpoints, open.
-        events: the audit log of this process.
-        ledger: the ledger of skipped batches.
         detector: the spike detector, whose history is saved with the state.
         identity: settings and fingerprints that the order of the data follows from.
         position_log: positions.jsonl, on process 0 alone.
@@ -49,8 +46,6 @@ class Saver:
         """Saves a checkpoint; all processes call it together.
 
         Args:
-            step: number of steps that are done.
-            state: the state after them.
             positions: positions of the streams that this process reads (see `gather_positions`).
             is_over: true if the data has been read to its end.
 

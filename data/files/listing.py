@@ -186,7 +186,6 @@ def open_file(file: File, begin: int = 0, end: int | None = None) -> BinaryIO:
     """Opens a file for buffered, seekable reading from a byte on. A remote file is read in ranges on demand.
 
     Args:
-        file: a file of a listing.
         begin: first byte to read.
         end: byte at which the reader will probably stop, which limits reading ahead; None for the end of the file.
 
@@ -223,7 +222,6 @@ def fingerprint(file: File, whole: bool) -> str:
     """Returns the SHA-256 (hex) of a file's name, size and content, but not of its path.
 
     Args:
-        file: a file of a listing.
         whole: true to hash all content, false for 64 KiB at both ends. A remote file with a version is identified by
             that, without reading.
 

@@ -24,7 +24,6 @@ class RangeReader(io.RawIOBase):
     """A remote file that is read in ranges: a small one first, then larger ones.
 
     Args:
-        url: URL of the file.
         size: expected size in bytes; reading fails if it is another.
         version: expected version; reading fails if it is another.
         begin: first byte to read.

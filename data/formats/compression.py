@@ -31,7 +31,6 @@ def open_compressed(raw: BinaryIO, ending: str) -> BinaryIO:
     """Opens the content of a compressed stream, buffered and not seekable. Closing it closes the stream.
 
     Args:
-        raw: the stream of compressed bytes.
         ending: ending of the file name: ".gz", ".zst" or ".xz".
 
     Raises:

@@ -34,7 +34,6 @@ def gguf_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     """Returns the keys after "tokenizer.ggml." and their values.
 
     Args:
-        tokenizer: the tokenizer of the model.
         vocab_size: vocabulary size of the model; ids without a piece become unused tokens.
 
     Raises:

@@ -20,9 +20,7 @@ def write_huggingface_tokenizer(tokenizer: Tokenizer, folder: Path, context: int
     """Writes `tokenizer.json`, `tokenizer_config.json` and, for our own, `tokenizer.model` to a folder.
 
     Args:
-        tokenizer: the tokenizer to export.
         folder: folder to write to; it must exist.
-        context: number of positions that the model sees at once.
     """
     for name, content in tokenizer.files().items():
         (folder / name).write_bytes(content)

@@ -26,7 +26,6 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, folder: Path) -> Toke
     line says so.
 
     Args:
-        texts: texts of the training sample.
         vocab_size: requested number of ids, including bytes, special and whitespace pieces.
         folder: folder to write to, created if necessary.
 

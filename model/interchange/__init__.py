@@ -57,13 +57,6 @@ def export_config(
 ) -> dict[str, Any]:
     """Returns the values of config.json.
 
-    Args:
-        config: resolved settings of the model.
-        context: number of positions that the model was trained on at once.
-        bos_id: id of the token before a document.
-        eos_id: id of the token after a document.
-        dtype: dtype of the weights in the files.
-
     Raises:
         ValueError: as `family_of`.
     """
@@ -95,8 +88,6 @@ def export_tensors(
     """Yields (name, array) for every tensor: the tables, then layer by layer, then the tensors after the layers.
 
     Args:
-        config: resolved settings of the model.
-        context: number of positions that the model was trained on at once.
         read: returns our parameters; each layer of each is read once, when it is needed.
     """
     wide = _wide(config, context)
@@ -177,9 +168,7 @@ def check_imported(config: ResolvedModelConfig, context: int, names: Collection[
     """Raises ValueError if the tensors are not those of this model.
 
     Args:
-        config: resolved settings of the model.
         context: number of positions, from config.json.
-        names: names of all tensors in the files.
         read: returns a tensor or a view of it. Tensors that only widen the model must hold nothing else.
     """
     if config.num_layers > len(names):

@@ -94,9 +94,7 @@ def architecture_of(config: ResolvedModelConfig, kind: str, context: int) -> Arc
     """Returns the architecture that computes this model.
 
     Args:
-        config: resolved settings of the model.
         kind: `model_type` of its class in Transformers.
-        context: number of positions that the model sees at once.
 
     Raises:
         ValueError: names the choices that prevent it.

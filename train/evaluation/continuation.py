@@ -32,7 +32,6 @@ class TextStream:
     """Detokenizes one continuation as its tokens arrive.
 
     Args:
-        tokenizer: the tokenizer of the model.
         stop: the text ends before the first of these strings.
 
     Attributes:
@@ -105,11 +104,8 @@ def continuations(
     """Continues prompts, and yields parts as they come: in order for each prompt, the last with `ended`.
 
     Args:
-        generator: the generator from `make_generator`.
-        tokenizer: the tokenizer of its model.
         prompts: token ids of each prompt, from `Tokenizer.encode_with_bos`.
         max_new_tokens: largest number of new tokens of each prompt.
-        sampling: how tokens are sampled.
         seed: random seed; with the index of its prompt it decides what a continuation samples.
         stop: nonempty strings, before the first of which a text ends.
         batch_size: largest number of prompts that are continued at once.

@@ -99,7 +99,6 @@ class Tasks:
 
         Args:
             config: the resolved settings, with the batch size and segment length of the largest batch.
-            tokenizer: the tokenizer of the model.
             alive: called after each piece of work.
             errors: true to compute standard errors, too.
         """

@@ -46,10 +46,7 @@ def evaluate(
     """Evaluates documents that are concatenated and cut into segments; a token's context is its own segment.
 
     Args:
-        step: the function from `make_evaluation_step`.
-        weights: nested weights on the run's mesh.
         texts: whole documents, the same on every process.
-        tokenizer: the tokenizer of the run.
         config: the resolved settings, for batch size, segment length and masking.
 
     Returns:

@@ -26,8 +26,6 @@ def attention_maps(config: ResolvedConfig, weights: Any, tokens: Sequence[int]) 
     """Returns the attention of each layer and head over one row of tokens, float32 [L, H, T (query), T (key)].
 
     Args:
-        config: the resolved settings of the model.
-        weights: nested weights on the ambient mesh.
         tokens: token ids, at most a segment.
     """
 
@@ -49,7 +47,6 @@ def nearest_tokens(
         table_VD: the embedding of each token.
         query_D: a vector that is not zero.
         leave_out: tokens that are not returned.
-        top: number of tokens to return.
     """
     lengths_V = np.linalg.norm(table_VD, axis=1) * np.linalg.norm(query_D)
     cosine_V = table_VD @ query_D / np.maximum(lengths_V, np.finfo(np.float32).tiny)
@@ -63,11 +60,7 @@ def inspect_positions(
     """Returns the predictions of one pass over the beginning of a document.
 
     Args:
-        config: the resolved settings of the model.
-        weights: nested weights on the ambient mesh.
-        tokenizer: the tokenizer of the model.
         tokens: token ids, int32 [n], fewer than a segment.
-        best: number of predictions at each position.
 
     Returns:
         n + 1 rows with "position" from 0, "input" and "target" (texts), "loss" in nats, and the "best" predictions,

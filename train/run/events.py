@@ -117,7 +117,6 @@ def start_fields(config: Config, data: str) -> dict[str, Any]:
     """What a start says of where and what it is.
 
     Args:
-        config: resolved.
         data: the fingerprint of the data.
     """
     return {

@@ -50,7 +50,6 @@ class WeightsAndBiases:
 
     Args:
         project: where it is shown.
-        run: the folder of the run.
         config: all settings, shown beside it.
 
     Raises:

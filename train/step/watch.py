@@ -23,9 +23,6 @@ def watch(
     """Returns the figures of `train.watch_every_steps` in float32; L is the number of layers.
 
     Args:
-        config: the run's resolved settings.
-        weights: weights before the update.
-        parts: the batch as [A, B/A, T], for A forward passes in sequence.
         gradients: gradients of the loss before clipping.
         updates: the differences that the optimizer adds to the weights.
 

@@ -55,10 +55,8 @@ def write_gguf(
 
     Args:
         file: an earlier GGUF file there is replaced, anything else refused.
-        config: of the model, resolved.
         context: the positions that the model was trained on at once.
         read: gives its parameters.
-        tokenizer: of the model.
         dtype: one of `DTYPES`.
 
     Raises:

@@ -58,7 +58,6 @@ def write_huggingface(folder: Path, weights: WeightSource, dtype: str = "float32
 
     Args:
         folder: folder of the export; an earlier export there is replaced, anything else is refused.
-        weights: the model to export.
         dtype: name of the dtype, one of `FLOATS`.
         card: the text of README.md.
 

@@ -16,7 +16,6 @@ def model_card(weights: WeightSource, run: Run | None = None) -> str:
     """Returns the text of the card in Hugging Face's format.
 
     Args:
-        weights: the model that the card describes.
         run: folder of the run that trained it; None if the weights were converted.
     """
     facts = {"parameters": f"{count_parameters(weights.config):,}", **_model(weights)}

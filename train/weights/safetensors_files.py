@@ -100,7 +100,6 @@ def write_tensor_files(
     Args:
         folder: folder to write to; it must exist.
         shapes: shapes of all tensors by name, in their order.
-        dtype: dtype in the files.
         tensors: the same names with their values, of any float dtype; one at a time is in memory.
 
     Raises:
