@@ -3,6 +3,7 @@
 All leaves are arrays that are created on the mesh; the average is float32 and sharded like the weights.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,13 +27,22 @@ def make_state(config: ResolvedConfig, optimizer: optax.GradientTransformation) 
 
 def abstract_state(config: ResolvedConfig, optimizer: optax.GradientTransformation) -> State:
     """Returns the shapes, dtypes and shardings of `make_state`, without allocating memory."""
+    return _abstract(lambda: _state(config, optimizer))
+
+
+def abstract_weights(config: ResolvedConfig) -> Weights:
+    """Returns the shapes, dtypes and shardings of the weights on the ambient mesh, without allocating memory."""
+    return _abstract(lambda: initial_weights(config.model, config.train.seed, training_layout(config.mesh)))
+
+
+def _abstract(make: Callable[[], Any]) -> Any:
     mesh = jax.sharding.get_mesh()
 
     def concrete(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         spec = x.sharding.spec if x.sharding else PartitionSpec()
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
-    return jax.tree.map(concrete, jax.eval_shape(lambda: _state(config, optimizer)))
+    return jax.tree.map(concrete, jax.eval_shape(make))
 
 
 def evaluated_weights(state: State) -> Any:

@@ -18,8 +18,7 @@ from train.config.run_config import MeshConfig
 from train.devices.mesh import check_sharing
 from train.run.folder import Run
 from train.run.run_name import split_name
-from train.step.optimizer import make_optimizer
-from train.step.state import abstract_state
+from train.step.state import abstract_weights
 from train.weights.huggingface import WeightSource, in_memory, is_export, open_huggingface, write_huggingface
 from train.weights.model_card import model_card
 
@@ -57,16 +56,16 @@ def load_trained(where: str) -> Trained:
         data = DataConfig(segment_length=opened.context)
         config = Config(model=opened.config, data=data).resolved()
         check_sharing(config.model)
-        abstract = abstract_state(config, make_optimizer(config))["weights"]
+        abstract = abstract_weights(config)
         weights = jax.tree.map(lambda array, like: jax.device_put(array, like.sharding), in_memory(opened), abstract)
         return Trained(config, weights, opened.tokenizer)
     run, config, tokenizer = open_run(folder)
     check_sharing(config.model)
     checkpoints = Checkpoints(run.checkpoints)
-    abstract = abstract_state(config, make_optimizer(config))["weights"]
-    found, weights = checkpoints.restore_weights(abstract, step)
+    abstract = abstract_weights(config)
+    step, weights = checkpoints.restore_weights(abstract, step)
     checkpoints.close()
-    return Trained(config, weights, tokenizer, run, found)
+    return Trained(config, weights, tokenizer, run, step)
 
 
 def open_weights(where: str) -> WeightSource:
@@ -82,9 +81,9 @@ def open_weights(where: str) -> WeightSource:
         return open_huggingface(folder)
     run, config, tokenizer = open_run(folder)
     checkpoints = Checkpoints(run.checkpoints)
-    found, read = checkpoints.open_weights(parameter_table(config.model), step)
+    step, read = checkpoints.open_weights(parameter_table(config.model), step)
     checkpoints.close()
-    return WeightSource(config.model, config.data.segment_length, tokenizer, read, found)
+    return WeightSource(config.model, config.data.segment_length, tokenizer, read, step)
 
 
 def run_of(where: str) -> Run | None:
