@@ -10,6 +10,7 @@ from pathlib import Path
 from data.errors import Fault, InputError, StorageError
 from launch.commands import overview, parse
 from launch.exit_status import report_error
+from launch.library_errors import short_library_errors
 from launch.version import ROOT, version
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
@@ -28,14 +29,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         argv = sys.argv[1:]
         prepare_process(argv)
-    try:
-        check_rooms()
-        status = run_command(argv)
-        # A failing last write is reported here and not as Python exits.
-        sys.stdout.flush()
-        return status
-    except (InputError, Fault, StorageError, OSError, KeyboardInterrupt) as error:
-        return report_error(error)
+    with short_library_errors():
+        try:
+            check_rooms()
+            status = run_command(argv)
+            # A failing last write is reported here and not as Python exits.
+            sys.stdout.flush()
+            return status
+        except (InputError, Fault, StorageError, OSError, KeyboardInterrupt) as error:
+            return report_error(error)
 
 
 def run_command(argv: Sequence[str]) -> int:

@@ -29,7 +29,7 @@ from train.evaluation.held_out import gzip_bits_per_byte
 from train.run.events import read_events
 from train.run.folder import Run
 from train.run.goodput import duration, goodput
-from train.run.lease import BEAT_SECONDS, PATIENCE
+from train.run.lease import BEAT_SECONDS, MISSING_BEATS
 from train.run.step_log import read_step_log, scalars
 from train.step.schedule import batch_size
 
@@ -52,7 +52,7 @@ def make_page(run: Run) -> str:
     records = [record | dict(scalars({"tasks": record.get("tasks", {})})) for _, record in read_step_log(run.metrics)]
     events = read_events(run.events)
     now, beat = time.time(), last_beat(run)
-    is_alive = now - beat < PATIENCE * BEAT_SECONDS
+    is_alive = now - beat < MISSING_BEATS * BEAT_SECONDS
     last_seen = max([beat, *(record.get("time", 0.0) for record in records[-1:])])
     color, word, detail = run_state(events, is_alive, last_seen)
     marks = event_steps(events)

@@ -134,7 +134,7 @@ def test_a_bucket_that_cannot_be_used_is_refused_before_training(bucket: Bucket,
     config = f"--config={finished.parent / 'run.py'}"
     fresh = ["pretrain", config, f"--config.train.run_dir={tmp_path / 'run'}"]
     for place, words in (
-        ("gs://none/a", "there is no such bucket, or no right to see it"),
+        ("gs://none/a", "there is no such bucket, or no permission to see it"),
         ("s3://none/a", "Orbax cannot write checkpoints to s3://"),
         ("https://example.org", "checkpoints are written to a folder or to gs://bucket/path"),
         (f"{config}/a", "is a file"),

@@ -109,7 +109,7 @@ def test_what_cannot_be_healed_ends_with_status_2_and_its_last_good_state(tmp_pa
     status = here("pretrain", f"--config={write_config(tmp_path)}", *FLAGS, "--config.recovery.max_skipped_batches=2")
     err = capfd.readouterr().err
     assert status == 2
-    assert "step 6: loss is nan; 2 batches have been left out already, and recovery.max_skipped_batches is 2" in err
+    assert "step 6: loss is nan; 2 batches have been skipped already, and recovery.max_skipped_batches is 2" in err
     assert "Traceback" not in err
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["4"]
     assert [event["action"] for event in events(tmp_path / "run", "rollback")] == ["retry", "skip"] * 2 + ["retry"]

@@ -1,4 +1,4 @@
-"""The weights of a checkpoint where they lie, read a layer at a time: for models larger than this machine's memory."""
+"""Reads the weights of a checkpoint layer by layer, for models larger than this machine's memory."""
 
 import os
 from collections.abc import Mapping
@@ -13,41 +13,45 @@ from model.parameters import Parameter
 from train.checkpoint.checksum import partial_checksum
 from train.run.storage import is_remote
 
-# Of an array whose layers are stored together the bytes that are kept for the next layer.
+# Bytes of an array that are kept for its next layer, if its layers are stored together.
 CACHE_BYTES = 2**28
 
 
 class CheckpointReader:
-    """A `Reader` of one checkpoint's weights. An array is checked as soon as all of it has been read.
+    """A `ParameterReader` of one checkpoint's weights, which checks the checksum of each array that has been read.
 
     Args:
-        place: the checkpoint's item.
-        sums: its arrays' checksums.
-        parameters: the table of its parameters.
+        place: the folder of the checkpoint's item.
+        sums: the checksums of its arrays by name.
+        parameters: the table of the model's parameters.
     """
 
     def __init__(self, place: epath.Path, sums: Mapping[str, int], parameters: Mapping[str, Parameter]):
-        self.place, self.parameters, self._expected = place, parameters, sums
+        self.place = place
+        self.parameters = parameters
+        self._expected = sums
         self._sums = dict.fromkeys(parameters, 0)
-        self._left = {name: set(range(p.shape[0]) if "layers" in p.axes else [None]) for name, p in parameters.items()}
-        self._keeping = tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
+        self._unread: dict[str, set[int | None]] = {
+            name: set(range(p.shape[0]) if "layers" in p.axes else [None]) for name, p in parameters.items()
+        }
+        self._cache = tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
         self._arrays: dict[str, Any] = {}
 
     def __call__(self, name: str, layer: int | None) -> np.ndarray:
-        """One parameter, or one layer of it.
+        """Returns one parameter, or a single layer.
 
         Raises:
-            InputError: it cannot be read, or with this layer all has been read, and it is not what was saved.
+            InputError: it cannot be read; or the array has now been read to its end, and its checksum differs.
         """
         try:
-            whole = self._open(name)
-            array: np.ndarray = np.asarray((whole if layer is None else whole[layer]).read().result())
+            stored = self._open(name)
+            array: np.ndarray = np.asarray((stored if layer is None else stored[layer]).read().result())
         except (ValueError, OSError, KeyError) as error:
             raise self._damaged(name, str(error).splitlines()[0][:160]) from None
-        if layer in self._left[name]:
-            self._left[name].remove(layer)
+        if layer in self._unread[name]:
+            self._unread[name].remove(layer)
             self._sums[name] += partial_checksum(array, (layer or 0) * array.size)
-            if not self._left[name] and self._sums[name] % 2**32 != self._expected.get(name):
+            if not self._unread[name] and self._sums[name] % 2**32 != self._expected.get(name):
                 raise self._damaged(name, "its bits are not those that were saved")
         return array
 
@@ -60,7 +64,7 @@ class CheckpointReader:
             array = tensorstore.open(spec, read=True).result()
             chunk: Any = array.chunk_layout.read_chunk.shape
             if "layers" in self.parameters[name].axes and chunk[0] > 1:
-                array = tensorstore.open(spec, context=self._keeping, read=True).result()
+                array = tensorstore.open(spec, context=self._cache, read=True).result()
             if tuple(array.shape) != self.parameters[name].shape:
                 raise ValueError(
                     f"it has the shape {tuple(array.shape)}; the config says {self.parameters[name].shape}"

@@ -1,6 +1,6 @@
-"""Replicas: what several devices each have a copy of must be the same, bit for bit.
+"""Checks replicas: copies of the same array on several devices must be equal, bit for bit.
 
-A device that computes wrongly now and then shows in nothing else (Llama 3, Dubey et al. 2024, tell of such errors).
+A device that computes wrongly now and then shows in nothing else (Llama 3, Dubey et al. 2024, report such errors).
 """
 
 import functools
@@ -24,10 +24,10 @@ from train.step.state import State
 
 
 def check_replicas(state: State) -> None:
-    """Compare a checksum of each device's part of each array with those of its copies; all processes call it together.
+    """Compares the checksums of all copies of each shard of each array. All processes call it together.
 
     Raises:
-        Fault: they differ; it names the array and the devices.
+        Fault: copies differ; the message names the array and the devices.
     """
     arrays = {name: x for name, x in flattened(to_plain_tree(state)).items() if _axes_of_copies(x)}
     if not arrays:
@@ -36,49 +36,52 @@ def check_replicas(state: State) -> None:
     mesh = cast(Mesh, shardings[0].mesh)
     sums = _device_checksums(mesh, tuple(sharding.spec for sharding in shardings))(tuple(arrays.values()))
     sums = np.asarray(multihost_utils.process_allgather(sums, tiled=True))
-    for (name, x), of_devices in zip(arrays.items(), sums, strict=True):
+    for (name, x), device_sums in zip(arrays.items(), sums, strict=True):
         axes = [mesh.axis_names.index(axis) for axis in _axes_of_copies(x)]
-        shape, last = (-1, math.prod(mesh.devices.shape[axis] for axis in axes)), range(-len(axes), 0)
-        found = np.moveaxis(of_devices, axes, last).reshape(shape)
-        devices = np.moveaxis(mesh.devices, axes, last).reshape(shape)
-        if wrong := [device for row, group in zip(found, devices, strict=True) for device in _outliers(row, group)]:
+        # One row for each group of devices with copies of the same shard.
+        rows = (-1, math.prod(mesh.devices.shape[axis] for axis in axes))
+        last = range(-len(axes), 0)
+        sums_of_groups = np.moveaxis(device_sums, axes, last).reshape(rows)
+        groups = np.moveaxis(mesh.devices, axes, last).reshape(rows)
+        wrong = [device for row, group in zip(sums_of_groups, groups, strict=True) for device in _outliers(row, group)]
+        if wrong:
             who = ", ".join(f"device {device.id} of process {device.process_index}" for device in wrong)
             raise Fault(
                 f"copies of {name} differ between devices; those of {who} are not as most are. The state is not saved: "
-                "the next start goes on from the last save. If it happens again, take that machine out"
+                "the next start resumes from the last save. If it happens again, take that machine out"
             )
 
 
 @jax.jit
 def is_finite(state: State) -> jax.Array:
-    """Whether every number of a state is one."""
+    """Returns true if every number of a state is finite."""
     floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))
 
 
 def _axes_of_copies(x: jax.Array) -> list[str]:
-    """The mesh axes, of size above 1, along which each device has the same part of an array."""
+    """Returns the mesh axes, of size above 1, along which the devices have copies of the same shard."""
     sharding = cast(NamedSharding, x.sharding)
     used = {name for part in sharding.spec for name in as_tuple(part)}
     return [axis for axis, size in sharding.mesh.shape.items() if size > 1 and axis not in used]
 
 
 def _outliers(sums: np.ndarray, devices: np.ndarray) -> list[Any]:
-    """The devices whose sum is not the most frequent one; of two that differ both."""
+    """Returns the devices whose checksum is not the most frequent one; both, if there are two that differ."""
     counts = Counter(sums.tolist()).most_common()
     if len(counts) == 1:
         return []
     agreed = counts[0][0] if counts[0][1] > counts[1][1] else None
-    return [device for device, found in zip(devices, sums.tolist(), strict=True) if found != agreed]
+    return [device for device, checksum in zip(devices, sums.tolist(), strict=True) if checksum != agreed]
 
 
 @functools.cache
 def _device_checksums(mesh: Mesh, specs: tuple[Hashable, ...]) -> Any:
-    """The compiled function: arrays with these specs → uint32 [arrays, *mesh], of each device's own part."""
+    """Returns the compiled function from arrays with these specs to uint32 [arrays, *mesh], checksums of shards."""
 
     def of_device(parts: tuple[jax.Array, ...]) -> jax.Array:
-        found = jnp.stack([checksums(part) for part in parts])
-        return found.reshape(-1, *(1,) * len(mesh.axis_names))
+        sums = jnp.stack([checksums(part) for part in parts])
+        return sums.reshape(-1, *(1,) * len(mesh.axis_names))
 
     everywhere = PartitionSpec(None, *mesh.axis_names)
     return jax.jit(jax.shard_map(of_device, mesh=mesh, in_specs=(specs,), out_specs=everywhere, check_vma=False))

@@ -1,11 +1,11 @@
-"""State as nested dictionaries that Orbax stores, and back."""
+"""Converts the state to the nested dictionaries that Orbax stores, and back."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 def to_plain_tree(tree: Any) -> Any:
-    """Named tuples (Optax's states) as dictionaries by their fields' names; empty ones left out."""
+    """Converts named tuples (Optax's states) to dictionaries by their fields' names, without empty ones."""
     if isinstance(tree, tuple) and hasattr(tree, "_asdict"):
         tree = tree._asdict()
     if isinstance(tree, Mapping):
@@ -15,7 +15,7 @@ def to_plain_tree(tree: Any) -> Any:
 
 
 def restore_structure(template: Any, tree: Any) -> Any:
-    """The inverse of `to_plain_tree`: the values of `tree` in the containers of `template`."""
+    """Inverts `to_plain_tree`: returns the values of `tree` in the containers of `template`."""
     if isinstance(template, tuple) and hasattr(template, "_asdict"):
         fields = template._asdict()
         return type(template)(**{name: restore_structure(fields[name], tree.get(name, {})) for name in fields})

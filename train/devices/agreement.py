@@ -1,4 +1,4 @@
-"""All-gathers a few scalars a step, so that all processes decide alike."""
+"""All-gathers a few scalars a step, so that all processes take the same decisions."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,11 +10,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 class Agreement:
-    """What each process has to say of a step, known to all of them: they decide the same, at the same step.
+    """All-gathers scalars of each process asynchronously, so that all take the same decision at the same step.
 
-    Made under the run's mesh.
-
-    Sending is one small program beside the step's own; it waits for nothing.
+    It is made under the run's mesh. Sending is a small program next to the step's own; it waits for nothing.
     """
 
     def __init__(self) -> None:
@@ -22,7 +20,7 @@ class Agreement:
         processes = [device.process_index for device in devices]
         self._rows = [processes.index(process) for process in sorted(set(processes))]
         if jax.default_backend() != "cpu":
-            # One of each process is enough. But a CPU keeps the order only of programs that all its devices share.
+            # One device of each process is enough; but CPUs keep the order only of programs that all devices share.
             devices = [devices[i] for i in self._rows]
             self._rows = [*range(len(devices))]
         self._mesh = Mesh(np.array(devices), "device")
@@ -31,16 +29,16 @@ class Agreement:
         def joined(numbers: jax.Array, figures: Sequence[jax.Array]) -> jax.Array:
             return jnp.concatenate([numbers, *(x.reshape(1, 1) for x in figures)], axis=1)
 
-        # Each device's own copy of a figure, should they differ.
+        # Each device sends its own copy of a figure, in case they differ.
         of_each = jax.shard_map(joined, mesh=self._mesh, in_specs=(each, everywhere), out_specs=each, check_vma=False)
         self._share = jax.jit(of_each, out_shardings=NamedSharding(self._mesh, everywhere))
 
     def send(self, numbers: Sequence[float], figures: Sequence[jax.Array] = ()) -> Any:
-        """What this process knows → what all know, on its way: see `read`.
+        """Starts to all-gather the scalars of this process; see `read`.
 
         Args:
-            numbers: of the host.
-            figures: scalars that are still computed; every device has a copy.
+            numbers: scalars that the host knows.
+            figures: scalars that may still be computed; every device has a copy.
         """
         mine = self._mesh.local_devices
         copies = [[shard.data for shard in x.addressable_shards if shard.device in mine] for x in figures]
@@ -52,9 +50,9 @@ class Agreement:
             )
 
     def read(self, sent: Any) -> np.ndarray:
-        """Float32 [processes, numbers and figures]. It waits for them."""
+        """Waits for what `send` has started; returns float32 [processes, numbers and figures]."""
         return np.asarray(sent)[self._rows]
 
     def _all(self, shape: tuple[int, ...], spec: PartitionSpec, own: list[jax.Array]) -> jax.Array:
-        """One array of what each device has of it."""
+        """Joins the shards of each device to one array."""
         return jax.make_array_from_single_device_arrays(shape, NamedSharding(self._mesh, spec), own)

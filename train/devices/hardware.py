@@ -1,4 +1,4 @@
-"""The accelerators that there are figures for: what their makers say, and what the compilers say of them."""
+"""Figures of accelerators: from their makers' data sheets, and from the compilers."""
 
 import os
 from dataclasses import dataclass, replace
@@ -8,22 +8,22 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """One accelerator as JAX sees it: one device.
+    """One accelerator, which is one device of JAX.
 
     Attributes:
-        name: as in `--topology`.
-        device_kinds: JAX's names of it.
+        name: the name in `--topology`.
+        device_kinds: JAX's names of the device.
         platform: tpu, gpu or cpu.
-        peak_flops: dense bfloat16 FLOP/s.
-        memory_bytes: a TPU's: what the compiler lets a program have; others': all that the device has.
-        memory_bandwidth: bytes/s, data sheet.
-        link_bandwidth: bytes/s that a device can send to others of its slice or host. A TPU's is of one dimension of
-            the torus that closes to a ring, both ways round; a GPU's is of all its NVLinks.
+        peak_flops: FLOP/s of dense products in bfloat16.
+        memory_bytes: for a TPU, what the compiler lets a program use; otherwise all memory of the device.
+        memory_bandwidth: bytes/s, from the data sheet.
+        link_bandwidth: bytes/s that a device can send to others of its slice or host. For a TPU, along one dimension of
+            the torus that closes to a ring, in both directions; for a GPU, over all its NVLinks.
         network_bandwidth: bytes/s that a device can send to other slices or hosts.
         host_bandwidth: bytes/s between the device and its host's memory, one way.
-        cycles_per_second: of the `estimated_cycles` that the TPU compiler writes on fusions; 0: it writes none.
-        full_ring: devices of a dimension of the torus whose ends are linked, and all multiples of it; 0: no torus.
-        max_devices: of a slice, or a host.
+        cycles_per_second: rate of the `estimated_cycles` that the TPU compiler writes on fusions; 0: it writes none.
+        full_ring: the length from which, in multiples, a torus dimension is closed to a ring; 0: no torus.
+        max_devices: most devices of a slice, or of a host.
     """
 
     name: str
@@ -45,8 +45,8 @@ class Chip:
 #   of v6e): a ring uses two, sending on each half of that. v4's 6 links carry 50 GB/s each way (Jouppi et al. 2023,
 #   arXiv:2304.01433).
 # - Network: a host's cards shared by its chips (v5e 2 × 100 Gbit/s for 8, v6e 4 × 200 for 8), v5p 50 Gbit/s a chip;
-#   v4's is in no data sheet, taken as v5p's. Host: Austin et al. 2025, How to Scale Your Model, part 2.
-# - Memory: what the compiler names where a program is too large (libtpu 0.0.50), a little less than the data sheet's.
+#   v4's is in no data sheet, assumed to be v5p's. Host: Austin et al. 2025, How to Scale Your Model, part 2.
+# - Memory: what the compiler reports if a program is too large (libtpu 0.0.50), a little less than the data sheet's.
 # - Cycles: peak / FLOPs of a cycle, 2 × 128² on each of 4 matrix units a core (v6e: 2 × 256² × 2 rows on each of 2). Of
 #   large products the compiler's cycles then come to 91 to 98% of peak at best.
 # GPU: NVIDIA's data sheets of the SXM boards, and of a DGX of 8 that has a card of 200 (A100) or 400 Gbit/s for each.
@@ -68,12 +68,12 @@ CHIPS = {row[0]: Chip(row[0], row[1], "tpu" if len(row) > 8 else "gpu", *row[2:]
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip that JAX names so, where there are figures for it."""
+    """Returns the chip with this name of JAX's, or None if there are no figures for it."""
     return next((chip for chip in CHIPS.values() if device_kind in chip.device_kinds), None)
 
 
 def with_usable_memory(chip: Chip) -> Chip:
-    """The chip with as much memory as JAX lets a program have: of a GPU it takes a part, three quarters by default."""
+    """Returns the chip with the memory that JAX lets a program use: of a GPU three quarters by default."""
     if chip.platform != "gpu":
         return chip
     part = os.environ.get("XLA_CLIENT_MEM_FRACTION") or os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or "0.75"

@@ -1,4 +1,4 @@
-"""Devices: arranging those of all processes on named axes, and who holds what."""
+"""Meshes: the devices of all processes on named axes."""
 
 import math
 from collections.abc import Sequence
@@ -20,43 +20,49 @@ from train.devices.rules import AXES, TRAINING, training_layout
 
 
 def mesh_shape(config: MeshConfig, num_devices: int, num_slices: int = 1) -> tuple[int, ...]:
-    """Sizes of AXES, −1 filled in. InputError where they don't come to the devices of a slice.
+    """Returns the sizes of AXES, with −1 filled in.
 
     Args:
-        config: sizes within a slice.
-        num_devices: of all slices.
-        num_slices: that the devices themselves tell of.
+        config: the sizes within a slice.
+        num_devices: devices of all slices.
+        num_slices: number of slices that the devices report.
+
+    Raises:
+        InputError: the sizes' product is not the number of devices of a slice.
     """
     slices = config.slices or num_slices
     if num_devices % slices or slices % num_slices:
         raise InputError(f"mesh.slices={slices} does not fit {num_devices} devices in {num_slices} slices")
-    devices, axes = num_devices // slices, AXES[1:]
+    devices = num_devices // slices
+    axes = AXES[1:]
     sizes = [getattr(config, axis) for axis in axes]
-    given = math.prod(size for size in sizes if size != -1)
-    if -1 in sizes and devices % given == 0:
-        sizes[sizes.index(-1)] = devices // given
+    product = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and devices % product == 0:
+        sizes[sizes.index(-1)] = devices // product
     if -1 in sizes or math.prod(sizes) != devices:
-        asked = ", ".join(f"mesh.{axis}={getattr(config, axis)}" for axis in axes)
+        wanted = ", ".join(f"mesh.{axis}={getattr(config, axis)}" for axis in axes)
         raise InputError(
-            f"{asked} does not fit {devices} devices{' a slice' if slices > 1 else ''}: the product of the axes must "
-            f"be {devices}, or one axis -1 and the others' product a divisor of it"
+            f"{wanted} does not fit {devices} devices{' a slice' if slices > 1 else ''}: the product of the axes must "
+            f"be {devices}, or one axis -1 and the product of the others a divisor of {devices}"
         )
     return (slices, *sizes)
 
 
 def make_mesh(config: ResolvedConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Devices on AXES, Explicit; `tensor` innermost, where the links are fastest, slices outermost.
+    """Returns a mesh of devices on AXES, with Explicit axis types.
+
+    `tensor` is innermost, where links are fastest; slices are outermost.
 
     Args:
-        config: resolved, so that what the mesh must divide is known.
-        devices: none: all of this run's.
+        config: resolved, so that the sizes that the mesh must divide are known.
+        devices: all devices of this run by default.
 
     Raises:
-        InputError: sizes that don't fit the devices, the model and batch that don't fit the sizes, or a kernel that
-            cannot do what it is asked for.
+        InputError: the sizes don't fit the devices, model or batch don't fit the sizes, or the wanted kernel cannot
+            be used.
     """
     devices = jax.devices() if devices is None else devices
-    # JAX numbers GPUs' hosts so, too; but a mesh axis may reach over hosts.
+    # On GPUs JAX counts hosts as slices, too; but a mesh axis may span hosts.
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     if problems := rule_problems(config.mesh):
         raise InputError("\n".join(problems))
@@ -64,7 +70,8 @@ def make_mesh(config: ResolvedConfig, devices: Sequence[Any] | None = None) -> M
     if problems := mesh_problems(config, shape):
         raise InputError("\n".join(problems))
     if slices > 1:
-        within, across = (shape[0] // slices, *shape[1:]), (slices, *(1,) * (len(AXES) - 1))
+        within = (shape[0] // slices, *shape[1:])
+        across = (slices, *(1,) * (len(AXES) - 1))
         array = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
     else:
         array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
@@ -78,35 +85,35 @@ def make_mesh(config: ResolvedConfig, devices: Sequence[Any] | None = None) -> M
 
 
 def explicit_mesh(devices: np.ndarray) -> Mesh:
-    """A mesh of an array of devices, which has a dimension for each of AXES."""
+    """Returns a mesh of an array of devices, which has a dimension for each of AXES."""
     return Mesh(devices, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
 def batch_sharding(mesh: Mesh, layout: Layout = TRAINING) -> NamedSharding:
-    """Of the arrays [B, T] of a global batch, in the order of its rows."""
+    """Returns the sharding of the arrays [B, T] of a global batch, in the order of its rows."""
     return NamedSharding(mesh, layout.spec("batch", None))
 
 
 def one_device_mesh() -> Mesh:
-    """The mesh of a single device, for commands that need no more."""
+    """Returns the mesh of a single device, for commands that need no more."""
     return explicit_mesh(np.array(jax.local_devices()[:1]).reshape((1,) * len(AXES)))
 
 
 def generation_mesh(config: MeshConfig) -> Mesh:
-    """The first devices of this process, as many as the sizes of `config` come to; -1 stands for all the rest.
+    """Returns a mesh of the first devices of this process, as the sizes of `config` need; −1 takes all others.
 
     Raises:
-        InputError: there are not so many.
+        InputError: the process has fewer devices.
     """
     devices = jax.local_devices()
-    asked = math.prod(getattr(config, axis) for axis in AXES[1:])
-    if asked > len(devices):
-        raise InputError(f"mesh.tensor × mesh.fsdp = {asked}, but there are {len(devices)} devices")
-    shape = mesh_shape(config, asked if asked > 0 else len(devices))
+    wanted = math.prod(getattr(config, axis) for axis in AXES[1:])
+    if wanted > len(devices):
+        raise InputError(f"mesh.tensor × mesh.fsdp = {wanted}, but there are {len(devices)} devices")
+    shape = mesh_shape(config, wanted if wanted > 0 else len(devices))
     return explicit_mesh(np.array(devices[: math.prod(shape)]).reshape(shape))
 
 
 def check_sharing(config: ResolvedModelConfig) -> None:
-    """InputError where the ambient mesh cannot share a model's weights."""
+    """Raises InputError if the ambient mesh cannot shard a model's weights."""
     if problems := weight_problems(config, TRAINING, jax.sharding.get_mesh().shape):
         raise InputError("\n".join(problems))

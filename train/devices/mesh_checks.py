@@ -1,4 +1,4 @@
-"""Finds what is wrong with a mesh for a config."""
+"""Checks of a mesh against a config."""
 
 import math
 from collections.abc import Mapping
@@ -13,80 +13,83 @@ from train.devices.rules import ACTIVATIONS, AXES, DEFAULT_RULES, training_layou
 
 
 def rule_problems(config: MeshConfig) -> list[str]:
-    """What is wrong with `mesh.rules`: names that don't exist, and mesh axes that two axes of one array would share."""
-    found = []
+    """Returns the errors of `mesh.rules`: unknown names, and mesh axes that two axes of one array would share."""
+    problems = []
     for axis, mesh in config.rules.items():
         if axis not in DEFAULT_RULES:
-            found.append(f"mesh.rules: there is no logical axis {axis!r}; there are {', '.join(DEFAULT_RULES)}")
+            problems.append(f"mesh.rules: there is no logical axis {axis!r}; there are {', '.join(DEFAULT_RULES)}")
         if not isinstance(mesh, list | tuple) or not all(isinstance(name, str) for name in mesh):
-            found.append(f'mesh.rules.{axis} is {mesh!r}; it must be a list of mesh axes, as in ["fsdp"]')
+            problems.append(f'mesh.rules.{axis} is {mesh!r}; it must be a list of mesh axes, as in ["fsdp"]')
             continue
         for name in mesh:
             if name not in AXES:
-                found.append(f"mesh.rules.{axis}: there is no mesh axis {name!r}; there are {', '.join(AXES)}")
-    if found:
-        return found
+                problems.append(f"mesh.rules.{axis}: there is no mesh axis {name!r}; there are {', '.join(AXES)}")
+    if problems:
+        return problems
     layout = training_layout(config)
     for axes in ACTIVATIONS:
         names = [name for axis in axes for name in as_tuple(layout.rules[axis])]
         for name in sorted({name for name in names if names.count(name) > 1}):
             sharing = " and ".join(f"{axis!r}" for axis in axes if name in layout.mesh_axes(axis))
-            found.append(f"mesh.rules: {sharing} of one array are both shared by {name!r}; take it from one of them")
+            problems.append(f"mesh.rules: {sharing} of one array are both shared by {name!r}; take it from one of them")
     for axis, parts in layout.rules.items():
         for name in sorted({name for name in as_tuple(parts) if as_tuple(parts).count(name) > 1}):
-            found.append(f"mesh.rules.{axis}: {name!r} stands there twice")
+            problems.append(f"mesh.rules.{axis}: {name!r} is listed twice")
     for axis in ("heads", "kv_heads", "feedforward", "vocabulary"):
         for name in sorted(layout.mesh_axes(axis) & layout.mesh_axes("model")):
-            found.append(f"mesh.rules: {axis!r} and 'model' of one weight are both shared by {name!r}")
+            problems.append(f"mesh.rules: {axis!r} and 'model' of one weight are both shared by {name!r}")
     if layout.rules["heads"] != layout.rules["kv_heads"]:
-        found.append("mesh.rules: 'heads' and 'kv_heads' must be shared by the same mesh axes: queries meet their keys")
+        problems.append(
+            "mesh.rules: 'heads' and 'kv_heads' must be shared by the same mesh axes: queries meet their keys"
+        )
     inside, between = as_tuple(layout.rules["time"]), as_tuple(layout.rules["sequence"])
     if between[: len(inside)] != inside:
-        found.append("mesh.rules: 'sequence' must begin with the mesh axes of 'time', and may go on with others")
-    return found
+        problems.append("mesh.rules: 'sequence' must begin with the mesh axes of 'time', and may continue with others")
+    return problems
 
 
 def mesh_problems(config: ResolvedConfig, shape: tuple[int, ...]) -> list[str]:
-    """What this model and batch cannot share over this mesh, one line each, naming field, axis and sizes that work."""
-    size, layout = dict(zip(AXES, shape, strict=True)), training_layout(config.mesh)
+    """Returns what cannot be sharded over a mesh, one line each with the field, the axis and sizes that work."""
+    size = dict(zip(AXES, shape, strict=True))
+    layout = training_layout(config.mesh)
     rows = config.train.batch_size // config.train.accumulation_steps
     must_divide = partial(divisibility_problems, layout, size)
-    found = must_divide("train.batch_size / train.accumulation_steps", rows, "batch")
+    problems = must_divide("train.batch_size / train.accumulation_steps", rows, "batch")
     if config.train.batch_ramp_start:
-        # The later stages are multiples of it, and their parts of it or of a part of the full batch.
-        found += must_divide("train.batch_ramp_start", config.train.batch_ramp_start, "batch")
-    found += must_divide("data.num_streams", config.num_streams, "batch")
-    # Each device takes a piece from either end: `model.context_parallel`.
+        # Later stages are multiples of this batch; their microbatches are multiples of this one or of the full batch's.
+        problems += must_divide("train.batch_ramp_start", config.train.batch_ramp_start, "batch")
+    problems += must_divide("data.num_streams", config.num_streams, "batch")
+    # Each device takes a piece from both ends of a row: see `model.context_parallel`.
     time = math.prod(size[mesh] for mesh in layout.mesh_axes("time"))
-    found += must_divide("data.segment_length", config.data.segment_length, "sequence")
+    problems += must_divide("data.segment_length", config.data.segment_length, "sequence")
     if time > 1:
-        found += must_divide("data.segment_length", config.data.segment_length, "time", pieces=2)
-    return found + weight_problems(config.model, layout, size)
+        problems += must_divide("data.segment_length", config.data.segment_length, "time", pieces=2)
+    return problems + weight_problems(config.model, layout, size)
 
 
 def weight_problems(config: ResolvedModelConfig, layout: Layout, size: Mapping[str, int]) -> list[str]:
-    """Those of the model's weights alone, over mesh axes of these sizes."""
+    """Returns the problems of the model's weights alone, over mesh axes of these sizes."""
     fields = {"model": "model_dim", "heads": "num_heads", "kv_heads": "num_kv_heads", "feedforward": "feedforward_dim"}
-    found, seen = [], set()
+    problems, seen = [], set()
     for parameter in parameter_table(config).values():
         for axis, number in parameter.axes.items():
             if layout.mesh_axes(axis) and axis not in seen:
                 seen.add(axis)
                 name = f"model.{fields.get(axis, axis)}" + (" (padded)" if axis == "vocabulary" else "")
-                found += divisibility_problems(layout, size, name, number, axis)
-    return found
+                problems += divisibility_problems(layout, size, name, number, axis)
+    return problems
 
 
 def divisibility_problems(
     layout: Layout, size: Mapping[str, int], name: str, number: int, axis: str, pieces: int = 1
 ) -> list[str]:
-    """A line where the mesh axes that share a logical axis, in so many pieces each, do not divide a number."""
+    """Returns a line if the mesh axes of a logical axis, times `pieces`, do not divide a number."""
     names = [mesh for mesh in AXES if mesh in layout.mesh_axes(axis)]
     by = math.prod(size[mesh] for mesh in names) * pieces
     if number % by == 0:
         return []
     works = [d for d in range(1, by // pieces + 1) if number % (d * pieces) == 0]
-    # Slices are counted, not chosen.
+    # The number of slices is found, not chosen; its field has another name.
     shown = " × ".join(f"mesh.{mesh}" + ("s" if mesh == "slice" else "") for mesh in names
                        if size[mesh] > 1) or f"mesh.{names[0]}"  # fmt: skip
     most = f"; nearest size that works: {works[-1]}" if works else ""

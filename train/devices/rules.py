@@ -1,12 +1,12 @@
-"""The one table of which mesh axis shares which logical axis."""
+"""The table of sharding rules: which mesh axes shard which logical axis."""
 
 from model.sharding import Layout, MeshAxes
 from train.config.run_config import MeshConfig
 
 AXES = ("slice", "data", "fsdp", "context", "tensor")
-# Logical axis → mesh axes. Weights are stored in shards of their model width and gathered for use, a layer at a time;
-# `tensor` shares heads, feed-forward width and vocabulary, and between them the residual stream's positions; `context`
-# shares the positions everywhere. Slices, whose links to each other are slow, and `data` have whole copies.
+# Logical axis → mesh axes. Weights are sharded over their model width and all-gathered for use, a layer at a time.
+# `tensor` shards heads, feed-forward width and vocabulary, and between them the residual stream's positions; `context`
+# shards the positions everywhere. Slices, whose links to each other are slow, and `data` have replicas.
 DEFAULT_RULES: dict[str, MeshAxes] = {
     "batch": ("slice", "data", "fsdp"),
     "sequence": ("context", "tensor"),
@@ -19,9 +19,9 @@ DEFAULT_RULES: dict[str, MeshAxes] = {
     "lookup": ("tensor",),
 }
 TRAINING = Layout(DEFAULT_RULES)
-# One sequence at a time on all devices: nothing to share over the batch or the positions.
+# One sequence at a time on all devices, so neither batch nor positions are sharded.
 GENERATION = Layout(DEFAULT_RULES | {"batch": None, "sequence": None, "time": None})
-# What the decoder makes, by its logical axes: in none of them may two axes be shared by the same mesh axis.
+# Logical axes of the decoder's activations. No two axes of one array may be sharded over the same mesh axis.
 ACTIVATIONS = (
     ("batch", "sequence"),
     ("batch", "time", "heads"),
@@ -32,5 +32,5 @@ ACTIVATIONS = (
 
 
 def training_layout(config: MeshConfig) -> Layout:
-    """The rules with what the config changes of them."""
+    """Returns the default rules with the changes of the config."""
     return Layout(DEFAULT_RULES | {axis: tuple(mesh) for axis, mesh in config.rules.items()})

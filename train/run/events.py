@@ -1,6 +1,6 @@
-"""The audit log: one line of events.jsonl for whatever happened to a run beside its steps, over all restarts.
+"""The audit log: one line of events.jsonl for everything that happens to a run apart from its steps, over all restarts.
 
-Process 0 writes; each line is on disk before the run goes on. A hook, any shell command, gets each line, too.
+Process 0 writes; each line is on disk before the run continues. A hook, any shell command, gets each line, too.
 """
 
 import datetime
@@ -25,29 +25,30 @@ from train.run.storage import storage_errors
 
 log = logging.getLogger("ziggurat")
 PACKAGES = ("ziggurat", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "sentencepiece", "numpy")
-# Seconds that the hook may still take when the process ends.
+# Seconds that the process waits for the hook as it ends.
 HOOK_PATIENCE = 10.0
 
 
 class Events:
-    """The log of one run, open for one process of it.
+    """The audit log of one run, open for one process.
 
     Attributes:
-        account: where the time of this start has gone; each event has it as `seconds`.
+        account: the time account of this start; each event has it as `seconds`.
 
     Args:
-        path: of the file; none: nothing is written (all processes but the first).
-        hook: a shell command that gets each event as one line of JSON on its standard input; its own output is the
-            run's. The run does not wait for it, and does not fail with it.
+        path: the file; None on all processes but the first, which then write nothing.
+        hook: a shell command that gets each event as one line of JSON on its standard input; its output is shown. The
+            run neither waits for it nor fails with it.
     """
 
     def __init__(self, path: Path | None, hook: str | None = None):
         self.account = TimeAccount()
-        self._path, self._hook = path, hook
+        self._path = path
+        self._hook = hook
         self._hooks: list[subprocess.Popen] = []
 
     def write(self, event: str, **fields: Any) -> None:
-        """One event, with the time in UTC."""
+        """Writes one event, with the time in UTC."""
         self._write({"event": event} | fields | {"seconds": self.account.seconds()})
 
     def _write(self, fields: dict[str, Any]) -> None:
@@ -57,16 +58,17 @@ class Events:
         line = json.dumps({"time": now} | fields)
         with storage_errors("an event", self._path), self._path.open("a+b") as file:
             file.seek(max(file.tell() - 1, 0))
-            torn = file.read(1) not in (b"", b"\n")  # by a kill
-            file.write(("\n" * torn + line + "\n").encode())
+            # A kill may have torn the last line.
+            is_torn = file.read(1) not in (b"", b"\n")
+            file.write(("\n" * is_torn + line + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
         if self._hook:
             self._call(line)
 
     def _call(self, line: str) -> None:
-        """Start the hook. It may read when it likes: what it gets is in a file."""
-        self._hooks = [hook for hook in self._hooks if self._runs(hook)]
+        """Starts the hook. Its input is a file, so it may read whenever it likes."""
+        self._hooks = [hook for hook in self._hooks if self._is_running(hook)]
         try:
             with tempfile.TemporaryFile("w+") as file:
                 file.write(line + "\n")
@@ -75,46 +77,46 @@ class Events:
         except OSError as error:
             log.warning("train.on_event cannot be started: %s", error)
 
-    def _runs(self, hook: subprocess.Popen) -> bool:
+    def _is_running(self, hook: subprocess.Popen) -> bool:
         if status := hook.poll():
             log.warning("train.on_event ended with status %d", status)
         return hook.returncode is None
 
     def note_crash(self, alive_until: float | None) -> None:
-        """Write down that the start before has ended without a word, where it has.
+        """Writes a `crash` event if the previous start ended without an event of its own.
 
         Args:
-            alive_until: when it last showed that it lived (seconds since 1970); none: it has let go of its lease.
+            alive_until: the previous start's last sign of life (seconds since 1970); None: it released its lease.
         """
-        before = read_events(self._path) if self._path else []
-        if before and before[-1]["event"] not in ("stop", "end", "fault", "crash"):
-            last = datetime.datetime.fromisoformat(before[-1]["time"]).timestamp()
-            until = max(alive_until or last, last)
-            self._write({"event": "crash", "step": before[-1]["step"], "alive_until": until})
+        events = read_events(self._path) if self._path else []
+        if events and (last := events[-1])["event"] not in ("stop", "end", "fault", "crash"):
+            written = datetime.datetime.fromisoformat(last["time"]).timestamp()
+            until = max(alive_until or written, written)
+            self._write({"event": "crash", "step": last["step"], "alive_until": until})
 
     def close(self) -> None:
-        """Wait for hooks that still run, for a while."""
+        """Waits a while for hooks that still run."""
         for hook in self._hooks:
             with suppress(subprocess.TimeoutExpired):
                 hook.wait(HOOK_PATIENCE)
-            if self._runs(hook):
-                log.warning("train.on_event still runs after %.0f s; it is left alone", HOOK_PATIENCE)
+            if self._is_running(hook):
+                log.warning("train.on_event still runs after %.0f s; it may continue", HOOK_PATIENCE)
         self._hooks.clear()
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """All complete lines; none where there is no file."""
-    found = []
+    """Returns all complete lines; none if there is no file."""
+    events = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            found.append(json.loads(line))
+            events.append(json.loads(line))
         except json.JSONDecodeError:
-            continue  # A line that a kill has torn.
-    return found
+            continue  # A kill has torn this line.
+    return events
 
 
 def start_fields(config: Config, data: str) -> dict[str, Any]:
-    """What a start says of where and what it is.
+    """Returns the fields of a `start` event that describe the machine, the code and the config.
 
     Args:
         data: the fingerprint of the data.
@@ -141,7 +143,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this code runs from, with + where files differ from it; none: it is no checkout."""
+    """Returns the commit of this code's checkout, with + if files differ; None without a checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)

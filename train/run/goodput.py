@@ -1,7 +1,7 @@
 """Goodput: the share of a run's time that went into steps that count, and where the rest went.
 
-Each start keeps an account of its own; saves put it into the audit log, so that what a fault takes away is known, too.
-(The measure is that of Google Cloud's ML Goodput, 2024.)
+Each start keeps a time account; saves write it to the audit log, so that the time lost to a fault is known, too. (The
+measure is that of Google Cloud's ML Goodput, 2024.)
 """
 
 import datetime
@@ -9,88 +9,91 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-# What a start does, in the order in which it is shown.
-KINDS = ("steps", "data", "evaluation", "checkpoint", "compile", "init")
-# What nobody does: steps that a fault or a rollback has taken away, and the time when nothing ran.
+# What a start can be doing, in the order in which it is shown.
+ACTIVITIES = ("steps", "data", "evaluation", "checkpoint", "compile", "init")
+# Not activities: steps lost to faults and rollbacks, and downtime between starts.
 LOST, DOWN = "lost", "down"
 
 
 class TimeAccount:
-    """Seconds of this start by KINDS. It begins with `init`."""
+    """The seconds of this start by ACTIVITIES. It begins with `init`."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
-        self._clock, self._kind, self._since = clock, "init", clock()
-        self._seconds = dict.fromkeys((*KINDS, LOST), 0.0)
-        self._kept = 0.0
+        self._clock = clock
+        self._activity = "init"
+        self._since = clock()
+        self._seconds = dict.fromkeys((*ACTIVITIES, LOST), 0.0)
+        self._saved = 0.0
 
-    def switch_to(self, kind: str) -> None:
-        """From now on it does this."""
+    def switch_to(self, activity: str) -> None:
+        """Counts the time from now on as this activity."""
         now = self._clock()
-        self._seconds[self._kind] += now - self._since
-        self._kind, self._since = kind, now
+        self._seconds[self._activity] += now - self._since
+        self._activity, self._since = activity, now
 
     def mark_saved(self) -> None:
-        """The steps so far are saved."""
-        self.switch_to(self._kind)
-        self._kept = self._seconds["steps"]
+        """Notes that the steps so far are saved."""
+        self.switch_to(self._activity)
+        self._saved = self._seconds["steps"]
 
     def discard_unsaved(self) -> None:
-        """The steps since the last save are undone."""
-        self.switch_to(self._kind)
-        self._seconds[LOST] += self._seconds["steps"] - self._kept
-        self._seconds["steps"] = self._kept
+        """Counts the steps since the last save as lost."""
+        self.switch_to(self._activity)
+        self._seconds[LOST] += self._seconds["steps"] - self._saved
+        self._seconds["steps"] = self._saved
 
     def seconds(self) -> dict[str, float]:
-        """So far, `lost` among them."""
-        self.switch_to(self._kind)
+        """Returns the seconds so far by activity, and those `lost`."""
+        self.switch_to(self._activity)
         return {kind: round(seconds, 3) for kind, seconds in self._seconds.items()}
 
 
 def goodput(events: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Seconds of a whole run, from its first start to its last word, by KINDS, `lost` and `down`.
+    """Returns the seconds of a whole run, from its first start to its last event, by ACTIVITIES, `lost` and `down`.
 
     Args:
-        events: of its audit log; none: there is nothing to account for. What came after the last save before a fault
-            or a crash is lost.
+        events: the audit log; empty if there is nothing to account for. The time between the last save and a fault or a
+            crash is lost.
     """
     if not events:
         return {}
-    found = dict.fromkeys((*KINDS, LOST, DOWN), 0.0)
+    totals = dict.fromkeys((*ACTIVITIES, LOST, DOWN), 0.0)
     account: dict[str, float] = {}
-    ended = kept = None
+    ended = saved = None
 
     def add(seconds: dict[str, float]) -> None:
         for kind, value in seconds.items():
-            found[kind] += value
+            totals[kind] += value
 
     for event in events:
         at = datetime.datetime.fromisoformat(event["time"]).timestamp()
-        if event["event"] in ("crash", "fault") and kept is not None:
-            ended = max(event.get("alive_until", at), kept)
-            found[LOST] += ended - kept
+        if event["event"] in ("crash", "fault") and saved is not None:
+            ended = max(event.get("alive_until", at), saved)
+            totals[LOST] += ended - saved
         if event["event"] == "start":
             add(account)
             if ended is not None:
-                found[DOWN] += max(at - sum(event["seconds"].values()) - ended, 0.0)
+                totals[DOWN] += max(at - sum(event["seconds"].values()) - ended, 0.0)
         if event["event"] in ("start", "save", "stop", "end"):
-            account, kept, ended = event["seconds"], at, at
+            account = event["seconds"]
+            saved = ended = at
     add(account)
-    return found
+    return totals
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people write them: 45 s, 3 min 20 s, 5 h 12 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+    """Formats seconds for people: 45 s, 3 min 20 s, 5 h 12 min."""
+    total = round(seconds)
+    if total < 60:
+        return f"{total} s"
+    if total < 3600:
+        return f"{total // 60} min {total % 60} s"
+    return f"{total // 3600} h {total % 3600 // 60} min"
 
 
 def shares(seconds: Mapping[str, float]) -> str:
-    """All the time of a run, and what it went into: steps, and whatever took more than 0.5% of it."""
-    whole = sum(seconds.values())
-    parts = {kind: value / max(whole, 1e-9) for kind, value in seconds.items()}
-    told = [f"{part:.0%} {kind}" for kind, part in parts.items() if kind == "steps" or part > 0.005]
-    return f"{duration(whole)}: {', '.join(told)}"
+    """Formats a run's total time with the shares of steps and of each activity above 0.5%."""
+    total = sum(seconds.values())
+    fractions = {kind: value / max(total, 1e-9) for kind, value in seconds.items()}
+    shown = [f"{fraction:.0%} {kind}" for kind, fraction in fractions.items() if kind == "steps" or fraction > 0.005]
+    return f"{duration(total)}: {', '.join(shown)}"

@@ -1,7 +1,7 @@
-"""One writer: the processes that train a run hold its folder, and show that they live.
+"""The lease: one run's processes at a time may write to a folder, and show that they are alive.
 
-`lease.json` names them, with a number that grows while they live. Another start takes it over once its holder is dead:
-at once where that can be seen, else when the number has not grown for some beats. No clocks are compared.
+`lease.json` names them, with a counter that they increase as a heartbeat. Another start takes it over once its holder
+is dead: at once if that can be seen, otherwise after several heartbeats are missing. No clocks are compared.
 """
 
 import json
@@ -21,15 +21,15 @@ from data.files.atomic import atomic_file
 
 log = logging.getLogger("ziggurat")
 BEAT_SECONDS = 5.0
-# Beats that must be missing before a holder elsewhere counts as dead.
-PATIENCE = 6
+# Heartbeats that must be missing before a holder on another machine counts as dead.
+MISSING_BEATS = 6
 
 
 class Lease:
-    """The right to write to a folder, for process 0 of a run, until `release`.
+    """The right of process 0 of a run to write to a folder, until `release`.
 
     Attributes:
-        last_beat: when whoever held it before last showed that it lived (seconds since 1970); none: it was released.
+        last_beat: the previous holder's last sign of life (seconds since 1970); None: it released the lease.
     """
 
     def __init__(self, path: Path):
@@ -40,16 +40,16 @@ class Lease:
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
 
     def take(self, sleep: Callable[[float], None] = time.sleep) -> None:
-        """Hold it from now on. InputError where its holder lives."""
-        found = read_lease(self._path)
-        self.last_beat = self._path.stat().st_mtime if found else None
-        if found and not self._is_dead(found):
-            who = f"process {found['pid']} on {found['host']}"
+        """Takes the lease. Raises InputError if its holder is alive."""
+        holder = read_lease(self._path)
+        self.last_beat = self._path.stat().st_mtime if holder else None
+        if holder and not self._is_dead(holder):
+            who = f"process {holder['pid']} on {holder['host']}"
             log.info("%s may still write to %s; waiting %.0f s for a sign of life", who, self._path.parent,
-                     PATIENCE * BEAT_SECONDS)  # fmt: skip
-            for _ in range(PATIENCE):
+                     MISSING_BEATS * BEAT_SECONDS)  # fmt: skip
+            for _ in range(MISSING_BEATS):
                 sleep(BEAT_SECONDS)
-                if (now := read_lease(self._path)) and now != found:
+                if (now := read_lease(self._path)) and now != holder:
                     raise InputError(
                         f"{self._path.parent} is being written to by {who}; end that one, or start another run with "
                         "--config.train.run_dir=FOLDER"
@@ -58,17 +58,17 @@ class Lease:
         self._thread.start()
 
     def release(self) -> None:
-        """Let go, where it was taken."""
+        """Releases the lease, if it was taken."""
         if not self._thread.is_alive():
             return
         self._over.set()
         self._thread.join()
         if self._is_ours(read_lease(self._path)):
-            with suppress(OSError):  # A disk that has gone; the next start sees that this process is no more.
+            with suppress(OSError):  # The disk is gone. The next start sees that this process has ended.
                 self._path.unlink()
 
     def _is_dead(self, holder: dict[str, Any]) -> bool:
-        """Whether a holder on this machine is no more; of one elsewhere nobody knows."""
+        """True for a holder on this machine whose process has ended; on other machines that cannot be seen."""
         if holder["host"] != self._holder["host"]:
             return False
         try:
@@ -82,9 +82,10 @@ class Lease:
     def _beat(self) -> None:
         beats = 0
         while not self._over.wait(BEAT_SECONDS):
-            found, beats = read_lease(self._path), beats + 1
-            if found and not self._is_ours(found):
-                who = f"process {found['pid']} on {found['host']}"
+            beats += 1
+            holder = read_lease(self._path)
+            if holder and not self._is_ours(holder):
+                who = f"process {holder['pid']} on {holder['host']}"
                 print(f"ziggurat: {who} has taken over {self._path.parent}: ended at once", file=sys.stderr, flush=True)
                 os._exit(1)
             try:
@@ -93,8 +94,8 @@ class Lease:
                 # A full disk may have room again by the next beat.
                 log.warning("%s cannot be written: %s", self._path, error.strerror)
 
-    def _is_ours(self, found: dict[str, Any] | None) -> bool:
-        return found is not None and {name: found[name] for name in self._holder} == self._holder
+    def _is_ours(self, holder: dict[str, Any] | None) -> bool:
+        return holder is not None and {name: holder[name] for name in self._holder} == self._holder
 
     def _write(self, beats: int) -> None:
         with atomic_file(self._path) as partial:
@@ -102,9 +103,9 @@ class Lease:
 
 
 def read_lease(path: Path) -> dict[str, Any] | None:
-    """The holder's entry; none where nobody holds it."""
+    """Returns the holder's entry, or None if nobody holds the lease."""
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
+        holder: dict[str, Any] = json.loads(path.read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-    return found
+    return holder

@@ -1,4 +1,4 @@
-"""What a person names as RUN or RUN@STEP, and the settings that a run has saved. It does without JAX."""
+"""Names of runs, RUN or RUN@STEP, and the config that a run has saved. Works without JAX."""
 
 import json
 import os
@@ -11,23 +11,27 @@ from train.config.reading import make_config
 CONFIG_FILE = "config.json"
 
 
-def split_name(where: str) -> tuple[Path, int | None]:
-    """(folder, step or none) of RUN or RUN@STEP; the name of a folder may itself hold an @.
+def split_name(name: str) -> tuple[Path, int | None]:
+    """Splits RUN or RUN@STEP into (folder, step or None). A folder's name may contain an @.
 
     Raises:
-        InputError: what stands after the @ is no step.
+        InputError: the text after the @ is not a step.
     """
-    where = os.path.expanduser(where)
-    if "@" not in where or os.path.exists(where):
-        return Path(where), None
-    folder, _, step = where.rpartition("@")
+    name = os.path.expanduser(name)
+    if "@" not in name or os.path.exists(name):
+        return Path(name), None
+    folder, _, step = name.rpartition("@")
     if not (step.isascii() and step.isdigit()):
-        raise InputError(f"{where}: after @ comes the step of a checkpoint, a whole number")
+        raise InputError(f"{name}: after @ comes the step of a checkpoint, a whole number")
     return Path(folder), int(step)
 
 
 def read_config(folder: Path) -> Config:
-    """A run's settings. InputError where the folder is no run or its config is damaged."""
+    """Reads a run's config.
+
+    Raises:
+        InputError: the folder is not a run, or its config is damaged.
+    """
     file = folder / CONFIG_FILE
     if not folder.exists():
         raise InputError(f"{folder}: there is no such folder; give a run's folder or exported weights")

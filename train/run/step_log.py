@@ -1,9 +1,4 @@
-"""What a run says of itself: metrics.jsonl, the live display, and the share of the hardware's peak.
-
-Model FLOPs of a token are 6 × the matrix parameters that it meets (the tied embedding counts once, as unembedding)
-+ 12 × L × H × C × the keys that a position sees on average (T/2, or less with a sliding window): forward and backward,
-nothing for what is recomputed (PaLM, Chowdhery et al. 2022, appendix B, halved for causality).
-"""
+"""Logs with one line of JSON a step: metrics.jsonl and positions.jsonl."""
 
 import json
 import logging
@@ -20,12 +15,12 @@ log = logging.getLogger("ziggurat")
 
 
 class StepLog:
-    """A file with at most one line a step, written by process 0 alone. After a restart no step stands there twice.
+    """A file with at most one line a step, written by process 0 alone. After a restart no step is in it twice.
 
     Args:
-        path: of the file.
-        step: the restored step; lines of later ones, and a torn last line, are dropped.
-        writers: where the numbers also go.
+        path: the file, which may be missing.
+        step: the restored step; lines of later steps, and a torn last line, are dropped.
+        writers: the trackers that get the numbers, too.
     """
 
     def __init__(self, path: Path, step: int, writers: Sequence[Writer] = ()):
@@ -37,7 +32,7 @@ class StepLog:
         self._writers = writers
 
     def write(self, record: dict[str, Any]) -> None:
-        """One step's line."""
+        """Writes the line of one step."""
         with storage_errors("a line", self._path):
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
@@ -46,7 +41,7 @@ class StepLog:
             writer.write(record["step"], dict(scalars(numbers)))
 
     def close(self) -> None:
-        """Everything to disk. Where it has no room that is only said: something else may have ended the run."""
+        """Syncs all lines to disk. A full disk is only a warning, because another error may have ended the run."""
         try:
             os.fsync(self._file.fileno())
             self._file.close()
@@ -57,7 +52,7 @@ class StepLog:
 
 
 def scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers in a record by their paths: {"a": {"b": [1, 2]}} gives "a/b/0" and "a/b/1", as of layers."""
+    """Yields the numbers in a record by their paths: {"a": {"b": [1, 2]}} gives "a/b/0" and "a/b/1"."""
     for name, value in record.items():
         if isinstance(value, list):
             value = {str(i): x for i, x in enumerate(value)}
@@ -68,7 +63,7 @@ def scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def read_step_log(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The complete (line, record) pairs of a `StepLog`, up to the first that is torn; none where there is no file."""
+    """Returns the (line, record) pairs of a `StepLog`, up to the first torn line; none if there is no file."""
     records = []
     for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
         try:

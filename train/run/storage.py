@@ -1,4 +1,4 @@
-"""Where a run writes: a folder, or for checkpoints a bucket of Google Cloud Storage; and what it means if it cannot."""
+"""The places that a run writes to: folders, or for checkpoints a bucket of Google Cloud Storage; and their errors."""
 
 import os
 import re
@@ -17,17 +17,15 @@ from data.errors import InputError, StorageError
 from data.files import remote
 from data.files.writable import why_not_writable
 
-# The listings that it would remember don't have what other processes and libraries have written since.
-fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
 T = TypeVar("T")
 PathLike = os.PathLike[str] | str
-PROBE = "may-be-written"
-# How the libraries below Orbax and safetensors write the system's number of an error.
-_NUMBER = re.compile(r"os_error_code='(\d+)'|\(os error (\d+)\)")
+PROBE_FILE = "may-be-written"
+# The spellings of an error's errno in the libraries below Orbax and safetensors.
+_ERRNO = re.compile(r"os_error_code='(\d+)'|\(os error (\d+)\)")
 
 
 def is_remote(place: PathLike) -> bool:
-    """Whether it is in a bucket."""
+    """True for a place in a bucket."""
     return remote.protocol(os.fspath(place)) != ""
 
 
@@ -41,62 +39,83 @@ def checkpoint_steps_in(place: epath.Path) -> list[int]:
 
 
 def check_writable(place: epath.Path) -> None:
-    """InputError where checkpoints cannot be written there; a bucket is asked by a file that is removed again."""
+    """Raises InputError if checkpoints cannot be written to a place; writes a file to a bucket, and removes it."""
     if is_remote(place):
         files, path = remote.filesystem(os.fspath(place))
-        with_input_errors(place, lambda: files.pipe_file(f"{path}/{PROBE}", b"."))
-        with_input_errors(place, lambda: files.rm_file(f"{path}/{PROBE}"))
+        with_input_errors(place, lambda: files.pipe_file(f"{path}/{PROBE_FILE}", b"."))
+        with_input_errors(place, lambda: files.rm_file(f"{path}/{PROBE_FILE}"))
         return
     if problem := why_not_writable(Path(place)):
         raise InputError(f"checkpoint.dir = {place}: {problem}; name another folder")
 
 
 def check_free_space(folder: PathLike, size: int) -> None:
-    """StorageError where the disk of a folder, which exists, has less room than so many bytes."""
+    """Raises StorageError if the disk of an existing folder has fewer bytes free than `size`."""
     if (free := shutil.disk_usage(folder).free) < size:
         raise StorageError(f"{folder} has {free / 1e6:,.1f} MB free, and {size / 1e6:,.1f} MB are to be written")
 
 
 def with_input_errors(place: epath.Path, question: Callable[[], T]) -> T:
-    """What a file system answers. InputError where a bucket is not there, or says no."""
+    """Returns what a file system answers. Raises InputError if a bucket does not exist or refuses access."""
     if not is_remote(place):
         return question()
-    remote.filesystem(os.fspath(place))  # whether a package for it is installed
+    remote.filesystem(os.fspath(place))  # Raises InputError if its package is not installed.
     try:
-        # The library has tried several times itself.
-        return remote.with_retries(os.fspath(place), question, tries=1)
+        # The library retries by itself.
+        with uncached_listings():
+            return remote.with_retries(os.fspath(place), question, tries=1)
     except remote.RemoteError as error:
-        text = f"there is no such bucket, or no right to see it ({error})" if error.kind == "missing" else str(error)
+        text = (
+            f"there is no such bucket, or no permission to see it ({error})" if error.kind == "missing" else str(error)
+        )
         raise InputError(f"checkpoint.dir = {place}: {text}") from None
 
 
 @contextmanager
+def uncached_listings() -> Iterator[None]:
+    """Makes filesystems of Google Cloud Storage that are created within keep no listings.
+
+    A kept listing lacks what other processes and libraries write later. Epath's filesystem, which Orbax uses too, is
+    created once and then shared.
+    """
+    before = fsspec.config.conf.get("gcs")
+    fsspec.config.conf["gcs"] = {**(before or {}), "use_listings_cache": False}
+    try:
+        yield
+    finally:
+        if before is None:
+            del fsspec.config.conf["gcs"]
+        else:
+            fsspec.config.conf["gcs"] = before
+
+
+@contextmanager
 def storage_errors(what: str, place: PathLike) -> Iterator[None]:
-    """StorageError where the file system of a place refuses what is written in here; other errors pass.
+    """Raises StorageError for an error of the file system of `place`; other errors pass.
 
     Args:
-        what: it is, for the message.
-        place: where it is written.
+        what: what is being written, for the message.
+        place: the file or folder that it is written to.
     """
     try:
         yield
-    except Exception as error:  # each library has an error of its own
+    except Exception as error:  # Each library has its own errors.
         if (reason := _refusal(error, place)) is None:
             raise
         raise StorageError(f"{what} cannot be written to {os.fspath(place)}: {reason}{_free(place)}") from error
 
 
 def _refusal(error: Exception, place: PathLike) -> str | None:
-    """What the file system says; none: the error is not its."""
+    """Returns what the file system says, or None if the error is not its own."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    if found := _NUMBER.search(str(error)):
-        return os.strerror(int(found[1] or found[2]))
+    if match := _ERRNO.search(str(error)):
+        return os.strerror(int(match[1] or match[2]))
     return textwrap.shorten(f"{type(error).__name__}: {error}", 160) if is_remote(place) else None
 
 
 def _free(place: PathLike) -> str:
-    """How much room is left there, where that is known."""
+    """Returns how much space is free at a place, if that is known."""
     try:
         return f" ({shutil.disk_usage(os.fspath(place)).free / 1e6:,.1f} MB free)"
     except OSError:

@@ -1,4 +1,4 @@
-"""Where the numbers of a run's steps also go, where it is asked for: TensorBoard, Weights & Biases."""
+"""Trackers that also get the numbers of a run's steps, if the config names them: TensorBoard, Weights & Biases."""
 
 import hashlib
 import importlib.util
@@ -18,16 +18,16 @@ PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
 class Writer(Protocol):
-    """Somewhere that keeps numbers by step and name."""
+    """A tracker that keeps numbers by step and name."""
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Those of one step."""
+        """Keeps the numbers of one step."""
 
     def close(self) -> None:
-        """Nothing more is coming."""
+        """Ends the writing: all numbers have been given."""
 
 
-class TensorBoard:
+class TensorBoard(Writer):
     """A folder that TensorBoard shows, from the step after `step` on."""
 
     def __init__(self, folder: Path, step: int):
@@ -36,21 +36,20 @@ class TensorBoard:
         self._board = SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """See `Writer`."""
         for name, value in numbers.items():
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """See `Writer`."""
         self._board.close()
 
 
-class WeightsAndBiases:
-    """A run of Weights & Biases, new or gone on with. A step that it has already is not written again.
+class WeightsAndBiases(Writer):
+    """A run of Weights & Biases, new or resumed. Steps that it has already are not written again.
 
     Args:
-        project: where it is shown.
-        config: all settings, shown beside it.
+        project: the project that shows the run.
+        run: gives its name, id and folder.
+        config: all settings, shown with the run.
 
     Raises:
         InputError: nobody is logged in.
@@ -74,23 +73,21 @@ class WeightsAndBiases:
             log.info("Weights & Biases: %s", self._run.url)
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """See `Writer`."""
         if step >= self._run.step:
             self._run.log(dict(numbers), step=step)
 
     def close(self) -> None:
-        """See `Writer`."""
         self._run.finish()
 
 
 def run_id(run: Run) -> str:
-    """The same over all starts of a run, and another for each run: from its first start, wherever its folder is."""
+    """Returns an id that stays the same over all starts of a run: a hash of its first start."""
     first = next(event for event in read_events(run.events) if event["event"] == "start")
     return hashlib.sha256(f"{first['time']} {first['host']} {first['pid']}".encode()).hexdigest()[:12]
 
 
 def missing_packages(config: Config) -> list[str]:
-    """One line for each writer that is asked for and whose package is not installed."""
+    """Returns one line for each tracker of the config whose package is not installed."""
     return [
         f"train.{name} needs the package {package}: pip install -e '.[{name}]'"
         for name, package in PACKAGES.items()
@@ -99,10 +96,10 @@ def missing_packages(config: Config) -> list[str]:
 
 
 def open_writers(config: Config, run: Run, step: int) -> list[Writer]:
-    """Those that the config asks for, to go on after `step`; the run has written its first event."""
-    found: list[Writer] = []
+    """Opens the trackers of the config, to continue after `step`. The run has written its first event."""
+    writers: list[Writer] = []
     if config.train.tensorboard:
-        found.append(TensorBoard(run.folder / "tensorboard", step))
+        writers.append(TensorBoard(run.folder / "tensorboard", step))
     if config.train.wandb:
-        found.append(WeightsAndBiases(config.train.wandb, run, config))
-    return found
+        writers.append(WeightsAndBiases(config.train.wandb, run, config))
+    return writers

@@ -178,7 +178,7 @@ def test_what_cannot_be_shared_is_named_with_the_axis_and_a_size_that_works():
         ({"heads": ["tensr"]}, "mesh.rules.heads: there is no mesh axis 'tensr'"),
         ({"heads": "tensor"}, "it must be a list of mesh axes"),
         ({"vocabulary": ["tensor", "context"]}, "'time' and 'vocabulary' of one array are both shared by 'context'"),
-        ({"feedforward": ["tensor", "tensor"]}, "'tensor' stands there twice"),
+        ({"feedforward": ["tensor", "tensor"]}, "'tensor' is listed twice"),
         ({"feedforward": ["fsdp"], "batch": ["data"]}, "'feedforward' and 'model' of one weight are both shared by"),
         ({"heads": []}, "'heads' and 'kv_heads' must be shared by the same mesh axes"),
         ({"sequence": ["tensor", "context"]}, "'sequence' must begin with the mesh axes of 'time'"),

@@ -79,7 +79,7 @@ def test_one_elsewhere_that_gives_no_sign_of_life_loses_it(tmp_path: Path):
     slept = []
     lease = Lease(path)
     lease.take(slept.append)
-    assert len(slept) == train.run.lease.PATIENCE
+    assert len(slept) == train.run.lease.MISSING_BEATS
     assert lease.last_beat == pytest.approx(time.time(), abs=60)
     assert read_lease(path)["host"] != "elsewhere"
     lease.release()

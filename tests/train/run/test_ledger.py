@@ -94,7 +94,7 @@ def test_a_batch_is_tried_again_once_then_left_out_until_the_budget_is_spent(tmp
     # Batch 9 has moved up, and has had its second chance.
     assert (again.decide(Anomaly(8, "loss is nan"), 4), again.skipped, again.skips) == ("skip", [7, 9], {6: 1, 7: 1})
     assert again.decide(anomaly, 4) == "retry"
-    with pytest.raises(InputError, match="step 7: loss is nan; 2 batches have been left out already") as caught:
+    with pytest.raises(InputError, match="step 7: loss is nan; 2 batches have been skipped already") as caught:
         again.decide(anomaly, 4)
     assert "recovery.max_skipped_batches" in str(caught.value)
     assert [entry["action"] for entry in read_ledger(path)] == ["retry", "retry", "skip", "skip", "retry"]
@@ -135,7 +135,7 @@ def test_a_device_that_fails_anew_each_time_ends_the_start(tmp_path: Path):
     ledger = Ledger(tmp_path / "recovery.jsonl", RecoveryConfig(), 0)
     for step in range(1, MOST_RETRIES + 1):
         assert ledger.decide(Anomaly(step, "loss is nan"), 0) == "retry"
-    with pytest.raises(Fault, match="10 other steps have stood out since step 0 was saved"):
+    with pytest.raises(Fault, match="10 other steps have been outliers since step 0 was saved"):
         ledger.decide(Anomaly(50, "loss is nan"), 0)
     ledger.mark_saved()
     assert ledger.decide(Anomaly(51, "loss is nan"), 50) == "retry"
