@@ -1,4 +1,4 @@
-"""A disk that fills up during a run, and is mended: one line, no bits lost (C8)."""
+"""A disk that fills up during a run and is mended: one line of error, no bits lost (C8)."""
 
 import errno
 import json

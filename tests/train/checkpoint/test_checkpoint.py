@@ -1,4 +1,4 @@
-"""Checkpoints: every bit back on any mesh (C5), and damage that is seen (C8)."""
+"""Checkpoints restore every bit on any mesh (C5), and damage is noticed (C8)."""
 
 import dataclasses
 import shutil
@@ -112,7 +112,7 @@ def test_checksums_do_not_depend_on_the_mesh_and_see_each_flipped_bit():
 
 
 def flip_bits(folder: Path) -> int:
-    """Flip one bit in each large data file of a checkpoint; how many there were."""
+    """Flips one bit in each large data file of a checkpoint; returns how many there are."""
     files = [file for file in folder.rglob("d/*") if file.is_file() and file.stat().st_size > 2000]
     for file in files:
         content = bytearray(file.read_bytes())
@@ -161,7 +161,7 @@ def cut(folder: Path) -> None:
 
 
 def changed(*replaced: bytes):
-    """One who changes the progress: to a text, or one text in it to another."""
+    """Returns a function that replaces the progress by a text, or one text in it by another."""
 
     def change(folder: Path) -> None:
         file = folder / "progress" / "metadata"
@@ -240,7 +240,7 @@ def test_an_unfinished_save_is_invisible(two_steps, tmp_path):
 
 @pytest.fixture(scope="module")
 def two_averaged_steps(tmp_path_factory: pytest.TempPathFactory):
-    """The same with a moving average of the weights."""
+    """A folder like that of `two_steps`, with a moving average of the weights, and its second state."""
     folder = tmp_path_factory.mktemp("averaged")
     with jax.set_mesh(mesh_of(data=2, fsdp=2, tensor=2)):
         state = trained(2, AVERAGED)

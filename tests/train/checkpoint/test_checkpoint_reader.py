@@ -1,4 +1,4 @@
-"""A checkpoint's weights where they lie: a layer is read alone, and damage is found when all has been read."""
+"""Reading a checkpoint layer by layer: damage is found once an array has been read to its end."""
 
 import itertools
 import json
@@ -30,7 +30,7 @@ TABLE = {
 
 
 def bytes_read() -> int:
-    """From files, by TensorStore in this process."""
+    """Counts bytes that TensorStore reads from files in this process."""
     found = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
     return sum(value["value"] for metric in found for value in metric["values"])
 
@@ -81,7 +81,7 @@ def test_a_layer_is_read_without_the_others(saved):
 
 
 def damage(folder: Path, array: np.ndarray) -> None:
-    """Flip a bit of these values, wherever they are stored."""
+    """Flips a bit of these values in every file that stores them."""
     for file in (folder / "0" / "weights").rglob("*"):
         content = file.read_bytes() if file.is_file() else b""
         if (place := content.find(array.tobytes())) >= 0:

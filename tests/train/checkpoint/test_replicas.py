@@ -1,4 +1,4 @@
-"""Copies on several devices: a bit that differs is found, with its device, whatever the mesh."""
+"""Replicas: a bit that differs is found, with its device, on any mesh."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from train.checkpoint.replicas import check_replicas
 
 
 def put(mesh, spec, value: np.ndarray, wrong: dict[int, np.ndarray] | None = None) -> jax.Array:
-    """An array on a mesh, with other content on some devices."""
+    """An array on a mesh, with different content on some devices."""
     sharding = NamedSharding(mesh, spec)
     parts = [
         jax.device_put((wrong or {}).get(device.id, value)[index], device)

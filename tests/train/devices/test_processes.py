@@ -1,4 +1,4 @@
-"""Who the other processes of a run are, as environments tell it: those of real Slurm steps among them."""
+"""How processes join, by environments of real Slurm steps and others."""
 
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer

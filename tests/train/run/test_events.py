@@ -1,4 +1,4 @@
-"""The audit log, and the hook that hears of each event."""
+"""The audit log, and the hook that gets each event."""
 
 import json
 import logging

@@ -1,8 +1,8 @@
-"""Where the time of a run has gone, over restarts."""
+"""Time accounts and goodput, over restarts."""
 
 import datetime
 
-from train.run.goodput import TimeAccount, goodput, shares
+from train.run.goodput import TimeAccount, duration, goodput, shares
 
 
 def event(at: float, name: str, **fields: object) -> dict:
@@ -74,3 +74,7 @@ def test_a_run_that_goes_on_is_known_up_to_its_last_save():
 def test_the_shares_of_a_runs_time_leave_out_what_is_small_but_never_the_steps():
     assert shares({"steps": 94.0, "data": 0.4, "init": 2.0, "down": 3.6}) == "1 min 40 s: 94% steps, 2% init, 4% down"
     assert shares({"steps": 0.0, "init": 20.0}) == "20 s: 0% steps, 100% init"
+
+
+def test_durations_are_written_as_people_do():
+    assert [duration(s) for s in (4.4, 75, 3600 * 5 + 120)] == ["4 s", "1 min 15 s", "5 h 2 min"]

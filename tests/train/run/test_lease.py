@@ -1,4 +1,4 @@
-"""One writer of a run's folder."""
+"""The lease: one start at a time writes to a run's folder."""
 
 import errno
 import json

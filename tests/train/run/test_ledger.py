@@ -1,4 +1,4 @@
-"""What stands out, and what the ledger makes of it."""
+"""Outliers, and the ledger of retried and skipped batches."""
 
 import math
 import tempfile

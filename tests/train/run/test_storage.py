@@ -1,4 +1,4 @@
-"""What cannot be written: seen for what it is, whichever library says so, and never in place of another error."""
+"""Errors of storage: recognized from every library, and never hiding another error."""
 
 import errno
 import http.server
@@ -22,7 +22,7 @@ from train.run.storage import check_writable, checkpoint_steps_in, storage_error
 
 @contextmanager
 def files_up_to(size: int) -> Iterator[None]:
-    """No file grows beyond so many bytes: for what is written, like a full disk."""
+    """Limits the size of every file, which writers see like a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -86,7 +86,7 @@ def test_a_place_under_a_file_cannot_be_written_to_and_one_that_is_not_there_is_
 
 
 class Refuses(http.server.BaseHTTPRequestHandler):
-    """A bucket's server that knows nobody."""
+    """A bucket's server that refuses all credentials."""
 
     def log_message(self, *_: object) -> None:
         pass

@@ -1,4 +1,4 @@
-"""Numbers of steps elsewhere: in the files of TensorBoard and of Weights & Biases."""
+"""Numbers of steps in the files of TensorBoard and of Weights & Biases."""
 
 import struct
 import time
@@ -52,7 +52,7 @@ def test_numbers_go_to_tensorboard(tmp_path: Path):
 
 
 def log_records(content: bytes) -> Iterator[bytes]:
-    """What a file of Weights & Biases holds: a log as of LevelDB, in blocks of 32 KiB, after seven bytes of its own.
+    """Reads a file of Weights & Biases: a log like LevelDB's, in blocks of 32 KiB, after seven bytes of its own.
 
     Its last record may not be whole yet.
     """

@@ -1,0 +1,52 @@
+"""The display of a run's progress, for terminals and logs, and its rate."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from train.display import Display, Rate
+
+
+def test_the_rate_is_of_finished_steps_without_pauses(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("train.display.time.perf_counter", lambda: now[0])
+    rate = Rate(window=3)
+    rate.start()
+    for seconds in (1.0, 2.0, 2.0, 2.0):
+        now[0] += seconds
+        rate.finished(1000)
+    assert rate.tokens_per_second == pytest.approx(500)
+    assert rate.seconds(3000) == pytest.approx(6)
+    now[0] += 50
+    rate.start()
+    now[0] += 1
+    rate.finished(1000)
+    assert rate.tokens_per_second == pytest.approx(1000)
+
+
+RECORD = {"step": 10, "loss": 2.5, "tokens_per_second": 1234.5, "peak_share": 0.5, "data_wait_seconds": 0.25}
+
+
+def shown(terminal: bool, quiet: bool = False, every: int = 10) -> str:
+    out = io.StringIO()
+    display = Display(40, every, quiet)
+    display._console = Console(file=out, force_terminal=terminal, width=160)
+    for step in range(1, 12):
+        display.step(RECORD | {"step": step}, 90.0)
+    display.evaluation(RECORD | {"validation_bits_per_byte": 1.5, "validation_loss": 3.0, "sample": "def f():\n  pass"})
+    display.close()
+    return out.getvalue()
+
+
+def test_a_log_has_plain_lines_every_few_steps():
+    lines = shown(terminal=False).splitlines()
+    assert lines[0].startswith("step 1/40")
+    assert lines[1] == "step 10/40  loss 2.5000  1,234 tokens/s  50% of peak  data wait 0.25 s  ETA 1 min 30 s"
+    assert lines[2] == "step 10  held-out: 1.500 bits a byte, loss 3.0000; sample:"
+    assert lines[3:] == ["    def f():", "      pass"]
+
+
+def test_a_terminal_has_a_live_line_and_other_processes_show_nothing():
+    assert "█" in shown(terminal=True)
+    assert shown(terminal=False, quiet=True) == ""
