@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,22 @@ def test_a_module_imports_one_way_is_short_and_has_a_free_name(file: Path):
     assert ast.get_docstring(ast.parse(file.read_text()))
 
 
+def docstrings() -> Iterator[tuple[str, str]]:
+    """(place, docstring) of every module, class and function of the product."""
+    for file in MODULES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
+                yield f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}", text
+
+
+def entries() -> Iterator[tuple[str, str]]:
+    """(place, text) of every argument and attribute in a docstring."""
+    for place, text in docstrings():
+        for section in re.findall(r"^(?:Args|Attributes):\n((?:    .*\n?|\n)+)", text, re.M):
+            for name, words in re.findall(r"^    (\w+): (.*(?:\n        .*)*)", section, re.M):
+                yield f"{place} {name}", " ".join(words.split())
+
+
 def test_every_public_function_and_class_has_a_docstring_unless_it_overrides_another():
     for file in MODULES:
         for node in ast.parse(file.read_text()).body:
@@ -101,6 +118,32 @@ def test_every_public_function_and_class_has_a_docstring_unless_it_overrides_ano
             for method in node.body if isinstance(node, ast.ClassDef) else []:
                 if isinstance(method, ast.FunctionDef) and not method.name.startswith("_") and not overrides:
                     assert ast.get_docstring(method), f"{file}:{method.lineno} {method.name}"
+
+
+def test_a_docstring_opens_with_a_main_clause():
+    fragment = re.compile(r"(What|Of|Whether|How|That|Where|Which|Who|Yes|As)\b")
+    assert [f"{place} {text[:60]}" for place, text in docstrings() if fragment.match(text)] == []
+
+
+def test_an_entry_of_a_docstring_says_what_a_caller_must_know():
+    everything = list(entries())
+    assert len(everything) > 400
+    assert [place for place, words in everything if words.lower().startswith("of ")] == []
+    short = [place for place, words in everything if len(words.split()) < 4]
+    assert len(short) < 0.05 * len(everything), short
+
+
+def test_words_of_the_old_dialect_do_not_come_back():
+    dialect = re.compile(r"\b(told|anew|so many|beside|stands? out|none: none)\b")
+    lines = [(file, n, line) for file in MODULES for n, line in enumerate(file.read_text().splitlines(), 1)]
+    assert [f"{file.relative_to(ROOT)}:{n} {line.strip()}" for file, n, line in lines if dialect.search(line)] == []
+
+
+def test_no_function_is_longer_than_a_screen():
+    for file in MODULES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{file}:{node.lineno} {node.name}"
 
 
 def test_the_changelog_and_the_package_have_the_same_version():

@@ -48,21 +48,23 @@ def write_gguf(
     tokenizer: Tokenizer,
     dtype: str = "f32",
 ) -> None:
-    """Write a model with its tokenizer; the file appears whole or not at all. One tensor is in memory at a time.
+    """Writes a model with its tokenizer, atomically and with one tensor in memory.
 
-    Vectors and tables of positions stay float32, as llama.cpp's own converter has them. In q8_0 (8 bits a value, and a
-    scale for 32 of them) a matrix whose rows don't divide by 32 is f16.
+    Vectors and tables of positions stay float32, as in llama.cpp's own converter. In q8_0 (8 bits a value, and a scale
+    for 32 of them) a matrix whose rows do not divide by 32 is f16.
 
     Args:
-        file: an earlier GGUF file there is replaced, anything else refused.
-        context: the positions that the model was trained on at once.
-        read: gives its parameters.
+        file: an earlier GGUF file there is replaced, anything else is refused.
+        config: resolved settings of the model.
+        context: number of positions that the model was trained on at once.
+        read: returns its parameters, one layer at a time.
+        tokenizer: the tokenizer of the model.
         dtype: one of `DTYPES`.
 
     Raises:
-        InputError: the file is something else, llama.cpp computes no such model or finds other tokens, or a value is
-            too large for the dtype.
-        StorageError: the disk has not enough room.
+        InputError: the file is something else, llama.cpp cannot compute this model or its tokens, or a value is too
+            large for the dtype.
+        StorageError: the disk does not have enough room.
     """
     check_gguf_file(file)
     library = _library()
@@ -90,14 +92,10 @@ def write_gguf(
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            theirs = interchange.export_tensors(config, context, read)
-            for name, array in layout.tensors(config, architecture, theirs):
+            exported = interchange.export_tensors(config, context, read)
+            for name, array in layout.tensors(config, architecture, exported):
                 assert array.shape == shapes[name], name
-                if kinds[name] == types.F16 and np.abs(array).max() > np.finfo(np.float16).max:
-                    raise InputError(
-                        f"these weights cannot be exported: {name} has values too large for f16; take bf16"
-                    )
-                writer.write_tensor_data(library.quants.quantize(array, kinds[name]))
+                writer.write_tensor_data(_quantized(library, name, array, kinds[name]))
         except OSError as error:
             if error.strerror:
                 raise
@@ -105,6 +103,13 @@ def write_gguf(
             raise StorageError(f"{file} cannot be written: {error}") from None
         finally:
             writer.close()
+
+
+def _quantized(library: Any, name: str, array: np.ndarray, kind: Any) -> np.ndarray:
+    if kind == library.GGMLQuantizationType.F16 and np.abs(array).max() > np.finfo(np.float16).max:
+        raise InputError(f"these weights cannot be exported: {name} has values too large for f16; take bf16")
+    quantized: np.ndarray = library.quants.quantize(array, kind)
+    return quantized
 
 
 def why_no_gguf(config: ResolvedModelConfig, context: int) -> str | None:
