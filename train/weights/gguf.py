@@ -55,10 +55,7 @@ def write_gguf(
 
     Args:
         file: an earlier GGUF file there is replaced, anything else is refused.
-        config: resolved settings of the model.
-        context: number of positions that the model was trained on at once.
-        read: returns its parameters, one layer at a time.
-        tokenizer: the tokenizer of the model.
+        read: returns the model's parameters, one layer at a time.
         dtype: one of `DTYPES`.
 
     Raises:
@@ -83,10 +80,13 @@ def write_gguf(
         check_free_space(partial.parent, sum(sizes.values()))
         writer = library.GGUFWriter(partial, architecture.name)
         try:
-            _add(writer, {"general.type": "model", "general.name": file.stem, "general.file_type": FILE_TYPES[dtype]})
-            _add(writer, {"general.quantization_version": library.GGML_QUANT_VERSION})
-            _add(writer, {f"{architecture.name}.{name}": value for name, value in settings.items()})
-            _add(writer, {f"tokenizer.ggml.{name}": value for name, value in tokens.items()})
+            _add(
+                writer,
+                {"general.type": "model", "general.name": file.stem, "general.file_type": FILE_TYPES[dtype]}
+                | {"general.quantization_version": library.GGML_QUANT_VERSION}
+                | {f"{architecture.name}.{name}": value for name, value in settings.items()}
+                | {f"tokenizer.ggml.{name}": value for name, value in tokens.items()},
+            )
             for name, shape in shapes.items():
                 writer.add_tensor_info(name, shape, np.dtype(np.float32), sizes[name], kinds[name])
             writer.write_header_to_file()
