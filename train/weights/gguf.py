@@ -67,13 +67,8 @@ def write_gguf(
     library = _library()
     settings, tokens = _settings(config, context, tokenizer)
     architecture = settings.pop("architecture")
-    types = library.GGMLQuantizationType
     shapes = layout.shapes(config, interchange.exported_shapes(config, context))
-    kinds = {name: types[_dtype(name, shape, dtype)] for name, shape in shapes.items()}
-    blocks = {name: library.GGML_QUANT_SIZES[kind] for name, kind in kinds.items()}
-    sizes = {name: math.prod(shape) // blocks[name][0] * blocks[name][1] for name, shape in shapes.items()}
-    if others := [name for name, kind in kinds.items() if dtype == "q8_0" and kind == types.F16]:
-        log.warning("%d matrices have rows that do not divide by %d; they are f16", len(others), Q8_BLOCK)
+    kinds, sizes = _storage(library, shapes, dtype)
 
     file = file.resolve()
     with atomic_file(file) as partial:
@@ -103,6 +98,17 @@ def write_gguf(
             raise StorageError(f"{file} cannot be written: {error}") from None
         finally:
             writer.close()
+
+
+def _storage(library: Any, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """Returns the library's dtype and the bytes of each tensor."""
+    types = library.GGMLQuantizationType
+    kinds = {name: types[_dtype(name, shape, dtype)] for name, shape in shapes.items()}
+    blocks = {name: library.GGML_QUANT_SIZES[kind] for name, kind in kinds.items()}
+    sizes = {name: math.prod(shape) // blocks[name][0] * blocks[name][1] for name, shape in shapes.items()}
+    if others := [name for name, kind in kinds.items() if dtype == "q8_0" and kind == types.F16]:
+        log.warning("%d matrices have rows that do not divide by %d; they are f16", len(others), Q8_BLOCK)
+    return kinds, sizes
 
 
 def _quantized(library: Any, name: str, array: np.ndarray, kind: Any) -> np.ndarray:
