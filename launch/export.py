@@ -47,6 +47,6 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         check_gguf_file(arguments.to)
         weights = open_weights(arguments.model)
-        write_gguf(arguments.to, weights.config, weights.context, weights.read, weights.tokenizer, dtype)
+        write_gguf(arguments.to, weights, dtype)
     print(arguments.to)
     return 0

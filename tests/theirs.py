@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model import interchange
 from model.decoder import Decoder
+from model.interchange.huggingface import Interchange
+from model.interchange.tensors import reader_of
 from tests.peers import require
 from tests.small import small_model
 from train.devices.mesh import one_device_mesh
@@ -47,13 +48,13 @@ FIXED = ("positions_embed.weight", "attn.c_attn.bias", "attn.c_proj.bias")
 def build(name: str) -> Any:
     """Transformers' model of this name."""
     transformers = require("transformers")
-    values = interchange.export_config(MODELS[name], CONTEXT, bos_id=0, eos_id=0)
+    values = Interchange(MODELS[name], CONTEXT).export_config(bos_id=0, eos_id=0)
     return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**values))
 
 
 def tensors(name: str, weights: Any) -> dict[str, np.ndarray]:
     """Nested weights, or their gradients, under Transformers' names and in its layouts."""
-    return dict(interchange.export_tensors(MODELS[name], CONTEXT, interchange.reader_of(weights)))
+    return dict(Interchange(MODELS[name], CONTEXT).export_tensors(reader_of(weights)))
 
 
 def load(name: str, weights: Any) -> tuple[Any, dict[str, Any]]:

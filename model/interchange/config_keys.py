@@ -6,9 +6,14 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 # Our names of activations by other names of theirs, which are equal up to rounding.
-ALSO = {"swish": "silu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
+ALIASES = {
+    "swish": "silu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+}
 # Parses a value: (values of config.json, key, default or None if it is required).
-Kind = Callable[[Mapping[str, Any], str, Any], Any]
+Parse = Callable[[Mapping[str, Any], str, Any], Any]
 
 
 class ConfigKey(NamedTuple):
@@ -17,32 +22,32 @@ class ConfigKey(NamedTuple):
     Attributes:
         key: name of the key in config.json.
         field: name of the field of `ResolvedModelConfig`.
-        kind: function that parses the value.
+        parse: function that parses and checks the value.
         default: value in a file without the key; None if the key is required.
-        names: their name by our value, for values with names.
-        also: our value by further names of theirs, which are only read.
+        values: their value by ours, if they differ; otherwise None.
+        aliases: our value by further values of theirs, which are only read.
     """
 
     key: str
     field: str
-    kind: Kind
+    parse: Parse
     default: Any = None
-    names: Mapping[str, str] | None = None
-    also: Mapping[str, str] = MappingProxyType({})
+    values: Mapping[str, str] | None = None
+    aliases: Mapping[str, str] = MappingProxyType({})
 
     def read(self, hf_config: Mapping[str, Any]) -> Any:
         """Returns our value. ValueError says what is wrong with theirs."""
-        value = self.kind(hf_config, self.key, self.default)
-        if self.names is None:
+        value = self.parse(hf_config, self.key, self.default)
+        if self.values is None:
             return value
-        values = {**self.also, **{name: value for value, name in self.names.items()}}
-        if value not in values:
-            raise ValueError(f"{self.key} is {value!r}; this decoder has {', '.join(values)}")
-        return values[value]
+        ours = {**self.aliases, **{theirs: ours for ours, theirs in self.values.items()}}
+        if value not in ours:
+            raise ValueError(f"{self.key} is {value!r}; this decoder has {', '.join(ours)}")
+        return ours[value]
 
-    def written(self, value: Any) -> Any:
+    def write(self, value: Any) -> Any:
         """Returns their value of ours."""
-        return self.names[value] if self.names else value
+        return self.values[value] if self.values else value
 
 
 def parse_number(hf_config: Mapping[str, Any], name: str, default: float | None = None) -> float:

@@ -14,38 +14,38 @@ class Family:
     """One class of Transformers.
 
     Attributes:
-        kind: the class's `model_type` in config.json.
+        model_type: the class's `model_type` in config.json.
         architecture: name of the class in Transformers.
-        first: first word of all tensor names except the unembedding's.
+        prefix: first word of all tensor names except the unembedding's.
         keys: config keys that correspond to a field of ours.
         tensors: all tensors that its files may have, in their order.
         context: config key for the number of positions that it sees at once.
         choices: values that a field can have, by field; a field that is missing here can have any.
         limits: predicates of a config that the class requires, by field.
         always: fields that the class always has; a model without them is widened.
-        fixed: values of config keys that an import must have.
-        more_to: function from our config to further config keys.
-        more_from: function from config keys to further fields of ours.
-        without: ends of names of tensors in older files that no model needs.
+        required: values of config keys that an import must have.
+        extra_keys: function from our config to further config keys.
+        extra_fields: function from config keys to further fields of ours.
+        ignored: ends of names of tensors in older files that no model needs.
     """
 
-    kind: str
+    model_type: str
     architecture: str
-    first: str
+    prefix: str
     keys: tuple[ConfigKey, ...]
     tensors: tuple[Tensor, ...]
     context: ConfigKey
     choices: Mapping[str, tuple[Any, ...]]
     limits: Mapping[str, Callable[[ResolvedModelConfig], bool]] = field(default_factory=dict)
     always: Mapping[str, Any] = field(default_factory=dict)
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    more_to: Callable[[ResolvedModelConfig], dict[str, Any]] = lambda config: {}
-    more_from: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda hf_config: {}
-    without: tuple[str, ...] = ()
+    required: Mapping[str, Any] = field(default_factory=dict)
+    extra_keys: Callable[[ResolvedModelConfig], dict[str, Any]] = lambda config: {}
+    extra_fields: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda hf_config: {}
+    ignored: tuple[str, ...] = ()
 
     def lacks(self, config: ResolvedModelConfig) -> list[str]:
         """Returns the choices of a model that the class does not have, as "model.field = value"."""
-        named = {key.field: tuple(key.names) for key in self.keys if key.names}
+        named = {key.field: tuple(key.values) for key in self.keys if key.values}
         choices = {**self.choices, **named}
         wrong = [name for name, values in choices.items() if getattr(config, name) not in values]
         wrong += [name for name, holds in self.limits.items() if not holds(config)]

@@ -8,49 +8,52 @@ from typing import Any
 
 from model.config import ResolvedModelConfig
 from model.interchange import llama
-from model.interchange.config_keys import ALSO
+from model.interchange.config_keys import ALIASES
 from model.interchange.family import Family
 
 # In its files "gelu" also means the approximation, so the exact activation has no name.
 ACTIVATIONS = {name: hf_name for name, hf_name in llama.ACTIVATIONS.items() if name != "gelu"}
 ACTIVATION = llama.ACTIVATION._replace(
-    default=ACTIVATIONS["gelu_tanh"], names=ACTIVATIONS, also={**ALSO, "gelu": "gelu_tanh"}
+    default=ACTIVATIONS["gelu_tanh"], values=ACTIVATIONS, aliases={**ALIASES, "gelu": "gelu_tanh"}
 )
 # The key that some versions of Transformers read.
-OLDER = ACTIVATION._replace(key="hidden_activation")
+OLDER_KEY = ACTIVATION._replace(key="hidden_activation")
 
 
-def more_to_huggingface(config: ResolvedModelConfig) -> dict[str, Any]:
+def gemma_to_huggingface(config: ResolvedModelConfig) -> dict[str, Any]:
     """Returns the activation under both names, and no padding token, which would otherwise be the first token."""
-    return llama.rotary(config) | {OLDER.key: OLDER.written(config.activation), "pad_token_id": None}
+    return llama.rope_keys(config) | {
+        OLDER_KEY.key: OLDER_KEY.write(config.activation),
+        "pad_token_id": None,
+    }
 
 
-def more_from_huggingface(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+def gemma_from_huggingface(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns rotary fields. ValueError if the activation has two different names."""
-    if hf_config.get(OLDER.key) is not None and OLDER.read(hf_config) != ACTIVATION.read(hf_config):
-        raise ValueError(f"{ACTIVATION.key} and {OLDER.key} are not the same; leave out the one that is wrong")
+    if hf_config.get(OLDER_KEY.key) is not None and OLDER_KEY.read(hf_config) != ACTIVATION.read(hf_config):
+        raise ValueError(f"{ACTIVATION.key} and {OLDER_KEY.key} are not the same; leave out the one that is wrong")
     return llama.rope_from_huggingface(hf_config)
 
 
 GEMMA = Family(
-    kind="gemma",
+    model_type="gemma",
     architecture="GemmaForCausalLM",
-    first="model.",
+    prefix="model.",
     keys=(
         *llama.SIZES,
         llama.KV_HEADS._replace(default=16),
-        llama.HEAD._replace(default=256),
+        llama.HEAD_DIM._replace(default=256),
         ACTIVATION,
-        llama.TIED._replace(default=True),
+        llama.TIE_EMBEDDINGS._replace(default=True),
         llama.ATTENTION_BIAS,
     ),
     tensors=tuple(
-        tensor._replace(added=1.0) if tensor.name.endswith("norm.weight") else tensor for tensor in llama.TENSORS
+        tensor._replace(offset=1.0) if tensor.name.endswith("norm.weight") else tensor for tensor in llama.TENSORS
     ),
     context=llama.CONTEXT._replace(default=8192),
     choices=llama.CHOICES | llama.NO_FEEDFORWARD_BIAS | llama.NO_WINDOW | {"scale_embeddings": (True,)},
-    fixed={"use_bidirectional_attention": False},
-    more_to=more_to_huggingface,
-    more_from=more_from_huggingface,
-    without=llama.INVERSE_FREQUENCIES,
+    required={"use_bidirectional_attention": False},
+    extra_keys=gemma_to_huggingface,
+    extra_fields=gemma_from_huggingface,
+    ignored=llama.FREQUENCY_SUFFIXES,
 )

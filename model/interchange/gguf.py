@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from model.config import ResolvedModelConfig
+from model.interchange.huggingface import Interchange
+from model.interchange.tensors import ParameterReader
 from model.position import frequencies
 
 NO_LLAMA3 = ("none", "linear", "yarn")
-# These architectures do not read them from a file.
+# llama.cpp does not read these from a file.
 YARN = {"rope_high_turns": (32.0,), "rope_low_turns": (1.0,)}
 
 
@@ -25,17 +27,18 @@ class Architecture(NamedTuple):
         name: name as in `general.architecture`.
         choices: values that it computes, by field; other fields follow from the Transformers class.
         interleaved: true if components that are rotated together are adjacent.
-        added: norm offset: Transformers computes with 1 + w, llama.cpp with w, so this is added on export.
+        norm_offset: number that is added to norm weights on export: where Transformers computes with 1 + w, llama.cpp
+            computes with w.
     """
 
     name: str
     choices: Mapping[str, tuple[Any, ...]]
     interleaved: bool = False
-    added: float = 0.0
+    norm_offset: float = 0.0
 
 
 LLAMA = Architecture("llama", {"activation": ("silu",)}, interleaved=True)
-# By the model_type of Transformers.
+# Architectures by the model_type of Transformers.
 ARCHITECTURES = {
     "llama": LLAMA,
     "mistral": LLAMA,
@@ -50,12 +53,12 @@ ARCHITECTURES = {
             "tie_embeddings": (True,),
             "rope_scaling": NO_LLAMA3,
         },
-        added=1.0,
+        norm_offset=1.0,
     ),
     "gpt2": Architecture("gpt2", {"activation": ("gelu_tanh",)}),
 }  # fmt: skip
 
-# Names of Transformers → those of llama.cpp: what there is once, and what there is in each layer.
+# GGUF names by those of Transformers: modules outside the layers, and modules of each layer.
 GLOBAL_NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -84,97 +87,108 @@ BLOCK_NAMES = {
     "mlp.c_proj": "ffn_down",
 }
 LAYER = re.compile(r"(?:model\.layers|transformer\.h)\.(\d+)\.(.+)")
-# GPT-2's products, which Transformers keeps as [inputs, outputs].
+# GPT-2's matrices, which Transformers stores as [inputs, outputs].
 TRANSPOSED = re.compile(r"transformer\.h\.\d+\..*\.c_\w+\.weight")
-# Are always float32.
-PRECISE = ("position_embd.weight", "rope_freqs.weight")
+ROPE_FREQUENCIES = "rope_freqs.weight"
+# These tensors are always float32, as vectors are.
+FLOAT32_TENSORS = ("position_embd.weight", ROPE_FREQUENCIES)
 
 
-def architecture_of(config: ResolvedModelConfig, kind: str, context: int) -> Architecture:
-    """Returns the architecture that computes this model.
+class GGUFExport:
+    """A model as an architecture of llama.cpp.
+
+    Attributes:
+        architecture: the architecture that computes the model.
 
     Args:
-        kind: `model_type` of its class in Transformers.
+        model: the model in Transformers, from which names and layouts follow.
 
     Raises:
-        ValueError: names the choices that prevent it.
+        ValueError: no architecture has all of the model's choices; the message names those that are missing.
     """
-    if kind not in ARCHITECTURES:
-        raise ValueError(f"llama.cpp has no model.norm_placement = {config.norm_placement}")
-    found = ARCHITECTURES[kind]
-    choices = {**found.choices, **(YARN if config.rope_scaling == "yarn" else {})}
-    missing = [
-        f"model.{name} = {getattr(config, name)}"
-        for name, values in choices.items()
-        if getattr(config, name) not in values
-    ]
-    # All positions that there can be are in the window.
-    if config.sliding_window and config.sliding_window < context:
-        missing.append(f"model.sliding_window = {config.sliding_window}")
-    if missing:
-        raise ValueError(f"llama.cpp's {found.name} has no {', no '.join(missing)}")
-    return found
+
+    def __init__(self, model: Interchange):
+        self.model = model
+        self.config = config = model.config
+        model_type = model.family.model_type
+        if model_type not in ARCHITECTURES:
+            raise ValueError(f"llama.cpp has no model.norm_placement = {config.norm_placement}")
+        self.architecture = ARCHITECTURES[model_type]
+        choices = {**self.architecture.choices, **(YARN if config.rope_scaling == "yarn" else {})}
+        missing = [
+            f"model.{name} = {getattr(config, name)}"
+            for name, values in choices.items()
+            if getattr(config, name) not in values
+        ]
+        # A window as long as the context hides nothing.
+        if config.sliding_window and config.sliding_window < model.context:
+            missing.append(f"model.sliding_window = {config.sliding_window}")
+        if missing:
+            raise ValueError(f"llama.cpp's {self.architecture.name} has no {', no '.join(missing)}")
+
+    def metadata(self) -> dict[str, Any]:
+        """Returns the settings of the architecture, by the names after its own."""
+        config = self.config
+        settings: dict[str, Any] = {
+            "vocab_size": config.vocab_size,
+            "context_length": self.model.num_positions,
+            "embedding_length": config.model_dim,
+            "block_count": config.num_layers,
+            "feed_forward_length": config.feedforward_dim,
+            "attention.head_count": config.num_heads,
+            "attention.head_count_kv": config.num_kv_heads,
+            "attention.key_length": config.head_dim,
+            "attention.value_length": config.head_dim,
+            f"attention.layer_norm_{'rms_' if config.norm == 'rmsnorm' else ''}epsilon": config.norm_epsilon,
+        }
+        if config.position != "rope":
+            return settings
+        settings |= {"rope.dimension_count": config.head_dim, "rope.freq_base": config.rope_base}
+        if config.rope_scaling in ("linear", "yarn"):
+            settings |= {"rope.scaling.type": config.rope_scaling, "rope.scaling.factor": config.rope_factor}
+        if config.rope_scaling == "yarn":
+            settings["rope.scaling.original_context_length"] = config.rope_original_context
+        return settings
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shape of each tensor, in the order of `tensors`."""
+        shapes = {
+            gguf_name(name): shape[::-1] if TRANSPOSED.fullmatch(name) else shape
+            for name, shape in self.model.shapes.items()
+        }
+        return shapes | ({ROPE_FREQUENCIES: (self.config.head_dim // 2,)} if self._divides_frequencies else {})
+
+    def tensors(self, read: ParameterReader) -> Iterator[tuple[str, np.ndarray]]:
+        """Yields (name, float32 array) for each tensor: [outputs, inputs], a vector or a table."""
+        for name, array in self.model.export_tensors(read):
+            array = array.astype(np.float32, copy=False)
+            if TRANSPOSED.fullmatch(name):
+                array = array.T
+            if self.architecture.interleaved and ".q_proj." in name:
+                array = interleave_pairs(array, self.config.num_heads)
+            if self.architecture.interleaved and ".k_proj." in name:
+                array = interleave_pairs(array, self.config.num_kv_heads)
+            if self.architecture.norm_offset and name.endswith("norm.weight"):
+                array = array + np.float32(self.architecture.norm_offset)
+            yield gguf_name(name), np.ascontiguousarray(array)
+        if self._divides_frequencies:
+            yield ROPE_FREQUENCIES, rope_divisors(self.config)
+
+    @property
+    def _divides_frequencies(self) -> bool:
+        return self.config.rope_scaling == "llama3"
 
 
-def metadata(config: ResolvedModelConfig, architecture: Architecture, context: int) -> dict[str, Any]:
-    """Returns the settings of the architecture, by the names after its own."""
-    found: dict[str, Any] = {
-        "vocab_size": config.vocab_size,
-        "context_length": context,
-        "embedding_length": config.model_dim,
-        "block_count": config.num_layers,
-        "feed_forward_length": config.feedforward_dim,
-        "attention.head_count": config.num_heads,
-        "attention.head_count_kv": config.num_kv_heads,
-        "attention.key_length": config.head_dim,
-        "attention.value_length": config.head_dim,
-        f"attention.layer_norm_{'rms_' if config.norm == 'rmsnorm' else ''}epsilon": config.norm_epsilon,
-    }
-    if config.position != "rope":
-        return found
-    found |= {"rope.dimension_count": config.head_dim, "rope.freq_base": config.rope_base}
-    if config.rope_scaling in ("linear", "yarn"):
-        found |= {"rope.scaling.type": config.rope_scaling, "rope.scaling.factor": config.rope_factor}
-    if config.rope_scaling == "yarn":
-        found["rope.scaling.original_context_length"] = config.rope_original_context
-    return found
-
-
-def name_in_gguf(hf: str) -> str:
+def gguf_name(hf_name: str) -> str:
     """Returns the GGUF name of a tensor of Transformers."""
-    module, _, part = hf.rpartition(".")
+    module, _, part = hf_name.rpartition(".")
     if layer := LAYER.fullmatch(module):
         return f"blk.{layer[1]}.{BLOCK_NAMES[layer[2]]}.{part}"
     return f"{GLOBAL_NAMES[module]}.{part}"
 
 
-def shapes(config: ResolvedModelConfig, hf: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of each tensor, in the order of `tensors`, from the shapes in Transformers."""
-    found = {name_in_gguf(name): shape[::-1] if TRANSPOSED.fullmatch(name) else shape for name, shape in hf.items()}
-    return found | ({"rope_freqs.weight": (config.head_dim // 2,)} if config.rope_scaling == "llama3" else {})
-
-
-def tensors(
-    config: ResolvedModelConfig, architecture: Architecture, hf: Iterator[tuple[str, np.ndarray]]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (name, float32 array) for each tensor of Transformers: [outputs, inputs], a vector or a table."""
-    for name, array in hf:
-        array = array.astype(np.float32, copy=False)
-        if TRANSPOSED.fullmatch(name):
-            array = array.T
-        if architecture.interleaved and ".q_proj." in name:
-            array = interleave_pairs(array, config.num_heads)
-        if architecture.interleaved and ".k_proj." in name:
-            array = interleave_pairs(array, config.num_kv_heads)
-        if architecture.added and name.endswith("norm.weight"):
-            array = array + np.float32(architecture.added)
-        yield name_in_gguf(name), np.ascontiguousarray(array)
-    if config.rope_scaling == "llama3":
-        yield "rope_freqs.weight", rope_divisors(config)
-
-
 def interleave_pairs(array: np.ndarray, heads: int) -> np.ndarray:
-    """Reorders rows [heads · C, ...] with pairs (i, i + C/2) into adjacent pairs (2i, 2i + 1)."""
+    """Reorders rows [H · C, ...] with pairs (i, i + C/2) into adjacent pairs (2i, 2i + 1)."""
     halves = array.reshape(heads, 2, -1, *array.shape[1:])
     return halves.swapaxes(1, 2).reshape(array.shape)
 

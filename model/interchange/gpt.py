@@ -6,7 +6,7 @@ GPT-2 (Radford et al. 2019) is pre-norm; the first (Radford et al. 2018) is post
 from typing import Any
 
 from model.interchange.config_keys import (
-    ALSO,
+    ALIASES,
     ConfigKey,
     parse_flag,
     parse_integer,
@@ -15,7 +15,7 @@ from model.interchange.config_keys import (
     parse_optional_integer,
 )
 from model.interchange.family import Family
-from model.interchange.tensors import Tensor, linear, plain
+from model.interchange.tensors import Tensor, same_layout, torch_linear
 
 # The name that both give GPT-2's approximation; "gelu" is the exact one in GPT-2 and the approximation in the first.
 GPT2_ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu", "silu": "silu"}
@@ -46,8 +46,8 @@ LIMITS = {
     "head_dim": lambda config: config.head_dim * config.num_heads == config.model_dim,
 }
 ALWAYS = {"position": "learned", "attention_bias": True, "feedforward_bias": True}
-# Masks, which older files have with the weights.
-MASKS = (".attn.bias", ".attn.masked_bias")
+# Older files hold masks with the weights.
+MASK_SUFFIXES = (".attn.bias", ".attn.masked_bias")
 
 
 def tensors(token_table: str, position_table: str) -> tuple[Tensor, ...]:
@@ -60,49 +60,49 @@ def tensors(token_table: str, position_table: str) -> tuple[Tensor, ...]:
         "mlp.c_proj": "blocks.feedforward.down",
     }
     return (
-        plain(f"transformer.{token_table}.weight", "embedding.table"),
-        plain(f"transformer.{position_table}.weight", "position.table"),
-        plain(layer + "ln_1.weight", "blocks.attention_norm.scale"),
-        plain(layer + "ln_1.bias", "blocks.attention_norm.bias"),
-        plain(layer + "ln_2.weight", "blocks.feedforward_norm.scale"),
-        plain(layer + "ln_2.bias", "blocks.feedforward_norm.bias"),
-        plain(layer + "attn.c_attn.weight", *heads),
-        plain(layer + "attn.c_attn.bias", *(f"{name}_bias" for name in heads)),
-        *(plain(f"{layer}{name}.weight", parameter) for name, parameter in weights.items()),
-        *(plain(f"{layer}{name}.bias", f"{parameter}_bias") for name, parameter in weights.items()),
-        plain("transformer.ln_f.weight", "norm.scale"),
-        plain("transformer.ln_f.bias", "norm.bias"),
-        linear("lm_head.weight", "unembedding.matrix"),
+        same_layout(f"transformer.{token_table}.weight", "embedding.table"),
+        same_layout(f"transformer.{position_table}.weight", "position.table"),
+        same_layout(layer + "ln_1.weight", "blocks.attention_norm.scale"),
+        same_layout(layer + "ln_1.bias", "blocks.attention_norm.bias"),
+        same_layout(layer + "ln_2.weight", "blocks.feedforward_norm.scale"),
+        same_layout(layer + "ln_2.bias", "blocks.feedforward_norm.bias"),
+        same_layout(layer + "attn.c_attn.weight", *heads),
+        same_layout(layer + "attn.c_attn.bias", *(f"{name}_bias" for name in heads)),
+        *(same_layout(f"{layer}{name}.weight", parameter) for name, parameter in weights.items()),
+        *(same_layout(f"{layer}{name}.bias", f"{parameter}_bias") for name, parameter in weights.items()),
+        same_layout("transformer.ln_f.weight", "norm.scale"),
+        same_layout("transformer.ln_f.bias", "norm.bias"),
+        torch_linear("lm_head.weight", "unembedding.matrix"),
     )
 
 
 GPT2 = Family(
-    kind="gpt2",
+    model_type="gpt2",
     architecture="GPT2LMHeadModel",
-    first="transformer.",
+    prefix="transformer.",
     keys=(
         *SIZES,
-        # Null is four times the width, as ours is.
+        # Null means four times the model width, as in our config.
         ConfigKey("n_inner", "feedforward_dim", parse_optional_integer),
-        ConfigKey("activation_function", "activation", parse_name, "gelu_new", GPT2_ACTIVATIONS, ALSO),
+        ConfigKey("activation_function", "activation", parse_name, "gelu_new", GPT2_ACTIVATIONS, ALIASES),
     ),
     tensors=tensors("wte", "wpe"),
     context=CONTEXT,
     choices=CHOICES | {"norm_placement": ("pre",)},
     limits=LIMITS,
     always=ALWAYS,
-    fixed={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
-    without=MASKS,
+    required={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+    ignored=MASK_SUFFIXES,
 )
 GPT1 = Family(
-    kind="openai-gpt",
+    model_type="openai-gpt",
     architecture="OpenAIGPTLMHeadModel",
-    first="transformer.",
+    prefix="transformer.",
     keys=(*SIZES, ConfigKey("afn", "activation", parse_name, "gelu", GPT1_ACTIVATIONS, {"swish": "silu"})),
     tensors=tensors("tokens_embed", "positions_embed"),
     context=CONTEXT._replace(default=512),
     choices=CHOICES | {"norm_placement": ("post",)},
     limits=LIMITS | {"feedforward_dim": lambda config: config.feedforward_dim == 4 * config.model_dim},
     always=ALWAYS,
-    without=MASKS,
+    ignored=MASK_SUFFIXES,
 )

@@ -5,7 +5,7 @@ from typing import Any
 
 from model.config import ResolvedModelConfig
 from model.interchange.config_keys import (
-    ALSO,
+    ALIASES,
     ConfigKey,
     parse_flag,
     parse_integer,
@@ -15,7 +15,7 @@ from model.interchange.config_keys import (
 )
 from model.interchange.family import Family
 from model.interchange.rope import rope_from_huggingface, rope_to_huggingface
-from model.interchange.tensors import linear, plain
+from model.interchange.tensors import same_layout, torch_linear
 
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
 SIZES = (
@@ -27,11 +27,11 @@ SIZES = (
     ConfigKey("rms_norm_eps", "norm_epsilon", parse_number, 1e-6),
     ConfigKey("attention_dropout", "attention_dropout", parse_number, 0.0),
 )
-# Null is as many as there are of queries.
+# Null means the number of query heads.
 KV_HEADS = ConfigKey("num_key_value_heads", "num_kv_heads", parse_optional_integer)
-HEAD = ConfigKey("head_dim", "head_dim", parse_optional_integer)
-ACTIVATION = ConfigKey("hidden_act", "activation", parse_name, "silu", ACTIVATIONS, ALSO)
-TIED = ConfigKey("tie_word_embeddings", "tie_embeddings", parse_flag, False)
+HEAD_DIM = ConfigKey("head_dim", "head_dim", parse_optional_integer)
+ACTIVATION = ConfigKey("hidden_act", "activation", parse_name, "silu", ACTIVATIONS, ALIASES)
+TIE_EMBEDDINGS = ConfigKey("tie_word_embeddings", "tie_embeddings", parse_flag, False)
 ATTENTION_BIAS = ConfigKey("attention_bias", "attention_bias", parse_flag, False)
 WINDOW = ConfigKey("sliding_window", "sliding_window", parse_optional_integer, 4096)
 CONTEXT = ConfigKey("max_position_embeddings", "max_positions", parse_integer, 2048)
@@ -48,17 +48,17 @@ PROJECTIONS = {
 }
 LAYER = "model.layers.{layer}."
 TENSORS = (
-    plain("model.embed_tokens.weight", "embedding.table"),
-    plain(LAYER + "input_layernorm.weight", "blocks.attention_norm.scale"),
-    plain(LAYER + "post_attention_layernorm.weight", "blocks.feedforward_norm.scale"),
-    plain(LAYER + "self_attn.q_norm.weight", "blocks.attention.query_norm.scale"),
-    plain(LAYER + "self_attn.k_norm.weight", "blocks.attention.key_norm.scale"),
-    *(linear(f"{LAYER}{name}.weight", parameter) for name, parameter in PROJECTIONS.items()),
-    *(plain(f"{LAYER}{name}.bias", f"{parameter}_bias") for name, parameter in PROJECTIONS.items()),
-    plain("model.norm.weight", "norm.scale"),
-    linear("lm_head.weight", "unembedding.matrix"),
+    same_layout("model.embed_tokens.weight", "embedding.table"),
+    same_layout(LAYER + "input_layernorm.weight", "blocks.attention_norm.scale"),
+    same_layout(LAYER + "post_attention_layernorm.weight", "blocks.feedforward_norm.scale"),
+    same_layout(LAYER + "self_attn.q_norm.weight", "blocks.attention.query_norm.scale"),
+    same_layout(LAYER + "self_attn.k_norm.weight", "blocks.attention.key_norm.scale"),
+    *(torch_linear(f"{LAYER}{name}.weight", parameter) for name, parameter in PROJECTIONS.items()),
+    *(same_layout(f"{LAYER}{name}.bias", f"{parameter}_bias") for name, parameter in PROJECTIONS.items()),
+    same_layout("model.norm.weight", "norm.scale"),
+    torch_linear("lm_head.weight", "unembedding.matrix"),
 )
-# Of a model that any of them can be.
+# Choices that all of these classes have.
 CHOICES: dict[str, tuple[Any, ...]] = {
     "position": ("rope",),
     "norm": ("rmsnorm",),
@@ -70,10 +70,10 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 }
 NO_FEEDFORWARD_BIAS = {"feedforward_bias": (False,)}
 NO_WINDOW = {"sliding_window": (None,)}
-INVERSE_FREQUENCIES = ("rotary_emb.inv_freq",)
+FREQUENCY_SUFFIXES = ("rotary_emb.inv_freq",)
 
 
-def rotary(config: ResolvedModelConfig) -> dict[str, Any]:
+def rope_keys(config: ResolvedModelConfig) -> dict[str, Any]:
     """Returns rotary keys, repeated where older versions and other programs look for them."""
     rope = rope_to_huggingface(config)
     scaling = None if config.rope_scaling == "none" else rope
@@ -83,66 +83,64 @@ def rotary(config: ResolvedModelConfig) -> dict[str, Any]:
 def qwen3_to_huggingface(config: ResolvedModelConfig) -> dict[str, Any]:
     """Returns rotary keys and, with a window, that all layers have it."""
     window = {"sliding_window": config.sliding_window, "use_sliding_window": config.sliding_window is not None}
-    return rotary(config) | window | {"max_window_layers": 0}
+    return rope_keys(config) | window | {"max_window_layers": 0}
 
 
 def qwen3_from_huggingface(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns rotary fields. ValueError if only some layers have a window."""
-    windowed, first = (
-        parse_flag(hf_config, "use_sliding_window", False),
-        parse_integer(hf_config, "max_window_layers", 28),
-    )
+    windowed = parse_flag(hf_config, "use_sliding_window", False)
+    first = parse_integer(hf_config, "max_window_layers", 28)
     layers = parse_integer(hf_config, "num_hidden_layers")
     if hf_config.get("layer_types"):
-        # All are alike.
+        # This key wins, and all of its values are equal.
         first = 0 if hf_config["layer_types"][0] == "sliding_attention" else layers
     if windowed and 0 < first < layers:
         raise ValueError("max_window_layers: in this decoder all layers have the sliding window, or none")
-    return rope_from_huggingface(hf_config) | {
-        "sliding_window": WINDOW.read(hf_config) if windowed and first < layers else None
-    }
+    window = WINDOW.read(hf_config) if windowed and first < layers else None
+    return rope_from_huggingface(hf_config) | {"sliding_window": window}
 
 
 LLAMA = Family(
-    kind="llama",
+    model_type="llama",
     architecture="LlamaForCausalLM",
-    first="model.",
+    prefix="model.",
     keys=(
-        *SIZES, KV_HEADS, HEAD, ACTIVATION, TIED, ATTENTION_BIAS, ConfigKey("mlp_bias", "feedforward_bias", parse_flag,
-        False)
+        *SIZES, KV_HEADS, HEAD_DIM, ACTIVATION, TIE_EMBEDDINGS, ATTENTION_BIAS,
+        ConfigKey("mlp_bias", "feedforward_bias", parse_flag, False),
     ),
     tensors=TENSORS,
     context=CONTEXT,
     choices=CHOICES | NO_WINDOW,
-    # Its config checks this even where the width of a head is given.
+    # The class checks this even if head_dim is given.
     limits={"num_heads": lambda config: config.model_dim % config.num_heads == 0},
-    more_to=rotary,
-    more_from=rope_from_huggingface,
-    without=INVERSE_FREQUENCIES,
+    extra_keys=rope_keys,
+    extra_fields=rope_from_huggingface,
+    ignored=FREQUENCY_SUFFIXES,
 )  # fmt: skip
 MISTRAL = Family(
-    kind="mistral",
+    model_type="mistral",
     architecture="MistralForCausalLM",
-    first="model.",
-    keys=(*SIZES, KV_HEADS._replace(default=8), HEAD, ACTIVATION, TIED, WINDOW),
+    prefix="model.",
+    keys=(*SIZES, KV_HEADS._replace(default=8), HEAD_DIM, ACTIVATION, TIE_EMBEDDINGS, WINDOW),
     tensors=TENSORS,
     context=CONTEXT._replace(default=131_072),
     choices=CHOICES | NO_FEEDFORWARD_BIAS | {"attention_bias": (False,)},
-    more_to=rotary,
-    more_from=rope_from_huggingface,
-    without=INVERSE_FREQUENCIES,
+    extra_keys=rope_keys,
+    extra_fields=rope_from_huggingface,
+    ignored=FREQUENCY_SUFFIXES,
 )
 QWEN3 = Family(
-    kind="qwen3",
+    model_type="qwen3",
     architecture="Qwen3ForCausalLM",
-    first="model.",
+    prefix="model.",
     keys=(
-        *SIZES, KV_HEADS._replace(default=32), HEAD._replace(default=128), ACTIVATION, TIED, ATTENTION_BIAS
+        *SIZES, KV_HEADS._replace(default=32), HEAD_DIM._replace(default=128), ACTIVATION, TIE_EMBEDDINGS,
+        ATTENTION_BIAS,
     ),
     tensors=TENSORS,
     context=CONTEXT._replace(default=32_768),
     choices=CHOICES | NO_FEEDFORWARD_BIAS | {"qk_norm": (True,)},
-    more_to=qwen3_to_huggingface,
-    more_from=qwen3_from_huggingface,
-    without=INVERSE_FREQUENCIES,
+    extra_keys=qwen3_to_huggingface,
+    extra_fields=qwen3_from_huggingface,
+    ignored=FREQUENCY_SUFFIXES,
 )  # fmt: skip

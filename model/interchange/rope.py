@@ -1,4 +1,4 @@
-"""Rotary positions as `rope_parameters` of a config.json, both ways."""
+"""Rotary positions as `rope_parameters` of a config.json, in both directions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,9 +7,9 @@ from model.config import HIGH_TURNS, ResolvedModelConfig
 from model.interchange.config_keys import parse_integer, parse_number
 
 # Transformers reads this key at the top level first.
-ORIGINAL = "original_max_position_embeddings"
+ORIGINAL_CONTEXT = "original_max_position_embeddings"
 # Keys of `rope_low_turns` and `rope_high_turns`.
-TURNS = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_slow", "beta_fast")}
+TURN_KEYS = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_slow", "beta_fast")}
 
 
 def rope_to_huggingface(config: ResolvedModelConfig) -> dict[str, Any]:
@@ -21,10 +21,10 @@ def rope_to_huggingface(config: ResolvedModelConfig) -> dict[str, Any]:
     }
     if scaling != "none":
         rope["factor"] = config.rope_factor
-    if scaling in TURNS:
-        low, high = TURNS[scaling]
+    if scaling in TURN_KEYS:
+        low, high = TURN_KEYS[scaling]
         rope |= {low: config.rope_low_turns, high: config.rope_high_turns}
-        rope[ORIGINAL] = config.rope_original_context
+        rope[ORIGINAL_CONTEXT] = config.rope_original_context
     return rope
 
 
@@ -40,18 +40,20 @@ def rope_from_huggingface(hf_config: Mapping[str, Any]) -> dict[str, Any]:
         "rope_base": parse_number(rope, "rope_theta", parse_number(hf_config, "rope_theta", 10_000.0))
     }
     # Older files call it "type".
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "linear", *TURNS):
-        raise ValueError(f"rope_type is {kind}; this decoder has default, linear, llama3 and yarn")
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", ORIGINAL, *TURNS.get(kind, ())}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ("default", "linear", *TURN_KEYS):
+        raise ValueError(f"rope_type is {rope_type}; this decoder has default, linear, llama3 and yarn")
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", ORIGINAL_CONTEXT}
+    known |= set(TURN_KEYS.get(rope_type, ()))
     if others := [name for name in rope if name not in known and rope[name] is not None]:
         raise ValueError(f"rope_parameters.{others[0]}: this decoder has no such choice")
-    if kind == "default":
+    if rope_type == "default":
         return fields
-    fields |= {"rope_scaling": kind, "rope_factor": parse_number(rope, "factor")}
-    if kind in TURNS:
-        low, high = TURNS[kind]
-        fields["rope_original_context"] = parse_integer(hf_config if hf_config.get(ORIGINAL) else rope, ORIGINAL)
+    fields |= {"rope_scaling": rope_type, "rope_factor": parse_number(rope, "factor")}
+    if rope_type in TURN_KEYS:
+        low, high = TURN_KEYS[rope_type]
+        source = hf_config if hf_config.get(ORIGINAL_CONTEXT) else rope
+        fields["rope_original_context"] = parse_integer(source, ORIGINAL_CONTEXT)
         fields["rope_low_turns"] = parse_number(rope, low, 1.0)
-        fields["rope_high_turns"] = parse_number(rope, high, HIGH_TURNS[kind])
+        fields["rope_high_turns"] = parse_number(rope, high, HIGH_TURNS[rope_type])
     return fields

@@ -27,16 +27,17 @@ import transformers
 
 from data.tokenizer.tokenizer import Tokenizer
 from data.tokenizer.training import train_tokenizer
-from model import interchange
 from model.config import ModelConfig
 from model.generation.generator import Generator
 from model.generation.sampling import GREEDY
+from model.interchange.tensors import reader_of
 from model.parameters import count_parameters, initial_weights
 from tests.llama_cpp import LlamaCpp
 from train.devices.mesh import one_device_mesh
 from train.devices.rules import GENERATION
 from train.weights.gguf import write_gguf
-from train.weights.huggingface import WeightSource, write_huggingface
+from train.weights.huggingface import write_huggingface
+from train.weights.weight_source import WeightSource
 
 THREADS = 2
 PROMPT, NEW, BATCHES, ROUNDS, CONTEXT = 256, 64, (1, 8), 5, 512
@@ -157,11 +158,11 @@ def main() -> None:
         tokenizer = train_tokenizer([file.read_text() for file in sources], 2048, folder / "tokenizer")
         config = ModelConfig(**MODEL).resolved(tokenizer.vocab_size)
         weights = jax.device_get(jax.jit(lambda: initial_weights(config, 0, GENERATION))())
-        reader = interchange.reader_of(weights)
-        write_huggingface(folder / "hf", WeightSource(config, CONTEXT, tokenizer, reader))
+        source = WeightSource(config, CONTEXT, tokenizer, reader_of(weights))
+        write_huggingface(folder / "hf", source)
         llama_cpp = importlib.util.find_spec("xllamacpp") is not None
         if llama_cpp:
-            write_gguf(folder / "f32.gguf", config, CONTEXT, reader, tokenizer)
+            write_gguf(folder / "f32.gguf", source)
         programs = {"ziggurat": ours(config, tokenizer), "transformers": of_transformers(folder / "hf")}
         print(f"{count_parameters(config):,} parameters, {PROMPT} tokens a prompt, {NEW} new, {THREADS} threads")
         print(f"{'tokens/s':14} {'batch':>5} {'prefill':>9} {'decode':>9}   as ours")

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from model import interchange
+from model.interchange.huggingface import Interchange
+from model.interchange.tensors import nested_weights, reader_of
 from model.trees import flattened
 from tests.launch.small_run import here, metrics, write_corpus
 from tests.peers import require
@@ -282,18 +283,18 @@ def test_a_file_of_masks_and_short_names_is_read_as_the_class_would(tmp_path: Pa
     """As the first files of GPT-2 are: without the first word of each name, and with what is no weight."""
     config = small_model(position="learned", max_positions=16, gated=False, num_kv_heads=4, norm="layernorm",
                          attention_bias=True, feedforward_bias=True, tie_embeddings=True)  # fmt: skip
-    values = interchange.export_config(config, 16, bos_id=0, eos_id=0)
-    tensors = dict(interchange.export_tensors(config, 16, interchange.reader_of(small_weights(config))))
+    model = Interchange(config, 16)
+    tensors = dict(model.export_tensors(reader_of(small_weights(config))))
     short = {name.removeprefix("transformer."): array for name, array in tensors.items()}
     short |= {"h.0.attn.bias": np.ones((1, 1, 16, 16), np.float32), "h.1.attn.masked_bias": np.float32([0.0])}
-    names = interchange.full_names(values, list(short))
+    names = model.full_names(short)
     read = lambda name: short[names[name]]
-    interchange.check_imported(config, 16, names, read)
-    for name, array in flattened(interchange.import_tensors(config, 16, read)).items():
+    model.check_tensors(names, read)
+    for name, array in flattened(nested_weights(config, model.import_reader(read))).items():
         assert array.dtype == np.float32, name
     short["lm_head.weight"] = short["wte.weight"]
-    names = interchange.full_names(values, list(short))
-    interchange.check_imported(config, 16, names, read)
+    names = model.full_names(short)
+    model.check_tensors(names, read)
     short["lm_head.weight"] = short["wte.weight"] + 1
     with pytest.raises(ValueError, match="lm_head.weight is not the embedding"):
-        interchange.check_imported(config, 16, names, read)
+        model.check_tensors(names, read)

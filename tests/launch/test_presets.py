@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from launch.presets import PRESETS, load_config, presets
-from model import interchange
+from model.interchange.huggingface import Interchange
 from model.parameters import count_parameters, initial_weights, parameter_table
 from tests.launch.small_run import here, metrics, write_corpus
 from tests.peers import require
@@ -88,15 +88,15 @@ def test_published_presets_have_the_parameters_of_their_class(name: str, theirs:
 
 def assert_same_shapes(model: Any, name: str) -> None:
     config = load_config(name, {}).resolved(32_000)
-    found = interchange.exported_shapes(config.model, config.data.segment_length)
-    assert found == {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
+    shapes = Interchange(config.model, config.data.segment_length).shapes
+    assert shapes == {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
 
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_every_presets_export_has_the_names_and_shapes_of_its_class_at_full_size(name: str):
     torch, transformers = require("torch"), require("transformers")
     config = load_config(name, {}).resolved(32_000)
-    values = interchange.export_config(config.model, config.data.segment_length, bos_id=0, eos_id=0)
+    values = Interchange(config.model, config.data.segment_length).export_config(bos_id=0, eos_id=0)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**values))
     assert [type(model).__name__] == values["architectures"]

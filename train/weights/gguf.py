@@ -13,18 +13,16 @@ from data.errors import InputError, StorageError
 from data.files.atomic import atomic_file
 from data.files.writable import why_not_writable
 from data.tokenizer.to_gguf import gguf_metadata
-from data.tokenizer.tokenizer import Tokenizer
-from model import interchange
-from model.config import ResolvedModelConfig
-from model.interchange import gguf as layout
-from model.interchange.tensors import ParameterReader
+from model.interchange.gguf import FLOAT32_TENSORS, GGUFExport
 from train.run.storage import check_free_space
+from train.weights.weight_source import WeightSource
 
 log = logging.getLogger("ziggurat")
-DTYPES = ("f32", "f16", "bf16", "q8_0")
 MAGIC = b"GGUF"
 # Number of values in a row that share one scale in q8_0.
 Q8_BLOCK = 32
+# llama.cpp's number for the dtype of most tensors of a file.
+FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
 
 
 def check_gguf_file(file: Path) -> None:
@@ -32,65 +30,61 @@ def check_gguf_file(file: Path) -> None:
     if file.is_dir():
         raise InputError(f"{file} is a folder; name a file for the export")
     if file.exists():
-        with file.open("rb") as there:
-            if there.read(len(MAGIC)) != MAGIC:
+        with file.open("rb") as stream:
+            if stream.read(len(MAGIC)) != MAGIC:
                 raise InputError(f"{file} is something else than a GGUF file; name a new file")
     if problem := why_not_writable(file.parent):
         raise InputError(f"{file}: {problem}; name another file")
     _library()
 
 
-def write_gguf(
-    file: Path,
-    config: ResolvedModelConfig,
-    context: int,
-    read: ParameterReader,
-    tokenizer: Tokenizer,
-    dtype: str = "f32",
-) -> None:
+def write_gguf(file: Path, weights: WeightSource, dtype: str = "f32") -> None:
     """Writes a model with its tokenizer, atomically and with one tensor in memory.
 
-    Vectors and tables of positions stay float32, as in llama.cpp's own converter. In q8_0 (8 bits a value, and a scale
-    for 32 of them) a matrix whose rows do not divide by 32 is f16.
+    Vectors and tables of positions stay float32, as in llama.cpp's own converter. In q8_0 (8 bits per value, and one
+    scale per 32 values) a matrix whose rows don't divide by 32 is f16.
 
     Args:
-        file: an earlier GGUF file there is replaced, anything else is refused.
-        read: returns the model's parameters, one layer at a time.
-        dtype: one of `DTYPES`.
+        file: path of the export; an earlier GGUF file there is replaced, anything else is refused.
+        dtype: name of the dtype: f32, f16, bf16 or q8_0.
 
     Raises:
-        InputError: the file is something else, llama.cpp cannot compute this model or its tokens, or a value is too
-            large for the dtype.
+        InputError: the file is not GGUF, llama.cpp has no such model or gives other tokens, or values are too large for
+            the dtype.
         StorageError: the disk does not have enough room.
     """
     check_gguf_file(file)
     library = _library()
-    settings, tokens = _settings(config, context, tokenizer)
-    architecture = settings.pop("architecture")
-    shapes = layout.shapes(config, interchange.exported_shapes(config, context))
-    kinds, sizes = _storage(library, shapes, dtype)
+    model = _exported(weights)
+    tokens = gguf_metadata(weights.tokenizer, weights.config.vocab_size)
+    shapes = model.shapes()
+    types = {name: library.GGMLQuantizationType[_type_name(name, shape, dtype)] for name, shape in shapes.items()}
+    sizes = {name: _size(library, shape, types[name]) for name, shape in shapes.items()}
+    f16 = library.GGMLQuantizationType.F16
+    if dtype == "q8_0" and (num_f16 := list(types.values()).count(f16)):
+        log.warning("%d matrices have rows that do not divide by %d; they are f16", num_f16, Q8_BLOCK)
 
     file = file.resolve()
     with atomic_file(file) as partial:
         check_free_space(partial.parent, sum(sizes.values()))
-        writer = library.GGUFWriter(partial, architecture.name)
+        writer = library.GGUFWriter(partial, model.architecture.name)
         try:
-            _add(
-                writer,
-                {"general.type": "model", "general.name": file.stem, "general.file_type": FILE_TYPES[dtype]}
-                | {"general.quantization_version": library.GGML_QUANT_VERSION}
-                | {f"{architecture.name}.{name}": value for name, value in settings.items()}
-                | {f"tokenizer.ggml.{name}": value for name, value in tokens.items()},
-            )
+            _add(writer, "general.", {"type": "model", "name": file.stem, "file_type": FILE_TYPES[dtype]})
+            _add(writer, "general.", {"quantization_version": library.GGML_QUANT_VERSION})
+            _add(writer, f"{model.architecture.name}.", model.metadata())
+            _add(writer, "tokenizer.ggml.", tokens)
             for name, shape in shapes.items():
-                writer.add_tensor_info(name, shape, np.dtype(np.float32), sizes[name], kinds[name])
+                writer.add_tensor_info(name, shape, np.dtype(np.float32), sizes[name], types[name])
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            exported = interchange.export_tensors(config, context, read)
-            for name, array in layout.tensors(config, architecture, exported):
+            for name, array in model.tensors(weights.read):
                 assert array.shape == shapes[name], name
-                writer.write_tensor_data(_quantized(library, name, array, kinds[name]))
+                if types[name] == f16 and np.abs(array).max() > np.finfo(np.float16).max:
+                    raise InputError(
+                        f"these weights cannot be exported: {name} has values too large for f16; take bf16"
+                    )
+                writer.write_tensor_data(library.quants.quantize(array, types[name]))
         except OSError as error:
             if error.strerror:
                 raise
@@ -100,63 +94,35 @@ def write_gguf(
             writer.close()
 
 
-def _storage(library: Any, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> tuple[dict[str, Any], dict[str, int]]:
-    """Returns the library's dtype and the bytes of each tensor."""
-    types = library.GGMLQuantizationType
-    kinds = {name: types[_dtype(name, shape, dtype)] for name, shape in shapes.items()}
-    blocks = {name: library.GGML_QUANT_SIZES[kind] for name, kind in kinds.items()}
-    sizes = {name: math.prod(shape) // blocks[name][0] * blocks[name][1] for name, shape in shapes.items()}
-    if others := [name for name, kind in kinds.items() if dtype == "q8_0" and kind == types.F16]:
-        log.warning("%d matrices have rows that do not divide by %d; they are f16", len(others), Q8_BLOCK)
-    return kinds, sizes
-
-
-def _quantized(library: Any, name: str, array: np.ndarray, kind: Any) -> np.ndarray:
-    if kind == library.GGMLQuantizationType.F16 and np.abs(array).max() > np.finfo(np.float16).max:
-        raise InputError(f"these weights cannot be exported: {name} has values too large for f16; take bf16")
-    quantized: np.ndarray = library.quants.quantize(array, kind)
-    return quantized
-
-
-def why_no_gguf(config: ResolvedModelConfig, context: int) -> str | None:
-    """Returns what in this model llama.cpp does not compute, or None if it can be written."""
+def _exported(weights: WeightSource) -> GGUFExport:
     try:
-        layout.architecture_of(config, interchange.family_of(config).kind, context)
+        model = GGUFExport(weights.interchange())
     except ValueError as error:
-        return str(error)
-    return None
-
-
-# llama.cpp's number for the dtype of most of a file.
-FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
-
-
-def _settings(config: ResolvedModelConfig, context: int, tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the settings of the model, with its architecture, and those of the tokenizer."""
-    if problem := why_no_gguf(config, context):
-        raise InputError(f"these weights cannot be exported: {problem}")
-    if tokenizer.vocab_size > config.vocab_size:
+        raise InputError(f"these weights cannot be exported: {error}") from None
+    tokenizer = weights.tokenizer
+    if tokenizer.vocab_size > weights.config.vocab_size:
         raise InputError(
-            f"the tokenizer of {tokenizer.folder} has {tokenizer.vocab_size} ids, the model {config.vocab_size}; take "
-            "the model's own"
+            f"the tokenizer of {tokenizer.folder} has {tokenizer.vocab_size} ids, the model "
+            f"{weights.config.vocab_size}; take the model's own"
         )
-    family = interchange.family_of(config)
-    architecture = layout.architecture_of(config, family.kind, context)
-    wide = family.widened(config, context)
-    found = layout.metadata(config, architecture, wide.max_positions or context)
-    return found | {"architecture": architecture}, gguf_metadata(tokenizer, config.vocab_size)
+    return model
 
 
-def _dtype(name: str, shape: tuple[int, ...], dtype: str) -> str:
-    """Returns the library's name for the dtype of a tensor."""
-    if len(shape) == 1 or name in layout.PRECISE:
+def _type_name(name: str, shape: tuple[int, ...], dtype: str) -> str:
+    if len(shape) == 1 or name in FLOAT32_TENSORS:
         return "F32"
     return "F16" if dtype == "q8_0" and shape[-1] % Q8_BLOCK else dtype.upper()
 
 
-def _add(writer: Any, values: Mapping[str, Any]) -> None:
+def _size(library: Any, shape: tuple[int, ...], quantization: Any) -> int:
+    block_values, block_bytes = library.GGML_QUANT_SIZES[quantization]
+    return int(math.prod(shape) // block_values * block_bytes)
+
+
+def _add(writer: Any, prefix: str, values: Mapping[str, Any]) -> None:
     """Adds settings in the types that llama.cpp reads."""
-    for name, value in values.items():
+    for key, value in values.items():
+        name = prefix + key
         match value:
             case bool():
                 writer.add_bool(name, value)

@@ -4,22 +4,19 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from data.errors import InputError
 from data.files.atomic import atomic_folder
 from data.tokenizer.folder import load_tokenizer
 from data.tokenizer.to_huggingface import write_huggingface_tokenizer
-from data.tokenizer.tokenizer import MODEL_FILE, Tokenizer
-from model import interchange
+from data.tokenizer.tokenizer import MODEL_FILE
 from model.config import ModelConfig, ResolvedModelConfig
-from model.interchange.tensors import ParameterReader
+from model.interchange.huggingface import Interchange, family_of
 from train.run.storage import check_free_space
 from train.weights.safetensors_files import DTYPES, FILE, INDEX, TensorFiles, write_tensor_files
+from train.weights.weight_source import WeightSource
 
 # The key of config.json with the step of the run, which marks a folder as an export.
 STEP = "pretraining_step"
@@ -32,25 +29,6 @@ FILES = {
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 # Values of --dtype, which NumPy and PyTorch share.
 FLOATS = {dtype.name: dtype for name, dtype in DTYPES.items() if name in ("F32", "F16", "BF16")}
-
-
-@dataclass(frozen=True)
-class WeightSource:
-    """A model whose weights are read on demand.
-
-    Attributes:
-        config: resolved settings of the model.
-        context: number of positions that it was trained on at once.
-        tokenizer: the tokenizer of the model.
-        read: returns its parameters, one layer at a time.
-        step: number of steps of the run that trained it, if known.
-    """
-
-    config: ResolvedModelConfig
-    context: int
-    tokenizer: Tokenizer
-    read: ParameterReader
-    step: int | None = None
 
 
 def write_huggingface(folder: Path, weights: WeightSource, dtype: str = "float32", card: str = "") -> None:
@@ -67,19 +45,20 @@ def write_huggingface(folder: Path, weights: WeightSource, dtype: str = "float32
         StorageError: the disk does not have enough room.
     """
     check_export_folder(folder)
-    config, context, tokenizer = weights.config, weights.context, weights.tokenizer
-    check_expressible(config)
+    check_expressible(weights.config)
+    model = weights.interchange()
+    tokenizer = weights.tokenizer
     with atomic_folder(folder) as partial:
-        shapes = interchange.exported_shapes(config, context)
+        shapes = model.shapes
         check_free_space(partial.parent, sum(map(math.prod, shapes.values())) * FLOATS[dtype].itemsize)
-        bos_id, eos_id = tokenizer.bos_id, tokenizer.eos_id
-        values = interchange.export_config(config, context, bos_id, eos_id, dtype) | {STEP: weights.step}
-        (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-        generation = {"bos_token_id": bos_id, "eos_token_id": eos_id}
-        (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+        hf_config = model.export_config(tokenizer.bos_id, tokenizer.eos_id, dtype) | {STEP: weights.step}
+        _write_json(partial / "config.json", hf_config)
+        _write_json(
+            partial / "generation_config.json", {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        )
         (partial / CARD).write_text(card)
-        write_huggingface_tokenizer(tokenizer, partial, context)
-        write_tensor_files(partial, shapes, FLOATS[dtype], interchange.export_tensors(config, context, weights.read))
+        write_huggingface_tokenizer(tokenizer, partial, weights.context)
+        write_tensor_files(partial, shapes, FLOATS[dtype], model.export_tensors(weights.read))
 
 
 def check_export_folder(folder: Path) -> None:
@@ -95,7 +74,7 @@ def check_export_folder(folder: Path) -> None:
 def why_no_export(config: ModelConfig) -> str | None:
     """Returns what in this model no Transformers class has, or None if it can be exported."""
     try:
-        interchange.family_of(config.resolved())
+        family_of(config.resolved())
     except ValueError as error:
         return str(error)
     return None
@@ -118,6 +97,10 @@ def is_export(folder: Path) -> bool:
     return (folder / FILE).exists() or (folder / INDEX).exists() or "architectures" in (_config(folder) or {})
 
 
+def _write_json(file: Path, values: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2) + "\n")
+
+
 def _config(folder: Path) -> Mapping[str, Any] | None:
     """Returns the values of config.json, or None if it cannot be read."""
     try:
@@ -134,31 +117,24 @@ def open_huggingface(folder: Path) -> WeightSource:
         InputError: a file is missing or damaged, or the model is of another kind. Otherwise every tensor that the model
             needs exists, in the right shape.
     """
-    if not (folder / "config.json").is_file():
+    file = folder / "config.json"
+    if not file.is_file():
         raise InputError(f"{folder} has no config.json; export the weights again")
     if not (folder / FILE).is_file() and not (folder / INDEX).is_file():
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
         remedy = "save pickled ones with Transformers' save_pretrained" if pickled else "export the weights again"
         raise InputError(f"{folder} has no {FILE}, nor {INDEX}; {remedy}")
     try:
-        values = json.loads((folder / "config.json").read_text())
+        hf_config = json.loads(file.read_text())
     except (ValueError, OSError) as error:
-        raise InputError(f"{folder / 'config.json'} is damaged ({error}); restore it") from None
+        raise InputError(f"{file} is damaged ({error}); restore it") from None
     try:
-        config = interchange.import_config(values)
-        context = interchange.import_context(values)
+        model = Interchange.from_config(hf_config)
         tensors = TensorFiles(folder)
-        names = interchange.full_names(values, tensors.names)
+        names = model.full_names(tensors.names)
         read = lambda name: tensors(names[name])
-        interchange.check_imported(config, context, names, read)
+        model.check_tensors(names, read)
     except (ValueError, OSError) as error:
         raise InputError(f"{folder}: these weights cannot be read: {error}") from None
-    return WeightSource(
-        config, context, load_tokenizer(folder), interchange.import_reader(config, context, read),
-        exported_step(folder),
-    )  # fmt: skip
-
-
-def in_memory(weights: WeightSource) -> dict[str, np.ndarray]:
-    """Reads all parameters as nested float32 arrays."""
-    return interchange.nested_weights(weights.config, weights.read)
+    tokenizer = load_tokenizer(folder)
+    return WeightSource(model.config, model.context, tokenizer, model.import_reader(read), exported_step(folder))

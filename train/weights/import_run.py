@@ -15,7 +15,8 @@ from train.config.config import CheckpointConfig, Config
 from train.config.run_config import TrainConfig
 from train.devices.mesh import one_device_mesh
 from train.run.folder import Run
-from train.weights.huggingface import WeightSource, in_memory, open_huggingface
+from train.weights.huggingface import open_huggingface
+from train.weights.weight_source import WeightSource
 
 
 def import_weights(folder: Path, to: Path) -> Run:
@@ -41,14 +42,14 @@ def import_weights(folder: Path, to: Path) -> Run:
 
 
 def _write(weights: WeightSource, run: Run, to: Path) -> None:
-    # Training computes as it does by default; evaluation and generation say float32 themselves.
+    # Training computes in the default dtype; evaluation and generation set float32 themselves.
     model = dataclasses.replace(weights.config, compute_dtype=ModelConfig.compute_dtype)
     data, train = DataConfig(segment_length=weights.context), TrainConfig(run_dir=str(to))
     run.save_config(Config(model=model, data=data, train=train))
     copy_tokenizer(weights.tokenizer, run.tokenizer)
     with jax.set_mesh(one_device_mesh()):
         checkpoints = Checkpoints(run.checkpoints, CheckpointConfig())
-        arrays = jax.tree.map(jax.numpy.asarray, in_memory(weights))
+        arrays = jax.tree.map(jax.numpy.asarray, weights.in_memory())
         checkpoints.save({"step": 0, "weights": arrays}, {})
         checkpoints.wait()
         checkpoints.close()

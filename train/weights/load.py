@@ -19,8 +19,9 @@ from train.devices.mesh import check_sharing
 from train.run.folder import Run
 from train.run.run_name import split_name
 from train.step.state import abstract_weights
-from train.weights.huggingface import WeightSource, in_memory, is_export, open_huggingface, write_huggingface
+from train.weights.huggingface import is_export, open_huggingface, write_huggingface
 from train.weights.model_card import model_card
+from train.weights.weight_source import WeightSource
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,13 @@ def load_trained(where: str) -> Trained:
         data = DataConfig(segment_length=opened.context)
         config = Config(model=opened.config, data=data).resolved()
         check_sharing(config.model)
-        abstract = abstract_weights(config)
-        weights = jax.tree.map(lambda array, like: jax.device_put(array, like.sharding), in_memory(opened), abstract)
+        shardings = jax.tree.map(lambda array: array.sharding, abstract_weights(config))
+        weights = jax.device_put(opened.in_memory(), shardings)
         return Trained(config, weights, opened.tokenizer)
     run, config, tokenizer = open_run(folder)
     check_sharing(config.model)
     checkpoints = Checkpoints(run.checkpoints)
-    abstract = abstract_weights(config)
-    step, weights = checkpoints.restore_weights(abstract, step)
+    step, weights = checkpoints.restore_weights(abstract_weights(config), step)
     checkpoints.close()
     return Trained(config, weights, tokenizer, run, step)
 

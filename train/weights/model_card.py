@@ -3,13 +3,12 @@
 from importlib.metadata import version
 from typing import Any
 
-from model import interchange
 from model.parameters import count_parameters
 from train.run.events import read_events
 from train.run.folder import Run
 from train.run.step_log import read_step_log
 from train.step.schedule import batch_size
-from train.weights.huggingface import WeightSource
+from train.weights.weight_source import WeightSource
 
 
 def model_card(weights: WeightSource, run: Run | None = None) -> str:
@@ -23,7 +22,7 @@ def model_card(weights: WeightSource, run: Run | None = None) -> str:
         facts |= _training(run, weights.step)
     facts["written by"] = f"Ziggurat {version('ziggurat')}"
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    architecture = interchange.family_of(weights.config).architecture
+    architecture = weights.interchange().family.architecture
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation

@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import interchange
 from model.config import ModelConfig
 from model.decoder import Decoder
 from model.interchange.family import Family
+from model.interchange.huggingface import FAMILIES, Interchange, family_of
+from model.interchange.tensors import nested_weights, reader_of
 from model.parameters import parameter_table
 from model.trees import flattened, nested
 from tests.peers import require
@@ -53,8 +54,8 @@ MODELS = [
 
 def theirs_of(config: ModelConfig, weights: Any) -> tuple[dict, dict[str, np.ndarray]]:
     """(their config.json, their tensors)."""
-    values = interchange.export_config(config, CONTEXT, bos_id=0, eos_id=0)
-    return values, dict(interchange.export_tensors(config, CONTEXT, interchange.reader_of(weights)))
+    model = Interchange(config, CONTEXT)
+    return model.export_config(bos_id=0, eos_id=0), dict(model.export_tensors(reader_of(weights)))
 
 
 def without_padding(config: ModelConfig, weights: Any) -> dict[str, np.ndarray]:
@@ -65,13 +66,14 @@ def without_padding(config: ModelConfig, weights: Any) -> dict[str, np.ndarray]:
 
 def assert_comes_back(config: ModelConfig, weights: Any) -> None:
     values, theirs = theirs_of(config, weights)
-    assert {name: array.shape for name, array in theirs.items()} == interchange.exported_shapes(config, CONTEXT)
-    again = interchange.import_config(values)
+    assert {name: array.shape for name, array in theirs.items()} == Interchange(config, CONTEXT).shapes
+    model = Interchange.from_config(values)
+    again = model.config
     # Other dropouts than the class has are left out.
     assert again == replace(config, **{name: getattr(again, name) for name in DROPOUTS if getattr(again, name) == 0})
-    assert interchange.import_context(values) == CONTEXT
-    interchange.check_imported(again, CONTEXT, theirs, theirs.__getitem__)
-    back = interchange.import_tensors(again, CONTEXT, theirs.__getitem__)
+    assert model.context == CONTEXT
+    model.check_tensors(theirs, theirs.__getitem__)
+    back = nested_weights(again, model.import_reader(theirs.__getitem__))
     # A factor that is no power of two, or a norm's w less one: the last bit may be another.
     folds = config.scale_embeddings and not config.tie_embeddings and math.log2(config.model_dim) % 2 != 0
     rounded = folds or values["model_type"] == "gemma"
@@ -132,8 +134,8 @@ def test_transformers_computes_the_same_logits(changes: dict):
 
 
 def test_all_families_are_among_those_models():
-    found = {interchange.family_of(a_model(changes)).architecture for changes in MODELS}
-    assert found == {family.architecture for family in interchange.FAMILIES}
+    found = {family_of(a_model(changes)).architecture for changes in MODELS}
+    assert found == {family.architecture for family in FAMILIES}
 
 
 @st.composite
@@ -187,13 +189,13 @@ def test_a_norm_below_a_half_loses_no_more_than_rounding_in_gemma():
     lossy = np.float32([0.1, 1e-3, -0.7, 1e-9])
     weights["norm"]["scale"][:6], weights["norm"]["scale"][6:10] = exact, lossy
     _, theirs = theirs_of(config, weights)
-    found = interchange.import_tensors(config, CONTEXT, theirs.__getitem__)["norm"]["scale"]
+    found = nested_weights(config, Interchange(config, CONTEXT).import_reader(theirs.__getitem__))["norm"]["scale"]
     np.testing.assert_array_equal(found[:6], exact)
     np.testing.assert_allclose(found[6:10], lossy, rtol=0, atol=1e-7)
 
 
 def test_a_model_with_other_floors_is_refused_by_name():
-    theirs = interchange.export_config(a_model({}), context=16, bos_id=0, eos_id=0)
+    theirs = Interchange(a_model({}), 16).export_config(bos_id=0, eos_id=0)
     for changes, word in (
         ({"architectures": ["GPTNeoXForCausalLM"]}, "GPTNeoXForCausalLM"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type is longrope"),
@@ -216,35 +218,36 @@ def test_a_model_with_other_floors_is_refused_by_name():
         ({"quantization_config": {"quant_method": "fp8"}}, "quantized weights are not read"),
     ):
         with pytest.raises(ValueError, match=re.escape(word)):
-            interchange.import_config(theirs | changes)
+            Interchange.from_config(theirs | changes)
     del theirs["hidden_size"]
     with pytest.raises(ValueError, match="hidden_size"):
-        interchange.import_config(theirs)
-    gpt = interchange.export_config(a_model(GPT), context=CONTEXT, bos_id=0, eos_id=0)
+        Interchange.from_config(theirs)
+    gpt = Interchange(a_model(GPT), CONTEXT).export_config(bos_id=0, eos_id=0)
     with pytest.raises(ValueError, match="scale_attn_by_inverse_layer_idx is True; in this decoder it is False"):
-        interchange.import_config(gpt | {"scale_attn_by_inverse_layer_idx": True})
-    gemma = interchange.export_config(a_model({"scale_embeddings": True}), context=CONTEXT, bos_id=0, eos_id=0)
+        Interchange.from_config(gpt | {"scale_attn_by_inverse_layer_idx": True})
+    gemma = Interchange(a_model({"scale_embeddings": True}), CONTEXT).export_config(bos_id=0, eos_id=0)
     with pytest.raises(ValueError, match="hidden_act and hidden_activation are not the same"):
-        interchange.import_config(gemma | {"hidden_activation": "gelu"})
+        Interchange.from_config(gemma | {"hidden_activation": "gelu"})
 
 
 SIZES = {"hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 32}
 GPT_SIZES = {"n_embd": 64, "n_layer": 2, "n_head": 4}
 
 
-@pytest.mark.parametrize("family", interchange.FAMILIES, ids=lambda family: family.kind)
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
 def test_what_a_file_leaves_out_is_what_the_class_says(family: Family):
     classes = require("transformers").AutoConfig
-    short = {"vocab_size": 9, **(SIZES if family.kind not in ("gpt2", "openai-gpt") else GPT_SIZES)}
-    whole = classes.for_model(family.kind, **short).to_dict()
+    short = {"vocab_size": 9, **(SIZES if family.model_type not in ("gpt2", "openai-gpt") else GPT_SIZES)}
+    whole = classes.for_model(family.model_type, **short).to_dict()
     named = {"architectures": [family.architecture]}
-    for read in (interchange.import_config, interchange.import_context):
-        assert read(short | named) == read(whole | named)
+    from_short, from_whole = (Interchange.from_config(values | named) for values in (short, whole))
+    assert from_short.config == from_whole.config
+    assert from_short.context == from_whole.context
 
 
 def test_settings_that_older_files_and_others_have_are_read_as_the_class_reads_them():
     def read(changes: dict, **more: Any) -> ModelConfig:
-        return interchange.import_config(interchange.export_config(a_model(changes), CONTEXT, 0, 0) | more)
+        return Interchange.from_config(Interchange(a_model(changes), CONTEXT).export_config(0, 0) | more).config
 
     gemma = {"scale_embeddings": True, "tie_embeddings": True}
     for changes, more, field, value in (
@@ -263,9 +266,9 @@ def test_settings_that_older_files_and_others_have_are_read_as_the_class_reads_t
 
 
 def test_rotary_scalings_stand_where_older_versions_look_for_them():
-    theirs = interchange.export_config(a_model(YARN), CONTEXT, bos_id=0, eos_id=0)
+    theirs = Interchange(a_model(YARN), CONTEXT).export_config(bos_id=0, eos_id=0)
     assert theirs["rope_scaling"] == theirs["rope_parameters"]
-    assert interchange.export_config(a_model({}), CONTEXT, bos_id=0, eos_id=0)["rope_scaling"] is None
+    assert Interchange(a_model({}), CONTEXT).export_config(bos_id=0, eos_id=0)["rope_scaling"] is None
 
 
 def test_what_only_fills_a_class_up_must_be_no_more_than_that():
@@ -274,18 +277,18 @@ def test_what_only_fills_a_class_up_must_be_no_more_than_that():
     for name in ("transformer.wpe.weight", "transformer.h.1.attn.c_attn.bias"):
         changed = theirs | {name: theirs[name] + 0.1}
         with pytest.raises(ValueError, match="'position': 'sinusoidal'.*which the weights are not"):
-            interchange.check_imported(config, CONTEXT, changed, changed.__getitem__)
-    # Without that word they are what they are: a table of positions, and biases.
+            Interchange(config, CONTEXT).check_tensors(changed, changed.__getitem__)
+    # Without that key they are trained positions and biases.
     del values["ziggurat"]
-    config = interchange.import_config(values)
-    assert (config.position, config.attention_bias) == ("learned", True)
-    interchange.check_imported(config, CONTEXT, changed, changed.__getitem__)
+    model = Interchange.from_config(values)
+    assert (model.config.position, model.config.attention_bias) == ("learned", True)
+    model.check_tensors(changed, changed.__getitem__)
 
 
 def test_scalings_of_older_files_are_read():
-    theirs = interchange.export_config(a_model({}), context=16, bos_id=0, eos_id=0)
+    theirs = Interchange(a_model({}), 16).export_config(bos_id=0, eos_id=0)
     theirs |= {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 4}, "rope_theta": 5e5}
-    config = interchange.import_config(theirs)
+    config = Interchange.from_config(theirs).config
     assert (config.rope_scaling, config.rope_factor, config.rope_base) == ("linear", 4.0, 5e5)
 
 
@@ -309,4 +312,4 @@ def test_scalings_of_older_files_are_read():
 )
 def test_what_no_class_of_theirs_has_is_named(changes: dict, words: str):
     with pytest.raises(ValueError, match=re.escape(words)):
-        interchange.family_of(a_model(changes))
+        family_of(a_model(changes))

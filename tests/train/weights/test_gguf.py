@@ -19,10 +19,10 @@ from data.tokenizer.folder import load_tokenizer
 from data.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
 from data.tokenizer.tokenizer import Tokenizer
 from data.tokenizer.training import train_tokenizer
-from model import interchange
 from model.config import ModelConfig
 from model.decoder import Decoder
 from model.interchange.gguf import interleave_pairs
+from model.interchange.tensors import reader_of
 from model.parameters import parameter_table
 from model.trees import nested
 from tests.data import others
@@ -31,6 +31,7 @@ from tests.llama_cpp import LlamaCpp
 from tests.peers import require
 from tests.small import small_model
 from train.weights.gguf import write_gguf
+from train.weights.weight_source import WeightSource
 
 CONTEXT = 32
 GPT: dict[str, Any] = {
@@ -95,7 +96,7 @@ def weights_of(config: ModelConfig) -> Any:
 
 
 def write(file: Path, config: ModelConfig, weights: Any, tokenizer: Tokenizer, dtype: str = "f32") -> Path:
-    write_gguf(file, config, CONTEXT, interchange.reader_of(weights), tokenizer, dtype)
+    write_gguf(file, WeightSource(config, CONTEXT, tokenizer, reader_of(weights)), dtype)
     return file
 
 
@@ -216,7 +217,7 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused_by_name(tokenizer, tm
     ]:
         config = model_of(tokenizer, changes)
         with pytest.raises(InputError, match=words):
-            write_gguf(tmp_path / "model.gguf", config, CONTEXT, never, tokenizer)
+            write_gguf(tmp_path / "model.gguf", WeightSource(config, CONTEXT, tokenizer, never))
     assert not list(tmp_path.iterdir())
 
 
@@ -238,7 +239,7 @@ def test_tokenizers_that_llama_cpp_has_no_name_for_are_refused(tokenizer, tmp_pa
     ]:
         foreign = load_tokenizer(others.write(tmp_path / "tokenizer", settings, eos))
         with pytest.raises(InputError, match=f"cannot go into a GGUF file: it {words}"):
-            write_gguf(tmp_path / "model.gguf", model_of(foreign, {}), CONTEXT, never, foreign)
+            write_gguf(tmp_path / "model.gguf", WeightSource(model_of(foreign, {}), CONTEXT, foreign, never))
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]
 
 
@@ -247,7 +248,7 @@ def test_a_file_appears_whole_and_replaces_only_its_like(tokenizer, tmp_path: Pa
     weights = weights_of(config)
     file = write(tmp_path / "new" / "model.gguf", config, weights, tokenizer)
     content = file.read_bytes()
-    read, calls = interchange.reader_of(weights), iter(range(9))
+    read, calls = reader_of(weights), iter(range(9))
 
     def stops(name: str, layer: int | None) -> np.ndarray:
         if next(calls) == 8:
@@ -255,7 +256,7 @@ def test_a_file_appears_whole_and_replaces_only_its_like(tokenizer, tmp_path: Pa
         return read(name, layer)
 
     with pytest.raises(StorageError, match=r"model\.gguf cannot be written: no space"):
-        write_gguf(file, config, CONTEXT, stops, tokenizer, "f16")
+        write_gguf(file, WeightSource(config, CONTEXT, tokenizer, stops), "f16")
     assert [path.name for path in file.parent.iterdir()] == ["model.gguf"]
     assert file.read_bytes() == content
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=10**5))
@@ -277,13 +278,13 @@ def test_a_file_appears_whole_and_replaces_only_its_like(tokenizer, tmp_path: Pa
 
 def test_it_holds_one_tensor_at_a_time(tokenizer, tmp_path: Path):
     config = model_of(tokenizer, {"num_layers": 3})
-    read, asked = interchange.reader_of(weights_of(config)), []
+    read, asked = reader_of(weights_of(config)), []
 
     def counted(name: str, layer: int | None) -> np.ndarray:
         asked.append((name, layer, (tmp_path / ".model.gguf.ziggurat-partial").stat().st_size))
         return read(name, layer)
 
-    write_gguf(tmp_path / "model.gguf", config, CONTEXT, counted, tokenizer)
+    write_gguf(tmp_path / "model.gguf", WeightSource(config, CONTEXT, tokenizer, counted))
     layers = [layer for _, layer, _ in asked if layer is not None]
     assert layers == sorted(layers)
     assert len({size for _, layer, size in asked if layer == 2}) > 3
@@ -309,7 +310,7 @@ def test_values_too_large_for_f16_are_refused(tokenizer, tmp_path: Path):
 def test_a_missing_package_is_named(tokenizer, tmp_path: Path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(InputError, match=r"pip install -e '\.\[gguf\]'"):
-        write_gguf(tmp_path / "model.gguf", model_of(tokenizer, {}), CONTEXT, never, tokenizer)
+        write_gguf(tmp_path / "model.gguf", WeightSource(model_of(tokenizer, {}), CONTEXT, tokenizer, never))
 
 
 def test_components_that_turn_together_stand_side_by_side():

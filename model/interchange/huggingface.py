@@ -1,0 +1,229 @@
+"""A model in the names and layouts of Hugging Face Transformers, in both directions."""
+
+import functools
+import math
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from model.config import ModelConfig, ResolvedModelConfig
+from model.interchange.family import Family
+from model.interchange.gemma import GEMMA
+from model.interchange.gpt import GPT1, GPT2
+from model.interchange.llama import LLAMA, MISTRAL, QWEN3
+from model.interchange.tensors import ParameterReader, TensorMap, TensorReader
+from model.parameters import parameter_table
+from model.position import sinusoids
+from settings import choices_of
+
+# Gemma comes before Llama, because some models fit both and only Gemma names all of their choices.
+FAMILIES = (GEMMA, LLAMA, MISTRAL, QWEN3, GPT2, GPT1)
+# The key in config.json for fields that widening changes.
+OWN_KEY = "ziggurat"
+OWN_FIELDS = ("position", "attention_bias", "feedforward_bias", "scale_embeddings", "tie_embeddings")
+UNEMBEDDING = "lm_head.weight"
+# Relative rounding error of a bfloat16 file.
+BFLOAT16_RTOL = 2**-7
+
+
+def family_of(config: ResolvedModelConfig) -> Family:
+    """Returns the class of Transformers with this model's choices. ValueError names what the nearest ones lack."""
+    lacks = [family.lacks(config) for family in FAMILIES]
+    fewest = min(map(len, lacks))
+    if not fewest:
+        return FAMILIES[lacks.index([])]
+    nearest: dict[str, str] = {}
+    for family, missing in zip(FAMILIES, lacks, strict=True):
+        if len(missing) == fewest:
+            nearest.setdefault(f"no {', no '.join(missing)}", family.architecture)
+    raise ValueError("; ".join(f"{name} in Transformers has {missing}" for missing, name in nearest.items()))
+
+
+class Interchange:
+    """A model and its class of Transformers: exports its config and tensors, and checks and imports theirs.
+
+    Attributes:
+        family: the class of Transformers.
+        widened: the config with everything that the class always has.
+        num_positions: number of positions that config.json gives the model.
+        tensor_map: names and layouts of the widened model's tensors.
+
+    Args:
+        context: number of positions that the model was trained on at once.
+
+    Raises:
+        ValueError: as `family_of`.
+    """
+
+    def __init__(self, config: ResolvedModelConfig, context: int):
+        self.config = config
+        self.context = context
+        self.family = family_of(config)
+        self.widened = self.family.widened(config, context)
+        self.num_positions = self.widened.max_positions or context
+        self.tensor_map = TensorMap(self.widened, self.family.tensors)
+        self._own_parameters = parameter_table(config).keys()
+        self._embedding_scale = np.float32(math.sqrt(config.model_dim))
+        self._folds_scale = self.widened.scale_embeddings != config.scale_embeddings
+
+    @classmethod
+    def from_config(cls, hf_config: Mapping[str, Any]) -> "Interchange":
+        """Makes the model of a config.json. ValueError names what this decoder does not have."""
+        family = _family_named(hf_config)
+        config = _import_config(family, hf_config)
+        context = family.context.read(hf_config)
+        if context < 1:
+            raise ValueError(f"{family.context.key} is {context}; it must be at least 1")
+        return cls(config, context)
+
+    @property
+    def own_fields(self) -> dict[str, Any]:
+        """Fields in which the model differs from its widened form."""
+        values = {name: getattr(self.config, name) for name in OWN_FIELDS}
+        return {name: value for name, value in values.items() if value != getattr(self.widened, name)}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every exported tensor by name, in the order of `export_tensors`."""
+        return {name: self.tensor_map.shape(tensor) for name, tensor, _ in self.tensor_map.arrays()}
+
+    def export_config(self, bos_id: int, eos_id: int, dtype: str = "float32") -> dict[str, Any]:
+        """Returns the values of config.json."""
+        hf_config = {
+            "architectures": [self.family.architecture],
+            "model_type": self.family.model_type,
+            **{key.key: key.write(getattr(self.widened, key.field)) for key in self.family.keys},
+            self.family.context.key: self.num_positions,
+            **self.family.extra_keys(self.widened),
+            "bos_token_id": bos_id,
+            "eos_token_id": eos_id,
+            "dtype": dtype,
+        }
+        return hf_config | ({OWN_KEY: self.own_fields} if self.own_fields else {})
+
+    def export_tensors(self, read: ParameterReader) -> Iterator[tuple[str, np.ndarray]]:
+        """Yields (name, array) for every tensor: the tables, then layer by layer, then the tensors after the layers.
+
+        Args:
+            read: returns our parameters; each layer of each is read once, when it is needed.
+        """
+
+        def widened(name: str, layer: int | None) -> np.ndarray:
+            if name == "embedding.table" and self._folds_scale:
+                return read(name, None) * self._embedding_scale
+            if name in self._own_parameters:
+                return read(name, layer)
+            return read("embedding.table", None).T if name == "unembedding.matrix" else self._filling(name)
+
+        for name, tensor, layer in self.tensor_map.arrays():
+            yield name, self.tensor_map.write(tensor, layer, widened)
+
+    def import_reader(self, read: TensorReader) -> ParameterReader:
+        """Returns a reader of our parameters, float32, from tensors that passed `check_tensors`."""
+
+        def parameter(name: str, layer: int | None) -> np.ndarray:
+            if name == "embedding.table" and self._folds_scale:
+                if self.config.tie_embeddings:
+                    return self.tensor_map.read("unembedding.matrix", None, read).T
+                return self.tensor_map.read(name, None, read) / self._embedding_scale
+            return self.tensor_map.read(name, layer, read)
+
+        return parameter
+
+    def full_names(self, names: Collection[str]) -> dict[str, str]:
+        """Maps the name of each tensor in its class to its name in files that may omit the prefix."""
+        prefix = "" if any(name.startswith(self.family.prefix) for name in names) else self.family.prefix
+        return {name if name == UNEMBEDDING else prefix + name: name for name in names}
+
+    def check_tensors(self, names: Collection[str], read: TensorReader) -> None:
+        """Raises ValueError if the tensors are not those of this model.
+
+        Args:
+            read: returns a tensor or a view of it; a tensor that only widens the model must equal its filling.
+        """
+        if self.config.num_layers > len(names):
+            raise ValueError(f"the config says {self.config.num_layers} layers, and there are {len(names)} tensors")
+        shapes = self.shapes
+        if missing := sorted(shapes.keys() - set(names)):
+            raise ValueError(f"there is no {missing[0]}" + (f", nor {len(missing) - 1} others" if missing[1:] else ""))
+        for name, shape in shapes.items():
+            if (actual := read(name).shape) != shape:
+                raise ValueError(f"{name} has the shape {actual}; the config wants {shape}")
+        extra = [name for name in sorted(set(names) - shapes.keys()) if not name.endswith(self.family.ignored)]
+        table = functools.cache(lambda: self.tensor_map.read("embedding.table", None, read))
+        if UNEMBEDDING in extra and self.widened.tie_embeddings:
+            extra.remove(UNEMBEDDING)
+            if not np.array_equal(read(UNEMBEDDING), table()[: self.config.vocab_size]):
+                raise ValueError(f"{UNEMBEDDING} is not the embedding, and the config says that they are tied")
+        if extra:
+            others = f", nor for {len(extra) - 1} others" if extra[1:] else ""
+            raise ValueError(f"this model has no place for {extra[0]}{others}")
+        same = True
+        if self.widened.tie_embeddings != self.config.tie_embeddings:
+            scaled = self.tensor_map.read("unembedding.matrix", None, read).T * self._embedding_scale
+            same = np.allclose(table(), scaled, rtol=BFLOAT16_RTOL, atol=0)
+        if not same or not self._holds_fillings(read):
+            raise ValueError(
+                f"{OWN_KEY} in the config is {self.own_fields}, which the weights are not; leave it out there"
+            )
+
+    def _holds_fillings(self, read: TensorReader) -> bool:
+        parameters = self.tensor_map.parameters
+        for name in parameters.keys() - self._own_parameters - {"unembedding.matrix"}:
+            filling = self._filling(name)
+            atol = BFLOAT16_RTOL * filling.any()
+            for layer in range(self.config.num_layers) if "layers" in parameters[name].axes else [None]:
+                if not np.allclose(self.tensor_map.read(name, layer, read), filling, rtol=0, atol=atol):
+                    return False
+        return True
+
+    def _filling(self, name: str) -> np.ndarray:
+        """Returns one layer of a parameter that only widens the model: fixed positions, or zeros."""
+        parameter = self.tensor_map.parameters[name]
+        shape = tuple(size for axis, size in parameter.axes.items() if axis != "layers")
+        if name == "position.table" and self.config.position == "sinusoidal":
+            return np.asarray(sinusoids(jnp.arange(shape[0])[None], shape[1]))[0]
+        return np.zeros(shape, np.float32)
+
+
+def _family_named(hf_config: Mapping[str, Any]) -> Family:
+    if not isinstance(hf_config, Mapping):
+        raise ValueError("config.json holds no settings")
+    architectures = hf_config.get("architectures")
+    for family in FAMILIES:
+        if architectures == [family.architecture]:
+            return family
+    readable = ", ".join(family.architecture for family in FAMILIES)
+    raise ValueError(f"architectures is {architectures}; what can be read is {readable}")
+
+
+def _import_config(family: Family, hf_config: Mapping[str, Any]) -> ResolvedModelConfig:
+    for name, value in family.required.items():
+        if hf_config.get(name) is not None and hf_config[name] != value:
+            raise ValueError(f"{name} is {hf_config[name]!r}; in this decoder it is {value}")
+    layer_types = hf_config.get("layer_types") or []
+    if not isinstance(layer_types, list) or any(layer_type != layer_types[0] for layer_type in layer_types):
+        raise ValueError(f"layer_types is {layer_types!r}; in this decoder all layers are alike")
+    if hf_config.get("quantization_config"):
+        raise ValueError("quantization_config: quantized weights are not read; take those that they were made of")
+    fields = {name: values[0] for name, values in family.choices.items() if len(values) == 1} | {**family.always}
+    fields |= {key.field: key.read(hf_config) for key in family.keys}
+    fields |= family.extra_fields(hf_config)
+    own = hf_config.get(OWN_KEY, {})
+    if not isinstance(own, Mapping) or not all(_is_own(name, value) for name, value in own.items()):
+        raise ValueError(f"{OWN_KEY} is {own!r}; it may hold {', '.join(OWN_FIELDS)}")
+    fields |= own
+    if fields.get("position") == "learned":
+        fields["max_positions"] = family.context.read(hf_config)
+    config = ResolvedModelConfig(compute_dtype="float32", **fields)
+    if problems := config.problems():
+        raise ValueError("; ".join(problems))
+    return config.resolved()
+
+
+def _is_own(name: str, value: Any) -> bool:
+    return name in OWN_FIELDS and (
+        value in choices_of(ModelConfig, "position") if name == "position" else isinstance(value, bool)
+    )

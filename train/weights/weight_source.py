@@ -1,0 +1,36 @@
+"""A model whose weights are read on demand, from a checkpoint or an export."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from data.tokenizer.tokenizer import Tokenizer
+from model.config import ResolvedModelConfig
+from model.interchange.huggingface import Interchange
+from model.interchange.tensors import ParameterReader, nested_weights
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """A model whose weights are read on demand.
+
+    Attributes:
+        config: resolved settings of the model.
+        context: number of positions that it was trained on at once.
+        tokenizer: the tokenizer of the model.
+        read: returns its parameters, one layer at a time.
+        step: number of steps of the run that trained it, if known.
+    """
+
+    config: ResolvedModelConfig
+    context: int
+    tokenizer: Tokenizer
+    read: ParameterReader
+    step: int | None = None
+
+    def interchange(self) -> Interchange:
+        """Returns the model in its class of Transformers. ValueError if no class has its choices."""
+        return Interchange(self.config, self.context)
+
+    def in_memory(self) -> dict[str, Any]:
+        """Reads all parameters as nested float32 arrays."""
+        return nested_weights(self.config, self.read)
