@@ -59,7 +59,9 @@ class DataConfig:
     train_last_position: bool = setting(
         True, "train on the last position of a segment too; otherwise the next segment begins with it"
     )
-    num_workers: int = setting(0, "processes that tokenize; 0: the loader's own thread does", resume="free", at_least=0)
+    num_workers: int = setting(
+        0, "threads that tokenize ahead; 0: the loader's own thread does", resume="free", at_least=0
+    )
     prefetch: int = setting(2, "global batches prepared ahead", resume="free", at_least=1)
     positions_every_steps: int = setting(
         100,

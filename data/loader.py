@@ -15,8 +15,8 @@ from data.config import ResolvedDataConfig
 from data.mixture import POSITION_SIZE, Mixture, initial_positions, open_streams
 from data.provenance import describe_row
 from data.segmenter import Segment, SegmentPart, make_segment
+from data.tokenizer.threads import TokenizingThreads
 from data.tokenizer.tokenizer import Tokenizer
-from data.tokenizer.workers import Workers
 
 # Fills the positions that only another process knows.
 UNREAD = np.iinfo(np.int64).min
@@ -68,13 +68,13 @@ class Loader:
         self._tokenizer, self._skips = tokenizer, skips
         self._mixture, self._config, self._sharding = mixture, config, sharding
         self._sizes = enumerate(batch_sizes, start=step)
-        self._workers = Workers(tokenizer.folder, config.num_workers) if config.num_workers else None
+        self._tokenizing = TokenizingThreads(tokenizer, config.num_workers) if config.num_workers else None
         self._num_streams = config.num_streams
         # Shards hold whole streams, so a batch with one row for each stream has the shards of every batch.
         shards = sharding.addressable_devices_indices_map((config.num_streams, config.segment_length)).values()
         self._streams = open_streams(
             mixture,
-            self._workers or tokenizer.encode_all,
+            self._tokenizing or tokenizer.encode_all,
             tokenizer.bos_id,
             tokenizer.eos_id,
             seed,
@@ -92,8 +92,8 @@ class Loader:
     def __exit__(self, *_: Any) -> None:
         self._stop.set()
         self._thread.join()
-        if self._workers:
-            self._workers.close()
+        if self._tokenizing:
+            self._tokenizing.close()
 
     def __iter__(self) -> Iterator[LoadedBatch]:
         return self

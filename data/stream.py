@@ -10,7 +10,7 @@ If there are fewer chunks than streams, all streams read the same windows, of al
 of 3, goes to the stream that has the least text of the window so far, among equals to the one with the least
 h("deal", seed, e, chunk, place, v), with the index of the chunk and the place at which the window begins.
 
-The order does not depend on machines, processes or workers (C1). A position is a few numbers: the epoch, chunk and
+The order does not depend on machines, processes or threads (C1). A position is a few numbers: the epoch, chunk and
 place at which a window begins, and how much of the window is done. Restoring one reads a single window (and the content
 before it in a compressed file). After its last window, a stream continues with its own next epoch.
 """

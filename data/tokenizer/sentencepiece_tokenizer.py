@@ -18,7 +18,7 @@ from data.tokenizer.tokenizer import END_OF_TEXT, ESCAPES, MODEL_FILE, SPACE, To
 
 log = logging.getLogger("ziggurat")
 # SentencePiece's time for a text grows a little faster than its length, its memory by 50 bytes a character. So a text
-# is encoded in parts of a little more than PART characters, and of LONGEST_PART at most.
+# is encoded in parts of a little more than PART_CHARACTERS, and of MAX_PART_CHARACTERS at most.
 PART_CHARACTERS = 1024
 MAX_PART_CHARACTERS = 2**20
 
@@ -45,8 +45,12 @@ class SentencePieceTokenizer(Tokenizer):
         return {MODEL_FILE: (self.folder / MODEL_FILE).read_bytes()}
 
     def encode(self, text: str) -> np.ndarray:
-        found = [self._encode(part) for part in self.parts(text)]
-        return found[0] if len(found) == 1 else np.concatenate(found)
+        ids = [self._model.EncodeAsNumpy(_escaped(part)) for part in self.parts(text)]
+        return ids[0] if len(ids) == 1 else np.concatenate(ids)
+
+    def encode_parts(self, parts: list[str]) -> list[np.ndarray]:
+        # A single call, which takes Python's global lock once.
+        return self._model.EncodeAsNumpy([_escaped(part) for part in parts], num_threads=1)
 
     def parts(self, text: str) -> Iterator[str]:
         """Yields the parts of a text that are encoded independently; at least one.
@@ -64,12 +68,6 @@ class SentencePieceTokenizer(Tokenizer):
             if end == len(text):
                 return
             start = end
-
-    def _encode(self, part: str) -> np.ndarray:
-        for plain, escaped in ESCAPES.items():
-            if plain in part:
-                part = part.replace(plain, escaped)
-        return self._model.EncodeAsNumpy(part.encode())
 
     @cached_property
     def _neighbours(self) -> frozenset[str]:
@@ -102,3 +100,10 @@ class SentencePieceTokenizer(Tokenizer):
             else "piece"
             for i in range(self.vocab_size)
         ]  # fmt: skip
+
+
+def _escaped(part: str) -> bytes:
+    for plain, escaped in ESCAPES.items():
+        if plain in part:
+            part = part.replace(plain, escaped)
+    return part.encode()

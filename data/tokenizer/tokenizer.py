@@ -54,6 +54,10 @@ class Tokenizer(ABC):
         """Yields the ids of each text, lazily and in order."""
         return map(self.encode, texts)
 
+    def encode_parts(self, parts: list[str]) -> list[np.ndarray]:
+        """Returns the ids of each of some `parts`; other Python threads run meanwhile."""
+        return [self.encode(part) for part in parts]
+
     def parts(self, text: str) -> Iterator[str]:
         """Yields the parts of a text that can be encoded independently; by default the whole text."""
         yield text

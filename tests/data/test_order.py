@@ -121,8 +121,8 @@ def batches(
             yield {name: np.stack([rows[b][name] for b in sorted(rows)]) for name in rows[0]}, where, left
     finally:
         for loader in loaders:
-            if loader._workers:
-                loader._workers.close()
+            if loader._tokenizing:
+                loader._tokenizing.close()
 
 
 def opened(corpus: tuple[object, dict], **changes: object) -> tuple[Mixture, DataConfig]:

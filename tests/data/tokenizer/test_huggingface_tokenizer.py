@@ -13,10 +13,10 @@ from data.errors import InputError
 from data.tokenizer.folder import copy_tokenizer, holds_tokenizer, load_tokenizer
 from data.tokenizer.huggingface_tokenizer import HuggingFaceTokenizer
 from data.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
+from data.tokenizer.threads import TokenizingThreads
 from data.tokenizer.to_huggingface import write_huggingface_tokenizer
 from data.tokenizer.tokenizer import Tokenizer
 from data.tokenizer.training import train_tokenizer
-from data.tokenizer.workers import Workers
 from tests.data import others
 from tests.data.texts import NASTY, code
 from tests.peers import require
@@ -124,13 +124,13 @@ def test_a_copy_is_the_same_tokenizer(loaded, kind: str, tmp_path: Path):
     )
 
 
-def test_workers_give_the_same_ids(loaded):
-    workers = Workers(loaded["gpt2"].folder, 1)
+def test_threads_give_the_same_ids(loaded):
+    threads = TokenizingThreads(loaded["gpt2"], 2)
     try:
-        for text, ids in zip(code()[:5], workers(code()[:5]), strict=True):
+        for text, ids in zip(code()[:5], threads(code()[:5]), strict=True):
             np.testing.assert_array_equal(ids, loaded["gpt2"].encode(text))
     finally:
-        workers.close()
+        threads.close()
 
 
 def test_ours_is_chosen_where_it_is_and_theirs_beside_another_sentencepiece_model(ours, folders, tmp_path: Path):

@@ -181,5 +181,5 @@ def test_ids_that_do_not_exist_are_refused(tokenizer: Tokenizer):
 
 
 def test_it_needs_no_jax(tokenizer: Tokenizer):
-    program = "import sys; import data.tokenizer.folder, data.tokenizer.workers; assert 'jax' not in sys.modules"
+    program = "import sys; import data.tokenizer.folder, data.tokenizer.threads; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)
