@@ -161,8 +161,8 @@ class Corpus:
 
     def describe(self) -> str:
         """Returns one line that describes the corpus."""
-        what = self.files[0].name if len(self.files) == 1 else f"{len(self.files):,} files"
-        return f"{what}, {self.size / 1e6:,.1f} MB in {len(self.chunks):,} chunks"
+        names = self.files[0].name if len(self.files) == 1 else f"{len(self.files):,} files"
+        return f"{names}, {self.size / 1e6:,.1f} MB in {len(self.chunks):,} chunks"
 
     def documents(self, chunk: Chunk, place: int = 0) -> Iterator[Document]:
         """Yields the training documents and pieces that begin in a chunk, from a place on.
@@ -181,8 +181,8 @@ class Corpus:
             return
         for number, (file, end) in enumerate(zip(self.files, self._ends, strict=True)):
             if not self._is_one_document(file):
-                found = self._all(number, 0, file.size)
-                yield from (document for document in found if self._is_held_out(document.prompt + document.text))
+                documents = self._all(number, 0, file.size)
+                yield from (document for document in documents if self._is_held_out(document.prompt + document.text))
             elif _is_compressed(file):
                 yield from self._all(number, 0, file.size) if end == 0 else ()
             else:
@@ -253,7 +253,7 @@ class Corpus:
             self._bad(number, None, error)
 
     def _piece(self, number: int, begin: int, end: int) -> Iterator[Document]:
-        """Returns the text of a part of a .txt, or None if it is empty."""
+        """Yields the text of a piece of a .txt, unless it is empty."""
         file = self.files[number]
         try:
             content = text.read_text(file, begin, end) if begin < end else ""

@@ -99,10 +99,10 @@ class Loader:
         return self
 
     def __next__(self) -> LoadedBatch:
-        found = self._ready.get()
-        if isinstance(found, BaseException):
-            raise found
-        return found
+        loaded = self._ready.get()
+        if isinstance(loaded, BaseException):
+            raise loaded
+        return loaded
 
     def _fill(self) -> None:
         """Runs in a thread: puts batches into the queue until it is stopped or fails."""

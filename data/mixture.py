@@ -170,12 +170,12 @@ class MixedStream:
     def take(self, step: int) -> tuple[int, list[SegmentPart]]:
         """Returns (corpus, parts) of the next row for a step; without parts if that corpus has ended."""
         k = choose_corpus(self._credits, self._mixture.shares(step))
-        found = next(self._streams[k], None)
-        if found is None:
+        row = next(self._streams[k], None)
+        if row is None:
             self.ended[k] = True
             self._positions[k] = StreamPosition(epoch=self._mixture.sources[k].config.epochs or 0)
             return k, []
-        parts, self._positions[k] = found
+        parts, self._positions[k] = row
         return k, parts
 
 

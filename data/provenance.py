@@ -45,8 +45,8 @@ def describe_row(
 ) -> dict[str, Any]:
     """Returns a row as plain values: "row", "corpus" (in a mixture) and "parts", each as `describe_part`."""
     source = mixture.sources[k]
-    found: dict[str, Any] = {"row": row} | ({"corpus": source.name} if source.name else {})
-    return found | {"parts": [describe_part(mixture, tokenizer, k, part) for part in parts]}
+    origin: dict[str, Any] = {"row": row} | ({"corpus": source.name} if source.name else {})
+    return origin | {"parts": [describe_part(mixture, tokenizer, k, part) for part in parts]}
 
 
 def describe_part(mixture: Mixture, tokenizer: Tokenizer, k: int, part: SegmentPart) -> dict[str, Any]:
@@ -66,11 +66,11 @@ def describe_part(mixture: Mixture, tokenizer: Tokenizer, k: int, part: SegmentP
     whole = document.prompt + document.text
     encoded = whole.encode()
     if tokenizer.adds_space:
-        # One token without text precedes the prompt, and one the text after it.
+        # A space that is in no text precedes the prompt, and another one the text after it.
         behind_prompt = len(document.prompt.encode()) + 1 if document.prompt else len(encoded)
         sizes = sizes - (sizes > 0) - (sizes > behind_prompt)
     first, last = (len(encoded[: sizes[min(at, len(sizes) - 1)]].decode(errors="ignore")) for at in (begin, end))
-    found: dict[str, Any] = {
+    origin: dict[str, Any] = {
         "file": file.path,
         place_name(file.name): document.place,
         "characters": [first, last],
@@ -78,8 +78,8 @@ def describe_part(mixture: Mixture, tokenizer: Tokenizer, k: int, part: SegmentP
         "end": bool(document.ends and end == len(pairs.targets)),
     }
     if document.prompt:
-        found["prompt_characters"] = len(document.prompt)
-    return found | {"text": whole[first:last]}
+        origin["prompt_characters"] = len(document.prompt)
+    return origin | {"text": whole[first:last]}
 
 
 def place_name(name: str) -> str:

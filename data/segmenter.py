@@ -101,7 +101,7 @@ def pack(documents: Sequence[DocumentPairs], config: DataConfig) -> list[list[Se
         for begin in range(0, len(pairs.inputs), T)
     ]
     rows: list[list[tuple[int, int, int]]] = []
-    spaces: list[tuple[int, int]] = []  # what is left in each row that has space, least first
+    spaces: list[tuple[int, int]] = []  # (pairs that still fit, row) of each row with space, in order
     for d, begin, end in sorted(pieces, key=lambda piece: piece[1] - piece[2]):
         place = bisect.bisect_left(spaces, (end - begin, 0))
         if place < len(spaces):
@@ -126,12 +126,12 @@ def make_segment(parts: Sequence[SegmentPart], config: DataConfig) -> Segment:
     row, filled = empty_segment(config.segment_length), 0
     counted = np.arange(config.segment_length, dtype=np.int32)
     for number, (pairs, begin, end) in enumerate(parts, start=1):
-        here = slice(filled, filled + end - begin)
-        row["tokens"][here] = pairs.inputs[begin:end]
-        row["targets"][here] = pairs.targets[begin:end]
-        row["positions"][here] = counted[: end - begin] if config.restarts else counted[here]
-        row["segment_ids"][here] = number if config.document_mask else 1
-        row["loss_weights"][here.start + max(0, min(pairs.prompt_length, end) - begin) : here.stop] = 1
+        span = slice(filled, filled + end - begin)
+        row["tokens"][span] = pairs.inputs[begin:end]
+        row["targets"][span] = pairs.targets[begin:end]
+        row["positions"][span] = counted[: end - begin] if config.restarts else counted[span]
+        row["segment_ids"][span] = number if config.document_mask else 1
+        row["loss_weights"][span.start + max(0, min(pairs.prompt_length, end) - begin) : span.stop] = 1
         filled += end - begin
     if not config.train_last_position:
         row["loss_weights"][-1] = 0

@@ -92,10 +92,10 @@ class WindowReader:
         while (stream, start) not in self._waiting:
             begin, documents, following = next(self._windows)
             assert begin <= start, f"no window begins at {start}"
-            parts = self._deal(documents, begin)
+            documents_of = self._deal(documents, begin)
             for v, first in self._starts.items():
                 if first <= begin:
-                    self._waiting[v, begin] = Window(parts[v], following)
+                    self._waiting[v, begin] = Window(documents_of[v], following)
         return self._waiting.pop((stream, start))
 
     def _read(self, start: WindowStart) -> Iterator[tuple[WindowStart, list[Document], WindowStart]]:
@@ -128,15 +128,15 @@ class WindowReader:
         """Returns each stream's documents of a window."""
         if not self._corpus.shared:
             return dict.fromkeys(self._starts, documents)
-        parts: dict[int, list[Document]] = {v: [] for v in range(self._num_streams)}
+        documents_of: dict[int, list[Document]] = {v: [] for v in range(self._num_streams)}
         # A heap of (characters so far, rank among equals, stream).
-        least = [(0, stable_hash("deal", self._seed, *start, v), v) for v in parts]
+        least = [(0, stable_hash("deal", self._seed, *start, v), v) for v in documents_of]
         heapq.heapify(least)
         for document in documents:
-            size, turn, v = least[0]
-            parts[v].append(document)
-            heapq.heapreplace(least, (size + len(document.prompt) + len(document.text), turn, v))
-        return parts
+            size, rank, v = least[0]
+            documents_of[v].append(document)
+            heapq.heapreplace(least, (size + len(document.prompt) + len(document.text), rank, v))
+        return documents_of
 
 
 def open_readers(
@@ -208,7 +208,7 @@ class Stream:
             first = 0
 
     def _concatenated(self, position: StreamPosition) -> Iterator[tuple[list[SegmentPart], StreamPosition]]:
-        at = [position]  # of the newest document; its next pair is what `concatenate` says
+        at = [position]  # position of the newest document; `concatenate` knows its next pair
 
         def documents() -> Iterator[DocumentPairs]:
             item, pair = position.item, position.pair

@@ -64,24 +64,24 @@ def list_files(
     is_remote = remote.protocol(where) != ""
     if is_remote:
         try:
-            what, files = _list_remote(where, endings)
+            kind, files = _list_remote(where, endings)
         except remote.RemoteError as error:
             raise InputError(f"{field} = {where}: {error}") from None
         except InputError as error:
             raise InputError(f"{field} = {error}") from None
     else:
         where = os.path.expanduser(where)
-        what, files = _list_local(where, endings, leave_out)
-    if what == "folder":
+        kind, files = _list_local(where, endings, leave_out)
+    if kind == "folder":
         files = [file for file in files if file.name.endswith(tuple(endings))]
-    if what != "file":
+    if kind != "file":
         files = [file for file in files if not any(part.startswith(".") for part in file.name.split("/"))]
     if not files:
         problem = {
             "folder": f"the folder holds no {_listed(endings)} file",
             "glob": "matches no file",
             "file": "there is no such file or folder",
-        }[what]
+        }[kind]
         raise InputError(f"{field} = {where}: {problem}")
     for file in files:
         if not file.name.endswith(tuple(endings)):
@@ -103,20 +103,21 @@ def _list_local(where: str, endings: Sequence[str], leave_out: Path | None) -> t
     path = Path(where)
     # Path's own is_dir and is_file fail where a name is too long.
     if os.path.isdir(where):
-        what, root = "folder", path
-        found = [file for file in path.rglob("*") if file.name.endswith(tuple(endings)) and file.is_file()]
+        kind, root = "folder", path
+        paths = [file for file in path.rglob("*") if file.name.endswith(tuple(endings)) and file.is_file()]
     elif os.path.isfile(where):
-        what, root, found = "file", path.parent, [path]
+        kind, root = "file", path.parent
+        paths = [path]
     else:
-        what = "glob" if glob.has_magic(where) else "file"
-        found = [Path(file) for file in glob.glob(where, recursive=True) if Path(file).is_file()]
-        plain = next((i for i, part in enumerate(path.parts) if glob.has_magic(part)), len(path.parts))
-        root = Path(*path.parts[:plain])
-    if found and leave_out is not None:
+        kind = "glob" if glob.has_magic(where) else "file"
+        paths = [Path(file) for file in glob.glob(where, recursive=True) if Path(file).is_file()]
+        num_plain = next((i for i, part in enumerate(path.parts) if glob.has_magic(part)), len(path.parts))
+        root = Path(*path.parts[:num_plain])
+    if paths and leave_out is not None:
         left_out = leave_out.resolve()
         if not root.resolve().is_relative_to(left_out):
-            found = [file for file in found if not file.resolve().is_relative_to(left_out)]
-    return what, [_local_file(file, file.relative_to(root).as_posix()) for file in found]
+            paths = [file for file in paths if not file.resolve().is_relative_to(left_out)]
+    return kind, [_local_file(file, file.relative_to(root).as_posix()) for file in paths]
 
 
 def _local_file(path: Path, name: str) -> File:
@@ -129,29 +130,29 @@ def _list_remote(where: str, endings: Sequence[str]) -> tuple[str, list[File]]:
     is_http = remote.protocol(where) in ("http", "https")
     magic = re.search(r"[*\[]" if is_http else r"[*?\[]", path)
     if magic:
-        what, root = "glob", path[: magic.start()].rpartition("/")[0]
-        found = remote.with_retries(where, lambda: files.glob(path, detail=True))
-        if not found:
-            # A glob finds nothing, too, where it is refused.
+        kind, root = "glob", path[: magic.start()].rpartition("/")[0]
+        infos = remote.with_retries(where, lambda: files.glob(path, detail=True))
+        if not infos:
+            # A glob finds nothing as well if access is refused.
             _unless_missing(where, lambda: files.ls(root))
     else:
-        what, root = "file", path.rpartition("/")[0]
+        kind, root = "file", path.rpartition("/")[0]
         info = _unless_missing(where, lambda: files.info(path))
         if info is None:
-            return what, []
-        found = {path: info}
+            return kind, []
+        infos = {path: info}
         if info["type"] == "directory" or (is_http and urlsplit(path).path.endswith("/")):
-            what, root = "folder", path.rstrip("/")
-            found = remote.with_retries(where, lambda: files.find(path, detail=True))
+            kind, root = "folder", path.rstrip("/")
+            infos = remote.with_retries(where, lambda: files.find(path, detail=True))
     listed = []
-    for place, info in found.items():
+    for place, info in infos.items():
         name = place[len(root) :].lstrip("/")
         if is_http:
             name = urlsplit(name).path
-        if info["type"] == "file" and (what != "folder" or name.endswith(tuple(endings))):
+        if info["type"] == "file" and (kind != "folder" or name.endswith(tuple(endings))):
             url = files.unstrip_protocol(place)
             listed.append(_remote_file(files, url, place, name, info))
-    return what, listed
+    return kind, listed
 
 
 def _remote_file(files: Any, url: str, place: str, name: str, info: dict[str, Any]) -> File:
@@ -228,16 +229,16 @@ def fingerprint(file: File, whole: bool) -> str:
     Raises:
         InputError, BadText: as `open_file`.
     """
-    found = hashlib.sha256(json.dumps([file.name, file.size]).encode())
+    checksum = hashlib.sha256(json.dumps([file.name, file.size]).encode())
     if not is_local(file) and file.version:
-        found.update(file.version.encode())
-        return found.hexdigest()
+        checksum.update(file.version.encode())
+        return checksum.hexdigest()
     with open_file(file) as stream:
         if whole and is_local(file):
             while piece := stream.read(BLOCK_BYTES):
-                found.update(piece)
+                checksum.update(piece)
         else:
-            found.update(stream.read(END_BYTES))
+            checksum.update(stream.read(END_BYTES))
             stream.seek(max(file.size - END_BYTES, 0))
-            found.update(stream.read(END_BYTES))
-    return found.hexdigest()
+            checksum.update(stream.read(END_BYTES))
+    return checksum.hexdigest()

@@ -91,23 +91,23 @@ class RangeReader(io.RawIOBase):
         if not self._begin <= self._at < self._begin + len(self._range):
             self._fetch(len(buffer))
         first = self._at - self._begin
-        found = self._range[first : first + len(buffer)]
-        buffer[: len(found)] = found
-        self._at += len(found)
-        return len(found)
+        content = self._range[first : first + len(buffer)]
+        buffer[: len(content)] = content
+        self._at += len(content)
+        return len(content)
 
     def _fetch(self, wanted: int) -> None:
-        goes_on = self._range and self._at == self._begin + len(self._range) != self.end
-        self._length = self._length * GROWTH if goes_on else FIRST_BYTES
+        is_sequential = self._range and self._at == self._begin + len(self._range) != self.end
+        self._length = self._length * GROWTH if is_sequential else FIRST_BYTES
         self._length = min(max(self._length, wanted), LARGEST_BYTES)
         stop = min(self._at + self._length, self.end if self._at < self.end else self._size, self._size)
 
         def fetch() -> bytes:
             self._handle.seek(self._at)
-            found = self._handle.read(stop - self._at)
-            READ_TOTALS["bytes"] += len(found)
-            if len(found) != stop - self._at:
+            content = self._handle.read(stop - self._at)
+            READ_TOTALS["bytes"] += len(content)
+            if len(content) != stop - self._at:
                 raise RemoteError("changed", "")
-            return found
+            return content
 
         self._range, self._begin = self._try(fetch), self._at

@@ -68,8 +68,8 @@ class RemoteError(Exception):
 
 def protocol(where: str) -> str:
     """Returns the protocol of a URL, as in "s3", or an empty text for a path."""
-    found = _URL.match(where)
-    return found[1].lower() if found else ""
+    match = _URL.match(where)
+    return match[1].lower() if match else ""
 
 
 def filesystem(url: str) -> tuple[Any, str]:
@@ -92,9 +92,9 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 def content_version(info: Mapping[str, Any]) -> str:
     """Returns what identifies a file's content: its ETag, or its time of change, or an empty text."""
-    found = next((info[key] for key in _VERSIONS if info.get(key)), "")
+    value = next((info[key] for key in _VERSIONS if info.get(key)), "")
     # Some filesystems report a number in one call and a time in another.
-    return str(found.timestamp() if isinstance(found, datetime) else found)
+    return str(value.timestamp() if isinstance(value, datetime) else value)
 
 
 def with_retries(url: str, call: Callable[[], T], tries: int = MAX_TRIES) -> T:

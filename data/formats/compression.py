@@ -64,8 +64,8 @@ class _Streams:
 
     def read1(self, size: int) -> bytes:
         """Returns up to `size` bytes, or none at the end."""
-        found = b""
-        while not found:
+        content = b""
+        while not content:
             if self._stream is None or self._stream.eof:
                 if not (block := self._next()):
                     break
@@ -74,8 +74,8 @@ class _Streams:
                 block = self._raw.read(BLOCK_BYTES) if self._stream.needs_input else b""
                 if self._stream.needs_input and not block:
                     raise EOFError
-            found = self._stream.decompress(block, size)
-        return found
+            content = self._stream.decompress(block, size)
+        return content
 
     def _next(self) -> bytes:
         """Returns the first bytes of the next stream, after optional padding of zeros."""
@@ -107,14 +107,14 @@ class _Decompressed(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Reads up to the size of the buffer, or 0 bytes at the end. Raises BadText at damage."""
         try:
-            found = self._stream.read1(len(buffer))
+            content = self._stream.read1(len(buffer))
         except EOFError:
             raise BadText(f"its {self._ending} ends too early, after byte {self._at} of its text") from None
         except self._errors as error:
             raise BadText(f"its {self._ending} is damaged after byte {self._at} of its text: {error}") from None
-        buffer[: len(found)] = found
-        self._at += len(found)
-        return len(found)
+        buffer[: len(content)] = content
+        self._at += len(content)
+        return len(content)
 
     def close(self) -> None:
         """Also closes the stream that it reads."""

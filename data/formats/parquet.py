@@ -125,7 +125,7 @@ def _check(arrow: Any, schema: Any, name: str, setting: str) -> None:
 
 
 def _document(batch: Any, row: int, fields: Fields) -> RawDocument | BadText:
-    found = []
+    texts = []
     for name in (fields.text, fields.prompt):
         try:
             value = "" if name is None else batch.column(name)[row].as_py()
@@ -133,8 +133,8 @@ def _document(batch: Any, row: int, fields: Fields) -> RawDocument | BadText:
             return BadText(f"column {name!r} is no UTF-8 at byte {error.start} ({error.reason})")
         if value is None:
             return BadText(f"column {name!r} is null")
-        found.append(value)
-    return RawDocument(*found)
+        texts.append(value)
+    return RawDocument(*texts)
 
 
 def _pyarrow() -> tuple[Any, Any]:

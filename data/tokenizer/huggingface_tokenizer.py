@@ -85,13 +85,13 @@ class HuggingFaceTokenizer(Tokenizer):
                 raise InputError(f"{self.folder / CONFIG_FILE}: eos_token = {named!r} is no token of {JSON_FILE}")
             return int(token)
         for name in MODEL_CONFIG_FILES:
-            found = _read(self.folder / name).get("eos_token_id")
+            eos_id = _read(self.folder / name).get("eos_token_id")
             # Chat models have several; the first ends a text.
-            found = found[0] if isinstance(found, list) and found else found
-            if isinstance(found, int) and not isinstance(found, bool):
-                if 0 <= found < self.vocab_size and self.pieces[found]:
-                    return found
-                raise InputError(f"{self.folder / name}: eos_token_id = {found} is no token of {JSON_FILE}")
+            eos_id = eos_id[0] if isinstance(eos_id, list) and eos_id else eos_id
+            if isinstance(eos_id, int) and not isinstance(eos_id, bool):
+                if 0 <= eos_id < self.vocab_size and self.pieces[eos_id]:
+                    return eos_id
+                raise InputError(f"{self.folder / name}: eos_token_id = {eos_id} is no token of {JSON_FILE}")
         raise InputError(
             f"{self.folder} names no token that ends a document; give eos_token in {CONFIG_FILE}, which may hold "
             '{"eos_token": "..."} alone'
@@ -99,15 +99,15 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def steps(self, part: str) -> list[dict[str, Any]]:
         """Returns the steps of the normalizer, pre_tokenizer or decoder as a list."""
-        found = self.settings.get(part)
-        if found is None:
+        settings = self.settings.get(part)
+        if settings is None:
             return []
-        return found[STEP_LISTS[part]] if found["type"] == "Sequence" else [found]
+        return settings[STEP_LISTS[part]] if settings["type"] == "Sequence" else [settings]
 
     def merges(self) -> list[tuple[str, str]]:
         """Pairs of pieces, in the order in which they are merged."""
-        found = json.loads((self.folder / JSON_FILE).read_bytes())["model"].get("merges", [])
-        return [tuple(pair.split(" ", 1) if isinstance(pair, str) else pair) for pair in found]
+        pairs = json.loads((self.folder / JSON_FILE).read_bytes())["model"].get("merges", [])
+        return [tuple(pair.split(" ", 1) if isinstance(pair, str) else pair) for pair in pairs]
 
     def files(self) -> dict[str, bytes]:
         config = _read(self.folder / CONFIG_FILE)
@@ -189,9 +189,9 @@ def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        found = json.loads(file.read_bytes())
+        settings = json.loads(file.read_bytes())
     except ValueError as error:
         raise InputError(f"{file} is damaged ({error}); restore it") from None
-    if not isinstance(found, dict):
+    if not isinstance(settings, dict):
         raise InputError(f"{file} is damaged: it holds no settings; restore it")
-    return found
+    return settings

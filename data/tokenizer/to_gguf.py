@@ -42,7 +42,7 @@ def gguf_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     kinds = [*tokenizer.token_kinds, *["unused"] * (vocab_size - tokenizer.vocab_size)]
     texts = [*tokenizer.pieces, *[""] * (vocab_size - tokenizer.vocab_size)]
     # The token that precedes every document in training.
-    found: dict[str, Any] = {
+    metadata: dict[str, Any] = {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
         "add_bos_token": True,
@@ -56,23 +56,23 @@ def gguf_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
                 texts[i], kinds[i] = " ", "piece"
             elif kind == "whole":
                 texts[i] = UNESCAPED.get(text, text.replace(SPACE, " "))
-        found |= {"model": "llama", "add_space_prefix": False}
+        metadata |= {"model": "llama", "add_space_prefix": False}
     else:
         assert isinstance(tokenizer, HuggingFaceTokenizer)
         if tokenizer.byte_level:
             merges = [" ".join(pair) for pair in tokenizer.merges()]
-            found |= {"model": "gpt2", "pre": _pre(tokenizer), "merges": merges}
+            metadata |= {"model": "gpt2", "pre": _pre(tokenizer), "merges": merges}
             scores = []
         else:
             scores = _scores(tokenizer)
             kinds = ["piece" if kind == "whole" and scores[i] else kind for i, kind in enumerate(kinds)]
-            found |= {"model": "llama", "add_space_prefix": tokenizer.adds_space}
+            metadata |= {"model": "llama", "add_space_prefix": tokenizer.adds_space}
     if scores:
-        found["scores"] = [*scores, *[0.0] * (vocab_size - tokenizer.vocab_size)]
+        metadata["scores"] = [*scores, *[0.0] * (vocab_size - tokenizer.vocab_size)]
     if "unknown" in kinds:
-        found["unknown_token_id"] = kinds.index("unknown")
+        metadata["unknown_token_id"] = kinds.index("unknown")
     texts = [text or f"[unused {i}]" for i, text in enumerate(texts)]
-    return found | {"tokens": texts, "token_type": [GGUF_TOKEN_TYPES[kind] for kind in kinds]}
+    return metadata | {"tokens": texts, "token_type": [GGUF_TOKEN_TYPES[kind] for kind in kinds]}
 
 
 UNESCAPED = {piece: text for text, piece in ESCAPES.items()}
@@ -88,7 +88,7 @@ def _pre(tokenizer: HuggingFaceTokenizer) -> str:
     elif [step["type"] for step in steps] == ["ByteLevel"]:
         splits = steps[0].get("use_regex", True)
     name = PRE_TOKENIZERS.get((pattern, bool(model.get("ignore_merges"))))
-    # llama.cpp does not normalize; composed characters are what texts have.
+    # llama.cpp does not normalize; NFC is accepted, since texts usually hold composed characters.
     normalized = [step["type"] for step in tokenizer.steps("normalizer")] not in ([], ["NFC"])
     if name is None or not splits or steps[-1]["add_prefix_space"] or normalized:
         raise _refused(tokenizer, "splits a text in a way that llama.cpp has no name for")

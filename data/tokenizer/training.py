@@ -79,8 +79,8 @@ def _train(texts: Sequence[str], vocab_size: int, whole: Sequence[str]) -> bytes
             minloglevel=2,
         )
     except RuntimeError as error:
-        if found := re.search(r"Please set it to a value <= (\d+)", str(error)):
-            return int(found[1])
+        if largest := re.search(r"Please set it to a value <= (\d+)", str(error)):
+            return int(largest[1])
         if "required_chars" in str(error):
             raise InputError(
                 f"tokenizer.vocab_size = {vocab_size} is too small for the characters of this text; double it"
