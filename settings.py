@@ -51,7 +51,7 @@ def setting(
     return field
 
 
-def default_of(field: "dataclasses.Field[Any]") -> Any:
+def default_of(field: dataclasses.Field) -> Any:
     """Returns the default of a field, also of one with a factory."""
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
@@ -62,7 +62,7 @@ def choices_of(config: type, name: str) -> tuple[str, ...]:
     return choices
 
 
-def bounds_text(field: "dataclasses.Field[Any]") -> str:
+def bounds_text(field: dataclasses.Field) -> str:
     """Returns the bounds of a field in words, as in "at least 1", or an empty text without bounds."""
     b = {name: bound for name, bound in field.metadata["bounds"].items() if bound is not None}
     match sorted(b):
@@ -111,7 +111,7 @@ def unused_problems(group: str, config: Any, unused: Mapping[str, str]) -> list[
     ]
 
 
-def help_of(field: "dataclasses.Field[Any]") -> str:
+def help_of(field: dataclasses.Field) -> str:
     """Returns the help of a field with its bounds and default, for `--help`."""
     bounds = bounds_text(field)
     default = default_of(field)
@@ -122,7 +122,7 @@ def help_of(field: "dataclasses.Field[Any]") -> str:
     return f"{field.metadata['help']}{bounds and f'; {bounds}'} (default: {default})"
 
 
-def kind_of(field: "dataclasses.Field[Any]") -> str:
+def kind_of(field: dataclasses.Field) -> str:
     """Returns the values that a flag of a field takes, for `--help`: its choices, or the kind of its type."""
     if field.metadata["choices"]:
         return "|".join(field.metadata["choices"])

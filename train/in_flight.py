@@ -20,7 +20,7 @@ class DispatchedStep(NamedTuple):
 
     step: int
     metrics: Any
-    reports: Any
+    reports: jax.Array
 
 
 class InFlight:

@@ -1,7 +1,6 @@
 """All-gathers a few scalars a step, so that all processes take the same decisions."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +32,7 @@ class Agreement:
         of_each = jax.shard_map(joined, mesh=self._mesh, in_specs=(each, everywhere), out_specs=each, check_vma=False)
         self._share = jax.jit(of_each, out_shardings=NamedSharding(self._mesh, everywhere))
 
-    def send(self, numbers: Sequence[float], figures: Sequence[jax.Array] = ()) -> Any:
+    def send(self, numbers: Sequence[float], figures: Sequence[jax.Array] = ()) -> jax.Array:
         """Starts to all-gather the scalars of this process; see `read`.
 
         Args:
@@ -49,7 +48,7 @@ class Agreement:
                 [self._all((), PartitionSpec(), copy) for copy in copies],
             )
 
-    def read(self, sent: Any) -> np.ndarray:
+    def read(self, sent: jax.Array) -> np.ndarray:
         """Waits for what `send` has started; returns float32 [processes, numbers and figures]."""
         return np.asarray(sent)[self._rows]
 
