@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-# Our names of activations by other names of theirs, which are equal up to rounding.
+# Our activations by further names in config.json, of functions that are equal up to rounding.
 ALIASES = {
     "swish": "silu",
     "gelu_new": "gelu_tanh",
@@ -24,8 +24,8 @@ class ConfigKey(NamedTuple):
         field: name of the field of `ResolvedModelConfig`.
         parse: function that parses and checks the value.
         default: value in a file without the key; None if the key is required.
-        values: their value by ours, if they differ; otherwise None.
-        aliases: our value by further values of theirs, which are only read.
+        values: value in config.json by value of the field, or None if the two are equal.
+        aliases: value of the field by further values in config.json, which are only read.
     """
 
     key: str
@@ -36,17 +36,17 @@ class ConfigKey(NamedTuple):
     aliases: Mapping[str, str] = MappingProxyType({})
 
     def read(self, hf_config: Mapping[str, Any]) -> Any:
-        """Returns our value. ValueError says what is wrong with theirs."""
+        """Returns the value of our field. ValueError names what is wrong with that of config.json."""
         value = self.parse(hf_config, self.key, self.default)
         if self.values is None:
             return value
-        ours = {**self.aliases, **{theirs: ours for ours, theirs in self.values.items()}}
-        if value not in ours:
-            raise ValueError(f"{self.key} is {value!r}; this decoder has {', '.join(ours)}")
-        return ours[value]
+        fields = {**self.aliases, **{hf_value: field for field, hf_value in self.values.items()}}
+        if value not in fields:
+            raise ValueError(f"{self.key} is {value!r}; this decoder has {', '.join(fields)}")
+        return fields[value]
 
     def write(self, value: Any) -> Any:
-        """Returns their value of ours."""
+        """Returns the value in config.json for a value of our field."""
         return self.values[value] if self.values else value
 
 

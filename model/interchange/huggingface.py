@@ -42,7 +42,7 @@ def family_of(config: ResolvedModelConfig) -> Family:
 
 
 class Interchange:
-    """A model and its class of Transformers: exports its config and tensors, and checks and imports theirs.
+    """A model and its class of Transformers: exports its config and tensors, checks and imports others.
 
     Attributes:
         family: the class of Transformers.

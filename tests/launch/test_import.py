@@ -1,4 +1,4 @@
-"""Weights out and in again: what is exported comes back bit for bit, and others' weights become runs (C7, C9)."""
+"""Exported weights come back bit for bit, and weights of other projects become runs (C7, C9)."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ KEPT = ["--config.checkpoint.export=false", "--config.evaluation.every_steps=99"
 
 @pytest.fixture(scope="module")
 def imported(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The export of the finished run as a run of its own."""
+    """The export of the finished run, imported as a run."""
     run = tmp_path_factory.mktemp("imported") / "run"
     assert here("import", finished / "export", f"--to={run}") == 0
     return run
@@ -58,7 +58,7 @@ def test_a_run_exported_and_imported_is_the_same_bit_for_bit(finished: Path, imp
     for name in expected:
         np.testing.assert_array_equal(found[name], expected[name])
 
-    # It does what a run does, and its own export is that of the run that trained it, but for the step.
+    # It works as a run, and except for the step its own export equals that of the run that trained it.
     figures = []
     for model in (finished, imported):
         capsys.readouterr()
@@ -69,7 +69,7 @@ def test_a_run_exported_and_imported_is_the_same_bit_for_bit(finished: Path, imp
     assert figures[0].pop("step") == 12
     assert figures[1].pop("step") == 0
     assert figures[0].pop("text") == figures[1].pop("text")
-    # In batches of another size sums round otherwise.
+    # Sums round differently in batches of another size.
     assert figures[0] == pytest.approx(figures[1], rel=1e-6)
     assert here("export", f"{imported}@0", "--format=hf", f"--to={tmp_path / 'again'}") == 0
     again, first = (folder / "model.safetensors" for folder in (tmp_path / "again", finished / "export"))
@@ -126,7 +126,7 @@ COMMON = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, 
 
 @pytest.mark.parametrize("architecture", PUBLISHED)
 def test_a_published_architecture_gives_the_same_logits(architecture: str, finished: Path, tmp_path: Path):
-    """Built by Transformers with random weights, written by it, in several files."""
+    """Transformers builds the model with random weights and writes it in several files."""
     torch, transformers = require("torch"), require("transformers")
     model_class, values = getattr(transformers, architecture), PUBLISHED[architecture]
     values = values if architecture.startswith(("GPT2", "OpenAI")) else COMMON | values
@@ -163,7 +163,7 @@ def test_an_export_of_several_files_in_16_bits_is_what_transformers_reads(finish
     for name, parameter in model.state_dict().items():
         expected = torch.tensor(exact[name]).to(torch.bfloat16)
         assert torch.equal(parameter, expected), name
-    # One file again takes the place of several, and half of them.
+    # A single file replaces several.
     monkeypatch.undo()
     assert here("export", to, "--format=hf", f"--to={to}", "--dtype=float16") == 0
     assert [path.name for path in to.glob("*.safetensors")] == ["model.safetensors"]
@@ -175,7 +175,7 @@ def load_file_bits(folder: Path) -> list[np.ndarray]:
     return [read(name) for name in read.names]
 
 
-def test_the_card_says_what_the_run_was(finished: Path):
+def test_the_card_describes_the_run(finished: Path):
     card = (finished / "export" / "README.md").read_text()
     last = metrics(finished)[-1]
     for words in (
@@ -187,7 +187,7 @@ def test_the_card_says_what_the_run_was(finished: Path):
     assert f"| fingerprint of the data | {data[:12]} |" in card
 
 
-def test_what_cannot_be_imported_is_told_and_nothing_is_made(finished: Path, imported: Path, tmp_path: Path, capsys):
+def test_a_refused_import_names_its_problem_and_writes_nothing(finished: Path, imported: Path, tmp_path: Path, capsys):
     export, to = finished / "export", tmp_path / "run"
 
     def broken(name: str, config: dict | None = None, tensors=lambda tensors: tensors, file: bool = True) -> Path:
@@ -242,9 +242,7 @@ def test_what_cannot_be_imported_is_told_and_nothing_is_made(finished: Path, imp
     assert not list(tmp_path.glob(".*"))
 
 
-def test_what_cannot_be_exported_is_told_and_nothing_is_overwritten(
-    finished: Path, tmp_path: Path, capsys, monkeypatch
-):
+def test_a_refused_export_names_its_problem_and_overwrites_nothing(finished: Path, tmp_path: Path, capsys, monkeypatch):
     others = shutil.copytree(finished / "export", tmp_path / "others")
     values = json.loads((others / "config.json").read_text())
     del values["pretraining_step"]
@@ -270,7 +268,7 @@ def test_what_cannot_be_exported_is_told_and_nothing_is_overwritten(
     assert not (tmp_path / "x").exists()
 
 
-def test_a_value_too_large_for_float16_is_told(finished: Path, tmp_path: Path, capsys):
+def test_a_value_too_large_for_float16_is_refused(finished: Path, tmp_path: Path, capsys):
     weights = shutil.copytree(finished / "export", tmp_path / "weights")
     tensors = load_file(weights / "model.safetensors")
     save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"] * 1e6}, weights / "model.safetensors")
@@ -280,7 +278,7 @@ def test_a_value_too_large_for_float16_is_told(finished: Path, tmp_path: Path, c
 
 
 def test_a_file_of_masks_and_short_names_is_read_as_the_class_would(tmp_path: Path):
-    """As the first files of GPT-2 are: without the first word of each name, and with what is no weight."""
+    """The first files of GPT-2 omit the prefix of each name and hold masks with the weights."""
     config = small_model(position="learned", max_positions=16, gated=False, num_kv_heads=4, norm="layernorm",
                          attention_bias=True, feedforward_bias=True, tie_embeddings=True)  # fmt: skip
     model = Interchange(config, 16)

@@ -15,20 +15,20 @@ from data.tokenizer.tokenizer import MODEL_FILE
 from model.config import ModelConfig, ResolvedModelConfig
 from model.interchange.huggingface import Interchange, family_of
 from train.run.storage import check_free_space
-from train.weights.safetensors_files import DTYPES, FILE, INDEX, TensorFiles, write_tensor_files
+from train.weights.safetensors_files import FLOAT_DTYPES, INDEX_FILE, SINGLE_FILE, TensorFiles, write_tensor_files
 from train.weights.weight_source import WeightSource
 
 # The key of config.json with the step of the run, which marks a folder as an export.
-STEP = "pretraining_step"
-CARD = "README.md"
+STEP_KEY = "pretraining_step"
+CARD_FILE = "README.md"
 # All files of an export, except the parts of a model in several files.
-FILES = {
-    "config.json", "generation_config.json", FILE, INDEX, CARD, "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "chat_template.jinja", MODEL_FILE
+EXPORT_FILES = {
+    "config.json", "generation_config.json", SINGLE_FILE, INDEX_FILE, CARD_FILE, "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", MODEL_FILE
 }  # fmt: skip
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 # Values of --dtype, which NumPy and PyTorch share.
-FLOATS = {dtype.name: dtype for name, dtype in DTYPES.items() if name in ("F32", "F16", "BF16")}
+EXPORT_DTYPES = {dtype.name: dtype for name, dtype in FLOAT_DTYPES.items() if name in ("F32", "F16", "BF16")}
 
 
 def write_huggingface(folder: Path, weights: WeightSource, dtype: str = "float32", card: str = "") -> None:
@@ -36,7 +36,7 @@ def write_huggingface(folder: Path, weights: WeightSource, dtype: str = "float32
 
     Args:
         folder: folder of the export; an earlier export there is replaced, anything else is refused.
-        dtype: name of the dtype, one of `FLOATS`.
+        dtype: name of the dtype, one of `EXPORT_DTYPES`.
         card: the text of README.md.
 
     Raises:
@@ -50,15 +50,15 @@ def write_huggingface(folder: Path, weights: WeightSource, dtype: str = "float32
     tokenizer = weights.tokenizer
     with atomic_folder(folder) as partial:
         shapes = model.shapes
-        check_free_space(partial.parent, sum(map(math.prod, shapes.values())) * FLOATS[dtype].itemsize)
-        hf_config = model.export_config(tokenizer.bos_id, tokenizer.eos_id, dtype) | {STEP: weights.step}
+        check_free_space(partial.parent, sum(map(math.prod, shapes.values())) * EXPORT_DTYPES[dtype].itemsize)
+        hf_config = model.export_config(tokenizer.bos_id, tokenizer.eos_id, dtype) | {STEP_KEY: weights.step}
         _write_json(partial / "config.json", hf_config)
         _write_json(
             partial / "generation_config.json", {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
         )
-        (partial / CARD).write_text(card)
+        (partial / CARD_FILE).write_text(card)
         write_huggingface_tokenizer(tokenizer, partial, weights.context)
-        write_tensor_files(partial, shapes, FLOATS[dtype], model.export_tensors(weights.read))
+        write_tensor_files(partial, shapes, EXPORT_DTYPES[dtype], model.export_tensors(weights.read))
 
 
 def check_export_folder(folder: Path) -> None:
@@ -66,8 +66,8 @@ def check_export_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; name a folder for the export")
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    others = {name for name in names - FILES if not SHARD.fullmatch(name)}
-    if others or (names and STEP not in (_config(folder) or {})):
+    others = {name for name in names - EXPORT_FILES if not SHARD.fullmatch(name)}
+    if others or (names and STEP_KEY not in (_config(folder) or {})):
         raise InputError(f"{folder} holds other things than an export; name a new folder")
 
 
@@ -88,13 +88,14 @@ def check_expressible(config: ResolvedModelConfig) -> None:
 
 def exported_step(folder: Path) -> int | None:
     """Returns the step of the weights in a folder, or None if it holds no readable export."""
-    step = (_config(folder) or {}).get(STEP)
+    step = (_config(folder) or {}).get(STEP_KEY)
     return step if isinstance(step, int) else None
 
 
 def is_export(folder: Path) -> bool:
     """True if a folder holds exported weights, or a part of them."""
-    return (folder / FILE).exists() or (folder / INDEX).exists() or "architectures" in (_config(folder) or {})
+    has_tensors = (folder / SINGLE_FILE).exists() or (folder / INDEX_FILE).exists()
+    return has_tensors or "architectures" in (_config(folder) or {})
 
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:
@@ -120,10 +121,10 @@ def open_huggingface(folder: Path) -> WeightSource:
     file = folder / "config.json"
     if not file.is_file():
         raise InputError(f"{folder} has no config.json; export the weights again")
-    if not (folder / FILE).is_file() and not (folder / INDEX).is_file():
+    if not (folder / SINGLE_FILE).is_file() and not (folder / INDEX_FILE).is_file():
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
         remedy = "save pickled ones with Transformers' save_pretrained" if pickled else "export the weights again"
-        raise InputError(f"{folder} has no {FILE}, nor {INDEX}; {remedy}")
+        raise InputError(f"{folder} has no {SINGLE_FILE}, nor {INDEX_FILE}; {remedy}")
     try:
         hf_config = json.loads(file.read_text())
     except (ValueError, OSError) as error:

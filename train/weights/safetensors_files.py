@@ -15,12 +15,12 @@ from safetensors import SafetensorError, safe_open
 
 from data.errors import InputError
 
-FILE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-# Hugging Face's own limit.
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+# Hugging Face's own limit in bytes.
 LARGEST_FILE = 5 * 10**9
-# Their names of the dtypes that weights have.
-DTYPES = {
+# Float dtypes by their names in safetensors.
+FLOAT_DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -28,7 +28,7 @@ DTYPES = {
     "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
     "F8_E5M2": np.dtype(jnp.float8_e5m2),
 }
-NAMES = {dtype.name: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype.name: name for name, dtype in FLOAT_DTYPES.items()}
 
 
 class TensorFiles:
@@ -39,32 +39,32 @@ class TensorFiles:
     """
 
     def __init__(self, folder: Path):
-        self._of: dict[str, tuple[Path, dict[str, Any], int]] = {}
-        if (folder / FILE).is_file():
-            self._add(folder / FILE)
+        self._entries: dict[str, tuple[Path, dict[str, Any], int]] = {}
+        if (folder / SINGLE_FILE).is_file():
+            self._add(folder / SINGLE_FILE)
         else:
             self._add_shards(folder)
 
     @property
     def names(self) -> list[str]:
         """Names of all tensors."""
-        return list(self._of)
+        return list(self._entries)
 
     def __call__(self, name: str) -> np.ndarray:
         """Reads one tensor in the dtype of its file. ValueError if it is not a float dtype."""
-        if name not in self._of:
+        if name not in self._entries:
             raise ValueError(f"there is no {name}")
-        path, entry, begin = self._of[name]
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{name} is of the dtype {entry['dtype']}; what can be read is {', '.join(DTYPES)}")
-        shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
+        path, entry, begin = self._entries[name]
+        if entry["dtype"] not in FLOAT_DTYPES:
+            raise ValueError(f"{name} is of the dtype {entry['dtype']}; what can be read is {', '.join(FLOAT_DTYPES)}")
+        shape, dtype = tuple(entry["shape"]), FLOAT_DTYPES[entry["dtype"]]
         if not np.prod(shape):
             return np.zeros(shape, dtype)
         return np.memmap(path, dtype, "r", begin + entry["data_offsets"][0], shape)
 
     def _add(self, path: Path) -> set[str]:
         try:
-            # It checks that the header is whole and fits the file.
+            # The library checks that the header is complete and fits the file.
             with safe_open(path, framework="numpy") as file:
                 names = set(file.keys())
         except (SafetensorError, OSError) as error:
@@ -72,24 +72,24 @@ class TensorFiles:
         with path.open("rb") as raw:
             length = int.from_bytes(raw.read(8), "little")
             header = json.loads(raw.read(length))
-        self._of |= {name: (path, header[name], 8 + length) for name in names}
+        self._entries |= {name: (path, header[name], 8 + length) for name in names}
         return names
 
     def _add_shards(self, folder: Path) -> None:
         try:
-            index: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+            index: dict[str, str] = json.loads((folder / INDEX_FILE).read_text())["weight_map"]
             files = sorted(set(index.values()))
             inside = all(name == Path(name).name for name in files)
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{INDEX} is damaged") from None
+            raise ValueError(f"{INDEX_FILE} is damaged") from None
         if not inside:
-            raise ValueError(f"{INDEX} names files of other folders")
+            raise ValueError(f"{INDEX_FILE} names files of other folders")
         if missing := [name for name in files if not (folder / name).is_file()]:
-            raise ValueError(f"there is no {missing[0]}, which {INDEX} names")
+            raise ValueError(f"there is no {missing[0]}, which {INDEX_FILE} names")
         for file in files:
             expected = {name for name, where in index.items() if where == file}
             if other := sorted(expected ^ self._add(folder / file)):
-                raise ValueError(f"{INDEX} and {file} do not have the same tensors: {other[0]}")
+                raise ValueError(f"{INDEX_FILE} and {file} do not have the same tensors: {other[0]}")
 
 
 def write_tensor_files(
@@ -107,23 +107,23 @@ def write_tensor_files(
         OSError: the disk refuses a write.
     """
     files = list(_shares(shapes, dtype))
-    names = (
-        [FILE] if len(files) == 1 else [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
-    )
+    names = [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
+    if len(files) == 1:
+        names = [SINGLE_FILE]
     arrays = iter(tensors)
     for name, share in zip(names, files, strict=True):
         with (folder / name).open("wb") as file:
             file.write(_header(share, dtype))
             for expected, shape in share.items():
-                found, array = next(arrays)
-                assert (found, array.shape) == (expected, shape), found
-                array = _cast(found, array, dtype)
+                tensor, array = next(arrays)
+                assert (tensor, array.shape) == (expected, shape), tensor
+                array = _cast(tensor, array, dtype)
                 file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     if len(files) > 1:
         total = sum(_size(shape, dtype) for shape in shapes.values())
         where = {tensor: name for name, share in zip(names, files, strict=True) for tensor in share}
         index = {"metadata": {"total_size": total}, "weight_map": where}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _shares(shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> Iterator[dict[str, tuple[int, ...]]]:
@@ -144,7 +144,7 @@ def _header(share: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> bytes:
     end = 0
     for name, shape in share.items():
         begin, end = end, end + _size(shape, dtype)
-        entries[name] = {"dtype": NAMES[dtype.name], "shape": list(shape), "data_offsets": [begin, end]}
+        entries[name] = {"dtype": DTYPE_NAMES[dtype.name], "shape": list(shape), "data_offsets": [begin, end]}
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header

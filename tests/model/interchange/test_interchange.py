@@ -1,4 +1,4 @@
-"""Names and layouts of Hugging Face's classes, both ways, and the same logits there (C7)."""
+"""Exports to Transformers come back, and give the same logits there (C7)."""
 
 import math
 import re
@@ -53,7 +53,7 @@ MODELS = [
 
 
 def theirs_of(config: ModelConfig, weights: Any) -> tuple[dict, dict[str, np.ndarray]]:
-    """(their config.json, their tensors)."""
+    """Returns (values of config.json, tensors) of the export."""
     model = Interchange(config, CONTEXT)
     return model.export_config(bos_id=0, eos_id=0), dict(model.export_tensors(reader_of(weights)))
 
@@ -69,12 +69,12 @@ def assert_comes_back(config: ModelConfig, weights: Any) -> None:
     assert {name: array.shape for name, array in theirs.items()} == Interchange(config, CONTEXT).shapes
     model = Interchange.from_config(values)
     again = model.config
-    # Other dropouts than the class has are left out.
+    # Dropouts that the class does not have are left out.
     assert again == replace(config, **{name: getattr(again, name) for name in DROPOUTS if getattr(again, name) == 0})
     assert model.context == CONTEXT
     model.check_tensors(theirs, theirs.__getitem__)
     back = nested_weights(again, model.import_reader(theirs.__getitem__))
-    # A factor that is no power of two, or a norm's w less one: the last bit may be another.
+    # Scaling by a factor that is no power of two, and subtracting one from a norm, may change the last bit.
     folds = config.scale_embeddings and not config.tie_embeddings and math.log2(config.model_dim) % 2 != 0
     rounded = folds or values["model_type"] == "gemma"
     expected = without_padding(config, weights)
@@ -91,7 +91,7 @@ def logits(config: ModelConfig, weights: Any, tokens: np.ndarray) -> np.ndarray:
 
 
 def model_of(values: dict) -> Any:
-    """Their model, untrained."""
+    """Builds the untrained model of Transformers."""
     transformers = require("transformers")
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**values))
     assert [type(model).__name__] == values["architectures"]
@@ -117,7 +117,7 @@ def assert_same_logits(config: ModelConfig, weights: Any) -> None:
 
 def a_model(changes: dict) -> ModelConfig:
     config = small_model(**changes)
-    # What is left to the vocabulary's size is resolved as it is on reading.
+    # The chunk of the loss follows from the vocabulary's size, as in an import.
     return ModelConfig(**{**config.__dict__, "loss_chunk": None}).resolved()
 
 
@@ -140,7 +140,7 @@ def test_all_families_are_among_those_models():
 
 @st.composite
 def models(draw: st.DrawFn) -> ModelConfig:
-    """A small model that some class of theirs has."""
+    """Draws a small model that some class has."""
     one_of = lambda *values: draw(st.sampled_from(values))
     H, C = one_of(1, 2, 4), one_of(2, 4)
     changes: dict[str, Any] = {"num_layers": one_of(1, 3), "model_dim": 4 * H, "num_heads": H, "head_dim": C}
@@ -235,7 +235,7 @@ GPT_SIZES = {"n_embd": 64, "n_layer": 2, "n_head": 4}
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
-def test_what_a_file_leaves_out_is_what_the_class_says(family: Family):
+def test_keys_that_a_file_leaves_out_have_the_defaults_of_the_class(family: Family):
     classes = require("transformers").AutoConfig
     short = {"vocab_size": 9, **(SIZES if family.model_type not in ("gpt2", "openai-gpt") else GPT_SIZES)}
     whole = classes.for_model(family.model_type, **short).to_dict()
@@ -245,7 +245,7 @@ def test_what_a_file_leaves_out_is_what_the_class_says(family: Family):
     assert from_short.context == from_whole.context
 
 
-def test_settings_that_older_files_and_others_have_are_read_as_the_class_reads_them():
+def test_keys_of_older_and_other_files_are_read_as_the_class_reads_them():
     def read(changes: dict, **more: Any) -> ModelConfig:
         return Interchange.from_config(Interchange(a_model(changes), CONTEXT).export_config(0, 0) | more).config
 
@@ -265,13 +265,13 @@ def test_settings_that_older_files_and_others_have_are_read_as_the_class_reads_t
         read({"qk_norm": True, "sliding_window": 3}, max_window_layers=1)
 
 
-def test_rotary_scalings_stand_where_older_versions_look_for_them():
+def test_rotary_scalings_are_written_where_older_versions_look_for_them():
     theirs = Interchange(a_model(YARN), CONTEXT).export_config(bos_id=0, eos_id=0)
     assert theirs["rope_scaling"] == theirs["rope_parameters"]
     assert Interchange(a_model({}), CONTEXT).export_config(bos_id=0, eos_id=0)["rope_scaling"] is None
 
 
-def test_what_only_fills_a_class_up_must_be_no_more_than_that():
+def test_tensors_that_only_widen_the_model_must_equal_their_fillings():
     config = a_model(FIXED)
     values, theirs = theirs_of(config, random_weights(config))
     for name in ("transformer.wpe.weight", "transformer.h.1.attn.c_attn.bias"):
@@ -310,6 +310,6 @@ def test_scalings_of_older_files_are_read():
         ),
     ],
 )
-def test_what_no_class_of_theirs_has_is_named(changes: dict, words: str):
+def test_choices_that_no_class_has_are_named(changes: dict, words: str):
     with pytest.raises(ValueError, match=re.escape(words)):
         family_of(a_model(changes))

@@ -64,8 +64,8 @@ MODELS: dict[str, dict[str, Any]] = {
     | {"position": "sinusoidal", "max_positions": None, "attention_bias": False, "feedforward_bias": False},
     "scaled": {"scale_embeddings": True, "position": "none"} | {k: v for k, v in GPT.items() if "posi" not in k},
 }
-# The largest difference of log-probabilities, in nats, where they spread by about one. In float32 it is of sums in
-# another order, but that llama.cpp reads GELU from a table of half-precision values.
+# The largest difference of log-probabilities in nats, which spread by about one. In float32 it comes from the order of
+# sums, and for GELU from the half-precision table in llama.cpp.
 CLOSE = {"f32": 1e-4, "f16": 0.01, "bf16": 0.05, "q8_0": 0.15}
 GELU = 0.004
 
@@ -89,7 +89,7 @@ def model_of(tokenizer: Tokenizer, changes: dict[str, Any]) -> ModelConfig:
 
 
 def weights_of(config: ModelConfig) -> Any:
-    """Random weights, whose log-probabilities spread about one nat."""
+    """Returns random weights whose log-probabilities spread by about one nat."""
     random = np.random.default_rng(0)
     drawn = {name: random.normal(0, 0.1, parameter.shape) for name, parameter in parameter_table(config).items()}
     return nested({name: (name.endswith("scale") + x).astype(np.float32) for name, x in drawn.items()})
@@ -102,14 +102,14 @@ def write(file: Path, config: ModelConfig, weights: Any, tokenizer: Tokenizer, d
 
 @functools.partial(jax.jit, static_argnums=0)
 def log_probabilities(config: ModelConfig, weights: Any, tokens_T: jax.Array) -> jax.Array:
-    """Ours of what follows each of these tokens, float32 [T, V]."""
+    """Returns our log-probabilities of the next token, float32 [T, V]."""
     decoder, tokens_BT = Decoder(config, weights), tokens_T[None]
     x_BTD = decoder(tokens_BT, jnp.arange(len(tokens_T))[None], jnp.ones_like(tokens_BT))
     return jax.nn.log_softmax(decoder.logits(x_BTD)[0, :, : config.vocab_size])
 
 
 def agree(config: ModelConfig, weights: Any, file: Path, close: float) -> None:
-    """Greedy tokens of llama.cpp are ours, wherever the best two differ by more than twice as much as rounding does."""
+    """Asserts equal greedy tokens wherever the best two log-probabilities differ by more than twice the rounding."""
     prompt = [1, *np.random.default_rng(0).integers(3, config.vocab_size, 11).tolist()]
     tokens, theirs = LlamaCpp(file, CONTEXT).greedy(prompt, CONTEXT - len(prompt) - 1, config.vocab_size)
     assert len(tokens) > 4 or tokens[-1] == 1
@@ -147,7 +147,7 @@ def test_smaller_dtypes_stay_near(tokenizer, name: str, dtype: str, tmp_path: Pa
 
 @pytest.fixture(scope="module")
 def served(tokenizer, tmp_path_factory: pytest.TempPathFactory) -> LlamaCpp:
-    """A model with our tokenizer."""
+    """Serves a model with our tokenizer."""
     config = model_of(tokenizer, {"num_layers": 1})
     file = write(tmp_path_factory.mktemp("served") / "model.gguf", config, weights_of(config), tokenizer)
     return LlamaCpp(file, context=8192)
@@ -160,7 +160,7 @@ def test_llama_cpp_finds_our_tokens(tokenizer, served: LlamaCpp):
         ids = served.tokenize(text)
         assert ids == tokenizer.encode(text).tolist()
         assert served.detokenize(ids) == text
-    # It puts what every document begins after before a prompt.
+    # llama.cpp puts the BOS token before a prompt.
     assert served.tokenize("a b", special=True) == tokenizer.encode_with_bos("a b")
 
 
@@ -192,17 +192,17 @@ def test_llama_cpp_finds_the_tokens_of_other_peoples_tokenizers(tokenizer, kind:
     settings = others.byte_fallback(kind, tokenizer) if fallback else others.byte_level(kind)
     folder = others.write(tmp_path / kind, settings, "</s>" if fallback else others.EOS)
     foreign = load_tokenizer(folder)
-    # The model has more ids than the tokenizer.
+    # The model may have more ids than the tokenizer.
     config = model_of(foreign, {"num_layers": 1, "vocab_size": foreign.vocab_size + 3})
     served = LlamaCpp(write(tmp_path / "model.gguf", config, weights_of(config), foreign), context=8192)
-    # It normalizes nothing, where Qwen's composes characters.
+    # llama.cpp normalizes nothing; Qwen's tokenizer composes characters.
     for text in [*NASTY, *(text[:4000] for text in code()[40:80:5])]:
         text = unicodedata.normalize("NFC", text.replace("\u2581", ""))
         assert served.tokenize(text) == foreign.encode(text).tolist()
     assert served.tokenize("a", special=True) == foreign.encode_with_bos("a")
 
 
-def test_what_llama_cpp_would_compute_otherwise_is_refused_by_name(tokenizer, tmp_path: Path):
+def test_choices_that_llama_cpp_computes_differently_are_refused_by_name(tokenizer, tmp_path: Path):
     for changes, words in [
         ({"activation": "gelu_tanh"}, "llama.cpp's llama has no model.activation = gelu_tanh"),
         ({"sliding_window": CONTEXT - 1}, "no model.sliding_window = 31"),
@@ -313,6 +313,6 @@ def test_a_missing_package_is_named(tokenizer, tmp_path: Path, monkeypatch):
         write_gguf(tmp_path / "model.gguf", WeightSource(model_of(tokenizer, {}), CONTEXT, tokenizer, never))
 
 
-def test_components_that_turn_together_stand_side_by_side():
+def test_components_that_are_rotated_together_are_adjacent():
     rows = np.arange(2 * 6)[:, None] * np.ones((1, 3))
     assert interleave_pairs(rows, 2)[:, 0].tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
