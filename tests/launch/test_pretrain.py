@@ -102,7 +102,7 @@ def test_killed_at_random_and_inside_saves_it_ends_with_the_same_bits(tmp_path: 
         steps = 0
         for line in process.stderr:
             if "resumes at step" in line:
-                restored_from.append(int(line.split("from step ")[1].split()[0]))
+                restored_from.append(int(line.split("at step ")[1].split()[0]))
             steps += line.startswith("step ") and "loss" in line and "held-out" not in line
             if steps >= wanted:
                 break
