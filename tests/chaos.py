@@ -296,7 +296,7 @@ def same_curve(run: Path, straight: Path) -> float:
     assert list(found) == list(wanted) == list(range(1, len(wanted) + 1))
     assert [record["loss_weight"] for record in found.values()] == [x["loss_weight"] for x in wanted.values()]
     places, expected = (by_step(folder / "positions.jsonl") for folder in (run, straight))
-    # A run that goes on logs where it does so, too.
+    # A run that resumes also logs where.
     assert expected.keys() <= places.keys()
     assert all(places[step] == record for step, record in expected.items())
     return max(abs(found[step]["loss"] / wanted[step]["loss"] - 1) for step in wanted)

@@ -86,7 +86,7 @@ def run_case(slurm: Slurm, folder: Path, name: str) -> dict:
     slurm.wait(lambda: slurm.job(job)["JobState"] in over, 1800, "the job does not end")
     seconds = time.monotonic() - began
     log = (folder / f"{run.name}-{job}.log").read_text()
-    told = [line for line in log.splitlines() if "ziggurat:" in line or "goes on" in line or "is finished" in line
+    told = [line for line in log.splitlines() if "ziggurat:" in line or "resumes at" in line or "is finished" in line
             or "srun" in line or "slurmstepd" in line]  # fmt: skip
     print("\n".join(f"  | {line}" for line in told), file=sys.stderr, flush=True)
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
