@@ -45,7 +45,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         OSError: the disk refuses; the error names `folder`.
     """
     folder = folder.resolve()
-    partial, old = partial_of(folder), folder.with_name(f".{folder.name}.ziggurat-old")
+    partial = partial_of(folder)
+    old = folder.with_name(f".{folder.name}.ziggurat-old")
     with _errors_naming(folder, partial):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

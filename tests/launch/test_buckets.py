@@ -27,22 +27,22 @@ class Bucket:
         self.server = server
 
     def ask(self, path: str, content: bytes | None = None) -> bytes:
-        """GET, or POST of some content."""
+        """Sends GET, or POST with content."""
         request = urllib.request.Request(self.server + path, content, {"content-type": "application/json"})
         with urllib.request.urlopen(request) as answer:
             return answer.read()
 
     def names(self, prefix: str) -> list[str]:
-        """The names of the objects with this prefix."""
-        found = json.loads(self.ask(f"/storage/v1/b/runs/o?prefix={prefix}"))
-        return [item["name"] for item in found.get("items", [])]
+        """Returns the names of the objects with this prefix."""
+        objects = json.loads(self.ask(f"/storage/v1/b/runs/o?prefix={prefix}"))
+        return [item["name"] for item in objects.get("items", [])]
 
     def read(self, name: str) -> bytes:
-        """An object."""
+        """Returns the content of an object."""
         return self.ask(f"/storage/v1/b/runs/o/{urllib.parse.quote(name, safe='')}?alt=media")
 
     def write(self, name: str, content: bytes) -> None:
-        """An object."""
+        """Writes an object."""
         self.ask(f"/upload/storage/v1/b/runs/o?uploadType=media&name={urllib.parse.quote(name)}", content)
 
 
@@ -56,10 +56,11 @@ def bucket() -> Iterator[Bucket]:
         f"-scheme http -host 127.0.0.1 -port {port} -backend memory -external-url {url} -public-host 127.0.0.1:{port}"
     )
     server = subprocess.Popen([program, *flags.split()], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    found, deadline = Bucket(url), time.monotonic() + 30
+    bucket = Bucket(url)
+    deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         try:
-            found.ask("/storage/v1/b?project=test", b'{"name": "runs"}')
+            bucket.ask("/storage/v1/b?project=test", b'{"name": "runs"}')
             break
         except (urllib.error.URLError, ConnectionError):
             time.sleep(0.05)
@@ -72,7 +73,7 @@ def bucket() -> Iterator[Bucket]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in variables.items():
             patch.setenv(name, value)
-        yield found
+        yield bucket
     server.kill()
     server.wait()
 

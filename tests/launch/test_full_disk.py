@@ -46,7 +46,7 @@ def test_a_full_disk_ends_a_run_in_one_line_and_the_same_command_ends_with_the_s
     assert [record["step"] for record in metrics(run)] == list(range(1, 13))
 
 
-def test_the_first_error_counts_whatever_a_full_disk_makes_of_it(finished: Path, tmp_path: Path, monkeypatch):
+def test_the_first_error_is_raised_even_if_the_disk_is_full(finished: Path, tmp_path: Path, monkeypatch):
     shutil.copytree(finished, tmp_path / "run")
 
     def refuses(*_: object, **__: object) -> None:
@@ -62,7 +62,7 @@ def test_the_first_error_counts_whatever_a_full_disk_makes_of_it(finished: Path,
         here("pretrain", f"--config={tmp_path / 'run'}", "--config.train.num_steps=14")
 
 
-def test_a_disk_without_room_is_a_fault_that_may_pass(capsys):
+def test_a_full_disk_is_a_fault_that_may_pass(capsys):
     for error, words in (
         (OSError(errno.ENOSPC, "No space left on device", "runs/a/config.json"), "runs/a/config.json: No space left"),
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
@@ -72,7 +72,7 @@ def test_a_disk_without_room_is_a_fault_that_may_pass(capsys):
         error = capsys.readouterr().err
         assert words in error
         assert error.count("\n") == 1
-    # A path that cannot be is the user's to change.
+    # The user must change a path that is not permitted.
     assert report_error(PermissionError(errno.EACCES, "Permission denied", "/runs")) == 2
 
 

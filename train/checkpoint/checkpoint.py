@@ -83,7 +83,8 @@ class Checkpoints:
         # Compression would make float32 a twelfth smaller, and a save over half as long again.
         arrays = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in ARRAY_ITEMS}
         items = {**arrays, "progress": ocp.JsonCheckpointHandler()}
-        self.folder, self._newest = epath.Path(folder), 0
+        self.folder = epath.Path(folder)
+        self._newest = 0
         place = self.folder if is_remote(folder) else self.folder.absolute()
         with uncached_listings():
             self._manager = ocp.CheckpointManager(place, item_handlers=items, options=options)

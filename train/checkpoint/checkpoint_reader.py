@@ -67,7 +67,7 @@ class CheckpointReader:
                 array = tensorstore.open(spec, context=self._cache, read=True).result()
             if tuple(array.shape) != self.parameters[name].shape:
                 raise ValueError(
-                    f"it has the shape {tuple(array.shape)}; the config says {self.parameters[name].shape}"
+                    f"it has the shape {tuple(array.shape)}; by the config it is {self.parameters[name].shape}"
                 )
             self._arrays[name] = array
         return self._arrays[name]

@@ -31,7 +31,8 @@ def checksums(tree: Any) -> Any:
     def checksum(x: jax.Array) -> jax.Array:
         words = {4: jnp.uint32, 2: jnp.uint16, 1: jnp.uint8}[x.dtype.itemsize]
         bits = jax.lax.bitcast_convert_type(x, words).astype(jnp.uint32)
-        place, total = jnp.uint32(1), jnp.zeros((), jnp.uint32)
+        total = jnp.zeros((), jnp.uint32)
+        place = jnp.uint32(1)
         for axis, size in enumerate(x.shape):
             index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
             place = (place * jnp.uint32(size) + index) if axis else index
@@ -48,7 +49,8 @@ def partial_checksum(part: np.ndarray, start: int) -> int:
         start: the index in the array of the first element.
     """
     words = np.ascontiguousarray(part).reshape(-1).view({4: np.uint32, 2: np.uint16, 1: np.uint8}[part.dtype.itemsize])
-    places, total = np.arange(min(WORDS_PER_BLOCK, words.size), dtype=np.uint32), 0
+    places = np.arange(min(WORDS_PER_BLOCK, words.size), dtype=np.uint32)
+    total = 0
     for first in range(0, words.size, WORDS_PER_BLOCK):
         block = words[first : first + WORDS_PER_BLOCK].astype(np.uint32, copy=False)
         # Both sums are modulo 2³², as the total is.

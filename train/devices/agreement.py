@@ -23,7 +23,8 @@ class Agreement:
             devices = [devices[i] for i in self._rows]
             self._rows = [*range(len(devices))]
         self._mesh = Mesh(np.array(devices), "device")
-        each, everywhere = PartitionSpec("device"), PartitionSpec()
+        each = PartitionSpec("device")
+        everywhere = PartitionSpec()
 
         def joined(numbers: jax.Array, figures: Sequence[jax.Array]) -> jax.Array:
             return jnp.concatenate([numbers, *(x.reshape(1, 1) for x in figures)], axis=1)

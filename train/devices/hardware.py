@@ -21,9 +21,9 @@ class Chip:
             the torus that closes to a ring, in both directions; for a GPU, over all its NVLinks.
         network_bandwidth: bytes/s that a device can send to other slices or hosts.
         host_bandwidth: bytes/s between the device and its host's memory, one way.
-        cycles_per_second: rate of the `estimated_cycles` that the TPU compiler writes on fusions; 0: it writes none.
-        full_ring: the length from which, in multiples, a torus dimension is closed to a ring; 0: no torus.
-        max_devices: most devices of a slice, or of a host.
+        cycles_per_second: rate of the `estimated_cycles` that the TPU compiler writes on fusions, or 0 without any.
+        full_ring: the length from which, in multiples, a torus dimension is closed to a ring, or 0 without a torus.
+        max_devices: the most devices that a slice or a host has.
     """
 
     name: str

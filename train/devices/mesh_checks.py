@@ -42,7 +42,8 @@ def rule_problems(config: MeshConfig) -> list[str]:
         problems.append(
             "mesh.rules: 'heads' and 'kv_heads' must be shared by the same mesh axes: queries meet their keys"
         )
-    inside, between = as_tuple(layout.rules["time"]), as_tuple(layout.rules["sequence"])
+    inside = as_tuple(layout.rules["time"])
+    between = as_tuple(layout.rules["sequence"])
     if between[: len(inside)] != inside:
         problems.append("mesh.rules: 'sequence' must begin with the mesh axes of 'time', and may continue with others")
     return problems
@@ -70,7 +71,8 @@ def mesh_problems(config: ResolvedConfig, shape: tuple[int, ...]) -> list[str]:
 def weight_problems(config: ResolvedModelConfig, layout: Layout, size: Mapping[str, int]) -> list[str]:
     """Returns the problems of the model's weights alone, over mesh axes of these sizes."""
     fields = {"model": "model_dim", "heads": "num_heads", "kv_heads": "num_kv_heads", "feedforward": "feedforward_dim"}
-    problems, seen = [], set()
+    problems = []
+    seen = set()
     for parameter in parameter_table(config).values():
         for axis, number in parameter.axes.items():
             if layout.mesh_axes(axis) and axis not in seen:
@@ -89,7 +91,7 @@ def divisibility_problems(
     if number % by == 0:
         return []
     works = [d for d in range(1, by // pieces + 1) if number % (d * pieces) == 0]
-    # The number of slices is found, not chosen; its field has another name.
+    # The devices report the number of slices; its field has another name.
     shown = " × ".join(f"mesh.{mesh}" + ("s" if mesh == "slice" else "") for mesh in names
                        if size[mesh] > 1) or f"mesh.{names[0]}"  # fmt: skip
     most = f"; nearest size that works: {works[-1]}" if works else ""

@@ -14,6 +14,13 @@ from jax.experimental import multihost_utils
 
 from data.errors import InputError
 
+JOIN_VARIABLES = ("ZIGGURAT_COORDINATOR", "ZIGGURAT_NUM_PROCESSES", "ZIGGURAT_PROCESS_ID")
+SLURM_VARIABLES = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE", "SLURM_NODEID", "SLURM_PROCID",
+         "SLURM_LOCALID")  # fmt: skip
+METADATA_SECONDS = 2.0
+# Hosts of a cluster join minutes apart, because each loads its image.
+JOIN_SECONDS = 900
+
 
 def on_first_process(action: Callable[[], Any]) -> None:
     """Runs an action on process 0; a barrier makes the others wait until it is done."""
@@ -38,14 +45,6 @@ def all_gather_json(value: Any) -> list[Any]:
 def broadcast_json(make: Callable[[], Any]) -> Any:
     """Broadcasts a JSON value that process 0 makes. All processes call it together."""
     return all_gather_json(make() if jax.process_index() == 0 else None)[0]
-
-
-JOIN_VARIABLES = ("ZIGGURAT_COORDINATOR", "ZIGGURAT_NUM_PROCESSES", "ZIGGURAT_PROCESS_ID")
-SLURM_VARIABLES = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE", "SLURM_NODEID", "SLURM_PROCID",
-         "SLURM_LOCALID")  # fmt: skip
-METADATA_SECONDS = 2.0
-# Hosts of a cluster join minutes apart, because each loads its image.
-JOIN_SECONDS = 900
 
 
 def join_processes() -> None:
@@ -81,12 +80,13 @@ def join_arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
 def explicit_join(environment: Mapping[str, str]) -> dict[str, Any]:
     """Returns the join arguments of JOIN_VARIABLES: host:port of process 0, number of processes, and own number."""
     if missing := [name for name in JOIN_VARIABLES if not environment.get(name)]:
-        given = ", ".join(name for name in JOIN_VARIABLES if environment.get(name))
-        raise InputError(f"{', '.join(missing)}: not set, but {given}; the three go together")
+        present = ", ".join(name for name in JOIN_VARIABLES if environment.get(name))
+        raise InputError(f"{', '.join(missing)}: not set, but {present}; the three go together")
     address, num_processes, process_id = JOIN_VARIABLES
     if not re.fullmatch(r".+:\d+", environment[address]):
         raise InputError(f"{address}={environment[address]} must be the host and port of process 0, as in node1:8476")
-    number, process = whole_number(environment, num_processes), whole_number(environment, process_id)
+    number = whole_number(environment, num_processes)
+    process = whole_number(environment, process_id)
     if process >= number:
         raise InputError(f"{process_id}={process} must be less than {num_processes}={number}")
     return {
@@ -130,8 +130,8 @@ def share_of_gpus(environment: Mapping[str, str], process: int, processes: int) 
 
     Args:
         environment: CUDA_VISIBLE_DEVICES names the visible GPUs, SLURM_GPUS_ON_NODE counts all of the node.
-        process: its number among the processes of this machine.
-        processes: how many there are on this machine.
+        process: the number, from 0, of the process on this machine.
+        processes: the number of processes on this machine.
 
     Raises:
         InputError: the GPUs cannot be shared evenly.
@@ -159,7 +159,7 @@ def gpus_seen(environment: Mapping[str, str]) -> int:
 def is_tpu_pod(environment: Mapping[str, str]) -> bool:
     """Returns True if this is one of several hosts with TPUs, by Google's Kubernetes or Compute Engine.
 
-    JAX finds the rest. It has set TPU_SKIP_MDS_QUERY if the machine has no TPU.
+    JAX finds all else. It has set TPU_SKIP_MDS_QUERY if the machine has no TPU.
     """
     platforms = environment.get("JAX_PLATFORMS", "")
     if platforms and "tpu" not in platforms:

@@ -86,7 +86,7 @@ class Events:
         """Writes a `crash` event if the previous start ended without an event of its own.
 
         Args:
-            alive_until: the previous start's last sign of life (seconds since 1970); None: it released its lease.
+            alive_until: the previous start's last sign of life (seconds since 1970), or None if it released its lease.
         """
         events = read_events(self._path) if self._path else []
         if events and (last := events[-1])["event"] not in ("stop", "end", "fault", "crash"):

@@ -1,4 +1,4 @@
-"""Goodput: the share of a run's time that went into steps that count, and where the rest went.
+"""Goodput: the share of a run's time that went into steps that count, and how the other time was spent.
 
 Each start keeps a time account; saves write it to the audit log, so that the time lost to a fault is known, too. (The
 measure is that of Google Cloud's ML Goodput, 2024.)
@@ -29,7 +29,8 @@ class TimeAccount:
         """Counts the time from now on as this activity."""
         now = self._clock()
         self._seconds[self._activity] += now - self._since
-        self._activity, self._since = activity, now
+        self._activity = activity
+        self._since = now
 
     def mark_saved(self) -> None:
         """Notes that the steps so far are saved."""

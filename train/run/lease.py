@@ -29,7 +29,7 @@ class Lease:
     """The right of process 0 of a run to write to a folder, until `release`.
 
     Attributes:
-        last_beat: the previous holder's last sign of life (seconds since 1970); None: it released the lease.
+        last_beat: the previous holder's last sign of life (seconds since 1970), or None if it released the lease.
     """
 
     def __init__(self, path: Path):

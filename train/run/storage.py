@@ -106,7 +106,7 @@ def storage_errors(what: str, place: PathLike) -> Iterator[None]:
 
 
 def _refusal(error: Exception, place: PathLike) -> str | None:
-    """Returns what the file system says, or None if the error is not its own."""
+    """Returns the reason that the file system gives, or None if the error comes from elsewhere."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if match := _ERRNO.search(str(error)):

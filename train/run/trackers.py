@@ -24,7 +24,7 @@ class Writer(Protocol):
         """Keeps the numbers of one step."""
 
     def close(self) -> None:
-        """Ends the writing: all numbers have been given."""
+        """Waits until all numbers are stored; none may follow."""
 
 
 class TensorBoard(Writer):

@@ -29,7 +29,8 @@ OPTIMIZER = make_optimizer(CONFIG)
 
 def trained(steps: int, config: Config = CONFIG):
     """The state after some steps on the ambient mesh."""
-    state, step = make_state(config, OPTIMIZER), make_train_step(config, OPTIMIZER)
+    state = make_state(config, OPTIMIZER)
+    step = make_train_step(config, OPTIMIZER)
     sharding = batch_sharding(jax.sharding.get_mesh())
     for seed in range(steps):
         state, _ = step(state, jax.device_put(small_batch(seed=seed), sharding))
@@ -46,9 +47,9 @@ def save(folder: Path, *states, keep: int = 5) -> None:
 
 def restore(folder: Path, config: Config = CONFIG):
     checkpoints = Checkpoints(folder, CheckpointConfig(keep=5))
-    found = checkpoints.restore(abstract_state(config, OPTIMIZER))
+    restored = checkpoints.restore(abstract_state(config, OPTIMIZER))
     checkpoints.close()
-    return found
+    return restored
 
 
 def assert_same(one, other) -> None:
@@ -187,7 +188,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_whatever_is_wrong_with_the_newest_it_is_set_aside(two_steps, tmp_path, caplog, damage):
+def test_the_newest_checkpoint_is_set_aside_whatever_its_damage(two_steps, tmp_path, caplog, damage):
     shutil.copytree(two_steps[0], tmp_path / "copy")
     shutil.copytree(two_steps[0] / "1", tmp_path / "copy" / "0.damaged")
     damage(tmp_path / "copy" / "2")
@@ -195,7 +196,7 @@ def test_whatever_is_wrong_with_the_newest_it_is_set_aside(two_steps, tmp_path, 
         state, progress = restore(tmp_path / "copy")
     assert int(state["step"]) == progress["of"] == 1
     assert "the checkpoint of step 2 is damaged" in caplog.text
-    # What was set aside an earlier time makes room.
+    # A checkpoint that was set aside earlier is removed.
     assert {path.name for path in (tmp_path / "copy").iterdir()} == {"1", "2.damaged"}
 
 
@@ -204,7 +205,7 @@ def test_checkpoints_are_kept_by_number_and_by_spacing(tmp_path):
         state = make_state(CONFIG, OPTIMIZER)
         for config, steps, kept in (
             (CheckpointConfig(keep=2, keep_every_steps=4), [2, 4, 6, 8, 10, 12], [4, 8, 10, 12]),
-            # On resume it may be another.
+            # These settings may change on resume.
             (CheckpointConfig(keep=1, keep_every_steps=8), [14], [8, 14]),
             (CheckpointConfig(keep=1), [16], [16]),
         ):
@@ -252,7 +253,7 @@ def items(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if path.is_dir()}
 
 
-def test_an_average_comes_back_on_another_mesh_and_is_what_is_used(two_averaged_steps, two_steps):
+def test_an_average_comes_back_on_another_mesh_and_is_used(two_averaged_steps, two_steps):
     folder, expected = two_averaged_steps
     assert items(folder / "2") == {"weights", "optimizer", "average", "progress"}
     assert items(two_steps[0] / "2") == {"weights", "optimizer", "progress"}

@@ -1,4 +1,4 @@
-"""Reading a checkpoint layer by layer: damage is found once an array has been read to its end."""
+"""Reading a checkpoint layer by layer: damage is reported once an array has been read to its end."""
 
 import itertools
 import json
@@ -31,14 +31,15 @@ TABLE = {
 
 def bytes_read() -> int:
     """Counts bytes that TensorStore reads from files in this process."""
-    found = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
-    return sum(value["value"] for metric in found for value in metric["values"])
+    metrics = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+    return sum(value["value"] for metric in metrics for value in metric["values"])
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.ndarray]]:
     """(folder of checkpoints, its weights by name) with a layer of 1 MiB."""
-    folder, random = tmp_path_factory.mktemp("stored"), np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("stored")
+    random = np.random.default_rng(0)
     flat = {name: random.normal(size=p.shape).astype(np.float32) for name, p in TABLE.items()}
     blocks = {"norm": {"scale": flat["blocks.norm.scale"]}, "up": flat["blocks.up"]}
     with jax.set_mesh(one_device_mesh()):
@@ -90,7 +91,7 @@ def damage(folder: Path, array: np.ndarray) -> None:
     raise AssertionError("the values are in no file")
 
 
-def test_a_flipped_bit_is_told_once_the_last_layer_is_read(saved, tmp_path: Path):
+def test_a_flipped_bit_is_reported_once_the_last_layer_is_read(saved, tmp_path: Path):
     folder = Path(shutil.copytree(saved[0], tmp_path / "copy"))
     damage(folder, saved[1]["blocks.up"][5, 0])
     read = opened(folder)
@@ -109,9 +110,9 @@ def test_a_flipped_bit_is_told_once_the_last_layer_is_read(saved, tmp_path: Path
         opened(folder)
 
 
-def test_a_config_of_another_shape_is_told(saved):
+def test_a_config_of_another_shape_is_an_error(saved):
     folder, _ = saved
     other = TABLE | {"embedding.table": Parameter({"vocabulary": 128, "model": 8}, (), "embedding")}
     sums = flattened(json.loads((folder / "0" / "progress" / "metadata").read_text())["checksums"]["weights"])
-    with pytest.raises(InputError, match="it has the shape \\(256, 8\\); the config says \\(128, 8\\)"):
+    with pytest.raises(InputError, match="it has the shape \\(256, 8\\); by the config it is \\(128, 8\\)"):
         CheckpointReader(epath.Path(folder / "0" / "weights"), sums, other)("embedding.table", None)

@@ -1,4 +1,4 @@
-"""Replicas: a bit that differs is found, with its device, on any mesh."""
+"""Replicas: a bit that differs is reported with its device on any mesh."""
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ def mesh_index(mesh, spec, device):
     return NamedSharding(mesh, spec).devices_indices_map(VALUE.shape)[device]
 
 
-def test_of_two_that_differ_both_are_named_and_what_has_no_copy_is_left_alone():
+def test_of_two_copies_that_differ_both_are_named_and_an_array_without_copies_is_ignored():
     mesh = mesh_of(data=2)
     value = np.ones(3, jnp.bfloat16)
     with jax.set_mesh(mesh):

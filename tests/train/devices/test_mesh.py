@@ -30,8 +30,8 @@ def one_device(compute_dtype: str = "float32") -> Steps:
     return three_steps(config_for(compute_dtype=compute_dtype), {})
 
 
-def assert_within(kind: str, found: Steps, expected: Steps) -> None:
-    worst = differences(found, expected)
+def assert_within(kind: str, actual: Steps, expected: Steps) -> None:
+    worst = differences(actual, expected)
     for name, bound in BOUNDS[kind].items():
         assert worst[name] <= bound, name
 
@@ -43,8 +43,8 @@ def test_a_mesh_begins_with_the_same_bits_and_trains_the_same(shape):
 
 @pytest.mark.parametrize("shape", MIXED, ids=str)
 def test_in_bfloat16_meshes_agree_to_its_precision(shape):
-    found = three_steps(config_for(compute_dtype="bfloat16"), shape)
-    assert_within("bfloat16", found, one_device("bfloat16"))
+    steps = three_steps(config_for(compute_dtype="bfloat16"), shape)
+    assert_within("bfloat16", steps, one_device("bfloat16"))
 
 
 @pytest.mark.parametrize("policy", ["products", "full"])
@@ -60,16 +60,17 @@ def test_every_floor_is_the_same_on_a_mesh_dropout_and_accumulation_included(fam
 
 def test_programs_optimized_in_full_begin_with_the_same_bits_too():
     jax.config.update("jax_disable_most_optimizations", False)
-    config, found = config_for(), []
+    config = config_for()
+    weights = []
     for shape in ({}, {"fsdp": 2, "context": 2, "tensor": 2}):
         with jax.set_mesh(mesh_of(**shape)):
-            found.append(jax.device_get(make_state(config, make_optimizer(config))["weights"]))
+            weights.append(jax.device_get(make_state(config, make_optimizer(config))["weights"]))
     jax.config.update("jax_disable_most_optimizations", True)
-    for one, other in zip(*map(jax.tree.leaves, found), strict=True):
+    for one, other in zip(*map(jax.tree.leaves, weights), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
-def test_what_is_promised_is_what_is_tested():
+def test_the_documented_tolerances_are_those_of_the_tests():
     rows = (ROOT / "docs" / "tolerances.md").read_text()
     for kind, bounds in BOUNDS.items():
         for name, bound in bounds.items():
@@ -109,7 +110,7 @@ def test_the_compiled_step_reuses_the_memory_of_its_state():
     assert memory.alias_size_in_bytes >= 0.95 * size
 
 
-def test_minus_one_is_what_is_left():
+def test_minus_one_takes_all_other_devices():
     assert mesh_shape(MeshConfig(), 8) == (1, 1, 8, 1, 1)
     assert mesh_shape(MeshConfig(data=2, fsdp=-1, tensor=2), 8) == (1, 2, 2, 1, 2)
     assert mesh_shape(MeshConfig(data=-1, fsdp=2), 8) == (1, 4, 2, 1, 1)
@@ -127,7 +128,7 @@ def test_minus_one_is_what_is_left():
             mesh_shape(MeshConfig(slices=slices), 8, num_slices=2)
 
 
-def test_what_cannot_be_shared_is_named_with_the_axis_and_a_size_that_works():
+def test_a_size_that_cannot_be_sharded_is_named_with_the_axis_and_a_size_that_works():
     config = make_config(
         {
             "model": {"num_heads": 6, "num_kv_heads": 3, "model_dim": 36, "feedforward_dim": 50, "vocab_size": 300},
@@ -135,7 +136,7 @@ def test_what_cannot_be_shared_is_named_with_the_axis_and_a_size_that_works():
             "train": {"batch_size": 6},
         }
     ).resolved()
-    found = "\n".join(mesh_problems(config, (1, 1, 4, 1, 4)))
+    problems = "\n".join(mesh_problems(config, (1, 1, 4, 1, 4)))
     for words in (
         "train.batch_size / train.accumulation_steps = 6 cannot be shared by mesh.fsdp = 4",
         "data.num_streams = 2",
@@ -144,8 +145,8 @@ def test_what_cannot_be_shared_is_named_with_the_axis_and_a_size_that_works():
         "model.num_kv_heads = 3",
         "model.feedforward_dim = 50",
     ):
-        assert words in found
-    assert "model.model_dim" not in found
+        assert words in problems
+    assert "model.model_dim" not in problems
     assert mesh_problems(make_config({"model": {"model_dim": 100, "head_dim": 16}}).resolved(512), (1, 1, 1, 1, 8)) == [
         "model.num_heads = 4 cannot be shared by mesh.tensor = 8; nearest size that works: 4",
         "model.num_kv_heads = 4 cannot be shared by mesh.tensor = 8; nearest size that works: 4",
@@ -185,7 +186,7 @@ def test_what_cannot_be_shared_is_named_with_the_axis_and_a_size_that_works():
     ],
     ids=str,
 )
-def test_a_rule_that_cannot_be_is_named(rules: dict, words: str):
+def test_an_invalid_rule_is_named(rules: dict, words: str):
     assert words in "\n".join(rule_problems(MeshConfig(rules=rules)))
     with pytest.raises(InputError, match="mesh.rules"):
         make_mesh(make_config({"mesh": {"rules": rules}}).resolved(4096))

@@ -20,12 +20,12 @@ STEP = BATCH | {
 }  # fmt: skip
 
 
-def test_a_process_that_nothing_is_said_of_is_alone():
+def test_a_process_without_any_variables_is_alone():
     assert join_arguments({"TPU_SKIP_MDS_QUERY": "1"}) is None
     assert join_arguments({"JAX_PLATFORMS": "cpu", "TPU_WORKER_HOSTNAMES": "a,b"}) is None
 
 
-def test_what_the_launcher_says_goes_before_all_else():
+def test_variables_of_the_launcher_come_first():
     joining = join_arguments(STEP | EXPLICIT)
     assert joining == {
         "coordinator_address": "node1:8476", "num_processes": 4, "process_id": 3,
@@ -43,7 +43,7 @@ def test_what_the_launcher_says_goes_before_all_else():
         ({"ZIGGURAT_COORDINATOR": "node1"}, "ZIGGURAT_COORDINATOR=node1 must be the host and port of process 0"),
     ],
 )
-def test_what_is_wrong_with_a_variable_is_said_by_its_name(wrong: dict, words: str):
+def test_a_wrong_variable_is_named(wrong: dict, words: str):
     with pytest.raises(InputError, match=words):
         explicit_join(EXPLICIT | wrong)
 
@@ -78,7 +78,7 @@ def test_tasks_of_a_node_share_its_gpus_and_one_alone_has_them_all():
     one_a_node = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_PROCID": "1"}
     assert devices(shown | one_a_node) == []
     assert [devices(shown, i) for i in (0, 1)] == [[0, 1], [2, 3]]
-    # With --gpus-per-task each task is shown its own, by numbers that begin anew or not.
+    # With --gpus-per-task each task is shown its own, by numbers that begin at 0 or not.
     assert devices({"CUDA_VISIBLE_DEVICES": "2,3", "SLURM_GPUS_ON_NODE": "4"}, 1) == []
     assert devices({"CUDA_VISIBLE_DEVICES": "0", "SLURM_GPUS_ON_NODE": "2"}, 1) == []
     with pytest.raises(InputError, match="2 processes cannot share the 3 GPUs of a machine evenly"):
@@ -112,13 +112,13 @@ def test_a_tpu_machine_waits_for_others_only_where_there_are_any(answers: dict, 
     server = HTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        told = {"GCE_METADATA_IP": f"127.0.0.1:{server.server_port}"}
-        assert is_tpu_pod(told) is pod
-        assert is_tpu_pod(told | {"TPU_SKIP_MDS_QUERY": "1"}) is False
+        environment = {"GCE_METADATA_IP": f"127.0.0.1:{server.server_port}"}
+        assert is_tpu_pod(environment) is pod
+        assert is_tpu_pod(environment | {"TPU_SKIP_MDS_QUERY": "1"}) is False
     finally:
         server.shutdown()
         server.server_close()
-    assert is_tpu_pod(told) is False  # nobody answers
+    assert is_tpu_pod(environment) is False  # nobody answers
 
 
 def test_googles_kubernetes_names_the_hosts_in_variables():

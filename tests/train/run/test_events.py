@@ -7,7 +7,7 @@ from pathlib import Path
 from train.run.events import Events, read_events
 
 
-def test_each_event_is_a_line_on_disk_and_a_torn_one_spoils_no_other(tmp_path: Path):
+def test_each_event_is_a_line_on_disk_and_a_torn_line_spoils_no_other(tmp_path: Path):
     path = tmp_path / "events.jsonl"
     Events(path).write("start", step=0)
     with path.open("a") as file:

@@ -37,8 +37,8 @@ def test_steps_that_a_rollback_undoes_are_lost():
     account.switch_to("steps")
     now += 2.0
     account.discard_unsaved()
-    found = account.seconds()
-    assert (found["steps"], found["lost"], found["checkpoint"]) == (7.0, 7.0, 1.0)
+    seconds = account.seconds()
+    assert (seconds["steps"], seconds["lost"], seconds["checkpoint"]) == (7.0, 7.0, 1.0)
 
 
 def test_a_run_that_crashed_failed_and_was_stopped_is_accounted_for_to_the_second():
@@ -56,22 +56,22 @@ def test_a_run_that_crashed_failed_and_was_stopped_is_accounted_for_to_the_secon
         event(1300, "start", seconds={"init": 10}),
         event(1400, "end", seconds={"init": 10, "steps": 100}),
     ]
-    found = goodput(events)
-    assert found == {
+    totals = goodput(events)
+    assert totals == {
         "steps": 175, "data": 0, "evaluation": 0, "checkpoint": 5, "compile": 20, "init": 45,
         "lost": 30 + 30, "down": 20 + 5 + 80,
     }  # fmt: skip
     # From the beginning of the first start to the end.
-    assert sum(found.values()) == 1400 - 990
+    assert sum(totals.values()) == 1400 - 990
 
 
-def test_a_run_that_goes_on_is_known_up_to_its_last_save():
+def test_a_run_that_continues_is_known_up_to_its_last_save():
     events = [event(0, "start", seconds={"init": 4}), event(9, "save", seconds={"init": 4, "steps": 9})]
     assert goodput(events)["steps"] == 9
     assert goodput([]) == {}
 
 
-def test_the_shares_of_a_runs_time_leave_out_what_is_small_but_never_the_steps():
+def test_shares_leave_out_small_activities_but_never_the_steps():
     assert shares({"steps": 94.0, "data": 0.4, "init": 2.0, "down": 3.6}) == "1 min 40 s: 94% steps, 2% init, 4% down"
     assert shares({"steps": 0.0, "init": 20.0}) == "20 s: 0% steps, 100% init"
 

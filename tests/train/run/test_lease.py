@@ -20,7 +20,7 @@ def entry(path: Path, **changes: object) -> None:
     path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "begun": 0.0, "beats": 3} | changes))
 
 
-def test_it_is_held_shows_that_it_lives_and_is_let_go(tmp_path: Path, monkeypatch):
+def test_a_lease_is_taken_shows_a_heartbeat_and_is_released(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(train.run.lease, "BEAT_SECONDS", 0.02)
     lease = Lease(tmp_path / "lease.json")
     lease.release()
@@ -39,7 +39,8 @@ def test_a_full_disk_does_not_end_it(tmp_path: Path, monkeypatch, caplog):
     monkeypatch.setattr(train.run.lease, "BEAT_SECONDS", 0.02)
     lease = Lease(tmp_path / "lease.json")
     lease.take()
-    write, refused = lease._write, threading.Event()
+    write = lease._write
+    refused = threading.Event()
 
     def refuse_once(beats: int) -> None:
         if not refused.is_set():
@@ -49,7 +50,8 @@ def test_a_full_disk_does_not_end_it(tmp_path: Path, monkeypatch, caplog):
 
     monkeypatch.setattr(lease, "_write", refuse_once)
     assert refused.wait(10)
-    first, deadline = read_lease(tmp_path / "lease.json"), time.monotonic() + 10
+    first = read_lease(tmp_path / "lease.json")
+    deadline = time.monotonic() + 10
     while read_lease(tmp_path / "lease.json") == first and time.monotonic() < deadline:
         time.sleep(0.01)
     assert read_lease(tmp_path / "lease.json")["beats"] > first["beats"]
@@ -73,7 +75,7 @@ def test_a_holder_elsewhere_that_lives_keeps_it(tmp_path: Path):
     assert read_lease(path)["host"] == "elsewhere"
 
 
-def test_one_elsewhere_that_gives_no_sign_of_life_loses_it(tmp_path: Path):
+def test_a_holder_elsewhere_without_a_sign_of_life_loses_it(tmp_path: Path):
     path = tmp_path / "lease.json"
     entry(path)
     slept = []

@@ -10,7 +10,7 @@ def steps(path: Path) -> list[int]:
     return [record["step"] for _, record in read_step_log(path)]
 
 
-def test_after_a_restart_each_step_stands_once_and_a_torn_line_is_dropped(tmp_path: Path):
+def test_after_a_restart_each_step_has_one_line_and_a_torn_line_is_dropped(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": i, "loss": 1.0}) + "\n" for i in range(1, 8)) + '{"step": 8, "lo')
     file = StepLog(path, step=4)

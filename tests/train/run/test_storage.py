@@ -40,7 +40,7 @@ def files_up_to(size: int) -> Iterator[None]:
         (SafetensorError("I/O error: Permission denied (os error 13)"), "Permission denied"),
     ],
 )
-def test_what_a_file_system_refuses_is_one_line(error: Exception, words: str, tmp_path: Path):
+def test_the_error_of_a_file_system_is_one_line(error: Exception, words: str, tmp_path: Path):
     with pytest.raises(StorageError) as caught, storage_errors("the thing", tmp_path / "there"):
         raise error
     text = str(caught.value)
@@ -48,7 +48,7 @@ def test_what_a_file_system_refuses_is_one_line(error: Exception, words: str, tm
     assert "\n" not in text
 
 
-def test_free_room_is_named_and_what_a_bucket_says_is_passed_on(tmp_path: Path):
+def test_errors_name_the_free_space_of_a_disk_and_the_answer_of_a_bucket(tmp_path: Path):
     with pytest.raises(StorageError, match=r"MB free"), storage_errors("it", tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(StorageError, match="gs://a/b: KeyError: 'quota'"), storage_errors("it", "gs://a/b"):
@@ -60,8 +60,9 @@ def test_another_error_stays_what_it_is(tmp_path: Path):
         raise ValueError("shapes do not fit")
 
 
-def test_logs_that_cannot_grow_say_so_and_keep_what_they_have(tmp_path: Path, caplog):
-    log, events = StepLog(tmp_path / "metrics.jsonl", 0), Events(tmp_path / "events.jsonl")
+def test_logs_that_cannot_grow_report_it_and_keep_their_lines(tmp_path: Path, caplog):
+    log = StepLog(tmp_path / "metrics.jsonl", 0)
+    events = Events(tmp_path / "events.jsonl")
     log.write({"step": 1})
     events.write("start", step=0)
     with files_up_to(12):
@@ -71,7 +72,7 @@ def test_logs_that_cannot_grow_say_so_and_keep_what_they_have(tmp_path: Path, ca
             events.write("save", step=1)
         log.close()
     assert "not every line is on disk" in caplog.text
-    # The next start goes on behind the last whole line.
+    # The next start continues after the last whole line.
     StepLog(tmp_path / "metrics.jsonl", 1).close()
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
 

@@ -56,7 +56,8 @@ def log_records(content: bytes) -> Iterator[bytes]:
 
     Its last record may not be whole yet.
     """
-    at, whole = 7, b""
+    at = 7
+    whole = b""
     while len(content) - at >= 7:
         if 2**15 - at % 2**15 < 7:
             at += 2**15 - at % 2**15
@@ -66,7 +67,7 @@ def log_records(content: bytes) -> Iterator[bytes]:
             return
         whole += content[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # all of it, or its last part
+        if kind in (1, 4):  # a whole record, or the last part of one
             yield whole
             whole = b""
 
@@ -81,7 +82,8 @@ def test_numbers_go_to_one_run_of_weights_and_biases_over_all_starts(tmp_path: P
     def kept(path: Path) -> tuple[str, dict[int, dict[str, str]]]:
         """The run's id, and the values of each step."""
         # Another process writes the file, and is not waited for.
-        deadline, whole = time.monotonic() + 60, False
+        deadline = time.monotonic() + 60
+        whole = False
         while not whole:
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -114,7 +116,7 @@ def test_numbers_go_to_one_run_of_weights_and_biases_over_all_starts(tmp_path: P
     assert kept(next((other.folder / "wandb").glob("offline-run-*/*.wandb")))[0] != one[0]
 
 
-def test_who_is_not_logged_in_is_told(tmp_path: Path, monkeypatch):
+def test_a_user_who_is_not_logged_in_gets_an_error(tmp_path: Path, monkeypatch):
     require("wandb").teardown()  # It has read the environment once.
     monkeypatch.setenv("WANDB_MODE", "online")
     for name, value in {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}.items():
