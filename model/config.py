@@ -28,10 +28,7 @@ class ModelConfig:
     model_dim: int = setting(256, "width of the residual stream (D)", at_least=1)
     num_heads: int = setting(4, "query heads (H)", at_least=1)
     num_kv_heads: int | None = setting(
-        None,
-        "key/value heads (K), each shared by H/K query heads: H is MHA, 1 is MQA",
-        unset="num_heads",
-        at_least=1,
+        None, "key/value heads (K), each shared by H/K query heads: H is MHA, 1 is MQA", unset="num_heads", at_least=1
     )
     head_dim: int | None = setting(None, "width of a head (C)", unset="model_dim / num_heads", at_least=1)
     feedforward_dim: int | None = setting(
@@ -113,11 +110,7 @@ class ModelConfig:
     )
     norm_epsilon: float = setting(1e-5, "added to the mean square under the root of a norm", above=0)
     residual_dropout: float = setting(
-        0.0,
-        "share of the outputs of attention and feed-forward that is dropped",
-        resume="warn",
-        at_least=0,
-        below=1,
+        0.0, "share of the outputs of attention and feed-forward that is dropped", resume="warn", at_least=0, below=1
     )
 
     # ── Floor 5: linear + softmax, and the loss ────────────────────────────────────────────────────────────────────
@@ -125,10 +118,7 @@ class ModelConfig:
         0.0, "share of the target spread over all tokens (Szegedy et al. 2016)", resume="warn", at_least=0, below=1
     )
     z_loss: float = setting(
-        0.0,
-        "weight of log² of the softmax's denominator in the minimized loss (PaLM, 2022)",
-        resume="warn",
-        at_least=0,
+        0.0, "weight of log² of the softmax's denominator in the minimized loss (PaLM, 2022)", resume="warn", at_least=0
     )
     loss_chunk: int | None = setting(
         None,

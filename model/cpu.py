@@ -51,8 +51,6 @@ def column_product(
         equation: the einsum for the weight in its usual order.
         x: activations with the positions at axis 1.
         weight: transposed as by `contracted_last`, in the dtype of x.
-        out_sharding: the result's sharding, where it does not follow from the operands.
-        dtype: the result's dtype; by default that of `x`.
     """
     x_letters, weight_letters, y_letters = equation.replace("->", ",").split(",")
     weight_letters = contracted_last(weight_letters, x_letters)

@@ -27,10 +27,7 @@ _names = jax.checkpoint_policies.save_only_these_names
 
 def _offload(*names: str) -> Callable[..., Any]:
     return jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=names,
-        offload_src="device",
-        offload_dst="pinned_host",
+        names_which_can_be_saved=[], names_which_can_be_offloaded=names, offload_src="device", offload_dst="pinned_host"
     )
 
 
@@ -120,11 +117,7 @@ class Decoder(nnx.Module):
         self.unembedding = Unembedding(config, weights.get("unembedding"), layout)
 
     def __call__(
-        self,
-        tokens_BT: jax.Array,
-        positions_BT: jax.Array,
-        segment_ids_BT: jax.Array,
-        keys_B: DropoutKeys = None,
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, keys_B: DropoutKeys = None
     ) -> jax.Array:
         """Maps token ids to the vectors [B, T, D] that predict each position's next token.
 

@@ -18,9 +18,7 @@ class Linear(nnx.Module):
     Args:
         equation: an einsum such as "btd,df->btf".
         weights: the arrays of the floor: `name` and, if the map has a bias, `name`_bias.
-        name: the map's key in `weights`.
         axes: logical axes of the weight, in its order.
-        layout: where the weight's shards are.
         sums_over: where the result is residuals [B, T, D], the axis of the weight that is summed over.
     """
 

@@ -21,7 +21,6 @@ def product(
 
     Args:
         equation: an einsum such as "btd,df->btf"; each letter is in two of its three terms, or in all.
-        x: activations of any floating-point dtype.
         weight: a weight or other activations, in the dtype of x.
         out_sharding: the result's sharding, where it does not follow from the operands.
         dtype: the result's dtype; by default that of `x`.

@@ -27,7 +27,6 @@ class TokenDelta(NamedTuple):
     """The tokens that a continuation has gained since its last delta.
 
     Attributes:
-        prompt_index: the number of the prompt, from 0.
         tokens: new token ids, without EOS.
         ended: "eos" or "length" (the limit) in a prompt's last delta.
     """
@@ -42,7 +41,6 @@ class Request:
     """A prompt and its continuation, as the host keeps them.
 
     Attributes:
-        prompt_index: the number of the prompt, from 0.
         tokens: prompt and continuation.
         window: the newest of `tokens`, which the model sees; the cache may not hold the last yet.
         cache_length: how many tokens of the window the cache holds.
@@ -66,11 +64,8 @@ class Generator:
     """A model prepared to continue prompts.
 
     Args:
-        config: the model's resolved config.
         weights: the nested dictionary of weights, which is copied (see `decoding_weights`).
         context: the number of positions that the model sees at most.
-        eos_id: the token that ends a text.
-        layout: where weights and cache are.
     """
 
     def __init__(
@@ -223,10 +218,7 @@ def _row_state(requests: Sequence[Request | None]) -> RowState:
 
 
 def round_up(n: int) -> int:
-    """Returns the next number of three binary digits and zeros, at most a quarter more than n.
-
-    Cache lengths are rounded so that few programs are compiled.
-    """
+    """Rounds a cache length up to three binary digits and zeros, at most a quarter more, to compile few programs."""
     unit = 1 << max((n - 1).bit_length() - 3, 0)
     return -(-n // unit) * unit
 

@@ -25,7 +25,6 @@ class RowState(NamedTuple):
         token: the newest token, which the cache doesn't hold yet, or NO_TOKEN in a row that is empty or has ended.
         cache_length: positions that the cache holds.
         prompt_index: the number of the row's prompt, from 0.
-        num_drawn: tokens that the row has drawn.
     """
 
     token: Any
@@ -60,9 +59,6 @@ def prefill(
     """Reads one row's tokens from position 0 on, and draws the next.
 
     Args:
-        config: the model that is run.
-        layout: where weights and cache are.
-        sampling: how tokens are drawn.
         weights: the arrays of `decoding_weights`.
         seed: shared by all rows.
         row: the row's state after these tokens.
@@ -101,13 +97,8 @@ def decode_steps(
 ) -> tuple[jax.Array, DecodeState]:
     """Draws up to STEPS_PER_CALL tokens in each row, until it ends or its part of the cache is full.
 
-    The first five arguments are those of `prefill`; `state` is donated.
-
-    Args:
-        rows: the progress of all rows.
-        state: their cache and seen tokens.
-        eos_id: int32, the token that ends a row.
-        max_new_tokens: int32, the limit of tokens that a row draws.
+    A row ends with `eos_id`, or when it has drawn `max_new_tokens`. The first five arguments are those of `prefill`;
+    `state` is donated.
 
     Returns:
         Token ids [B, STEPS_PER_CALL], NO_TOKEN where a row has drawn none, and the state.

@@ -58,14 +58,7 @@ def filtered_logits(logits_BV: jax.Array, sampling: Sampling) -> tuple[jax.Array
 
 
 def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling, seen_BV: jax.Array | None = None) -> jax.Array:
-    """Returns token ids [B], int32, each drawn with its row's key.
-
-    Args:
-        logits_BV: scores of the next token, float32.
-        keys_B: typed keys, as `jax.random.key` makes them.
-        sampling: how tokens are drawn.
-        seen_BV: bool, the tokens that a row has seen; needed only for a repetition penalty.
-    """
+    """Returns token ids [B], int32, each drawn with its row's typed key; a repetition penalty needs `seen_BV`."""
     if sampling.penalizes:
         assert seen_BV is not None
         logits_BV = penalize_repetition(logits_BV, seen_BV, sampling.repetition_penalty)

@@ -44,7 +44,6 @@ class Compilation:
         refused: the compiler's message for a program that does not fit, or None.
         lower_seconds: time from Python to the compiler's input.
         compile_seconds: time of the compiler when it ran.
-        cached: true if the program was read from a cache.
         executable: the program to run; None if it was read from a cache or its devices are not local.
     """
 
@@ -69,8 +68,6 @@ def compile_step(config: ResolvedConfig, mesh: Mesh, cache: Path | None = None) 
     """Compiles the function that `pretrain` jits, for the full batch.
 
     Args:
-        config: the resolved settings of the run.
-        mesh: mesh of local devices, or of a topology.
         cache: folder for compiled programs of topologies. JAX's own persistent cache serves local devices only: it
             cannot read back a program without devices.
 

@@ -28,14 +28,9 @@ BF16, F32 = 2, 4
 
 
 class Estimate(NamedTuple):
-    """Estimated figures of one device.
+    """Estimated figures of one device; weights and optimizer state are `state_bytes` of its `peak_bytes`.
 
-    Attributes:
-        peak_bytes: memory at the worst moment.
-        state_bytes: part of it that weights and optimizer state take.
-        compute_seconds: seconds of a step without communication.
-        communication_seconds: seconds of all communication, one after the other.
-        transfer_seconds: seconds of copies to the host's memory and back.
+    Communication is counted one after the other; transfers are the copies to the host's memory and back.
     """
 
     peak_bytes: float
@@ -83,9 +78,7 @@ class Machine(NamedTuple):
 
     Attributes:
         shape: size by mesh axis.
-        chip: figures of one device.
         bandwidth: function from mesh axes to the bytes/s that a device sends along them.
-        kernel: name of the attention kernel.
         state: bytes of a step's state for each byte of the weights.
     """
 

@@ -27,7 +27,6 @@ class Collective:
         payload_bytes: bytes of all arrays: the output of an all-gather, the input of other kinds.
         asynchronous: true if other operations may run meanwhile.
         source: the operation of the traced program.
-        count: number of runs in a step.
     """
 
     kind: str
@@ -57,8 +56,6 @@ class Kernel:
 
     Attributes:
         name: name of a Pallas kernel, or the target of the call.
-        operands: arrays that the call takes, in order.
-        results: arrays that the call returns, in order.
         estimate: FLOPs that the kernel itself states (Pallas's `cost_estimate`).
         source: the operation of the traced program.
     """
@@ -92,11 +89,9 @@ class Operation:
         bytes: bytes read from and written to the device's memory.
         cycles: the TPU compiler's estimate with memory traffic and without collectives; 0 if it has none.
         collective: the communication that the operation starts, apart from its own computation.
-        kernel: the kernel that the operation calls, if any.
         host_bytes: bytes moved between the device's memory and the host's.
         asynchronous: true if it runs until another operation waits for it.
         waits_for: name of the asynchronous operation that ends with this one.
-        body: operations that a loop, branch or call runs.
         trips: how often the body runs.
     """
 
@@ -118,7 +113,6 @@ class Program:
     """All that one device runs in one execution of a module.
 
     Attributes:
-        operations: operations of the entry computation, in order.
         arrays: every result in memory, that is of all instructions outside fusions.
         instructions: number of instructions of the whole module, a measure of its size.
         aliases: number of results that reuse the memory of an argument.

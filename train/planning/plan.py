@@ -38,7 +38,6 @@ class Plan:
         device_kind: JAX's name of the devices.
         mesh: size by mesh axis.
         attention: the attention kernel, and the reason for its choice.
-        fits: true if the memory of a device is enough for the step.
         refused: the compiler's message for a program that does not fit, or None.
         memory_bytes_per_device: memory that a program can use.
         peak_bytes_per_device: memory at the worst moment, or the compiler's own figure if it refused the program.
@@ -58,7 +57,6 @@ class Plan:
         measured_step_seconds: measured time of a step, for this machine only.
         notes: sentences about parts of the program that could not be read.
         days: days for `tokens` at the estimated speed.
-        device_hours: device-hours for `tokens` at the estimated speed.
         cost: dollars for `tokens` at `price` for a device-hour.
     """
 
@@ -115,11 +113,7 @@ def make_plan(
     """Makes the plan of a compiled step.
 
     Args:
-        config: the resolved settings of the run.
-        mesh: mesh that the step was compiled for.
         chip: figures of one device, with the memory that a program can use.
-        compilation: the compiled step, from `compile_step`.
-        topology: name of the devices in the plan.
         tokens: tokens to train on; by default those of `train.num_steps`.
         price: dollars for one device-hour.
     """

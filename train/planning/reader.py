@@ -326,11 +326,5 @@ def _convolution_flops(at: Instruction, left: Array, right: Array) -> float:
 
 
 def read_program(text: str, mesh_shape: Mapping[str, int]) -> Program:
-    """Reads a compiled module's `as_text()`.
-
-    Args:
-        text: the optimized and scheduled module.
-        mesh_shape: size by axis, as in `mesh.shape`; partition i of the module is device i of the flattened mesh, or
-            of one of its slices.
-    """
+    """Reads a compiled module's `as_text()`, whose partition i is device i of the flattened mesh or of one slice."""
     return _Reader(text, dict(mesh_shape)).program()

@@ -26,10 +26,7 @@ MOST_SECONDS = 10.0
 def local_chip(dtype: str) -> Chip:
     """Returns the figures of one local device; figures that no data sheet has are measured.
 
-    CPU devices share the measured figures of the machine.
-
-    Args:
-        dtype: dtype of the matrix products that measure the peak, if it is measured.
+    CPU devices share the measured figures of the machine; `dtype` is of the products that measure the peak.
     """
     device = jax.local_devices()[0]
     sharing = jax.local_device_count()
@@ -75,13 +72,7 @@ def memory_bandwidth() -> float:
 
 
 def measured_step(config: ResolvedConfig, mesh: Mesh, executable: Any) -> float:
-    """Returns the median seconds of several steps on random tokens, after one warm-up step.
-
-    Args:
-        config: the resolved settings of the run.
-        mesh: mesh of local devices.
-        executable: the compiled training step.
-    """
+    """Returns the median seconds of several steps on random tokens, after one warm-up step."""
     T = config.data.segment_length
     random = np.random.default_rng(0)
     tokens = random.integers(0, config.model.vocab_size, (config.train.batch_size, T + 1), dtype=np.int32)

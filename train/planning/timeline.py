@@ -45,7 +45,6 @@ class Timeline:
     """The seconds of a step: `total` is the sum of `compute`, all of `waiting`, `memory` and `host`.
 
     Attributes:
-        total: seconds of the whole step.
         compute: seconds of fusions, products and kernels.
         memory: exposed seconds of copies within the device's memory.
         host: exposed seconds of copies to and from the host.
