@@ -43,9 +43,7 @@ def summed_losses(
     """Returns the losses of a batch, weighted and summed.
 
     Args:
-        x_BTD: the decoder's output vectors.
         matrix_DV: the unembedding as it is stored, padded to V columns; the padding has probability zero.
-        targets_BT: ids of the next tokens, int32.
         weights_BT: the weight of each position in the sum, float32.
         config: `loss_chunk` bounds the positions whose logits a device holds at once (but at least one a row).
         layout: the table by which positions and V are sharded.
@@ -137,11 +135,10 @@ def _in_chunks(
 ) -> tuple[Losses, tuple[jax.Array, jax.Array] | None]:
     """Returns the losses at each position; given weights, also the gradients of x and of the matrix."""
     B, T = targets_BT.shape
-    V = matrix_DV.shape[1]
     vocab_size = config.vocab_size
     smoothing = config.label_smoothing
     z = config.z_loss
-    token_V = jnp.arange(V, out_sharding=layout.out_sharding("vocabulary"))
+    token_V = jnp.arange(matrix_DV.shape[1], out_sharding=layout.out_sharding("vocabulary"))
     uniform_V = jnp.where(token_V < vocab_size, 1 / vocab_size, 0.0)
     sums_DV = layout.out_sharding(None, "vocabulary", unreduced=layout.token_axes)
     partial_BTD = partial_sums(layout, "vocabulary")

@@ -140,21 +140,19 @@ class _Step:
     # ── Time ───────────────────────────────────────────────────────────────────────────────────────────────────────
     def compute_seconds(self) -> float:
         """Seconds of products, the attention kernel and other memory traffic."""
-        c = self.model
-        L = c.num_layers
+        L = self.model.num_layers
         chip = self.chip
         repeated = self.layer - self.matrices["feedforward.down"] if self.remat.products else 0.0
         products = 2 * self.inside * (L * (3 * self.layer + repeated) + 3 * self.head)
         forward, backward = ATTENTION_PRODUCTS[self.machine.kernel]
         pairs = 2 * self.inside * self.config.data.segment_length * self.heads * L
         kernel = pairs * (backward + forward * (2 if self.remat.kernel else 1))
-        stream = self.inside * c.model_dim
+        stream = self.inside * self.model.model_dim
         results = self.inside * self.results()
         moved = L * BF16 * (MEMORY_PASSES[0] * stream + MEMORY_PASSES[1] * results)
         part_seconds = products / MATMUL_EFFICIENCY.get(chip.name, 1.0) / chip.peak_flops + kernel / chip.peak_flops
-        return (
-            self.parts * (part_seconds + moved / chip.memory_bandwidth) + 2.5 * self.state_bytes / chip.memory_bandwidth
-        )
+        part_seconds += moved / chip.memory_bandwidth
+        return self.parts * part_seconds + 2.5 * self.state_bytes / chip.memory_bandwidth
 
     def results(self) -> float:
         """Elements per position in the outputs of a layer's products, without residuals."""
@@ -164,20 +162,18 @@ class _Step:
 
     def communication_seconds(self) -> float:
         """Seconds of communication for weights, gradients, residuals, keys and look-ups."""
-        c = self.model
-        L = c.num_layers
+        L = self.model.num_layers
         parts = self.parts
         gathers = 1 if "weights" in self.remat.kept else 2
         seconds = parts * (L * self.weights(self.layer, gathers) + self.weights(self.head, 1))
-        stream = self.inside * c.model_dim * BF16
+        stream = self.inside * self.model.model_dim * BF16
         over = self.layout.mesh_axes("sequence") - self.layout.mesh_axes("time")
         seconds += parts * L * (8 + self.remat.sums) * self.sent("gather", stream, over)
         # The unembedding all-gathers the positions and reduces their gradients.
         seconds += parts * 2 * self.sent("gather", stream, over)
         keys = self.rows * self.config.data.segment_length * 2 * self.keys * BF16
         passes = 3 if self.remat.kernel or self.remat.products or self.remat.sums else 2
-        seconds += parts * L * passes * self.sent("gather", keys, self.layout.mesh_axes("time"))
-        return seconds
+        return seconds + parts * L * passes * self.sent("gather", keys, self.layout.mesh_axes("time"))
 
     def weights(self, count: float, gathers: int) -> float:
         """Seconds to all-gather `count` weights and reduce their gradients, one mesh axis after the other."""

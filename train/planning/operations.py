@@ -67,6 +67,11 @@ class Kernel:
     source: str
 
     @property
+    def flops(self) -> float:
+        """The FLOPs that the kernel states, or else those of attention."""
+        return self.attention_flops if self.estimate is None else self.estimate
+
+    @property
     def attention_flops(self) -> float:
         """FLOPs of an attention kernel's products over all pairs of positions, masked pairs included; 0 for others.
 

@@ -16,7 +16,7 @@ from train.config.config import ResolvedConfig
 from train.devices.hardware import Chip
 from train.devices.rules import training_layout
 from train.planning.compilation import Compilation, abstract_batch
-from train.planning.operations import Kernel, Program
+from train.planning.operations import Program
 from train.planning.reader import read_program
 from train.planning.timeline import Costs, Timeline, timeline
 from train.planning.topology import bandwidth_over
@@ -169,10 +169,9 @@ def _memory(arguments: Mapping[str, int], compilation: Compilation, cpu: bool) -
     """Returns (bytes at the worst moment, bytes by kind)."""
     m = compilation.memory
     if compilation.refused:
-        needed = [
-            float(number) * UNITS[unit] for number, unit in re.findall(r"(\d[\d.]*)([KMGT])", compilation.refused)
-        ]
-        return max(int(max(needed, default=0)), sum(arguments.values())), dict(arguments)
+        sizes = re.findall(r"(\d[\d.]*)([KMGT])", compilation.refused)
+        needed = max((float(number) * UNITS[unit] for number, unit in sizes), default=0)
+        return max(int(needed), sum(arguments.values())), dict(arguments)
     # The CPU compiler's peak does not include temporaries.
     peak = max(m["peak"], m["argument"] + m["temp"] + m["output"] - m["alias"]) if cpu else m["peak"]
     host = sum(size for name, size in m.items() if name.startswith("host_") and name != "host_generated_code")
@@ -201,7 +200,7 @@ def _with_estimate(plan: Plan, mesh: Mesh, chip: Chip, text: str) -> Plan:
     bandwidth = functools.cache(lambda axes: bandwidth_over(mesh, axes, chip))
     costs = Costs(chip.cycles_per_second, chip.peak_flops, chip.memory_bandwidth, bandwidth, chip.host_bandwidth)
     line = timeline(program, costs)
-    flops = program.matmul_flops + sum(flops_of_kernel(kernel) * times for kernel, times in program.kernels.items())
+    flops = program.matmul_flops + sum(kernel.flops * times for kernel, times in program.kernels.items())
     collectives = _collectives(program, bandwidth)
     tokens_per_second = plan.tokens_per_step / line.total
     days, device_hours, cost = budget(plan.tokens, tokens_per_second, plan.devices, plan.price)
@@ -239,17 +238,12 @@ def _collectives(program: Program, bandwidth: Callable[[tuple[str, ...]], float]
     return sorted(rows, key=lambda row: -row["bytes"])
 
 
-def flops_of_kernel(kernel: Kernel) -> float:
-    """Returns the FLOPs that a kernel states, or those of attention over all pairs, or 0 if unknown."""
-    return kernel.attention_flops if kernel.estimate is None else kernel.estimate
-
-
 def _breakdown(model_flops: float, program: Program, costs: Costs, line: Timeline) -> list[tuple[str, float]]:
     """Splits the estimate into terms that add up to it."""
     at_peak: dict[str, float] = defaultdict(float)
     below_peak: dict[str, float] = defaultdict(float)
     for operation, times in program.walk():
-        kernel_flops = flops_of_kernel(operation.kernel) if operation.kernel else 0.0
+        kernel_flops = operation.kernel.flops if operation.kernel else 0.0
         if flops := operation.flops + kernel_flops:
             work = "attention kernels" if kernel_flops else "matrix products"
             at_peak[work] += times * flops / costs.peak_flops

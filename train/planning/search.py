@@ -56,8 +56,6 @@ def candidates(config: ResolvedConfig, devices: Sequence[Any], chip: Chip, given
     the number of accumulation parts.
 
     Args:
-        config: the resolved settings of the run.
-        devices: devices of the topology.
         chip: figures of one device, with the memory that a program can use.
         given: names of fields that keep the config's values.
 
@@ -82,9 +80,7 @@ def candidates(config: ResolvedConfig, devices: Sequence[Any], chip: Chip, given
 def worth_compiling(candidate: Candidate, compiled: Sequence[tuple[Candidate, float]]) -> bool:
     """True if a candidate may be faster than the best compiled one, within the error of the estimates.
 
-    Args:
-        candidate: the next candidate by estimated time.
-        compiled: compiled candidates with the seconds of their steps, which correct the common error of all estimates.
+    The seconds of the `compiled` candidates' steps correct the common error of all estimates.
     """
     if not compiled:
         return True
@@ -102,6 +98,7 @@ def _legal(config: ResolvedConfig, devices: Sequence[Any], chip: Chip, given: Co
     all_parts = [own[PARTS]] if PARTS in given else [n for n in range(1, rows + 1) if rows % n == 0]
     policies = [own[REMAT]] if REMAT in given else list(REMAT_POLICIES)
     state = _state(config)
+    batch_axes = training_layout(config.mesh).mesh_axes("batch")
     num_slices = config.mesh.slices or (len(slices) if devices[0].platform == "tpu" else 1)
     for sizes in _factors(len(devices) // num_slices, len(AXES_IN_SLICE)):
         axis_sizes: dict[str, Any] = dict(zip(AXES_IN_SLICE, sizes, strict=True))
@@ -120,15 +117,11 @@ def _legal(config: ResolvedConfig, devices: Sequence[Any], chip: Chip, given: Co
             except InputError:
                 # The requested attention kernel cannot run on this mesh.
                 break
-            share = rows // parts // math.prod(machine.shape[name] for name in _batch_axes(config))
+            share = rows // parts // math.prod(machine.shape[name] for name in batch_axes)
             for policy in policies:
                 changed = replace(in_parts, model=replace(in_parts.model, remat_policy=policy))
                 changes = {name: str(value) for name, value in (mesh_fields | {PARTS: parts, REMAT: policy}).items()}
                 yield Candidate(changes, dict(machine.shape), share, estimate(changed, machine))
-
-
-def _batch_axes(config: ResolvedConfig) -> Collection[str]:
-    return training_layout(config.mesh).mesh_axes("batch")
 
 
 def _factors(number: int, count: int) -> Iterator[tuple[int, ...]]:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from train.planning.operations import Kernel, Operation, Program
+from train.planning.operations import Operation, Program
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,6 @@ class Costs:
         memory_bandwidth: bytes/s of the device's memory.
         bandwidth: function from mesh axes to the bytes/s that a device sends along them.
         host_bandwidth: bytes/s to and from the host's memory.
-        kernel_seconds: seconds of a kernel; by default a roofline of its own estimate, or of attention over all pairs.
     """
 
     cycles_per_second: float
@@ -26,17 +25,12 @@ class Costs:
     memory_bandwidth: float
     bandwidth: Callable[[tuple[str, ...]], float]
     host_bandwidth: float
-    kernel_seconds: Callable[[Kernel], float] | None = None
 
     def seconds(self, operation: Operation) -> float:
         """Returns the seconds of an operation's own work, without its communication."""
         if operation.cycles and self.cycles_per_second:
             return operation.cycles / self.cycles_per_second
-        kernel, flops = operation.kernel, operation.flops
-        if kernel:
-            if self.kernel_seconds:
-                return self.kernel_seconds(kernel)
-            flops = kernel.attention_flops if kernel.estimate is None else kernel.estimate
+        flops = operation.kernel.flops if operation.kernel else operation.flops
         return max(flops / self.peak_flops, operation.bytes / self.memory_bandwidth)
 
 
@@ -75,10 +69,8 @@ def timeline(program: Program, costs: Costs) -> Timeline:
     def by_axes(name: str) -> dict[tuple[str, ...], float]:
         return {key[1]: seconds for key, seconds in clock.spent.items() if key[0] == name}
 
-    total, compute, memory, host, transfer = (
-        clock.spent[name,] for name in ("total", "compute", "memory", "host", "transfer")
-    )
-    return Timeline(total, compute, memory, host, transfer, by_axes("waiting"), by_axes("communication"))
+    sums = {name: clock.spent[name,] for name in ("total", "compute", "memory", "host", "transfer")}
+    return Timeline(**sums, waiting=by_axes("waiting"), communication=by_axes("communication"))
 
 
 class _Clock:

@@ -124,7 +124,7 @@ def bandwidth_over(mesh: Mesh, axes: Collection[str], chip: Chip) -> float:
     """
     index = tuple(slice(None) if axis in axes else 0 for axis in mesh.axis_names)
     group = np.atleast_1d(mesh.devices[index]).ravel().tolist()
-    place = _slice_of if chip.platform == "tpu" else _host_of
+    place = lambda device: getattr(device, "slice_index", 0) if chip.platform == "tpu" else device.process_index
     places = Counter(map(place, group))
     inner = [device for device in group if place(device) == place(group[0])]
     within = math.inf
@@ -149,14 +149,6 @@ def without_jax_cache() -> Iterator[None]:
             yield
     finally:
         jax.config.update(name, before)
-
-
-def _slice_of(device: Any) -> int:
-    return getattr(device, "slice_index", 0)
-
-
-def _host_of(device: Any) -> int:
-    return int(device.process_index)
 
 
 def _within_slice(group: list[Any], coordinates: list[Any], chip: Chip) -> float:
@@ -198,9 +190,8 @@ def _tpus(text: str, chip: Chip, shape: tuple[int, ...], slices: int) -> list[An
     try:
         topology = topologies.get_topology_desc(text, "tpu", **settings)
     except jax.errors.JaxRuntimeError as error:
-        raise InputError(
-            f"--topology={text}: the TPU compiler says: {_first_line(error)}; try {_examples(chip)}"
-        ) from None
+        reason = str(error).strip().splitlines()[0].removeprefix("INVALID_ARGUMENT: ").rstrip(".")
+        raise InputError(f"--topology={text}: the TPU compiler says: {reason}; try {_examples(chip)}") from None
     return list(topology.devices)
 
 
@@ -241,7 +232,3 @@ def _try_gpu_compiler(text: str, device: Any) -> None:
             f"--topology={text}: {missing[0]} is not installed, which the GPU compiler needs: "
             "pip install -e '.[plan-cuda]'"
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].removeprefix("INVALID_ARGUMENT: ").rstrip(".")
