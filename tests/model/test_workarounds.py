@@ -11,9 +11,13 @@ from tests.small import mesh_of
 from train.devices.rules import TRAINING
 
 
-@pytest.mark.xfail(strict=True, reason="XLA drops a reduction: see https://github.com/openxla/xla/issues/40034")
+@pytest.mark.xfail(
+    jax.__version_info__ < (0, 12),
+    strict=True,
+    reason="XLA drops a reduction: see https://github.com/openxla/xla/issues/40034; JAX 0.12.0.1 does not",
+)
 def test_unreduced_arrays_may_move_between_shards_before_they_are_summed():
-    """If this passes: `model.embedding.Exchange.split` needs one reshard."""
+    """Once JAX 0.10 is no longer supported, `model.embedding.Exchange.split` needs one reshard."""
     random = np.random.default_rng(0)
     a, b = random.normal(size=(8, 6)).astype(np.float32), random.normal(size=(8, 16)).astype(np.float32)
 
