@@ -26,6 +26,8 @@ class LlamaCpp:
         settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
         settings.verbosity = -1
         self._server = library.Server(settings)
+        # Destroyed before its loop has started, the server would wait for the end of that loop forever.
+        self.continued([1], 1)
 
     def continued(self, prompt: list[int], tokens: int) -> list[int]:
         """So many tokens, each the most likely one, whatever they are."""
