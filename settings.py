@@ -72,6 +72,7 @@ def bounds_text(field: dataclasses.Field) -> str:
             return f"in [{b['at_least']}, {b['below']})"
         case [name]:
             return f"{name.replace('_', ' ')} {b[name]}"
+    assert not b, f"{field.name}: no words for bounds {b}"
     return ""
 
 

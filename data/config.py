@@ -99,7 +99,7 @@ class DataConfig:
 
 
 class ResolvedDataConfig(DataConfig):
-    """The same fields with the number of streams filled in. The annotation narrows the type for type checkers alone."""
+    """Resolved settings of the data. The annotation narrows the type of `DataConfig`, for type checkers alone."""
 
     num_streams: int
 

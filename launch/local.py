@@ -23,6 +23,7 @@ from data.errors import InputError
 from data.files.remote import protocol
 from launch.commands import parse
 from launch.presets import load_config
+from train.devices.processes import share_of_gpus
 from train.run.run_name import CONFIG_FILE, read_config
 
 DONE, USERS_ERROR, PREEMPTED = 0, 2, 75
@@ -73,8 +74,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def process_environment(environment: Mapping[str, str], process: int, processes: int) -> dict[str, str]:
     """Returns the environment of one process: its number, and its share of the machine's GPUs."""
-    from train.devices.processes import share_of_gpus
-
     gpus = share_of_gpus(environment, process, processes)
     return {
         **environment,

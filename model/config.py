@@ -209,10 +209,10 @@ class ModelConfig:
 
 
 class ResolvedModelConfig(ModelConfig):
-    """The same fields with every derived one filled in: what the model is built from.
+    """Resolved settings, from which the model is built.
 
-    The annotations narrow the types for type checkers alone. `vocab_size` and `loss_chunk` follow from a tokenizer; a
-    config that was resolved without one must not use them.
+    The annotations narrow types of `ModelConfig`, for type checkers alone. `vocab_size` and `loss_chunk` follow from a
+    tokenizer; a config that was resolved without one must not use them.
     """
 
     num_kv_heads: int

@@ -18,7 +18,7 @@ from data.mixture import MixedStream, Mixture, corpus_field, initial_positions, 
 from data.tokenizer.tokenizer import Tokenizer
 from train.config.changes import Change, table
 from train.config.config import Config, ResolvedConfig, config_fields
-from train.devices.processes import on_first_process
+from train.devices.collectives import on_first_process
 from train.run.folder import HeldOutDocument, Run
 from train.run.run_name import split_name
 from train.run.step_log import read_step_log

@@ -14,8 +14,8 @@ from train.checkpoint.checkpoint import Checkpoints
 from train.config.config import Config
 from train.data_identity import RunInputs, data_fingerprint
 from train.devices.agreement import Agreement
+from train.devices.collectives import all_gather_json, on_first_process
 from train.devices.mesh import batch_sharding, make_mesh
-from train.devices.processes import all_gather_json, on_first_process
 from train.devices.rules import training_layout
 from train.display import Display, opening_lines
 from train.evaluations import Evaluations

@@ -18,7 +18,7 @@ from data.tokenizer.training import train_tokenizer
 from train.config.changes import changes_of, table
 from train.config.config import Config
 from train.data_identity import ACCEPT, ANOTHER_RUN, RunInputs, check_same_everywhere, identity_of, log
-from train.devices.processes import on_first_process
+from train.devices.collectives import on_first_process
 from train.evaluation.documents import choose_held_out, take_bytes
 from train.evaluation.tasks import open_run_tasks
 from train.fork import check_fork, check_not_own_parent, parent_of

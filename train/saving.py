@@ -9,7 +9,7 @@ from data.loader import gather_positions
 from train.checkpoint.checkpoint import Checkpoints
 from train.checkpoint.replicas import check_replicas, is_finite
 from train.data_identity import data_fingerprint
-from train.devices.processes import all_gather_json
+from train.devices.collectives import all_gather_json
 from train.run.events import Events
 from train.run.ledger import Ledger
 from train.run.step_log import StepLog

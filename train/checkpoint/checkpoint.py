@@ -32,7 +32,7 @@ from train.checkpoint.checkpoint_reader import CheckpointReader
 from train.checkpoint.checksum import DIGEST_KEY, check_progress_digest, checksums, progress_digest
 from train.checkpoint.trees import restore_structure, to_plain_tree
 from train.config.config import CheckpointConfig
-from train.devices.processes import all_gather_json, broadcast_json, on_first_process
+from train.devices.collectives import all_gather_json, broadcast_json, on_first_process
 from train.run.storage import PathLike, is_remote, storage_errors, uncached_listings
 from train.step.state import State
 

@@ -48,7 +48,7 @@ class Config:
 
 
 class ResolvedConfig(Config):
-    """The same groups with every derived field filled in. The annotations narrow types for type checkers alone."""
+    """Resolved settings of a run. The annotations narrow types of `Config`, for type checkers alone."""
 
     model: ResolvedModelConfig
     data: ResolvedDataConfig

@@ -1,16 +1,14 @@
-"""The processes of a run: collectives between hosts, and how they join by `ziggurat launch`, Slurm or a TPU pod."""
+"""The processes of a run: how they join by `ziggurat launch`, Slurm or a TPU pod, and share a machine's GPUs.
 
-import json
+JAX is imported only when a process joins: the launcher, which shares out GPUs by the same rule, does without.
+"""
+
 import os
 import re
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from data.errors import InputError
 
@@ -22,31 +20,6 @@ METADATA_SECONDS = 2.0
 JOIN_SECONDS = 900
 
 
-def on_first_process(action: Callable[[], Any]) -> None:
-    """Runs an action on process 0; a barrier makes the others wait until it is done."""
-    if jax.process_index() == 0:
-        action()
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("once")
-
-
-def all_gather_json(value: Any) -> list[Any]:
-    """All-gathers JSON values; returns them by process. All processes call it together."""
-    if jax.process_count() == 1:
-        return [value]
-    mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.array([mine.size]))[:, 0]
-    padded = np.zeros(sizes.max(), np.uint8)
-    padded[: mine.size] = mine
-    everyones = multihost_utils.process_allgather(padded)
-    return [json.loads(text[:size].tobytes()) for text, size in zip(everyones, sizes.tolist(), strict=True)]
-
-
-def broadcast_json(make: Callable[[], Any]) -> Any:
-    """Broadcasts a JSON value that process 0 makes. All processes call it together."""
-    return all_gather_json(make() if jax.process_index() == 0 else None)[0]
-
-
 def join_processes() -> None:
     """Connects to the other processes of this run, if there are any.
 
@@ -56,6 +29,8 @@ def join_processes() -> None:
     joining = join_arguments(os.environ)
     if joining is None:
         return
+    import jax
+
     # Otherwise JAX takes SIGTERM as a notice of preemption, which nothing acts on, and the process does not end.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(**joining, initialization_timeout=JOIN_SECONDS)

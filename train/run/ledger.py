@@ -16,7 +16,7 @@ from typing import Any
 from data.errors import Fault, InputError
 from data.files.atomic import atomic_file
 from train.config.recovery_config import RecoveryConfig
-from train.devices.processes import broadcast_json, on_first_process
+from train.devices.collectives import broadcast_json, on_first_process
 from train.run.storage import storage_errors
 from train.step.spike_detector import Anomaly
 
