@@ -76,6 +76,7 @@ def test_a_run_on_several_processes_and_moved_between_meshes_is_the_run_on_one_d
     on_devices(1, one)
     # Every row's positions are shared by the devices of both processes.
     assert_same_curve(on_processes(2, 2, two, "--config.mesh.context=4"), one)
+    assert {record.get("slowest_process") for record in metrics(two)} <= {0, 1}
     # It resumes at step 8 on more processes: two have a slice, and share its heads and its vocabulary.
     shared = ["--config.mesh.slices=2", "--config.mesh.tensor=2", "--config.evaluation.sample_tokens=3"]
     four = on_processes(4, 1, back_to(8, two, tmp_path / "four"), *shared)
