@@ -32,14 +32,14 @@ def setting(
     Args:
         default: value of a config that does not set the field; a dictionary is copied for each config.
         help: one clause with units.
-        resume: what happens if a resumed run changes the field: "frozen" refuses it, "warn" accepts it with a
+        resume: the effect of a change to the field on resume: "frozen" refuses it, "warn" accepts it with a
             warning, "free" accepts it silently.
         at_least: smallest value allowed.
         at_most: largest value allowed.
         above: exclusive lower bound.
         below: exclusive upper bound.
         choices: all values allowed, for a text.
-        unset: what a default of None stands for, in words.
+        unset: the meaning of a default of None, in words.
     """
     bounds = {"at_least": at_least, "at_most": at_most, "above": above, "below": below}
     metadata = {"help": help, "resume": resume, "choices": choices, "bounds": bounds, "unset": unset}

@@ -153,7 +153,7 @@ class MixedStream:
     """One of V virtual readers of all corpora.
 
     Attributes:
-        ended: for each corpus, true if it has ended in this stream.
+        ended: one flag per corpus, true if the corpus has ended in this stream.
     """
 
     def __init__(self, mixture: Mixture, streams: Sequence[Stream], positions: np.ndarray):

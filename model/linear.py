@@ -19,7 +19,7 @@ class Linear(nnx.Module):
         equation: an einsum such as "btd,df->btf".
         weights: the arrays of the floor: `name` and, if the map has a bias, `name`_bias.
         axes: logical axes of the weight, in its order.
-        sums_over: where the result is residuals [B, T, D], the axis of the weight that is summed over.
+        sums_over: the weight's axis that is summed over, if the result is residuals [B, T, D].
     """
 
     multiply = staticmethod(product)

@@ -43,8 +43,8 @@ class Request:
     Attributes:
         tokens: prompt and continuation.
         window: the newest of `tokens`, which the model sees; the cache may not hold the last yet.
-        cache_length: how many tokens of the window the cache holds.
-        num_drawn: how many of `tokens` were drawn.
+        cache_length: number of tokens of the window that the cache holds.
+        num_drawn: number of `tokens` that were drawn.
     """
 
     prompt_index: int
@@ -103,9 +103,9 @@ class Generator:
         Args:
             prompts: token ids of each prompt, at least one.
             max_new_tokens: the limit of each continuation.
-            sampling: how tokens are drawn.
+            sampling: the settings by which tokens are drawn.
             seed: the seed of the random keys.
-            batch_size: how many prompts are continued at once, at most.
+            batch_size: the most prompts that are continued at once.
             stopped: indices of prompts that need no more tokens; the caller may add to it after each delta.
         """
         requests = [Request(i, [*prompt], [*prompt][-self.context :]) for i, prompt in enumerate(prompts)]

@@ -15,7 +15,7 @@ class Chip:
         device_kinds: JAX's names of the device.
         platform: tpu, gpu or cpu.
         peak_flops: FLOP/s of dense products in bfloat16.
-        memory_bytes: for a TPU, what the compiler lets a program use; otherwise all memory of the device.
+        memory_bytes: the memory that the compiler lets a program use on a TPU; otherwise all memory of the device.
         memory_bandwidth: bytes/s, from the data sheet.
         link_bandwidth: bytes/s that a device can send to others of its slice or host. For a TPU, along one dimension of
             the torus that closes to a ring, in both directions; for a GPU, over all its NVLinks.

@@ -97,7 +97,7 @@ class Operation:
         host_bytes: bytes moved between the device's memory and the host's.
         asynchronous: true if it runs until another operation waits for it.
         waits_for: name of the asynchronous operation that ends with this one.
-        trips: how often the body runs.
+        trips: number of times that the body runs.
     """
 
     name: str

@@ -94,7 +94,7 @@ def storage_errors(what: str, place: PathLike) -> Iterator[None]:
     """Raises StorageError for an error of the file system of `place`; other errors pass.
 
     Args:
-        what: what is being written, for the message.
+        what: the thing that is being written, for the message.
         place: the file or folder that it is written to.
     """
     try:
