@@ -1,0 +1,113 @@
+"""Small wrong changes, planted one at a time: how many of them do the tests notice?
+
+    python -m tests.benchmarks.mutations              # all of mutations.toml: about an hour on two cores
+    python -m tests.benchmarks.mutations stream loss  # those whose file or meaning has one of these words
+
+Each change replaces one text, which stands once in its file, in a copy of the checkout, and the tests that its entry
+names are run there until the first fails. A change is killed when a test fails or runs out of time; it lives when all
+pass. The same tests must pass without it. The last line is one JSON object; the status is 1 where fewer than nine of
+ten were killed, or where an entry no longer fits the code.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLE = Path(__file__).with_suffix(".toml")
+SECONDS, WORKERS, AIM = 900, os.cpu_count() or 1, 0.9
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One wrong change: the text `before` of `file` becomes `after`; `tests` are paths and node ids of pytest."""
+
+    file: str
+    before: str
+    after: str
+    tests: list[str]
+    meaning: str
+
+    def problem(self) -> str | None:
+        """Returns why this entry cannot be planted; None where it can."""
+        count = (ROOT / self.file).read_text().count(self.before) if (ROOT / self.file).is_file() else 0
+        missing = [test for test in self.tests if not (ROOT / test.partition("::")[0]).exists()]
+        if missing:
+            return f"there is no {missing[0]}"
+        return None if count == 1 else f"its text stands {count} times in {self.file}"
+
+
+def read_table(words: list[str]) -> list[Mutation]:
+    """Returns the entries of the table whose file or meaning has one of the words; all of them where there are none."""
+    entries = [Mutation(**entry) for entry in tomllib.loads(TABLE.read_text())["mutation"]]
+    return [m for m in entries if not words or any(word in m.file + m.meaning for word in words)]
+
+
+def copy_checkout(folder: Path) -> None:
+    """Copies the files that git knows into a folder."""
+    listing = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    for name in filter(lambda name: (ROOT / name).is_file(), listing.stdout.splitlines()):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    # The programs that the suite has compiled.
+    (folder / ".pytest_cache").symlink_to(ROOT / ".pytest_cache")
+
+
+def tests_pass(folder: Path, tests: list[str]) -> bool:
+    """Returns whether the tests pass in a copy; a run out of time does not pass."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
+    try:
+        done = subprocess.run(
+            command, cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)}, capture_output=True, timeout=SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    if done.returncode not in (0, 1):
+        raise RuntimeError(f"pytest ended with {done.returncode}:\n{done.stdout.decode()[-2000:]}")
+    return done.returncode == 0
+
+
+def is_killed(mutation: Mutation) -> bool:
+    """Plants a change in a copy of its own, and returns whether the tests notice."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copy_checkout(folder)
+        file = folder / mutation.file
+        file.write_text(file.read_text().replace(mutation.before, mutation.after))
+        return not tests_pass(folder, mutation.tests)
+
+
+def main(words: list[str]) -> int:
+    mutations = read_table(words)
+    problems = [f"{m.file} ({m.meaning}): {problem}" for m in mutations if (problem := m.problem())]
+    if problems or not mutations:
+        print("\n".join(problems) or "no entry has these words")
+        return 1
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        copy_checkout(Path(name))
+        if not tests_pass(Path(name), sorted({test for m in mutations for test in m.tests})):
+            print("the tests fail without any change")
+            return 1
+    killed = 0
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for number, (mutation, is_dead) in enumerate(zip(mutations, pool.map(is_killed, mutations), strict=True), 1):
+            killed += is_dead
+            verdict = "killed" if is_dead else "LIVES"
+            print(f"{number:3}  {verdict:6}  {mutation.file:40}  {mutation.meaning}", flush=True)
+    share = killed / len(mutations)
+    seconds = round(time.monotonic() - begun)
+    print(json.dumps({"killed": killed, "planted": len(mutations), "share": round(share, 3), "seconds": seconds}))
+    return int(share < AIM)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
