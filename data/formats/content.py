@@ -19,13 +19,7 @@ ReadResult = tuple[int, RawDocument | BadText]
 
 @dataclass(frozen=True)
 class Fields:
-    """The fields that hold a document.
-
-    Attributes:
-        text: name of the field or column of the text.
-        prompt: name of the field or column of the prompt, or None.
-        separator: line between two documents of a .txt; None if the file is one document.
-    """
+    """The fields or columns that hold a document's text and prompt, and the line between two documents of a .txt."""
 
     text: str = "text"
     prompt: str | None = None

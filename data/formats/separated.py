@@ -3,21 +3,17 @@
 Neither that line nor the line end before it belongs to a document. Empty documents are ignored.
 """
 
+import codecs
 from collections.abc import Iterator
 from typing import BinaryIO
 
 from data.errors import BadText
 from data.files.listing import File, open_file
 from data.formats.content import RawDocument, ReadResult
-from data.formats.jsonl import BYTE_ORDER_MARK
 
 
 def first_document(file: File, begin: int, end: int, separator: str) -> int:
-    """Returns the byte at which the first document from `begin` on (above 0) begins, or at least `end` without one.
-
-    Raises:
-        InputError, BadText: as `open_file`.
-    """
+    """Returns the byte at which the first document from `begin` on (above 0) begins, or at least `end` without one."""
     # A separator that ends at `begin` or later begins here or later.
     at = max(begin - len(separator.encode()) - 2, 0)
     with open_file(file, max(at - 1, 0), end) as stream:
@@ -31,12 +27,10 @@ def first_document(file: File, begin: int, end: int, separator: str) -> int:
 
 
 def read_separated(stream: BinaryIO, at: int, end: int | None, separator: str | None) -> Iterator[ReadResult]:
-    """Yields (byte, document or problem) for each document that begins before a byte.
+    """Yields (byte, document or problem) for each document that begins before `end`, if given.
 
     Args:
-        stream: a stream at the beginning of a document.
-        at: byte offset of that document.
-        end: end of the range, or None for all documents.
+        stream: a stream at the beginning of a document, whose byte offset is `at`.
         separator: the separating line; None if the rest is one document.
     """
     while end is None or at < end:
@@ -48,7 +42,7 @@ def read_separated(stream: BinaryIO, at: int, end: int | None, separator: str | 
             if not ends:
                 lines.append(line)
         content = b"".join(lines)
-        mark = len(BYTE_ORDER_MARK) if begin == 0 and content.startswith(BYTE_ORDER_MARK) else 0
+        mark = len(codecs.BOM_UTF8) if begin == 0 and content.startswith(codecs.BOM_UTF8) else 0
         if separator is not None:
             content = _without_end(content)
         try:

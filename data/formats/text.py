@@ -1,4 +1,4 @@
-"""Plain text: a file is one document, which can be read in pieces."""
+"""Plain text: a file is one document, which can be read in pieces. All functions raise as `open_file`."""
 
 from data.errors import BadText
 from data.files.listing import File, open_file
@@ -11,9 +11,6 @@ def piece_start(file: File, at: int, end: int) -> int:
     """Returns the byte at which a piece begins that should begin at `at`: after the line that holds it.
 
     In a very long line it begins at the next character. The result is from 0 to `end`.
-
-    Raises:
-        InputError, BadText: as `open_file`.
     """
     if at <= 0 or at >= end:
         return min(max(at, 0), end)
@@ -25,11 +22,7 @@ def piece_start(file: File, at: int, end: int) -> int:
 
 
 def next_character(file: File, at: int, end: int) -> int:
-    """Returns the first byte from `at` on at which a character begins, at most `end`.
-
-    Raises:
-        InputError, BadText: as `open_file`.
-    """
+    """Returns the first byte from `at` on at which a character begins, at most `end`."""
     with open_file(file, at, end) as stream:
         after = stream.read(min(LINE_BYTES, end - at))
     # A character's later bytes are 10xxxxxx.
@@ -37,12 +30,7 @@ def next_character(file: File, at: int, end: int) -> int:
 
 
 def read_text(file: File, begin: int, end: int) -> str:
-    """Returns the text of a byte range.
-
-    Raises:
-        BadText: the bytes are not UTF-8, or as `open_file`.
-        InputError: as `open_file`.
-    """
+    """Returns the text of a byte range. Raises BadText if it is not UTF-8, and as `open_file`."""
     with open_file(file, begin, end) as stream:
         content = stream.read(end - begin)
     try:
