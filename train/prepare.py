@@ -12,7 +12,7 @@ from data.files.atomic import atomic_file, partial_of
 from data.files.writable import why_not_writable
 from data.formats.stdlib import snapshot_stdlib
 from data.mixture import Mixture, open_mixture
-from data.tokenizer.folder import copy_tokenizer, holds_tokenizer, load_tokenizer
+from data.tokenizer.folder import holds_tokenizer, load_tokenizer, write_tokenizer
 from data.tokenizer.tokenizer import Tokenizer
 from data.tokenizer.training import train_tokenizer
 from train.config.changes import changes_of, table
@@ -190,7 +190,7 @@ def run_tokenizer(config: Config, run: Run, mixture: Mixture) -> Tokenizer:
     def make() -> None:
         parent = folder_of_parent(config)
         if source := parent.tokenizer if parent else path:
-            copy_tokenizer(load_tokenizer(source), run.tokenizer)
+            write_tokenizer(load_tokenizer(source).files(), run.tokenizer)
         else:
             train_run_tokenizer(config, mixture, run.tokenizer)
 
