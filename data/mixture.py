@@ -19,7 +19,7 @@ from data.config import ResolvedDataConfig, stages, weight_at
 from data.corpus import Corpus, Document, open_corpus
 from data.errors import InputError
 from data.segmenter import SegmentPart
-from data.stream import Stream, StreamPosition, Tokenize, open_readers
+from data.stream import Rows, Stream, StreamPosition, Tokenize, open_readers
 
 # Credits are integers, so that they are the same on every machine; a row costs this many.
 CREDITS_PER_ROW = 2**32
@@ -152,7 +152,7 @@ class MixedStream:
         ended: one flag per corpus, true if the corpus has ended in this stream.
     """
 
-    def __init__(self, mixture: Mixture, streams: Sequence[Stream], positions: np.ndarray):
+    def __init__(self, mixture: Mixture, streams: Sequence[Rows], positions: np.ndarray):
         self._mixture, self._streams = mixture, streams
         self._positions = positions[:, :-1].copy()
         self._credits = positions[:, -1].tolist()
@@ -186,9 +186,9 @@ def open_streams(
     positions: np.ndarray,
 ) -> dict[int, MixedStream]:
     """Opens the streams with some indices, from positions [V, K, `POSITION_SIZE`] on."""
-    by_stream: dict[int, list[Stream]] = {v: [] for v in streams}
+    rows: dict[int, list[Rows]] = {v: [] for v in streams}
     for k, source in enumerate(mixture.sources):
         starts = {v: StreamPosition(*positions[v, k, :-1].tolist()) for v in streams}
         for v, reader in open_readers(source.corpus, source.config, seed, starts).items():
-            by_stream[v].append(Stream(reader, tokenize, bos_id, eos_id, source.config, v, starts[v]))
-    return {v: MixedStream(mixture, of_stream, positions[v]) for v, of_stream in by_stream.items()}
+            rows[v].append(Stream(reader, tokenize, bos_id, eos_id, source.config, v).rows(starts[v]))
+    return {v: MixedStream(mixture, rows[v], positions[v]) for v in streams}

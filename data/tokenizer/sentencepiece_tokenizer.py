@@ -79,7 +79,7 @@ class SentencePieceTokenizer(Tokenizer):
     def _bytes(self) -> list[bytes]:
         def of_piece(i: int, piece: str) -> bytes:
             if self._model.IsByte(i):
-                return bytes([int(piece[3:5], 16)])
+                return bytes.fromhex(piece[3:5])
             if self._model.IsControl(i):
                 return b""
             return plain_text(piece).encode()
