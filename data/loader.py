@@ -4,6 +4,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -112,14 +113,14 @@ class Loader:
         rows, positions, left, skipped = self._read(step, size)
         shape = (size, self._config.segment_length)
 
-        def array(name: str) -> jax.Array:
-            def shard(index: tuple[slice, ...] | None) -> np.ndarray:
-                assert index is not None
-                return np.stack([rows[b][name] for b in range(size)[index[0]]])[:, index[1]]
+        def shard(name: str, index: Any) -> np.ndarray:
+            return np.stack([rows[b][name] for b in range(size)[index[0]]])[:, index[1]]
 
-            return jax.make_array_from_callback(shape, self._sharding, shard)
-
-        return LoadedBatch({name: array(name) for name in next(iter(rows.values()))}, positions, left, left, skipped)
+        batch: dict[str, jax.Array] = {
+            name: jax.make_array_from_callback(shape, self._sharding, partial(shard, name))
+            for name in next(iter(rows.values()))
+        }
+        return LoadedBatch(batch, positions, left, left, skipped)
 
     def _read(self, step: int, size: int) -> tuple[dict[int, Segment], np.ndarray, np.ndarray, list[dict[str, Any]]]:
         """Returns the rows of this process's streams by their index in the batch, and the rest of `LoadedBatch`."""
@@ -152,10 +153,8 @@ class Loader:
 
 def gather_positions(positions: np.ndarray) -> np.ndarray:
     """All-gathers the positions of all streams; all processes call it together."""
-    if jax.process_count() == 1:
-        return positions
     # JAX has no 64-bit integers by default, so they are gathered as two halves.
-    halves = np.asarray(multihost_utils.process_allgather(positions.view(np.int32)))
+    halves = multihost_utils.process_allgather(positions.view(np.int32))
     return np.ascontiguousarray(halves).view(np.int64).max(axis=0)
 
 
@@ -163,5 +162,4 @@ def corpus_has_ended(left: np.ndarray, mixture: Mixture) -> bool:
     """True if a corpus with a number of epochs has ended in all streams; all processes call it together."""
     if not mixture.is_bounded:
         return False
-    everywhere = multihost_utils.process_allgather(left) if jax.process_count() > 1 else left[None]
-    return bool((np.asarray(everywhere).sum(axis=0) == 0).any())
+    return not multihost_utils.process_allgather(left).sum(axis=0).all()

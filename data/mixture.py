@@ -9,14 +9,14 @@ A position is a `StreamPosition` for each corpus, and the credit of the corpus.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from data.config import ResolvedDataConfig, stages, weight_at
-from data.corpus import Corpus, Document, open_corpus
+from data.corpus import Corpus, open_corpus
 from data.errors import InputError
 from data.segmenter import SegmentPart
 from data.stream import Rows, Stream, StreamPosition, Tokenize, open_readers
@@ -71,16 +71,6 @@ class Mixture:
     def fingerprints(self) -> dict[str, str]:
         """Returns the fingerprint of each corpus by its name in messages."""
         return {corpus_field(source.name): source.corpus.fingerprint for source in self.sources}
-
-    def held_out(self) -> Iterator[tuple[str, Iterator[Document]]]:
-        """Yields (name, held-out documents) for each corpus."""
-        for source in self.sources:
-            yield source.name, source.corpus.held_out()
-
-    def check(self) -> None:
-        """Raises InputError if a local corpus of moderate size is damaged or has nothing to train on."""
-        for source in self.sources:
-            source.corpus.check()
 
     @property
     def skipped(self) -> int:

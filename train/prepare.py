@@ -44,7 +44,8 @@ def prepare_run(config: Config, run: Run, lease: Lease) -> RunInputs:
     # A run exists from its first checkpoint on. Whatever a start without one has left is made again.
     is_new = run.last_step() is None
     if is_new:
-        mixture.check()
+        for source in mixture.sources:
+            source.corpus.check()
         if config.train.init_from:
             check_fork(config)
     on_first_process(lease.take)

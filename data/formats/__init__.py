@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from data.errors import BadText
 from data.files.listing import File, is_local, open_file
-from data.formats import jsonl, parquet, separated
+from data.formats import jsonl, parquet, text
 from data.formats.compression import COMPRESSIONS, open_text, skip_bytes
 from data.formats.content import Fields as Fields
 from data.formats.content import RawDocument as RawDocument
@@ -54,7 +54,7 @@ def read_documents(file: File, begin: int, end: int, fields: Fields, place: int 
             if format_ == ".jsonl":
                 yield from jsonl.read_jsonl(stream, place, None, fields)
             else:
-                yield from separated.read_separated(stream, place, None, fields.separator)
+                yield from text.read_separated(stream, place, None, fields.separator)
     elif format_ == ".jsonl":
         at = place if place >= begin else begin - 1
         with open_file(file, at, end) as stream:
@@ -64,10 +64,10 @@ def read_documents(file: File, begin: int, end: int, fields: Fields, place: int 
             yield from jsonl.read_jsonl(stream, at, end, fields)
     else:
         assert fields.separator is not None
-        at = place if place >= begin else separated.first_document(file, begin, end, fields.separator)
+        at = place if place >= begin else text.first_document(file, begin, end, fields.separator)
         if at < end:
             with open_file(file, at, end) as stream:
-                yield from separated.read_separated(stream, at, end, fields.separator)
+                yield from text.read_separated(stream, at, end, fields.separator)
 
 
 def line_number(file: File, offset: int) -> int:

@@ -1,7 +1,6 @@
 """Compressed text: .gz, .zst and .xz, decompressed while it is read."""
 
 import gzip
-import importlib
 import io
 import lzma
 import sys
@@ -9,8 +8,9 @@ import zlib
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-from data.errors import BadText, InputError
+from data.errors import BadText
 from data.files.listing import File, open_file
+from data.formats.content import import_reader
 
 COMPRESSIONS = (".gz", ".zst", ".xz")
 BLOCK_BYTES = 2**17
@@ -87,7 +87,8 @@ class _Decompressed(io.RawIOBase):
             self._errors = (lzma.LZMAError,)
             self._stream = _Streams(raw, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ))
         else:
-            zstd = _zstd()
+            name = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
+            zstd = import_reader(name, ending, "backports.zstd")
             self._errors = (zstd.ZstdError,)
             options = {zstd.DecompressionParameter.window_log_max: WINDOW_LOG}
             self._stream = _Streams(raw, lambda: zstd.ZstdDecompressor(options=options))
@@ -109,11 +110,3 @@ class _Decompressed(io.RawIOBase):
     def close(self) -> None:
         self._raw.close()
         super().close()
-
-
-def _zstd() -> Any:
-    name = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError:
-        raise InputError("a package is missing that reads .zst: pip install backports.zstd") from None

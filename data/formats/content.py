@@ -1,9 +1,10 @@
 """Documents as they are read from a file, and the names of the fields that hold them."""
 
+import importlib
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from data.errors import BadText
+from data.errors import BadText, InputError
 
 
 class RawDocument(NamedTuple):
@@ -24,3 +25,11 @@ class Fields:
     text: str = "text"
     prompt: str | None = None
     separator: str | None = None
+
+
+def import_reader(name: str, ending: str, install: str) -> Any:
+    """Imports an optional package that reads files with an ending. Raises InputError if it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        raise InputError(f"a package is missing that reads {ending}: pip install {install}") from None

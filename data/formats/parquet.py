@@ -3,15 +3,14 @@
 A row group belongs to the byte range that holds its first byte.
 """
 
-import importlib
 import itertools
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from data.errors import BadText, InputError
+from data.errors import BadText
 from data.files.listing import File, open_file, set_expected_end
-from data.formats.content import Fields, RawDocument, ReadResult
+from data.formats.content import Fields, RawDocument, ReadResult, import_reader
 
 # Text of a row group that is decoded at once, and read ahead of a column.
 BATCH_BYTES = 2**22
@@ -124,7 +123,5 @@ def _document(batch: Any, row: int, fields: Fields) -> RawDocument | BadText:
 
 
 def _pyarrow() -> tuple[Any, Any]:
-    try:
-        return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
-    except ModuleNotFoundError:
-        raise InputError("a package is missing that reads .parquet: pip install -e '.[parquet]'") from None
+    arrow, parquet = (import_reader(name, ".parquet", "-e '.[parquet]'") for name in ("pyarrow", "pyarrow.parquet"))
+    return arrow, parquet
