@@ -52,7 +52,6 @@ class Document:
 
     Attributes:
         text: the text, which is not empty.
-        file: index of its file.
         place: byte offset in the file (or in the content of a compressed file), or row of a .parquet.
         ends: true if the document ends with it; otherwise its next piece is in another chunk, or held out.
         prompt: text that precedes it and is not trained on.
@@ -95,8 +94,8 @@ class Corpus:
     """
 
     def __init__(self, files: list[File], config: ResolvedDataConfig):
-        self.files, self.size = files, sum(file.size for file in files)
-        self._config = config
+        self.files, self._config = files, config
+        self.size = sum(file.size for file in files)
         self._fields = formats.Fields(config.text_field, config.prompt_field, config.text_separator)
         self.skipped: set[tuple[int, int | str]] = set()
         # The byte at which each file's training part ends.
@@ -252,15 +251,13 @@ class Corpus:
             self._bad(number, None, error)
 
     def _piece(self, number: int, begin: int, end: int) -> Iterator[Document]:
-        """Yields the text of a piece of a .txt, unless it is empty."""
+        """Yields a piece of a .txt, unless it is empty."""
         file = self.files[number]
         try:
-            content = text.read_text(file, begin, end) if begin < end else ""
+            if begin < end:
+                yield Document(text.read_text(file, begin, end), number, begin, ends=end == file.size)
         except BadText as error:
             self._bad(number, begin, error)
-            return
-        if content:
-            yield Document(content, number, begin, ends=end == file.size)
 
     def _bad(self, number: int, place: int | None, problem: BadText) -> None:
         """Raises InputError, or logs once that a document (or, without a place, the rest of a chunk) is skipped."""

@@ -83,10 +83,7 @@ def _describe_part(corpus: Corpus, tokenizer: Tokenizer, part: SegmentPart) -> d
 def summarize(
     mixture: Mixture, tokenizer: Tokenizer, seed: int, tokens_of_steps: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Summarizes each corpus from a sample of its chunks.
-
-    Args:
-        tokens_of_steps: number of positions in each step's batch.
+    """Summarizes each corpus from a sample of its chunks, given the number of positions in each step's batch.
 
     Returns:
         For each corpus: "corpus" (its listing), "sampled_documents" and "sampled_bytes" (UTF-8, prompts included);

@@ -60,11 +60,9 @@ def make_pairs(
 
 
 def concatenate(documents: Iterable[DocumentPairs], config: DataConfig) -> Iterator[tuple[list[SegmentPart], int]]:
-    """Concatenates all documents and cuts them into rows.
+    """Yields (parts of a row, pair of the newest document with which the next row begins) of concatenated documents.
 
-    Yields:
-        (parts of a row, pair of the newest document with which the next row begins). At the end of the documents, the
-        last row may hold fewer pairs.
+    The last row may hold fewer pairs.
     """
     T = config.segment_length
     parts: list[SegmentPart] = []

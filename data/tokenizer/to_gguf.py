@@ -9,6 +9,7 @@
 llama.cpp writes a space as U+2581, as SentencePiece does, and does not escape a real one: it reads it as a space.
 """
 
+import itertools
 from typing import Any
 
 from data.errors import InputError
@@ -42,7 +43,6 @@ def gguf_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     num_unused = vocab_size - tokenizer.vocab_size
     kinds = [*tokenizer.token_kinds, *["unused"] * num_unused]
     texts = [*tokenizer.pieces, *[""] * num_unused]
-    # The token that precedes every document in training.
     metadata: dict[str, Any] = {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
@@ -103,7 +103,7 @@ def _scores(tokenizer: HuggingFaceTokenizer) -> list[float]:
     made = [one + other for one, other in pairs]
     order = list(dict.fromkeys(made))
     # SentencePiece joins every pair that makes a piece, and those that make the same one at the same time.
-    grouped = [piece for i, piece in enumerate(made) if not i or made[i - 1] != piece]
+    grouped = [piece for piece, _ in itertools.groupby(made)]
     kinds = zip(tokenizer.pieces, tokenizer.token_kinds, strict=True)
     every = merge_pairs(piece for piece, kind in kinds if kind in ("piece", "whole"))
     if grouped != order or set(every) != set(pairs):

@@ -15,7 +15,6 @@ from data.tokenizer.tokenizer import END_OF_TEXT, ESCAPES, MODEL_FILE, SPACE, To
 
 # Number of vocabulary pieces for each whitespace piece.
 PIECES_PER_WHITESPACE = 64
-CHARACTER_COVERAGE = 0.9995
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int, folder: Path) -> Tokenizer:
@@ -61,7 +60,7 @@ def _train(texts: Sequence[str], vocab_size: int, whole: Sequence[str]) -> bytes
             byte_fallback=True,
             # Pieces such as "self." and "):" make code a tenth shorter.
             split_by_unicode_script=False,
-            character_coverage=CHARACTER_COVERAGE,
+            character_coverage=0.9995,
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
