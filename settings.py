@@ -7,12 +7,14 @@ Imports the standard library alone, since both `model` and `data` use it.
 
 import copy
 import dataclasses
+import operator
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+WITHIN = {"at_least": operator.ge, "at_most": operator.le, "above": operator.gt, "below": operator.lt}
 
 
 def setting(
@@ -34,21 +36,15 @@ def setting(
         help: one clause with units.
         resume: the effect of a change to the field on resume: "frozen" refuses it, "warn" accepts it with a
             warning, "free" accepts it silently.
-        at_least: smallest value allowed.
-        at_most: largest value allowed.
-        above: exclusive lower bound.
-        below: exclusive upper bound.
+        above: exclusive lower bound; `below` is the upper one.
         choices: all values allowed, for a text.
         unset: the meaning of a default of None, in words.
     """
     bounds = {"at_least": at_least, "at_most": at_most, "above": above, "below": below}
     metadata = {"help": help, "resume": resume, "choices": choices, "bounds": bounds, "unset": unset}
-    field: Any
     if isinstance(default, dict):
-        field = dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
-    else:
-        field = dataclasses.field(default=default, metadata=metadata)
-    return field
+        return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def default_of(field: dataclasses.Field) -> Any:
@@ -58,8 +54,7 @@ def default_of(field: dataclasses.Field) -> Any:
 
 def choices_of(config: type, name: str) -> tuple[str, ...]:
     """Returns the values that a field of a config may have."""
-    choices: tuple[str, ...] = {field.name: field for field in dataclasses.fields(config)}[name].metadata["choices"]
-    return choices
+    return next(field.metadata["choices"] for field in dataclasses.fields(config) if field.name == name)
 
 
 def bounds_text(field: dataclasses.Field) -> str:
@@ -91,19 +86,13 @@ def problems_of(group: str, config: Any) -> list[str]:
         choices = field.metadata["choices"]
         if choices and value not in choices:
             problems.append(f"{group}.{field.name} is {value!r}; it must be one of {', '.join(choices)}")
-        elif not _is_within(value, field.metadata["bounds"]):
+        elif not all(bound is None or WITHIN[name](value, bound) for name, bound in field.metadata["bounds"].items()):
             problems.append(f"{group}.{field.name} is {value}; it must be {bounds_text(field)}")
     return problems
 
 
 def unused_problems(group: str, config: Any, unused: Mapping[str, str]) -> list[str]:
-    """Returns one line for every field that is set but has no effect.
-
-    Args:
-        group: name of the config in flags.
-        config: a dataclass of settings.
-        unused: the choice that makes a field useless, by the field's name.
-    """
+    """Returns one line for every field that is set but has no effect; `unused` has the choice that makes it useless."""
     return [
         f"{group}.{field.name} has no effect with {unused[field.name]}; "
         f"leave it at {'none' if field.default is None else field.default}"
@@ -116,11 +105,10 @@ def help_of(field: dataclasses.Field) -> str:
     """Returns the help of a field with its bounds and default, for `--help`."""
     bounds = bounds_text(field)
     default = default_of(field)
-    if default is None:
-        default = field.metadata["unset"]
-    elif isinstance(default, bool):
+    if isinstance(default, bool):
         default = str(default).lower()
-    return f"{field.metadata['help']}{bounds and f'; {bounds}'} (default: {default})"
+    usual = field.metadata["unset"] if default is None else default
+    return f"{field.metadata['help']}{bounds and f'; {bounds}'} (default: {usual})"
 
 
 def kind_of(field: dataclasses.Field) -> str:
@@ -131,13 +119,3 @@ def kind_of(field: dataclasses.Field) -> str:
     kind: Any = field.type
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     return "|".join(names.get(typing.get_origin(k) or k, "none") for k in kinds)
-
-
-def _is_within(value: Any, bounds: Mapping[str, float | None]) -> bool:
-    at_least, at_most, above, below = (bounds[name] for name in ("at_least", "at_most", "above", "below"))
-    return (
-        (at_least is None or value >= at_least)
-        and (at_most is None or value <= at_most)
-        and (above is None or value > above)
-        and (below is None or value < below)
-    )

@@ -1,6 +1,5 @@
 """Settings of the data path: which text, how it becomes tokens, and how tokens become segments."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +7,8 @@ from typing import Any
 from settings import problems_of, setting
 
 # Fields of a corpus in a mixture: the text, its weight, and fields of DataConfig that it may set for itself.
-PER_CORPUS_FIELDS = ("text_field", "prompt_field", "text_separator", "epochs")
+TEXT_FIELDS = ("text_field", "prompt_field", "text_separator")
+PER_CORPUS_FIELDS = (*TEXT_FIELDS, "epochs")
 MIXTURE_FIELDS = ("corpus", "weight", *PER_CORPUS_FIELDS)
 MIXTURE_EXAMPLE = '{"web": {"corpus": "web/*.jsonl", "weight": 3}, "code": {"corpus": "code", "weight": 1}}'
 CORPUS_HELP = "'stdlib' (the running Python's standard library), or a file, folder, glob or URL of text"
@@ -64,10 +64,7 @@ class DataConfig:
     )
     prefetch: int = setting(2, "global batches prepared ahead", resume="free", at_least=1)
     positions_every_steps: int = setting(
-        100,
-        "steps between lines of positions.jsonl, from which `inspect data` starts",
-        resume="free",
-        at_least=1,
+        100, "steps between lines of positions.jsonl, from which `inspect data` starts", resume="free", at_least=1
     )
     accept_changes: bool = setting(
         False, "resume with another corpus or other data settings, from a new epoch on", resume="free"
@@ -83,9 +80,7 @@ class DataConfig:
         problems = problems_of("data", self)
         if self.segment_length == 1 and not self.train_last_position:
             problems.append("data.segment_length is 1; it must be at least 2")
-        for name in ("text_field", "prompt_field", "text_separator"):
-            if problem := _text_problem(name, getattr(self, name)):
-                problems.append(f"data.{name} {problem}")
+        problems += _text_problems("data.", vars(self))
         if not self.corpus:
             problems.append(f"data.corpus is empty; give {CORPUS_HELP}")
         elif isinstance(self.corpus, Mapping):
@@ -116,47 +111,40 @@ def weight_at(step: int, weights: Sequence[tuple[int, float]]) -> float:
 
 def _weight_problems(corpora: Sequence[Sequence[tuple[int, float]]]) -> list[str]:
     """Returns a line that names the first step from which every weight is 0, if there is one."""
-    steps = sorted({step for weights in corpora for step, _ in weights})
-    return [
-        f"data.corpus: from step {step} on every weight is 0; give one corpus more"
-        for step in steps
-        if not any(weight_at(step, weights) for weights in corpora)
-    ][:1]
+    for step in sorted({step for weights in corpora for step, _ in weights}):
+        if not any(weight_at(step, weights) for weights in corpora):
+            return [f"data.corpus: from step {step} on every weight is 0; give one corpus more"]
+    return []
 
 
-def _text_problem(name: str, value: Any) -> str | None:
-    """Returns what is wrong with a text field, which may also be None unless it is `text_field`."""
-    if value is None and name != "text_field":
-        return None
-    if not isinstance(value, str) or not value:
-        return f"is {value!r}; it must be a text"
-    if name == "text_separator" and "\n" in value:
-        return f"is {value!r}; it must be one line"
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return "is not valid UTF-8"
-    return None
+def _text_problems(where: str, values: Mapping[str, Any]) -> list[str]:
+    """Returns one line for each text field that cannot be used. All but `text_field` may be None."""
+    problems = []
+    for name in TEXT_FIELDS:
+        if name not in values or (values[name] is None and name != "text_field"):
+            continue
+        value = values[name]
+        if not isinstance(value, str) or not value:
+            problems.append(f"{where}{name} is {value!r}; it must be a text")
+        elif name == "text_separator" and "\n" in value:
+            problems.append(f"{where}{name} is {value!r}; it must be one line")
+        elif value.encode(errors="ignore").decode() != value:
+            problems.append(f"{where}{name} is not valid UTF-8")
+    return problems
 
 
 def _corpus_problems(where: str, values: Any) -> list[str]:
     """Returns one line for everything that is wrong with one corpus of a mixture."""
     if not isinstance(values, Mapping):
         return [f"{where} is {values!r}; it must hold fields, as in {MIXTURE_EXAMPLE}"]
-    problems = [
-        f"{where}: unknown field {name!r}; a corpus has {', '.join(MIXTURE_FIELDS)}"
-        for name in values
-        if name not in MIXTURE_FIELDS
-    ]
+    unknown = [name for name in values if name not in MIXTURE_FIELDS]
+    problems = [f"{where}: unknown field {name!r}; a corpus has {', '.join(MIXTURE_FIELDS)}" for name in unknown]
     if not isinstance(values.get("corpus"), str) or not values["corpus"]:
         problems.append(f"{where} has no 'corpus'; give {CORPUS_HELP}")
-    for name in ("text_field", "prompt_field", "text_separator"):
-        if name in values and (problem := _text_problem(name, values[name])):
-            problems.append(f"{where}: {name} {problem}")
-    if not _is_count(values.get("epochs", 1)):
-        problems.append(
-            f"{where}: epochs is {values['epochs']!r}; it must be a whole number of at least 1, or left out"
-        )
+    problems += _text_problems(f"{where}: ", values)
+    epochs = values.get("epochs")
+    if epochs is not None and (type(epochs) is not int or epochs < 1):
+        problems.append(f"{where}: epochs is {epochs!r}; it must be a whole number of at least 1, or left out")
     weight = values.get("weight", 1)
     if not _is_weight(weight) and not _is_schedule(weight):
         problems.append(
@@ -166,26 +154,23 @@ def _corpus_problems(where: str, values: Any) -> list[str]:
     return problems
 
 
-def _is_count(value: Any) -> bool:
-    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)
-
-
-def _is_weight(value: Any, least: float = 1e-4) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= 1e4
+def _is_weight(value: Any) -> bool:
+    return type(value) in (int, float) and 1e-4 <= value <= 1e4
 
 
 def _is_schedule(value: Any) -> bool:
-    if not isinstance(value, list | tuple) or not value:
+    if not isinstance(value, list | tuple):
         return False
     if not all(isinstance(stage, list | tuple) and len(stage) == 2 for stage in value):
         return False
     steps = [step for step, _ in value]
+    weights = [weight for _, weight in value]
     return (
-        all(isinstance(step, int) and not isinstance(step, bool) for step in steps)
-        and steps[0] == 0
-        and all(one < other for one, other in itertools.pairwise(steps))
-        and all(weight == 0 or _is_weight(weight) for _, weight in value)
-        and any(weight > 0 for _, weight in value)
+        all(type(step) is int for step in steps)
+        and steps[:1] == [0]
+        and steps == sorted(set(steps))
+        and all(weight == 0 or _is_weight(weight) for weight in weights)
+        and any(weights)
     )
 
 

@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from json.encoder import encode_basestring_ascii
 from pathlib import Path
 
@@ -52,7 +52,6 @@ class Document:
 
     Attributes:
         text: the text, which is not empty.
-        file: index of its file.
         place: byte offset in the file (or in the content of a compressed file), or row of a .parquet.
         ends: true if the document ends with it; otherwise its next piece is in another chunk, or held out.
         prompt: text that precedes it and is not trained on.
@@ -67,24 +66,25 @@ class Document:
 
 def stable_hash(*parts: int | str) -> int:
     """Returns a 64-bit hash of some parts that is the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest())
+    return _hash(json.dumps(parts))
 
 
 def unit_hash(text: str) -> float:
     """Returns a number in [0, 1) determined by a text: `stable_hash("held out", text) / 2**64`, written out for speed.
 
-    Texts below `validation_fraction` are held out. Serializing a tuple for each document would take longer than the
-    hash.
+    Texts below `validation_fraction` are held out. Serializing a tuple would take longer than the hash.
     """
-    written = '["held out", ' + encode_basestring_ascii(text) + "]"
-    return int.from_bytes(hashlib.blake2b(written.encode(), digest_size=8).digest()) / 2**64
+    return _hash(f'["held out", {encode_basestring_ascii(text)}]') / 2**64
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 
 class Corpus:
     """Files of text, each cut into chunks. Made by `open_corpus`.
 
     Attributes:
-        files: files, sorted by name.
         size: total size of the files in bytes.
         chunks: chunks of all files, in order.
         order: function (seed, epoch) → chunks in the order in which they are dealt to the streams.
@@ -94,22 +94,14 @@ class Corpus:
     """
 
     def __init__(self, files: list[File], config: ResolvedDataConfig):
-        self.files, self.size = files, sum(file.size for file in files)
-        self._config = config
+        self.files, self._config = files, config
+        self.size = sum(file.size for file in files)
         self._fields = formats.Fields(config.text_field, config.prompt_field, config.text_separator)
         self.skipped: set[tuple[int, int | str]] = set()
         # The byte at which each file's training part ends.
         self._ends = [file.size for file in files]
-        texts = [number for number, file in enumerate(files) if self._is_one_document(file) and file.size]
-        if config.validation_fraction and len(texts) >= MANY_FILES:
-            smallest = min(texts, key=lambda number: unit_hash(files[number].name))
-            for number in texts:
-                if number == smallest or self._is_held_out(files[number].name):
-                    self._ends[number] = 0
-        elif config.validation_fraction:
-            for number in texts:
-                if not _is_compressed(files[number]):
-                    self._ends[number] = self._held_out_from(files[number])
+        if config.validation_fraction:
+            self._hold_out()
         self._step = max(min(config.chunk_bytes, self.size // (4 * config.num_streams)), MIN_CHUNK_BYTES)
         self.chunks = [
             Chunk(number, begin, end)
@@ -117,7 +109,24 @@ class Corpus:
             for begin, end in itertools.pairwise(self._borders(file, self._ends[number]))
         ]
         self.shared = len(self.chunks) < config.num_streams
-        self.order = lru_cache(CACHED_ORDERS)(self._order)
+        self.order = lru_cache(CACHED_ORDERS)(partial(self._shuffled, "chunk"))
+
+    def _hold_out(self) -> None:
+        """Holds out some of many .txt files without separators, and the ends of a few."""
+        texts = [number for number, file in enumerate(self.files) if self._is_one_document(file) and file.size]
+        if len(texts) >= MANY_FILES:
+            smallest = min(texts, key=lambda number: unit_hash(self.files[number].name))
+            for number in texts:
+                if number == smallest or self._is_held_out(self.files[number].name):
+                    self._ends[number] = 0
+            return
+        for number in texts:
+            file = self.files[number]
+            if not _is_compressed(file):
+                # The held-out end begins at a line, or inside a very long one.
+                wanted = round(file.size * (1 - self._config.validation_fraction))
+                begin = text.piece_start(file, wanted, file.size)
+                self._ends[number] = begin if begin < file.size else text.next_character(file, wanted, file.size)
 
     def _borders(self, file: File, end: int) -> list[int]:
         """Returns the bytes at which a file's chunks begin and end."""
@@ -125,27 +134,16 @@ class Corpus:
             return []
         if _is_compressed(file):
             return [0, end]
-        if (
-            formats.format_and_compression(file.name)[0] == ".parquet"
-            and len(self.files) < FILES_PER_STREAM * self._config.num_streams
-        ):
+        if file.name.endswith(".parquet") and len(self.files) < FILES_PER_STREAM * self._config.num_streams:
             # Few files: their row groups are looked up, so that no stream has chunks without any.
             return [0, *parquet.read_footer(file).begins[1:], end]
         return [*range(0, end, self._step), end]
 
-    def _order(self, seed: int, epoch: int) -> list[Chunk]:
-        return [
-            self.chunks[i] for i in sorted(range(len(self.chunks)), key=lambda i: stable_hash("chunk", seed, epoch, i))
-        ]
+    def _shuffled(self, *key: int | str) -> list[Chunk]:
+        return [self.chunks[i] for i in sorted(range(len(self.chunks)), key=lambda i: stable_hash(*key, i))]
 
     def _is_one_document(self, file: File) -> bool:
         return formats.format_and_compression(file.name)[0] == ".txt" and self._config.text_separator is None
-
-    def _held_out_from(self, file: File) -> int:
-        """Returns the byte at which the held-out end of a .txt begins: at a line, or inside a very long one."""
-        wanted = round(file.size * (1 - self._config.validation_fraction))
-        begin = text.piece_start(file, wanted, file.size)
-        return begin if begin < file.size else text.next_character(file, wanted, file.size)
 
     def _is_held_out(self, key: str) -> bool:
         return unit_hash(key) < self._config.validation_fraction
@@ -192,8 +190,8 @@ class Corpus:
 
     def training_texts(self, seed: int) -> Iterator[str]:
         """Yields texts and prompts of training documents, chunk by chunk in an order determined by the seed."""
-        for i in sorted(range(len(self.chunks)), key=lambda i: stable_hash("sample", seed, i)):
-            for document in self.documents(self.chunks[i]):
+        for chunk in self._shuffled("sample", seed):
+            for document in self.documents(chunk):
                 yield from filter(None, (document.prompt, document.text))
 
     def all_documents(self) -> Iterator[Document]:
@@ -253,15 +251,13 @@ class Corpus:
             self._bad(number, None, error)
 
     def _piece(self, number: int, begin: int, end: int) -> Iterator[Document]:
-        """Yields the text of a piece of a .txt, unless it is empty."""
+        """Yields a piece of a .txt, unless it is empty."""
         file = self.files[number]
         try:
-            content = text.read_text(file, begin, end) if begin < end else ""
+            if begin < end:
+                yield Document(text.read_text(file, begin, end), number, begin, ends=end == file.size)
         except BadText as error:
             self._bad(number, begin, error)
-            return
-        if content:
-            yield Document(content, number, begin, ends=end == file.size)
 
     def _bad(self, number: int, place: int | None, problem: BadText) -> None:
         """Raises InputError, or logs once that a document (or, without a place, the rest of a chunk) is skipped."""
@@ -286,10 +282,9 @@ def _is_compressed(file: File) -> bool:
 def open_corpus(
     where: str, config: ResolvedDataConfig, leave_out: Path | None = None, field: str = "data.corpus"
 ) -> Corpus:
-    """Opens a file, a folder (with its subfolders) or a glob, on a local disk or wherever fsspec reads.
+    """Opens a file, a folder (with its subfolders) or a glob, on a local disk (~ is home) or wherever fsspec reads.
 
     Args:
-        where: the path or URL; ~ is the home folder.
         leave_out: a folder whose files are ignored (the run's own), unless the corpus is inside it.
         field: name of the setting in messages.
 

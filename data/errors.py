@@ -1,10 +1,4 @@
-"""The exception tree of the project. Each text is written for a person: one clause per problem, with its remedy.
-
-- InputError (a ValueError): the user's mistake; exit status 2, do not restart.
-- Fault: a transient failure; exit status 1, restarting may succeed.
-- StorageError: a run cannot write; exit status 1, the same command resumes once it is mended.
-- BadText (a ValueError): an unreadable document, handled inside `data`.
-"""
+"""The exception tree of the project. Each text is written for a person: one clause per problem, with its remedy."""
 
 
 class InputError(ValueError):
@@ -22,7 +16,7 @@ class Fault(Exception):
 class StorageError(Exception):
     """A run cannot write: a disk is full or gone, or a bucket refuses. The text is one line for a person.
 
-    It is a fault, not the user's mistake: once it is mended, the same command resumes.
+    It is a fault, not the user's mistake: once it is mended, the same command resumes. Exit status 1.
     """
 
 

@@ -1,9 +1,10 @@
 """Streams to global batches: each process reads the streams of its own rows, slightly ahead of the devices."""
 
 import itertools
-import queue
-import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -29,8 +30,8 @@ class LoadedBatch(NamedTuple):
         batch: arrays [B, T] over all devices; row b belongs to stream ⌊b·V/B⌋.
         positions: position of each stream's next row, int64 [V, K, `POSITION_SIZE`], with `UNREAD` for streams that
             other processes read (see `gather_positions`).
-        streams_left_after: int64 [K], for each corpus the number of this process's streams with text of it for the next
-            batch; a corpus without end counts in all of them (see `corpus_has_ended`).
+        streams_left_after: int64 [K], the number of this process's streams with text of each corpus for the next batch;
+            a corpus without end counts in all of them (see `corpus_has_ended`).
         streams_left_in: int64 [K], the same count for this batch.
         skipped: the rows of this process's streams that were skipped before the batch, as `describe_row` without text,
             and with "batch", the number of the skipped batch.
@@ -67,31 +68,25 @@ class Loader:
     ):
         self._tokenizer, self._skips = tokenizer, skips
         self._mixture, self._config, self._sharding = mixture, config, sharding
-        self._sizes = enumerate(batch_sizes, start=step)
         self._tokenizing = TokenizingThreads(tokenizer, config.num_workers) if config.num_workers else None
-        self._num_streams = config.num_streams
         # Shards hold whole streams, so a batch with one row for each stream has the shards of every batch.
         shards = sharding.addressable_devices_indices_map((config.num_streams, config.segment_length)).values()
-        self._streams = open_streams(
-            mixture,
-            self._tokenizing or tokenizer.encode_all,
-            tokenizer.bos_id,
-            tokenizer.eos_id,
-            seed,
-            sorted({v for shard in shards if shard for v in range(config.num_streams)[shard[0]]}),
-            initial_positions(mixture, config.num_streams) if positions is None else positions,
-        )
-        self._ready: queue.Queue[LoadedBatch | BaseException] = queue.Queue(config.prefetch)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._fill, name="loader", daemon=True)
+        mine = sorted({v for shard in shards if shard for v in range(config.num_streams)[shard[0]]})
+        begin = initial_positions(mixture, config.num_streams) if positions is None else positions
+        tokenize = self._tokenizing or tokenizer.encode_all
+        self._streams = open_streams(mixture, tokenize, tokenizer.bos_id, tokenizer.eos_id, seed, mine, begin)
+        self._batches = self._in_order(enumerate(batch_sizes, start=step))
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._pending: deque[Future[LoadedBatch]] = deque()
 
     def __enter__(self) -> "Loader":
-        self._thread.start()
+        # One is made while `prefetch` are ready.
+        for _ in range(self._config.prefetch + 1):
+            self._prepare()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._stop.set()
-        self._thread.join()
+        self._thread.shutdown(cancel_futures=True)
         if self._tokenizing:
             self._tokenizing.close()
 
@@ -99,51 +94,33 @@ class Loader:
         return self
 
     def __next__(self) -> LoadedBatch:
-        loaded = self._ready.get()
-        if isinstance(loaded, BaseException):
-            raise loaded
+        loaded = self._pending.popleft().result()
+        self._prepare()
         return loaded
 
-    def _fill(self) -> None:
-        """Runs in a thread: puts batches into the queue until it is stopped or fails."""
-        batches = self._batches()
-        while not self._stop.is_set():
-            made: LoadedBatch | BaseException
-            try:
-                made = next(batches)
-            except BaseException as error:  # raised again where the batch is asked for
-                made = error
-            while not self._stop.is_set():
-                try:
-                    self._ready.put(made, timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
-            if isinstance(made, BaseException):
-                return
+    def _prepare(self) -> None:
+        self._pending.append(self._thread.submit(next, self._batches))
 
-    def _batches(self) -> Iterator[LoadedBatch]:
+    def _in_order(self, sizes: Iterable[tuple[int, int]]) -> Iterator[LoadedBatch]:
         """Yields all batches; if a corpus may end, one batch late, to know the streams left in the next."""
-        batches = itertools.starmap(self._make, self._sizes)
+        batches = itertools.starmap(self._make, sizes)
         if not self._mixture.is_bounded:
-            return batches
-        return (
-            loaded._replace(streams_left_after=following.streams_left_after)
-            for loaded, following in itertools.pairwise(batches)
-        )
+            yield from batches
+        for loaded, following in itertools.pairwise(batches):
+            yield loaded._replace(streams_left_after=following.streams_left_after)
 
     def _make(self, step: int, size: int) -> LoadedBatch:
         rows, positions, left, skipped = self._read(step, size)
         shape = (size, self._config.segment_length)
 
-        def array(name: str) -> jax.Array:
-            def shard(index: tuple[slice, ...] | None) -> np.ndarray:
-                assert index is not None
-                return np.stack([rows[b][name] for b in range(size)[index[0]]])[:, index[1]]
+        def shard(name: str, index: Any) -> np.ndarray:
+            return np.stack([rows[b][name] for b in range(size)[index[0]]])[:, index[1]]
 
-            return jax.make_array_from_callback(shape, self._sharding, shard)
-
-        return LoadedBatch({name: array(name) for name in next(iter(rows.values()))}, positions, left, left, skipped)
+        batch: dict[str, jax.Array] = {
+            name: jax.make_array_from_callback(shape, self._sharding, partial(shard, name))
+            for name in next(iter(rows.values()))
+        }
+        return LoadedBatch(batch, positions, left, left, skipped)
 
     def _read(self, step: int, size: int) -> tuple[dict[int, Segment], np.ndarray, np.ndarray, list[dict[str, Any]]]:
         """Returns the rows of this process's streams by their index in the batch, and the rest of `LoadedBatch`."""
@@ -159,9 +136,10 @@ class Loader:
 
     def _take(self, step: int, size: int) -> tuple[dict[int, tuple[int, list[SegmentPart]]], np.ndarray, np.ndarray]:
         """Returns the corpus and parts of each row, positions, and streams left."""
-        K, each = len(self._mixture.sources), size // self._num_streams
+        K, V = len(self._mixture.sources), self._config.num_streams
+        each = size // V
         taken: dict[int, tuple[int, list[SegmentPart]]] = {}
-        positions = np.full((self._num_streams, K, POSITION_SIZE), UNREAD, np.int64)
+        positions = np.full((V, K, POSITION_SIZE), UNREAD, np.int64)
         left = np.zeros(K, np.int64)
         for v, stream in self._streams.items():
             gave = np.zeros(K, bool)
@@ -175,10 +153,8 @@ class Loader:
 
 def gather_positions(positions: np.ndarray) -> np.ndarray:
     """All-gathers the positions of all streams; all processes call it together."""
-    if jax.process_count() == 1:
-        return positions
     # JAX has no 64-bit integers by default, so they are gathered as two halves.
-    halves = np.asarray(multihost_utils.process_allgather(positions.view(np.int32)))
+    halves = multihost_utils.process_allgather(positions.view(np.int32))
     return np.ascontiguousarray(halves).view(np.int64).max(axis=0)
 
 
@@ -186,5 +162,4 @@ def corpus_has_ended(left: np.ndarray, mixture: Mixture) -> bool:
     """True if a corpus with a number of epochs has ended in all streams; all processes call it together."""
     if not mixture.is_bounded:
         return False
-    everywhere = multihost_utils.process_allgather(left) if jax.process_count() > 1 else left[None]
-    return bool((np.asarray(everywhere).sum(axis=0) == 0).any())
+    return not multihost_utils.process_allgather(left).sum(axis=0).all()

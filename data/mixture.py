@@ -9,18 +9,17 @@ A position is a `StreamPosition` for each corpus, and the credit of the corpus.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from data.config import PER_CORPUS_FIELDS, ResolvedDataConfig, stages, weight_at
-from data.corpus import Corpus, Document, open_corpus
+from data.config import ResolvedDataConfig, stages, weight_at
+from data.corpus import Corpus, open_corpus
 from data.errors import InputError
 from data.segmenter import SegmentPart
-from data.stream import Stream, StreamPosition, Tokenize, open_readers
+from data.stream import Rows, Stream, StreamPosition, Tokenize, open_readers
 
 # Credits are integers, so that they are the same on every machine; a row costs this many.
 CREDITS_PER_ROW = 2**32
@@ -36,7 +35,6 @@ class Source:
 
     Attributes:
         name: name of the corpus, or an empty text if it is the only one.
-        corpus: the opened corpus, with its chunks.
         config: settings of the data, with the corpus's own fields.
         weights: stages (first step, weight), in order from step 0.
     """
@@ -74,16 +72,6 @@ class Mixture:
         """Returns the fingerprint of each corpus by its name in messages."""
         return {corpus_field(source.name): source.corpus.fingerprint for source in self.sources}
 
-    def held_out(self) -> Iterator[tuple[str, Iterator[Document]]]:
-        """Yields (name, held-out documents) for each corpus."""
-        for source in self.sources:
-            yield source.name, source.corpus.held_out()
-
-    def check(self) -> None:
-        """Raises InputError if a local corpus of moderate size is damaged or has nothing to train on."""
-        for source in self.sources:
-            source.corpus.check()
-
     @property
     def skipped(self) -> int:
         """The number of unreadable documents that this process has skipped so far."""
@@ -109,16 +97,14 @@ def open_mixture(config: ResolvedDataConfig, stdlib: Callable[[], str], leave_ou
     sources, problems = [], []
     # Sorted by name, because a config file and a JSON text may order them differently.
     for name, values in sorted(several.items()):
-        own: dict[str, Any] = {field: values[field] for field in PER_CORPUS_FIELDS if field in values}
-        own["corpus"] = values["corpus"]
+        own = {field: value for field, value in values.items() if field != "weight"}
         of_source = dataclasses.replace(config, **own)
         path = stdlib() if values["corpus"] == "stdlib" else values["corpus"]
         try:
             corpus = open_corpus(path, of_source, leave_out, corpus_field(name))
+            sources.append(Source(name, corpus, of_source, tuple(stages(values.get("weight", 1)))))
         except InputError as error:
             problems.append(str(error))
-            continue
-        sources.append(Source(name, corpus, of_source, tuple(stages(values.get("weight", 1)))))
     if problems:
         raise InputError("\n".join(problems))
     return Mixture(sources)
@@ -156,16 +142,17 @@ class MixedStream:
         ended: one flag per corpus, true if the corpus has ended in this stream.
     """
 
-    def __init__(self, mixture: Mixture, streams: Sequence[Stream], positions: np.ndarray):
+    def __init__(self, mixture: Mixture, streams: Sequence[Rows], positions: np.ndarray):
         self._mixture, self._streams = mixture, streams
-        self._positions, self._credits = positions[:, :-1].copy(), positions[:, -1].tolist()
+        self._positions = positions[:, :-1].copy()
+        self._credits = positions[:, -1].tolist()
         epochs = [source.config.epochs for source in mixture.sources]
         self.ended = [n is not None and self._positions[k, 0] >= n for k, n in enumerate(epochs)]
 
     @property
     def positions(self) -> np.ndarray:
         """Returns the position of its next row, int64 [K, `POSITION_SIZE`]."""
-        return np.concatenate([self._positions, np.array(self._credits)[:, None]], axis=1)
+        return np.column_stack([self._positions, self._credits])
 
     def take(self, step: int) -> tuple[int, list[SegmentPart]]:
         """Returns (corpus, parts) of the next row for a step; without parts if that corpus has ended."""
@@ -189,11 +176,9 @@ def open_streams(
     positions: np.ndarray,
 ) -> dict[int, MixedStream]:
     """Opens the streams with some indices, from positions [V, K, `POSITION_SIZE`] on."""
-    by_source = []
+    rows: dict[int, list[Rows]] = {v: [] for v in streams}
     for k, source in enumerate(mixture.sources):
         starts = {v: StreamPosition(*positions[v, k, :-1].tolist()) for v in streams}
-        readers = open_readers(source.corpus, source.config, seed, starts)
-        by_source.append(
-            {v: Stream(readers[v], tokenize, bos_id, eos_id, source.config, v, starts[v]) for v in streams}
-        )
-    return {v: MixedStream(mixture, [of[v] for of in by_source], positions[v]) for v in streams}
+        for v, reader in open_readers(source.corpus, source.config, seed, starts).items():
+            rows[v].append(Stream(reader, tokenize, bos_id, eos_id, source.config, v).rows(starts[v]))
+    return {v: MixedStream(mixture, rows[v], positions[v]) for v in streams}

@@ -43,24 +43,22 @@ def rows_of_step(
 def describe_row(
     mixture: Mixture, tokenizer: Tokenizer, row: int, k: int, parts: Sequence[SegmentPart]
 ) -> dict[str, Any]:
-    """Returns a row as plain values: "row", "corpus" (in a mixture) and "parts", each as `describe_part`."""
+    """Returns the origin of a row as plain values: "row", "corpus" (in a mixture) and "parts".
+
+    Each part has "file"; the beginning of the document or piece as "byte" (in the file, or in the content of a
+    compressed one) or "table_row" (of a .parquet); "characters", the span [begin, end) of its text that the targets
+    cover; "tokens", their number; "end", true if the end of the document is one of them; and "text", the covered text.
+    With a prompt, which precedes the text of a document, it also has "prompt_characters", the prompt's length.
+    """
     source = mixture.sources[k]
     origin: dict[str, Any] = {"row": row} | ({"corpus": source.name} if source.name else {})
-    return origin | {"parts": [describe_part(mixture, tokenizer, k, part) for part in parts]}
+    return origin | {"parts": [_describe_part(source.corpus, tokenizer, part) for part in parts]}
 
 
-def describe_part(mixture: Mixture, tokenizer: Tokenizer, k: int, part: SegmentPart) -> dict[str, Any]:
-    """Returns the origin of a part of a row as plain values.
-
-    Returns:
-        "file"; the beginning of the document or piece as "byte" (in the file, or in the content of a compressed one) or
-        "table_row" (of a .parquet); "characters", the span [begin, end) of its text that the targets cover; "tokens",
-        their number; "end", true if the end of the document is one of them; and "text", the covered text. With a
-        prompt, which precedes the text of a document, also "prompt_characters", its length.
-    """
+def _describe_part(corpus: Corpus, tokenizer: Tokenizer, part: SegmentPart) -> dict[str, Any]:
     pairs, begin, end = part
     document = pairs.document
-    file = mixture.sources[k].corpus.files[document.file]
+    file = corpus.files[document.file]
     tokens = pairs.targets[: len(pairs.targets) - document.ends]
     sizes = np.cumsum([0, *(len(tokenizer.token_bytes(int(token))) for token in tokens[:end])])
     whole = document.prompt + document.text
@@ -72,7 +70,7 @@ def describe_part(mixture: Mixture, tokenizer: Tokenizer, k: int, part: SegmentP
     first, last = (len(encoded[: sizes[min(at, len(sizes) - 1)]].decode(errors="ignore")) for at in (begin, end))
     origin: dict[str, Any] = {
         "file": file.path,
-        place_name(file.name): document.place,
+        "table_row" if file.name.endswith(".parquet") else "byte": document.place,
         "characters": [first, last],
         "tokens": end - begin,
         "end": bool(document.ends and end == len(pairs.targets)),
@@ -82,18 +80,10 @@ def describe_part(mixture: Mixture, tokenizer: Tokenizer, k: int, part: SegmentP
     return origin | {"text": whole[first:last]}
 
 
-def place_name(name: str) -> str:
-    """Returns the key of a document's place for a file name."""
-    return "table_row" if formats.format_and_compression(name)[0] == ".parquet" else "byte"
-
-
 def summarize(
     mixture: Mixture, tokenizer: Tokenizer, seed: int, tokens_of_steps: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Summarizes each corpus from a sample of its chunks.
-
-    Args:
-        tokens_of_steps: number of positions in each step's batch.
+    """Summarizes each corpus from a sample of its chunks, given the number of positions in each step's batch.
 
     Returns:
         For each corpus: "corpus" (its listing), "sampled_documents" and "sampled_bytes" (UTF-8, prompts included);
@@ -106,10 +96,7 @@ def summarize(
         config = source.config
         documents, size, stored = _sample(source.corpus, tokenizer, seed)
         pairs = sum(len(document.inputs) for document in documents)
-        if config.segmentation == "pack":
-            rows = pack(documents, config)
-        else:
-            rows = [parts for parts, _ in concatenate(documents, config)]
+        rows = pack(documents, config) if config.segmentation == "pack" else [*concatenate(documents, config)]
         scale = sum(chunk.end - chunk.begin for chunk in source.corpus.chunks) / max(stored, 1)
         tokens_drawn = sum(tokens * mixture.shares(step)[k] for step, tokens in enumerate(tokens_of_steps))
         utilization = pairs / max(len(rows) * config.segment_length, 1)
@@ -132,8 +119,7 @@ def summarize(
 def _sample(corpus: Corpus, tokenizer: Tokenizer, seed: int) -> tuple[list[DocumentPairs], int, int]:
     """Reads a sample of a corpus: (documents, UTF-8 bytes of their text, stored bytes that were read)."""
     documents: list[DocumentPairs] = []
-    size = 0
-    stored = 0
+    size = stored = 0
     for chunk in sorted(corpus.chunks, key=lambda c: stable_hash("summary", seed, c.file, c.begin)):
         if size >= SAMPLE_BYTES:
             break
@@ -142,8 +128,7 @@ def _sample(corpus: Corpus, tokenizer: Tokenizer, seed: int) -> tuple[list[Docum
         for document in corpus.documents(chunk):
             prompt = tokenizer.encode(document.prompt)
             tokens = np.concatenate([prompt, tokenizer.encode(document.text)])
-            bos_id, eos_id = tokenizer.bos_id, tokenizer.eos_id
-            documents.append(make_pairs(tokens, bos_id, eos_id, document.ends, prompt_length=len(prompt)))
+            documents.append(make_pairs(tokens, tokenizer.bos_id, tokenizer.eos_id, document.ends))
             size += len((document.prompt + document.text).encode())
             if size >= SAMPLE_BYTES and not splits:
                 break

@@ -23,8 +23,6 @@ class DocumentPairs(NamedTuple):
     """Inputs and targets of a document, int32 [n + 1].
 
     Attributes:
-        inputs: input of each pair.
-        targets: target of each pair.
         prompt_length: number of first pairs that belong to the prompt and have no weight.
         first_pair: pair at which the rows begin.
         document: the source document, kept for `describe_row`.
@@ -62,11 +60,9 @@ def make_pairs(
 
 
 def concatenate(documents: Iterable[DocumentPairs], config: DataConfig) -> Iterator[tuple[list[SegmentPart], int]]:
-    """Concatenates all documents and cuts them into rows.
+    """Yields (parts of a row, pair of the newest document with which the next row begins) of concatenated documents.
 
-    Yields:
-        (parts of a row, pair of the newest document with which the next row begins). At the end of the documents, the
-        last row may hold fewer pairs.
+    The last row may hold fewer pairs.
     """
     T = config.segment_length
     parts: list[SegmentPart] = []
@@ -123,8 +119,11 @@ def make_segment(parts: Sequence[SegmentPart], config: DataConfig) -> Segment:
         `document_mask` each part has its own segment id, from 1 on; with `restarts` its positions start at 0. The
         unused rest of the row has segment id 0 and no weight.
     """
-    row, filled = empty_segment(config.segment_length), 0
-    counted = np.arange(config.segment_length, dtype=np.int32)
+    T = config.segment_length
+    row = {name: np.zeros(T, np.int32) for name in ("tokens", "targets", "positions", "segment_ids")}
+    row["loss_weights"] = np.zeros(T, np.float32)
+    filled = 0
+    counted = np.arange(T, dtype=np.int32)
     for number, (pairs, begin, end) in enumerate(parts, start=1):
         span = slice(filled, filled + end - begin)
         row["tokens"][span] = pairs.inputs[begin:end]
@@ -136,12 +135,6 @@ def make_segment(parts: Sequence[SegmentPart], config: DataConfig) -> Segment:
     if not config.train_last_position:
         row["loss_weights"][-1] = 0
     return row
-
-
-def empty_segment(T: int) -> Segment:
-    """Returns a row without weight."""
-    row = {name: np.zeros(T, np.int32) for name in ("tokens", "targets", "positions", "segment_ids")}
-    return row | {"loss_weights": np.zeros(T, np.float32)}
 
 
 def segment_documents(documents: Iterable[DocumentPairs], config: DataConfig) -> Iterator[Segment]:

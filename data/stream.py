@@ -17,6 +17,7 @@ before it in a compressed file). After its last window, a stream continues with 
 
 import heapq
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +28,8 @@ from data.errors import InputError
 from data.segmenter import DocumentPairs, SegmentPart, concatenate, make_pairs, pack
 
 Tokenize = Callable[[Iterable[str]], Iterator[np.ndarray]]
+# Rows of a stream: the parts of each, and the position after it.
+Rows = Iterator[tuple[list[SegmentPart], "StreamPosition"]]
 
 # Chunks are dealt again in each epoch, so a stream without documents may get some later, but not after this many.
 MAX_EMPTY_EPOCHS = 100
@@ -44,9 +47,7 @@ class StreamPosition(NamedTuple):
     """The position of a stream's next row.
 
     Attributes:
-        epoch: epoch of the window (see `WindowStart`).
-        chunk: index of the window's first chunk.
-        place: place in that chunk at which the window begins.
+        epoch, chunk, place: start of the window (see `WindowStart`).
         item: index of the window's document with the next pair; with packed rows, index of the next row.
         pair: index of that document's next pair.
     """
@@ -82,7 +83,6 @@ class WindowReader:
 
     def __init__(self, corpus: Corpus, config: ResolvedDataConfig, seed: int, starts: Mapping[int, WindowStart]):
         self._corpus, self._config, self._seed, self._starts = corpus, config, seed, starts
-        self._num_streams = config.num_streams
         self._windows = self._read(min(starts.values()))
         # Documents that each stream has still to take.
         self._waiting: dict[tuple[int, WindowStart], Window] = {}
@@ -106,8 +106,8 @@ class WindowReader:
             size = 0
             chunks = self._corpus.order(self._seed, epoch)
             if not self._corpus.shared:
-                [stream] = self._starts
-                chunks = chunks[stream :: self._num_streams]
+                [v] = self._starts
+                chunks = chunks[v :: self._config.num_streams]
             for c in range(first, len(chunks)):
                 for document in self._corpus.documents(chunks[c], place):
                     if size >= self._config.shuffle_window:
@@ -128,7 +128,7 @@ class WindowReader:
         """Returns each stream's documents of a window."""
         if not self._corpus.shared:
             return dict.fromkeys(self._starts, documents)
-        documents_of: dict[int, list[Document]] = {v: [] for v in range(self._num_streams)}
+        documents_of: dict[int, list[Document]] = {v: [] for v in range(self._config.num_streams)}
         # A heap of (characters so far, rank among equals, stream).
         least = [(0, stable_hash("deal", self._seed, *start, v), v) for v in documents_of]
         heapq.heapify(least)
@@ -149,65 +149,54 @@ def open_readers(
     return {v: WindowReader(corpus, config, seed, {v: start}) for v, start in starts.items()}
 
 
+@dataclass(frozen=True)
 class Stream:
-    """An iterator of (parts of a row, position after it); it ends after `config.epochs`, if that is set.
+    """The stream with index v.
 
-    Args:
+    Attributes:
         tokenize: function from texts to their tokens, int32, lazy and in order.
-        stream: index v of the stream.
-        position: position of the next row.
-
-    Raises:
-        InputError: its chunks hold no document in `MAX_EMPTY_EPOCHS` consecutive epochs.
     """
 
-    def __init__(
-        self,
-        reader: WindowReader,
-        tokenize: Tokenize,
-        bos_id: int,
-        eos_id: int,
-        config: ResolvedDataConfig,
-        stream: int,
-        position: StreamPosition = BEGINNING,
-    ):
-        self._reader, self._tokenize, self._bos_id, self._eos_id = reader, tokenize, bos_id, eos_id
-        self._config, self._stream = config, stream
-        self._rows = (self._packed if config.segmentation == "pack" else self._concatenated)(position)
+    reader: WindowReader
+    tokenize: Tokenize
+    bos_id: int
+    eos_id: int
+    config: ResolvedDataConfig
+    v: int
 
-    def __iter__(self) -> Iterator[tuple[list[SegmentPart], StreamPosition]]:
-        return self
+    def rows(self, position: StreamPosition = BEGINNING) -> Rows:
+        """Returns the rows from a position on, to the end of the last epoch, if `config.epochs` is set.
 
-    def __next__(self) -> tuple[list[SegmentPart], StreamPosition]:
-        return next(self._rows)
+        Raises:
+            InputError: the stream's chunks hold no document in `MAX_EMPTY_EPOCHS` consecutive epochs.
+        """
+        return self._packed(position) if self.config.segmentation == "pack" else self._concatenated(position)
 
     def _windows(self, start: WindowStart) -> Iterator[tuple[WindowStart, Window]]:
         """Yields the stream's windows from one on, with their starts."""
-        epochs, last = self._config.epochs, start.epoch
-        while epochs is None or start.epoch < epochs:
-            window = self._reader.take(self._stream, start)
+        last = start.epoch
+        while self.config.epochs is None or start.epoch < self.config.epochs:
+            window = self.reader.take(self.v, start)
             if window.documents:
                 last = start.epoch
             elif start.epoch - last >= MAX_EMPTY_EPOCHS:
                 raise InputError(
-                    f"data.corpus has no document for stream {self._stream} of data.num_streams = "
-                    f"{self._config.num_streams}; lower data.num_streams (and train.batch_size), or give more text"
+                    f"data.corpus has no document for stream {self.v} of data.num_streams = "
+                    f"{self.config.num_streams}; lower data.num_streams (and train.batch_size), or give more text"
                 )
             yield start, window
             start = window.next
 
     def _pairs(self, documents: Sequence[Document], first: int = 0) -> Iterator[DocumentPairs]:
-        """Yields the pairs of each document; the first document begins at `first_pair`."""
-        tokens = self._tokenize(text for d in documents for text in ((d.prompt, d.text) if d.prompt else (d.text,)))
+        """Yields the pairs of each document; the first document begins at its pair `first`."""
+        tokens = self.tokenize(text for document in documents for text in (document.prompt, document.text) if text)
         for document in documents:
-            prompt = next(tokens) if document.prompt else None
-            ids, length = next(tokens), 0
-            if prompt is not None:
-                ids, length = np.concatenate([prompt, ids]), len(prompt)
-            yield make_pairs(ids, self._bos_id, self._eos_id, document.ends, first, length, document)
+            prompt = next(tokens) if document.prompt else np.empty(0, np.int32)
+            ids = np.concatenate([prompt, next(tokens)])
+            yield make_pairs(ids, self.bos_id, self.eos_id, document.ends, first, len(prompt), document)
             first = 0
 
-    def _concatenated(self, position: StreamPosition) -> Iterator[tuple[list[SegmentPart], StreamPosition]]:
+    def _concatenated(self, position: StreamPosition) -> Rows:
         at = [position]  # position of the newest document; `concatenate` knows its next pair
 
         def documents() -> Iterator[DocumentPairs]:
@@ -218,13 +207,13 @@ class Stream:
                     yield pairs
                 item = pair = 0
 
-        for parts, pair in concatenate(documents(), self._config):
+        for parts, pair in concatenate(documents(), self.config):
             yield parts, at[0]._replace(pair=pair)
 
-    def _packed(self, position: StreamPosition) -> Iterator[tuple[list[SegmentPart], StreamPosition]]:
+    def _packed(self, position: StreamPosition) -> Rows:
         first = position.item
         for start, window in self._windows(position.start):
-            rows = pack(list(self._pairs(window.documents)), self._config)
+            rows = pack(list(self._pairs(window.documents)), self.config)
             for i in range(first, len(rows)):
                 yield rows[i], StreamPosition(*start, i + 1)
             first = 0

@@ -12,7 +12,7 @@ from data.files.atomic import atomic_file, partial_of
 from data.files.writable import why_not_writable
 from data.formats.stdlib import snapshot_stdlib
 from data.mixture import Mixture, open_mixture
-from data.tokenizer.folder import copy_tokenizer, holds_tokenizer, load_tokenizer
+from data.tokenizer.folder import holds_tokenizer, load_tokenizer, write_tokenizer
 from data.tokenizer.tokenizer import Tokenizer
 from data.tokenizer.training import train_tokenizer
 from train.config.changes import changes_of, table
@@ -44,7 +44,8 @@ def prepare_run(config: Config, run: Run, lease: Lease) -> RunInputs:
     # A run exists from its first checkpoint on. Whatever a start without one has left is made again.
     is_new = run.last_step() is None
     if is_new:
-        mixture.check()
+        for source in mixture.sources:
+            source.corpus.check()
         if config.train.init_from:
             check_fork(config)
     on_first_process(lease.take)
@@ -190,7 +191,7 @@ def run_tokenizer(config: Config, run: Run, mixture: Mixture) -> Tokenizer:
     def make() -> None:
         parent = folder_of_parent(config)
         if source := parent.tokenizer if parent else path:
-            copy_tokenizer(load_tokenizer(source), run.tokenizer)
+            write_tokenizer(load_tokenizer(source).files(), run.tokenizer)
         else:
             train_run_tokenizer(config, mixture, run.tokenizer)
 

@@ -17,10 +17,8 @@ def partial_of(path: Path) -> Path:
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yields a path to write to. At the end the file is synced to disk and renamed to `path`.
 
-    After an exception the file is removed, and what was at `path` stays. Missing parent folders are made.
-
-    Raises:
-        OSError: the disk refuses; the error names `path`.
+    After an exception the file is removed, and what was at `path` stays. Missing parent folders are made. An OSError
+    names `path`.
     """
     path = path.resolve()
     partial = partial_of(path)
@@ -39,10 +37,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yields an empty folder to fill. At the end all its files are synced to disk, and it is renamed to `folder`.
 
-    A folder that is there already stays until the new one is complete, and after an exception.
-
-    Raises:
-        OSError: the disk refuses; the error names `folder`.
+    A folder that is there already stays until the new one is complete, and after an exception. An OSError names
+    `folder`.
     """
     folder = folder.resolve()
     partial = partial_of(folder)

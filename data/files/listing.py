@@ -6,15 +6,16 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from data.errors import BadText, InputError
 from data.files import remote
-from data.files.ranges import READ_TOTALS, RangeReader
+from data.files.ranges import PROBLEMS, READ_TOTALS, RangeReader
 
 END_BYTES = 2**16
 BLOCK_BYTES = 2**20
@@ -27,7 +28,7 @@ class File:
     Attributes:
         path: a local path, or a URL that fsspec reads.
         name: path relative to the common folder of the listing, with "/".
-        size: size in bytes, or -1 if it is unknown.
+        size: size in bytes, or -1 if it is unknown or parts of the file cannot be read.
         version: identifies the content: the ETag or similar of a remote file ("" if there is none), or the mtime in
             nanoseconds of a local file.
     """
@@ -44,7 +45,7 @@ def is_local(file: File) -> bool:
 
 
 def list_files(
-    where: str, endings: Sequence[str], leave_out: Path | None = None, field: str = "data.corpus"
+    where: str, endings: tuple[str, ...], leave_out: Path | None = None, field: str = "data.corpus"
 ) -> list[File]:
     """Lists a file, the files of a folder and its subfolders, or those of a glob (`**` is any depth), by name.
 
@@ -52,7 +53,7 @@ def list_files(
 
     Args:
         where: a path (~ is the home folder) or a URL.
-        endings: endings of file names that can be read.
+        endings: endings of file names that can be read, several.
         leave_out: a local folder whose files are ignored, unless `where` is inside it.
         field: name of the setting in messages.
 
@@ -61,8 +62,7 @@ def list_files(
     """
     if remote.protocol(where) in ("file", "local"):
         where = where.partition("://")[2]
-    is_remote = remote.protocol(where) != ""
-    if is_remote:
+    if remote.protocol(where):
         try:
             kind, files = _list_remote(where, endings)
         except remote.RemoteError as error:
@@ -72,20 +72,19 @@ def list_files(
     else:
         where = os.path.expanduser(where)
         kind, files = _list_local(where, endings, leave_out)
-    if kind == "folder":
-        files = [file for file in files if file.name.endswith(tuple(endings))]
     if kind != "file":
         files = [file for file in files if not any(part.startswith(".") for part in file.name.split("/"))]
+    readable = f"{', '.join(endings[:-1])} or {endings[-1]}"
     if not files:
         problem = {
-            "folder": f"the folder holds no {_listed(endings)} file",
+            "folder": f"the folder holds no {readable} file",
             "glob": "matches no file",
             "file": "there is no such file or folder",
         }[kind]
         raise InputError(f"{field} = {where}: {problem}")
     for file in files:
-        if not file.name.endswith(tuple(endings)):
-            raise InputError(f"{field} = {where}: {file.name} is no {_listed(endings)}; convert or rename it")
+        if not file.name.endswith(endings):
+            raise InputError(f"{field} = {where}: {file.name} is no {readable}; convert or rename it")
         if file.size < 0:
             raise InputError(
                 f"{field} = {where}: the server of {file.path} does not say its size, or cannot send parts of it; "
@@ -94,17 +93,13 @@ def list_files(
     return sorted(files, key=lambda file: file.name)
 
 
-def _listed(endings: Sequence[str]) -> str:
-    return " or ".join([", ".join(endings[:-1]), endings[-1]]) if len(endings) > 1 else "".join(endings)
-
-
-def _list_local(where: str, endings: Sequence[str], leave_out: Path | None) -> tuple[str, list[File]]:
+def _list_local(where: str, endings: tuple[str, ...], leave_out: Path | None) -> tuple[str, list[File]]:
     """Returns the kind of a local place (file, folder or glob) and its files."""
     path = Path(where)
     # Path's own is_dir and is_file fail where a name is too long.
     if os.path.isdir(where):
         kind, root = "folder", path
-        paths = [file for file in path.rglob("*") if file.name.endswith(tuple(endings)) and file.is_file()]
+        paths = [file for file in path.rglob("*") if file.name.endswith(endings) and file.is_file()]
     elif os.path.isfile(where):
         kind, root = "file", path.parent
         paths = [path]
@@ -113,21 +108,18 @@ def _list_local(where: str, endings: Sequence[str], leave_out: Path | None) -> t
         paths = [Path(file) for file in glob.glob(where, recursive=True) if Path(file).is_file()]
         num_plain = next((i for i, part in enumerate(path.parts) if glob.has_magic(part)), len(path.parts))
         root = Path(*path.parts[:num_plain])
-    if paths and leave_out is not None:
-        left_out = leave_out.resolve()
-        if not root.resolve().is_relative_to(left_out):
-            paths = [file for file in paths if not file.resolve().is_relative_to(left_out)]
-    return kind, [_local_file(file, file.relative_to(root).as_posix()) for file in paths]
+    left_out = leave_out and leave_out.resolve()
+    if paths and left_out and not root.resolve().is_relative_to(left_out):
+        paths = [file for file in paths if not file.resolve().is_relative_to(left_out)]
+    return kind, [
+        File(str(file), file.relative_to(root).as_posix(), status.st_size, str(status.st_mtime_ns))
+        for file, status in zip(paths, map(Path.stat, paths), strict=True)
+    ]
 
 
-def _local_file(path: Path, name: str) -> File:
-    status = path.stat()
-    return File(str(path), name, status.st_size, str(status.st_mtime_ns))
-
-
-def _list_remote(where: str, endings: Sequence[str]) -> tuple[str, list[File]]:
+def _list_remote(where: str, endings: tuple[str, ...]) -> tuple[str, list[File]]:
     files, path = remote.filesystem(where)
-    is_http = remote.protocol(where) in ("http", "https")
+    is_http = remote.store(where) == "http"
     magic = re.search(r"[*\[]" if is_http else r"[*?\[]", path)
     if magic:
         kind, root = "glob", path[: magic.start()].rpartition("/")[0]
@@ -149,19 +141,14 @@ def _list_remote(where: str, endings: Sequence[str]) -> tuple[str, list[File]]:
         name = place[len(root) :].lstrip("/")
         if is_http:
             name = urlsplit(name).path
-        if info["type"] == "file" and (kind != "folder" or name.endswith(tuple(endings))):
+        if info["type"] == "file" and (kind != "folder" or name.endswith(endings)):
             url = files.unstrip_protocol(place)
-            listed.append(_remote_file(files, url, place, name, info))
+            if info.get("size") is None:
+                # Links of a page come without.
+                info = remote.with_retries(url, partial(files.info, place))
+            is_readable = info.get("size") is not None and info.get("partial") is not False
+            listed.append(File(url, name, int(info["size"]) if is_readable else -1, remote.content_version(info)))
     return kind, listed
-
-
-def _remote_file(files: Any, url: str, place: str, name: str, info: dict[str, Any]) -> File:
-    """Makes a remote file, with size -1 if it cannot be read in ranges."""
-    if info.get("size") is None:
-        # Links of a page come without.
-        info = remote.with_retries(url, lambda: files.info(place))
-    readable = info.get("size") is not None and info.get("partial") is not False
-    return File(url, name, int(info["size"]) if readable else -1, remote.content_version(info))
 
 
 def _unless_missing(where: str, call: Callable[[], Any]) -> Any:
@@ -187,7 +174,6 @@ def open_file(file: File, begin: int = 0, end: int | None = None) -> BinaryIO:
     """Opens a file for buffered, seekable reading from a byte on. A remote file is read in ranges on demand.
 
     Args:
-        begin: first byte to read.
         end: byte at which the reader will probably stop, which limits reading ahead; None for the end of the file.
 
     Raises:
@@ -196,19 +182,18 @@ def open_file(file: File, begin: int = 0, end: int | None = None) -> BinaryIO:
         ConnectionError: the file cannot be read after several tries.
     """
     if not is_local(file):
-        return io.BufferedReader(
-            RangeReader(file.path, file.size, file.version, begin, file.size if end is None else end)
-        )
+        stop = file.size if end is None else end
+        return io.BufferedReader(RangeReader(file.path, file.size, file.version, begin, stop))
     try:
         raw = _LocalFile(file.path)
     except FileNotFoundError:
-        raise BadText("has vanished since the run listed it") from None
+        raise BadText(PROBLEMS["missing"]) from None
     except PermissionError as error:
         raise InputError(f"{file.path} cannot be read: {error.strerror}") from None
     status = os.fstat(raw.fileno())
     if (status.st_size, str(status.st_mtime_ns)) != (file.size, file.version):
         raw.close()
-        raise BadText("has changed since the run listed it; start a new run, or put the old file back")
+        raise BadText(PROBLEMS["changed"])
     raw.seek(begin)
     return io.BufferedReader(raw)
 
@@ -220,14 +205,9 @@ def set_expected_end(stream: BinaryIO, end: int) -> None:
 
 
 def fingerprint(file: File, whole: bool) -> str:
-    """Returns the SHA-256 (hex) of a file's name, size and content, but not of its path.
+    """Returns the SHA-256 (hex) of a file's name, size and content (or its ends alone), but not of its path.
 
-    Args:
-        whole: true to hash all content, false for 64 KiB at both ends. A remote file with a version is identified by
-            that, without reading.
-
-    Raises:
-        InputError, BadText: as `open_file`.
+    A remote file with a version is identified by that, without reading. Raises as `open_file`.
     """
     checksum = hashlib.sha256(json.dumps([file.name, file.size]).encode())
     if not is_local(file) and file.version:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from data.errors import BadText, InputError
-from data.files.remote import RemoteError, content_version, filesystem, protocol, with_retries
+from data.files.remote import RemoteError, content_version, filesystem, store, with_retries
 
 T = TypeVar("T")
 # Bytes of the first range, and of the largest, that are read of a file; each range is GROWTH times the one before.
@@ -16,23 +16,24 @@ LARGEST_BYTES = 2**22
 GROWTH = 16
 # How long an HTTP server may send nothing.
 SILENT_SECONDS = 30
-# Counts the bytes read of local and remote files in READ["bytes"].
+# The number of bytes read of local and remote files, by the key "bytes".
 READ_TOTALS: Counter[str] = Counter()
+# The text of an error by the kind of a `RemoteError`, or of a local file's problem.
+PROBLEMS = {
+    "missing": "has vanished since the run listed it",
+    "changed": "has changed since the run listed it; start a new run, or put the old file back",
+    "no ranges": "cannot be read in parts: its server ignores ranges; download it",
+}
 
 
 class RangeReader(io.RawIOBase):
     """A remote file that is read in ranges: a small one first, then larger ones.
 
     Args:
-        size: expected size in bytes; reading fails if it is another.
-        version: expected version; reading fails if it is another.
-        begin: first byte to read.
+        size: expected size in bytes; reading fails if it or the version is another.
         end: byte at which the reader will probably stop; a range ends there. It can be changed later.
 
-    Raises:
-        InputError: access is refused.
-        BadText: the file has vanished or changed.
-        ConnectionError: the file cannot be read after `TRIES` tries.
+    Raises as `open_file`.
     """
 
     def __init__(self, url: str, size: int, version: str, begin: int, end: int):
@@ -46,19 +47,14 @@ class RangeReader(io.RawIOBase):
         except RemoteError as error:
             if error.kind == "refused":
                 raise InputError(f"{self._url}: {error}") from None
-            said = {
-                "missing": "has vanished since the run listed it",
-                "changed": "has changed since the run listed it; start a new run, or put the old file back",
-                "no ranges": "cannot be read in parts: its server ignores ranges; download it",
-            }
-            if error.kind not in said:
-                raise ConnectionError(f"{self._url} {error}") from None
-            raise BadText(said[error.kind]) from None
+            if error.kind in PROBLEMS:
+                raise BadText(PROBLEMS[error.kind]) from None
+            raise ConnectionError(f"{self._url} {error}") from None
 
     def _open(self) -> Any:
         files, path = filesystem(self._url)
         options: dict[str, Any] = {}
-        if protocol(self._url) in ("http", "https"):
+        if store(self._url) == "http":
             # A server that compresses what it sends cannot send ranges of the file.
             options["headers"] = files.kwargs.get("headers", {}) | {"Accept-Encoding": "identity"}
             options["timeout"] = importlib.import_module("aiohttp").ClientTimeout(

@@ -21,18 +21,9 @@ FIRST_DELAY = 0.5  # seconds, doubled with each try
 sleep = time.sleep
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 # Object stores whose filesystems would answer from cached listings.
-_WITH_LISTINGS = ("s3", "s3a", "gs", "gcs", "az", "abfs")
-_PACKAGES = {
-    "s3": "s3fs",
-    "s3a": "s3fs",
-    "gs": "gcsfs",
-    "gcs": "gcsfs",
-    "hf": "huggingface_hub",
-    "http": "aiohttp",
-    "https": "aiohttp",
-    "az": "adlfs",
-    "abfs": "adlfs",
-}
+_WITH_LISTINGS = ("s3", "gs", "az")
+_ALIASES = {"s3a": "s3", "gcs": "gs", "https": "http", "abfs": "az"}
+_PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub", "http": "aiohttp", "az": "adlfs"}
 _CREDENTIALS = {
     "s3": "they come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ~/.aws or the machine's role "
     """(for public data: FSSPEC_S3='{"anon": true}')""",
@@ -72,20 +63,25 @@ def protocol(where: str) -> str:
     return match[1].lower() if match else ""
 
 
+def store(where: str) -> str:
+    """Returns the kind of storage behind a URL: its `protocol`, by the same name for all aliases."""
+    return _ALIASES.get(protocol(where), protocol(where))
+
+
 def filesystem(url: str) -> tuple[Any, str]:
     """Returns the filesystem of a URL, and the URL's path in it.
 
     Raises:
         InputError: fsspec does not know the protocol, or a package for it is not installed.
     """
-    name = protocol(url)
+    name = store(url)
     if "::" in url:
         raise InputError(f"{url}: filesystems that are chained with '::' are not read; give the address of the files")
     try:
         return fsspec.core.url_to_fs(url, **({"use_listings_cache": False} if name in _WITH_LISTINGS else {}))
     except ImportError as error:
         remedy = f"pip install {_PACKAGES[name]}" if name in _PACKAGES else str(error)
-        raise InputError(f"{url}: a package that reads {name}:// is missing: {remedy}") from None
+        raise InputError(f"{url}: a package that reads {protocol(url)}:// is missing: {remedy}") from None
     except ValueError as error:
         raise InputError(f"{url}: {error}; s3://, gs://, hf:// and https:// are some of those that are known") from None
 
@@ -103,33 +99,27 @@ def with_retries(url: str, call: Callable[[], T], tries: int = MAX_TRIES) -> T:
     Raises:
         RemoteError: the call failed permanently, or on every try.
     """
-    delay = FIRST_DELAY
-    for tried in range(1, tries + 1):
+    tried = 0
+    while True:
         try:
             return call()
         except Exception as error:  # each filesystem's library has errors of its own
+            tried += 1
             kind = _meaning(error)
             *_, cause = _causes(error)
             text = " ".join(f"{type(cause).__name__}: {cause}".split())
             if kind is None:
                 raise
             if kind == "refused":
-                raise RemoteError(
-                    kind, f"access is refused ({text}); check the credentials: {_credentials(url)}"
-                ) from None
+                remedy = f"check the credentials: {_CREDENTIALS.get(store(url), _OTHER_CREDENTIALS)}"
+                raise RemoteError(kind, f"access is refused ({text}); {remedy}") from None
             if kind != "passing":
                 raise RemoteError(kind, f"cannot be read ({text})") from None
             if tried == tries:
                 raise RemoteError("failed", f"cannot be read after {tries} tries ({text})") from None
+            delay = FIRST_DELAY * 2 ** (tried - 1)
             log.warning("%s: %s; trying again in %.1f s (%d of %d)", url, text, delay, tried + 1, tries)
             sleep(delay)
-            delay *= 2
-    raise AssertionError("not reached")
-
-
-def _credentials(url: str) -> str:
-    name = {"s3a": "s3", "gcs": "gs"}.get(protocol(url), protocol(url))
-    return _CREDENTIALS.get(name, _OTHER_CREDENTIALS)
 
 
 def _meaning(error: Exception) -> str | None:
@@ -138,9 +128,8 @@ def _meaning(error: Exception) -> str | None:
         return error.kind
     status = next(filter(None, map(_status, _causes(error))), 0)
     names = {type(cause).__name__ for cause in _causes(error)}
-    if isinstance(error, PermissionError) or status in (401, 403, 407) or names & _REFUSALS:
-        return "refused"
-    if isinstance(error, OSError) and str(error).startswith("Forbidden:"):  # gcsfs's 403
+    is_forbidden = isinstance(error, OSError) and str(error).startswith("Forbidden:")  # gcsfs's 403
+    if isinstance(error, PermissionError) or status in (401, 403, 407) or names & _REFUSALS or is_forbidden:
         return "refused"
     if "FileExpired" in names or status == 412:
         return "changed"

@@ -10,18 +10,13 @@ from collections.abc import Iterator
 
 from data.errors import BadText
 from data.files.listing import File, is_local, open_file
-from data.formats import jsonl, parquet, separated
+from data.formats import jsonl, parquet, text
 from data.formats.compression import COMPRESSIONS, open_text, skip_bytes
 from data.formats.content import Fields as Fields
 from data.formats.content import RawDocument as RawDocument
 from data.formats.content import ReadResult as ReadResult
 
-ENDINGS = (
-    ".txt",
-    ".jsonl",
-    ".parquet",
-    *(format_ + end for format_ in (".txt", ".jsonl", ".json") for end in COMPRESSIONS),
-)
+ENDINGS = (".txt", ".jsonl", ".parquet", *(kind + end for kind in (".txt", ".jsonl", ".json") for end in COMPRESSIONS))
 # Up to this byte of a local file, a message names the line, for which the file is read; after it, the byte.
 COUNTED_BYTES = 2**26
 
@@ -39,9 +34,7 @@ def read_documents(file: File, begin: int, end: int, fields: Fields, place: int 
 
     Args:
         file: a file of a listing; a .txt must be compressed, or `fields.separator` be set.
-        begin: first byte of the range.
         end: end of the range; a compressed file is read whole, so its range must be all of it.
-        fields: names of the fields that hold the text.
         place: place of the first document to yield; bytes before it are not read if the format allows that.
 
     Yields:
@@ -61,7 +54,7 @@ def read_documents(file: File, begin: int, end: int, fields: Fields, place: int 
             if format_ == ".jsonl":
                 yield from jsonl.read_jsonl(stream, place, None, fields)
             else:
-                yield from separated.read_separated(stream, place, None, fields.separator)
+                yield from text.read_separated(stream, place, None, fields.separator)
     elif format_ == ".jsonl":
         at = place if place >= begin else begin - 1
         with open_file(file, at, end) as stream:
@@ -71,20 +64,16 @@ def read_documents(file: File, begin: int, end: int, fields: Fields, place: int 
             yield from jsonl.read_jsonl(stream, at, end, fields)
     else:
         assert fields.separator is not None
-        at = place if place >= begin else separated.first_document(file, begin, end, fields.separator)
+        at = place if place >= begin else text.first_document(file, begin, end, fields.separator)
         if at < end:
             with open_file(file, at, end) as stream:
-                yield from separated.read_separated(stream, at, end, fields.separator)
+                yield from text.read_separated(stream, at, end, fields.separator)
 
 
 def line_number(file: File, offset: int) -> int:
     """Returns the number, from 1, of the line that begins at a byte of the text, which is read up to there."""
-    lines = 1
     with open_text(file, format_and_compression(file.name)[1], 0, offset) as stream:
-        while offset > 0 and (piece := stream.read(min(offset, 2**20))):
-            lines += piece.count(b"\n")
-            offset -= len(piece)
-    return lines
+        return 1 + skip_bytes(stream, offset)
 
 
 def written_place(file: File, place: int, counts_lines: bool = True) -> str:

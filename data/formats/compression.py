@@ -1,7 +1,6 @@
 """Compressed text: .gz, .zst and .xz, decompressed while it is read."""
 
 import gzip
-import importlib
 import io
 import lzma
 import sys
@@ -9,8 +8,9 @@ import zlib
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-from data.errors import BadText, InputError
+from data.errors import BadText
 from data.files.listing import File, open_file
+from data.formats.content import import_reader
 
 COMPRESSIONS = (".gz", ".zst", ".xz")
 BLOCK_BYTES = 2**17
@@ -19,37 +19,29 @@ WINDOW_LOG = 31
 
 
 def open_text(file: File, ending: str, begin: int = 0, end: int | None = None) -> BinaryIO:
-    """Opens the text of a file, decompressed by its ending; `begin` and `end` apply to uncompressed files ("") only.
-
-    Raises:
-        InputError, BadText: as `open_file`.
-    """
-    return open_compressed(open_file(file), ending) if ending else open_file(file, begin, end)
-
-
-def open_compressed(raw: BinaryIO, ending: str) -> BinaryIO:
-    """Opens the content of a compressed stream, buffered and not seekable. Closing it closes the stream.
+    """Opens the text of a file, decompressed (and not seekable) if its ending is ".gz", ".zst" or ".xz".
 
     Args:
-        ending: ending of the file name: ".gz", ".zst" or ".xz".
+        begin: first byte to read of an uncompressed file; `end` is that at which the reader will probably stop.
 
     Raises:
-        InputError: a package for the format is missing.
-        BadText: the stream is damaged or ends early (while it is read).
+        InputError: a package for the format is missing, or as `open_file`.
+        BadText: the file is damaged or ends early (while it is read), or as `open_file`.
     """
-    return io.BufferedReader(_Decompressed(raw, ending), BLOCK_BYTES)
+    if not ending:
+        return open_file(file, begin, end)
+    return io.BufferedReader(_Decompressed(open_file(file), ending), BLOCK_BYTES)
 
 
-def skip_bytes(stream: BinaryIO, number: int) -> None:
-    """Reads and discards a number of bytes.
-
-    Raises:
-        BadText: the stream has fewer bytes.
-    """
+def skip_bytes(stream: BinaryIO, number: int) -> int:
+    """Skips a number of bytes and returns the number of line ends in them. Raises BadText if there are fewer."""
+    lines = 0
     while number > 0:
         if not (piece := stream.read(min(number, BLOCK_BYTES))):
             raise BadText(f"its text ends {number} bytes before the place at which reading goes on")
         number -= len(piece)
+        lines += piece.count(b"\n")
+    return lines
 
 
 class _Streams:
@@ -66,14 +58,13 @@ class _Streams:
         """Returns up to `size` bytes, or none at the end."""
         content = b""
         while not content:
+            block = b""
             if self._stream is None or self._stream.eof:
                 if not (block := self._next()):
                     break
                 self._stream = self._new()
-            else:
-                block = self._raw.read(BLOCK_BYTES) if self._stream.needs_input else b""
-                if self._stream.needs_input and not block:
-                    raise EOFError
+            elif self._stream.needs_input and not (block := self._raw.read(BLOCK_BYTES)):
+                raise EOFError
             content = self._stream.decompress(block, size)
         return content
 
@@ -96,7 +87,8 @@ class _Decompressed(io.RawIOBase):
             self._errors = (lzma.LZMAError,)
             self._stream = _Streams(raw, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ))
         else:
-            zstd = _zstd()
+            name = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
+            zstd = import_reader(name, ending, "backports.zstd")
             self._errors = (zstd.ZstdError,)
             options = {zstd.DecompressionParameter.window_log_max: WINDOW_LOG}
             self._stream = _Streams(raw, lambda: zstd.ZstdDecompressor(options=options))
@@ -105,7 +97,6 @@ class _Decompressed(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Reads up to the size of the buffer, or 0 bytes at the end. Raises BadText at damage."""
         try:
             content = self._stream.read1(len(buffer))
         except EOFError:
@@ -117,14 +108,5 @@ class _Decompressed(io.RawIOBase):
         return len(content)
 
     def close(self) -> None:
-        """Also closes the stream that it reads."""
         self._raw.close()
         super().close()
-
-
-def _zstd() -> Any:
-    name = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError:
-        raise InputError("a package is missing that reads .zst: pip install backports.zstd") from None

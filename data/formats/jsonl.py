@@ -1,5 +1,6 @@
 """JSON Lines: each line is an object, and one of its fields holds a document."""
 
+import codecs
 import json
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -7,24 +8,20 @@ from typing import BinaryIO
 from data.errors import BadText
 from data.formats.content import Fields, RawDocument, ReadResult
 
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # Characters of the list of a record's fields in a message.
 MOST_NAMES = 200
 
 
 def read_jsonl(stream: BinaryIO, at: int, end: int | None, fields: Fields) -> Iterator[ReadResult]:
-    """Yields (byte, document or problem) for each line that begins before a byte; blank lines are ignored.
+    """Yields (byte, document or problem) for each line that begins before `end`, if given, and is not blank.
 
     Args:
-        stream: a stream at the beginning of a line.
-        at: byte offset of that line.
-        end: end of the range, or None for all lines.
-        fields: names of the fields that hold a document.
+        stream: a stream at the beginning of a line, whose byte offset is `at`.
     """
     while (end is None or at < end) and (line := stream.readline()):
         begin, at = at, at + len(line)
         if begin == 0:
-            line = line.removeprefix(BYTE_ORDER_MARK)
+            line = line.removeprefix(codecs.BOM_UTF8)
         if not line or line.isspace():
             continue
         try:

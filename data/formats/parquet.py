@@ -3,14 +3,14 @@
 A row group belongs to the byte range that holds its first byte.
 """
 
-import importlib
+import itertools
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from data.errors import BadText, InputError
+from data.errors import BadText
 from data.files.listing import File, open_file, set_expected_end
-from data.formats.content import Fields, RawDocument, ReadResult
+from data.formats.content import Fields, RawDocument, ReadResult, import_reader
 
 # Text of a row group that is decoded at once, and read ahead of a column.
 BATCH_BYTES = 2**22
@@ -25,7 +25,7 @@ class Footer(NamedTuple):
     Attributes:
         metadata: pyarrow's `FileMetaData` of the file.
         begins: first byte of each row group.
-        rows: number of the first row of each row group.
+        rows: number of the first row of each row group, and of all rows.
     """
 
     metadata: Any
@@ -49,13 +49,9 @@ def read_footer(file: File) -> Footer:
             raise
         except (arrow.ArrowException, OSError) as error:
             raise BadText(f"is no parquet: {error}") from None
-    begins, rows, row = [], [], 0
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        begins.append(min(map(_begin, _columns(group)), default=0))
-        rows.append(row)
-        row += group.num_rows
-    return Footer(metadata, tuple(begins), tuple(rows))
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    begins = tuple(min(map(_begin, _columns(group)), default=0) for group in groups)
+    return Footer(metadata, begins, tuple(itertools.accumulate((group.num_rows for group in groups), initial=0)))
 
 
 def read_parquet(file: File, begin: int, end: int, fields: Fields, place: int = 0) -> Iterator[ReadResult]:
@@ -66,11 +62,7 @@ def read_parquet(file: File, begin: int, end: int, fields: Fields, place: int = 
         BadText: the column does not exist or holds no text, the file is damaged, or as `open_file`.
     """
     metadata, begins, rows = read_footer(file)
-    wanted = [
-        number
-        for number, first in enumerate(begins)
-        if begin <= first < end and place < rows[number] + metadata.row_group(number).num_rows
-    ]
+    wanted = [number for number, first in enumerate(begins) if begin <= first < end and place < rows[number + 1]]
     if not wanted:
         return
     arrow, parquet = _pyarrow()
@@ -85,8 +77,10 @@ def read_parquet(file: File, begin: int, end: int, fields: Fields, place: int = 
             columns = [name for name in dict.fromkeys((fields.text, fields.prompt)) if name is not None]
             for number in wanted:
                 row, group = rows[number], metadata.row_group(number)
-                set_expected_end(stream, _end(group, columns))
-                for batch in table.iter_batches(_batch_rows(group), [number], columns, use_threads=False):
+                read = [column for column in _columns(group) if column.path_in_schema in columns]
+                set_expected_end(stream, max(_begin(column) + column.total_compressed_size for column in read))
+                batch_rows = min(max(group.num_rows * BATCH_BYTES // max(group.total_byte_size, 1), 1), BATCH_ROWS)
+                for batch in table.iter_batches(batch_rows, [number], columns, use_threads=False):
                     for i in range(max(place - row, 0), batch.num_rows):
                         yield row + i, _document(batch, i, fields)
                     row += batch.num_rows
@@ -102,15 +96,6 @@ def _columns(group: Any) -> list[Any]:
 
 def _begin(column: Any) -> int:
     return column.dictionary_page_offset or column.data_page_offset
-
-
-def _end(group: Any, names: list[str]) -> int:
-    """Returns the byte after the last of some columns."""
-    return max(_begin(c) + c.total_compressed_size for c in _columns(group) if c.path_in_schema in names)
-
-
-def _batch_rows(group: Any) -> int:
-    return min(max(group.num_rows * BATCH_BYTES // max(group.total_byte_size, 1), 1), BATCH_ROWS)
 
 
 def _check(arrow: Any, schema: Any, name: str, setting: str) -> None:
@@ -138,7 +123,5 @@ def _document(batch: Any, row: int, fields: Fields) -> RawDocument | BadText:
 
 
 def _pyarrow() -> tuple[Any, Any]:
-    try:
-        return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
-    except ModuleNotFoundError:
-        raise InputError("a package is missing that reads .parquet: pip install -e '.[parquet]'") from None
+    arrow, parquet = (import_reader(name, ".parquet", "-e '.[parquet]'") for name in ("pyarrow", "pyarrow.parquet"))
+    return arrow, parquet

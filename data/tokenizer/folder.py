@@ -1,4 +1,4 @@
-"""Reads a tokenizer from a folder, and copies one to another."""
+"""Reads a tokenizer from a folder, and writes one to another."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,24 +16,19 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     Raises:
         InputError: the folder holds no tokenizer, or one that is damaged or of another kind.
     """
-    own = folder / MODEL_FILE
+    own, other = folder / MODEL_FILE, folder / JSON_FILE
     if own.is_file():
         try:
             return SentencePieceTokenizer(folder, own.read_bytes())
         except (RuntimeError, ValueError):
-            if not (folder / JSON_FILE).is_file():
+            if not other.is_file():
                 raise InputError(
                     f"{own} is damaged, or not made by `ziggurat tokenize`; restore it, or put the {JSON_FILE} of "
                     "its makers next to it"
                 ) from None
-    if (folder / JSON_FILE).is_file():
+    if other.is_file():
         return HuggingFaceTokenizer(folder)
     raise InputError(f"{folder} holds no tokenizer ({MODEL_FILE} or {JSON_FILE}); make one with `ziggurat tokenize`")
-
-
-def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
-    """Writes a tokenizer to another folder, which is created if necessary, atomically."""
-    return write_tokenizer(tokenizer.files(), folder)
 
 
 def holds_tokenizer(folder: Path) -> bool:
@@ -42,7 +37,7 @@ def holds_tokenizer(folder: Path) -> bool:
 
 
 def write_tokenizer(files: Mapping[str, bytes], folder: Path) -> Tokenizer:
-    """Writes the files of a tokenizer, each atomically, and loads it."""
+    """Writes `Tokenizer.files` to a folder, which is created if necessary, each atomically, and loads the tokenizer."""
     for name, content in files.items():
         with atomic_file(folder / name) as partial:
             partial.write_bytes(content)

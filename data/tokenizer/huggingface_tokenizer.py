@@ -26,7 +26,7 @@ TEMPLATE_FILE = "chat_template.jinja"
 # Other files that may hold the id of the EOS token.
 MODEL_CONFIG_FILES = ("generation_config.json", "config.json")
 STEP_LISTS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
-BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -88,7 +88,7 @@ class HuggingFaceTokenizer(Tokenizer):
             eos_id = _read(self.folder / name).get("eos_token_id")
             # Chat models have several; the first ends a text.
             eos_id = eos_id[0] if isinstance(eos_id, list) and eos_id else eos_id
-            if isinstance(eos_id, int) and not isinstance(eos_id, bool):
+            if type(eos_id) is int:
                 if 0 <= eos_id < self.vocab_size and self.pieces[eos_id]:
                     return eos_id
                 raise InputError(f"{self.folder / name}: eos_token_id = {eos_id} is no token of {JSON_FILE}")
@@ -144,8 +144,8 @@ class HuggingFaceTokenizer(Tokenizer):
                 return b""
             if self.byte_level and i not in added:
                 return bytes(map(BYTE_OF_CHARACTER.__getitem__, piece))
-            if not self.byte_level and (byte := BYTE_PIECE.fullmatch(piece)):
-                return bytes([int(byte[1], 16)])
+            if not self.byte_level and BYTE_PIECE.fullmatch(piece):
+                return bytes.fromhex(piece[3:5])
             return (piece.replace(SPACE, " ") if spaces else piece).encode()
 
         return [of_piece(i, piece) for i, piece in enumerate(self.pieces)]
@@ -164,17 +164,11 @@ class HuggingFaceTokenizer(Tokenizer):
         ]  # fmt: skip
 
 
-def _byte_characters() -> dict[str, int]:
-    """Returns GPT-2's byte alphabet (Radford et al. 2019, section 2.2).
-
-    Printable Latin-1 characters stand for their own bytes, and those from U+0100 on, in order, for the others.
-    """
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + k): byte for k, byte in enumerate(others)}
-
-
-BYTE_OF_CHARACTER = _byte_characters()
+# GPT-2's byte alphabet (Radford et al. 2019, section 2.2): printable characters of Latin-1 stand for their own bytes,
+# and those from U+0100 on, in order, for the others.
+_PRINTABLE = [ord(character) for character in tokenizers.pre_tokenizers.ByteLevel.alphabet() if ord(character) < 256]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+BYTE_OF_CHARACTER = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + k): byte for k, byte in enumerate(_OTHERS)}
 
 
 def _eos_token(config: Mapping[str, Any]) -> str | None:

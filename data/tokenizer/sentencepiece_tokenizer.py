@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from data.tokenizer.tokenizer import END_OF_TEXT, ESCAPES, MODEL_FILE, SPACE, Tokenizer
+from data.tokenizer.tokenizer import END_OF_TEXT, ESCAPES, MODEL_FILE, SPACE, Tokenizer, plain_text
 
 log = logging.getLogger("ziggurat")
 # SentencePiece's time for a text grows a little faster than its length, its memory by 50 bytes a character. So a text
@@ -45,12 +45,12 @@ class SentencePieceTokenizer(Tokenizer):
         return {MODEL_FILE: (self.folder / MODEL_FILE).read_bytes()}
 
     def encode(self, text: str) -> np.ndarray:
-        ids = [self._model.EncodeAsNumpy(_escaped(part)) for part in self.parts(text)]
+        ids = [self._model.EncodeAsNumpy(escaped(part).encode()) for part in self.parts(text)]
         return ids[0] if len(ids) == 1 else np.concatenate(ids)
 
     def encode_parts(self, parts: list[str]) -> list[np.ndarray]:
         # A single call, which takes Python's global lock once.
-        return self._model.EncodeAsNumpy([_escaped(part) for part in parts], num_threads=1)
+        return self._model.EncodeAsNumpy([escaped(part).encode() for part in parts], num_threads=1)
 
     def parts(self, text: str) -> Iterator[str]:
         """Yields the parts of a text that are encoded independently; at least one.
@@ -77,14 +77,12 @@ class SentencePieceTokenizer(Tokenizer):
 
     @cached_property
     def _bytes(self) -> list[bytes]:
-        escaped = {piece: plain for plain, piece in ESCAPES.items()}
-
         def of_piece(i: int, piece: str) -> bytes:
             if self._model.IsByte(i):
-                return bytes([int(piece[3:5], 16)])
+                return bytes.fromhex(piece[3:5])
             if self._model.IsControl(i):
                 return b""
-            return escaped.get(piece, piece.replace(SPACE, " ")).encode()
+            return plain_text(piece).encode()
 
         return [of_piece(i, piece) for i, piece in enumerate(self.pieces)]
 
@@ -102,8 +100,8 @@ class SentencePieceTokenizer(Tokenizer):
         ]  # fmt: skip
 
 
-def _escaped(part: str) -> bytes:
-    for plain, escaped in ESCAPES.items():
-        if plain in part:
-            part = part.replace(plain, escaped)
-    return part.encode()
+def escaped(text: str) -> str:
+    """Returns a text as the trainer and the model read it."""
+    for plain, piece in ESCAPES.items():
+        text = text.replace(plain, piece)
+    return text

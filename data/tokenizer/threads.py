@@ -23,8 +23,7 @@ class TokenizingThreads:
     """A pool of threads that encode texts with one tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer, num_threads: int):
-        self._tokenizer = tokenizer
-        self._num_threads = num_threads
+        self._tokenizer, self._num_threads = tokenizer, num_threads
         self._num_iterators = 0
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="tokenize")
 

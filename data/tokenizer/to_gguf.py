@@ -9,12 +9,13 @@
 llama.cpp writes a space as U+2581, as SentencePiece does, and does not escape a real one: it reads it as a space.
 """
 
+import itertools
 from typing import Any
 
 from data.errors import InputError
 from data.tokenizer.huggingface_tokenizer import HuggingFaceTokenizer
 from data.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
-from data.tokenizer.tokenizer import ESCAPES, SPACE, Tokenizer
+from data.tokenizer.tokenizer import ESCAPES, SPACE, Tokenizer, merge_pairs, plain_text
 
 # llama.cpp's numbers of our `Tokenizer.token_kinds`.
 GGUF_TOKEN_TYPES = {"piece": 1, "unknown": 2, "control": 3, "whole": 4, "unused": 5, "byte": 6}
@@ -39,9 +40,9 @@ def gguf_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     Raises:
         InputError: llama.cpp would compute other ids.
     """
-    kinds = [*tokenizer.token_kinds, *["unused"] * (vocab_size - tokenizer.vocab_size)]
-    texts = [*tokenizer.pieces, *[""] * (vocab_size - tokenizer.vocab_size)]
-    # The token that precedes every document in training.
+    num_unused = vocab_size - tokenizer.vocab_size
+    kinds = [*tokenizer.token_kinds, *["unused"] * num_unused]
+    texts = [*tokenizer.pieces, *[""] * num_unused]
     metadata: dict[str, Any] = {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
@@ -55,7 +56,7 @@ def gguf_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
                 # The text U+2581 is taken: it is found where a space is. A model that writes it writes a space.
                 texts[i], kinds[i] = " ", "piece"
             elif kind == "whole":
-                texts[i] = UNESCAPED.get(text, text.replace(SPACE, " "))
+                texts[i] = plain_text(text)
         metadata |= {"model": "llama", "add_space_prefix": False}
     else:
         assert isinstance(tokenizer, HuggingFaceTokenizer)
@@ -68,14 +69,11 @@ def gguf_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
             kinds = ["piece" if kind == "whole" and scores[i] else kind for i, kind in enumerate(kinds)]
             metadata |= {"model": "llama", "add_space_prefix": tokenizer.adds_space}
     if scores:
-        metadata["scores"] = [*scores, *[0.0] * (vocab_size - tokenizer.vocab_size)]
+        metadata["scores"] = [*scores, *[0.0] * num_unused]
     if "unknown" in kinds:
         metadata["unknown_token_id"] = kinds.index("unknown")
     texts = [text or f"[unused {i}]" for i, text in enumerate(texts)]
     return metadata | {"tokens": texts, "token_type": [GGUF_TOKEN_TYPES[kind] for kind in kinds]}
-
-
-UNESCAPED = {piece: text for text, piece in ESCAPES.items()}
 
 
 def _pre(tokenizer: HuggingFaceTokenizer) -> str:
@@ -105,17 +103,10 @@ def _scores(tokenizer: HuggingFaceTokenizer) -> list[float]:
     made = [one + other for one, other in pairs]
     order = list(dict.fromkeys(made))
     # SentencePiece joins every pair that makes a piece, and those that make the same one at the same time.
-    grouped = [piece for i, piece in enumerate(made) if not i or made[i - 1] != piece]
-    usable = {
-        piece for piece, kind in zip(tokenizer.pieces, tokenizer.token_kinds, strict=True) if kind in ("piece", "whole")
-    }
-    every = {
-        (piece[:cut], piece[cut:])
-        for piece in usable
-        for cut in range(1, len(piece))
-        if piece[:cut] in usable and piece[cut:] in usable
-    }
-    if grouped != order or every != set(pairs):
+    grouped = [piece for piece, _ in itertools.groupby(made)]
+    kinds = zip(tokenizer.pieces, tokenizer.token_kinds, strict=True)
+    every = merge_pairs(piece for piece, kind in kinds if kind in ("piece", "whole"))
+    if grouped != order or set(every) != set(pairs):
         raise _refused(tokenizer, "joins pieces in an order that SentencePiece's scores cannot say")
     scores = [0.0] * tokenizer.vocab_size
     for rank, piece in enumerate(order, start=1):

@@ -13,24 +13,28 @@ from pathlib import Path
 from typing import Any
 
 from data.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
-from data.tokenizer.tokenizer import END_OF_TEXT, ESCAPES, JSON_FILE, SPACE, Tokenizer
+from data.tokenizer.tokenizer import END_OF_TEXT, JSON_FILE, Tokenizer, merge_pairs, plain_text
 
 
 def write_huggingface_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
-    """Writes `tokenizer.json`, `tokenizer_config.json` and, for our own, `tokenizer.model` to a folder.
-
-    Args:
-        folder: folder to write to; it must exist.
-    """
+    """Writes `tokenizer.json`, `tokenizer_config.json` and, for our own, `tokenizer.model` to an existing folder."""
     for name, content in tokenizer.files().items():
         (folder / name).write_bytes(content)
     if not isinstance(tokenizer, SentencePieceTokenizer):
         return
+    plain = [plain_text(piece) for piece in tokenizer.pieces]
+    kinds = tokenizer.token_kinds
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     written = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": added_tokens(tokenizer),
+        # The special tokens, and those that are matched before BPE.
+        "added_tokens": [
+            {"id": i, "content": text, **flags, "special": kind in ("unknown", "control")}
+            for i, (text, kind) in enumerate(zip(plain, kinds, strict=True))
+            if kind in ("unknown", "control", "whole")
+        ],
         "normalizer": None,
         "pre_tokenizer": None,
         "post_processor": bos_post_processor(END_OF_TEXT, tokenizer.bos_id),
@@ -44,8 +48,8 @@ def write_huggingface_tokenizer(tokenizer: Tokenizer, folder: Path, context: int
             "fuse_unk": False,
             "byte_fallback": True,
             "ignore_merges": False,
-            "vocab": {piece: i for i, piece in enumerate(plain_pieces(tokenizer))},
-            "merges": merge_pairs(tokenizer),
+            "vocab": {text: i for i, text in enumerate(plain)},
+            "merges": merge_pairs(text for text, kind in zip(plain, kinds, strict=True) if kind == "piece"),
         },
     }
     (folder / JSON_FILE).write_text(json.dumps(written, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
@@ -71,34 +75,3 @@ def bos_post_processor(token: str, number: int) -> dict[str, Any]:
         "pair": [special, text, other],
         "special_tokens": {token: {"id": token, "ids": [number], "tokens": [token]}},
     }
-
-
-def plain_pieces(tokenizer: Tokenizer) -> list[str]:
-    """Returns the text of each id as it appears in a document."""
-    plain = {piece: text for text, piece in ESCAPES.items()}
-    return [plain.get(piece, piece.replace(SPACE, " ")) for piece in tokenizer.pieces]
-
-
-def added_tokens(tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """Returns the tokens that are matched before BPE, and the special tokens."""
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    return [
-        {"id": i, "content": content, **flags, "special": kind in ("unknown", "control")}
-        for i, (content, kind) in enumerate(zip(plain_pieces(tokenizer), tokenizer.token_kinds, strict=True))
-        if kind in ("unknown", "control", "whole")
-    ]
-
-
-def merge_pairs(tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    """Returns every pair of pieces that forms a piece, in the order of the pieces: SentencePiece merges all of them."""
-    pieces = {
-        piece: i
-        for i, (piece, kind) in enumerate(zip(plain_pieces(tokenizer), tokenizer.token_kinds, strict=True))
-        if kind == "piece"
-    }
-    return [
-        (piece[:cut], piece[cut:])
-        for piece in pieces
-        for cut in range(1, len(piece))
-        if piece[:cut] in pieces and piece[cut:] in pieces
-    ]

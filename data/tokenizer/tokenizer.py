@@ -15,6 +15,19 @@ JSON_FILE = "tokenizer.json"
 SPACE = "\u2581"
 # Piece by text that is escaped. U+E000 is in the private use area.
 ESCAPES = {"\ue000": "\ue0000", SPACE: "\ue0001"}
+UNESCAPED = {piece: text for text, piece in ESCAPES.items()}
+
+
+def plain_text(piece: str) -> str:
+    """Returns the text of one of our pieces as it appears in a document."""
+    return UNESCAPED.get(piece, piece.replace(SPACE, " "))
+
+
+def merge_pairs(pieces: Iterable[str]) -> list[tuple[str, str]]:
+    """Returns every pair of pieces that forms a piece, in the order of the pieces: SentencePiece merges all of them."""
+    known = dict.fromkeys(pieces)
+    pairs = ((piece[:cut], piece[cut:]) for piece in known for cut in range(1, len(piece)))
+    return [(one, other) for one, other in pairs if one in known and other in known]
 
 
 class Tokenizer(ABC):
@@ -22,7 +35,6 @@ class Tokenizer(ABC):
 
     Attributes:
         folder: folder that it was read from.
-        vocab_size: number of token ids.
         eos_id: id of the token that ends a document.
         bos_id: id of the token before a document: the tokenizer's own, or else `eos_id`.
         fingerprint: SHA-256 (hex) of everything that its ids follow from.

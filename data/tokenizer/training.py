@@ -10,13 +10,11 @@ import sentencepiece
 
 from data.errors import InputError
 from data.tokenizer.folder import write_tokenizer
-from data.tokenizer.sentencepiece_tokenizer import log
+from data.tokenizer.sentencepiece_tokenizer import escaped, log
 from data.tokenizer.tokenizer import END_OF_TEXT, ESCAPES, MODEL_FILE, SPACE, Tokenizer
 
 # Number of vocabulary pieces for each whitespace piece.
 PIECES_PER_WHITESPACE = 64
-CHARACTER_COVERAGE = 0.9995
-_WHITESPACE = re.compile(r"[ \n\r\t]{2,}")
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int, folder: Path) -> Tokenizer:
@@ -27,7 +25,6 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, folder: Path) -> Toke
 
     Args:
         vocab_size: requested number of ids, including bytes, special and whitespace pieces.
-        folder: folder to write to, created if necessary.
 
     Raises:
         InputError: there is no text, or `vocab_size` is too small for its characters.
@@ -36,8 +33,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, folder: Path) -> Toke
         raise InputError("the corpus has no text to train a tokenizer on; check data.corpus")
     whole = [*ESCAPES.values(), *whitespace_pieces(texts, vocab_size // PIECES_PER_WHITESPACE)]
     size = vocab_size
-    while (model := _train(texts, size, whole)) is None or isinstance(model, int):
-        assert model is not None
+    while isinstance(model := _train(texts, size, whole), int):
         size = model
     if size < vocab_size:
         log.info("tokenizer: the text supports %d token ids; %d were asked for", size, vocab_size)
@@ -46,9 +42,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, folder: Path) -> Toke
 
 def whitespace_pieces(texts: Iterable[str], number: int) -> list[str]:
     """Returns the runs of whitespace that save the most characters as pieces of their own."""
-    runs: collections.Counter[str] = collections.Counter()
-    for text in texts:
-        runs.update(_WHITESPACE.findall(text))
+    runs = collections.Counter(run for text in texts for run in re.findall(r"[ \n\r\t]{2,}", text))
     saved = {run: count * (len(run) - 1) for run, count in runs.items() if len(run) <= 64 and count > 1}
     return sorted(saved, key=lambda run: (-saved[run], run))[:number]
 
@@ -66,7 +60,7 @@ def _train(texts: Sequence[str], vocab_size: int, whole: Sequence[str]) -> bytes
             byte_fallback=True,
             # Pieces such as "self." and "):" make code a tenth shorter.
             split_by_unicode_script=False,
-            character_coverage=CHARACTER_COVERAGE,
+            character_coverage=0.9995,
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
@@ -90,8 +84,5 @@ def _train(texts: Sequence[str], vocab_size: int, whole: Sequence[str]) -> bytes
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
-    """Yields texts without NUL, because the trainer skips texts that contain it."""
-    for text in texts:
-        for plain, escaped in ESCAPES.items():
-            text = text.replace(plain, escaped)
-        yield text.replace("\0", "")
+    """Yields escaped texts without NUL, because the trainer skips texts that contain it."""
+    return (escaped(text).replace("\0", "") for text in texts)

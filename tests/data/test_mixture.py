@@ -90,7 +90,7 @@ def test_each_corpus_comes_in_the_order_that_it_has_alone(folder: Path):
     taken = [stream.take(step) for step in range(60)]
     for k, source in enumerate(mixture.sources):
         reader = open_readers(source.corpus, source.config, 0, {2: BEGINNING})[2]
-        alone = Stream(reader, tokenize, 0, 0, source.config, 2)
+        alone = Stream(reader, tokenize, 0, 0, source.config, 2).rows()
         for parts in (parts for corpus, parts in taken if corpus == k):
             assert texts(parts) == texts(next(alone)[0])
 

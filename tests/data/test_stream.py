@@ -18,7 +18,16 @@ from data.config import DataConfig
 from data.corpus import Corpus, open_corpus
 from data.errors import InputError
 from data.segmenter import SegmentPart, make_segment
-from data.stream import BEGINNING, MAX_EMPTY_EPOCHS, Stream, StreamPosition, WindowReader, WindowStart, open_readers
+from data.stream import (
+    BEGINNING,
+    MAX_EMPTY_EPOCHS,
+    Rows,
+    Stream,
+    StreamPosition,
+    WindowReader,
+    WindowStart,
+    open_readers,
+)
 from tests.data.stand_in import ByteTokenizer, tokenize
 
 CONFIG = DataConfig(segment_length=16, num_streams=3, chunk_bytes=400, shuffle_window=900, validation_fraction=0.1)
@@ -55,9 +64,9 @@ def corpus(request, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     return corpus
 
 
-def stream(corpus: Corpus, v: int, position=BEGINNING, seed: int = 0, config: DataConfig = CONFIG) -> Stream:
+def stream(corpus: Corpus, v: int, position=BEGINNING, seed: int = 0, config: DataConfig = CONFIG) -> Rows:
     reader = open_readers(corpus, config, seed, {v: position})[v]
-    return Stream(reader, tokenize, ByteTokenizer.bos_id, ByteTokenizer.eos_id, config, v, position)
+    return Stream(reader, tokenize, ByteTokenizer.bos_id, ByteTokenizer.eos_id, config, v).rows(position)
 
 
 def epoch_of(corpus: Corpus, config: DataConfig, v: int, epoch: int) -> list[list[SegmentPart]]:
@@ -178,7 +187,7 @@ def test_streams_that_share_a_file_read_it_once_and_tokenize_only_their_own(tmp_
 
     config = dataclasses.replace(CONFIG, epochs=1)
     readers = open_readers(corpus, config, 0, {0: BEGINNING, 2: BEGINNING})
-    streams = [Stream(readers[v], counting, 0, 0, config, v) for v in (0, 2)]
+    streams = [Stream(readers[v], counting, 0, 0, config, v).rows() for v in (0, 2)]
     for _ in itertools.zip_longest(*streams):
         pass
     assert len(read) == 1

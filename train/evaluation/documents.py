@@ -11,8 +11,10 @@ def choose_held_out(mixture: Mixture, size: int) -> list[HeldOutDocument]:
     share = size // len(mixture.sources)
     return [
         text
-        for name, documents in mixture.held_out()
-        for text in take_bytes((HeldOutDocument(document.text, document.prompt, name) for document in documents), share)
+        for source in mixture.sources
+        for text in take_bytes(
+            (HeldOutDocument(d.text, d.prompt, source.name) for d in source.corpus.held_out()), share
+        )
     ]
 
 

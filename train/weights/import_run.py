@@ -8,7 +8,7 @@ import jax
 from data.config import DataConfig
 from data.errors import InputError
 from data.files.atomic import atomic_folder
-from data.tokenizer.folder import copy_tokenizer
+from data.tokenizer.folder import write_tokenizer
 from model.config import ModelConfig
 from train.checkpoint.checkpoint import Checkpoints
 from train.config.config import CheckpointConfig, Config
@@ -46,7 +46,7 @@ def _write(weights: WeightSource, run: Run, to: Path) -> None:
     model = dataclasses.replace(weights.config, compute_dtype=ModelConfig.compute_dtype)
     data, train = DataConfig(segment_length=weights.context), TrainConfig(run_dir=str(to))
     run.save_config(Config(model=model, data=data, train=train))
-    copy_tokenizer(weights.tokenizer, run.tokenizer)
+    write_tokenizer(weights.tokenizer.files(), run.tokenizer)
     with jax.set_mesh(one_device_mesh()):
         checkpoints = Checkpoints(run.checkpoints, CheckpointConfig())
         arrays = jax.tree.map(jax.numpy.asarray, weights.in_memory())

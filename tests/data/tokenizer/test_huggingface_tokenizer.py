@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.errors import InputError
-from data.tokenizer.folder import copy_tokenizer, holds_tokenizer, load_tokenizer
+from data.tokenizer.folder import holds_tokenizer, load_tokenizer, write_tokenizer
 from data.tokenizer.huggingface_tokenizer import HuggingFaceTokenizer
 from data.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
 from data.tokenizer.threads import TokenizingThreads
@@ -110,7 +110,7 @@ def test_added_tokens_that_are_not_special_are_found_in_a_text(loaded):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_copy_is_the_same_tokenizer(loaded, kind: str, tmp_path: Path):
     assert not holds_tokenizer(tmp_path)
-    copy = copy_tokenizer(loaded[kind], tmp_path)
+    copy = write_tokenizer(loaded[kind].files(), tmp_path)
     assert holds_tokenizer(tmp_path)
     assert copy.fingerprint == loaded[kind].fingerprint
     assert copy.eos_id == loaded[kind].eos_id
@@ -182,7 +182,7 @@ def test_the_end_of_a_document_may_be_named_by_the_models_config(folders, loaded
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     for number, odd in enumerate(({}, {"eos_token": None}, {"eos_token": 3})):
         (folder / "tokenizer_config.json").write_text(json.dumps(odd))
-        copy = copy_tokenizer(load_tokenizer(folder), tmp_path / f"copy{number}")
+        copy = write_tokenizer(load_tokenizer(folder).files(), tmp_path / f"copy{number}")
         assert copy.fingerprint == found.fingerprint == loaded["gpt2"].fingerprint
         assert (copy.folder / "chat_template.jinja").read_text() == "{{ messages }}"
     (folder / "generation_config.json").write_text('{"eos_token_id": 0}')
