@@ -39,14 +39,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def check_page(page: Path, flag: str, generator: str, kind: str) -> None:
-    """Raises InputError where a page cannot be written to this file, or would replace a file that is not such a page.
-
-    Args:
-        page: the file that will be written.
-        flag: named in the message, as in --output.
-        generator: comment in the first lines of each such page.
-        kind: name of such a page in the message.
-    """
+    """Raises InputError where a page cannot be written, or would replace a file without the comment `generator`."""
     if problem := why_not_writable(page.parent):
         raise InputError(f"{flag}={page}: {problem}; name another path")
     if page.exists() and not (page.is_file() and generator in page.read_text(errors="replace")[:100]):

@@ -22,9 +22,8 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `ziggurat evaluate`."""
     add_model(parser)
-    parser.add_argument(
-        "--corpus", metavar="PATH", help="file, folder, glob or URL of text, all of whose documents are evaluated"
-    )
+    help = "file, folder, glob or URL of text, all of whose documents are evaluated"
+    parser.add_argument("--corpus", metavar="PATH", help=help)
     parser.add_argument("--tasks", metavar="NAME[,NAME]", help="tasks, groups or tags of the harness")
     parser.add_argument("--task_dir", metavar="FOLDER", help="folder with the tasks' YAML files [the harness's own]")
     parser.add_argument("--num_fewshot", type=int, metavar="N", help="examples before each document [the task's own]")

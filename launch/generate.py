@@ -34,22 +34,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", type=text, metavar="TEXT", help="the text to continue")
     parser.add_argument("--prompts", metavar="FILE", help="many prompts, as JSONL; - reads standard input")
     parser.add_argument("--batch_size", type=int, metavar="N", help=f"prompts to continue at once [{BATCH_SIZE}]")
-    parser.add_argument(
-        "--max_new_tokens", type=int, default=64, metavar="N", help="tokens after which a continuation ends [64]"
-    )
-    parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
-    )
+    help = "tokens after which a continuation ends [64]"
+    parser.add_argument("--max_new_tokens", type=int, default=64, metavar="N", help=help)
+    help = "end before this text; may be given several times"
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help=help)
     parser.add_argument("--greedy", action="store_true", help="always take the most likely token")
     parser.add_argument("--top_k", type=int, metavar="K", help="draw among the K most likely; 0: among all [40]")
-    parser.add_argument(
-        "--top_p", type=float, metavar="P", help="draw among the fewest that together have this probability [1.0]"
-    )
+    help = "draw among the fewest that together have this probability [1.0]"
+    parser.add_argument("--top_p", type=float, metavar="P", help=help)
     parser.add_argument("--temperature", type=float, metavar="X", help="divides the logits before drawing [1.0]")
-    parser.add_argument(
-        "--repetition_penalty", type=float, default=1.0, metavar="X",
-        help="above 1: tokens of the prompt and of the text so far become less likely [1.0]",
-    )  # fmt: skip
+    help = "above 1: tokens of the prompt and of the text so far become less likely [1.0]"
+    parser.add_argument("--repetition_penalty", type=float, default=1.0, metavar="X", help=help)
     parser.add_argument("--seed", type=int, metavar="N", help="the same seed draws the same tokens [0]")
     for axis, shared in (("tensor", "heads and widths"), ("fsdp", "weights as they are stored")):
         help = f"share {shared} among N devices; -1: among the rest [1]"
@@ -168,23 +163,21 @@ def flag_problems(arguments: argparse.Namespace) -> list[str]:
     if arguments.top_p is not None and not 0 < arguments.top_p <= 1:
         problems.append(f"--top_p={arguments.top_p} must be above 0 and at most 1")
     # Outside these bounds float32 logits no longer tell tokens apart.
-    if arguments.temperature is not None and not 1e-6 <= arguments.temperature <= 1e6:
-        problems.append(
-            f"--temperature={arguments.temperature} must be from 0.000001 to 1000000; for the most likely token use "
-            "--greedy"
-        )
-    if not 1e-6 <= arguments.repetition_penalty <= 1e6:
-        problems.append(
-            f"--repetition_penalty={arguments.repetition_penalty} must be from 0.000001 to 1000000; 1 is none"
-        )
+    bounds = "must be from 0.000001 to 1000000"
+    temperature = arguments.temperature
+    penalty = arguments.repetition_penalty
+    if temperature is not None and not 1e-6 <= temperature <= 1e6:
+        problems.append(f"--temperature={temperature} {bounds}; for the most likely token use --greedy")
+    if not 1e-6 <= penalty <= 1e6:
+        problems.append(f"--repetition_penalty={penalty} {bounds}; 1 is none")
     if arguments.seed is not None and not 0 <= arguments.seed < 2**31:
         problems.append(f"--seed={arguments.seed} must be from 0 to 2147483647")
     if arguments.greedy:
         unused = [name for name in ("top_k", "top_p", "temperature", "seed") if getattr(arguments, name) is not None]
         problems += [f"--{name} has no effect with --greedy; leave one out" for name in unused]
-    for axis in ("tensor", "fsdp"):
-        if getattr(arguments, axis) < 1 and getattr(arguments, axis) != -1:
-            problems.append(f"--mesh.{axis}={getattr(arguments, axis)} must be at least 1, or -1 for the rest")
+    for axis, size in (("tensor", arguments.tensor), ("fsdp", arguments.fsdp)):
+        if size < 1 and size != -1:
+            problems.append(f"--mesh.{axis}={size} must be at least 1, or -1 for the rest")
     if arguments.tensor == arguments.fsdp == -1:
         problems.append("--mesh.tensor and --mesh.fsdp are both -1; give one of them a size")
     return problems

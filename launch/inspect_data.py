@@ -109,15 +109,9 @@ def corpus_summaries(data: RunData) -> list[dict[str, Any]]:
 
 
 def batch_rows(data: RunData, number: int, only_row: int | None) -> list[dict[str, Any]]:
-    """Returns the rows of a step's batch with the parts of documents in each.
+    """Returns the rows of a step's batch (steps from 1, rows from 0), or one row, with the parts of documents in each.
 
-    Args:
-        data: the run's data, from `opened`.
-        number: number of the step, from 1.
-        only_row: row to return, from 0, or None for all.
-
-    Raises:
-        InputError: the run has no such step or row.
+    Raises InputError where the run has no such step or row.
     """
     from data.provenance import describe_row, rows_of_step
     from train.data_identity import first_step, streams_before

@@ -34,24 +34,17 @@ STALE_MINUTES = 5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `ziggurat launch kubernetes`."""
-    parser.add_argument(
-        "--topology", required=True, metavar="CHIP:SHAPE",
-        help="as `ziggurat plan` takes it: v6e:16x16 (the chips of a slice) or h100:2x8 (hosts × GPUs of each)",
-    )  # fmt: skip
+    help = "as `ziggurat plan` takes it: v6e:16x16 (the chips of a slice) or h100:2x8 (hosts × GPUs of each)"
+    parser.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help=help)
     parser.add_argument("--slices", type=int, default=1, metavar="N", help="TPU slices of this shape [1]")
     parser.add_argument("--image", required=True, metavar="IMAGE", help="a container that has ziggurat on its PATH")
-    parser.add_argument(
-        "--volume", required=True, metavar="CLAIM:PATH",
-        help="a persistent volume claim that all pods can write to (ReadWriteMany), and where to mount it",
-    )  # fmt: skip
+    help = "a persistent volume claim that all pods can write to (ReadWriteMany), and where to mount it"
+    parser.add_argument("--volume", required=True, metavar="CLAIM:PATH", help=help)
     parser.add_argument("--name", metavar="NAME", help="name of the JobSet [that of the run's folder]")
-    parser.add_argument(
-        "--node-selector", action="append", default=[], metavar="LABEL=VALUE",
-        help="a label that the nodes must have, besides those of TPUs",
-    )  # fmt: skip
-    parser.add_argument(
-        "--restarts", type=int, default=20, metavar="N", help="restarts after faults, in the whole run [20]"
-    )
+    help = "a label that the nodes must have, besides those of TPUs"
+    parser.add_argument("--node-selector", action="append", default=[], metavar="LABEL=VALUE", help=help)
+    help = "restarts after faults, in the whole run [20]"
+    parser.add_argument("--restarts", type=int, default=20, metavar="N", help=help)
     parser.add_argument("--output", metavar="FILE", help="file of the manifest [standard output]")
     parser.add_argument("command", nargs="*", metavar="COMMAND", help="pretrain with its flags, after --")
 

@@ -11,12 +11,13 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen
 from typing import Any, BinaryIO, NamedTuple
 
 from data.errors import InputError
@@ -37,10 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `ziggurat launch local`."""
     parser.add_argument("--processes", type=int, required=True, metavar="N", help="number of processes")
     parser.add_argument("--devices", type=int, metavar="K", help="virtual CPU devices of each [what JAX finds]")
-    parser.add_argument(
-        "--restarts", type=int, default=3, metavar="N",
-        help="how often in a row a run that saves nothing new is started again [3]; 0: never",
-    )  # fmt: skip
+    help = "how often in a row a run that saves nothing new is started again [3]; 0: never"
+    parser.add_argument("--restarts", type=int, default=3, metavar="N", help=help)
     parser.add_argument("command", nargs="*", metavar="COMMAND", help="a command of ziggurat with its flags, after --")
 
 
@@ -74,13 +73,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def process_environment(environment: Mapping[str, str], process: int, processes: int) -> dict[str, str]:
     """Returns the environment of one process: its number, and its share of the machine's GPUs."""
-    gpus = share_of_gpus(environment, process, processes)
-    return {
-        **environment,
-        "ZIGGURAT_NUM_PROCESSES": str(processes),
-        "ZIGGURAT_PROCESS_ID": str(process),
-        **({"JAX_LOCAL_DEVICE_IDS": ",".join(map(str, gpus))} if gpus else {}),
-    }
+    own = {"ZIGGURAT_NUM_PROCESSES": str(processes), "ZIGGURAT_PROCESS_ID": str(process)}
+    if gpus := share_of_gpus(environment, process, processes):
+        own["JAX_LOCAL_DEVICE_IDS"] = ",".join(map(str, gpus))
+    return {**environment, **own}
 
 
 def run_folder(command: Sequence[str]) -> Path | None:
@@ -92,12 +88,7 @@ def run_folder(command: Sequence[str]) -> Path | None:
 
 
 class Exit(NamedTuple):
-    """The end of a set of processes.
-
-    Attributes:
-        status: the first exit status that is not 0; 128 + n after signal n.
-        was_asked: the launcher received a signal to end.
-    """
+    """The first exit status that is not 0 (128 + n after signal n), and whether a signal asked the launcher to end."""
 
     status: int
     was_asked: bool
@@ -110,12 +101,7 @@ def supervise(
 
     Status 0 (done) and 2 (the user's error) end it. After 75 (stopped) it starts at once. All else is a fault: it
     starts after a pause that doubles, and gives up after more than `restarts` starts in a row that saved nothing new.
-
-    Args:
-        start: runs all processes until they end.
-        folder: the run's folder, in which progress is seen.
-        restarts: largest number of restarts without progress.
-        sleep: waits for seconds; tests replace it.
+    Progress is seen in the run's folder. Tests replace `sleep`.
     """
     in_vain, reached = 0, newest_step(folder)
     while True:
@@ -157,23 +143,14 @@ def print_line(text: str) -> None:
 def run_processes(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> Exit:
     """Runs the command once in each environment and waits until all have ended."""
     received: list[int] = []
-    handlers = {
-        number: signal.signal(number, lambda n, _: received.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    processes: list[subprocess.Popen] = []
+    signals = (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.signal(number, lambda n, _: received.append(n)) for number in signals}
+    processes: list[Popen] = []
     threads: list[threading.Thread] = []
+    start = partial(Popen, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, start_new_session=True, preexec_fn=die_with_parent)
     try:
         for environment in environments:
-            process = subprocess.Popen(
-                command,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-                preexec_fn=die_with_parent,
-            )
-            processes.append(process)
+            processes.append(start(command, env=environment))
         # All forks come before the first thread: a fork of a process with threads may deadlock.
         for i, process in enumerate(processes):
             for pipe, out in ((process.stdout, sys.stdout.buffer), (process.stderr, sys.stderr.buffer)):
@@ -191,12 +168,10 @@ def run_processes(command: Sequence[str], environments: Sequence[Mapping[str, st
             signal.signal(number, handler)
 
 
-def wait_for(processes: Sequence[subprocess.Popen], received: list[int]) -> Exit:
+def wait_for(processes: Sequence[Popen], received: list[int]) -> Exit:
     """Waits until all processes have ended; passes signals on, and ends all once one has failed.
 
-    Args:
-        processes: started in sessions of their own.
-        received: signals to this process, appended by its handlers and removed here.
+    Each process leads a session of its own. Signal handlers append to `received`, from which signals are removed here.
     """
     status, was_asked, deadline = 0, False, math.inf
     while None in [process.poll() for process in processes]:
@@ -222,7 +197,7 @@ def wait_for(processes: Sequence[subprocess.Popen], received: list[int]) -> Exit
     return Exit(status if status >= 0 else 128 - status, was_asked)
 
 
-def signal_all(processes: Sequence[subprocess.Popen], number: int) -> None:
+def signal_all(processes: Sequence[Popen], number: int) -> None:
     """Sends a signal to every process that still runs, and to the processes that it started."""
     for process in processes:
         if process.poll() is None:
@@ -252,5 +227,4 @@ def free_port() -> int:
     """Returns a TCP port that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+        return int(probe.getsockname()[1])

@@ -39,10 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--slices", metavar="N", default="1", help="TPU slices of this shape [1]")
     parser.add_argument("--tokens", metavar="N", help="tokens to train on, as in 2e12 [those of train.num_steps]")
     parser.add_argument("--price", metavar="P", help="dollars for a device-hour")
-    parser.add_argument(
-        "--search", metavar="N", nargs="?", const=str(MAX_COMPILED),
-        help=f"rank meshes, parts of the batch and remat policies; compile at most N programs [{MAX_COMPILED}]",
-    )  # fmt: skip
+    help = f"rank meshes, parts of the batch and remat policies; compile at most N programs [{MAX_COMPILED}]"
+    parser.add_argument("--search", metavar="N", nargs="?", const=str(MAX_COMPILED), help=help)
     add_json(parser)
     add_config_arguments(parser)
 
@@ -129,10 +127,8 @@ def search(arguments: argparse.Namespace, config: "ResolvedConfig", devices: Seq
     chip = with_usable_memory(parse_topology(arguments.topology)[0])
     legal = candidates(config, devices, chip, arguments.overrides)
     log.info("%s legal ways to run the step may fit; compiling the most promising", f"{len(legal):,}")
-    flags = []
-    for name in ("config", "topology", "slices", "tokens", "price"):
-        if (value := getattr(arguments, name)) is not None:
-            flags.append(f"--{name}={value}")
+    shared = {name: getattr(arguments, name) for name in ("config", "topology", "slices", "tokens", "price")}
+    flags = [f"--{name}={value}" for name, value in shared.items() if value is not None]
     flags += [f"--config.{name}={value}" for name, value in arguments.overrides.items() if name not in SEARCHED]
     outcomes = compile_best(legal, int(arguments.search), flags)
     plans = [outcome.plan for outcome in outcomes if outcome.plan]

@@ -45,10 +45,7 @@ class Outcome:
 
 
 class Compiler(NamedTuple):
-    """A running `ziggurat plan` of a candidate.
-
-    Its output goes to `files`.json and `files`.log, so that it never blocks on a full pipe.
-    """
+    """A running `ziggurat plan`, with output to `files`.json and `files`.log: it never blocks on a full pipe."""
 
     candidate: Candidate
     process: subprocess.Popen[bytes]
@@ -56,12 +53,9 @@ class Compiler(NamedTuple):
 
 
 def compile_best(candidates: Sequence[Candidate], most: int, flags: Sequence[str]) -> list[Outcome]:
-    """Compiles candidates until no other may be faster; returns the outcomes, the fastest first.
+    """Compiles at most `most` candidates, until no other may be faster; returns the outcomes, the fastest first.
 
-    Args:
-        candidates: sorted by their estimates, the fastest first.
-        most: largest number of programs to compile.
-        flags: those of `ziggurat plan` that all candidates share.
+    The candidates come sorted by their estimates, the fastest first, and share these flags of `ziggurat plan`.
     """
     outcomes: list[Outcome] = []
     waiting = list(candidates)
@@ -97,7 +91,7 @@ def max_compilers() -> int:
 
 
 def start_compiler(candidate: Candidate, flags: Sequence[str], files: str) -> Compiler:
-    """Starts the plan of a candidate, with output to `files`.json and `files`.log."""
+    """Starts the plan of a candidate."""
     command = [sys.executable, "-m", "launch.cli", "plan", "--json", *flags, *change_flags(candidate)]
     with open(f"{files}.json", "wb") as output, open(f"{files}.log", "wb") as errors:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors)

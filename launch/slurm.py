@@ -72,19 +72,15 @@ done
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `ziggurat launch slurm`."""
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="number of nodes [1]")
-    parser.add_argument(
-        "--tasks-per-node", type=int, default=1, metavar="N",
-        help="processes of a node, which share its GPUs evenly [1]",
-    )  # fmt: skip
+    help = "processes of a node, which share its GPUs evenly [1]"
+    parser.add_argument("--tasks-per-node", type=int, default=1, metavar="N", help=help)
     parser.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs of each node [none]")
     parser.add_argument("--cpus-per-task", type=int, metavar="N", help="CPUs of a process [what the cluster gives]")
     parser.add_argument("--time", metavar="LIMIT", help="as sbatch takes it, as in 1-00:00:00 [the partition's]")
     parser.add_argument("--partition", metavar="NAME", help="partition that runs the job [the cluster's default]")
     parser.add_argument("--account", metavar="NAME", help="account that pays [the user's default]")
-    parser.add_argument(
-        "--sbatch", action="append", default=[], metavar="OPTION",
-        help="a further option of sbatch, as in --sbatch=--qos=high; it overrides those of the script",
-    )  # fmt: skip
+    help = "a further option of sbatch, as in --sbatch=--qos=high; it overrides those of the script"
+    parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help=help)
     parser.add_argument("--container-image", metavar="IMAGE", help="run in it (pyxis); ziggurat is on its PATH")
     parser.add_argument("--container-mounts", metavar="FROM:TO,…", help="besides this folder, which is always mounted")
     parser.add_argument("--output", metavar="FILE", help="file of the script [standard output]")
@@ -103,15 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def script(arguments: argparse.Namespace, folder: Path) -> str:
-    """Returns the script for sbatch.
-
-    Args:
-        arguments: the parsed command line.
-        folder: working folder of the job.
-
-    Raises:
-        InputError: everything that is wrong with the flags or the command.
-    """
+    """Returns the script of a job that works in a folder. Raises InputError with all that is wrong with the flags."""
     if problems := flag_problems(arguments):
         raise InputError("\n".join(problems))
     gpus = arguments.gpus_per_node
@@ -163,23 +151,19 @@ def flag_problems(arguments: argparse.Namespace) -> list[str]:
         if not option.startswith("-") or "\n" in option:
             problems.append(f"--sbatch={option}: an option begins with - and is one line")
     if not problems and arguments.gpus_per_node and arguments.gpus_per_node % arguments.tasks_per_node:
-        problems.append(
-            f"--tasks-per-node={arguments.tasks_per_node} does not divide --gpus-per-node={arguments.gpus_per_node}"
-        )
+        tasks, gpus = arguments.tasks_per_node, arguments.gpus_per_node
+        problems.append(f"--tasks-per-node={tasks} does not divide --gpus-per-node={gpus}")
     if arguments.container_mounts and not arguments.container_image:
         problems.append("--container-mounts without --container-image: there is nothing to mount it in")
     return problems
 
 
-def newest_step_command(run_dir: Path, place: str | None) -> str:
-    """Returns a shell command that prints the step of the newest checkpoint (see `launch.local.newest_step`).
-
-    `place` is the setting `checkpoint.dir`.
-    """
-    if place and protocol(place):
+def newest_step_command(run_dir: Path, checkpoint_dir: str | None) -> str:
+    """Returns a shell command that prints the step of the newest checkpoint (see `launch.local.newest_step`)."""
+    if checkpoint_dir and protocol(checkpoint_dir):
         file = shlex.quote(str(run_dir / "events.jsonl"))
         return f"""grep -o '"save", "step": [0-9]*' {file} 2>/dev/null | tail -n 1 | grep -o '[0-9]*$'"""
-    folder = shlex.quote(str(Path(place).expanduser() if place else run_dir / "checkpoints"))
+    folder = shlex.quote(str(Path(checkpoint_dir or run_dir / "checkpoints").expanduser()))
     return f"ls {folder} 2>/dev/null | grep -E '^[0-9]+$' | sort -n | tail -n 1"
 
 

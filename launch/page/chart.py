@@ -25,23 +25,13 @@ MAX_TASK_CHARTS = 24
 
 @dataclass(frozen=True)
 class Measure:
-    """A quantity of metrics.jsonl that has a chart.
-
-    Attributes:
-        field: name in metrics.jsonl, as in "loss".
-        title: shown above the chart.
-        unit: shown after the title.
-        text: formats a value for people.
-        factor: multiplies the field's values on the axis.
-        from_zero: the axis begins at 0.
-        is_smoothed: draws an exponential mean over the values, which jump from step to step.
-    """
+    """A quantity of metrics.jsonl that has a chart, smoothed where its values jump from step to step."""
 
     field: str
     title: str
     unit: str
-    text: Callable[[float], str]
-    factor: float = 1.0
+    text: Callable[[float], str]  # formats a value for people
+    factor: float = 1.0  # multiplies the values on the axis
     from_zero: bool = False
     is_smoothed: bool = False
 
@@ -119,11 +109,8 @@ def make_chart(
 ) -> Chart | None:
     """Returns the chart of a measure, or None where no step has it and there is no placeholder.
 
-    Args:
-        measure: the quantity to draw.
-        records: lines of metrics.jsonl, by step.
-        marks: steps of events, by the class of their marks.
-        placeholder: text in place of the chart of a measure that some later step will have.
+    `marks` are the steps of events, by the class of their marks; `placeholder` is the text in place of the chart of a
+    measure that some later step will have.
     """
     points = [(record["step"], record[measure.field]) for record in records if measure.field in record]
     if not points:
@@ -134,14 +121,13 @@ def make_chart(
     finite = y[np.isfinite(y)]
     axes = Axes(*step_range(records), *value_range(finite, measure.from_zero))
     ends, kept = thinned(x, y)
-    curves = [element("path", class_="line", d=curve(axes, x[kept], y[kept]))]
+    line = curve(axes, x[kept], y[kept])
     if len(x) <= MAX_DOTS:
-        curves.append(element("path", class_="dots", d=curve(axes, x, y, is_line=False)))
+        curves = {"line": line, "dots": curve(axes, x, y, is_line=False)}
     elif measure.is_smoothed:
-        curves = [
-            element("path", class_="raw", d=curve(axes, x[kept], y[kept])),
-            element("path", class_="line", d=curve(axes, x[ends], smooth(y)[ends])),
-        ]
+        curves = {"raw": line, "line": curve(axes, x[ends], smooth(y)[ends])}
+    else:
+        curves = {"line": line}
     notes = [f"{len(y) - len(finite):,} not finite"] if len(finite) < len(y) else []
     if len(finite) and finite.max() > axes.high:
         notes.append(f"highest {measure.text(float(finite.max()))}")
@@ -150,7 +136,7 @@ def make_chart(
         "svg",
         *axes.drawing(),
         *(element("path", class_=f"mark {name}", d=mark_path(axes, name, steps)) for name, steps in marks.items()),
-        *curves,
+        *(element("path", class_=name, d=path) for name, path in curves.items()),
         element("path", class_="cursor", d=""),
         element("text", class_="when", x=LEFT, y=BOTTOM + 17, text_anchor="middle"),
         viewBox=f"0 0 {WIDTH} {HEIGHT}",

@@ -37,12 +37,9 @@ def utc_text(seconds: float) -> str:
 
 
 def run_state(events: Sequence[Event], is_alive: bool, alive_until: float | None) -> tuple[str, str, str]:
-    """Returns (class, word, detail) for the state of a run.
+    """Returns (class, word, detail) for the state of a run, which is alive where a process renews its lease.
 
-    Args:
-        events: lines of its audit log.
-        is_alive: a process holds the run and renews its lease.
-        alive_until: last sign of life (seconds since 1970), if it is known.
+    `alive_until` is its last sign of life (seconds since 1970), if it is known.
     """
     last = events[-1]["event"] if events else None
     if is_alive:
@@ -73,21 +70,16 @@ def event_steps(events: Sequence[Event]) -> dict[str, list[int]]:
 
 def legend(names: Container[str], has_lost: bool) -> Html:
     """Returns the meaning of the bars and of the marks of these classes."""
-    blocks = {"running": "running"} | ({"lost": "steps that were lost"} if has_lost else {})
-    return element(
-        "p",
-        *(element("span", element("i", class_=f"block {name}"), meaning) for name, meaning in blocks.items()),
-        *(element("span", element("i", class_=name), meaning) for name, meaning in LEGEND.items() if name in names),
-        class_="legend",
-    )
+    meanings = {"block running": "running"} | ({"block lost": "steps that were lost"} if has_lost else {})
+    meanings |= {name: meaning for name, meaning in LEGEND.items() if name in names}
+    entries = (element("span", element("i", class_=name), meaning) for name, meaning in meanings.items())
+    return element("p", *entries, class_="legend")
 
 
 def running_spans(events: Sequence[Event], now: float) -> list[tuple[float, float, str]]:
     """Returns (begin, end, "up" or "lost") of the times in which the run ran; "lost" is undone by a crash or fault.
 
-    Args:
-        events: lines of the audit log.
-        now: end of the last start, if it has not ended (seconds since 1970).
+    `now` ends the last start where no event does (seconds since 1970).
     """
     spans: list[tuple[float, float, str]] = []
     begin = kept = None
@@ -119,36 +111,27 @@ def time_axis(events: Sequence[Event], spans: Sequence[tuple[float, float, str]]
     def place(seconds: float) -> str:
         return f"{100 * (seconds - first) / length:.1f}%"
 
-    def bar(begin: float, end: float, name: str) -> Html:
+    parts = []
+    for begin, end, name in spans:
         style = f"left:{place(begin)};width:{100 * (end - begin) / length:.2f}%"
-        return element("div", class_=name, style=style)
-
+        parts.append(element("div", class_=name, style=style))
     places: dict[str, set[str]] = {}
     for event in events:
         places.setdefault(class_of(event), set()).add(place(event.get("alive_until", seconds_of(event))))
     places.pop("save", None)
+    for name, lefts in places.items():
+        size = " many" * (len(lefts) > MAX_LONG_MARKS)
+        parts += [element("div", class_=f"at {name}{size}", style=f"left:{left}") for left in sorted(lefts)]
+    parts.append(element("div", class_="rule"))
     days = math.ceil(length / MAX_LABELS / 86400)
     interval = next((seconds for seconds in INTERVALS if length / seconds <= MAX_LABELS), days * 86400)
-    labels = [interval * k for k in range(math.ceil(first / interval), math.floor(last / interval) + 1)]
+    for k in range(math.ceil(first / interval), math.floor(last / interval) + 1):
+        at = interval * k
+        if (at - first) / length < 0.88:
+            parts.append(element("div", time_label(at, interval), class_="tick", style=f"left:{place(at)}"))
     starts = sum(event["event"] == "start" for event in events)
-    return element(
-        "div",
-        *(bar(*span) for span in spans),
-        *(
-            element("div", class_=f"at {name}" + " many" * (len(lefts) > MAX_LONG_MARKS), style=f"left:{left}")
-            for name, lefts in places.items()
-            for left in sorted(lefts)
-        ),
-        element("div", class_="rule"),
-        *(
-            element("div", time_label(label, interval), class_="tick", style=f"left:{place(label)}")
-            for label in labels
-            if (label - first) / length < 0.88
-        ),
-        class_="time",
-        role="img",
-        aria_label=f"from {utc_text(first)} to {utc_text(last)} UTC: {starts} starts",
-    )
+    label = f"from {utc_text(first)} to {utc_text(last)} UTC: {starts} starts"
+    return element("div", *parts, class_="time", role="img", aria_label=label)
 
 
 def time_label(seconds: float, interval: float) -> str:
@@ -172,25 +155,17 @@ def event_list(events: Sequence[Event]) -> Html:
             shown = {name: value for name, value in fields.items() if previous_start.get(name) != value}
             previous_start = fields
         texts = [f"{name} {cut(field_text(name, value))}" for name, value in shown.items() if value]
-        rows.append(
-            element(
-                "li",
-                element("span", utc_text(seconds_of(event))),
-                element("span", event["event"], class_=class_of(event)),
-                element("span", f"step {event['step']:,}" if "step" in event else ""),
-                element("span", "; ".join(texts)),
-            )
-        )
+        kind = element("span", event["event"], class_=class_of(event))
+        step = f"step {event['step']:,}" if "step" in event else ""
+        cells = [element("span", text) for text in (step, "; ".join(texts))]
+        rows.append(element("li", element("span", utc_text(seconds_of(event))), kind, *cells))
     if (left_out := len(rows) - MAX_ROWS) > 0:
-        rows[1 : 1 + left_out] = [
-            element("li", element("span", f"{left_out:,} events are left out here", class_="quiet"))
-        ]
+        gap = element("span", f"{left_out:,} events are left out here", class_="quiet")
+        rows[1 : 1 + left_out] = [element("li", gap)]
     note = "Times are UTC."
     if stalls := sorted(event["stall_seconds"] for event in events if "stall_seconds" in event):
-        note += (
-            f" {len(stalls):,} saves kept the steps waiting for {short_duration(stalls[len(stalls) // 2])} (median), "
-            f"{short_duration(stalls[-1])} at most."
-        )
+        median, most = short_duration(stalls[len(stalls) // 2]), short_duration(stalls[-1])
+        note += f" {len(stalls):,} saves kept the steps waiting for {median} (median), {most} at most."
     return fragment([element("ol", *rows, class_="events"), element("p", note, class_="quiet")])
 
 

@@ -18,12 +18,11 @@ def element(name: str, *inside: Any, **attributes: Any) -> Html:
 
     Attributes that are keywords in Python are written with a _ at their end; any other _ becomes -.
     """
-    written = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
-        for key, value in attributes.items()
-        if value is not None
-    )
-    return Html(f"<{name}{written}>{fragment(inside)}</{name}>")
+    written = name
+    for key, value in attributes.items():
+        if value is not None:
+            written += f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
+    return Html(f"<{written}>{fragment(inside)}</{name}>")
 
 
 def fragment(parts: Iterable[Any]) -> Html:
@@ -59,16 +58,9 @@ def html_page(title: str, generator: str, body: Html, data: Any, name: str) -> s
         element("title", title),
         element("style", Html(style)),
     )
+    json_element = element("script", Html(json_text), type="application/json", id="data")
     page = element(
-        "html",
-        head,
-        element(
-            "body",
-            body,
-            element("script", Html(json_text), type="application/json", id="data"),
-            element("script", Html(script)) if data else None,
-        ),
-        lang="en",
+        "html", head, element("body", body, json_element, element("script", Html(script)) if data else None), lang="en"
     )
     # JSON strings may hold lone surrogates, which UTF-8 cannot.
     return f"<!doctype html>\n{generator}\n{page}\n".encode(errors="replace").decode()
