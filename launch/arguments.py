@@ -1,6 +1,7 @@
 """Arguments that several commands share."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 from data.errors import InputError
@@ -36,6 +37,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Adds the flag --json."""
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def too_small(arguments: argparse.Namespace, least: Mapping[str, int]) -> list[str]:
+    """Returns a problem for each of these flags whose number is below its least one."""
+    values = {flag: getattr(arguments, flag.replace("-", "_")) for flag in least}
+    too_small = {flag: value for flag, value in values.items() if value is not None and value < least[flag]}
+    return [f"--{flag}={value} must be at least {least[flag]}" for flag, value in too_small.items()]
 
 
 def check_page(page: Path, flag: str, generator: str, kind: str) -> None:

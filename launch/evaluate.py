@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from data.errors import InputError
-from launch.arguments import add_json, add_model
+from launch.arguments import add_json, add_model, too_small
 from launch.columns import columns
 
 if TYPE_CHECKING:
@@ -33,7 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluates and prints the figures."""
-    check(arguments)
+    problems = too_small(arguments, {"num_fewshot": 0, "limit": 1})
+    if arguments.tasks is None:
+        unused = [name for name in ("task_dir", "num_fewshot", "limit") if getattr(arguments, name) is not None]
+        problems += [f"--{name} has no effect without --tasks; name tasks, or leave it out" for name in unused]
+    if problems:
+        raise InputError("\n".join(problems))
     import jax
 
     from train.devices.mesh import one_device_mesh
@@ -61,22 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
                 by_corpus = {name: dataclasses.asdict(result) for name, result in results.items()}
         if tasks is not None:
             scores = tasks.of_model(config, trained.tokenizer, errors=True)(trained.weights)
-    shown = as_json if arguments.json else as_text
-    print(shown(figures, by_corpus, scores))
+    print((as_json if arguments.json else as_text)(figures, by_corpus, scores))
     return 0
-
-
-def check(arguments: argparse.Namespace) -> None:
-    """Raises InputError with everything that is wrong with the flags."""
-    problems = []
-    for name, least in (("num_fewshot", 0), ("limit", 1)):
-        if (value := getattr(arguments, name)) is not None and value < least:
-            problems.append(f"--{name}={value} must be at least {least}")
-    if arguments.tasks is None:
-        unused = [name for name in ("task_dir", "num_fewshot", "limit") if getattr(arguments, name) is not None]
-        problems += [f"--{name} has no effect without --tasks; name tasks, or leave it out" for name in unused]
-    if problems:
-        raise InputError("\n".join(problems))
 
 
 def texts_of(arguments: argparse.Namespace, trained: "Trained") -> "list[HeldOutDocument]":
@@ -103,9 +94,7 @@ def as_json(figures: Mapping[str, Any], by_corpus: Mapping[str, Any], scores: "l
     """Returns everything as one JSON object."""
     from train.evaluation.results import task_metrics
 
-    result: dict[str, Any] = dict(figures)
-    if by_corpus:
-        result["by_corpus"] = by_corpus
+    result = {**figures, "by_corpus": by_corpus} if by_corpus else dict(figures)
     if scores:
         errors = [dataclasses.replace(score, value=score.error) for score in scores if score.error is not None]
         result |= task_metrics(scores) | {"task_errors": task_metrics(errors)["tasks"]}

@@ -18,10 +18,11 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from data.errors import InputError
 from data.files.remote import protocol
+from launch.arguments import too_small
 from launch.commands import parse
 from launch.presets import load_config
 from train.devices.processes import share_of_gpus
@@ -45,21 +46,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the processes until they end; returns the first exit status that is not 0."""
-    problems = []
-    if arguments.processes < 1:
-        problems.append(f"--processes={arguments.processes} must be at least 1")
-    if arguments.devices is not None and arguments.devices < 1:
-        problems.append(f"--devices={arguments.devices} must be at least 1")
+    problems = too_small(arguments, {"processes": 1, "devices": 1, "restarts": 0})
     if not arguments.command:
         problems.append("there is no command; give one after --, as in: -- pretrain --config=tiny")
-    if arguments.restarts < 0:
-        problems.append(f"--restarts={arguments.restarts} must be at least 0")
     if problems:
         raise InputError("\n".join(problems))
     shared = dict(os.environ)
     if arguments.devices:
-        flags = f"{shared.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={arguments.devices}"
-        shared["XLA_FLAGS"] = flags.strip()
+        count = f"--xla_force_host_platform_device_count={arguments.devices}"
+        shared["XLA_FLAGS"] = f"{shared.get('XLA_FLAGS', '')} {count}".strip()
     command = [sys.executable, "-m", "launch.cli", *arguments.command]
     environments = [process_environment(shared, i, arguments.processes) for i in range(arguments.processes)]
 
@@ -99,10 +94,10 @@ def supervise(
 ) -> int:
     """Starts a run again and again until its exit status, or a signal to this process, ends it; returns the status.
 
-    Status 0 (done) and 2 (the user's error) end it. After 75 (stopped) it starts at once. All else is a fault: it
-    starts after a pause that doubles, and gives up after more than `restarts` starts in a row that saved nothing new.
-    Progress is seen in the run's folder. Tests replace `sleep`.
+    After 75 (stopped) it starts at once. A fault is followed by a pause that doubles; after more than `restarts` starts
+    in a row that saved nothing new in the run's folder, it gives up.
     """
+    say = partial(print, "ziggurat:", file=sys.stderr, flush=True)
     in_vain, reached = 0, newest_step(folder)
     while True:
         end = start()
@@ -111,20 +106,19 @@ def supervise(
         before, reached = reached, newest_step(folder)
         in_vain = 0 if reached > before else in_vain + (end.status != PREEMPTED)
         if in_vain > restarts:
-            print_line(f"status {end.status}, and nothing new saved in {in_vain} starts: given up")
+            say(f"status {end.status}, and nothing new saved in {in_vain} starts: given up")
             return end.status
         pause = 0.0 if end.status == PREEMPTED else min(2.0**in_vain, MAX_PAUSE)
         in_seconds = f" in {pause:.0f} s" if pause else ""
-        print_line(f"status {end.status}, saved up to step {reached}: starting again{in_seconds}")
+        say(f"status {end.status}, saved up to step {reached}: starting again{in_seconds}")
         sleep(pause)
 
 
 def newest_step(folder: Path) -> int:
     """Returns the step of a run's newest checkpoint, or 0.
 
-    `Checkpoints.steps` and `Run.last_step` know better, but need JAX and, for a bucket, threads, neither of which may
-    be there when a process forks. For checkpoints in a bucket this is the newest save in the audit log, which may be
-    incomplete. `launch.slurm.newest_step_command` does the same in a shell.
+    `Checkpoints.steps` knows better, but needs JAX and, for a bucket, threads, neither of which may be there when a
+    process forks. For a bucket this is the newest save in the audit log, which may be incomplete.
     """
     place = read_config(folder).checkpoint.dir if (folder / CONFIG_FILE).exists() else None
     if place and protocol(place):
@@ -133,11 +127,6 @@ def newest_step(folder: Path) -> int:
         return int(saves[-1]) if saves else 0
     names = [path.name for path in Path(place or folder / "checkpoints").glob("*")]
     return max((int(name) for name in names if name.isdigit()), default=0)
-
-
-def print_line(text: str) -> None:
-    """Prints a line of the launcher's own on standard error."""
-    print(f"ziggurat: {text}", file=sys.stderr, flush=True)
 
 
 def run_processes(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> Exit:
@@ -169,10 +158,7 @@ def run_processes(command: Sequence[str], environments: Sequence[Mapping[str, st
 
 
 def wait_for(processes: Sequence[Popen], received: list[int]) -> Exit:
-    """Waits until all processes have ended; passes signals on, and ends all once one has failed.
-
-    Each process leads a session of its own. Signal handlers append to `received`, from which signals are removed here.
-    """
+    """Waits until all processes have ended; passes on the signals in `received`, and ends all once one has failed."""
     status, was_asked, deadline = 0, False, math.inf
     while None in [process.poll() for process in processes]:
         for number in received:
@@ -186,8 +172,7 @@ def wait_for(processes: Sequence[Popen], received: list[int]) -> Exit:
             status = failed[0]
             # A process that stops by itself does so together with all others, which are still saving.
             is_stopping = status == PREEMPTED
-            seconds = SECONDS_TO_SAVE if is_stopping else SECONDS_AFTER_FAILURE
-            deadline = min(deadline, time.monotonic() + seconds)
+            deadline = min(deadline, time.monotonic() + (SECONDS_TO_SAVE if is_stopping else SECONDS_AFTER_FAILURE))
             if not was_asked and not is_stopping:
                 signal_all(processes, signal.SIGTERM)
         if time.monotonic() > deadline:
@@ -216,15 +201,14 @@ def prefix_lines(pipe: BinaryIO, out: BinaryIO, prefix: str) -> None:
                 os.dup2(nowhere.fileno(), out.fileno())
 
 
-def die_with_parent() -> Any:
+def die_with_parent() -> None:
     """Runs in the child: asks Linux to kill it when the launcher ends, in whatever way that happens."""
     if sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        # 1 is PR_SET_PDEATHSIG.
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def free_port() -> int:
     """Returns a TCP port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from data.errors import InputError
 from data.files.remote import protocol
+from launch.arguments import too_small
 from launch.submission import check_command, write_submission
 
 # Between Slurm's signal and the end of the job: a step, a save, and Slurm's own delay of up to a minute.
@@ -102,23 +103,14 @@ def script(arguments: argparse.Namespace, folder: Path) -> str:
     """Returns the script of a job that works in a folder. Raises InputError with all that is wrong with the flags."""
     if problems := flag_problems(arguments):
         raise InputError("\n".join(problems))
-    gpus = arguments.gpus_per_node
-    config = check_command(arguments.command, gpus and gpus * arguments.nodes)
+    config = check_command(arguments.command, arguments.gpus_per_node and arguments.gpus_per_node * arguments.nodes)
     run_dir = Path(config.train.run_dir).expanduser()
     options = {
-        "job-name": run_dir.name,
-        "nodes": arguments.nodes,
-        "ntasks-per-node": arguments.tasks_per_node,
-        "gpus-per-node": gpus,
-        "cpus-per-task": arguments.cpus_per_task,
-        "time": arguments.time,
-        "partition": arguments.partition,
-        "account": arguments.account,
-        "chdir": folder,
-        "output": f"{run_dir.name}-%j.log",
-        "open-mode": "append",
-        "signal": f"TERM@{NOTICE_SECONDS}",
-    }
+        "job-name": run_dir.name, "nodes": arguments.nodes, "ntasks-per-node": arguments.tasks_per_node,
+        "gpus-per-node": arguments.gpus_per_node, "cpus-per-task": arguments.cpus_per_task, "time": arguments.time,
+        "partition": arguments.partition, "account": arguments.account, "chdir": folder,
+        "output": f"{run_dir.name}-%j.log", "open-mode": "append", "signal": f"TERM@{NOTICE_SECONDS}",
+    }  # fmt: skip
     lines = [f"--{name}={shlex.quote(str(value))}" for name, value in options.items() if value is not None]
     flags = ["--label", "--kill-on-bad-exit=0", f"--wait={WAIT_SECONDS}"]
     if arguments.cpus_per_task:
@@ -142,16 +134,12 @@ def script(arguments: argparse.Namespace, folder: Path) -> str:
 
 def flag_problems(arguments: argparse.Namespace) -> list[str]:
     """Returns what is wrong with the flags."""
-    problems = [
-        f"--{name.replace('_', '-')}={number} must be at least 1"
-        for name in ("nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task")
-        if (number := getattr(arguments, name)) is not None and number < 1
-    ]
+    problems = too_small(arguments, dict.fromkeys(("nodes", "tasks-per-node", "gpus-per-node", "cpus-per-task"), 1))
     for option in arguments.sbatch:
         if not option.startswith("-") or "\n" in option:
             problems.append(f"--sbatch={option}: an option begins with - and is one line")
-    if not problems and arguments.gpus_per_node and arguments.gpus_per_node % arguments.tasks_per_node:
-        tasks, gpus = arguments.tasks_per_node, arguments.gpus_per_node
+    tasks, gpus = arguments.tasks_per_node, arguments.gpus_per_node
+    if not problems and gpus and gpus % tasks:
         problems.append(f"--tasks-per-node={tasks} does not divide --gpus-per-node={gpus}")
     if arguments.container_mounts and not arguments.container_image:
         problems.append("--container-mounts without --container-image: there is nothing to mount it in")
