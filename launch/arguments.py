@@ -41,9 +41,9 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def too_small(arguments: argparse.Namespace, least: Mapping[str, int]) -> list[str]:
     """Returns a problem for each of these flags whose number is below its least one."""
-    values = {flag: getattr(arguments, flag.replace("-", "_")) for flag in least}
-    too_small = {flag: value for flag, value in values.items() if value is not None and value < least[flag]}
-    return [f"--{flag}={value} must be at least {least[flag]}" for flag, value in too_small.items()]
+    given = {flag: getattr(arguments, flag.replace("-", "_")) for flag in least}
+    wrong = [flag for flag, value in given.items() if value is not None and value < least[flag]]
+    return [f"--{flag}={given[flag]} must be at least {least[flag]}" for flag in wrong]
 
 
 def check_page(page: Path, flag: str, generator: str, kind: str) -> None:

@@ -13,8 +13,7 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,8 +72,12 @@ def run(arguments: argparse.Namespace) -> int:
         return search(arguments, config, devices)
     mesh = make_mesh(config, devices)
     log.info("compiling for %d × %s as %s", mesh.size, devices[0].device_kind, mesh_text(mesh.shape))
-    with interrupts_end_process():
+    # Python's own handler of Ctrl-C would first wait for the compiler, for minutes perhaps.
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
         compilation = compile_step(config, mesh, cache_folder())
+    finally:
+        signal.signal(signal.SIGINT, handler)
     if arguments.topology is None:
         log.info("measuring this machine")
         chip = local_chip(config.model.compute_dtype)
@@ -146,13 +149,3 @@ def cache_folder() -> Path:
     if folder := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return Path(folder) / "ziggurat"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ziggurat"
-
-
-@contextmanager
-def interrupts_end_process() -> Iterator[None]:
-    """Lets Ctrl-C end the process at once. Python's handler would first wait for the compiler, for minutes perhaps."""
-    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)

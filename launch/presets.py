@@ -52,9 +52,8 @@ def presets() -> list[str]:
 def load_config(name: str, overrides: Mapping[str, str]) -> Config:
     """Loads a config from a preset, a Python file that defines `get_config() -> ConfigDict`, or a run.
 
-    RUN is a run as it was last started, wherever its folder is now. RUN@STEP is a fork of it (see `train.fork`).
-    Overrides, by "group.field", win over the config's values. Raises InputError with all wrong values, where there is
-    no such config, or where its file fails.
+    RUN is a run as it was last started, wherever its folder is now; RUN@STEP is a fork of it (see `train.fork`).
+    Overrides are by "group.field". Raises InputError with all wrong values, or where the config or its file fails.
     """
     if name not in presets() and not name.endswith(".py"):
         folder, step = split_name(name)
@@ -80,10 +79,7 @@ def load_config(name: str, overrides: Mapping[str, str]) -> Config:
 
 
 def run_values(folder: Path, step: int | None) -> dict[str, dict[str, Any]]:
-    """Returns the settings of a run, or of a fork that starts from its checkpoint of a step.
-
-    `data.accept_changes` is reset, and a fork does not inherit the folder of its parent's checkpoints.
-    """
+    """Returns the settings of a run, or of a fork that starts from its checkpoint of a step."""
     values = to_dict(read_config(folder))
     values["data"]["accept_changes"] = False
     values["train"]["run_dir"] = str(folder)

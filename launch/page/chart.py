@@ -107,10 +107,9 @@ class Axes:
 def make_chart(
     measure: Measure, records: Sequence[Mapping[str, Any]], marks: Mapping[str, Sequence[int]], placeholder: str
 ) -> Chart | None:
-    """Returns the chart of a measure, or None where no step has it and there is no placeholder.
+    """Returns the chart of a measure; where no step has it, a placeholder with this text, or None if that is empty.
 
-    `marks` are the steps of events, by the class of their marks; `placeholder` is the text in place of the chart of a
-    measure that some later step will have.
+    `marks` are the steps of events, by the class of their marks.
     """
     points = [(record["step"], record[measure.field]) for record in records if measure.field in record]
     if not points:
@@ -172,16 +171,13 @@ def value_range(values: np.ndarray, from_zero: bool) -> tuple[float, float]:
 
 def thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns indices of the last point of each pixel column, and of these with each column's lowest and highest."""
-    column = (x - x[0]) * MAX_COLUMNS // (x[-1] - x[0] + 1)
-    ends = np.flatnonzero(np.diff(column, append=column[-1] + 1))
-    kept = set(ends.tolist())
-    begin = 0
-    for end in (ends + 1).tolist():
-        part = y[begin:end]
-        if np.isfinite(part).any():
-            part = np.where(np.isfinite(part), part, np.nan)
-            kept |= {begin + int(np.nanargmin(part)), begin + int(np.nanargmax(part))}
-        begin = end
+    pixel = (x - x[0]) * MAX_COLUMNS // (x[-1] - x[0] + 1)
+    ends = np.flatnonzero(np.diff(pixel, append=pixel[-1] + 1))
+    kept = set(ends)
+    for column in np.split(np.arange(len(x)), ends + 1):
+        finite = column[np.isfinite(y[column])]
+        if len(finite):
+            kept |= {finite[y[finite].argmin()], finite[y[finite].argmax()]}
     return ends, np.array(sorted(kept))
 
 

@@ -1,7 +1,9 @@
 """The page of a run: its state, charts, time, data, samples and settings, made from the run's folder at any moment."""
 
 import collections
+import contextlib
 import json
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -40,14 +42,18 @@ def make_page(run: Run) -> str:
     config = run.load_config()
     records = [record | dict(scalars({"tasks": record.get("tasks", {})})) for _, record in read_step_log(run.metrics)]
     events = read_events(run.events)
-    now, beat = time.time(), last_beat(run)
+    now, beat = time.time(), 0.0
+    # A process that holds the run renews its lease.
+    with contextlib.suppress(FileNotFoundError):
+        beat = run.lease.stat().st_mtime
     is_alive = now - beat < MISSING_BEATS * BEAT_SECONDS
     last_seen = max([beat, *(record.get("time", 0.0) for record in records[-1:])])
     color, word, detail = history.run_state(events, is_alive, last_seen)
     marks = history.event_steps(events)
     charts: dict[str, Chart] = {}
     for measure in (*MEASURES, *task_measures(records)) if records else ():
-        if chart := make_chart(measure, records, marks, placeholder(config, measure.field)):
+        will_come = measure.field.startswith("validation") and config.data.validation_fraction
+        if chart := make_chart(measure, records, marks, "no evaluation yet" if will_come else ""):
             charts[measure.field] = chart
     state = element("p", element("span", word, class_=f"state {color}"), " ", element("span", detail, class_="quiet"))
     figures = key_figures(config, run, records, events, is_running=word == "running")
@@ -69,22 +75,9 @@ def make_page(run: Run) -> str:
     return html_page(f"{run.folder.name}: {word}", GENERATOR, fragment(parts), data, "report")
 
 
-def last_beat(run: Run) -> float:
-    """Returns when the run's lease was last renewed (seconds since 1970), or 0 where no process holds the run."""
-    try:
-        return run.lease.stat().st_mtime
-    except FileNotFoundError:
-        return 0.0
-
-
 def section(title: str, *inside: Html) -> Html:
     """Returns a part of the page under its title."""
     return element("section", element("h2", title), *inside)
-
-
-def placeholder(config: Config, field: str) -> str:
-    """Returns the text for a chart without points; empty where no later step will have any."""
-    return "no evaluation yet" if field.startswith("validation") and config.data.validation_fraction else ""
 
 
 def readouts(charts: Mapping[str, Chart], records: Records) -> dict[str, Any]:
@@ -120,8 +113,8 @@ def key_figures(config: Config, run: Run, records: Records, events: Sequence[his
         figures.append(("held-out text", f"{last['validation_bits_per_byte']:.3f}", f"bits a byte{gzip}"))
     if records:
         peaks = [record["peak_share"] for record in records if "peak_share" in record]
-        share = f"{median(peaks):.1%} of the peak, " if peaks else ""
-        rate = median([record["tokens_per_second"] for record in records])
+        share = f"{statistics.median_high(peaks):.1%} of the peak, " if peaks else ""
+        rate = statistics.median_high(record["tokens_per_second"] for record in records)
         figures.append(("throughput", f"{rate:,.0f}", f"tokens/s, {share}median"))
     if spent := goodput(events):
         total = sum(spent.values())
@@ -129,15 +122,11 @@ def key_figures(config: Config, run: Run, records: Records, events: Sequence[his
         starts = sum(event["event"] == "start" for event in events)
         began = history.utc_text(history.seconds_of(events[0]) - sum(events[0].get("seconds", {}).values()))
         figures.append(("began", began[:-9], f"{began[-8:]} UTC; {starts:,} start{'s' * (starts > 1)}"))
-    entries = []
-    for name, value, detail in figures:
-        entries.append(element("div", element("dt", name), element("dd", value, element("small", detail))))
+    entries = (
+        element("div", element("dt", name), element("dd", value, element("small", detail)))
+        for name, value, detail in figures
+    )
     return element("dl", *entries, class_="figures")
-
-
-def median(values: Sequence[float]) -> float:
-    """Returns the upper median."""
-    return sorted(values)[len(values) // 2]
 
 
 def goodput_table(events: Sequence[history.Event]) -> tuple[Html, Html]:
@@ -146,9 +135,10 @@ def goodput_table(events: Sequence[history.Event]) -> tuple[Html, Html]:
     total = max(sum(spent.values()), 1e-9)
     rows = []
     for kind, seconds in spent.items():
-        numbers = (history.short_duration(seconds), f"{seconds / total:.1%}")
-        bar = element("td", element("i", style=f"width:{100 * seconds / total:.1f}%"), class_="bar")
+        share = seconds / total
+        numbers = (history.short_duration(seconds), f"{share:.1%}")
         cells = (element("td", number, class_="number") for number in numbers)
+        bar = element("td", element("i", style=f"width:{100 * share:.1f}%"), class_="bar")
         rows.append(element("tr", element("td", ACTIVITIES.get(kind, kind)), *cells, bar))
     note = f"Until {history.utc_text(history.seconds_of(events[-1]))} UTC, when the run last wrote it down."
     return element("table", *rows), element("p", note, class_="quiet")
@@ -198,15 +188,14 @@ def samples(records: Records) -> Html:
     if not evaluated:
         return element("p", "No evaluation yet.", class_="quiet")
     count = min(MAX_SAMPLES, len(evaluated))
-    chosen = sorted({round(i * (len(evaluated) - 1) / max(count - 1, 1)) for i in range(count)})
-    is_thinned = count < len(evaluated)
-    note = element("p", f"{count} of {len(evaluated):,} evaluations.", class_="quiet") if is_thinned else None
+    note = element("p", f"{count} of {len(evaluated):,} evaluations.", class_="quiet")
     texts = []
-    for record in (evaluated[i] for i in chosen):
+    for i in np.linspace(0, len(evaluated) - 1, count).round().astype(int):
+        record = evaluated[i]
         title = f"step {record['step']:,}, {record['validation_bits_per_byte']:.3f} bits a byte"
         text = element("pre", record["sample"][:MAX_SAMPLE_CHARACTERS])
         texts.append(element("div", element("p", title, class_="quiet"), text))
-    return fragment([note, element("div", *texts, class_="samples")])
+    return fragment([note if count < len(evaluated) else None, element("div", *texts, class_="samples")])
 
 
 def changed_settings(config: Config) -> Html:
