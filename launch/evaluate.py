@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from train.devices.mesh import one_device_mesh
     from train.evaluation.held_out import evaluate, gzip_bits_per_byte, make_evaluation_step
-    from train.evaluation.results import combine
+    from train.evaluation.results import combine, task_metrics
     from train.evaluation.tasks import open_tasks
     from train.weights.load import load_trained
 
@@ -66,7 +66,15 @@ def run(arguments: argparse.Namespace) -> int:
                 by_corpus = {name: dataclasses.asdict(result) for name, result in results.items()}
         if tasks is not None:
             scores = tasks.of_model(config, trained.tokenizer, errors=True)(trained.weights)
-    print((as_json if arguments.json else as_text)(figures, by_corpus, scores))
+    if not arguments.json:
+        print(as_text(figures, by_corpus, scores))
+        return 0
+    if by_corpus:
+        figures["by_corpus"] = by_corpus
+    if scores:
+        errors = [dataclasses.replace(score, value=score.error) for score in scores if score.error is not None]
+        figures |= task_metrics(scores) | {"task_errors": task_metrics(errors)["tasks"]}
+    print(json.dumps(figures))
     return 0
 
 
@@ -88,17 +96,6 @@ def texts_of(arguments: argparse.Namespace, trained: "Trained") -> "list[HeldOut
     if not (texts := trained.run.held_out_texts()):
         raise InputError(f"{arguments.model} held no documents out; give --corpus=PATH")
     return texts
-
-
-def as_json(figures: Mapping[str, Any], by_corpus: Mapping[str, Any], scores: "list[TaskResult]") -> str:
-    """Returns everything as one JSON object."""
-    from train.evaluation.results import task_metrics
-
-    result = {**figures, "by_corpus": by_corpus} if by_corpus else dict(figures)
-    if scores:
-        errors = [dataclasses.replace(score, value=score.error) for score in scores if score.error is not None]
-        result |= task_metrics(scores) | {"task_errors": task_metrics(errors)["tasks"]}
-    return json.dumps(result)
 
 
 def as_text(figures: Mapping[str, Any], by_corpus: Mapping[str, Mapping[str, Any]], scores: "list[TaskResult]") -> str:

@@ -16,15 +16,13 @@ import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from data.errors import InputError
 from launch.arguments import add_json
 from launch.plan_text import mesh_text, plan_text
 from launch.presets import add_config_arguments, load_config
-
-if TYPE_CHECKING:
-    from train.config.config import ResolvedConfig
+from train.config.config import ResolvedConfig
 
 log = logging.getLogger("ziggurat")
 # Longer steps, by the estimate, are not measured.
@@ -120,7 +118,7 @@ def positive(flag: str, text: str | None) -> float | None:
     return value
 
 
-def search(arguments: argparse.Namespace, config: "ResolvedConfig", devices: Sequence[Any]) -> int:
+def search(arguments: argparse.Namespace, config: ResolvedConfig, devices: Sequence[Any]) -> int:
     """Prints a ranking of the candidates that were compiled, and the plan of the fastest."""
     from launch.plan_search import compile_best, search_text
     from train.devices.hardware import with_usable_memory

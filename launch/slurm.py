@@ -105,12 +105,11 @@ def script(arguments: argparse.Namespace, folder: Path) -> str:
         raise InputError("\n".join(problems))
     config = check_command(arguments.command, arguments.gpus_per_node and arguments.gpus_per_node * arguments.nodes)
     run_dir = Path(config.train.run_dir).expanduser()
-    options = {
-        "job-name": run_dir.name, "nodes": arguments.nodes, "ntasks-per-node": arguments.tasks_per_node,
-        "gpus-per-node": arguments.gpus_per_node, "cpus-per-task": arguments.cpus_per_task, "time": arguments.time,
-        "partition": arguments.partition, "account": arguments.account, "chdir": folder,
-        "output": f"{run_dir.name}-%j.log", "open-mode": "append", "signal": f"TERM@{NOTICE_SECONDS}",
-    }  # fmt: skip
+    options = {"job-name": run_dir.name, "nodes": arguments.nodes, "ntasks-per-node": arguments.tasks_per_node}
+    same_names = ("gpus-per-node", "cpus-per-task", "time", "partition", "account")
+    options |= {name: getattr(arguments, name.replace("-", "_")) for name in same_names}
+    options |= {"chdir": folder, "output": f"{run_dir.name}-%j.log", "open-mode": "append"}
+    options["signal"] = f"TERM@{NOTICE_SECONDS}"
     lines = [f"--{name}={shlex.quote(str(value))}" for name, value in options.items() if value is not None]
     flags = ["--label", "--kill-on-bad-exit=0", f"--wait={WAIT_SECONDS}"]
     if arguments.cpus_per_task:
