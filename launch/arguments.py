@@ -1,6 +1,7 @@
 """Arguments that several commands share."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 from data.errors import InputError
@@ -38,15 +39,15 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
-def check_page(page: Path, flag: str, generator: str, kind: str) -> None:
-    """Raises InputError where a page cannot be written to this file, or would replace a file that is not such a page.
+def too_small(arguments: argparse.Namespace, least: Mapping[str, int]) -> list[str]:
+    """Returns a problem for each of these flags whose number is below its least one."""
+    given = {flag: getattr(arguments, flag.replace("-", "_")) for flag in least}
+    wrong = [flag for flag, value in given.items() if value is not None and value < least[flag]]
+    return [f"--{flag}={given[flag]} must be at least {least[flag]}" for flag in wrong]
 
-    Args:
-        page: the file that will be written.
-        flag: named in the message, as in --output.
-        generator: comment in the first lines of each such page.
-        kind: name of such a page in the message.
-    """
+
+def check_page(page: Path, flag: str, generator: str, kind: str) -> None:
+    """Raises InputError where a page cannot be written, or would replace a file without the comment `generator`."""
     if problem := why_not_writable(page.parent):
         raise InputError(f"{flag}={page}: {problem}; name another path")
     if page.exists() and not (page.is_file() and generator in page.read_text(errors="replace")[:100]):

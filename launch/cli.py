@@ -41,26 +41,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command(argv: Sequence[str]) -> int:
-    """Runs the command of a command line, or prints the version or the list of commands."""
+    """Runs a command, or prints the version, or the commands where a line names none or only the beginning of some."""
     if argv and argv[0] == "--version":
         print(f"ziggurat {version()}")
         return 0
-    if (status := show_commands(argv)) is not None:
-        return status
+    words = [word for word in argv if word not in ("-h", "--help")]
+    if len(words) <= 1 and (commands := overview(words)):
+        print(f"usage: {' '.join(['ziggurat', *words])} COMMAND [-h] ...\n")
+        if not words:
+            print("Pretrain decoder-only language models on whatever devices there are.\n")
+        print(commands)
+        return 0 if len(words) < len(argv) else 2
     run, arguments = parse(argv)
     return run(arguments)
-
-
-def show_commands(argv: Sequence[str]) -> int | None:
-    """Prints the commands, where a line names none, or only the beginning of some; returns the exit status then."""
-    words = [word for word in argv if word not in ("-h", "--help")]
-    if len(words) > 1 or not (commands := overview(words)):
-        return None
-    print(f"usage: {' '.join(['ziggurat', *words])} COMMAND [-h] ...\n")
-    if not words:
-        print("Pretrain decoder-only language models on whatever devices there are.\n")
-    print(commands)
-    return 0 if len(words) < len(argv) else 2
 
 
 def check_rooms() -> None:

@@ -32,13 +32,12 @@ COMMANDS = {
 OVERRIDE = "--config."
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+class Help(argparse.RawDescriptionHelpFormatter):
     """Help whose usage line has one entry for all fields of the config."""
 
     def add_usage(
         self, usage: str | None, actions: Iterable[argparse.Action], groups: Any, prefix: str | None = None
     ) -> None:
-        """Adds the usage line without the fields; each has a line of its own below."""
         every = list(actions)
         shown = [action for action in every if not any(flag.startswith(OVERRIDE) for flag in action.option_strings)]
         if len(shown) < len(every):
@@ -52,9 +51,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, command: str) -> None:
         """Loads the command's module, which adds its flags."""
         module = importlib.import_module(COMMANDS[command][0])
-        super().__init__(
-            f"ziggurat {command}", description=module.__doc__, allow_abbrev=False, formatter_class=HelpFormatter
-        )
+        super().__init__(f"ziggurat {command}", description=module.__doc__, allow_abbrev=False, formatter_class=Help)
         module.add_arguments(self)
         self.run: Callable[[argparse.Namespace], int] = module.run
 
@@ -64,15 +61,11 @@ class Parser(argparse.ArgumentParser):
         return [action for action in self._actions if action.option_strings]
 
     def error(self, message: str) -> NoReturn:
-        """Raises InputError."""
         usage = " ".join(self.format_usage().split())
         raise InputError(f"{message.removeprefix('argument ')}\n  {usage}\n  all flags: {self.prog} --help")
 
     def read(self, words: Sequence[str]) -> argparse.Namespace:
-        """Parses a command's words.
-
-        Fields that don't exist stay among the overrides: the config reports them together with its other problems.
-        """
+        """Parses a command's words; fields that don't exist are left to the config, which reports all its problems."""
         flags = [flag for action in self.options for flag in action.option_strings]
         for word in words[: words.index("--")] if "--" in words else words:
             name = word.partition("=")[0]
@@ -93,18 +86,14 @@ def parse(argv: Sequence[str]) -> tuple[Callable[[argparse.Namespace], int], arg
     """Returns the function that runs the command, and its arguments. Raises InputError where there is none."""
     command = " ".join(argv[:2]) if " ".join(argv[:2]) in COMMANDS else " ".join(argv[:1])
     if command not in COMMANDS:
-        raise InputError(f"{unknown_command(argv)}\n  usage: ziggurat COMMAND ...; all commands: ziggurat --help")
+        by_last_word = {name.split()[-1]: name for name in COMMANDS} | {name: name for name in COMMANDS}
+        typed = " ".join(argv[:2]) if overview(argv[:1]) else argv[0]
+        nearest = difflib.get_close_matches(typed, by_last_word, n=1)
+        remedy = f"; did you mean {by_last_word[nearest[0]]}?" if nearest else ""
+        usage = "  usage: ziggurat COMMAND ...; all commands: ziggurat --help"
+        raise InputError(f"{typed}: there is no such command{remedy}\n{usage}")
     parser = Parser(command)
     return parser.run, parser.read(argv[len(command.split()) :])
-
-
-def unknown_command(argv: Sequence[str]) -> str:
-    """Returns the message for a command that does not exist, with the nearest one that does."""
-    by_last_word = {name.split()[-1]: name for name in COMMANDS} | {name: name for name in COMMANDS}
-    typed = " ".join(argv[:2]) if overview(argv[:1]) else argv[0]
-    nearest = difflib.get_close_matches(typed, by_last_word, n=1)
-    remedy = f"; did you mean {by_last_word[nearest[0]]}?" if nearest else ""
-    return f"{typed}: there is no such command{remedy}"
 
 
 def overview(words: Sequence[str]) -> str:

@@ -67,12 +67,7 @@ def candidates(line: str) -> list[str]:
 
 
 def flags(command: str, with_fields: bool) -> list[str]:
-    """Returns the flags of a command; those that take a value end with =, or with each value where there are few.
-
-    Args:
-        command: a name in COMMANDS.
-        with_fields: adds a flag for each field of the config.
-    """
+    """Returns the flags of a command; those that take a value end with =, or with each value where there are few."""
     texts = []
     for action in Parser(command).options:
         flag = action.option_strings[-1]

@@ -47,8 +47,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Prints a table; returns 1 where something that is needed is broken."""
     rows = [*packages(), *machine(), devices()]
     print(columns([("", "ziggurat", f"{version()} in {ROOT}"), *rows]))
-    print("\noptional")
-    print(columns(list(extras())))
+    optional = []
+    for extra, (distribution, use) in EXTRAS.items():
+        installed = installed_version(distribution)
+        optional.append((extra, use, f"{distribution} {installed}" if installed else pip(f"[{extra}]")))
+    print(f"\noptional\n{columns(optional)}")
     return int(any(status == BROKEN for status, _, _ in rows))
 
 
@@ -89,10 +92,8 @@ def machine() -> Iterator[tuple[str, str, str]]:
 
 def processor() -> str:
     """Returns the processor's name, its cores, and the features that make matrix products fast."""
-    try:
-        info = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        info = ""
+    file = Path("/proc/cpuinfo")
+    info = file.read_text() if file.exists() else ""
     model = re.search(r"^model name\s*: (.*)$", info, re.M)
     flags = re.search(r"^(?:flags|Features)\s*: (.*)$", info, re.M)
     has = set(flags[1].split()) if flags else set()
@@ -111,13 +112,6 @@ def devices() -> tuple[str, str, str]:
         return BROKEN, "devices", f"JAX cannot start: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     counts = ", ".join(f"{kinds.count(kind)} × {kind}" for kind in dict.fromkeys(kinds))
     return "", "devices", f"{counts} (JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')})"
-
-
-def extras() -> Iterator[tuple[str, str, str]]:
-    """Yields (extra, its use, version or the command that installs it)."""
-    for extra, (distribution, use) in EXTRAS.items():
-        installed = installed_version(distribution)
-        yield extra, use, f"{distribution} {installed}" if installed else pip(f"[{extra}]")
 
 
 def split_requirement(requirement: str) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from data.errors import InputError
-from launch.arguments import add_json, add_model
+from launch.arguments import add_json, add_model, too_small
 from launch.columns import columns
 
 if TYPE_CHECKING:
@@ -22,9 +22,8 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `ziggurat evaluate`."""
     add_model(parser)
-    parser.add_argument(
-        "--corpus", metavar="PATH", help="file, folder, glob or URL of text, all of whose documents are evaluated"
-    )
+    help = "file, folder, glob or URL of text, all of whose documents are evaluated"
+    parser.add_argument("--corpus", metavar="PATH", help=help)
     parser.add_argument("--tasks", metavar="NAME[,NAME]", help="tasks, groups or tags of the harness")
     parser.add_argument("--task_dir", metavar="FOLDER", help="folder with the tasks' YAML files [the harness's own]")
     parser.add_argument("--num_fewshot", type=int, metavar="N", help="examples before each document [the task's own]")
@@ -34,12 +33,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluates and prints the figures."""
-    check(arguments)
+    problems = too_small(arguments, {"num_fewshot": 0, "limit": 1})
+    if arguments.tasks is None:
+        unused = [name for name in ("task_dir", "num_fewshot", "limit") if getattr(arguments, name) is not None]
+        problems += [f"--{name} has no effect without --tasks; name tasks, or leave it out" for name in unused]
+    if problems:
+        raise InputError("\n".join(problems))
     import jax
 
     from train.devices.mesh import one_device_mesh
     from train.evaluation.held_out import evaluate, gzip_bits_per_byte, make_evaluation_step
-    from train.evaluation.results import combine
+    from train.evaluation.results import combine, task_metrics
     from train.evaluation.tasks import open_tasks
     from train.weights.load import load_trained
 
@@ -62,22 +66,16 @@ def run(arguments: argparse.Namespace) -> int:
                 by_corpus = {name: dataclasses.asdict(result) for name, result in results.items()}
         if tasks is not None:
             scores = tasks.of_model(config, trained.tokenizer, errors=True)(trained.weights)
-    shown = as_json if arguments.json else as_text
-    print(shown(figures, by_corpus, scores))
+    if not arguments.json:
+        print(as_text(figures, by_corpus, scores))
+        return 0
+    if by_corpus:
+        figures["by_corpus"] = by_corpus
+    if scores:
+        errors = [dataclasses.replace(score, value=score.error) for score in scores if score.error is not None]
+        figures |= task_metrics(scores) | {"task_errors": task_metrics(errors)["tasks"]}
+    print(json.dumps(figures))
     return 0
-
-
-def check(arguments: argparse.Namespace) -> None:
-    """Raises InputError with everything that is wrong with the flags."""
-    problems = []
-    for name, least in (("num_fewshot", 0), ("limit", 1)):
-        if (value := getattr(arguments, name)) is not None and value < least:
-            problems.append(f"--{name}={value} must be at least {least}")
-    if arguments.tasks is None:
-        unused = [name for name in ("task_dir", "num_fewshot", "limit") if getattr(arguments, name) is not None]
-        problems += [f"--{name} has no effect without --tasks; name tasks, or leave it out" for name in unused]
-    if problems:
-        raise InputError("\n".join(problems))
 
 
 def texts_of(arguments: argparse.Namespace, trained: "Trained") -> "list[HeldOutDocument]":
@@ -98,19 +96,6 @@ def texts_of(arguments: argparse.Namespace, trained: "Trained") -> "list[HeldOut
     if not (texts := trained.run.held_out_texts()):
         raise InputError(f"{arguments.model} held no documents out; give --corpus=PATH")
     return texts
-
-
-def as_json(figures: Mapping[str, Any], by_corpus: Mapping[str, Any], scores: "list[TaskResult]") -> str:
-    """Returns everything as one JSON object."""
-    from train.evaluation.results import task_metrics
-
-    result: dict[str, Any] = dict(figures)
-    if by_corpus:
-        result["by_corpus"] = by_corpus
-    if scores:
-        errors = [dataclasses.replace(score, value=score.error) for score in scores if score.error is not None]
-        result |= task_metrics(scores) | {"task_errors": task_metrics(errors)["tasks"]}
-    return json.dumps(result)
 
 
 def as_text(figures: Mapping[str, Any], by_corpus: Mapping[str, Mapping[str, Any]], scores: "list[TaskResult]") -> str:

@@ -57,7 +57,7 @@ def is_output_closed() -> bool:
 
 
 def exit_at_once(error: BaseException) -> NoReturn:
-    """Reports an error and ends this process without running its libraries' atexit handlers.
+    """Reports an error and ends this process without its libraries' atexit handlers.
 
     JAX's handler would wait for the other processes, and they for this one; the launcher ends them once this one exits.
     """

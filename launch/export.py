@@ -12,14 +12,10 @@ DTYPES = {"hf": ("float32", "bfloat16", "float16"), "gguf": ("f32", "f16", "bf16
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `ziggurat export`."""
     add_model(parser)
-    parser.add_argument(
-        "--format", required=True, choices=list(DTYPES),
-        help="hf: a folder that Hugging Face Transformers opens; gguf: a file for llama.cpp",
-    )  # fmt: skip
-    parser.add_argument(
-        "--to", required=True, type=path, metavar="DIR|FILE",
-        help="the folder, or the file; an earlier export is replaced",
-    )  # fmt: skip
+    help = "hf: a folder that Hugging Face Transformers opens; gguf: a file for llama.cpp"
+    parser.add_argument("--format", required=True, choices=list(DTYPES), help=help)
+    help = "the folder, or the file; an earlier export is replaced"
+    parser.add_argument("--to", required=True, type=path, metavar="DIR|FILE", help=help)
     choices = "; ".join(f"{format}: {', '.join(dtypes)}" for format, dtypes in DTYPES.items())
     parser.add_argument("--dtype", metavar="NAME", help=f"data type of the weights; {choices} [the first]")
 

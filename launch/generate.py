@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.errors import InputError
-from launch.arguments import add_model, text
+from launch.arguments import add_model, text, too_small
 
 if TYPE_CHECKING:
-    from model.generation.sampling import Sampling
     from train.evaluation.continuation import ContinuationPart
 
 log = logging.getLogger("ziggurat")
@@ -34,22 +33,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", type=text, metavar="TEXT", help="the text to continue")
     parser.add_argument("--prompts", metavar="FILE", help="many prompts, as JSONL; - reads standard input")
     parser.add_argument("--batch_size", type=int, metavar="N", help=f"prompts to continue at once [{BATCH_SIZE}]")
-    parser.add_argument(
-        "--max_new_tokens", type=int, default=64, metavar="N", help="tokens after which a continuation ends [64]"
-    )
-    parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
-    )
+    help = "tokens after which a continuation ends [64]"
+    parser.add_argument("--max_new_tokens", type=int, default=64, metavar="N", help=help)
+    help = "end before this text; may be given several times"
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help=help)
     parser.add_argument("--greedy", action="store_true", help="always take the most likely token")
     parser.add_argument("--top_k", type=int, metavar="K", help="draw among the K most likely; 0: among all [40]")
-    parser.add_argument(
-        "--top_p", type=float, metavar="P", help="draw among the fewest that together have this probability [1.0]"
-    )
+    help = "draw among the fewest that together have this probability [1.0]"
+    parser.add_argument("--top_p", type=float, metavar="P", help=help)
     parser.add_argument("--temperature", type=float, metavar="X", help="divides the logits before drawing [1.0]")
-    parser.add_argument(
-        "--repetition_penalty", type=float, default=1.0, metavar="X",
-        help="above 1: tokens of the prompt and of the text so far become less likely [1.0]",
-    )  # fmt: skip
+    help = "above 1: tokens of the prompt and of the text so far become less likely [1.0]"
+    parser.add_argument("--repetition_penalty", type=float, default=1.0, metavar="X", help=help)
     parser.add_argument("--seed", type=int, metavar="N", help="the same seed draws the same tokens [0]")
     for axis, shared in (("tensor", "heads and widths"), ("fsdp", "weights as they are stored")):
         help = f"share {shared} among N devices; -1: among the rest [1]"
@@ -61,11 +55,15 @@ def run(arguments: argparse.Namespace) -> int:
     lines = check(arguments)
     import jax
 
+    from model.generation.sampling import GREEDY, Sampling
     from train.config.run_config import MeshConfig
     from train.devices.mesh import generation_mesh
     from train.evaluation.continuation import continuations, make_generator
     from train.weights.load import load_trained
 
+    top_k = 40 if arguments.top_k is None else arguments.top_k
+    drawn = Sampling(temperature=arguments.temperature or 1.0, top_k=top_k, top_p=arguments.top_p or 1.0)
+    sampling = GREEDY if arguments.greedy else drawn
     with jax.set_mesh(generation_mesh(MeshConfig(tensor=arguments.tensor, fsdp=arguments.fsdp))):
         trained = load_trained(arguments.model)
         tokenizer = trained.tokenizer
@@ -82,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
             tokenizer,
             prompts,
             max_new_tokens=arguments.max_new_tokens,
-            sampling=sampling_of(arguments),
+            sampling=dataclasses.replace(sampling, repetition_penalty=arguments.repetition_penalty),
             seed=arguments.seed or 0,
             stop=arguments.stop,
             batch_size=arguments.batch_size or BATCH_SIZE,
@@ -97,34 +95,20 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def sampling_of(arguments: argparse.Namespace) -> "Sampling":
-    """Returns how the flags ask for the next token to be drawn."""
-    from model.generation.sampling import GREEDY, Sampling
-
-    if arguments.greedy:
-        return dataclasses.replace(GREEDY, repetition_penalty=arguments.repetition_penalty)
-    return Sampling(
-        temperature=arguments.temperature or 1.0,
-        top_k=40 if arguments.top_k is None else arguments.top_k,
-        top_p=arguments.top_p or 1.0,
-        repetition_penalty=arguments.repetition_penalty,
-    )
-
-
 def write_lines(lines: list[dict[str, Any]], parts: Iterator["ContinuationPart"]) -> None:
     """Prints a line for each prompt, in their order, once it and all before it are done; logs the progress."""
-    texts: list[list[str]] = [[] for _ in lines]
+    texts = [""] * len(lines)
     tokens = [0] * len(lines)
     endings: dict[int, str] = {}
     written = 0
     start = last_progress = time.monotonic()
     for part in parts:
-        texts[part.number].append(part.text)
+        texts[part.number] += part.text
         tokens[part.number] = part.tokens
         if part.ended:
             endings[part.number] = part.ended
         while written in endings:
-            result = {"text": "".join(texts[written]), "tokens": tokens[written], "ended": endings[written]}
+            result = {"text": texts[written], "tokens": tokens[written], "ended": endings[written]}
             print(json.dumps(lines[written] | result, ensure_ascii=False), flush=True)
             written += 1
         now = time.monotonic()
@@ -137,12 +121,10 @@ def write_lines(lines: list[dict[str, Any]], parts: Iterator["ContinuationPart"]
 def check(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Returns the prompts as objects with "prompt". Raises InputError with everything wrong with flags and file."""
     problems = flag_problems(arguments)
-    lines: list[dict[str, Any]] = []
+    lines: list[dict[str, Any]] = [{"prompt": arguments.prompt}]
     if (arguments.prompt is None) == (arguments.prompts is None):
         problems.insert(0, "give --prompt=TEXT, or --prompts=FILE.jsonl for many")
-    elif arguments.prompts is None:
-        lines = [{"prompt": arguments.prompt}]
-    else:
+    elif arguments.prompts is not None:
         try:
             lines = read_prompts(arguments.prompts)
         except InputError as error:
@@ -154,37 +136,30 @@ def check(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def flag_problems(arguments: argparse.Namespace) -> list[str]:
     """Returns what is wrong with the flags besides the prompts."""
-    problems = []
+    problems = too_small(arguments, {"batch_size": 1, "top_k": 0})
     if arguments.batch_size is not None and arguments.prompts is None:
         problems.append("--batch_size has no effect without --prompts; leave it out")
-    if arguments.batch_size is not None and arguments.batch_size < 1:
-        problems.append(f"--batch_size={arguments.batch_size} must be at least 1")
     if not 1 <= arguments.max_new_tokens < 2**31:
         problems.append(f"--max_new_tokens={arguments.max_new_tokens} must be from 1 to 2147483647")
     if "" in arguments.stop:
         problems.append("--stop is empty; give some text")
-    if arguments.top_k is not None and arguments.top_k < 0:
-        problems.append(f"--top_k={arguments.top_k} must be 0 or more")
     if arguments.top_p is not None and not 0 < arguments.top_p <= 1:
         problems.append(f"--top_p={arguments.top_p} must be above 0 and at most 1")
     # Outside these bounds float32 logits no longer tell tokens apart.
-    if arguments.temperature is not None and not 1e-6 <= arguments.temperature <= 1e6:
-        problems.append(
-            f"--temperature={arguments.temperature} must be from 0.000001 to 1000000; for the most likely token use "
-            "--greedy"
-        )
-    if not 1e-6 <= arguments.repetition_penalty <= 1e6:
-        problems.append(
-            f"--repetition_penalty={arguments.repetition_penalty} must be from 0.000001 to 1000000; 1 is none"
-        )
+    bounds = "must be from 0.000001 to 1000000"
+    temperature, penalty = arguments.temperature, arguments.repetition_penalty
+    if temperature is not None and not 1e-6 <= temperature <= 1e6:
+        problems.append(f"--temperature={temperature} {bounds}; for the most likely token use --greedy")
+    if not 1e-6 <= penalty <= 1e6:
+        problems.append(f"--repetition_penalty={penalty} {bounds}; 1 is none")
     if arguments.seed is not None and not 0 <= arguments.seed < 2**31:
         problems.append(f"--seed={arguments.seed} must be from 0 to 2147483647")
     if arguments.greedy:
         unused = [name for name in ("top_k", "top_p", "temperature", "seed") if getattr(arguments, name) is not None]
         problems += [f"--{name} has no effect with --greedy; leave one out" for name in unused]
-    for axis in ("tensor", "fsdp"):
-        if getattr(arguments, axis) < 1 and getattr(arguments, axis) != -1:
-            problems.append(f"--mesh.{axis}={getattr(arguments, axis)} must be at least 1, or -1 for the rest")
+    for axis, size in (("tensor", arguments.tensor), ("fsdp", arguments.fsdp)):
+        if size < 1 and size != -1:
+            problems.append(f"--mesh.{axis}={size} must be at least 1, or -1 for the rest")
     if arguments.tensor == arguments.fsdp == -1:
         problems.append("--mesh.tensor and --mesh.fsdp are both -1; give one of them a size")
     return problems

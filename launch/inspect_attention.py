@@ -11,9 +11,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `ziggurat inspect attention`."""
     add_model(parser)
     parser.add_argument("--prompt", type=prompt, required=True, metavar="TEXT", help="the text, one segment at most")
-    parser.add_argument(
-        "--to", metavar="FILE.html", type=path, default=Path("attention.html"), help="the page [attention.html]"
-    )
+    page = Path("attention.html")
+    parser.add_argument("--to", metavar="FILE.html", type=path, default=page, help=f"the page [{page}]")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -57,9 +57,14 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.step = arguments.step if step is None else step
     if (arguments.step is None) != arguments.summary:
         raise InputError("give --step=N or --summary, one of the two")
+    from data.provenance import summarize
+    from train.step.schedule import batch_size
+
     with opened(arguments) as data:
         if arguments.summary:
-            summaries = corpus_summaries(data)
+            config = data.config
+            tokens = [batch_size(config, step) * config.data.segment_length for step in range(config.train.num_steps)]
+            summaries = summarize(data.mixture, data.tokenizer, config.train.seed, tokens)
             print(json.dumps({"corpora": summaries}) if arguments.json else "\n".join(map(summary_text, summaries)))
             return 0
         rows = batch_rows(data, arguments.step, arguments.row)
@@ -88,8 +93,7 @@ def opened(arguments: argparse.Namespace) -> Iterator[RunData]:
         run = Run(arguments.run)
         config = run.load_config()
         check_not_imported(run)
-        tokenizer = load_tokenizer(run.tokenizer)
-        yield RunData(config, run, open_run_mixture(config, run), tokenizer)
+        yield RunData(config, run, open_run_mixture(config, run), load_tokenizer(run.tokenizer))
         return
     config = load_config(arguments.config, arguments.overrides).resolved()
     with tempfile.TemporaryDirectory() as folder:
@@ -98,26 +102,10 @@ def opened(arguments: argparse.Namespace) -> Iterator[RunData]:
         yield RunData(config, run, mixture, run_tokenizer(config, run, mixture))
 
 
-def corpus_summaries(data: RunData) -> list[dict[str, Any]]:
-    """Returns estimates for each corpus, from a sample of its documents."""
-    from data.provenance import summarize
-    from train.step.schedule import batch_size
-
-    config = data.config
-    tokens = [batch_size(config, step) * config.data.segment_length for step in range(config.train.num_steps)]
-    return summarize(data.mixture, data.tokenizer, config.train.seed, tokens)
-
-
 def batch_rows(data: RunData, number: int, only_row: int | None) -> list[dict[str, Any]]:
-    """Returns the rows of a step's batch with the parts of documents in each.
+    """Returns the rows of a step's batch (steps from 1, rows from 0), or one row, with the parts of documents in each.
 
-    Args:
-        data: the run's data, from `opened`.
-        number: number of the step, from 1.
-        only_row: row to return, from 0, or None for all.
-
-    Raises:
-        InputError: the run has no such step or row.
+    Raises InputError where the run has no such step or row.
     """
     from data.provenance import describe_row, rows_of_step
     from train.data_identity import first_step, streams_before

@@ -10,7 +10,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from data.errors import InputError
-from launch.arguments import add_json, add_model, text
+from launch.arguments import add_json, add_model, text, too_small
 from launch.columns import columns
 
 if TYPE_CHECKING:
@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints a table of the nearest tokens."""
-    check(arguments)
+    problems = [f"--{name} is empty; give a word" for name in SIGNS if getattr(arguments, name) == ""]
+    if problems := problems + too_small(arguments, {"top": 1}):
+        raise InputError("\n".join(problems))
     import jax
     import numpy as np
 
@@ -72,12 +74,3 @@ def tokens_of(tokenizer: "Tokenizer", word: str) -> list[int]:
     spellings = [word] if word[0].isspace() else [f" {word}", word]
     encoded = [tokenizer.encode(spelling).tolist() for spelling in spellings]
     return next((tokens for tokens in encoded if len(tokens) == 1), encoded[0])
-
-
-def check(arguments: argparse.Namespace) -> None:
-    """Raises InputError with everything that is wrong with the flags."""
-    problems = [f"--{name} is empty; give a word" for name in SIGNS if getattr(arguments, name) == ""]
-    if arguments.top < 1:
-        problems.append(f"--top={arguments.top} must be at least 1")
-    if problems:
-        raise InputError("\n".join(problems))

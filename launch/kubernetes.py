@@ -17,13 +17,11 @@ import shlex
 from importlib import resources
 from pathlib import PurePosixPath
 from string import Template
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from data.errors import InputError
+from launch.arguments import too_small
 from launch.submission import check_command, write_submission
-
-if TYPE_CHECKING:
-    from train.config.config import Config
 
 # GKE's names of the TPUs that `--topology` names.
 TPUS = {"v4": "tpu-v4-podslice", "v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice", "v6e": "tpu-v6e-slice"}
@@ -34,24 +32,17 @@ STALE_MINUTES = 5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `ziggurat launch kubernetes`."""
-    parser.add_argument(
-        "--topology", required=True, metavar="CHIP:SHAPE",
-        help="as `ziggurat plan` takes it: v6e:16x16 (the chips of a slice) or h100:2x8 (hosts × GPUs of each)",
-    )  # fmt: skip
+    help = "as `ziggurat plan` takes it: v6e:16x16 (the chips of a slice) or h100:2x8 (hosts × GPUs of each)"
+    parser.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help=help)
     parser.add_argument("--slices", type=int, default=1, metavar="N", help="TPU slices of this shape [1]")
     parser.add_argument("--image", required=True, metavar="IMAGE", help="a container that has ziggurat on its PATH")
-    parser.add_argument(
-        "--volume", required=True, metavar="CLAIM:PATH",
-        help="a persistent volume claim that all pods can write to (ReadWriteMany), and where to mount it",
-    )  # fmt: skip
+    help = "a persistent volume claim that all pods can write to (ReadWriteMany), and where to mount it"
+    parser.add_argument("--volume", required=True, metavar="CLAIM:PATH", help=help)
     parser.add_argument("--name", metavar="NAME", help="name of the JobSet [that of the run's folder]")
-    parser.add_argument(
-        "--node-selector", action="append", default=[], metavar="LABEL=VALUE",
-        help="a label that the nodes must have, besides those of TPUs",
-    )  # fmt: skip
-    parser.add_argument(
-        "--restarts", type=int, default=20, metavar="N", help="restarts after faults, in the whole run [20]"
-    )
+    help = "a label that the nodes must have, besides those of TPUs"
+    parser.add_argument("--node-selector", action="append", default=[], metavar="LABEL=VALUE", help=help)
+    help = "restarts after faults, in the whole run [20]"
+    parser.add_argument("--restarts", type=int, default=20, metavar="N", help=help)
     parser.add_argument("--output", metavar="FILE", help="file of the manifest [standard output]")
     parser.add_argument("command", nargs="*", metavar="COMMAND", help="pretrain with its flags, after --")
 
@@ -76,18 +67,26 @@ def manifest(arguments: argparse.Namespace) -> dict[str, Any]:
     num_devices = math.prod(shape)
     devices_per_host = shape[1] if chip.platform == "gpu" else tpus_per_host(shape)
     config = check_command(arguments.command, num_devices * arguments.slices, arguments.slices)
-    claim, _, mount = arguments.volume.partition(":")
     run_dir = PurePosixPath(config.train.run_dir)
     name = arguments.name or re.sub(r"[^a-z0-9]+", "-", run_dir.name.lower()).strip("-")
-    if problems := flag_problems(arguments, config, name):
+    claim, _, mount = arguments.volume.partition(":")
+    problems = too_small(arguments, {"restarts": 0})
+    if not claim or not mount.startswith("/"):
+        problems.append(f"--volume={arguments.volume} must be CLAIM:PATH with an absolute path, as in training:/runs")
+    elif not run_dir.is_relative_to(mount):
+        problems.append(f"train.run_dir is {run_dir}, which would be lost with its pod; put it below {mount}")
+    if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", name):
+        problems.append(f"--name={name}: give at most 40 small letters, digits and dashes, a letter first")
+    for pair in arguments.node_selector:
+        if not re.fullmatch(r"[^=]+=[^=]*", pair):
+            problems.append(f"--node-selector={pair} must be LABEL=VALUE")
+    if problems:
         raise InputError("\n".join(problems))
 
     selector = dict(pair.split("=") for pair in arguments.node_selector)
     if chip.platform == "tpu":
-        selector |= {
-            "cloud.google.com/gke-tpu-accelerator": TPUS[chip.name],
-            "cloud.google.com/gke-tpu-topology": "x".join(map(str, shape)),
-        }
+        selector["cloud.google.com/gke-tpu-accelerator"] = TPUS[chip.name]
+        selector["cloud.google.com/gke-tpu-topology"] = "x".join(map(str, shape))
     lease = shlex.quote(str(run_dir / "lease.json"))
     values = {
         "image": arguments.image,
@@ -97,18 +96,15 @@ def manifest(arguments: argparse.Namespace) -> dict[str, Any]:
         "claim": claim,
         "mount": mount,
         "is_lease_fresh": f'test ! -e {lease} || test -n "$(find {lease} -mmin -{STALE_MINUTES})"',
+        "hosts": num_devices // devices_per_host,
+        "devices": devices_per_host,
+        "slices": arguments.slices,
+        "restarts": arguments.restarts,
     }
     template = Template(resources.files("launch").joinpath("kubernetes.yaml").read_text())
-    text = template.substitute(
-        # JSON is YAML, so that any text is quoted well.
-        {key: json.dumps(value, ensure_ascii=False) for key, value in values.items()},
-        name=name,
-        hosts=num_devices // devices_per_host,
-        devices=devices_per_host,
-        slices=arguments.slices,
-        restarts=arguments.restarts,
-    )
-    jobset: dict[str, Any] = yaml.safe_load(text)
+    # JSON is YAML, so that any text is quoted well.
+    quoted = {key: json.dumps(value, ensure_ascii=False) for key, value in values.items()}
+    jobset: dict[str, Any] = yaml.safe_load(template.substitute(quoted, name=name))
     pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     if arguments.slices == 1:
         del jobset["metadata"]["annotations"]
@@ -118,25 +114,6 @@ def manifest(arguments: argparse.Namespace) -> dict[str, Any]:
         container = pod["containers"][0]
         del container["env"], container["volumeMounts"][1], pod["volumes"][1]
     return jobset
-
-
-def flag_problems(arguments: argparse.Namespace, config: "Config", name: str) -> list[str]:
-    """Returns what is wrong with the flags, besides the topology."""
-    problems = []
-    claim, _, mount = arguments.volume.partition(":")
-    run_dir = PurePosixPath(config.train.run_dir)
-    if not claim or not mount.startswith("/"):
-        problems.append(f"--volume={arguments.volume} must be CLAIM:PATH with an absolute path, as in training:/runs")
-    elif not run_dir.is_relative_to(mount):
-        problems.append(f"train.run_dir is {run_dir}, which would be lost with its pod; put it below {mount}")
-    if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", name):
-        problems.append(f"--name={name}: give at most 40 small letters, digits and dashes, a letter first")
-    if arguments.restarts < 0:
-        problems.append(f"--restarts={arguments.restarts} must be at least 0")
-    for pair in arguments.node_selector:
-        if not re.fullmatch(r"[^=]+=[^=]*", pair):
-            problems.append(f"--node-selector={pair} must be LABEL=VALUE")
-    return problems
 
 
 def tpus_per_host(shape: tuple[int, ...]) -> int:

@@ -19,15 +19,11 @@ def run(arguments: argparse.Namespace) -> int:
     for name in presets():
         config = load_config(name, {})
         model = config.resolved(config.tokenizer.vocab_size).model
-        rows.append((count_parameters(model), name, description(name)))
+        docstring = ast.get_docstring(ast.parse((PRESETS / f"{name}.py").read_text())) or ""
+        # The description follows the command and ends with the first colon.
+        description = docstring.partition("\n\n")[2].partition(":")[0]
+        rows.append((count_parameters(model), name, " ".join(description.split())))
     table = [(name, f"{count:,}", text) for count, name, text in sorted(rows)]
     print(columns([("preset", "parameters", "description"), *table], right={1}))
     print(f"\ntheir files: {PRESETS}/NAME.py; start one with: ziggurat pretrain --config=NAME")
     return 0
-
-
-def description(name: str) -> str:
-    """Returns the beginning of a preset's docstring after its command, up to the first colon."""
-    docstring = ast.get_docstring(ast.parse((PRESETS / f"{name}.py").read_text())) or ""
-    _, _, text = docstring.partition("\n\n")
-    return " ".join(text.partition(":")[0].split())

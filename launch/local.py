@@ -11,16 +11,18 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from subprocess import DEVNULL, PIPE, Popen
+from typing import BinaryIO, NamedTuple
 
 from data.errors import InputError
 from data.files.remote import protocol
+from launch.arguments import too_small
 from launch.commands import parse
 from launch.presets import load_config
 from train.devices.processes import share_of_gpus
@@ -37,30 +39,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `ziggurat launch local`."""
     parser.add_argument("--processes", type=int, required=True, metavar="N", help="number of processes")
     parser.add_argument("--devices", type=int, metavar="K", help="virtual CPU devices of each [what JAX finds]")
-    parser.add_argument(
-        "--restarts", type=int, default=3, metavar="N",
-        help="how often in a row a run that saves nothing new is started again [3]; 0: never",
-    )  # fmt: skip
+    help = "how often in a row a run that saves nothing new is started again [3]; 0: never"
+    parser.add_argument("--restarts", type=int, default=3, metavar="N", help=help)
     parser.add_argument("command", nargs="*", metavar="COMMAND", help="a command of ziggurat with its flags, after --")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the processes until they end; returns the first exit status that is not 0."""
-    problems = []
-    if arguments.processes < 1:
-        problems.append(f"--processes={arguments.processes} must be at least 1")
-    if arguments.devices is not None and arguments.devices < 1:
-        problems.append(f"--devices={arguments.devices} must be at least 1")
+    problems = too_small(arguments, {"processes": 1, "devices": 1, "restarts": 0})
     if not arguments.command:
         problems.append("there is no command; give one after --, as in: -- pretrain --config=tiny")
-    if arguments.restarts < 0:
-        problems.append(f"--restarts={arguments.restarts} must be at least 0")
     if problems:
         raise InputError("\n".join(problems))
     shared = dict(os.environ)
     if arguments.devices:
-        flags = f"{shared.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={arguments.devices}"
-        shared["XLA_FLAGS"] = flags.strip()
+        count = f"--xla_force_host_platform_device_count={arguments.devices}"
+        shared["XLA_FLAGS"] = f"{shared.get('XLA_FLAGS', '')} {count}".strip()
     command = [sys.executable, "-m", "launch.cli", *arguments.command]
     environments = [process_environment(shared, i, arguments.processes) for i in range(arguments.processes)]
 
@@ -74,13 +68,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def process_environment(environment: Mapping[str, str], process: int, processes: int) -> dict[str, str]:
     """Returns the environment of one process: its number, and its share of the machine's GPUs."""
-    gpus = share_of_gpus(environment, process, processes)
-    return {
-        **environment,
-        "ZIGGURAT_NUM_PROCESSES": str(processes),
-        "ZIGGURAT_PROCESS_ID": str(process),
-        **({"JAX_LOCAL_DEVICE_IDS": ",".join(map(str, gpus))} if gpus else {}),
-    }
+    own = {"ZIGGURAT_NUM_PROCESSES": str(processes), "ZIGGURAT_PROCESS_ID": str(process)}
+    if gpus := share_of_gpus(environment, process, processes):
+        own["JAX_LOCAL_DEVICE_IDS"] = ",".join(map(str, gpus))
+    return {**environment, **own}
 
 
 def run_folder(command: Sequence[str]) -> Path | None:
@@ -92,12 +83,7 @@ def run_folder(command: Sequence[str]) -> Path | None:
 
 
 class Exit(NamedTuple):
-    """The end of a set of processes.
-
-    Attributes:
-        status: the first exit status that is not 0; 128 + n after signal n.
-        was_asked: the launcher received a signal to end.
-    """
+    """The first exit status that is not 0 (128 + n after signal n), and whether a signal asked the launcher to end."""
 
     status: int
     was_asked: bool
@@ -108,15 +94,10 @@ def supervise(
 ) -> int:
     """Starts a run again and again until its exit status, or a signal to this process, ends it; returns the status.
 
-    Status 0 (done) and 2 (the user's error) end it. After 75 (stopped) it starts at once. All else is a fault: it
-    starts after a pause that doubles, and gives up after more than `restarts` starts in a row that saved nothing new.
-
-    Args:
-        start: runs all processes until they end.
-        folder: the run's folder, in which progress is seen.
-        restarts: largest number of restarts without progress.
-        sleep: waits for seconds; tests replace it.
+    After 75 (stopped) it starts at once. A fault is followed by a pause that doubles; after more than `restarts` starts
+    in a row that saved nothing new in the run's folder, it gives up.
     """
+    say = partial(print, "ziggurat:", file=sys.stderr, flush=True)
     in_vain, reached = 0, newest_step(folder)
     while True:
         end = start()
@@ -125,20 +106,19 @@ def supervise(
         before, reached = reached, newest_step(folder)
         in_vain = 0 if reached > before else in_vain + (end.status != PREEMPTED)
         if in_vain > restarts:
-            print_line(f"status {end.status}, and nothing new saved in {in_vain} starts: given up")
+            say(f"status {end.status}, and nothing new saved in {in_vain} starts: given up")
             return end.status
         pause = 0.0 if end.status == PREEMPTED else min(2.0**in_vain, MAX_PAUSE)
         in_seconds = f" in {pause:.0f} s" if pause else ""
-        print_line(f"status {end.status}, saved up to step {reached}: starting again{in_seconds}")
+        say(f"status {end.status}, saved up to step {reached}: starting again{in_seconds}")
         sleep(pause)
 
 
 def newest_step(folder: Path) -> int:
     """Returns the step of a run's newest checkpoint, or 0.
 
-    `Checkpoints.steps` and `Run.last_step` know better, but need JAX and, for a bucket, threads, neither of which may
-    be there when a process forks. For checkpoints in a bucket this is the newest save in the audit log, which may be
-    incomplete. `launch.slurm.newest_step_command` does the same in a shell.
+    `Checkpoints.steps` knows better, but needs JAX and, for a bucket, threads, neither of which may be there when a
+    process forks. For a bucket this is the newest save in the audit log, which may be incomplete.
     """
     place = read_config(folder).checkpoint.dir if (folder / CONFIG_FILE).exists() else None
     if place and protocol(place):
@@ -149,31 +129,17 @@ def newest_step(folder: Path) -> int:
     return max((int(name) for name in names if name.isdigit()), default=0)
 
 
-def print_line(text: str) -> None:
-    """Prints a line of the launcher's own on standard error."""
-    print(f"ziggurat: {text}", file=sys.stderr, flush=True)
-
-
 def run_processes(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> Exit:
     """Runs the command once in each environment and waits until all have ended."""
     received: list[int] = []
-    handlers = {
-        number: signal.signal(number, lambda n, _: received.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    processes: list[subprocess.Popen] = []
+    signals = (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.signal(number, lambda n, _: received.append(n)) for number in signals}
+    processes: list[Popen] = []
     threads: list[threading.Thread] = []
+    start = partial(Popen, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, start_new_session=True, preexec_fn=die_with_parent)
     try:
         for environment in environments:
-            process = subprocess.Popen(
-                command,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-                preexec_fn=die_with_parent,
-            )
-            processes.append(process)
+            processes.append(start(command, env=environment))
         # All forks come before the first thread: a fork of a process with threads may deadlock.
         for i, process in enumerate(processes):
             for pipe, out in ((process.stdout, sys.stdout.buffer), (process.stderr, sys.stderr.buffer)):
@@ -191,13 +157,8 @@ def run_processes(command: Sequence[str], environments: Sequence[Mapping[str, st
             signal.signal(number, handler)
 
 
-def wait_for(processes: Sequence[subprocess.Popen], received: list[int]) -> Exit:
-    """Waits until all processes have ended; passes signals on, and ends all once one has failed.
-
-    Args:
-        processes: started in sessions of their own.
-        received: signals to this process, appended by its handlers and removed here.
-    """
+def wait_for(processes: Sequence[Popen], received: list[int]) -> Exit:
+    """Waits until all processes have ended; passes on the signals in `received`, and ends all once one has failed."""
     status, was_asked, deadline = 0, False, math.inf
     while None in [process.poll() for process in processes]:
         for number in received:
@@ -211,8 +172,7 @@ def wait_for(processes: Sequence[subprocess.Popen], received: list[int]) -> Exit
             status = failed[0]
             # A process that stops by itself does so together with all others, which are still saving.
             is_stopping = status == PREEMPTED
-            seconds = SECONDS_TO_SAVE if is_stopping else SECONDS_AFTER_FAILURE
-            deadline = min(deadline, time.monotonic() + seconds)
+            deadline = min(deadline, time.monotonic() + (SECONDS_TO_SAVE if is_stopping else SECONDS_AFTER_FAILURE))
             if not was_asked and not is_stopping:
                 signal_all(processes, signal.SIGTERM)
         if time.monotonic() > deadline:
@@ -222,7 +182,7 @@ def wait_for(processes: Sequence[subprocess.Popen], received: list[int]) -> Exit
     return Exit(status if status >= 0 else 128 - status, was_asked)
 
 
-def signal_all(processes: Sequence[subprocess.Popen], number: int) -> None:
+def signal_all(processes: Sequence[Popen], number: int) -> None:
     """Sends a signal to every process that still runs, and to the processes that it started."""
     for process in processes:
         if process.poll() is None:
@@ -241,16 +201,14 @@ def prefix_lines(pipe: BinaryIO, out: BinaryIO, prefix: str) -> None:
                 os.dup2(nowhere.fileno(), out.fileno())
 
 
-def die_with_parent() -> Any:
+def die_with_parent() -> None:
     """Runs in the child: asks Linux to kill it when the launcher ends, in whatever way that happens."""
     if sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        # 1 is PR_SET_PDEATHSIG.
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def free_port() -> int:
     """Returns a TCP port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])

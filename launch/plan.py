@@ -13,19 +13,16 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from data.errors import InputError
 from launch.arguments import add_json
 from launch.plan_text import mesh_text, plan_text
 from launch.presets import add_config_arguments, load_config
-
-if TYPE_CHECKING:
-    from train.config.config import ResolvedConfig
+from train.config.config import ResolvedConfig
 
 log = logging.getLogger("ziggurat")
 # Longer steps, by the estimate, are not measured.
@@ -39,10 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--slices", metavar="N", default="1", help="TPU slices of this shape [1]")
     parser.add_argument("--tokens", metavar="N", help="tokens to train on, as in 2e12 [those of train.num_steps]")
     parser.add_argument("--price", metavar="P", help="dollars for a device-hour")
-    parser.add_argument(
-        "--search", metavar="N", nargs="?", const=str(MAX_COMPILED),
-        help=f"rank meshes, parts of the batch and remat policies; compile at most N programs [{MAX_COMPILED}]",
-    )  # fmt: skip
+    help = f"rank meshes, parts of the batch and remat policies; compile at most N programs [{MAX_COMPILED}]"
+    parser.add_argument("--search", metavar="N", nargs="?", const=str(MAX_COMPILED), help=help)
     add_json(parser)
     add_config_arguments(parser)
 
@@ -75,8 +70,12 @@ def run(arguments: argparse.Namespace) -> int:
         return search(arguments, config, devices)
     mesh = make_mesh(config, devices)
     log.info("compiling for %d × %s as %s", mesh.size, devices[0].device_kind, mesh_text(mesh.shape))
-    with interrupts_end_process():
+    # Python's own handler of Ctrl-C would first wait for the compiler, for minutes perhaps.
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
         compilation = compile_step(config, mesh, cache_folder())
+    finally:
+        signal.signal(signal.SIGINT, handler)
     if arguments.topology is None:
         log.info("measuring this machine")
         chip = local_chip(config.model.compute_dtype)
@@ -119,7 +118,7 @@ def positive(flag: str, text: str | None) -> float | None:
     return value
 
 
-def search(arguments: argparse.Namespace, config: "ResolvedConfig", devices: Sequence[Any]) -> int:
+def search(arguments: argparse.Namespace, config: ResolvedConfig, devices: Sequence[Any]) -> int:
     """Prints a ranking of the candidates that were compiled, and the plan of the fastest."""
     from launch.plan_search import compile_best, search_text
     from train.devices.hardware import with_usable_memory
@@ -129,10 +128,8 @@ def search(arguments: argparse.Namespace, config: "ResolvedConfig", devices: Seq
     chip = with_usable_memory(parse_topology(arguments.topology)[0])
     legal = candidates(config, devices, chip, arguments.overrides)
     log.info("%s legal ways to run the step may fit; compiling the most promising", f"{len(legal):,}")
-    flags = []
-    for name in ("config", "topology", "slices", "tokens", "price"):
-        if (value := getattr(arguments, name)) is not None:
-            flags.append(f"--{name}={value}")
+    shared = {name: getattr(arguments, name) for name in ("config", "topology", "slices", "tokens", "price")}
+    flags = [f"--{name}={value}" for name, value in shared.items() if value is not None]
     flags += [f"--config.{name}={value}" for name, value in arguments.overrides.items() if name not in SEARCHED]
     outcomes = compile_best(legal, int(arguments.search), flags)
     plans = [outcome.plan for outcome in outcomes if outcome.plan]
@@ -150,13 +147,3 @@ def cache_folder() -> Path:
     if folder := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return Path(folder) / "ziggurat"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ziggurat"
-
-
-@contextmanager
-def interrupts_end_process() -> Iterator[None]:
-    """Lets Ctrl-C end the process at once. Python's handler would first wait for the compiler, for minutes perhaps."""
-    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)

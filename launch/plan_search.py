@@ -45,10 +45,7 @@ class Outcome:
 
 
 class Compiler(NamedTuple):
-    """A running `ziggurat plan` of a candidate.
-
-    Its output goes to `files`.json and `files`.log, so that it never blocks on a full pipe.
-    """
+    """A running `ziggurat plan`, with output to `files`.json and `files`.log: it never blocks on a full pipe."""
 
     candidate: Candidate
     process: subprocess.Popen[bytes]
@@ -56,12 +53,9 @@ class Compiler(NamedTuple):
 
 
 def compile_best(candidates: Sequence[Candidate], most: int, flags: Sequence[str]) -> list[Outcome]:
-    """Compiles candidates until no other may be faster; returns the outcomes, the fastest first.
+    """Compiles at most `most` candidates, until no other may be faster; returns the outcomes, the fastest first.
 
-    Args:
-        candidates: sorted by their estimates, the fastest first.
-        most: largest number of programs to compile.
-        flags: those of `ziggurat plan` that all candidates share.
+    The candidates are sorted by their estimates and share these flags of `ziggurat plan`.
     """
     outcomes: list[Outcome] = []
     waiting = list(candidates)
@@ -80,8 +74,10 @@ def compile_best(candidates: Sequence[Candidate], most: int, flags: Sequence[str
                 for compiler in [compiler for compiler in running if compiler.process.poll() is not None]:
                     running.remove(compiler)
                     outcomes.append(read_outcome(compiler))
-                    remaining = len(waiting) + len(running)
-                    log.info("%s", progress_text(outcomes, remaining, time.monotonic() - start))
+                    done, remaining = len(outcomes), len(waiting) + len(running)
+                    most_seconds = (time.monotonic() - start) / done * remaining
+                    time_left = f"; at most {duration(most_seconds)} more" if remaining else ""
+                    log.info("%d of %d  %s%s", done, done + remaining, outcome_text(outcomes[-1]), time_left)
         except KeyboardInterrupt:
             log.info("interrupted: ranking what is compiled")
         finally:
@@ -97,7 +93,7 @@ def max_compilers() -> int:
 
 
 def start_compiler(candidate: Candidate, flags: Sequence[str], files: str) -> Compiler:
-    """Starts the plan of a candidate, with output to `files`.json and `files`.log."""
+    """Starts the plan of a candidate."""
     command = [sys.executable, "-m", "launch.cli", "plan", "--json", *flags, *change_flags(candidate)]
     with open(f"{files}.json", "wb") as output, open(f"{files}.log", "wb") as errors:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors)
@@ -124,30 +120,23 @@ def candidate_text(candidate: Candidate) -> str:
     return f"{mesh_text(candidate.mesh)}, {rows}, {candidate.changes[REMAT]}"
 
 
-def progress_text(outcomes: Sequence[Outcome], remaining: int, seconds: float) -> str:
-    """Returns the newest outcome, and how long the remaining compilations will take."""
-    newest = outcomes[-1]
-    time_left = f"; at most {duration(seconds / len(outcomes) * remaining)} more" if remaining else ""
-    counts = f"{len(outcomes)} of {len(outcomes) + remaining}"
-    return f"{counts}  {candidate_text(newest.candidate)}: {outcome_text(newest)}{time_left}"
-
-
 def outcome_text(outcome: Outcome) -> str:
-    """Returns the figures of an outcome."""
-    plan = outcome.plan
+    """Returns a candidate and the figures of its plan."""
+    name, plan = candidate_text(outcome.candidate), outcome.plan
     if plan is None:
-        return f"failed: {outcome.problem}"
+        return f"{name}: failed: {outcome.problem}"
     memory = size_text(plan.peak_bytes_per_device)
     if not plan.fits or plan.estimated_step_seconds is None or plan.estimated_mfu is None:
-        return f"does not fit: {memory}"
-    return f"{seconds_text(plan.estimated_step_seconds)}, {plan.estimated_mfu:.1%} MFU, {memory}"
+        return f"{name}: does not fit: {memory}"
+    return f"{name}: {seconds_text(plan.estimated_step_seconds)}, {plan.estimated_mfu:.1%} MFU, {memory}"
 
 
 def search_text(outcomes: Sequence[Outcome], count: int) -> str:
     """Returns the ranking of outcomes, the fastest first, and the flags of the best; `count` is of all candidates."""
     lines = [f"{count:,} legal ways to run the step that may fit, {len(outcomes)} compiled; the fastest:"]
-    for place, outcome in enumerate(outcomes[:MAX_SHOWN], 1):
-        lines.append(f"{place:>4}  {candidate_text(outcome.candidate)}: {outcome_text(outcome)}")
+    lines += [f"{place:>4}  {outcome_text(outcome)}" for place, outcome in enumerate(outcomes[:MAX_SHOWN], 1)]
     if outcomes and outcomes[0].seconds < math.inf:
-        return "\n".join([*lines, "the best, as flags of plan and pretrain:", *change_flags(outcomes[0].candidate)])
-    return "\n".join([*lines, "none of them fits"])
+        lines += ["the best, as flags of plan and pretrain:", *change_flags(outcomes[0].candidate)]
+    else:
+        lines.append("none of them fits")
+    return "\n".join(lines)

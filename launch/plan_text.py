@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from train.run.goodput import duration
+
 if TYPE_CHECKING:
     from train.planning.plan import Plan
 
@@ -71,8 +73,6 @@ def traffic_lines(plan: "Plan") -> list[str]:
 
 def time_lines(plan: "Plan") -> list[str]:
     """Returns lines about the time of a step and of the run, and what it is made of."""
-    from train.run.goodput import duration
-
     step = plan.estimated_step_seconds
     assert step
     assert plan.days

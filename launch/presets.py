@@ -23,13 +23,8 @@ PRESETS = Path(__file__).parent / "configs"
 
 def add_config_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Adds `--config=NAME|FILE|RUN`, and `--config.GROUP.FIELD=VALUE` for every field, collected in `overrides`."""
-    parser.add_argument(
-        "--config",
-        required=required,
-        type=os.path.expanduser,
-        metavar="NAME|FILE|RUN",
-        help=f"one of {', '.join(presets())}, a file, a run's folder, or RUN@STEP to begin another run with that",
-    )
+    help = f"one of {', '.join(presets())}, a file, a run's folder, or RUN@STEP to begin another run with that"
+    parser.add_argument("--config", required=required, type=os.path.expanduser, metavar="NAME|FILE|RUN", help=help)
     parser.set_defaults(overrides={})
     groups = {}
     for group in dataclasses.fields(Config):
@@ -45,7 +40,6 @@ class Override(argparse.Action):
     """Collects the values of fields by their names."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
-        """Adds one override to the namespace."""
         assert option is not None
         namespace.overrides = namespace.overrides | {option.removeprefix("--config."): values}
 
@@ -58,14 +52,8 @@ def presets() -> list[str]:
 def load_config(name: str, overrides: Mapping[str, str]) -> Config:
     """Loads a config from a preset, a Python file that defines `get_config() -> ConfigDict`, or a run.
 
-    RUN is a run as it was last started, wherever its folder is now. RUN@STEP is a fork of it (see `train.fork`).
-
-    Args:
-        name: the value of `--config`.
-        overrides: texts of flags by "group.field", which win over the config's values.
-
-    Raises:
-        InputError: there is no such config, its file fails, or values are wrong; names all wrong values.
+    RUN is a run as it was last started, wherever its folder is now; RUN@STEP is a fork of it (see `train.fork`).
+    Overrides are by "group.field". Raises InputError with all wrong values, or where the config or its file fails.
     """
     if name not in presets() and not name.endswith(".py"):
         folder, step = split_name(name)
@@ -91,10 +79,7 @@ def load_config(name: str, overrides: Mapping[str, str]) -> Config:
 
 
 def run_values(folder: Path, step: int | None) -> dict[str, dict[str, Any]]:
-    """Returns the settings of a run, or of a fork that starts from its checkpoint of a step.
-
-    `data.accept_changes` is reset, and a fork does not inherit the folder of its parent's checkpoints.
-    """
+    """Returns the settings of a run, or of a fork that starts from its checkpoint of a step."""
     values = to_dict(read_config(folder))
     values["data"]["accept_changes"] = False
     values["train"]["run_dir"] = str(folder)

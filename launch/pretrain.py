@@ -39,7 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         finished = pretrain(config)
         if jax.process_index() == 0:
-            print(summary(finished, program()))
+            called = Path(sys.argv[0])
+            print(summary(finished, shlex.quote(str(called)) if called.name == "ziggurat" else "ziggurat"))
     except Stopped as stopped:
         if jax.process_index() == 0:
             print(f"{config.train.run_dir}: {stopped}; the same command resumes the run", file=sys.stderr)
@@ -64,9 +65,3 @@ def lost_peer(error: BaseException | None) -> str:
             return str(error).splitlines()[0]
         error = error.__cause__ or error.__context__
     return ""
-
-
-def program() -> str:
-    """Returns what the user types to run ziggurat again."""
-    called = Path(sys.argv[0])
-    return shlex.quote(str(called)) if called.name == "ziggurat" else "ziggurat"

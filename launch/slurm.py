@@ -15,6 +15,7 @@ from pathlib import Path
 
 from data.errors import InputError
 from data.files.remote import protocol
+from launch.arguments import too_small
 from launch.submission import check_command, write_submission
 
 # Between Slurm's signal and the end of the job: a step, a save, and Slurm's own delay of up to a minute.
@@ -72,19 +73,15 @@ done
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `ziggurat launch slurm`."""
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="number of nodes [1]")
-    parser.add_argument(
-        "--tasks-per-node", type=int, default=1, metavar="N",
-        help="processes of a node, which share its GPUs evenly [1]",
-    )  # fmt: skip
+    help = "processes of a node, which share its GPUs evenly [1]"
+    parser.add_argument("--tasks-per-node", type=int, default=1, metavar="N", help=help)
     parser.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs of each node [none]")
     parser.add_argument("--cpus-per-task", type=int, metavar="N", help="CPUs of a process [what the cluster gives]")
     parser.add_argument("--time", metavar="LIMIT", help="as sbatch takes it, as in 1-00:00:00 [the partition's]")
     parser.add_argument("--partition", metavar="NAME", help="partition that runs the job [the cluster's default]")
     parser.add_argument("--account", metavar="NAME", help="account that pays [the user's default]")
-    parser.add_argument(
-        "--sbatch", action="append", default=[], metavar="OPTION",
-        help="a further option of sbatch, as in --sbatch=--qos=high; it overrides those of the script",
-    )  # fmt: skip
+    help = "a further option of sbatch, as in --sbatch=--qos=high; it overrides those of the script"
+    parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help=help)
     parser.add_argument("--container-image", metavar="IMAGE", help="run in it (pyxis); ziggurat is on its PATH")
     parser.add_argument("--container-mounts", metavar="FROM:TO,…", help="besides this folder, which is always mounted")
     parser.add_argument("--output", metavar="FILE", help="file of the script [standard output]")
@@ -103,34 +100,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def script(arguments: argparse.Namespace, folder: Path) -> str:
-    """Returns the script for sbatch.
-
-    Args:
-        arguments: the parsed command line.
-        folder: working folder of the job.
-
-    Raises:
-        InputError: everything that is wrong with the flags or the command.
-    """
+    """Returns the script of a job that works in a folder. Raises InputError with all that is wrong with the flags."""
     if problems := flag_problems(arguments):
         raise InputError("\n".join(problems))
-    gpus = arguments.gpus_per_node
-    config = check_command(arguments.command, gpus and gpus * arguments.nodes)
+    config = check_command(arguments.command, arguments.gpus_per_node and arguments.gpus_per_node * arguments.nodes)
     run_dir = Path(config.train.run_dir).expanduser()
-    options = {
-        "job-name": run_dir.name,
-        "nodes": arguments.nodes,
-        "ntasks-per-node": arguments.tasks_per_node,
-        "gpus-per-node": gpus,
-        "cpus-per-task": arguments.cpus_per_task,
-        "time": arguments.time,
-        "partition": arguments.partition,
-        "account": arguments.account,
-        "chdir": folder,
-        "output": f"{run_dir.name}-%j.log",
-        "open-mode": "append",
-        "signal": f"TERM@{NOTICE_SECONDS}",
-    }
+    options = {"job-name": run_dir.name, "nodes": arguments.nodes, "ntasks-per-node": arguments.tasks_per_node}
+    same_names = ("gpus-per-node", "cpus-per-task", "time", "partition", "account")
+    options |= {name: getattr(arguments, name.replace("-", "_")) for name in same_names}
+    options |= {"chdir": folder, "output": f"{run_dir.name}-%j.log", "open-mode": "append"}
+    options["signal"] = f"TERM@{NOTICE_SECONDS}"
     lines = [f"--{name}={shlex.quote(str(value))}" for name, value in options.items() if value is not None]
     flags = ["--label", "--kill-on-bad-exit=0", f"--wait={WAIT_SECONDS}"]
     if arguments.cpus_per_task:
@@ -154,32 +133,24 @@ def script(arguments: argparse.Namespace, folder: Path) -> str:
 
 def flag_problems(arguments: argparse.Namespace) -> list[str]:
     """Returns what is wrong with the flags."""
-    problems = [
-        f"--{name.replace('_', '-')}={number} must be at least 1"
-        for name in ("nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task")
-        if (number := getattr(arguments, name)) is not None and number < 1
-    ]
+    problems = too_small(arguments, dict.fromkeys(("nodes", "tasks-per-node", "gpus-per-node", "cpus-per-task"), 1))
     for option in arguments.sbatch:
         if not option.startswith("-") or "\n" in option:
             problems.append(f"--sbatch={option}: an option begins with - and is one line")
-    if not problems and arguments.gpus_per_node and arguments.gpus_per_node % arguments.tasks_per_node:
-        problems.append(
-            f"--tasks-per-node={arguments.tasks_per_node} does not divide --gpus-per-node={arguments.gpus_per_node}"
-        )
+    tasks, gpus = arguments.tasks_per_node, arguments.gpus_per_node
+    if not problems and gpus and gpus % tasks:
+        problems.append(f"--tasks-per-node={tasks} does not divide --gpus-per-node={gpus}")
     if arguments.container_mounts and not arguments.container_image:
         problems.append("--container-mounts without --container-image: there is nothing to mount it in")
     return problems
 
 
-def newest_step_command(run_dir: Path, place: str | None) -> str:
-    """Returns a shell command that prints the step of the newest checkpoint (see `launch.local.newest_step`).
-
-    `place` is the setting `checkpoint.dir`.
-    """
-    if place and protocol(place):
+def newest_step_command(run_dir: Path, checkpoint_dir: str | None) -> str:
+    """Returns a shell command that prints the step of the newest checkpoint (see `launch.local.newest_step`)."""
+    if checkpoint_dir and protocol(checkpoint_dir):
         file = shlex.quote(str(run_dir / "events.jsonl"))
         return f"""grep -o '"save", "step": [0-9]*' {file} 2>/dev/null | tail -n 1 | grep -o '[0-9]*$'"""
-    folder = shlex.quote(str(Path(place).expanduser() if place else run_dir / "checkpoints"))
+    folder = shlex.quote(str(Path(checkpoint_dir or run_dir / "checkpoints").expanduser()))
     return f"ls {folder} 2>/dev/null | grep -E '^[0-9]+$' | sort -n | tail -n 1"
 
 

@@ -10,15 +10,9 @@ from train.config.config import Config
 
 
 def check_command(command: Sequence[str], devices: int | None = None, slices: int = 1) -> Config:
-    """Returns the config of the `pretrain` command that follows `--`.
+    """Returns the config of the `pretrain` command that follows `--`. Raises InputError with all that is wrong with it.
 
-    Args:
-        command: words of the command line.
-        devices: number over all processes, where it is known; then the mesh must fit it.
-        slices: number of TPU slices.
-
-    Raises:
-        InputError: everything that is wrong with the command.
+    The mesh must fit `devices`, the number over all processes, where it is known.
     """
     if not command or command[0] != "pretrain":
         raise InputError("what can wait in a queue is pretrain; give it after --, as in: -- pretrain --config=tiny")

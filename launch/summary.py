@@ -1,6 +1,7 @@
 """The lines that `ziggurat pretrain` prints at the end of a finished run."""
 
 import shlex
+import statistics
 
 from train.evaluation.held_out import gzip_bits_per_byte
 from train.run.events import read_events
@@ -19,8 +20,8 @@ def summary(run: Run, program: str) -> str:
     if steps < config.train.num_steps:
         first += f" of {config.train.num_steps}, where its corpus ended"
     if records:
-        rates = sorted(record["tokens_per_second"] for record in records)
-        first += f", {rates[len(rates) // 2]:,.0f} tokens/s"
+        rate = statistics.median_high(record["tokens_per_second"] for record in records)
+        first += f", {rate:,.0f} tokens/s"
     lines = [first]
     if evaluated and held_out:
         bits = evaluated[-1]["validation_bits_per_byte"]

@@ -12,5 +12,4 @@ def version() -> str:
     project = ROOT / "pyproject.toml"
     if not project.exists():
         return metadata.version("ziggurat")
-    number: str = tomllib.loads(project.read_text())["project"]["version"]
-    return number
+    return str(tomllib.loads(project.read_text())["project"]["version"])

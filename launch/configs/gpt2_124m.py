@@ -34,11 +34,6 @@ def get_config() -> ConfigDict:
     config.data = {"segment_length": 1024}
     config.tokenizer = {"vocab_size": 50_257}
     config.optimizer = {"learning_rate": 6e-4}
-    config.train = {
-        "run_dir": "runs/gpt2_124m",
-        "num_steps": 100_000,
-        "batch_size": 512,
-        "accumulation_steps": 32,
-    }
+    config.train = {"run_dir": "runs/gpt2_124m", "num_steps": 100_000, "batch_size": 512, "accumulation_steps": 32}
     config.checkpoint = {"every_steps": 1000}
     return config

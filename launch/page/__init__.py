@@ -1,6 +1,5 @@
 """HTML pages of runs and of attention, each complete in one file: style sheet, script and data are inlined.
 
-report_page and attention_page make whole pages; chart and history make parts of a report; markup makes elements. The
-`.css` and `.js` files are what the pages inline. May import from train, model and data, but nothing from
-the rest of launch.
+report_page and attention_page make whole pages; chart and history make parts of a report; markup makes elements. May
+import from train, model and data, but nothing from the rest of launch.
 """

@@ -25,22 +25,13 @@ def max_tokens(num_layers: int, num_heads: int) -> int:
 
 
 def make_attention_page(model: str, tokens: Sequence[str], weights_LHTT: np.ndarray) -> str:
-    """Returns the whole page.
-
-    Args:
-        model: name in the page's title.
-        tokens: text of the token at each position.
-        weights_LHTT: attention weights of each layer and head, by query, then key; later keys have zeros.
-    """
+    """Returns the whole page of a model, by the text of each token; weights are by query, then key (zero if later)."""
     L, H, T, _ = weights_LHTT.shape
     queries, keys = np.tril_indices(T)
     packed = np.round(255 * np.sqrt(np.clip(weights_LHTT[:, :, queries, keys], 0, 1))).astype(np.uint8)
     names = [token_label(token) for token in tokens]
-    header = element(
-        "header",
-        element("h1", "Attention"),
-        element("p", f"{model} reads {T:,} tokens, first the one before every text.", class_="quiet"),
-    )
+    introduction = f"{model} reads {T:,} tokens, first the one before every text."
+    header = element("header", element("h1", "Attention"), element("p", introduction, class_="quiet"))
     parts = element("div", head_grid(L, H, T), large_head(names), class_="look" + " many" * (H > MAX_SIDE_BY_SIDE))
     data = {"tokens": names, "layers": L, "heads": H, "weights": base64.b64encode(packed.tobytes()).decode()}
     return html_page(f"{model}: attention", GENERATOR, Html(header + parts), data, "attention")
@@ -50,19 +41,16 @@ def head_grid(L: int, H: int, T: int) -> Html:
     """Returns a grid of all heads, a row for each layer."""
     cells = [element("span", ""), *(element("span", head) for head in range(H))]
     for layer in range(L):
-        cells += [element("span", layer), *(head_button(layer, head) for head in range(H))]
+        cells.append(element("span", layer))
+        for head in range(H):
+            text = f"layer {layer}, head {head}"
+            attributes = {"title": text, "aria_label": text, "data_layer": layer, "data_head": head}
+            cells.append(element("button", element("canvas"), type="button", **attributes))
+    title = element("h2", f"{L} layers of {H} heads" if L * H > 1 else "One head")
     note = "A row is a token, its columns the tokens that it looks at; the square root of the weight is drawn."
-    return element(
-        "section",
-        element("h2", f"{L} layers of {H} heads" if L * H > 1 else "One head"),
-        element("p", note, class_="quiet"),
-        element(
-            "div",
-            *cells,
-            class_="heads" + " fine" * (T > MAX_NAMED),
-            style=f"grid-template-columns:1.4rem repeat({H},minmax(2rem,1fr))",
-        ),
-    )
+    style = f"grid-template-columns:1.4rem repeat({H},minmax(2rem,1fr))"
+    grid = element("div", *cells, class_="heads" + " fine" * (T > MAX_NAMED), style=style)
+    return element("section", title, element("p", note, class_="quiet"), grid)
 
 
 def large_head(names: Sequence[str]) -> Html:
@@ -72,30 +60,16 @@ def large_head(names: Sequence[str]) -> Html:
         for i, name in enumerate(names)
     )
     field = element("div", element("canvas"), element("i", class_="row"), element("i", class_="column"), class_="field")
-    axes = [axis_names(axis, names) for axis in ("keys", "queries") if len(names) <= MAX_NAMED]
-    return element(
-        "section",
-        element("h2", "", id="which"),
-        element("output", ""),
-        element("div", *buttons, class_="tokens"),
-        element("div", *axes, field, class_="map"),
-        class_="one",
-    )
-
-
-def head_button(layer: int, head: int) -> Html:
-    """Returns the button of a head in the grid."""
-    label = f"layer {layer}, head {head}"
-    return element(
-        "button", element("canvas"), type="button", title=label, aria_label=label, data_layer=layer, data_head=head
-    )
-
-
-def axis_names(axis: str, names: Sequence[str]) -> Html:
-    """Returns the tokens along an axis of the large head."""
     wide = " wide" * (len(names) > MAX_NAMED_ON_PHONE)
-    spans = (element("span", element("b", name)) for name in names)
-    return element("div", *spans, class_=f"names {axis}{wide}", aria_hidden="true")
+    axes = []
+    for axis in ("keys", "queries") if len(names) <= MAX_NAMED else ():
+        spans = (element("span", element("b", name)) for name in names)
+        axes.append(element("div", *spans, class_=f"names {axis}{wide}", aria_hidden="true"))
+    title = element("h2", "", id="which")
+    tokens = element("div", *buttons, class_="tokens")
+    return element(
+        "section", title, element("output", ""), tokens, element("div", *axes, field, class_="map"), class_="one"
+    )
 
 
 def token_label(text: str) -> str:

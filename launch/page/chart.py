@@ -25,23 +25,13 @@ MAX_TASK_CHARTS = 24
 
 @dataclass(frozen=True)
 class Measure:
-    """A quantity of metrics.jsonl that has a chart.
-
-    Attributes:
-        field: name in metrics.jsonl, as in "loss".
-        title: shown above the chart.
-        unit: shown after the title.
-        text: formats a value for people.
-        factor: multiplies the field's values on the axis.
-        from_zero: the axis begins at 0.
-        is_smoothed: draws an exponential mean over the values, which jump from step to step.
-    """
+    """A quantity of metrics.jsonl that has a chart, smoothed where its values jump from step to step."""
 
     field: str
     title: str
     unit: str
-    text: Callable[[float], str]
-    factor: float = 1.0
+    text: Callable[[float], str]  # formats a value for people
+    factor: float = 1.0  # multiplies the values on the axis
     from_zero: bool = False
     is_smoothed: bool = False
 
@@ -117,13 +107,9 @@ class Axes:
 def make_chart(
     measure: Measure, records: Sequence[Mapping[str, Any]], marks: Mapping[str, Sequence[int]], placeholder: str
 ) -> Chart | None:
-    """Returns the chart of a measure, or None where no step has it and there is no placeholder.
+    """Returns the chart of a measure; where no step has it, a placeholder with this text, or None if that is empty.
 
-    Args:
-        measure: the quantity to draw.
-        records: lines of metrics.jsonl, by step.
-        marks: steps of events, by the class of their marks.
-        placeholder: text in place of the chart of a measure that some later step will have.
+    `marks` are the steps of events, by the class of their marks.
     """
     points = [(record["step"], record[measure.field]) for record in records if measure.field in record]
     if not points:
@@ -134,14 +120,13 @@ def make_chart(
     finite = y[np.isfinite(y)]
     axes = Axes(*step_range(records), *value_range(finite, measure.from_zero))
     ends, kept = thinned(x, y)
-    curves = [element("path", class_="line", d=curve(axes, x[kept], y[kept]))]
+    line = curve(axes, x[kept], y[kept])
     if len(x) <= MAX_DOTS:
-        curves.append(element("path", class_="dots", d=curve(axes, x, y, is_line=False)))
+        curves = {"line": line, "dots": curve(axes, x, y, is_line=False)}
     elif measure.is_smoothed:
-        curves = [
-            element("path", class_="raw", d=curve(axes, x[kept], y[kept])),
-            element("path", class_="line", d=curve(axes, x[ends], smooth(y)[ends])),
-        ]
+        curves = {"raw": line, "line": curve(axes, x[ends], smooth(y)[ends])}
+    else:
+        curves = {"line": line}
     notes = [f"{len(y) - len(finite):,} not finite"] if len(finite) < len(y) else []
     if len(finite) and finite.max() > axes.high:
         notes.append(f"highest {measure.text(float(finite.max()))}")
@@ -150,7 +135,7 @@ def make_chart(
         "svg",
         *axes.drawing(),
         *(element("path", class_=f"mark {name}", d=mark_path(axes, name, steps)) for name, steps in marks.items()),
-        *curves,
+        *(element("path", class_=name, d=path) for name, path in curves.items()),
         element("path", class_="cursor", d=""),
         element("text", class_="when", x=LEFT, y=BOTTOM + 17, text_anchor="middle"),
         viewBox=f"0 0 {WIDTH} {HEIGHT}",
@@ -186,16 +171,13 @@ def value_range(values: np.ndarray, from_zero: bool) -> tuple[float, float]:
 
 def thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns indices of the last point of each pixel column, and of these with each column's lowest and highest."""
-    column = (x - x[0]) * MAX_COLUMNS // (x[-1] - x[0] + 1)
-    ends = np.flatnonzero(np.diff(column, append=column[-1] + 1))
-    kept = set(ends.tolist())
-    begin = 0
-    for end in (ends + 1).tolist():
-        part = y[begin:end]
-        if np.isfinite(part).any():
-            part = np.where(np.isfinite(part), part, np.nan)
-            kept |= {begin + int(np.nanargmin(part)), begin + int(np.nanargmax(part))}
-        begin = end
+    pixel = (x - x[0]) * MAX_COLUMNS // (x[-1] - x[0] + 1)
+    ends = np.flatnonzero(np.diff(pixel, append=pixel[-1] + 1))
+    kept = set(ends)
+    for column in np.split(np.arange(len(x)), ends + 1):
+        finite = column[np.isfinite(y[column])]
+        if len(finite):
+            kept |= {finite[y[finite].argmin()], finite[y[finite].argmax()]}
     return ends, np.array(sorted(kept))
 
 

@@ -2,6 +2,7 @@
 
 import datetime
 import math
+import statistics
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
@@ -10,8 +11,7 @@ from launch.page.markup import Html, element, fragment
 from train.run.goodput import duration
 
 Event = dict[str, Any]
-# Event → the class of its marks; all others are faults.
-CLASSES = {"start": "start", "save": "save", "stop": "stop", "end": "end"}
+# Class of marks → its meaning. Events that are not a class are faults.
 LEGEND = {"start": "start", "stop": "asked to stop", "fault": "crash, fault, rollback", "end": "end", "save": "save"}
 # Seconds between two labels of the axis, of which there are at most MAX_LABELS.
 INTERVALS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400)
@@ -28,22 +28,16 @@ def seconds_of(event: Event) -> float:
 
 def class_of(event: Event) -> str:
     """Returns the class of an event's marks."""
-    return CLASSES.get(event["event"], "fault")
+    return event["event"] if event["event"] in LEGEND else "fault"
 
 
-def utc_text(seconds: float) -> str:
+def utc_text(seconds: float, form: str = "%-d %b %Y %H:%M:%S") -> str:
     """Returns a time since 1970 as people read it, in UTC."""
-    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%-d %b %Y %H:%M:%S")
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime(form)
 
 
 def run_state(events: Sequence[Event], is_alive: bool, alive_until: float | None) -> tuple[str, str, str]:
-    """Returns (class, word, detail) for the state of a run.
-
-    Args:
-        events: lines of its audit log.
-        is_alive: a process holds the run and renews its lease.
-        alive_until: last sign of life (seconds since 1970), if it is known.
-    """
+    """Returns (class, word, detail) for the state of a run. `alive_until` is its last sign of life since 1970."""
     last = events[-1]["event"] if events else None
     if is_alive:
         ended = last in (None, "stop", "end", "fault", "crash")
@@ -73,21 +67,16 @@ def event_steps(events: Sequence[Event]) -> dict[str, list[int]]:
 
 def legend(names: Container[str], has_lost: bool) -> Html:
     """Returns the meaning of the bars and of the marks of these classes."""
-    blocks = {"running": "running"} | ({"lost": "steps that were lost"} if has_lost else {})
-    return element(
-        "p",
-        *(element("span", element("i", class_=f"block {name}"), meaning) for name, meaning in blocks.items()),
-        *(element("span", element("i", class_=name), meaning) for name, meaning in LEGEND.items() if name in names),
-        class_="legend",
-    )
+    meanings = {"block running": "running"} | ({"block lost": "steps that were lost"} if has_lost else {})
+    meanings |= {name: meaning for name, meaning in LEGEND.items() if name in names}
+    entries = (element("span", element("i", class_=name), meaning) for name, meaning in meanings.items())
+    return element("p", *entries, class_="legend")
 
 
 def running_spans(events: Sequence[Event], now: float) -> list[tuple[float, float, str]]:
-    """Returns (begin, end, "up" or "lost") of the times in which the run ran; "lost" is undone by a crash or fault.
+    """Returns (begin, end, "up" or "lost") of each time in which the run ran; "lost" was undone by a crash or fault.
 
-    Args:
-        events: lines of the audit log.
-        now: end of the last start, if it has not ended (seconds since 1970).
+    `now` ends the last one where no event does (seconds since 1970).
     """
     spans: list[tuple[float, float, str]] = []
     begin = kept = None
@@ -119,44 +108,29 @@ def time_axis(events: Sequence[Event], spans: Sequence[tuple[float, float, str]]
     def place(seconds: float) -> str:
         return f"{100 * (seconds - first) / length:.1f}%"
 
-    def bar(begin: float, end: float, name: str) -> Html:
-        style = f"left:{place(begin)};width:{100 * (end - begin) / length:.2f}%"
-        return element("div", class_=name, style=style)
-
+    parts = [
+        element("div", class_=name, style=f"left:{place(begin)};width:{100 * (end - begin) / length:.2f}%")
+        for begin, end, name in spans
+    ]
     places: dict[str, set[str]] = {}
     for event in events:
         places.setdefault(class_of(event), set()).add(place(event.get("alive_until", seconds_of(event))))
     places.pop("save", None)
+    for name, lefts in places.items():
+        size = " many" * (len(lefts) > MAX_LONG_MARKS)
+        parts += [element("div", class_=f"at {name}{size}", style=f"left:{left}") for left in sorted(lefts)]
+    parts.append(element("div", class_="rule"))
     days = math.ceil(length / MAX_LABELS / 86400)
     interval = next((seconds for seconds in INTERVALS if length / seconds <= MAX_LABELS), days * 86400)
-    labels = [interval * k for k in range(math.ceil(first / interval), math.floor(last / interval) + 1)]
+    for k in range(math.ceil(first / interval), math.floor(last / interval) + 1):
+        at = interval * k
+        if (at - first) / length < 0.88:
+            hour_or_day = "%H:%M" if at % 86400 else "%-d %b"
+            text = utc_text(at, "%H:%M:%S" if interval < 60 else hour_or_day)
+            parts.append(element("div", text, class_="tick", style=f"left:{place(at)}"))
     starts = sum(event["event"] == "start" for event in events)
-    return element(
-        "div",
-        *(bar(*span) for span in spans),
-        *(
-            element("div", class_=f"at {name}" + " many" * (len(lefts) > MAX_LONG_MARKS), style=f"left:{left}")
-            for name, lefts in places.items()
-            for left in sorted(lefts)
-        ),
-        element("div", class_="rule"),
-        *(
-            element("div", time_label(label, interval), class_="tick", style=f"left:{place(label)}")
-            for label in labels
-            if (label - first) / length < 0.88
-        ),
-        class_="time",
-        role="img",
-        aria_label=f"from {utc_text(first)} to {utc_text(last)} UTC: {starts} starts",
-    )
-
-
-def time_label(seconds: float, interval: float) -> str:
-    """Returns the label of a time where there is one each `interval` seconds: the time of day, at midnight the day."""
-    at = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
-    if interval < 60:
-        return at.strftime("%H:%M:%S")
-    return at.strftime("%H:%M" if seconds % 86400 else "%-d %b")
+    label = f"from {utc_text(first)} to {utc_text(last)} UTC: {starts} starts"
+    return element("div", *parts, class_="time", role="img", aria_label=label)
 
 
 def event_list(events: Sequence[Event]) -> Html:
@@ -171,26 +145,19 @@ def event_list(events: Sequence[Event]) -> Html:
         if event["event"] == "start":
             shown = {name: value for name, value in fields.items() if previous_start.get(name) != value}
             previous_start = fields
-        texts = [f"{name} {cut(field_text(name, value))}" for name, value in shown.items() if value]
-        rows.append(
-            element(
-                "li",
-                element("span", utc_text(seconds_of(event))),
-                element("span", event["event"], class_=class_of(event)),
-                element("span", f"step {event['step']:,}" if "step" in event else ""),
-                element("span", "; ".join(texts)),
-            )
-        )
+        values = {name: field_text(name, value) for name, value in shown.items() if value}
+        texts = [f"{name} {text[:MAX_CHARACTERS]}{'…' * (len(text) > MAX_CHARACTERS)}" for name, text in values.items()]
+        kind = element("span", event["event"], class_=class_of(event))
+        step = f"step {event['step']:,}" if "step" in event else ""
+        time = element("span", utc_text(seconds_of(event)))
+        rows.append(element("li", time, kind, element("span", step), element("span", "; ".join(texts))))
     if (left_out := len(rows) - MAX_ROWS) > 0:
-        rows[1 : 1 + left_out] = [
-            element("li", element("span", f"{left_out:,} events are left out here", class_="quiet"))
-        ]
+        gap = element("span", f"{left_out:,} events are left out here", class_="quiet")
+        rows[1 : 1 + left_out] = [element("li", gap)]
     note = "Times are UTC."
-    if stalls := sorted(event["stall_seconds"] for event in events if "stall_seconds" in event):
-        note += (
-            f" {len(stalls):,} saves kept the steps waiting for {short_duration(stalls[len(stalls) // 2])} (median), "
-            f"{short_duration(stalls[-1])} at most."
-        )
+    if stalls := [event["stall_seconds"] for event in events if "stall_seconds" in event]:
+        median, most = short_duration(statistics.median_high(stalls)), short_duration(max(stalls))
+        note += f" {len(stalls):,} saves kept the steps waiting for {median} (median), {most} at most."
     return fragment([element("ol", *rows, class_="events"), element("p", note, class_="quiet")])
 
 
@@ -212,8 +179,3 @@ def field_text(name: str, value: Any) -> str:
         # The + after a commit marks uncommitted changes.
         return text[:12] + text[40:41] * (name == "commit")
     return text
-
-
-def cut(text: str) -> str:
-    """Returns a text cut to MAX_CHARACTERS."""
-    return text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS] + "…"

@@ -14,16 +14,11 @@ class Html(str):
 
 
 def element(name: str, *inside: Any, **attributes: Any) -> Html:
-    """Returns an element; None among its contents and attributes is left out.
-
-    Attributes that are keywords in Python are written with a _ at their end; any other _ becomes -.
-    """
-    written = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
-        for key, value in attributes.items()
-        if value is not None
-    )
-    return Html(f"<{name}{written}>{fragment(inside)}</{name}>")
+    """Returns an element. A final _ of an attribute's name (`class_`) is dropped; any other _ becomes -."""
+    written = name
+    for key, value in attributes.items():
+        written += f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
+    return Html(f"<{written}>{fragment(inside)}</{name}>")
 
 
 def fragment(parts: Iterable[Any]) -> Html:
@@ -33,14 +28,10 @@ def fragment(parts: Iterable[Any]) -> Html:
 
 
 def html_page(title: str, generator: str, body: Html, data: Any, name: str) -> str:
-    """Returns a whole page, which loads nothing and runs no script but its own.
+    """Returns a whole page, which loads nothing and runs no script but its own, `NAME.js`.
 
-    Args:
-        title: shown by the browser's tab.
-        generator: comment by which a later command recognizes the page as one that it may replace.
-        body: elements of the page.
-        data: JSON value that the page's script reads; if it is None, the page has no script.
-        name: `NAME.js` is the page's script; its style sheet is style.css and, where there is one, `NAME.css`.
+    The comment `generator` names the command that may replace the page. The script reads `data`, a JSON value; without
+    data there is no script. The style sheet is style.css and, where there is one, `NAME.css`.
     """
     files = resources.files("launch.page")
     script = files.joinpath(f"{name}.js").read_text()
@@ -59,16 +50,9 @@ def html_page(title: str, generator: str, body: Html, data: Any, name: str) -> s
         element("title", title),
         element("style", Html(style)),
     )
+    json_element = element("script", Html(json_text), type="application/json", id="data")
     page = element(
-        "html",
-        head,
-        element(
-            "body",
-            body,
-            element("script", Html(json_text), type="application/json", id="data"),
-            element("script", Html(script)) if data else None,
-        ),
-        lang="en",
+        "html", head, element("body", body, json_element, element("script", Html(script)) if data else None), lang="en"
     )
     # JSON strings may hold lone surrogates, which UTF-8 cannot.
     return f"<!doctype html>\n{generator}\n{page}\n".encode(errors="replace").decode()

@@ -1,7 +1,9 @@
 """The page of a run: its state, charts, time, data, samples and settings, made from the run's folder at any moment."""
 
 import collections
+import contextlib
 import json
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,19 +11,8 @@ from typing import Any
 import numpy as np
 
 from data.config import stages, weight_at
+from launch.page import history
 from launch.page.chart import BOTTOM, LEFT, MEASURES, RIGHT, TOP, Chart, make_chart, step_range, task_measures, thinned
-from launch.page.history import (
-    Event,
-    event_list,
-    event_steps,
-    legend,
-    run_state,
-    running_spans,
-    seconds_of,
-    short_duration,
-    time_axis,
-    utc_text,
-)
 from launch.page.markup import Html, element, fragment, html_page
 from train.config.config import Config, config_fields, to_json
 from train.evaluation.documents import first_of_each_corpus
@@ -51,62 +42,42 @@ def make_page(run: Run) -> str:
     config = run.load_config()
     records = [record | dict(scalars({"tasks": record.get("tasks", {})})) for _, record in read_step_log(run.metrics)]
     events = read_events(run.events)
-    now, beat = time.time(), last_beat(run)
+    now, beat = time.time(), 0.0
+    # A process that holds the run renews its lease.
+    with contextlib.suppress(FileNotFoundError):
+        beat = run.lease.stat().st_mtime
     is_alive = now - beat < MISSING_BEATS * BEAT_SECONDS
     last_seen = max([beat, *(record.get("time", 0.0) for record in records[-1:])])
-    color, word, detail = run_state(events, is_alive, last_seen)
-    marks = event_steps(events)
+    color, word, detail = history.run_state(events, is_alive, last_seen)
+    marks = history.event_steps(events)
     charts: dict[str, Chart] = {}
     for measure in (*MEASURES, *task_measures(records)) if records else ():
-        if chart := make_chart(measure, records, marks, placeholder(config, measure.field)):
+        will_come = measure.field.startswith("validation") and config.data.validation_fraction
+        if chart := make_chart(measure, records, marks, "no evaluation yet" if will_come else ""):
             charts[measure.field] = chart
-    header = element(
-        "header",
-        element("h1", run.folder),
-        element("p", element("span", word, class_=f"state {color}"), " ", element("span", detail, class_="quiet")),
-        key_figures(config, run, records, events, is_running=word == "running"),
-    )
-    parts = [header]
+    state = element("p", element("span", word, class_=f"state {color}"), " ", element("span", detail, class_="quiet"))
+    figures = key_figures(config, run, records, events, is_running=word == "running")
+    parts = [element("header", element("h1", run.folder), state, figures)]
     if events:
-        spans = running_spans(events, now if is_alive else last_seen)
+        spans = history.running_spans(events, now if is_alive else last_seen)
         has_lost = any(name == "lost" for *_, name in spans)
-        parts.append(section("Time", time_axis(events, spans), legend(marks, has_lost)))
+        parts.append(section("Time", history.time_axis(events, spans), history.legend(marks, has_lost)))
     if charts:
-        figures = (chart.figure for chart in charts.values())
-        parts.append(section("Steps", element("div", *figures, class_="charts")))
-    parts.append(
-        element(
-            "div",
-            section("Goodput", *goodput_table(events)) if events else None,
-            section("Data", data_table(config, records)),
-            class_="columns",
-        )
-    )
+        parts.append(section("Steps", element("div", *(chart.figure for chart in charts.values()), class_="charts")))
+    time_spent = section("Goodput", *goodput_table(events)) if events else None
+    parts.append(element("div", time_spent, section("Data", data_table(config, records)), class_="columns"))
     parts.append(section("Samples", samples(records)))
     if events:
-        parts.append(section("What happened", event_list(events)))
+        parts.append(section("What happened", history.event_list(events)))
     parts.append(section("Settings", changed_settings(config)))
-    parts.append(element("p", f"Made {utc_text(now)} UTC by ziggurat report.", class_="quiet"))
+    parts.append(element("p", f"Made {history.utc_text(now)} UTC by ziggurat report.", class_="quiet"))
     data = readouts(charts, records) if charts else None
     return html_page(f"{run.folder.name}: {word}", GENERATOR, fragment(parts), data, "report")
-
-
-def last_beat(run: Run) -> float:
-    """Returns when the run's lease was last renewed (seconds since 1970), or 0 where no process holds the run."""
-    try:
-        return run.lease.stat().st_mtime
-    except FileNotFoundError:
-        return 0.0
 
 
 def section(title: str, *inside: Html) -> Html:
     """Returns a part of the page under its title."""
     return element("section", element("h2", title), *inside)
-
-
-def placeholder(config: Config, field: str) -> str:
-    """Returns the text for a chart without points; empty where no later step will have any."""
-    return "no evaluation yet" if field.startswith("validation") and config.data.validation_fraction else ""
 
 
 def readouts(charts: Mapping[str, Chart], records: Records) -> dict[str, Any]:
@@ -116,16 +87,15 @@ def readouts(charts: Mapping[str, Chart], records: Records) -> dict[str, Any]:
     return {
         "edges": [LEFT, RIGHT], "top": TOP, "bottom": BOTTOM, "between": step_range(records),
         "steps": [record["step"] for record in shown],
-        "times": [utc_text(record["time"]) if "time" in record else "" for record in shown],
+        "times": [history.utc_text(record["time"]) if "time" in record else "" for record in shown],
         "charts": {field: {"steps": c.steps, "values": c.values} for field, c in charts.items() if c.steps},
     }  # fmt: skip
 
 
-def key_figures(config: Config, run: Run, records: Records, events: Sequence[Event], is_running: bool) -> Html:
+def key_figures(config: Config, run: Run, records: Records, events: Sequence[history.Event], is_running: bool) -> Html:
     """Returns the most important numbers as a list of (name, value, detail)."""
-    figures: list[tuple[str, str, str]] = []
     step = records[-1]["step"] if records else 0
-    figures.append(("step", f"{step:,}", f"of {config.train.num_steps:,}"))
+    figures = [("step", f"{step:,}", f"of {config.train.num_steps:,}")]
     if is_running and records:
         rows = sum(batch_size(config, s) for s in range(step, config.train.num_steps))
         left = rows * config.data.segment_length / max(records[-1]["tokens_per_second"], 1e-9)
@@ -143,14 +113,14 @@ def key_figures(config: Config, run: Run, records: Records, events: Sequence[Eve
         figures.append(("held-out text", f"{last['validation_bits_per_byte']:.3f}", f"bits a byte{gzip}"))
     if records:
         peaks = [record["peak_share"] for record in records if "peak_share" in record]
-        share = f"{median(peaks):.1%} of the peak, " if peaks else ""
-        rate = median([record["tokens_per_second"] for record in records])
+        share = f"{statistics.median_high(peaks):.1%} of the peak, " if peaks else ""
+        rate = statistics.median_high(record["tokens_per_second"] for record in records)
         figures.append(("throughput", f"{rate:,.0f}", f"tokens/s, {share}median"))
     if spent := goodput(events):
         total = sum(spent.values())
         figures.append(("goodput", f"{spent['steps'] / max(total, 1e-9):.0%}", f"of {duration(total)}"))
         starts = sum(event["event"] == "start" for event in events)
-        began = utc_text(seconds_of(events[0]) - sum(events[0].get("seconds", {}).values()))
+        began = history.utc_text(history.seconds_of(events[0]) - sum(events[0].get("seconds", {}).values()))
         figures.append(("began", began[:-9], f"{began[-8:]} UTC; {starts:,} start{'s' * (starts > 1)}"))
     entries = (
         element("div", element("dt", name), element("dd", value, element("small", detail)))
@@ -159,26 +129,18 @@ def key_figures(config: Config, run: Run, records: Records, events: Sequence[Eve
     return element("dl", *entries, class_="figures")
 
 
-def median(values: Sequence[float]) -> float:
-    """Returns the upper median."""
-    return sorted(values)[len(values) // 2]
-
-
-def goodput_table(events: Sequence[Event]) -> tuple[Html, Html]:
+def goodput_table(events: Sequence[history.Event]) -> tuple[Html, Html]:
     """Returns a table of a run's time by activity, and a note of when the run last recorded it."""
     spent = goodput(events)
     total = max(sum(spent.values()), 1e-9)
-    rows = (
-        element(
-            "tr",
-            element("td", ACTIVITIES.get(kind, kind)),
-            element("td", short_duration(seconds), class_="number"),
-            element("td", f"{seconds / total:.1%}", class_="number"),
-            element("td", element("i", style=f"width:{100 * seconds / total:.1f}%"), class_="bar"),
-        )
-        for kind, seconds in spent.items()
-    )
-    note = f"Until {utc_text(seconds_of(events[-1]))} UTC, when the run last wrote it down."
+    rows = []
+    for kind, seconds in spent.items():
+        share = seconds / total
+        numbers = (history.short_duration(seconds), f"{share:.1%}")
+        cells = (element("td", number, class_="number") for number in numbers)
+        bar = element("td", element("i", style=f"width:{100 * share:.1f}%"), class_="bar")
+        rows.append(element("tr", element("td", ACTIVITIES.get(kind, kind)), *cells, bar))
+    note = f"Until {history.utc_text(history.seconds_of(events[-1]))} UTC, when the run last wrote it down."
     return element("table", *rows), element("p", note, class_="quiet")
 
 
@@ -226,16 +188,14 @@ def samples(records: Records) -> Html:
     if not evaluated:
         return element("p", "No evaluation yet.", class_="quiet")
     count = min(MAX_SAMPLES, len(evaluated))
-    chosen = sorted({round(i * (len(evaluated) - 1) / max(count - 1, 1)) for i in range(count)})
-    note = None
-    if count < len(evaluated):
-        note = element("p", f"{count} of {len(evaluated):,} evaluations.", class_="quiet")
+    note = element("p", f"{count} of {len(evaluated):,} evaluations.", class_="quiet")
     texts = []
-    for record in (evaluated[i] for i in chosen):
+    for i in np.linspace(0, len(evaluated) - 1, count).round().astype(int):
+        record = evaluated[i]
         title = f"step {record['step']:,}, {record['validation_bits_per_byte']:.3f} bits a byte"
         text = element("pre", record["sample"][:MAX_SAMPLE_CHARACTERS])
         texts.append(element("div", element("p", title, class_="quiet"), text))
-    return fragment([note, element("div", *texts, class_="samples")])
+    return fragment([note if count < len(evaluated) else None, element("div", *texts, class_="samples")])
 
 
 def changed_settings(config: Config) -> Html:
