@@ -11,7 +11,7 @@ The tokenizer is the parent's. Once the fork has a checkpoint of its own, it res
 """
 
 import logging
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -104,9 +104,3 @@ def check_fork(config: Config) -> None:
 def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of all parameters by name."""
     return {name: p.shape for name, p in parameter_table(config.resolved().model).items()}
-
-
-def fork_fields(config: Config) -> dict[str, Any]:
-    """Returns the fields of a fork's `start` event that name its parent."""
-    parent = parent_of(config)
-    return {"fork": {"run": str(parent.run.folder.resolve()), "step": parent.step, "with": config.train.init_with}}

@@ -11,7 +11,7 @@ import optax
 from data.mixture import initial_positions
 from train.checkpoint.checkpoint import Checkpoints
 from train.data_identity import RunInputs, continue_data
-from train.fork import fork_fields, parent_of
+from train.fork import parent_of
 from train.run.folder import Run
 from train.step.state import State, abstract_state, make_state
 
@@ -72,7 +72,8 @@ def _fork(inputs: RunInputs, optimizer: optax.GradientTransformation) -> Startin
     """Starts from a checkpoint of another run (see `train.fork`)."""
     config = inputs.config
     parent = parent_of(config)
-    fields = fork_fields(config)
+    origin = {"run": str(parent.run.folder.resolve()), "step": parent.step, "with": config.train.init_with}
+    fields = {"fork": origin}
     abstract = abstract_state(config, optimizer)
     checkpoints = Checkpoints(parent.run.checkpoints)
     try:

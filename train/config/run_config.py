@@ -11,11 +11,7 @@ class MeshConfig:
     """Devices of a slice on each mesh axis; -1 on one axis stands for all that are left."""
 
     slices: int | None = setting(
-        None,
-        "groups of devices with fast links inside",
-        unset="as the devices report",
-        resume="free",
-        at_least=1,
+        None, "groups of devices with fast links inside", unset="as the devices report", resume="free", at_least=1
     )
     data: int = setting(1, "copies of the model, each with its rows", resume="free")
     fsdp: int = setting(-1, "devices that share rows and the storage of weights and optimizer state", resume="free")
@@ -52,10 +48,7 @@ class TrainConfig:
         None, "rows of the first step, doubled until they are batch_size", unset="no ramp", at_least=1
     )
     batch_ramp_steps: int | None = setting(
-        None,
-        "steps until the batch has batch_size rows, shared equally by the doublings",
-        unset="no ramp",
-        at_least=1,
+        None, "steps until the batch has batch_size rows, shared equally by the doublings", unset="no ramp", at_least=1
     )
     accumulation_steps: int = setting(1, "parts of the batch that run in sequence", resume="free", at_least=1)
     seed: int = setting(0, "seed of the initial weights and the data order", at_least=0, at_most=2**32 - 1)
@@ -168,10 +161,7 @@ class EvaluationConfig:
     prompt: str = setting("def ", "text that the sample continues", resume="free")
     sample_tokens: int = setting(64, "new tokens of the sample", resume="free", at_least=0)
     tasks: str | None = setting(
-        None,
-        "tasks of lm-evaluation-harness to evaluate on, as in hellaswag,arc_easy",
-        unset="no tasks",
-        resume="free",
+        None, "tasks of lm-evaluation-harness to evaluate on, as in hellaswag,arc_easy", unset="no tasks", resume="free"
     )
     task_dir: str | None = setting(
         None, "folder with the YAML files of the tasks", unset="those of the harness", resume="free"

@@ -37,11 +37,7 @@ def make_evaluation_step(config: ResolvedConfig) -> EvaluationStep:
 
 
 def evaluate(
-    step: EvaluationStep,
-    weights: Any,
-    texts: Sequence[HeldOutDocument],
-    tokenizer: Tokenizer,
-    config: ResolvedConfig,
+    step: EvaluationStep, weights: Any, texts: Sequence[HeldOutDocument], tokenizer: Tokenizer, config: ResolvedConfig
 ) -> dict[str, Evaluation]:
     """Evaluates documents that are concatenated and cut into segments; a token's context is its own segment.
 
