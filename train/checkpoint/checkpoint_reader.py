@@ -38,11 +38,7 @@ class CheckpointReader:
         self._arrays: dict[str, Any] = {}
 
     def __call__(self, name: str, layer: int | None) -> np.ndarray:
-        """Returns one parameter, or a single layer.
-
-        Raises:
-            InputError: it cannot be read; or the array has now been read to its end, and its checksum differs.
-        """
+        """Returns one parameter, or a layer. InputError if it is unreadable, or its checksum differs at its end."""
         try:
             stored = self._open(name)
             array: np.ndarray = np.asarray((stored if layer is None else stored[layer]).read().result())
@@ -65,10 +61,8 @@ class CheckpointReader:
             chunk: Any = array.chunk_layout.read_chunk.shape
             if "layers" in self.parameters[name].axes and chunk[0] > 1:
                 array = tensorstore.open(spec, context=self._cache, read=True).result()
-            if tuple(array.shape) != self.parameters[name].shape:
-                raise ValueError(
-                    f"it has the shape {tuple(array.shape)}; by the config it is {self.parameters[name].shape}"
-                )
+            if (shape := tuple(array.shape)) != (expected := self.parameters[name].shape):
+                raise ValueError(f"it has the shape {shape}; by the config it is {expected}")
             self._arrays[name] = array
         return self._arrays[name]
 

@@ -24,11 +24,7 @@ from train.step.state import State
 
 
 def check_replicas(state: State) -> None:
-    """Compares the checksums of all copies of each shard of each array. All processes call it together.
-
-    Raises:
-        Fault: copies differ; the message names the array and the devices.
-    """
+    """Raises Fault if copies of a shard differ, by their checksums. All processes call it together."""
     arrays = {name: x for name, x in flattened(to_plain_tree(state)).items() if _axes_of_copies(x)}
     if not arrays:
         return
@@ -80,8 +76,7 @@ def _device_checksums(mesh: Mesh, specs: tuple[Hashable, ...]) -> Any:
     """Returns the compiled function from arrays with these specs to uint32 [arrays, *mesh], checksums of shards."""
 
     def of_device(parts: tuple[jax.Array, ...]) -> jax.Array:
-        sums = jnp.stack([checksums(part) for part in parts])
-        return sums.reshape(-1, *(1,) * len(mesh.axis_names))
+        return jnp.stack(checksums(parts)).reshape(-1, *(1,) * len(mesh.axis_names))
 
     everywhere = PartitionSpec(None, *mesh.axis_names)
     return jax.jit(jax.shard_map(of_device, mesh=mesh, in_specs=(specs,), out_specs=everywhere, check_vma=False))

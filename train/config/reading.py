@@ -26,14 +26,15 @@ def make_config(values: Mapping[str, Any], overrides: Mapping[str, str] | None =
     """
     problems: list[str] = []
     known = {f"{group}.{name}": field for group, name, field in config_fields()}
-    chosen: dict[str, Any] = {}
-
+    kinds: dict[str, Any] = {group.name: group.type for group in dataclasses.fields(Config)}
+    chosen: dict[str, dict[str, Any]] = {group: {} for group in kinds}
     from_preset: dict[str, Any] = {}
     for group, fields in values.items():
-        if group not in {f.name for f in dataclasses.fields(Config)}:
-            problems.append(f"{group}: there is no such group{nearest(group, [n.split('.')[0] for n in known])}")
+        if group not in chosen:
+            problems.append(f"{group}: there is no such group{nearest(group, list(chosen))}")
         elif not isinstance(fields, Mapping):
-            problems.append(f"{group} is {fields!r}; it must hold fields, as in {group}.{_first_field(known, group)}")
+            example = next(name for name in known if name.startswith(group + "."))
+            problems.append(f"{group} is {fields!r}; it must hold fields, as in {example}")
         else:
             from_preset |= {f"{group}.{name}": value for name, value in fields.items()}
     for source, parse in ((from_preset, check_value), (overrides or {}, parse_text)):
@@ -41,12 +42,13 @@ def make_config(values: Mapping[str, Any], overrides: Mapping[str, str] | None =
             if name not in known:
                 problems.append(f"{name}: there is no such field{nearest(name, list(known))}")
                 continue
+            group, field = name.split(".")
             try:
-                chosen[name] = parse(value, types_of(known[name]))
+                chosen[group][field] = parse(value, types_of(known[name]))
             except ValueError as error:
                 problems.append(f"{name} is {value!r}; it must be {error}")
 
-    config = _build(chosen)
+    config = Config(**{group: kind(**chosen[group]) for group, kind in kinds.items()})
     problems += config_problems(config)
     if problems:
         raise InputError("\n".join(problems))
@@ -61,19 +63,6 @@ def nearest(name: str, names: list[str]) -> str:
     return f"; did you mean {matches[0]}?" if matches else ""
 
 
-def _first_field(known: Mapping[str, Any], group: str) -> str:
-    return next(name.split(".")[1] for name in known if name.startswith(group + "."))
-
-
-def _build(chosen: Mapping[str, Any]) -> Config:
-    """Builds the dataclasses with the chosen fields."""
-    groups = {}
-    for group in dataclasses.fields(Config):
-        own = {n.split(".")[1]: v for n, v in chosen.items() if n.split(".")[0] == group.name}
-        groups[group.name] = typing.cast(type, group.type)(**own)
-    return Config(**groups)
-
-
 PAIR = tuple[int, int]
 
 
@@ -86,11 +75,11 @@ def types_of(field: dataclasses.Field) -> tuple[type, ...]:
 
 def check_value(value: Any, kinds: tuple[type, ...]) -> Any:
     """Returns a Python value as one of these types, or raises ValueError with the types in words."""
-    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+    if float in kinds and type(value) is int:
         try:
             value = float(value)
         except OverflowError:
-            raise ValueError("a finite number") from None
+            value = math.inf
     if PAIR in kinds and isinstance(value, list | tuple) and [type(number) for number in value] == [int, int]:
         # JSON has no tuples.
         return tuple(value)
@@ -105,10 +94,6 @@ def parse_text(text: str, kinds: tuple[type, ...]) -> Any:
     """Parses the text of a flag as one of these types, or raises ValueError with the types in words."""
     if types.NoneType in kinds and text.lower() == "none":
         return None
-    if bool in kinds:
-        if text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        raise ValueError("true or false")
     if dict in kinds and text.startswith("{"):
         try:
             return json.loads(text)
@@ -116,35 +101,26 @@ def parse_text(text: str, kinds: tuple[type, ...]) -> Any:
             raise ValueError(f"JSON where it begins with {{: {error}") from None
     if str in kinds:
         return text
-    if PAIR in kinds:
-        inner = text[1:-1] if text.startswith("(") and text.endswith(")") else text
-        try:
+    try:
+        if bool in kinds:
+            return {"true": True, "false": False}[text.lower()]
+        if PAIR in kinds:
+            inner = text[1:-1] if text.startswith("(") and text.endswith(")") else text
             first, second = map(int, inner.split(","))
             return first, second
-        except ValueError:
-            raise ValueError(_kinds_text(kinds)) from None
-    try:
         number = float(text)
-        if int in kinds:
-            if "e" not in text.lower():
-                return int(text)
-            if number == int(number):
-                return int(number)
-            raise ValueError
-        if math.isfinite(number):
+        if int not in kinds and math.isfinite(number):
             return number
-    except (ValueError, OverflowError):
+        if int in kinds and "e" not in text.lower():
+            return int(text)
+        if int in kinds and number == int(number):
+            return int(number)
+    except (KeyError, ValueError, OverflowError):
         pass
     raise ValueError(_kinds_text(kinds))
 
 
 def _kinds_text(kinds: tuple[type, ...]) -> str:
-    names: dict[Any, str] = {
-        int: "a whole number",
-        float: "a number",
-        str: "a text",
-        bool: "true or false",
-        dict: "a mapping",
-    }
-    names |= {PAIR: "two whole numbers, as in (5,8),", types.NoneType: "none"}
+    names: dict[Any, str] = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+    names |= {PAIR: "two whole numbers, as in (5,8),", dict: "a mapping", types.NoneType: "none"}
     return " or ".join(names[kind] for kind in kinds)

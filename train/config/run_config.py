@@ -102,24 +102,18 @@ class TrainConfig:
             )
         if not self.run_dir:
             problems.append("train.run_dir is empty; name the run's folder")
-        if self.accumulation_steps > 0 and self.batch_size % self.accumulation_steps:
-            problems.append(
-                f"train.batch_size = {self.batch_size} does not divide by train.accumulation_steps = "
-                f"{self.accumulation_steps}"
-            )
-        if self.init_from is None and self.init_with != "all":
-            problems.append(
-                f"train.init_with = {self.init_with} has no effect without train.init_from; leave it at all"
-            )
+        size, parts = self.batch_size, self.accumulation_steps
+        if parts > 0 and size % parts:
+            problems.append(f"train.batch_size = {size} does not divide by train.accumulation_steps = {parts}")
+        if self.init_from is None and (taken := self.init_with) != "all":
+            problems.append(f"train.init_with = {taken} has no effect without train.init_from; leave it at all")
         if self.init_from == "":
             problems.append("train.init_from is empty; it must be RUN@STEP, as in runs/tiny@500, or none")
         return problems + self._ramp_problems()
 
     def _ramp_problems(self) -> list[str]:
-        start = self.batch_ramp_start
-        steps = self.batch_ramp_steps
-        size = self.batch_size
-        parts = self.accumulation_steps
+        start, steps = self.batch_ramp_start, self.batch_ramp_steps
+        size, parts = self.batch_size, self.accumulation_steps
         if start is None and steps is None:
             return []
         if start is None or steps is None:
@@ -139,13 +133,12 @@ class TrainConfig:
                 f"train.batch_ramp_steps is {steps}; it must be from {doublings}, the doublings of the batch, "
                 f"to train.num_steps = {self.num_steps}"
             )
-        for rows in starts[:doublings]:
-            if size % parts == 0 and parts * rows > size and parts * rows % size:
-                problems.append(
-                    f"train.accumulation_steps = {parts} does not cut the ramp's {rows} rows as it cuts "
-                    f"train.batch_size = {size}; give a power of two"
-                )
-        return problems
+        return problems + [
+            f"train.accumulation_steps = {parts} does not cut the ramp's {rows} rows as it cuts train.batch_size = "
+            f"{size}; give a power of two"
+            for rows in starts[:doublings]
+            if size % parts == 0 and parts * rows > size and parts * rows % size
+        ]
 
 
 @dataclass(frozen=True)

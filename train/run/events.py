@@ -37,8 +37,8 @@ class Events:
 
     Args:
         path: the file; None on all processes but the first, which then write nothing.
-        hook: a shell command that gets each event as one line of JSON on its standard input; its output is shown. The
-            run neither waits for it nor fails with it.
+        hook: a shell command that gets each event as one line of JSON on its standard input. The run neither waits for
+            it nor fails with it.
     """
 
     def __init__(self, path: Path | None, hook: str | None = None):
@@ -108,19 +108,13 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     """Returns all complete lines; none if there is no file."""
     events = []
     for line in path.read_text().splitlines() if path.exists() else []:
-        try:
+        with suppress(json.JSONDecodeError):  # A kill may have torn the line.
             events.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue  # A kill has torn this line.
     return events
 
 
 def start_fields(config: Config, data: str) -> dict[str, Any]:
-    """Returns the fields of a `start` event that describe the machine, the code and the config.
-
-    Args:
-        data: the fingerprint of the data.
-    """
+    """Returns the fields of a `start` event about machine, code and config; `data` is the data's fingerprint."""
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),

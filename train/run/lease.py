@@ -83,8 +83,7 @@ class Lease:
         beats = 0
         while not self._over.wait(BEAT_SECONDS):
             beats += 1
-            holder = read_lease(self._path)
-            if holder and not self._is_ours(holder):
+            if (holder := read_lease(self._path)) and not self._is_ours(holder):
                 who = f"process {holder['pid']} on {holder['host']}"
                 print(f"ziggurat: {who} has taken over {self._path.parent}: ended at once", file=sys.stderr, flush=True)
                 os._exit(1)

@@ -5,7 +5,7 @@ import importlib.util
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from data.errors import InputError
 from train.config.config import Config, to_dict
@@ -46,13 +46,7 @@ class TensorBoard(Writer):
 class WeightsAndBiases(Writer):
     """A run of Weights & Biases, new or resumed. Steps that it has already are not written again.
 
-    Args:
-        project: the project that shows the run.
-        run: gives its name, id and folder.
-        config: all settings, shown with the run.
-
-    Raises:
-        InputError: nobody is logged in.
+    Raises InputError if nobody is logged in.
     """
 
     def __init__(self, project: str, run: Run, config: Config):
@@ -60,11 +54,9 @@ class WeightsAndBiases(Writer):
 
         # Standard output and error stay the run's own.
         settings = wandb.Settings(console="off", silent=True)
+        names: dict[str, Any] = {"project": project, "name": run.folder.name, "id": run_id(run), "dir": str(run.folder)}
         try:
-            self._run = wandb.init(
-                project=project, name=run.folder.name, id=run_id(run), resume="allow", dir=str(run.folder),
-                config=to_dict(config), settings=settings,
-            )  # fmt: skip
+            self._run = wandb.init(**names, resume="allow", config=to_dict(config), settings=settings)
         except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
             raise InputError(
                 f"train.wandb = {project}: {error} Or set WANDB_MODE=offline, or leave the field at none"

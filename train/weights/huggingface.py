@@ -52,10 +52,9 @@ def write_huggingface(folder: Path, weights: WeightSource, dtype: str = "float32
         shapes = model.shapes
         check_free_space(partial.parent, sum(map(math.prod, shapes.values())) * EXPORT_DTYPES[dtype].itemsize)
         hf_config = model.export_config(tokenizer.bos_id, tokenizer.eos_id, dtype) | {STEP_KEY: weights.step}
-        _write_json(partial / "config.json", hf_config)
-        _write_json(
-            partial / "generation_config.json", {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-        )
+        special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        for name, values in (("config.json", hf_config), ("generation_config.json", special)):
+            (partial / name).write_text(json.dumps(values, indent=2) + "\n")
         (partial / CARD_FILE).write_text(card)
         write_huggingface_tokenizer(tokenizer, partial, weights.context)
         write_tensor_files(partial, shapes, EXPORT_DTYPES[dtype], model.export_tensors(weights.read))
@@ -98,10 +97,6 @@ def is_export(folder: Path) -> bool:
     return has_tensors or "architectures" in (_config(folder) or {})
 
 
-def _write_json(file: Path, values: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(values, indent=2) + "\n")
-
-
 def _config(folder: Path) -> Mapping[str, Any] | None:
     """Returns the values of config.json, or None if it cannot be read."""
     try:
@@ -114,9 +109,7 @@ def _config(folder: Path) -> Mapping[str, Any] | None:
 def open_huggingface(folder: Path) -> WeightSource:
     """Opens the weights of a folder, of this project or of others, as float32.
 
-    Raises:
-        InputError: a file is missing or damaged, or the model is of another kind. Otherwise every tensor that the model
-            needs exists, in the right shape.
+    Raises InputError unless every tensor of a known kind of model exists, in the right shape.
     """
     file = folder / "config.json"
     if not file.is_file():

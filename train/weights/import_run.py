@@ -22,8 +22,7 @@ from train.weights.weight_source import WeightSource
 def import_weights(folder: Path, to: Path) -> Run:
     """Makes a run from a folder of weights, atomically. All weights are in memory at once.
 
-    Raises:
-        InputError: the folder cannot be read (see `open_huggingface`), or something exists at `to`.
+    Raises InputError if the folder cannot be read (see `open_huggingface`), or something exists at `to`.
     """
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise InputError(f"--to={to} is there already; name a new folder")

@@ -32,11 +32,7 @@ DTYPE_NAMES = {dtype.name: name for name, dtype in FLOAT_DTYPES.items()}
 
 
 class TensorFiles:
-    """The tensors of a folder, read from the disk on demand.
-
-    Raises:
-        ValueError: a file is missing or damaged, or the index contradicts the files.
-    """
+    """The tensors of a folder, read on demand. ValueError if a file is missing or damaged, or contradicts the index."""
 
     def __init__(self, folder: Path):
         self._entries: dict[str, tuple[Path, dict[str, Any], int]] = {}
@@ -98,7 +94,6 @@ def write_tensor_files(
     """Writes tensors to `model.safetensors`, or to several files and their index beyond `LARGEST_FILE` bytes.
 
     Args:
-        folder: folder to write to; it must exist.
         shapes: shapes of all tensors by name, in their order.
         tensors: the same names with their values, of any float dtype; one at a time is in memory.
 
@@ -106,12 +101,11 @@ def write_tensor_files(
         ValueError: a value is too large for the dtype.
         OSError: the disk refuses a write.
     """
-    files = list(_shares(shapes, dtype))
-    names = [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
-    if len(files) == 1:
-        names = [SINGLE_FILE]
+    shares = list(_shares(shapes, dtype))
+    names = [f"model-{i:05}-of-{len(shares):05}.safetensors" for i in range(1, len(shares) + 1)]
+    files = dict(zip(names, shares, strict=True)) if len(shares) > 1 else {SINGLE_FILE: shares[0]}
     arrays = iter(tensors)
-    for name, share in zip(names, files, strict=True):
+    for name, share in files.items():
         with (folder / name).open("wb") as file:
             file.write(_header(share, dtype))
             for expected, shape in share.items():
@@ -121,7 +115,7 @@ def write_tensor_files(
                 file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     if len(files) > 1:
         total = sum(_size(shape, dtype) for shape in shapes.values())
-        where = {tensor: name for name, share in zip(names, files, strict=True) for tensor in share}
+        where = {tensor: name for name, share in files.items() for tensor in share}
         index = {"metadata": {"total_size": total}, "weight_map": where}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 

@@ -14,9 +14,7 @@ class WeightSource:
     """A model whose weights are read on demand.
 
     Attributes:
-        config: resolved settings of the model.
         context: number of positions that it was trained on at once.
-        tokenizer: the tokenizer of the model.
         read: returns its parameters, one layer at a time.
         step: number of steps of the run that trained it, if known.
     """
