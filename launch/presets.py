@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from data.errors import InputError
 from settings import help_of, kind_of
-from train.config.config import Config, config_fields, to_dict
+from train.config.config import Config, config_fields
 from train.config.reading import make_config, nearest
 from train.run.run_name import read_config, split_name
 
@@ -95,7 +95,7 @@ def run_values(folder: Path, step: int | None) -> dict[str, dict[str, Any]]:
 
     `data.accept_changes` is reset, and a fork does not inherit the folder of its parent's checkpoints.
     """
-    values = to_dict(read_config(folder))
+    values = dataclasses.asdict(read_config(folder))
     values["data"]["accept_changes"] = False
     values["train"]["run_dir"] = str(folder)
     if step is not None:

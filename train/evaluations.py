@@ -31,11 +31,7 @@ class Evaluations:
         return self._text_is_due(step, last_step) or self._tasks_are_due(step, last_step)
 
     def run(self, step: int, last_step: int, weights: Any) -> dict[str, Any]:
-        """Runs the evaluations that are due after a step, and returns their fields of metrics.jsonl.
-
-        Args:
-            weights: the weights to evaluate, on the run's mesh.
-        """
+        """Runs the evaluations that are due after a step, and returns their fields of metrics.jsonl."""
         reset_watchdog(self._config)
         fields: dict[str, Any] = {}
         if self._text_is_due(step, last_step):

@@ -17,7 +17,7 @@ import jax
 
 from data.errors import InputError
 from model.parameters import parameter_table
-from train.config.changes import Change, changes_of, table
+from train.config.changes import changes_of, table
 from train.config.config import Config
 from train.run.folder import Run
 from train.run.run_name import split_name
@@ -39,21 +39,20 @@ class Parent(NamedTuple):
 
 def parent_of(config: Config) -> Parent:
     """Returns the run and checkpoint that `train.init_from` names. Raises InputError if it does not exist."""
-    assert config.train.init_from is not None
+    where = config.train.init_from
+    assert where is not None
     try:
-        folder, step = split_name(config.train.init_from)
+        folder, step = split_name(where)
         run, saved = Run.load(folder)
     except InputError as error:
-        raise InputError(f"train.init_from = {config.train.init_from}: {error}") from None
+        raise InputError(f"train.init_from = {where}: {error}") from None
     steps = checkpoint_steps_in(run.checkpoints)
     if step is None:
         # The config must name the step, since the parent may save more of them later.
         newest = f"the newest is {folder}@{steps[-1]}" if steps else "it has none yet"
-        raise InputError(f"train.init_from = {config.train.init_from} names no checkpoint, as RUN@STEP does; {newest}")
+        raise InputError(f"train.init_from = {where} names no checkpoint, as RUN@STEP does; {newest}")
     if step not in steps:
-        raise InputError(
-            f"train.init_from = {config.train.init_from}: it has no checkpoint of step {step}, only {steps}"
-        )
+        raise InputError(f"train.init_from = {where}: it has no checkpoint of step {step}, only {steps}")
     return Parent(run, saved, step)
 
 
@@ -75,16 +74,11 @@ def check_fork(config: Config) -> None:
         raise InputError(f"train.init_from = {where} holds weights alone; set train.init_with=weights")
     child = config.resolved(parent.config.model.vocab_size)
     by_rule = changes_of(parent.config, child)
-    changes = by_rule["frozen"] + by_rule["warn"]
-    model: list[Change] = []
-    optimizer: list[Change] = []
-    data: list[Change] = []
-    if parameter_shapes(parent.config) != parameter_shapes(child):
-        model = [change for change in by_rule["frozen"] if change.field.startswith("model.")]
-    if take != "weights":
-        optimizer = [change for change in changes if change.field in OPTIMIZER_STATE_FIELDS]
-    if take == "all":
-        data = [change for change in by_rule["frozen"] if change.field.startswith(("data.", "train.seed"))]
+    frozen, changes = by_rule["frozen"], by_rule["frozen"] + by_rule["warn"]
+    is_reshaped = parameter_shapes(parent.config) != parameter_shapes(child)
+    model = [change for change in frozen if is_reshaped and change.field.startswith("model.")]
+    optimizer = [change for change in changes if take != "weights" and change.field in OPTIMIZER_STATE_FIELDS]
+    data = [change for change in frozen if take == "all" and change.field.startswith(("data.", "train.seed"))]
     if refused := model + optimizer + data:
         remedy = "" if model else ", or train.init_with=weights" if optimizer else ", or train.init_with=optimizer"
         raise InputError(

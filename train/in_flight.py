@@ -24,8 +24,6 @@ class InFlight:
         rate: tokens a second over the last finished steps.
 
     Args:
-        agreement: all-gathers the reports of the processes.
-        detector: raises Anomaly for a spike.
         flops_share: share of the devices' peak that one token a second is.
     """
 
@@ -56,8 +54,7 @@ class InFlight:
     def finish_oldest(self) -> tuple[dict[str, Any], bool]:
         """Waits for the oldest step and returns (its line of metrics.jsonl, True if a process was asked to stop).
 
-        Raises:
-            Anomaly: its figures are not finite, or its loss is an outlier.
+        Raises Anomaly if its figures are not finite, or its loss is an outlier.
         """
         step, metrics, reports = self._steps.popleft()
         figures: dict[str, Any] = jax.tree.map(lambda x: x.tolist(), jax.device_get(metrics))

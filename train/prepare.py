@@ -31,12 +31,9 @@ from train.run.trackers import missing_packages
 
 
 def prepare_run(config: Config, run: Run, lease: Lease) -> RunInputs:
-    """Makes or finds everything in the run's folder that the first step needs. All processes call it together.
+    """Takes the lease, and makes or finds everything that the first step needs. All processes call it together.
 
-    It takes the lease before it writes anything.
-
-    Raises:
-        InputError: the folder is not a run's, or config, corpus or tokenizer do not fit it or each other.
+    Raises InputError if the folder is not a run's, or config, corpus or tokenizer do not fit it or each other.
     """
     check_folder(config, run)
     tasks = open_run_tasks(config.evaluation)
@@ -104,11 +101,7 @@ def check_folder(config: Config, run: Run) -> None:
 
 
 def is_claimed(run: Run) -> bool:
-    """Returns True if the folder is a run's, even one that was killed as it began.
-
-    Raises:
-        InputError: the folder holds something else.
-    """
+    """True if the folder is a run's, even one that was killed as it began. InputError if it holds something else."""
     if run.config_file.exists():
         run.load_config()
         return True
@@ -159,15 +152,15 @@ def claim(config: Config, run: Run) -> None:
 def open_run_mixture(config: Config, run: Run) -> Mixture:
     """Opens the corpora of the config; the default corpus is copied to the run's folder on first use."""
 
-    def stdlib() -> str:
-        def make() -> None:
-            parent = folder_of_parent(config)
-            if parent and parent.snapshot.exists():
-                with atomic_file(run.snapshot) as partial:
-                    partial.write_text(parent.snapshot.read_text())
-            else:
-                snapshot_stdlib(run.snapshot)
+    def make() -> None:
+        parent = folder_of_parent(config)
+        if parent and parent.snapshot.exists():
+            with atomic_file(run.snapshot) as partial:
+                partial.write_text(parent.snapshot.read_text())
+        else:
+            snapshot_stdlib(run.snapshot)
 
+    def stdlib() -> str:
         make_once(run.snapshot, make)
         return str(run.snapshot)
 
@@ -182,8 +175,7 @@ def folder_of_parent(config: Config) -> Run | None:
 def run_tokenizer(config: Config, run: Run, mixture: Mixture) -> Tokenizer:
     """Returns the run's tokenizer: its own, or a copy of its parent's or of `tokenizer.path`, or a new one.
 
-    Raises:
-        InputError: `tokenizer.path` has no tokenizer, or another one than the run began with.
+    Raises InputError if `tokenizer.path` has no tokenizer, or another one than the run began with.
     """
     path = Path(config.tokenizer.path).expanduser() if config.tokenizer.path else None
 

@@ -22,10 +22,7 @@ from train.step.state import State
 class Saver:
     """Saves the state of one pass of training, from a restored step on.
 
-    Attributes:
-        detector: the spike detector, whose history is saved with the state.
-        identity: settings and fingerprints that the order of the data follows from.
-        position_log: positions.jsonl, on process 0 alone.
+    The history of the spike detector is saved with the state. Process 0 alone has a log of positions.
     """
 
     checkpoints: Checkpoints
@@ -40,7 +37,6 @@ class Saver:
 
         Args:
             positions: positions of the streams that this process reads (see `gather_positions`).
-            is_over: true if the data has been read to its end.
 
         Raises:
             Anomaly: the state is not finite.

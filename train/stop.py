@@ -19,11 +19,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(Exception):
-    """Raised when the run ends before its last step because it was asked to; its state is saved.
-
-    Attributes:
-        step: number of the last step that is done.
-    """
+    """Raised when the run ends after `step` because it was asked to; its state is saved."""
 
     def __init__(self, step: int):
         super().__init__(f"stopped after step {step}")
@@ -39,9 +35,6 @@ class StopSignals:
         asked: true once a signal has come.
         noted: true if the first signal is only noted; before training starts there is nothing to save, so it ends
             the process at once.
-
-    Args:
-        say: prints a line to the user.
     """
 
     def __init__(self, say: Callable[[str], None] = lambda _: None):

@@ -60,9 +60,7 @@ def save_arguments(item: str, tree: Any) -> Any:
 class Checkpoints:
     """The checkpoints of one run. Every process calls every method at the same step.
 
-    Args:
-        folder: a local folder, or one in a bucket.
-        config: which checkpoints are kept; if None, they are only read, and nothing in the folder changes.
+    Without a config they are only read, and nothing in the folder changes.
     """
 
     def __init__(self, folder: PathLike, config: CheckpointConfig | None = None):
@@ -124,13 +122,8 @@ class Checkpoints:
         """Returns the newest undamaged checkpoint as (state, progress), or None if there is no checkpoint.
 
         Newer checkpoints, which are damaged, are renamed: the run will save those steps again. If the checkpoint has no
-        average and one is wanted, the average starts from its weights; one that is not wanted is not read.
-
-        Args:
-            abstract: shapes, dtypes and shardings of the state to fill.
-
-        Raises:
-            InputError: there are checkpoints, and all are damaged.
+        average and one is wanted, the average starts from its weights; one that is not wanted is not read. Raises
+        InputError if there are checkpoints, and all are damaged.
         """
         steps = self.steps()
         for step in reversed(steps):

@@ -18,13 +18,7 @@ CACHE_BYTES = 2**28
 
 
 class CheckpointReader:
-    """A `ParameterReader` of one checkpoint's weights, which checks the checksum of each array that has been read.
-
-    Args:
-        place: the folder of the checkpoint's item.
-        sums: the checksums of its arrays by name.
-        parameters: the table of the model's parameters.
-    """
+    """A `ParameterReader` of a checkpoint's item, which checks the checksum of each array that has been read."""
 
     def __init__(self, place: epath.Path, sums: Mapping[str, int], parameters: Mapping[str, Parameter]):
         self.place = place
@@ -55,8 +49,7 @@ class CheckpointReader:
         if name not in self._arrays:
             place = os.fspath(self.place)
             base = place if is_remote(place) else {"driver": "file", "path": f"{os.path.abspath(place)}/"}
-            store = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
-            spec = {"driver": "zarr", "kvstore": store}
+            spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
             array = tensorstore.open(spec, read=True).result()
             chunk: Any = array.chunk_layout.read_chunk.shape
             if "layers" in self.parameters[name].axes and chunk[0] > 1:

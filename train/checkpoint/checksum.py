@@ -41,12 +41,7 @@ def checksums(tree: Any) -> Any:
 
 
 def partial_checksum(part: np.ndarray, start: int) -> int:
-    """Returns what consecutive elements add to the checksum of their array; the sum of all parts modulo 2³² is it.
-
-    Args:
-        part: the elements, in C order.
-        start: the index in the array of the first element.
-    """
+    """Returns the summand, modulo 2³², of consecutive elements of an array, in C order from the index `start` on."""
     words = np.ascontiguousarray(part).reshape(-1).view({4: np.uint32, 2: np.uint16, 1: np.uint8}[part.dtype.itemsize])
     places = np.arange(min(WORDS_PER_BLOCK, words.size), dtype=np.uint32)
     total = 0

@@ -64,11 +64,9 @@ def _axes_of_copies(x: jax.Array) -> list[str]:
 
 def _outliers(sums: np.ndarray, devices: np.ndarray) -> list[Any]:
     """Returns the devices whose checksum is not the most frequent one; both, if there are two that differ."""
-    counts = Counter(sums.tolist()).most_common()
-    if len(counts) == 1:
-        return []
-    agreed = counts[0][0] if counts[0][1] > counts[1][1] else None
-    return [device for device, checksum in zip(devices, sums.tolist(), strict=True) if checksum != agreed]
+    (agreed, count), *others = Counter(sums.tolist()).most_common()
+    tied = bool(others) and others[0][1] == count
+    return [device for device, checksum in zip(devices, sums.tolist(), strict=True) if tied or checksum != agreed]
 
 
 @functools.cache

@@ -17,7 +17,6 @@ class ContinuationPart(NamedTuple):
 
     Attributes:
         number: index of the prompt, from 0.
-        text: text that is added to the continuation.
         tokens: number of tokens so far, without the end of text.
         ended: "eos", "stop" (at a stop string) or "length" for the last part, otherwise None.
     """
@@ -29,10 +28,7 @@ class ContinuationPart(NamedTuple):
 
 
 class TextStream:
-    """Detokenizes one continuation as its tokens arrive.
-
-    Args:
-        stop: the text ends before the first of these strings.
+    """Detokenizes one continuation as its tokens arrive, until the first of some stop strings.
 
     Attributes:
         tokens: number of tokens that it has taken.
@@ -50,20 +46,18 @@ class TextStream:
 
     def add(self, tokens: Sequence[int]) -> str:
         """Returns the text that is now certain, without an end that may begin a stop string."""
-        certain = []
+        certain = ""
         for token in tokens:
             if self.stopped:
                 break
             self.tokens += 1
-            certain.append(self._certain(self._decoder.decode(self._tokenizer.token_bytes(token))))
-        return "".join(certain)
+            certain += self._certain(self._decoder.decode(self._tokenizer.token_bytes(token)))
+        return certain
 
     def finish(self) -> str:
         """Returns the text that was held back, when no more tokens come."""
         last = "" if self.stopped else self._certain(self._decoder.decode(b"", final=True))
-        last += self._held
-        self._held = ""
-        return last
+        return last + self._held
 
     def _certain(self, text: str) -> str:
         text = self._held + text
@@ -80,14 +74,9 @@ class TextStream:
 
 def make_generator(config: ResolvedConfig, weights: Any, tokenizer: Tokenizer) -> Generator:
     """Makes the generator of a run or of exported weights, on the ambient mesh."""
-    return Generator(
-        # Ids without text in the tokenizer are never sampled.
-        dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size),
-        weights,
-        context=config.data.segment_length,
-        eos_id=tokenizer.eos_id,
-        layout=GENERATION,
-    )
+    # Ids without text in the tokenizer are never sampled.
+    model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
+    return Generator(model, weights, context=config.data.segment_length, eos_id=tokenizer.eos_id, layout=GENERATION)
 
 
 def continuations(
@@ -105,7 +94,6 @@ def continuations(
 
     Args:
         prompts: token ids of each prompt, from `Tokenizer.encode_with_bos`.
-        max_new_tokens: largest number of new tokens of each prompt.
         seed: random seed; with the index of its prompt it decides what a continuation samples.
         stop: nonempty strings, before the first of which a text ends.
         batch_size: largest number of prompts that are continued at once.

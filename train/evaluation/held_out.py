@@ -18,6 +18,7 @@ from train.devices.mesh import batch_sharding
 from train.devices.rules import training_layout
 from train.devices.xla import compiler_options, sum_loss_weights
 from train.evaluation.continuation import make_generator
+from train.evaluation.documents import by_corpus
 from train.evaluation.results import Evaluation
 from train.run.folder import HeldOutDocument
 from train.step.step import summed_loss
@@ -41,18 +42,11 @@ def evaluate(
 ) -> dict[str, Evaluation]:
     """Evaluates documents that are concatenated and cut into segments; a token's context is its own segment.
 
-    Args:
-        texts: whole documents, the same on every process.
-        config: the resolved settings, for batch size, segment length and masking.
-
-    Returns:
-        Figures by corpus name, over all tokens of all its documents including their EOS.
+    Returns figures by corpus name, over all tokens of all its documents including their EOS. The texts are the same on
+    every process.
     """
-    names = dict.fromkeys(text.corpus for text in texts)
-    return {
-        name: _evaluate(step, weights, [text for text in texts if text.corpus == name], tokenizer, config)
-        for name in names
-    }
+    groups = by_corpus(texts)
+    return {name: _evaluate(step, weights, group, tokenizer, config) for name, group in groups.items()}
 
 
 def _evaluate(

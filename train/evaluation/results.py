@@ -15,7 +15,6 @@ class Evaluation:
         bits_per_byte: summed loss in bits divided by the UTF-8 bytes of the text.
         tokens: number of predicted tokens.
         bytes: UTF-8 bytes of the text.
-        documents: number of documents in the set.
     """
 
     loss: float

@@ -21,12 +21,7 @@ class HeldOutDocument(NamedTuple):
 
 
 class Run:
-    """The paths of a run's folder.
-
-    Args:
-        folder: the run's own folder.
-        checkpoint_dir: `checkpoint.dir`, if its checkpoints are in another place.
-    """
+    """The paths of a run's folder, and of its checkpoints, which may be in another place (`checkpoint.dir`)."""
 
     def __init__(self, folder: Path, checkpoint_dir: str | None = None):
         self.folder = folder

@@ -60,11 +60,7 @@ class Ledger:
         self._retries = 0
 
     def decide(self, anomaly: Anomaly, step: int) -> str:
-        """Returns RETRY or SKIP, and writes the decision to the file.
-
-        Args:
-            anomaly: the spike or non-finite value, with its step.
-            step: the checkpoint's step, to which the run has returned.
+        """Returns RETRY or SKIP after an anomaly and the return to the save of `step`, and writes the decision.
 
         Raises:
             InputError: the budget of skipped batches would be exceeded.

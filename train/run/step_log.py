@@ -17,9 +17,7 @@ log = logging.getLogger("ziggurat")
 class StepLog:
     """A file with at most one line a step, written by process 0 alone. After a restart no step is in it twice.
 
-    Args:
-        step: the restored step; lines of later steps, and a torn last line, are dropped.
-        writers: the trackers that get the numbers, too.
+    Lines after the restored step, and a torn last line, are dropped. The trackers (`writers`) get the numbers, too.
     """
 
     def __init__(self, path: Path, step: int, writers: Sequence[Writer] = ()):

@@ -45,7 +45,6 @@ def write_gguf(file: Path, weights: WeightSource, dtype: str = "f32") -> None:
     scale per 32 values) a matrix whose rows don't divide by 32 is f16.
 
     Args:
-        file: path of the export; an earlier GGUF file there is replaced.
         dtype: name of the dtype: f32, f16, bf16 or q8_0.
 
     Raises:

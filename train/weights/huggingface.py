@@ -37,7 +37,6 @@ def write_huggingface(folder: Path, weights: WeightSource, dtype: str = "float32
     Args:
         folder: folder of the export; an earlier export there is replaced, anything else is refused.
         dtype: name of the dtype, one of `EXPORT_DTYPES`.
-        card: the text of README.md.
 
     Raises:
         InputError: the folder holds something else, no Transformers class has this model's choices, values are too

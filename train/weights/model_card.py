@@ -12,11 +12,7 @@ from train.weights.weight_source import WeightSource
 
 
 def model_card(weights: WeightSource, run: Run | None = None) -> str:
-    """Returns the text of the card in Hugging Face's format.
-
-    Args:
-        run: folder of the run that trained it; None if the weights were converted.
-    """
+    """Returns the text of the card in Hugging Face's format, without a run for weights that were converted."""
     facts = {"parameters": f"{count_parameters(weights.config):,}", **_model(weights)}
     if run is not None and weights.step:
         facts |= _training(run, weights.step)

@@ -5,6 +5,7 @@ data. The library has no streaming writer, and its NumPy interface has no bfloat
 """
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -114,22 +115,19 @@ def write_tensor_files(
                 array = _cast(tensor, array, dtype)
                 file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     if len(files) > 1:
-        total = sum(_size(shape, dtype) for shape in shapes.values())
         where = {tensor: name for name, share in files.items() for tensor in share}
-        index = {"metadata": {"total_size": total}, "weight_map": where}
+        index = {"metadata": {"total_size": _size(shapes.values(), dtype)}, "weight_map": where}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _shares(shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> Iterator[dict[str, tuple[int, ...]]]:
     """Yields the tensors of each file."""
     share: dict[str, tuple[int, ...]] = {}
-    size = 0
     for name, shape in shapes.items():
-        if share and size + _size(shape, dtype) > LARGEST_FILE:
+        if share and _size([*share.values(), shape], dtype) > LARGEST_FILE:
             yield share
-            share, size = {}, 0
+            share = {}
         share[name] = shape
-        size += _size(shape, dtype)
     yield share
 
 
@@ -137,8 +135,9 @@ def _header(share: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> bytes:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in share.items():
-        begin, end = end, end + _size(shape, dtype)
-        entries[name] = {"dtype": DTYPE_NAMES[dtype.name], "shape": list(shape), "data_offsets": [begin, end]}
+        offsets = [end, end + _size([shape], dtype)]
+        entries[name] = {"dtype": DTYPE_NAMES[dtype.name], "shape": list(shape), "data_offsets": offsets}
+        end = offsets[1]
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header
@@ -152,5 +151,6 @@ def _cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return cast
 
 
-def _size(shape: tuple[int, ...], dtype: np.dtype) -> int:
-    return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+def _size(shapes: Iterable[tuple[int, ...]], dtype: np.dtype) -> int:
+    """Returns the bytes of arrays of some shapes."""
+    return sum(map(math.prod, shapes)) * dtype.itemsize
