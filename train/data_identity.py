@@ -33,18 +33,13 @@ ANOTHER_RUN = "start another run with --config.train.run_dir=FOLDER"
 
 @dataclass(frozen=True)
 class RunInputs:
-    """The inputs of a run, which `prepare_run` finds or makes.
-
-    Attributes:
-        held_out: documents that the run evaluates at its end.
-        identity: settings and fingerprints that the order of the data follows from, saved in every checkpoint.
-    """
+    """The inputs of a run, which `prepare_run` finds or makes."""
 
     config: ResolvedConfig
     mixture: Mixture
     tokenizer: Tokenizer
     held_out: list[HeldOutDocument]
-    identity: dict[str, Any]
+    identity: dict[str, Any]  # settings and fingerprints that the order of the data follows from
     tasks: "Tasks | None" = None
 
 

@@ -101,8 +101,9 @@ def opening_lines(inputs: RunInputs, step: int, peak: str) -> list[str]:
     config = inputs.config
     mesh = " × ".join(f"{axis} {size}" for axis, size in jax.sharding.get_mesh().shape.items() if size > 1)
     kernel = choose_kernel(config.model, training_layout(config.mesh), config.data.segment_length)
-    tokens = f"{(full := config.train.batch_size * config.data.segment_length):,} tokens each"
-    if (first := batch_size(config, 0) * config.data.segment_length) < full:
+    first, full = (rows * config.data.segment_length for rows in (batch_size(config, 0), config.train.batch_size))
+    tokens = f"{full:,} tokens each"
+    if first < full:
         tokens += f", the first {config.train.batch_ramp_steps} steps on a ramp from {first:,}"
     action = f"resumes at step {step}" if step else "starts"
     lines = [

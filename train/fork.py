@@ -56,15 +56,6 @@ def parent_of(config: Config) -> Parent:
     return Parent(run, saved, step)
 
 
-def check_not_own_parent(config: Config, run: Run) -> None:
-    """Raises InputError if a fork would be its own parent."""
-    if config.train.init_from and split_name(config.train.init_from)[0].resolve() == run.folder.resolve():
-        raise InputError(
-            f"train.run_dir = {run.folder} is the run that train.init_from = {config.train.init_from} starts from; "
-            "name a new folder with --config.train.run_dir=FOLDER"
-        )
-
-
 def check_fork(config: Config) -> None:
     """Raises InputError if these settings cannot start from the parent's checkpoint; logs other differences."""
     parent = parent_of(config)

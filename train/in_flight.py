@@ -18,13 +18,8 @@ from train.step.spike_detector import SpikeDetector
 class InFlight:
     """The dispatched steps of a run, oldest first.
 
-    There are never more than two, so that the devices always have work while the host logs the step before.
-
-    Attributes:
-        rate: tokens a second over the last finished steps.
-
-    Args:
-        flops_share: share of the devices' peak that one token a second is.
+    There are never more than two, so that the devices always have work while the host logs the step before. The share
+    of the devices' peak that one token a second takes is `flops_share`.
     """
 
     def __init__(self, inputs: RunInputs, agreement: Agreement, detector: SpikeDetector, step: int, flops_share: float):
@@ -45,17 +40,13 @@ class InFlight:
     def add(self, step: int, metrics: Any, report: list[float]) -> None:
         """Adds a step that was just dispatched, and sends this process's report on it to the others.
 
-        Args:
-            report: 1 if this process was asked to stop; seconds that it waited for data; seconds that it was busy.
+        A report is 1 if this process was asked to stop, its seconds of waiting for data, and its busy seconds.
         """
         reports = self._agreement.send(report, [metrics["loss"], metrics["grad_norm"]])
         self._steps.append((step, metrics, reports))
 
     def finish_oldest(self) -> tuple[dict[str, Any], bool]:
-        """Waits for the oldest step and returns (its line of metrics.jsonl, True if a process was asked to stop).
-
-        Raises Anomaly if its figures are not finite, or its loss is an outlier.
-        """
+        """Waits for the oldest step; returns (its line of metrics.jsonl, True to stop). Raises Anomaly for a spike."""
         step, metrics, reports = self._steps.popleft()
         figures: dict[str, Any] = jax.tree.map(lambda x: x.tolist(), jax.device_get(metrics))
         asked, waited, busy, *seen = self._agreement.read(reports).T

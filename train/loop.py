@@ -293,11 +293,7 @@ class Training:
     def log_finished(
         self, in_flight: InFlight, pauses: bool, last_step: int, profiler: Profiler, step_log: StepLog | None
     ) -> bool:
-        """Shows and logs finished steps with the evaluations that are due. Returns True if a stop was asked.
-
-        Args:
-            pauses: true to wait for all of them, because something other than a step comes next.
-        """
+        """Logs the finished steps, all of them before a pause, and evaluates if it is due. True if a stop was asked."""
         evaluates = self.evaluations.are_due(self.step, last_step)
         stop_asked = False
         while len(in_flight) > (0 if pauses or evaluates or stop_asked else 1):

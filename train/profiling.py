@@ -14,11 +14,7 @@ class Profiler:
     """Traces steps into a folder, and writes the optimized HLO of the step to train_step.txt there.
 
     Only process 0 traces: all run the same program, and traces of several processes in one folder would overwrite each
-    other. Each trace has a dated folder below `plugins/profile`.
-
-    Attributes:
-        first: number of the first traced step, or 0 without a trace.
-        last: number of the last traced step, or 0 without a trace.
+    other. The first and last traced steps, `first` and `last`, are 0 without a trace.
     """
 
     def __init__(self, folder: Path, steps: tuple[int, int] | None, done: int):

@@ -33,10 +33,7 @@ class Saver:
     position_log: StepLog | None
 
     def save(self, step: int, state: State, positions: np.ndarray, is_over: bool) -> None:
-        """Saves a checkpoint; all processes call it together.
-
-        Args:
-            positions: positions of the streams that this process reads (see `gather_positions`).
+        """Saves a checkpoint, with this process's positions in the data; all processes call it together.
 
         Raises:
             Anomaly: the state is not finite.

@@ -19,31 +19,20 @@ from train.step.state import State, abstract_state, make_state
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """A state to train from, and its place in the data.
+    """A state to train from, on the ambient mesh, and its place in the data."""
 
-    Attributes:
-        inputs: the run's inputs; with new held-out documents if the data has changed.
-        positions: positions of all streams (see `data.mixture.initial_positions`).
-        is_over: true if the data has been read to its end.
-        history: (loss, number of tokens) of the last steps, for the spike detector.
-        fields: fields of the `start` event.
-    """
-
-    inputs: RunInputs
+    inputs: RunInputs  # with new held-out documents if the data has changed
     state: State
-    positions: np.ndarray
-    is_over: bool = False
-    history: list[list[float]] = field(default_factory=list)
-    fields: dict[str, Any] = field(default_factory=dict)
+    positions: np.ndarray  # of all streams (see `data.mixture.initial_positions`)
+    is_over: bool = False  # true if the data has been read to its end
+    history: list[list[float]] = field(default_factory=list)  # (loss, number of tokens) of the last steps
+    fields: dict[str, Any] = field(default_factory=dict)  # of the `start` event
 
 
 def find_starting_point(
     inputs: RunInputs, run: Run, checkpoints: Checkpoints, optimizer: optax.GradientTransformation
 ) -> StartingPoint:
-    """Restores or makes the state to train from. All processes call it together.
-
-    Raises InputError if all checkpoints are damaged, or the data is not what was trained on (see `continue_data`).
-    """
+    """Restores or makes the state to train from, on all processes. InputError as `restore` and `continue_data`."""
     config = inputs.config
     if restored := checkpoints.restore(abstract_state(config, optimizer)):
         return _at_checkpoint(inputs, *restored, run.folder)
@@ -51,11 +40,8 @@ def find_starting_point(
         parent = parent_of(config)
         origin = {"run": str(parent.run.folder.resolve()), "step": parent.step, "with": config.train.init_with}
         return replace(_fork(inputs, parent, optimizer), fields={"fork": origin})
-    return StartingPoint(inputs, make_state(config, optimizer), _first_positions(inputs))
-
-
-def _first_positions(inputs: RunInputs) -> np.ndarray:
-    return initial_positions(inputs.mixture, inputs.config.data.num_streams)
+    positions = initial_positions(inputs.mixture, config.data.num_streams)
+    return StartingPoint(inputs, make_state(config, optimizer), positions)
 
 
 def _at_checkpoint(
@@ -87,4 +73,4 @@ def _fork(inputs: RunInputs, parent: Parent, optimizer: optax.GradientTransforma
     if config.train.init_with == "all":
         remedy = "read it from its beginning with train.init_with=optimizer"
         return _at_checkpoint(inputs, state, progress, parent.run.folder, remedy)
-    return StartingPoint(inputs, state, _first_positions(inputs))
+    return StartingPoint(inputs, state, initial_positions(inputs.mixture, config.data.num_streams))

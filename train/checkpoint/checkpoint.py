@@ -39,9 +39,6 @@ from train.step.state import State
 log = logging.getLogger("ziggurat")
 # What the libraries raise if a file of a checkpoint is damaged.
 DAMAGE_ERRORS = (ValueError, KeyError, TypeError, AttributeError, OSError)
-ARRAY_ITEMS = ("weights", "optimizer", "average")
-# Items that are also read layer by layer, outside training.
-READ_BY_LAYER = ("weights", "average")
 # A layer with at least this many bytes on a device is stored as a chunk of its own.
 LAYER_CHUNK_BYTES = 2**18
 
@@ -50,7 +47,8 @@ def save_arguments(item: str, tree: Any) -> Any:
     """Returns how Orbax stores an item: one layer of a block's large weights is a chunk, to be read alone."""
 
     def arguments(path: tuple[Any, ...], array: jax.Array) -> ocp.SaveArgs:
-        stacked = item in READ_BY_LAYER and path[0].key == "blocks"
+        # Weights and their average are also read layer by layer, outside training.
+        stacked = item != "optimizer" and path[0].key == "blocks"
         layer = array.sharding.shard_shape(array.shape)[1:] if stacked else ()
         return ocp.SaveArgs(shard_axes=(0,) if math.prod(layer) * array.dtype.itemsize >= LAYER_CHUNK_BYTES else ())
 
@@ -58,10 +56,7 @@ def save_arguments(item: str, tree: Any) -> Any:
 
 
 class Checkpoints:
-    """The checkpoints of one run. Every process calls every method at the same step.
-
-    Without a config they are only read, and nothing in the folder changes.
-    """
+    """The checkpoints of one run, only read without a config. Every process calls every method at the same step."""
 
     def __init__(self, folder: PathLike, config: CheckpointConfig | None = None):
         policy = None
@@ -69,14 +64,14 @@ class Checkpoints:
             policy = AnyPreservationPolicy([LatestN(config.keep)])
             if config.keep_every_steps:
                 policy.policies.append(EveryNSteps(config.keep_every_steps))
+        writes = config is not None
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy,
-            create=config is not None,
-            cleanup_tmp_directories=config is not None,
-            enable_async_checkpointing=config is not None,
+            preservation_policy=policy, create=writes, cleanup_tmp_directories=writes, enable_async_checkpointing=writes
         )
         # Compression would make float32 a twelfth smaller, and a save over half as long again.
-        items = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in ARRAY_ITEMS}
+        items = {
+            name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in ("weights", "optimizer", "average")
+        }
         items |= {"progress": ocp.JsonCheckpointHandler()}
         self.folder = epath.Path(folder)
         self._newest = 0
@@ -88,8 +83,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Returns the steps of the complete checkpoints, oldest first, as process 0 sees them."""
-        steps: list[int] = broadcast_json(lambda: sorted(self._manager.all_steps()))
-        return steps
+        return list(broadcast_json(lambda: sorted(self._manager.all_steps())))
 
     def save(self, state: State, progress: Mapping[str, Any]) -> None:
         """Saves the state under its step. Raises StorageError if this checkpoint or the one before cannot be written.

@@ -13,27 +13,16 @@ from train.devices.rules import GENERATION
 
 
 class ContinuationPart(NamedTuple):
-    """A part of a continuation.
+    """A part of a continuation."""
 
-    Attributes:
-        number: index of the prompt, from 0.
-        tokens: number of tokens so far, without the end of text.
-        ended: "eos", "stop" (at a stop string) or "length" for the last part, otherwise None.
-    """
-
-    number: int
+    number: int  # of the prompt, from 0
     text: str
-    tokens: int
-    ended: str | None
+    tokens: int  # so far, without the end of text
+    ended: str | None  # "eos", "stop" (at a stop string) or "length" for the last part
 
 
 class TextStream:
-    """Detokenizes one continuation as its tokens arrive, until the first of some stop strings.
-
-    Attributes:
-        tokens: number of tokens that it has taken.
-        stopped: true once a stop string has come.
-    """
+    """Detokenizes one continuation as its tokens arrive, until the first of some stop strings."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
         self._tokenizer = tokenizer
@@ -41,7 +30,7 @@ class TextStream:
         # A character can span several tokens; its bytes wait until all have come.
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
-        self.tokens = 0
+        self.tokens = 0  # that it has taken
         self.stopped = False
 
     def add(self, tokens: Sequence[int]) -> str:

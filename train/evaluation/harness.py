@@ -92,12 +92,7 @@ class Tasks:
         alive: Callable[[], None] = lambda: None,
         errors: bool = False,
     ) -> Callable[[Any], list[TaskResult]]:
-        """Returns the function that evaluates a model's weights on the ambient mesh.
-
-        Args:
-            alive: called after each piece of work.
-            errors: true to compute standard errors, too.
-        """
+        """Returns the function that evaluates weights on the ambient mesh; it calls `alive` after each piece."""
         model = HarnessModel(config, tokenizer, alive)
 
         def evaluate(weights: Any) -> list[TaskResult]:

@@ -50,10 +50,7 @@ class TimeAccount:
 
 
 def goodput(events: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Returns the seconds of a whole run, from its first start to its last event, by ACTIVITIES, `lost` and `down`.
-
-    The time between the last save and a fault or a crash is lost. Without events the account is empty.
-    """
+    """Returns the seconds of a whole run by ACTIVITIES, `lost` (from a save to a fault or crash) and `down`."""
     if not events:
         return {}
     totals = dict.fromkeys((*ACTIVITIES, LOST, DOWN), 0.0)

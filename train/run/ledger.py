@@ -30,10 +30,6 @@ class Ledger:
 
     It belongs to the run, not to a checkpoint: whoever reads the data of a step, now or later, skips the same batches.
     All processes call every method together; process 0 reads and writes.
-
-    Attributes:
-        skipped: the numbers of the skipped batches.
-        skips: maps a step (from 0) to the number of batches that are read and skipped before its own.
     """
 
     def __init__(self, path: Path, config: RecoveryConfig, step: int):
@@ -92,6 +88,7 @@ class Ledger:
 
     def _update(self) -> None:
         self.skipped = sorted(skipped_batches(self._entries))
+        # Maps a step (from 0) to the number of batches that are read and skipped before its own.
         self.skips = skips_by_step(self.skipped)
 
     def _write(self, entry: dict[str, Any]) -> None:

@@ -37,10 +37,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases, new or resumed. Steps that it has already are not written again.
-
-    Raises InputError if nobody is logged in.
-    """
+    """A run of Weights & Biases, new or resumed. Raises InputError if nobody is logged in."""
 
     def __init__(self, project: str, run: Run, config: Config):
         import wandb

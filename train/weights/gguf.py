@@ -42,10 +42,7 @@ def write_gguf(file: Path, weights: WeightSource, dtype: str = "f32") -> None:
     """Writes a model with its tokenizer, atomically and with one tensor in memory.
 
     Vectors and tables of positions stay float32, as in llama.cpp's own converter. In q8_0 (8 bits per value, and one
-    scale per 32 values) a matrix whose rows don't divide by 32 is f16.
-
-    Args:
-        dtype: name of the dtype: f32, f16, bf16 or q8_0.
+    scale per 32 values) a matrix whose rows don't divide by 32 is f16. The other dtypes are f32, f16 and bf16.
 
     Raises:
         InputError: the file is not GGUF, llama.cpp has no such model or gives other tokens, or values are too large for

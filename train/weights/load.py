@@ -24,15 +24,10 @@ from train.weights.weight_source import WeightSource
 
 
 class Trained(NamedTuple):
-    """A model ready for use, from a run or from exported weights, which have no `run` and `step`.
+    """A model ready for use, from a run or from exported weights, which have no `run` and `step`."""
 
-    Attributes:
-        config: resolved settings; for exported weights only the model and the segment length are not defaults.
-        weights: nested weights on the ambient mesh.
-    """
-
-    config: ResolvedConfig
-    weights: Any
+    config: ResolvedConfig  # for exported weights only the model and the segment length are not defaults
+    weights: Any  # nested, on the ambient mesh
     tokenizer: Tokenizer
     run: Run | None = None
     step: int | None = None

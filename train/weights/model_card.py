@@ -63,7 +63,6 @@ def _training(run: Run, step: int) -> dict[str, Any]:
     config = run.load_config()
     starts = [event for event in read_events(run.events) if event["event"] == "start"]
     tokens = sum(batch_size(config, s) for s in range(step)) * config.data.segment_length
-    records = [record for _, record in read_step_log(run.metrics) if record["step"] == step]
     corpus = config.data.corpus
     facts = {
         "training": f"{step:,} steps, {tokens:,} tokens, padding included",
@@ -73,8 +72,8 @@ def _training(run: Run, step: int) -> dict[str, Any]:
     }
     if origin := config.train.init_from:
         facts["begun with"] = f"{origin} ({config.train.init_with})"
-    for record in records:
-        if "validation_loss" in record:
+    for _, record in read_step_log(run.metrics):
+        if record["step"] == step and "validation_loss" in record:
             bits, loss = record["validation_bits_per_byte"], record["validation_loss"]
             facts["held-out text"] = f"{bits:.4f} bits a byte, loss {loss:.4f} nats a token"
     return facts
