@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from data.errors import InputError
 from settings import help_of, kind_of
-from train.config.config import Config, config_fields, to_dict
+from train.config.config import Config, config_fields
 from train.config.reading import make_config, nearest
 from train.run.run_name import read_config, split_name
 
@@ -80,7 +80,7 @@ def load_config(name: str, overrides: Mapping[str, str]) -> Config:
 
 def run_values(folder: Path, step: int | None) -> dict[str, dict[str, Any]]:
     """Returns the settings of a run, or of a fork that starts from its checkpoint of a step."""
-    values = to_dict(read_config(folder))
+    values = dataclasses.asdict(read_config(folder))
     values["data"]["accept_changes"] = False
     values["train"]["run_dir"] = str(folder)
     if step is not None:

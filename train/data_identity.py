@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from data.config import PER_CORPUS_FIELDS
 from data.errors import InputError
@@ -18,7 +17,7 @@ from data.mixture import MixedStream, Mixture, corpus_field, initial_positions, 
 from data.tokenizer.tokenizer import Tokenizer
 from train.config.changes import Change, table
 from train.config.config import Config, ResolvedConfig, config_fields
-from train.devices.collectives import on_first_process
+from train.devices.collectives import all_gather_json, on_first_process
 from train.run.folder import HeldOutDocument, Run
 from train.run.run_name import split_name
 from train.run.step_log import read_step_log
@@ -34,22 +33,13 @@ ANOTHER_RUN = "start another run with --config.train.run_dir=FOLDER"
 
 @dataclass(frozen=True)
 class RunInputs:
-    """The inputs of a run, which `prepare_run` finds or makes.
-
-    Attributes:
-        config: the run's resolved settings.
-        mixture: the corpora of the run.
-        tokenizer: the run's own tokenizer.
-        held_out: documents that the run evaluates at its end.
-        identity: settings and fingerprints that the order of the data follows from, saved in every checkpoint.
-        tasks: tasks of lm-evaluation-harness that the run evaluates on.
-    """
+    """The inputs of a run, which `prepare_run` finds or makes."""
 
     config: ResolvedConfig
     mixture: Mixture
     tokenizer: Tokenizer
     held_out: list[HeldOutDocument]
-    identity: dict[str, Any]
+    identity: dict[str, Any]  # settings and fingerprints that the order of the data follows from
     tasks: "Tasks | None" = None
 
 
@@ -75,7 +65,6 @@ def continue_data(
     Changed data has other held-out documents, too. All processes call it together.
 
     Args:
-        progress: the JSON item of the checkpoint.
         trained: folder of the run that saved the checkpoint.
         instead: remedy for changed data other than accepting it.
 
@@ -134,8 +123,7 @@ def streams_before(
 ) -> tuple[int, dict[int, MixedStream]]:
     """Returns (s, all streams at the start of the batch of step s), for the newest logged s up to `step`.
 
-    Raises:
-        InputError: the run has read other data around this step than its config and corpus describe now.
+    Raises InputError if the run has read other data around this step than its config and corpus describe now.
     """
     logged = [record for _, record in read_step_log(run.positions)]
     identity = identity_of(config, mixture) | mixture.fingerprints() | {"tokenizer": tokenizer.fingerprint}
@@ -150,23 +138,14 @@ def streams_before(
     if before:
         begin = before[-1]["step"]
         positions = np.array(before[-1]["positions"], np.int64)
-    streams = open_streams(
-        mixture,
-        tokenizer.encode_all,
-        tokenizer.bos_id,
-        tokenizer.eos_id,
-        config.train.seed,
-        range(config.num_streams),
-        positions,
+    numbers = range(config.num_streams)
+    return begin, open_streams(
+        mixture, tokenizer.encode_all, tokenizer.bos_id, tokenizer.eos_id, config.train.seed, numbers, positions
     )
-    return begin, streams
 
 
 def check_same_everywhere(fingerprints: dict[str, str]) -> None:
     """Raises InputError on all processes if one of them has another corpus or tokenizer."""
-    if jax.process_count() == 1:
-        return
     for name, fingerprint in fingerprints.items():
-        mine = np.frombuffer(bytes.fromhex(fingerprint), np.uint8)
-        if len(np.unique(multihost_utils.process_allgather(mine), axis=0)) > 1:
+        if len(set(all_gather_json(fingerprint))) > 1:
             raise InputError(f"the processes see a different {name} each: data.corpus and train.run_dir must be shared")

@@ -46,12 +46,7 @@ class Rate:
 
 
 class Display:
-    """Shows a run as it trains: a live line on a terminal, or a plain line every few steps in a log.
-
-    Args:
-        every: steps between plain lines.
-        quiet: true to show nothing, on all processes but the first.
-    """
+    """Shows a run as it trains: a live line on a terminal, or a plain line every few steps in a log."""
 
     def __init__(self, num_steps: int, every: int, quiet: bool):
         self.num_steps = num_steps
@@ -106,8 +101,7 @@ def opening_lines(inputs: RunInputs, step: int, peak: str) -> list[str]:
     config = inputs.config
     mesh = " × ".join(f"{axis} {size}" for axis, size in jax.sharding.get_mesh().shape.items() if size > 1)
     kernel = choose_kernel(config.model, training_layout(config.mesh), config.data.segment_length)
-    first = batch_size(config, 0) * config.data.segment_length
-    full = config.train.batch_size * config.data.segment_length
+    first, full = (rows * config.data.segment_length for rows in (batch_size(config, 0), config.train.batch_size))
     tokens = f"{full:,} tokens each"
     if first < full:
         tokens += f", the first {config.train.batch_ramp_steps} steps on a ramp from {first:,}"

@@ -12,7 +12,7 @@ from train.stop import reset_watchdog
 
 
 class Evaluations:
-    """The evaluations of a run."""
+    """The evaluations of a run. `use` must be called before the first."""
 
     def __init__(self, inputs: RunInputs):
         self._config = inputs.config
@@ -20,9 +20,6 @@ class Evaluations:
         self._step = make_evaluation_step(self._config)
         alive = partial(reset_watchdog, self._config)
         self._on_tasks = inputs.tasks.of_model(self._config, self._tokenizer, alive) if inputs.tasks else None
-        self._held_out: list[HeldOutDocument] = []
-        self._some_held_out: list[HeldOutDocument] = []
-        self.use(inputs.held_out)
 
     def use(self, held_out: list[HeldOutDocument]) -> None:
         """Evaluates on these documents from now on: on all at the end, and on some of them before."""
@@ -31,29 +28,24 @@ class Evaluations:
 
     def are_due(self, step: int, last_step: int) -> bool:
         """True if any evaluation follows a step."""
-        return self._on_text_is_due(step, last_step) or self._on_tasks_are_due(step, last_step)
+        return self._text_is_due(step, last_step) or self._tasks_are_due(step, last_step)
 
     def run(self, step: int, last_step: int, weights: Any) -> dict[str, Any]:
-        """Runs the evaluations that are due after a step, and returns their fields of metrics.jsonl.
-
-        Args:
-            weights: the weights to evaluate, on the run's mesh.
-        """
+        """Runs the evaluations that are due after a step, and returns their fields of metrics.jsonl."""
         reset_watchdog(self._config)
         fields: dict[str, Any] = {}
-        if self._on_text_is_due(step, last_step):
+        if self._text_is_due(step, last_step):
             documents = self._held_out if step == last_step else self._some_held_out
             fields = evaluation_metrics(evaluate(self._step, weights, documents, self._tokenizer, self._config))
             fields["sample"] = sample_text(self._config, self._tokenizer, weights)
-        if self._on_tasks and self._on_tasks_are_due(step, last_step):
+        if self._on_tasks and self._tasks_are_due(step, last_step):
             fields |= task_metrics(self._on_tasks(weights))
         return fields
 
     # The first evaluation follows step 1, so that an error in it shows at once.
-    def _on_text_is_due(self, step: int, last_step: int) -> bool:
-        every = self._config.evaluation.every_steps
-        return bool(self._some_held_out) and (step in (1, last_step) or step % every == 0)
+    def _text_is_due(self, step: int, last_step: int) -> bool:
+        return bool(self._some_held_out) and (step in (1, last_step) or step % self._config.evaluation.every_steps == 0)
 
-    def _on_tasks_are_due(self, step: int, last_step: int) -> bool:
+    def _tasks_are_due(self, step: int, last_step: int) -> bool:
         every = self._config.evaluation.tasks_every_steps
         return self._on_tasks is not None and (step in (1, last_step) or step % every == 0)

@@ -11,13 +11,13 @@ The tokenizer is the parent's. Once the fork has a checkpoint of its own, it res
 """
 
 import logging
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
 from data.errors import InputError
 from model.parameters import parameter_table
-from train.config.changes import Change, changes_of, table
+from train.config.changes import changes_of, table
 from train.config.config import Config
 from train.run.folder import Run
 from train.run.run_name import split_name
@@ -39,31 +39,21 @@ class Parent(NamedTuple):
 
 def parent_of(config: Config) -> Parent:
     """Returns the run and checkpoint that `train.init_from` names. Raises InputError if it does not exist."""
-    assert config.train.init_from is not None
+    where = config.train.init_from
+    assert where is not None
     try:
-        folder, step = split_name(config.train.init_from)
+        folder, step = split_name(where)
         run, saved = Run.load(folder)
     except InputError as error:
-        raise InputError(f"train.init_from = {config.train.init_from}: {error}") from None
+        raise InputError(f"train.init_from = {where}: {error}") from None
     steps = checkpoint_steps_in(run.checkpoints)
     if step is None:
         # The config must name the step, since the parent may save more of them later.
         newest = f"the newest is {folder}@{steps[-1]}" if steps else "it has none yet"
-        raise InputError(f"train.init_from = {config.train.init_from} names no checkpoint, as RUN@STEP does; {newest}")
+        raise InputError(f"train.init_from = {where} names no checkpoint, as RUN@STEP does; {newest}")
     if step not in steps:
-        raise InputError(
-            f"train.init_from = {config.train.init_from}: it has no checkpoint of step {step}, only {steps}"
-        )
+        raise InputError(f"train.init_from = {where}: it has no checkpoint of step {step}, only {steps}")
     return Parent(run, saved, step)
-
-
-def check_not_own_parent(config: Config, run: Run) -> None:
-    """Raises InputError if a fork would be its own parent."""
-    if config.train.init_from and split_name(config.train.init_from)[0].resolve() == run.folder.resolve():
-        raise InputError(
-            f"train.run_dir = {run.folder} is the run that train.init_from = {config.train.init_from} starts from; "
-            "name a new folder with --config.train.run_dir=FOLDER"
-        )
 
 
 def check_fork(config: Config) -> None:
@@ -75,16 +65,11 @@ def check_fork(config: Config) -> None:
         raise InputError(f"train.init_from = {where} holds weights alone; set train.init_with=weights")
     child = config.resolved(parent.config.model.vocab_size)
     by_rule = changes_of(parent.config, child)
-    changes = by_rule["frozen"] + by_rule["warn"]
-    model: list[Change] = []
-    optimizer: list[Change] = []
-    data: list[Change] = []
-    if parameter_shapes(parent.config) != parameter_shapes(child):
-        model = [change for change in by_rule["frozen"] if change.field.startswith("model.")]
-    if take != "weights":
-        optimizer = [change for change in changes if change.field in OPTIMIZER_STATE_FIELDS]
-    if take == "all":
-        data = [change for change in by_rule["frozen"] if change.field.startswith(("data.", "train.seed"))]
+    frozen, changes = by_rule["frozen"], by_rule["frozen"] + by_rule["warn"]
+    is_reshaped = parameter_shapes(parent.config) != parameter_shapes(child)
+    model = [change for change in frozen if is_reshaped and change.field.startswith("model.")]
+    optimizer = [change for change in changes if take != "weights" and change.field in OPTIMIZER_STATE_FIELDS]
+    data = [change for change in frozen if take == "all" and change.field.startswith(("data.", "train.seed"))]
     if refused := model + optimizer + data:
         remedy = "" if model else ", or train.init_with=weights" if optimizer else ", or train.init_with=optimizer"
         raise InputError(
@@ -104,9 +89,3 @@ def check_fork(config: Config) -> None:
 def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of all parameters by name."""
     return {name: p.shape for name, p in parameter_table(config.resolved().model).items()}
-
-
-def fork_fields(config: Config) -> dict[str, Any]:
-    """Returns the fields of a fork's `start` event that name its parent."""
-    parent = parent_of(config)
-    return {"fork": {"run": str(parent.run.folder.resolve()), "step": parent.step, "with": config.train.init_with}}

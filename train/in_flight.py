@@ -2,7 +2,7 @@
 
 import collections
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,26 +15,11 @@ from train.step.schedule import batch_size
 from train.step.spike_detector import SpikeDetector
 
 
-class DispatchedStep(NamedTuple):
-    """A step whose metrics, and the reports of all processes about it, are still computed by the devices."""
-
-    step: int
-    metrics: Any
-    reports: jax.Array
-
-
 class InFlight:
     """The dispatched steps of a run, oldest first.
 
-    There are never more than two, so that the devices always have work while the host logs the step before.
-
-    Attributes:
-        rate: tokens a second over the last finished steps.
-
-    Args:
-        agreement: all-gathers the reports of the processes.
-        detector: raises Anomaly for a spike.
-        flops_share: share of the devices' peak that one token a second is.
+    There are never more than two, so that the devices always have work while the host logs the step before. The share
+    of the devices' peak that one token a second takes is `flops_share`.
     """
 
     def __init__(self, inputs: RunInputs, agreement: Agreement, detector: SpikeDetector, step: int, flops_share: float):
@@ -44,7 +29,8 @@ class InFlight:
         self._detector = detector
         self._flops_share = flops_share
         self._rows_left = sum(batch_size(self._config, s) for s in range(step, self._config.train.num_steps))
-        self._steps: collections.deque[DispatchedStep] = collections.deque()
+        # Number, metrics and reports of each step, still computed by the devices.
+        self._steps: collections.deque[tuple[int, Any, jax.Array]] = collections.deque()
         self.rate = Rate()
         self.rate.start()
 
@@ -54,18 +40,13 @@ class InFlight:
     def add(self, step: int, metrics: Any, report: list[float]) -> None:
         """Adds a step that was just dispatched, and sends this process's report on it to the others.
 
-        Args:
-            report: 1 if this process was asked to stop; seconds that it waited for data; seconds that it was busy.
+        A report is 1 if this process was asked to stop, its seconds of waiting for data, and its busy seconds.
         """
         reports = self._agreement.send(report, [metrics["loss"], metrics["grad_norm"]])
-        self._steps.append(DispatchedStep(step, metrics, reports))
+        self._steps.append((step, metrics, reports))
 
     def finish_oldest(self) -> tuple[dict[str, Any], bool]:
-        """Waits for the oldest step and returns (its line of metrics.jsonl, True if a process was asked to stop).
-
-        Raises:
-            Anomaly: its figures are not finite, or its loss is an outlier.
-        """
+        """Waits for the oldest step; returns (its line of metrics.jsonl, True to stop). Raises Anomaly for a spike."""
         step, metrics, reports = self._steps.popleft()
         figures: dict[str, Any] = jax.tree.map(lambda x: x.tolist(), jax.device_get(metrics))
         asked, waited, busy, *seen = self._agreement.read(reports).T
@@ -76,8 +57,17 @@ class InFlight:
         shares = self._mixture.shares
         new_data = step > 1 and shares(step - 1) != shares(step - 2)
         self._detector.check(record, seen_by_process, new_data)
-        self.rate.finished(record["loss_weight"])
-        record |= self._speed(step, record["loss_weight"], waited)
+        tokens = record["loss_weight"]
+        rows = batch_size(self._config, step - 1)
+        self._rows_left -= rows
+        self.rate.finished(tokens)
+        record |= {
+            "utilization": tokens / (rows * self._config.data.segment_length),
+            "tokens_per_second": self.rate.tokens_per_second,
+            "peak_share": self.rate.tokens_per_second * self._flops_share,
+            "data_wait_seconds": float(waited.max()),
+            "memory_bytes": memory_bytes(),
+        }
         if len(busy) > 1:
             slowest = int(busy.argmax())  # the other processes wait for this one
             record |= {
@@ -89,14 +79,3 @@ class InFlight:
     def seconds_left(self) -> float:
         """Returns the seconds until the run's last step at the current rate."""
         return self.rate.seconds(self._rows_left * self._config.data.segment_length)
-
-    def _speed(self, step: int, tokens: float, waited: np.ndarray) -> dict[str, float]:
-        rows = batch_size(self._config, step - 1)
-        self._rows_left -= rows
-        return {
-            "utilization": tokens / (rows * self._config.data.segment_length),
-            "tokens_per_second": self.rate.tokens_per_second,
-            "peak_share": self.rate.tokens_per_second * self._flops_share,
-            "data_wait_seconds": float(waited.max()),
-            "memory_bytes": memory_bytes(),
-        }

@@ -5,8 +5,10 @@ import itertools
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 
 import jax
+import numpy as np
 
 from data.errors import StorageError
 from data.loader import LoadedBatch, Loader, corpus_has_ended, gather_positions
@@ -35,7 +37,7 @@ from train.step.flops import flops_per_token, peak_flops
 from train.step.optimizer import make_optimizer
 from train.step.schedule import batch_size
 from train.step.spike_detector import Anomaly, SpikeDetector
-from train.step.state import evaluated_weights
+from train.step.state import State, evaluated_weights
 from train.step.step import StepPrograms
 from train.step.watch import compact
 from train.stop import Stopped, StopSignals, reset_watchdog
@@ -44,9 +46,9 @@ from train.weights.load import export_run
 
 
 def pretrain(config: Config) -> Run:
-    """Trains to `train.num_steps`, from the beginning or from the newest checkpoint in `train.run_dir`.
+    """Trains to `train.num_steps` or to the end of `data.epochs`, from the newest checkpoint in `train.run_dir` if any.
 
-    The run ends earlier if `data.epochs` of its corpus have been read. All processes call this together.
+    All processes call this together.
 
     Raises:
         InputError: the user's mistakes, before any device time is spent; or too many batches would be skipped.
@@ -75,7 +77,7 @@ def pretrain(config: Config) -> Run:
         # ── Restore: the newest checkpoint, or a first state ──
         checkpoints = Checkpoints(run.checkpoints, inputs.config.checkpoint)
         stack.callback(checkpoints.close)
-        training = Training(inputs, run, display, checkpoints, signals, events)
+        training = Training(run, inputs, display, checkpoints, signals, events)
         on_first_process(lambda: run.save_config(inputs.config))
 
         # ── Train ──
@@ -100,10 +102,7 @@ def pretrain(config: Config) -> Run:
 
 @contextmanager
 def noting_faults(events: Events, checkpoints: Checkpoints) -> Iterator[None]:
-    """Writes a `fault` event for any error but `Stopped`, and finishes the save that is under way.
-
-    The error itself is raised again, whatever a full disk does to either.
-    """
+    """Writes a `fault` event for any error but `Stopped`, finishes the save that is under way, and raises the error."""
     try:
         yield
     except Stopped:
@@ -117,81 +116,70 @@ def noting_faults(events: Events, checkpoints: Checkpoints) -> Iterator[None]:
         raise
 
 
+@dataclass
 class Training:
     """One start of a run: it trains from a restored step, and after a spike again from the last save.
 
     Attributes:
+        inputs: the run's inputs, with the held-out documents of the restored data.
         start: the starting point of this start, or of the last rollback.
         state: the state of training after `step` steps.
         step: number of steps that are done.
         positions: positions in the data after `step` steps, of the streams that this process reads.
     """
 
-    def __init__(
-        self,
-        inputs: RunInputs,
-        run: Run,
-        display: Display,
-        checkpoints: Checkpoints,
-        signals: StopSignals,
-        events: Events,
-    ):
-        self.config = inputs.config
-        self.run = run
-        self.display = display
-        self.checkpoints = checkpoints
-        self.signals = signals
-        self.events = events
+    run: Run
+    inputs: RunInputs
+    display: Display
+    checkpoints: Checkpoints
+    signals: StopSignals
+    events: Events
+
+    def __post_init__(self) -> None:
+        self.config = self.inputs.config
         self.optimizer = make_optimizer(self.config)
         self.programs = StepPrograms(self.config, self.optimizer)
-        self.evaluations = Evaluations(inputs)
+        self.evaluations = Evaluations(self.inputs)
         self.agreement = Agreement()
-        self.flops_share = 0.0  # of the devices' peak, for one token a second; measured by `run_to_end`
-        self.start = self.restore(inputs)
+        self.restore()
+        self.ledger = Ledger(self.run.recovery, self.config.recovery, self.step)
+
+    def restore(self) -> None:
+        """Restores the newest checkpoint, or makes a first state."""
+        self.state: State = {}  # frees its memory before the restore
+        self.start: StartingPoint = find_starting_point(self.inputs, self.run, self.checkpoints, self.optimizer)
+        self.inputs = self.start.inputs
         self.state = self.start.state
         self.step = int(self.state["step"])
-        self.positions = self.start.positions
-        self.ledger = Ledger(run.recovery, self.config.recovery, self.step)
-
-    def restore(self, inputs: RunInputs) -> StartingPoint:
-        """Restores the newest checkpoint, or makes a first state."""
-        start = find_starting_point(inputs, self.run, self.checkpoints, self.optimizer)
-        self.evaluations.use(start.inputs.held_out)
-        return start
+        self.positions: np.ndarray = self.start.positions
+        self.evaluations.use(self.inputs.held_out)
 
     def run_to_end(self) -> None:
         """Trains to the last step, with a rollback after each spike. Raises as `train` does, except for Anomaly."""
         peak, source = peak_flops(self.config.model.compute_dtype)
+        # The share of the devices' peak that one token a second is.
         self.flops_share = flops_per_token(self.config.model, self.config.data.segment_length) / peak
-        for line in opening_lines(self.start.inputs, self.step, source):
+        for line in opening_lines(self.inputs, self.step, source):
             self.display.say(line)
-        while anomaly := self.train_until_anomaly():
+        while True:
+            try:
+                self.train()
+                break
+            except Anomaly as error:
+                anomaly = error.with_traceback(None)  # it would keep the loader alive
             self.roll_back(anomaly)
         if self.ledger.skipped:
             self.display.say(f"batches skipped in all: {len(self.ledger.skipped)} (recovery.jsonl)")
-        if num_skipped := self.start.inputs.mixture.skipped:
+        if num_skipped := self.inputs.mixture.skipped:
             self.display.say(f"{num_skipped} documents could not be read and were skipped")
-
-    def train_until_anomaly(self) -> Anomaly | None:
-        """Trains to the last step and returns None, or returns the anomaly that ended training before."""
-        try:
-            self.train()
-        except Anomaly as anomaly:
-            # A new exception, since the traceback of this one would keep the loader alive.
-            return Anomaly(anomaly.step, anomaly.problem)
-        return None
 
     def roll_back(self, anomaly: Anomaly) -> None:
         """Restores the last save, to try the same rows again or to skip them. InputError if the budget is spent."""
         reset_watchdog(self.config)
         self.events.account.switch_to("checkpoint")
         self.events.account.discard_unsaved()
-        self.state = {}  # frees its memory before the restore
         self.checkpoints.wait()
-        self.start = self.restore(self.start.inputs)
-        self.state = self.start.state
-        self.step = int(self.state["step"])
-        self.positions = self.start.positions
+        self.restore()
         action = self.ledger.decide(anomaly, self.step)
         self.events.write("rollback", step=anomaly.step, to=self.step, problem=anomaly.problem, action=action)
         purpose = "to skip its rows" if action == SKIP else "to try its rows again"
@@ -205,33 +193,30 @@ class Training:
             Anomaly: a step has a spike; `state` and `positions` cannot be used any more.
         """
         config = self.config
-        mixture = self.start.inputs.mixture
+        mixture = self.inputs.mixture
+        begun_at = self.step
         last_step = config.train.num_steps
         detector = SpikeDetector(config.recovery, self.start.history)
         with ExitStack() as stack:
             loader = stack.enter_context(self.open_loader())
             step_log, position_log = self.open_logs(stack)
-            saver = Saver(
-                self.checkpoints, self.events, self.ledger, detector, self.start.inputs.identity, position_log
-            )
+            saver = Saver(self.checkpoints, self.events, self.ledger, detector, self.inputs.identity, position_log)
             saver.log_positions(self.step, self.positions.tolist())
             profiler = Profiler(self.run.profile, config.train.profile_steps, self.step)
             stack.callback(profiler.stop)
-            in_flight = InFlight(self.start.inputs, self.agreement, detector, self.step, self.flops_share)
+            in_flight = InFlight(self.inputs, self.agreement, detector, self.step, self.flops_share)
             self.signals.noted = True
             stop_asked = False
-            is_first = True
 
             while self.step < last_step and not stop_asked:
                 # ── Read the next batch ──
                 loaded, waited = self.next_batch(loader)
-                if is_first and corpus_has_ended(loaded.streams_left_in, mixture):
+                if self.step == begun_at and corpus_has_ended(loaded.streams_left_in, mixture):
                     break  # all remaining rows were skipped
-                is_first = False
                 self.step += 1
                 self.positions = loaded.positions
-                is_over = corpus_has_ended(loaded.streams_left_after, mixture)
-                last_step = self.step if is_over else last_step
+                if is_over := corpus_has_ended(loaded.streams_left_after, mixture):
+                    last_step = self.step
 
                 # ── Dispatch its step, without waiting for the devices ──
                 self.dispatch(loaded, waited, in_flight, profiler)
@@ -256,19 +241,13 @@ class Training:
 
     def open_loader(self) -> Loader:
         """Opens the batches from the current step on."""
-        config = self.config
-        inputs = self.start.inputs
+        train = self.config.train
+        sharding = batch_sharding(jax.sharding.get_mesh(), training_layout(self.config.mesh))
+        sizes = (batch_size(self.config, step) for step in itertools.count(self.step))
         return Loader(
-            inputs.mixture,
-            inputs.tokenizer,
-            config.data,
-            config.train.seed,
-            (batch_size(config, step) for step in itertools.count(self.step)),
-            batch_sharding(jax.sharding.get_mesh(), training_layout(config.mesh)),
-            self.positions,
-            self.step,
-            self.ledger.skips,
-        )
+            self.inputs.mixture, self.inputs.tokenizer, self.config.data, train.seed, sizes, sharding,
+            self.positions, self.step, self.ledger.skips,
+        )  # fmt: skip
 
     def open_logs(self, stack: ExitStack) -> tuple[StepLog | None, StepLog | None]:
         """Opens metrics.jsonl and positions.jsonl on process 0, to be closed by the stack."""
@@ -288,35 +267,33 @@ class Training:
         self.events.account.switch_to("data")
         loaded = next(loader)
         self.events.account.switch_to("steps")
-        self.report_skipped(loaded, self.step + 1)
+        if batches := self.ledger.skips.get(self.step, 0):
+            rows = itertools.chain.from_iterable(all_gather_json(loaded.skipped))
+            # Processes that share a row each report it.
+            unique = [row for row, _ in itertools.groupby(sorted(rows, key=lambda row: (row["batch"], row["row"])))]
+            self.events.write("skip", step=self.step + 1, batches=batches, rows=unique)
+            self.display.say(f"step {self.step + 1}: {len(unique)} rows were skipped before it")
         return loaded, time.perf_counter() - begun
 
     def dispatch(self, loaded: LoadedBatch, waited: float, in_flight: InFlight, profiler: Profiler) -> None:
         """Gives the step to the devices, after its program was compiled."""
-        begun = time.perf_counter() - waited
         if not self.programs.has(self.step):
             # No step is in flight now, so this does not count as the time of any.
             self.events.account.switch_to("compile")
             self.programs.compiled(self.step, self.state, loaded.batch)
             self.events.account.switch_to("steps")
             in_flight.rate.start()
-            begun = time.perf_counter() - waited
+        begun = time.perf_counter()
         if self.step == profiler.first:
             profiler.start(self.programs.compiled(self.step, self.state, loaded.batch), self.state)
         with jax.profiler.StepTraceAnnotation("train", step_num=self.step):
             self.state, metrics = self.programs(self.step, self.state, loaded.batch)
-        in_flight.add(self.step, metrics, [self.signals.asked, waited, time.perf_counter() - begun])
+        in_flight.add(self.step, metrics, [self.signals.asked, waited, waited + time.perf_counter() - begun])
 
     def log_finished(
         self, in_flight: InFlight, pauses: bool, last_step: int, profiler: Profiler, step_log: StepLog | None
     ) -> bool:
-        """Shows and logs finished steps with the evaluations that are due. Returns True if a stop was asked.
-
-        Args:
-            pauses: true to wait for all of them, because something other than a step comes next.
-            profiler: its trace ends with its last step.
-            step_log: metrics.jsonl, on process 0 alone.
-        """
+        """Logs the finished steps, all of them before a pause, and evaluates if it is due. True if a stop was asked."""
         evaluates = self.evaluations.are_due(self.step, last_step)
         stop_asked = False
         while len(in_flight) > (0 if pauses or evaluates or stop_asked else 1):
@@ -338,17 +315,3 @@ class Training:
             if step_log:
                 step_log.write(record)
         return stop_asked
-
-    def report_skipped(self, loaded: LoadedBatch, step: int) -> None:
-        """Writes an event with the rows that were skipped before a step, and their documents."""
-        batches = self.ledger.skips.get(step - 1, 0)
-        if not batches:
-            return
-        rows = sorted(
-            (row for rows_of_process in all_gather_json(loaded.skipped) for row in rows_of_process),
-            key=lambda row: (row["batch"], row["row"]),
-        )
-        # Processes that share a row each report it.
-        rows = [row for row, _ in itertools.groupby(rows)]
-        self.events.write("skip", step=step, batches=batches, rows=rows)
-        self.display.say(f"step {step}: {len(rows)} rows were skipped before it")

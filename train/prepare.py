@@ -20,8 +20,8 @@ from train.config.config import Config
 from train.data_identity import ACCEPT, ANOTHER_RUN, RunInputs, check_same_everywhere, identity_of, log
 from train.devices.collectives import on_first_process
 from train.evaluation.documents import choose_held_out, take_bytes
-from train.evaluation.tasks import open_run_tasks
-from train.fork import check_fork, check_not_own_parent, parent_of
+from train.evaluation.tasks import open_tasks
+from train.fork import check_fork, parent_of
 from train.run.folder import HeldOutDocument, Run
 from train.run.lease import Lease
 from train.run.ledger import inherited_entries, read_ledger, write_ledger
@@ -31,15 +31,13 @@ from train.run.trackers import missing_packages
 
 
 def prepare_run(config: Config, run: Run, lease: Lease) -> RunInputs:
-    """Makes or finds everything in the run's folder that the first step needs. All processes call it together.
+    """Takes the lease, and makes or finds everything that the first step needs. All processes call it together.
 
-    It takes the lease before it writes anything.
-
-    Raises:
-        InputError: the folder is not a run's, or config, corpus or tokenizer do not fit it or each other.
+    Raises InputError if the folder is not a run's, or config, corpus or tokenizer do not fit it or each other.
     """
     check_folder(config, run)
-    tasks = open_run_tasks(config.evaluation)
+    asked = config.evaluation
+    tasks = open_tasks(asked.tasks, asked.task_dir, asked.task_limit) if asked.tasks is not None else None
     mixture = open_run_mixture(config, run)
     # A run exists from its first checkpoint on. Whatever a start without one has left is made again.
     is_new = run.last_step() is None
@@ -74,10 +72,21 @@ def check_folder(config: Config, run: Run) -> None:
         raise InputError(f"train.run_dir = {run.folder}: {problem}; name another folder")
     if missing := missing_packages(config):
         raise InputError("\n".join(missing))
-    check_not_own_parent(config, run)
+    parent = folder_of_parent(config)
+    if parent and parent.folder.resolve() == run.folder.resolve():
+        raise InputError(
+            f"train.run_dir = {run.folder} is the run that train.init_from = {config.train.init_from} starts from; "
+            "name a new folder with --config.train.run_dir=FOLDER"
+        )
     last_step = run.last_step()
     if is_claimed(run):
-        check_moved_checkpoints(run, last_step)
+        before, _ = Run.load(run.folder)
+        if before.checkpoints != run.checkpoints and (newest := before.last_step() or 0) > (last_step or 0):
+            raise InputError(
+                f"checkpoint.dir: {run.folder} has saved its step {newest} in {before.checkpoints}, and "
+                f"{run.checkpoints} has {f'step {last_step}' if last_step else 'nothing'}; move the checkpoints there, "
+                "or give the old place"
+            )
     on_first_process(lambda: check_writable(run.checkpoints))
     if last_step is None:
         return
@@ -105,11 +114,7 @@ def check_folder(config: Config, run: Run) -> None:
 
 
 def is_claimed(run: Run) -> bool:
-    """Returns True if the folder is a run's, even one that was killed as it began.
-
-    Raises:
-        InputError: the folder holds something else.
-    """
+    """True if the folder is a run's, even one that was killed as it began. InputError if it holds something else."""
     if run.config_file.exists():
         run.load_config()
         return True
@@ -136,16 +141,6 @@ def check_not_imported(run: Run) -> None:
         )
 
 
-def check_moved_checkpoints(run: Run, last_step: int | None) -> None:
-    """Raises InputError if the newest checkpoint is in an earlier `checkpoint.dir` and not in this one."""
-    before, _ = Run.load(run.folder)
-    if before.checkpoints != run.checkpoints and (newest := before.last_step() or 0) > (last_step or 0):
-        raise InputError(
-            f"checkpoint.dir: {run.folder} has saved its step {newest} in {before.checkpoints}, and {run.checkpoints} "
-            f"has {f'step {last_step}' if last_step else 'nothing'}; move the checkpoints there, or give the old place"
-        )
-
-
 def claim(config: Config, run: Run) -> None:
     """Makes the folder this run's, and removes what an earlier start without a checkpoint has left."""
     run.save_config(config)
@@ -160,15 +155,15 @@ def claim(config: Config, run: Run) -> None:
 def open_run_mixture(config: Config, run: Run) -> Mixture:
     """Opens the corpora of the config; the default corpus is copied to the run's folder on first use."""
 
-    def stdlib() -> str:
-        def make() -> None:
-            parent = folder_of_parent(config)
-            if parent and parent.snapshot.exists():
-                with atomic_file(run.snapshot) as partial:
-                    partial.write_text(parent.snapshot.read_text())
-            else:
-                snapshot_stdlib(run.snapshot)
+    def make() -> None:
+        parent = folder_of_parent(config)
+        if parent and parent.snapshot.exists():
+            with atomic_file(run.snapshot) as partial:
+                partial.write_text(parent.snapshot.read_text())
+        else:
+            snapshot_stdlib(run.snapshot)
 
+    def stdlib() -> str:
         make_once(run.snapshot, make)
         return str(run.snapshot)
 
@@ -183,8 +178,7 @@ def folder_of_parent(config: Config) -> Run | None:
 def run_tokenizer(config: Config, run: Run, mixture: Mixture) -> Tokenizer:
     """Returns the run's tokenizer: its own, or a copy of its parent's or of `tokenizer.path`, or a new one.
 
-    Raises:
-        InputError: `tokenizer.path` has no tokenizer, or another one than the run began with.
+    Raises InputError if `tokenizer.path` has no tokenizer, or another one than the run began with.
     """
     path = Path(config.tokenizer.path).expanduser() if config.tokenizer.path else None
 

@@ -14,16 +14,7 @@ class Profiler:
     """Traces steps into a folder, and writes the optimized HLO of the step to train_step.txt there.
 
     Only process 0 traces: all run the same program, and traces of several processes in one folder would overwrite each
-    other.
-
-    Attributes:
-        first: number of the first traced step, or 0 without a trace.
-        last: number of the last traced step, or 0 without a trace.
-
-    Args:
-        folder: folder of the traces; each has a dated folder below `plugins/profile`.
-        steps: first and last step to trace, or None for no trace.
-        done: number of steps that are done, which are not traced.
+    other. The first and last traced steps, `first` and `last`, are 0 without a trace.
     """
 
     def __init__(self, folder: Path, steps: tuple[int, int] | None, done: int):

@@ -1,6 +1,7 @@
 """Saves of a run: checkpoints of its state, and the log of its positions in the data."""
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,60 +18,45 @@ from train.step.spike_detector import Anomaly, SpikeDetector
 from train.step.state import State
 
 
+@dataclass(frozen=True)
 class Saver:
     """Saves the state of one pass of training, from a restored step on.
 
-    Args:
-        detector: the spike detector, whose history is saved with the state.
-        identity: settings and fingerprints that the order of the data follows from.
-        position_log: positions.jsonl, on process 0 alone.
+    The history of the spike detector is saved with the state. Process 0 alone has a log of positions.
     """
 
-    def __init__(
-        self,
-        checkpoints: Checkpoints,
-        events: Events,
-        ledger: Ledger,
-        detector: SpikeDetector,
-        identity: dict[str, Any],
-        position_log: StepLog | None,
-    ):
-        self._checkpoints = checkpoints
-        self._events = events
-        self._ledger = ledger
-        self._detector = detector
-        self._identity = identity
-        self._position_log = position_log
+    checkpoints: Checkpoints
+    events: Events
+    ledger: Ledger
+    detector: SpikeDetector
+    identity: dict[str, Any]
+    position_log: StepLog | None
 
     def save(self, step: int, state: State, positions: np.ndarray, is_over: bool) -> None:
-        """Saves a checkpoint; all processes call it together.
-
-        Args:
-            positions: positions of the streams that this process reads (see `gather_positions`).
-            is_over: true if the data has been read to its end.
+        """Saves a checkpoint, with this process's positions in the data; all processes call it together.
 
         Raises:
             Anomaly: the state is not finite.
             Fault: replicas of the state differ.
         """
-        self._events.account.switch_to("checkpoint")
+        self.events.account.switch_to("checkpoint")
         begun = time.perf_counter()
         if not all(all_gather_json(bool(is_finite(state)))):
             raise Anomaly(step, "its weights or optimizer state are not finite")
         check_replicas(state)
         all_positions = gather_positions(positions).tolist()
         self.log_positions(step, all_positions)
-        history = [list(pair) for pair in self._detector.history]
-        progress = {"positions": all_positions, "identity": self._identity, "is_over": is_over, "history": history}
-        self._checkpoints.save(state, progress)
+        history = [list(pair) for pair in self.detector.history]
+        progress = {"positions": all_positions, "identity": self.identity, "is_over": is_over, "history": history}
+        self.checkpoints.save(state, progress)
         stall = round(time.perf_counter() - begun, 3)
-        self._events.account.mark_saved()
-        self._ledger.mark_saved()
-        self._events.write("save", step=step, stall_seconds=stall)
-        self._events.account.switch_to("steps")
+        self.events.account.mark_saved()
+        self.ledger.mark_saved()
+        self.events.write("save", step=step, stall_seconds=stall)
+        self.events.account.switch_to("steps")
 
     def log_positions(self, step: int, positions: list[Any]) -> None:
         """Writes the positions of all streams after a step to positions.jsonl."""
-        if self._position_log:
-            data = data_fingerprint(self._identity)
-            self._position_log.write({"step": step, "data": data, "positions": positions})
+        if self.position_log:
+            record = {"step": step, "data": data_fingerprint(self.identity), "positions": positions}
+            self.position_log.write(record)

@@ -1,6 +1,7 @@
 """The starting point of training: the run's newest checkpoint, a checkpoint of another run, or new weights."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,69 +11,52 @@ import optax
 
 from data.mixture import initial_positions
 from train.checkpoint.checkpoint import Checkpoints
-from train.data_identity import RunInputs, continue_data
-from train.fork import fork_fields, parent_of
+from train.data_identity import ANOTHER_RUN, RunInputs, continue_data
+from train.fork import Parent, parent_of
 from train.run.folder import Run
 from train.step.state import State, abstract_state, make_state
 
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """A state to train from, and its place in the data.
+    """A state to train from, on the ambient mesh, and its place in the data."""
 
-    Attributes:
-        inputs: the run's inputs; with new held-out documents if the data has changed.
-        state: the state of training, on the ambient mesh.
-        positions: positions of all streams (see `data.mixture.initial_positions`).
-        is_over: true if the data has been read to its end.
-        history: (loss, number of tokens) of the last steps, for the spike detector.
-        fields: fields of the `start` event.
-    """
-
-    inputs: RunInputs
+    inputs: RunInputs  # with new held-out documents if the data has changed
     state: State
-    positions: np.ndarray
-    is_over: bool = False
-    history: list[list[float]] = field(default_factory=list)
-    fields: dict[str, Any] = field(default_factory=dict)
+    positions: np.ndarray  # of all streams (see `data.mixture.initial_positions`)
+    is_over: bool = False  # true if the data has been read to its end
+    history: list[list[float]] = field(default_factory=list)  # (loss, number of tokens) of the last steps
+    fields: dict[str, Any] = field(default_factory=dict)  # of the `start` event
 
 
 def find_starting_point(
     inputs: RunInputs, run: Run, checkpoints: Checkpoints, optimizer: optax.GradientTransformation
 ) -> StartingPoint:
-    """Restores or makes the state to train from. All processes call it together.
-
-    Raises:
-        InputError: all checkpoints are damaged, or the data is not what was trained on (see `continue_data`).
-    """
+    """Restores or makes the state to train from, on all processes. InputError as `restore` and `continue_data`."""
     config = inputs.config
     if restored := checkpoints.restore(abstract_state(config, optimizer)):
-        state, progress = restored
-        inputs, positions = continue_data(progress, inputs, run.folder)
-        return _at_checkpoint(inputs, state, positions, progress, {})
+        return _at_checkpoint(inputs, *restored, run.folder)
     if config.train.init_from:
-        return _fork(inputs, optimizer)
-    return StartingPoint(inputs, make_state(config, optimizer), _first_positions(inputs))
-
-
-def _first_positions(inputs: RunInputs) -> np.ndarray:
-    return initial_positions(inputs.mixture, inputs.config.data.num_streams)
+        parent = parent_of(config)
+        origin = {"run": str(parent.run.folder.resolve()), "step": parent.step, "with": config.train.init_with}
+        return replace(_fork(inputs, parent, optimizer), fields={"fork": origin})
+    positions = initial_positions(inputs.mixture, config.data.num_streams)
+    return StartingPoint(inputs, make_state(config, optimizer), positions)
 
 
 def _at_checkpoint(
-    inputs: RunInputs, state: State, positions: np.ndarray, progress: dict[str, Any], fields: dict[str, Any]
+    inputs: RunInputs, state: State, progress: dict[str, Any], folder: Path, instead: str = ANOTHER_RUN
 ) -> StartingPoint:
+    now, positions = continue_data(progress, inputs, folder, instead)
     if progress["identity"] != inputs.identity:
         # The data has changed: there is more to read, and the losses before do not apply.
-        return StartingPoint(inputs, state, positions, fields=fields)
-    return StartingPoint(inputs, state, positions, progress["is_over"], progress.get("history", []), fields)
+        return StartingPoint(now, state, positions)
+    return StartingPoint(now, state, positions, progress["is_over"], progress.get("history", []))
 
 
-def _fork(inputs: RunInputs, optimizer: optax.GradientTransformation) -> StartingPoint:
+def _fork(inputs: RunInputs, parent: Parent, optimizer: optax.GradientTransformation) -> StartingPoint:
     """Starts from a checkpoint of another run (see `train.fork`)."""
     config = inputs.config
-    parent = parent_of(config)
-    fields = fork_fields(config)
     abstract = abstract_state(config, optimizer)
     checkpoints = Checkpoints(parent.run.checkpoints)
     try:
@@ -82,12 +66,11 @@ def _fork(inputs: RunInputs, optimizer: optax.GradientTransformation) -> Startin
             state["weights"] = checkpoints.restore_weights(abstract["weights"], parent.step)[1]
             if "average" in state:
                 state["average"] = jax.tree.map(jnp.copy, state["weights"])
-            return StartingPoint(inputs, state, _first_positions(inputs), fields=fields)
-        state, progress = checkpoints.restore_step(parent.step, abstract)
+        else:
+            state, progress = checkpoints.restore_step(parent.step, abstract)
     finally:
         checkpoints.close()
-    if config.train.init_with == "optimizer":
-        return StartingPoint(inputs, state, _first_positions(inputs), fields=fields)
-    remedy = "read it from its beginning with train.init_with=optimizer"
-    inputs, positions = continue_data(progress, inputs, parent.run.folder, remedy)
-    return _at_checkpoint(inputs, state, positions, progress, fields)
+    if config.train.init_with == "all":
+        remedy = "read it from its beginning with train.init_with=optimizer"
+        return _at_checkpoint(inputs, state, progress, parent.run.folder, remedy)
+    return StartingPoint(inputs, state, initial_positions(inputs.mixture, config.data.num_streams))

@@ -10,7 +10,6 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
-from types import TracebackType
 
 from train.config.config import Config
 
@@ -19,11 +18,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(Exception):
-    """Raised when the run ends before its last step because it was asked to; its state is saved.
-
-    Attributes:
-        step: number of the last step that is done.
-    """
+    """Raised when the run ends after `step` because it was asked to; its state is saved."""
 
     def __init__(self, step: int):
         super().__init__(f"stopped after step {step}")
@@ -34,18 +29,11 @@ class StopSignals:
     """Context manager for SIGTERM and SIGINT: the first is noted, the second ends the process at once.
 
     A thread of its own receives them, so that they count while the main thread waits for devices or other processes.
-
-    Attributes:
-        asked: true once a signal has come.
-        noted: true if the first signal is only noted; before training starts there is nothing to save, so it ends
-            the process at once.
-
-    Args:
-        say: prints a line to the user.
     """
 
     def __init__(self, say: Callable[[str], None] = lambda _: None):
-        self.asked = False
+        self.asked = False  # true once a signal has come
+        # False before training starts: there is nothing to save, so the first signal ends the process at once.
         self.noted = False
         self._say = say
 
@@ -58,7 +46,7 @@ class StopSignals:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._before.items():
             signal.signal(number, handler)

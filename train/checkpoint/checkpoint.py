@@ -39,21 +39,16 @@ from train.step.state import State
 log = logging.getLogger("ziggurat")
 # What the libraries raise if a file of a checkpoint is damaged.
 DAMAGE_ERRORS = (ValueError, KeyError, TypeError, AttributeError, OSError)
-ARRAY_ITEMS = ("weights", "optimizer", "average")
-# Items that are also read layer by layer, outside training.
-READ_BY_LAYER = ("weights", "average")
 # A layer with at least this many bytes on a device is stored as a chunk of its own.
 LAYER_CHUNK_BYTES = 2**18
 
 
 def save_arguments(item: str, tree: Any) -> Any:
-    """Returns how Orbax stores the arrays of an item: a layer of large weights of the blocks is a chunk of its own.
-
-    A single layer can then be read alone. Of all other arrays a chunk is what one device holds.
-    """
+    """Returns how Orbax stores an item: one layer of a block's large weights is a chunk, to be read alone."""
 
     def arguments(path: tuple[Any, ...], array: jax.Array) -> ocp.SaveArgs:
-        stacked = item in READ_BY_LAYER and path[0].key == "blocks"
+        # Weights and their average are also read layer by layer, outside training.
+        stacked = item != "optimizer" and path[0].key == "blocks"
         layer = array.sharding.shard_shape(array.shape)[1:] if stacked else ()
         return ocp.SaveArgs(shard_axes=(0,) if math.prod(layer) * array.dtype.itemsize >= LAYER_CHUNK_BYTES else ())
 
@@ -61,12 +56,7 @@ def save_arguments(item: str, tree: Any) -> Any:
 
 
 class Checkpoints:
-    """The checkpoints of one run. Every process calls every method at the same step.
-
-    Args:
-        folder: a local folder, or one in a bucket.
-        config: which checkpoints are kept; if None, they are only read, and nothing in the folder changes.
-    """
+    """The checkpoints of one run, only read without a config. Every process calls every method at the same step."""
 
     def __init__(self, folder: PathLike, config: CheckpointConfig | None = None):
         policy = None
@@ -74,15 +64,15 @@ class Checkpoints:
             policy = AnyPreservationPolicy([LatestN(config.keep)])
             if config.keep_every_steps:
                 policy.policies.append(EveryNSteps(config.keep_every_steps))
+        writes = config is not None
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy,
-            create=config is not None,
-            cleanup_tmp_directories=config is not None,
-            enable_async_checkpointing=config is not None,
+            preservation_policy=policy, create=writes, cleanup_tmp_directories=writes, enable_async_checkpointing=writes
         )
         # Compression would make float32 a twelfth smaller, and a save over half as long again.
-        arrays = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in ARRAY_ITEMS}
-        items = {**arrays, "progress": ocp.JsonCheckpointHandler()}
+        items = {
+            name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in ("weights", "optimizer", "average")
+        }
+        items |= {"progress": ocp.JsonCheckpointHandler()}
         self.folder = epath.Path(folder)
         self._newest = 0
         place = self.folder if is_remote(folder) else self.folder.absolute()
@@ -93,25 +83,21 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Returns the steps of the complete checkpoints, oldest first, as process 0 sees them."""
-        steps: list[int] = broadcast_json(lambda: sorted(self._manager.all_steps()))
-        return steps
+        return list(broadcast_json(lambda: sorted(self._manager.all_steps())))
 
     def save(self, state: State, progress: Mapping[str, Any]) -> None:
-        """Saves the state under its step.
+        """Saves the state under its step. Raises StorageError if this checkpoint or the one before cannot be written.
 
         When this returns, the state may change: a copy is written while the next steps run. Until that is complete, the
-        checkpoint is invisible. A save waits for the one before it, and raises its error.
-
-        Raises:
-            StorageError: this checkpoint or the one before it cannot be written.
+        checkpoint is invisible.
         """
         step = int(state["step"])
         items = {name: to_plain_tree(tree) for name, tree in state.items() if name != "step"}
         sums = {name: jax.tree.map(int, checksums(tree)) for name, tree in items.items()}
         arrays = {name: ocp.args.PyTreeSave(tree, save_args=save_arguments(name, tree)) for name, tree in items.items()}
-        saved_progress = {**progress, "checksums": sums}
-        saved_progress[DIGEST_KEY] = progress_digest(saved_progress)
-        arguments = ocp.args.Composite(**arrays, progress=ocp.args.JsonSave(saved_progress))
+        progress = {**progress, "checksums": sums}
+        progress[DIGEST_KEY] = progress_digest(progress)
+        arguments = ocp.args.Composite(**arrays, progress=ocp.args.JsonSave(progress))
         self.wait()
         self._newest = step
         with self._writing():
@@ -130,31 +116,23 @@ class Checkpoints:
         """Returns the newest undamaged checkpoint as (state, progress), or None if there is no checkpoint.
 
         Newer checkpoints, which are damaged, are renamed: the run will save those steps again. If the checkpoint has no
-        average and one is wanted, the average starts from its weights; one that is not wanted is not read.
-
-        Args:
-            abstract: shapes, dtypes and shardings of the state to fill.
-
-        Raises:
-            InputError: there are checkpoints, and all are damaged.
+        average and one is wanted, the average starts from its weights; one that is not wanted is not read. Raises
+        InputError if there are checkpoints, and all are damaged.
         """
-        for step in reversed(self.steps()):
+        steps = self.steps()
+        for step in reversed(steps):
             if restored := self._state(step, abstract):
-                self._set_aside([newer for newer in self.steps() if newer > step])
+                self._set_aside([newer for newer in steps if newer > step])
                 return restored
-        if self.steps():
+        if steps:
             raise InputError(
                 f"all checkpoints in {self.folder} are damaged; restore them from a copy, or start a new run"
             )
         return None
 
     def restore_step(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
-        """Returns the checkpoint of one step, like `restore`.
-
-        Raises:
-            InputError: there is no such checkpoint, or it is damaged.
-        """
-        self._check_step(step)
+        """Returns the checkpoint of one step, like `restore`. InputError if it is damaged, or there is none."""
+        self._candidates(self.steps(), step)
         if restored := self._state(step, abstract):
             return restored
         raise InputError(f"the checkpoint of step {step} in {self.folder} is damaged; there are {self.steps()}")
@@ -162,12 +140,9 @@ class Checkpoints:
     def restore_weights(self, abstract: Any, step: int | None = None) -> tuple[int, Any]:
         """Returns (step, weights) of one checkpoint, by default the newest undamaged one; its average if it has one.
 
-        Raises:
-            InputError: there is no such checkpoint, or it is damaged.
+        Raises InputError if there is no such checkpoint, or it is damaged.
         """
-        if step is not None:
-            self._check_step(step)
-        for candidate in [step] if step is not None else reversed(self.steps()):
+        for candidate in self._candidates(self.steps(), step):
             if items := self._read(candidate, lambda averaged: {"average" if averaged else "weights": abstract}):
                 return candidate, next(iter(items[0].values()))
         raise InputError(f"{self.folder} holds no checkpoint that can be read")
@@ -177,13 +152,9 @@ class Checkpoints:
     ) -> tuple[int, CheckpointReader]:
         """Returns (step, weights) as `restore_weights` does, to be read layer by layer. One process alone may call it.
 
-        Raises:
-            InputError: there is no such checkpoint, or its progress is damaged.
+        Raises InputError if there is no such checkpoint, or its progress is damaged.
         """
-        steps = sorted(self._manager.all_steps())
-        if step is not None and step not in steps:
-            raise InputError(f"{self.folder} has no checkpoint of step {step}; there are {steps}")
-        for candidate in [step] if step is not None else reversed(steps):
+        for candidate in self._candidates(sorted(self._manager.all_steps()), step):
             place = self.folder / str(candidate)
             try:
                 progress = json.loads((place / "progress" / "metadata").read_text())
@@ -194,9 +165,13 @@ class Checkpoints:
                 log.warning("the checkpoint of step %d is damaged (%s); it is not used", candidate, error)
         raise InputError(f"{self.folder} holds no checkpoint that can be read")
 
-    def _check_step(self, step: int) -> None:
-        if step not in self.steps():
-            raise InputError(f"{self.folder} has no checkpoint of step {step}; there are {self.steps()}")
+    def _candidates(self, steps: list[int], step: int | None) -> list[int]:
+        """Returns the steps to try: the given one, or all, newest first. InputError if the given one does not exist."""
+        if step is None:
+            return steps[::-1]
+        if step not in steps:
+            raise InputError(f"{self.folder} has no checkpoint of step {step}; there are {steps}")
+        return [step]
 
     def _state(self, step: int, abstract: State) -> tuple[State, dict[str, Any]] | None:
         """Returns (state, progress) of one checkpoint, or None, with a warning, if it is damaged."""

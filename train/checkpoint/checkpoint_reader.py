@@ -18,13 +18,7 @@ CACHE_BYTES = 2**28
 
 
 class CheckpointReader:
-    """A `ParameterReader` of one checkpoint's weights, which checks the checksum of each array that has been read.
-
-    Args:
-        place: the folder of the checkpoint's item.
-        sums: the checksums of its arrays by name.
-        parameters: the table of the model's parameters.
-    """
+    """A `ParameterReader` of a checkpoint's item, which checks the checksum of each array that has been read."""
 
     def __init__(self, place: epath.Path, sums: Mapping[str, int], parameters: Mapping[str, Parameter]):
         self.place = place
@@ -38,11 +32,7 @@ class CheckpointReader:
         self._arrays: dict[str, Any] = {}
 
     def __call__(self, name: str, layer: int | None) -> np.ndarray:
-        """Returns one parameter, or a single layer.
-
-        Raises:
-            InputError: it cannot be read; or the array has now been read to its end, and its checksum differs.
-        """
+        """Returns one parameter, or a layer. InputError if it is unreadable, or its checksum differs at its end."""
         try:
             stored = self._open(name)
             array: np.ndarray = np.asarray((stored if layer is None else stored[layer]).read().result())
@@ -59,16 +49,13 @@ class CheckpointReader:
         if name not in self._arrays:
             place = os.fspath(self.place)
             base = place if is_remote(place) else {"driver": "file", "path": f"{os.path.abspath(place)}/"}
-            store = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
-            spec = {"driver": "zarr", "kvstore": store}
+            spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
             array = tensorstore.open(spec, read=True).result()
             chunk: Any = array.chunk_layout.read_chunk.shape
             if "layers" in self.parameters[name].axes and chunk[0] > 1:
                 array = tensorstore.open(spec, context=self._cache, read=True).result()
-            if tuple(array.shape) != self.parameters[name].shape:
-                raise ValueError(
-                    f"it has the shape {tuple(array.shape)}; by the config it is {self.parameters[name].shape}"
-                )
+            if (shape := tuple(array.shape)) != (expected := self.parameters[name].shape):
+                raise ValueError(f"it has the shape {shape}; by the config it is {expected}")
             self._arrays[name] = array
         return self._arrays[name]
 

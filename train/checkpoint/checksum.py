@@ -31,23 +31,17 @@ def checksums(tree: Any) -> Any:
     def checksum(x: jax.Array) -> jax.Array:
         words = {4: jnp.uint32, 2: jnp.uint16, 1: jnp.uint8}[x.dtype.itemsize]
         bits = jax.lax.bitcast_convert_type(x, words).astype(jnp.uint32)
-        total = jnp.zeros((), jnp.uint32)
         place = jnp.uint32(1)
         for axis, size in enumerate(x.shape):
             index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
             place = (place * jnp.uint32(size) + index) if axis else index
-        return total + jnp.sum(bits * ((2 * place + 1) * jnp.uint32(ODD_FACTOR)), dtype=jnp.uint32)
+        return jnp.sum(bits * ((2 * place + 1) * jnp.uint32(ODD_FACTOR)), dtype=jnp.uint32)
 
     return jax.tree.map(checksum, tree)
 
 
 def partial_checksum(part: np.ndarray, start: int) -> int:
-    """Returns what consecutive elements add to the checksum of their array; the sum of all parts modulo 2³² is it.
-
-    Args:
-        part: the elements, in C order.
-        start: the index in the array of the first element.
-    """
+    """Returns the summand, modulo 2³², of consecutive elements of an array, in C order from the index `start` on."""
     words = np.ascontiguousarray(part).reshape(-1).view({4: np.uint32, 2: np.uint16, 1: np.uint8}[part.dtype.itemsize])
     places = np.arange(min(WORDS_PER_BLOCK, words.size), dtype=np.uint32)
     total = 0

@@ -24,11 +24,7 @@ from train.step.state import State
 
 
 def check_replicas(state: State) -> None:
-    """Compares the checksums of all copies of each shard of each array. All processes call it together.
-
-    Raises:
-        Fault: copies differ; the message names the array and the devices.
-    """
+    """Raises Fault if copies of a shard differ, by their checksums. All processes call it together."""
     arrays = {name: x for name, x in flattened(to_plain_tree(state)).items() if _axes_of_copies(x)}
     if not arrays:
         return
@@ -68,11 +64,9 @@ def _axes_of_copies(x: jax.Array) -> list[str]:
 
 def _outliers(sums: np.ndarray, devices: np.ndarray) -> list[Any]:
     """Returns the devices whose checksum is not the most frequent one; both, if there are two that differ."""
-    counts = Counter(sums.tolist()).most_common()
-    if len(counts) == 1:
-        return []
-    agreed = counts[0][0] if counts[0][1] > counts[1][1] else None
-    return [device for device, checksum in zip(devices, sums.tolist(), strict=True) if checksum != agreed]
+    (agreed, count), *others = Counter(sums.tolist()).most_common()
+    tied = bool(others) and others[0][1] == count
+    return [device for device, checksum in zip(devices, sums.tolist(), strict=True) if tied or checksum != agreed]
 
 
 @functools.cache
@@ -80,8 +74,7 @@ def _device_checksums(mesh: Mesh, specs: tuple[Hashable, ...]) -> Any:
     """Returns the compiled function from arrays with these specs to uint32 [arrays, *mesh], checksums of shards."""
 
     def of_device(parts: tuple[jax.Array, ...]) -> jax.Array:
-        sums = jnp.stack([checksums(part) for part in parts])
-        return sums.reshape(-1, *(1,) * len(mesh.axis_names))
+        return jnp.stack(checksums(parts)).reshape(-1, *(1,) * len(mesh.axis_names))
 
     everywhere = PartitionSpec(None, *mesh.axis_names)
     return jax.jit(jax.shard_map(of_device, mesh=mesh, in_specs=(specs,), out_specs=everywhere, check_vma=False))

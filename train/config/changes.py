@@ -5,8 +5,6 @@ from typing import Any, NamedTuple
 
 from train.config.config import Config, config_fields
 
-TITLES = ("field", "before", "now")
-
 
 class Change(NamedTuple):
     """A changed field ("group.field"), with its value before and its value now."""
@@ -29,7 +27,10 @@ def changes_of(saved: Config, requested: Config) -> dict[str, list[Change]]:
 
 def table(changes: Sequence[Change]) -> str:
     """Formats changes as aligned columns under their titles, with a margin of two spaces."""
-    rows = [TITLES, *((change.field, _shown(change.before), _shown(change.now)) for change in changes)]
+    rows = [
+        ("field", "before", "now"),
+        *((change.field, _shown(change.before), _shown(change.now)) for change in changes),
+    ]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return "\n".join(f"  {field:{widths[0]}}  {before:{widths[1]}}  {now}" for field, before, now in rows)
 

@@ -36,20 +36,19 @@ class CheckpointConfig:
         """Returns one line for everything that is wrong with these values, naming the field."""
         problems = problems_of("checkpoint", self)
         every = self.every_steps
-        kept = self.keep_every_steps
-        if kept is not None and every > 0 and kept > 0 and kept % every:
+        if (kept := self.keep_every_steps) and min(every, kept) > 0 and kept % every:
             problems.append(
                 f"checkpoint.keep_every_steps = {kept} is not a multiple of checkpoint.every_steps = {every}, so "
                 f"little would stay; give {-(-kept // every) * every}"
             )
-        place = "folder" if self.dir is None else protocol(self.dir) or "folder"
+        kind = protocol(self.dir or "")
         if self.dir == "":
             problems.append("checkpoint.dir is empty; name a folder, or leave it at none")
-        elif place == "s3":
+        elif kind == "s3":
             problems.append(
                 f"checkpoint.dir = {self.dir}: Orbax cannot write checkpoints to s3:// (it puts the arrays elsewhere, "
                 "without an error); give a folder, one where the bucket is mounted, or gs://bucket/path"
             )
-        elif place not in ("folder", "gs"):
+        elif kind not in ("", "gs"):
             problems.append(f"checkpoint.dir = {self.dir}: checkpoints are written to a folder or to gs://bucket/path")
         return problems

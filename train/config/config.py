@@ -61,11 +61,6 @@ def config_fields() -> Iterator[tuple[str, str, dataclasses.Field]]:
             yield group.name, setting.name, setting
 
 
-def to_dict(config: Config) -> dict[str, dict[str, Any]]:
-    """Returns plain values by group and field, as a run saves them in config.json and `make_config` takes them."""
-    return dataclasses.asdict(config)
-
-
 def to_json(config: Config) -> str:
-    """Returns the text of config.json."""
-    return json.dumps(to_dict(config), indent=2) + "\n"
+    """Returns the text of config.json: the values by group and field, as `make_config` takes them."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"

@@ -1,5 +1,6 @@
 """Settings of the optimizer and of its schedule."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from settings import problems_of, setting, unused_problems
@@ -17,7 +18,6 @@ UNUSED_BY_SCHEDULE = {
     "wsd": (),
     "inverse_sqrt": ("decay_fraction", "final_fraction"),
 }
-DECAYS = ("beta1", "beta2", "muon_momentum")
 
 
 @dataclass(frozen=True)
@@ -76,18 +76,18 @@ class OptimizerConfig:
                 f"optimizer.warmup_steps = {warmup} leave none of train.num_steps = {num_steps} at the peak; lower them"
             )
         if self.moment_dtype == "bfloat16":
-            problems += self._bfloat16_problems(num_steps, [name for name in DECAYS if name not in unused])
+            problems += self._bfloat16_problems(num_steps, unused)
         return problems
 
-    def _bfloat16_problems(self, num_steps: int, decays: list[str]) -> list[str]:
+    def _bfloat16_problems(self, num_steps: int, unused: Mapping[str, str]) -> list[str]:
         # There are 2⁷ bfloat16 values between two powers of 2, so a change by less than 2⁻⁸ of a value can round away.
         most = 1 - 2**-8
         why = "moments in bfloat16 cannot fall by less than 1/256 of their size in a step"
         problems = [
             f"optimizer.{name} is {getattr(self, name):.6g}; {why}: give at most {most:.4f}, "
             "or optimizer.moment_dtype=float32"
-            for name in decays
-            if most < getattr(self, name) < 1
+            for name in ("beta1", "beta2", "muon_momentum")
+            if name not in unused and most < getattr(self, name) < 1
         ]
         if self.name == "adafactor" and num_steps > 0 and 1 - num_steps**-0.8 > most:
             problems.append(

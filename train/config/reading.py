@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from data.errors import InputError
-from train.config.checks import config_problems
 from train.config.config import Config, config_fields
 
 
@@ -26,14 +25,15 @@ def make_config(values: Mapping[str, Any], overrides: Mapping[str, str] | None =
     """
     problems: list[str] = []
     known = {f"{group}.{name}": field for group, name, field in config_fields()}
-    chosen: dict[str, Any] = {}
-
+    kinds: dict[str, Any] = {group.name: group.type for group in dataclasses.fields(Config)}
+    chosen: dict[str, dict[str, Any]] = {group: {} for group in kinds}
     from_preset: dict[str, Any] = {}
     for group, fields in values.items():
-        if group not in {f.name for f in dataclasses.fields(Config)}:
-            problems.append(f"{group}: there is no such group{nearest(group, [n.split('.')[0] for n in known])}")
+        if group not in chosen:
+            problems.append(f"{group}: there is no such group{nearest(group, list(chosen))}")
         elif not isinstance(fields, Mapping):
-            problems.append(f"{group} is {fields!r}; it must hold fields, as in {group}.{_first_field(known, group)}")
+            example = next(name for name in known if name.startswith(group + "."))
+            problems.append(f"{group} is {fields!r}; it must hold fields, as in {example}")
         else:
             from_preset |= {f"{group}.{name}": value for name, value in fields.items()}
     for source, parse in ((from_preset, check_value), (overrides or {}, parse_text)):
@@ -41,16 +41,45 @@ def make_config(values: Mapping[str, Any], overrides: Mapping[str, str] | None =
             if name not in known:
                 problems.append(f"{name}: there is no such field{nearest(name, list(known))}")
                 continue
+            group, field = name.split(".")
             try:
-                chosen[name] = parse(value, types_of(known[name]))
+                chosen[group][field] = parse(value, types_of(known[name]))
             except ValueError as error:
                 problems.append(f"{name} is {value!r}; it must be {error}")
 
-    config = _build(chosen)
+    config = Config(**{group: kind(**chosen[group]) for group, kind in kinds.items()})
     problems += config_problems(config)
     if problems:
         raise InputError("\n".join(problems))
     return config
+
+
+def config_problems(config: Config) -> list[str]:
+    """Returns one line for every value that is impossible alone or with others, naming fields and a remedy."""
+    c = config
+    groups = (c.model, c.data, c.tokenizer, c.mesh, c.train, c.checkpoint, c.recovery, c.evaluation)
+    problems = [problem for group in groups for problem in group.problems()]
+    problems += c.optimizer.problems(c.train.num_steps)
+    texts = {"train.run_dir": c.train.run_dir, "data.corpus": c.data.corpus, "evaluation.prompt": c.evaluation.prompt}
+    for name, value in texts.items():
+        try:
+            (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)).encode()
+        except UnicodeEncodeError:
+            problems.append(f"{name} is not valid UTF-8")
+    if c.model.max_positions and c.model.max_positions < c.data.segment_length:
+        problems.append(
+            f"model.max_positions = {c.model.max_positions} is less than data.segment_length = "
+            f"{c.data.segment_length}; raise it, or leave it at none"
+        )
+    first = "batch_size" if c.train.batch_ramp_start is None else "batch_ramp_start"
+    rows = getattr(c.train, first)
+    if c.num_streams >= 1 and rows % c.num_streams:
+        divisors = [d for d in range(1, max(rows, 1) + 1) if rows % d == 0]
+        nearest = min(divisors, key=lambda d: abs(d - c.num_streams))
+        problems.append(
+            f"data.num_streams = {c.num_streams} does not divide train.{first} = {rows}; nearest that does: {nearest}"
+        )
+    return problems
 
 
 def nearest(name: str, names: list[str]) -> str:
@@ -59,19 +88,6 @@ def nearest(name: str, names: list[str]) -> str:
     if not matches and "." in name:
         matches = [known for known in sorted(set(names)) if known.endswith("." + name.rsplit(".", 1)[1])]
     return f"; did you mean {matches[0]}?" if matches else ""
-
-
-def _first_field(known: Mapping[str, Any], group: str) -> str:
-    return next(name.split(".")[1] for name in known if name.startswith(group + "."))
-
-
-def _build(chosen: Mapping[str, Any]) -> Config:
-    """Builds the dataclasses with the chosen fields."""
-    groups = {}
-    for group in dataclasses.fields(Config):
-        own = {n.split(".")[1]: v for n, v in chosen.items() if n.split(".")[0] == group.name}
-        groups[group.name] = typing.cast(type, group.type)(**own)
-    return Config(**groups)
 
 
 PAIR = tuple[int, int]
@@ -86,11 +102,11 @@ def types_of(field: dataclasses.Field) -> tuple[type, ...]:
 
 def check_value(value: Any, kinds: tuple[type, ...]) -> Any:
     """Returns a Python value as one of these types, or raises ValueError with the types in words."""
-    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+    if float in kinds and type(value) is int:
         try:
             value = float(value)
         except OverflowError:
-            raise ValueError("a finite number") from None
+            value = math.inf
     if PAIR in kinds and isinstance(value, list | tuple) and [type(number) for number in value] == [int, int]:
         # JSON has no tuples.
         return tuple(value)
@@ -105,10 +121,6 @@ def parse_text(text: str, kinds: tuple[type, ...]) -> Any:
     """Parses the text of a flag as one of these types, or raises ValueError with the types in words."""
     if types.NoneType in kinds and text.lower() == "none":
         return None
-    if bool in kinds:
-        if text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        raise ValueError("true or false")
     if dict in kinds and text.startswith("{"):
         try:
             return json.loads(text)
@@ -116,35 +128,26 @@ def parse_text(text: str, kinds: tuple[type, ...]) -> Any:
             raise ValueError(f"JSON where it begins with {{: {error}") from None
     if str in kinds:
         return text
-    if PAIR in kinds:
-        inner = text[1:-1] if text.startswith("(") and text.endswith(")") else text
-        try:
+    try:
+        if bool in kinds:
+            return {"true": True, "false": False}[text.lower()]
+        if PAIR in kinds:
+            inner = text[1:-1] if text.startswith("(") and text.endswith(")") else text
             first, second = map(int, inner.split(","))
             return first, second
-        except ValueError:
-            raise ValueError(_kinds_text(kinds)) from None
-    try:
         number = float(text)
-        if int in kinds:
-            if "e" not in text.lower():
-                return int(text)
-            if number == int(number):
-                return int(number)
-            raise ValueError
-        if math.isfinite(number):
+        if int not in kinds and math.isfinite(number):
             return number
-    except (ValueError, OverflowError):
+        if int in kinds and "e" not in text.lower():
+            return int(text)
+        if int in kinds and number == int(number):
+            return int(number)
+    except (KeyError, ValueError, OverflowError):
         pass
     raise ValueError(_kinds_text(kinds))
 
 
 def _kinds_text(kinds: tuple[type, ...]) -> str:
-    names: dict[Any, str] = {
-        int: "a whole number",
-        float: "a number",
-        str: "a text",
-        bool: "true or false",
-        dict: "a mapping",
-    }
-    names |= {PAIR: "two whole numbers, as in (5,8),", types.NoneType: "none"}
+    names: dict[Any, str] = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+    names |= {PAIR: "two whole numbers, as in (5,8),", dict: "a mapping", types.NoneType: "none"}
     return " or ".join(names[kind] for kind in kinds)

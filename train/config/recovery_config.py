@@ -37,10 +37,8 @@ class RecoveryConfig:
 
     def problems(self) -> list[str]:
         """Returns one line for everything that is wrong with these values, naming the field."""
-        problems = problems_of("recovery", self)
-        for first, count in self.skips.items():
-            if not (str(first).isdigit() and int(first) and isinstance(count, int) and count > 0):
-                problems.append(
-                    f'recovery.skips: {first!r}: {count!r} is not a step and a number of batches, as in {{"9": 1}}'
-                )
-        return problems
+        return problems_of("recovery", self) + [
+            f'recovery.skips: {first!r}: {count!r} is not a step and a number of batches, as in {{"9": 1}}'
+            for first, count in self.skips.items()
+            if not (str(first).isdigit() and int(first) and isinstance(count, int) and count > 0)
+        ]

@@ -11,11 +11,7 @@ class MeshConfig:
     """Devices of a slice on each mesh axis; -1 on one axis stands for all that are left."""
 
     slices: int | None = setting(
-        None,
-        "groups of devices with fast links inside",
-        unset="as the devices report",
-        resume="free",
-        at_least=1,
+        None, "groups of devices with fast links inside", unset="as the devices report", resume="free", at_least=1
     )
     data: int = setting(1, "copies of the model, each with its rows", resume="free")
     fsdp: int = setting(-1, "devices that share rows and the storage of weights and optimizer state", resume="free")
@@ -52,10 +48,7 @@ class TrainConfig:
         None, "rows of the first step, doubled until they are batch_size", unset="no ramp", at_least=1
     )
     batch_ramp_steps: int | None = setting(
-        None,
-        "steps until the batch has batch_size rows, shared equally by the doublings",
-        unset="no ramp",
-        at_least=1,
+        None, "steps until the batch has batch_size rows, shared equally by the doublings", unset="no ramp", at_least=1
     )
     accumulation_steps: int = setting(1, "parts of the batch that run in sequence", resume="free", at_least=1)
     seed: int = setting(0, "seed of the initial weights and the data order", at_least=0, at_most=2**32 - 1)
@@ -109,24 +102,18 @@ class TrainConfig:
             )
         if not self.run_dir:
             problems.append("train.run_dir is empty; name the run's folder")
-        if self.accumulation_steps > 0 and self.batch_size % self.accumulation_steps:
-            problems.append(
-                f"train.batch_size = {self.batch_size} does not divide by train.accumulation_steps = "
-                f"{self.accumulation_steps}"
-            )
-        if self.init_from is None and self.init_with != "all":
-            problems.append(
-                f"train.init_with = {self.init_with} has no effect without train.init_from; leave it at all"
-            )
+        size, parts = self.batch_size, self.accumulation_steps
+        if parts > 0 and size % parts:
+            problems.append(f"train.batch_size = {size} does not divide by train.accumulation_steps = {parts}")
+        if self.init_from is None and (taken := self.init_with) != "all":
+            problems.append(f"train.init_with = {taken} has no effect without train.init_from; leave it at all")
         if self.init_from == "":
             problems.append("train.init_from is empty; it must be RUN@STEP, as in runs/tiny@500, or none")
         return problems + self._ramp_problems()
 
     def _ramp_problems(self) -> list[str]:
-        start = self.batch_ramp_start
-        steps = self.batch_ramp_steps
-        size = self.batch_size
-        parts = self.accumulation_steps
+        start, steps = self.batch_ramp_start, self.batch_ramp_steps
+        size, parts = self.batch_size, self.accumulation_steps
         if start is None and steps is None:
             return []
         if start is None or steps is None:
@@ -146,13 +133,12 @@ class TrainConfig:
                 f"train.batch_ramp_steps is {steps}; it must be from {doublings}, the doublings of the batch, "
                 f"to train.num_steps = {self.num_steps}"
             )
-        for rows in starts[:doublings]:
-            if size % parts == 0 and parts * rows > size and parts * rows % size:
-                problems.append(
-                    f"train.accumulation_steps = {parts} does not cut the ramp's {rows} rows as it cuts "
-                    f"train.batch_size = {size}; give a power of two"
-                )
-        return problems
+        return problems + [
+            f"train.accumulation_steps = {parts} does not cut the ramp's {rows} rows as it cuts train.batch_size = "
+            f"{size}; give a power of two"
+            for rows in starts[:doublings]
+            if size % parts == 0 and parts * rows > size and parts * rows % size
+        ]
 
 
 @dataclass(frozen=True)
@@ -168,10 +154,7 @@ class EvaluationConfig:
     prompt: str = setting("def ", "text that the sample continues", resume="free")
     sample_tokens: int = setting(64, "new tokens of the sample", resume="free", at_least=0)
     tasks: str | None = setting(
-        None,
-        "tasks of lm-evaluation-harness to evaluate on, as in hellaswag,arc_easy",
-        unset="no tasks",
-        resume="free",
+        None, "tasks of lm-evaluation-harness to evaluate on, as in hellaswag,arc_easy", unset="no tasks", resume="free"
     )
     task_dir: str | None = setting(
         None, "folder with the YAML files of the tasks", unset="those of the harness", resume="free"

@@ -13,31 +13,16 @@ from train.devices.rules import GENERATION
 
 
 class ContinuationPart(NamedTuple):
-    """A part of a continuation.
+    """A part of a continuation."""
 
-    Attributes:
-        number: index of the prompt, from 0.
-        text: text that is added to the continuation.
-        tokens: number of tokens so far, without the end of text.
-        ended: "eos", "stop" (at a stop string) or "length" for the last part, otherwise None.
-    """
-
-    number: int
+    number: int  # of the prompt, from 0
     text: str
-    tokens: int
-    ended: str | None
+    tokens: int  # so far, without the end of text
+    ended: str | None  # "eos", "stop" (at a stop string) or "length" for the last part
 
 
 class TextStream:
-    """Detokenizes one continuation as its tokens arrive.
-
-    Args:
-        stop: the text ends before the first of these strings.
-
-    Attributes:
-        tokens: number of tokens that it has taken.
-        stopped: true once a stop string has come.
-    """
+    """Detokenizes one continuation as its tokens arrive, until the first of some stop strings."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
         self._tokenizer = tokenizer
@@ -45,25 +30,23 @@ class TextStream:
         # A character can span several tokens; its bytes wait until all have come.
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
-        self.tokens = 0
+        self.tokens = 0  # that it has taken
         self.stopped = False
 
     def add(self, tokens: Sequence[int]) -> str:
         """Returns the text that is now certain, without an end that may begin a stop string."""
-        certain = []
+        certain = ""
         for token in tokens:
             if self.stopped:
                 break
             self.tokens += 1
-            certain.append(self._certain(self._decoder.decode(self._tokenizer.token_bytes(token))))
-        return "".join(certain)
+            certain += self._certain(self._decoder.decode(self._tokenizer.token_bytes(token)))
+        return certain
 
     def finish(self) -> str:
         """Returns the text that was held back, when no more tokens come."""
         last = "" if self.stopped else self._certain(self._decoder.decode(b"", final=True))
-        last += self._held
-        self._held = ""
-        return last
+        return last + self._held
 
     def _certain(self, text: str) -> str:
         text = self._held + text
@@ -80,14 +63,9 @@ class TextStream:
 
 def make_generator(config: ResolvedConfig, weights: Any, tokenizer: Tokenizer) -> Generator:
     """Makes the generator of a run or of exported weights, on the ambient mesh."""
-    return Generator(
-        # Ids without text in the tokenizer are never sampled.
-        dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size),
-        weights,
-        context=config.data.segment_length,
-        eos_id=tokenizer.eos_id,
-        layout=GENERATION,
-    )
+    # Ids without text in the tokenizer are never sampled.
+    model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
+    return Generator(model, weights, context=config.data.segment_length, eos_id=tokenizer.eos_id, layout=GENERATION)
 
 
 def continuations(
@@ -105,7 +83,6 @@ def continuations(
 
     Args:
         prompts: token ids of each prompt, from `Tokenizer.encode_with_bos`.
-        max_new_tokens: largest number of new tokens of each prompt.
         seed: random seed; with the index of its prompt it decides what a continuation samples.
         stop: nonempty strings, before the first of which a text ends.
         batch_size: largest number of prompts that are continued at once.

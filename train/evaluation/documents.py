@@ -20,12 +20,16 @@ def choose_held_out(mixture: Mixture, size: int) -> list[HeldOutDocument]:
 
 def first_of_each_corpus(held_out: list[HeldOutDocument], size: int) -> list[HeldOutDocument]:
     """Returns the first of some documents, `size` bytes in all in equal shares for each corpus."""
-    names = dict.fromkeys(text.corpus for text in held_out)
-    return [
-        text
-        for name in names
-        for text in take_bytes((text for text in held_out if text.corpus == name), size // len(names))
-    ]
+    groups = by_corpus(held_out)
+    return [text for group in groups.values() for text in take_bytes(group, size // len(groups))]
+
+
+def by_corpus(held_out: Iterable[HeldOutDocument]) -> dict[str, list[HeldOutDocument]]:
+    """Groups documents by the name of their corpus."""
+    groups: dict[str, list[HeldOutDocument]] = {}
+    for text in held_out:
+        groups.setdefault(text.corpus, []).append(text)
+    return groups
 
 
 def take_bytes(texts: Iterable[HeldOutDocument], size: int) -> list[HeldOutDocument]:

@@ -51,7 +51,7 @@ RESAMPLES = 1000
 
 
 class Tasks:
-    """Tasks with their documents, for repeated evaluation.
+    """Tasks with their documents, for repeated evaluation. InputError if one does not exist, or has wrong data.
 
     Args:
         names: names of tasks, groups or tags.
@@ -59,16 +59,13 @@ class Tasks:
         limit: largest number of documents of each task.
         num_fewshot: examples before each document unless a task forbids them; None for the task's own number.
         asked: the flag or field that names the tasks, as in `--tasks`.
-
-    Raises:
-        InputError: a task does not exist, or its file or data are wrong.
     """
 
     def __init__(
         self, names: Sequence[str], folder: str | None, limit: int | None, num_fewshot: int | None, asked: str
     ):
         self.limit = limit
-        place = Path(folder).expanduser() if folder is not None else None
+        place = None if folder is None else Path(folder).expanduser()
         if place is not None and not place.is_dir():
             raise InputError(f"{asked}: there is no folder {place} with tasks")
         with silence_harness():
@@ -95,13 +92,7 @@ class Tasks:
         alive: Callable[[], None] = lambda: None,
         errors: bool = False,
     ) -> Callable[[Any], list[TaskResult]]:
-        """Returns the function that evaluates a model's weights on the ambient mesh.
-
-        Args:
-            config: the resolved settings, with the batch size and segment length of the largest batch.
-            alive: called after each piece of work.
-            errors: true to compute standard errors, too.
-        """
+        """Returns the function that evaluates weights on the ambient mesh; it calls `alive` after each piece."""
         model = HarnessModel(config, tokenizer, alive)
 
         def evaluate(weights: Any) -> list[TaskResult]:
@@ -111,14 +102,15 @@ class Tasks:
                     model, self._loaded, limit=self.limit, bootstrap_iters=errors * RESAMPLES, log_samples=False
                 )
             model.weights = None
-            return [
-                TaskResult(
-                    task, metric.removesuffix(",none"), float(value), finite_or_none(values.get(error_of(metric)))
-                )
-                for task, values in (results["results"] | results.get("groups", {})).items()
-                for metric, value in values.items()
-                if "," in metric and "_stderr," not in metric and finite_or_none(value) is not None
-            ]
+            answers = []
+            for task, values in (results["results"] | results.get("groups", {})).items():
+                # The harness names a metric `metric,filter`, and its standard error `metric_stderr,filter`.
+                for metric, value in values.items():
+                    if "," in metric and "_stderr," not in metric and is_number(value):
+                        error = values.get(metric.replace(",", "_stderr,", 1))
+                        error = float(error) if is_number(error) else None
+                        answers.append(TaskResult(task, metric.removesuffix(",none"), float(value), error))
+            return answers
 
         return evaluate
 
@@ -155,15 +147,9 @@ def prepare_task(task: Any, num_fewshot: int | None) -> None:
     task.build_all_requests(limit=1, rank=0, world_size=1)
 
 
-def error_of(metric: str) -> str:
-    """Returns the harness's name for the standard error of a `metric,filter`."""
-    name, _, rest = metric.partition(",")
-    return f"{name}_stderr,{rest}"
-
-
-def finite_or_none(value: Any) -> float | None:
-    """Returns a result as a float if it is a number, or None."""
-    return float(value) if isinstance(value, int | float | np.number) and not isinstance(value, bool) else None
+def is_number(value: Any) -> bool:
+    """True for a result of the harness that is a number, not a text or a truth value."""
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
 
 
 @contextlib.contextmanager
@@ -186,10 +172,7 @@ def silence_harness() -> Iterator[None]:
         np.random.set_state(numpy_state)
 
 
-ScoringStep = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
-
-
-def make_scoring_step(config: ResolvedConfig) -> ScoringStep:
+def make_scoring_step(config: ResolvedConfig) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
     """Compiles the function (weights, batch) → (log p of the targets [B] in nats, whether all are greedy [B]).
 
     The targets of a row are where `loss_weights` is not zero. Every process gets all results.
@@ -211,11 +194,7 @@ def make_scoring_step(config: ResolvedConfig) -> ScoringStep:
 
 
 class HarnessModel(LM):
-    """A model with the interface that the harness asks; arguments as of `Tasks.of_model`.
-
-    Attributes:
-        weights: nested weights on the ambient mesh, or None before they are set.
-    """
+    """A model with the interface that the harness asks; `weights` are set before each evaluation."""
 
     def __init__(self, config: ResolvedConfig, tokenizer: Tokenizer, alive: Callable[[], None]):
         super().__init__()
@@ -250,8 +229,7 @@ class HarnessModel(LM):
     def pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Encodes context and continuation together, and cuts the tokens as the harness's own adapters do.
 
-        Spaces at the context's end belong to the continuation, and the cut is where the tokens of the context alone
-        end. A token across the border belongs to the continuation; both are empty for empty texts.
+        Spaces at the context's end, and a token across the border, belong to the continuation.
         """
         tokens = self.tokenizer.encode_with_bos(context + continuation)
         cut = max(min(len(self.tokenizer.encode_with_bos(context.rstrip())), len(tokens) - 1), 1)
@@ -261,7 +239,7 @@ class HarnessModel(LM):
         """Returns for each pair of token lists the log p of the second after the first, and whether it is greedy."""
         T = self.config.data.segment_length
         sharding = batch_sharding(jax.sharding.get_mesh(), training_layout(self.config.mesh))
-        rows = self.config.train.batch_size // self.config.train.accumulation_steps
+        size = self.config.train.batch_size // self.config.train.accumulation_steps
         lengths = row_lengths(self.config)
         by_length = dict[int, list[tuple[int, list[int], int]]]()
         for i, pair in enumerate(pairs):
@@ -270,15 +248,13 @@ class HarnessModel(LM):
                 by_length.setdefault(length, []).append((i, tokens, count))
         scores = [(0.0, True)] * len(pairs)
         for length, of_length in sorted(by_length.items()):
-            answers: list[tuple[float, bool]] = []
-            for batch in stack_rows(
-                (scoring_row(tokens, count, length) for _, tokens, count in of_length), rows * (T // length)
-            ):
-                score_B, greedy_B = self._step(self.weights, put_on_devices(batch, sharding))
-                answers += zip(np.asarray(score_B).tolist(), np.asarray(greedy_B).tolist(), strict=True)
+            numbers = (i for i, _, _ in of_length)
+            rows = (scoring_row(tokens, count, length) for _, tokens, count in of_length)
+            for batch in stack_rows(rows, size * (T // length)):
+                answers = jax.device_get(self._step(self.weights, put_on_devices(batch, sharding)))
+                for score, greedy, i in zip(*(x.tolist() for x in answers), numbers, strict=False):
+                    scores[i] = scores[i][0] + score, scores[i][1] and greedy
                 self.alive()
-            for (i, _, _), (score, greedy) in zip(of_length, answers, strict=False):
-                scores[i] = scores[i][0] + score, scores[i][1] and greedy
         return scores
 
     def continued(self, contexts: Sequence[str], settings: dict[str, Any]) -> list[str]:
@@ -320,8 +296,8 @@ def row_lengths(config: ResolvedConfig) -> list[int]:
 def scoring_windows(context: list[int], continuation: list[int], T: int) -> Iterator[tuple[list[int], int]]:
     """Yields (tokens, number of last ones that count) for a model of T positions to score a continuation.
 
-    Every token of the continuation counts once, with the longest context that fits: each window but the last holds T
-    counted tokens and one before them. For a whole text these are the harness's disjoint windows.
+    Every token of the continuation counts once, with the longest context that fits. For a whole text these are the
+    harness's disjoint windows.
     """
     for start in range(0, len(continuation), T):
         part = continuation[start : start + T]

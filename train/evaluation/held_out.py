@@ -18,6 +18,7 @@ from train.devices.mesh import batch_sharding
 from train.devices.rules import training_layout
 from train.devices.xla import compiler_options, sum_loss_weights
 from train.evaluation.continuation import make_generator
+from train.evaluation.documents import by_corpus
 from train.evaluation.results import Evaluation
 from train.run.folder import HeldOutDocument
 from train.step.step import summed_loss
@@ -37,47 +38,27 @@ def make_evaluation_step(config: ResolvedConfig) -> EvaluationStep:
 
 
 def evaluate(
-    step: EvaluationStep,
-    weights: Any,
-    texts: Sequence[HeldOutDocument],
-    tokenizer: Tokenizer,
-    config: ResolvedConfig,
-) -> dict[str, Evaluation]:
-    """Evaluates documents that are concatenated and cut into segments; a token's context is its own segment.
-
-    Args:
-        texts: whole documents, the same on every process.
-        config: the resolved settings, for batch size, segment length and masking.
-
-    Returns:
-        Figures by corpus name, over all tokens of all its documents including their EOS.
-    """
-    names = dict.fromkeys(text.corpus for text in texts)
-    return {
-        name: _evaluate(step, weights, [text for text in texts if text.corpus == name], tokenizer, config)
-        for name in names
-    }
-
-
-def _evaluate(
     step: EvaluationStep, weights: Any, texts: Sequence[HeldOutDocument], tokenizer: Tokenizer, config: ResolvedConfig
-) -> Evaluation:
+) -> dict[str, Evaluation]:
+    """Evaluates documents, the same on all processes; a token's context is its segment. Returns figures by corpus."""
     sharding = batch_sharding(jax.sharding.get_mesh(), training_layout(config.mesh))
+    batch_size = config.train.batch_size // config.train.accumulation_steps
 
     def pairs(text: HeldOutDocument) -> DocumentPairs:
         prompt = tokenizer.encode(text.prompt)
         tokens = np.concatenate([prompt, tokenizer.encode(text.text)])
         return make_pairs(tokens, tokenizer.bos_id, tokenizer.eos_id, prompt_length=len(prompt))
 
-    rows = segment_documents(map(pairs, texts), config.data)
-    batch_size = config.train.batch_size // config.train.accumulation_steps
-    loss = weight = 0.0
-    for batch in stack_rows(rows, batch_size):
-        batch_loss, batch_weight = step(weights, put_on_devices(batch, sharding))
-        loss += float(batch_loss)
-        weight += float(batch_weight)
-    size = sum(len(text.text.encode()) for text in texts)
-    return Evaluation(loss / weight, loss / math.log(2) / size, int(weight), size, len(texts))
+    results = {}
+    for name, group in by_corpus(texts).items():
+        loss = weight = 0.0
+        for batch in stack_rows(segment_documents(map(pairs, group), config.data), batch_size):
+            batch_loss, batch_weight = step(weights, put_on_devices(batch, sharding))
+            loss += float(batch_loss)
+            weight += float(batch_weight)
+        size = sum(len(text.text.encode()) for text in group)
+        results[name] = Evaluation(loss / weight, loss / math.log(2) / size, int(weight), size, len(group))
+    return results
 
 
 def put_on_devices(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> Batch:

@@ -23,11 +23,7 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 
 
 def attention_maps(config: ResolvedConfig, weights: Any, tokens: Sequence[int]) -> np.ndarray:
-    """Returns the attention of each layer and head over one row of tokens, float32 [L, H, T (query), T (key)].
-
-    Args:
-        tokens: token ids, at most a segment.
-    """
+    """Returns the attention of each layer and head over at most a segment, float32 [L, H, T (query), T (key)]."""
 
     @jax.jit
     def weights_of(weights: Any, tokens_BT: jax.Array) -> jax.Array:
@@ -41,13 +37,7 @@ def attention_maps(config: ResolvedConfig, weights: Any, tokens: Sequence[int]) 
 def nearest_tokens(
     table_VD: np.ndarray, query_D: np.ndarray, leave_out: Collection[int], top: int
 ) -> list[tuple[int, float]]:
-    """Returns (token, cosine) for the rows nearest to the direction of a vector, nearest first.
-
-    Args:
-        table_VD: the embedding of each token.
-        query_D: a vector that is not zero.
-        leave_out: tokens that are not returned.
-    """
+    """Returns (token, cosine) for the rows of a table nearest to the direction of a vector, nearest first."""
     lengths_V = np.linalg.norm(table_VD, axis=1) * np.linalg.norm(query_D)
     cosine_V = table_VD @ query_D / np.maximum(lengths_V, np.finfo(np.float32).tiny)
     order = np.argsort(-cosine_V, kind="stable")

@@ -8,20 +8,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures of a set of documents, EOS tokens included.
+    """Figures of a set of documents, EOS tokens included."""
 
-    Attributes:
-        loss: cross-entropy in nats a token.
-        bits_per_byte: summed loss in bits divided by the UTF-8 bytes of the text.
-        tokens: number of predicted tokens.
-        bytes: UTF-8 bytes of the text.
-        documents: number of documents in the set.
-    """
-
-    loss: float
-    bits_per_byte: float
-    tokens: int
-    bytes: int
+    loss: float  # cross-entropy in nats a token
+    bits_per_byte: float  # summed loss in bits divided by the UTF-8 bytes of the text
+    tokens: int  # that were predicted
+    bytes: int  # of the text in UTF-8
     documents: int
 
 

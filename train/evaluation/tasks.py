@@ -4,7 +4,6 @@ import importlib.util
 from typing import TYPE_CHECKING
 
 from data.errors import InputError
-from train.config.run_config import EvaluationConfig
 
 if TYPE_CHECKING:
     # The harness is imported where it is used.
@@ -23,8 +22,3 @@ def open_tasks(
     from train.evaluation.harness import Tasks
 
     return Tasks(given, folder, limit, num_fewshot, asked)
-
-
-def open_run_tasks(config: EvaluationConfig) -> "Tasks | None":
-    """Opens the tasks that a run is evaluated on, if any. Raises InputError as `open_tasks`."""
-    return None if config.tasks is None else open_tasks(config.tasks, config.task_dir, config.task_limit)

@@ -13,8 +13,8 @@ import jax
 from data.errors import InputError
 from model.decoder import REMAT_POLICIES
 from model.kernels import choose_kernel
-from train.config.checks import config_problems
 from train.config.config import ResolvedConfig
+from train.config.reading import config_problems
 from train.devices.hardware import Chip
 from train.devices.mesh import make_mesh, mesh_shape, one_device_mesh
 from train.devices.mesh_checks import mesh_problems

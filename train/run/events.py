@@ -30,19 +30,14 @@ HOOK_PATIENCE = 10.0
 
 
 class Events:
-    """The audit log of one run, open for one process.
+    """The audit log of one run, open for one process; all but the first have no path, and write nothing.
 
-    Attributes:
-        account: the time account of this start; each event has it as `seconds`.
-
-    Args:
-        path: the file; None on all processes but the first, which then write nothing.
-        hook: a shell command that gets each event as one line of JSON on its standard input; its output is shown. The
-            run neither waits for it nor fails with it.
+    The hook, a shell command, gets each event as one line of JSON on its standard input. The run neither waits for it
+    nor fails with it.
     """
 
     def __init__(self, path: Path | None, hook: str | None = None):
-        self.account = TimeAccount()
+        self.account = TimeAccount()  # of this start; each event has it as `seconds`
         self._path = path
         self._hook = hook
         self._hooks: list[subprocess.Popen] = []
@@ -83,11 +78,7 @@ class Events:
         return hook.returncode is None
 
     def note_crash(self, alive_until: float | None) -> None:
-        """Writes a `crash` event if the previous start ended without an event of its own.
-
-        Args:
-            alive_until: the previous start's last sign of life (seconds since 1970), or None if it released its lease.
-        """
+        """Writes a `crash` event if the previous start ended without an event of its own (see `Lease.last_beat`)."""
         events = read_events(self._path) if self._path else []
         if events and (last := events[-1])["event"] not in ("stop", "end", "fault", "crash"):
             written = datetime.datetime.fromisoformat(last["time"]).timestamp()
@@ -108,19 +99,13 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     """Returns all complete lines; none if there is no file."""
     events = []
     for line in path.read_text().splitlines() if path.exists() else []:
-        try:
+        with suppress(json.JSONDecodeError):  # A kill may have torn the line.
             events.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue  # A kill has torn this line.
     return events
 
 
 def start_fields(config: Config, data: str) -> dict[str, Any]:
-    """Returns the fields of a `start` event that describe the machine, the code and the config.
-
-    Args:
-        data: the fingerprint of the data.
-    """
+    """Returns the fields of a `start` event about machine, code and config; `data` is the data's fingerprint."""
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),

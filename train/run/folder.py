@@ -1,7 +1,6 @@
 """A run's folder: config.json, tokenizer/, checkpoints/, its logs, and its held-out documents."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,17 +20,23 @@ class HeldOutDocument(NamedTuple):
     corpus: str = ""
 
 
-@dataclass(frozen=True)
 class Run:
-    """The paths of a run's folder.
+    """The paths of a run's folder, and of its checkpoints, which may be in another place (`checkpoint.dir`)."""
 
-    Attributes:
-        folder: the run's own folder.
-        checkpoint_dir: `checkpoint.dir`, if its checkpoints are in another place.
-    """
-
-    folder: Path
-    checkpoint_dir: str | None = None
+    def __init__(self, folder: Path, checkpoint_dir: str | None = None):
+        self.folder = folder
+        self.config_file = folder / CONFIG_FILE  # the resolved config
+        self.tokenizer = folder / "tokenizer"  # the run's own tokenizer, or its copy
+        self.checkpoints = epath.Path(checkpoint_dir or folder / "checkpoints")  # Orbax's folder, maybe in a bucket
+        self.snapshot = folder / "corpus" / "stdlib.jsonl"  # a copy of the default corpus, made when the run began
+        self.held_out = folder / "held_out.jsonl"  # so that the folder is enough to evaluate the run
+        self.metrics = folder / "metrics.jsonl"  # one line a step
+        self.positions = folder / "positions.jsonl"  # positions in the data after some of the steps
+        self.lease = folder / "lease.json"  # names the processes that write to the folder
+        self.events = folder / "events.jsonl"  # the audit log, which records everything apart from steps
+        self.recovery = folder / "recovery.jsonl"  # the ledger of retried and skipped batches
+        self.profile = folder / "profile"  # profiler traces
+        self.export = folder / "export"  # the weights for inference, written at the end
 
     @classmethod
     def from_config(cls, config: Config) -> "Run":
@@ -40,69 +45,9 @@ class Run:
 
     @classmethod
     def load(cls, folder: Path) -> tuple["Run", Config]:
-        """Returns an existing run and its config. Raises InputError as `load_config` does."""
-        config = cls(folder).load_config()
+        """Returns an existing run and its config. Raises InputError as `read_config` does."""
+        config = read_config(folder)
         return cls(folder, config.checkpoint.dir), config
-
-    @property
-    def config_file(self) -> Path:
-        """The file of the resolved config."""
-        return self.folder / CONFIG_FILE
-
-    @property
-    def tokenizer(self) -> Path:
-        """The folder of the run's own tokenizer, or of its copy."""
-        return self.folder / "tokenizer"
-
-    @property
-    def checkpoints(self) -> epath.Path:
-        """Orbax's folder, which may be in a bucket."""
-        return epath.Path(self.checkpoint_dir or self.folder / "checkpoints")
-
-    @property
-    def snapshot(self) -> Path:
-        """A copy of the default corpus, made when the run began."""
-        return self.folder / "corpus" / "stdlib.jsonl"
-
-    @property
-    def held_out(self) -> Path:
-        """The held-out documents, so that the folder is enough to evaluate the run."""
-        return self.folder / "held_out.jsonl"
-
-    @property
-    def metrics(self) -> Path:
-        """The metrics, one line a step."""
-        return self.folder / "metrics.jsonl"
-
-    @property
-    def positions(self) -> Path:
-        """The positions in the data after some of the steps."""
-        return self.folder / "positions.jsonl"
-
-    @property
-    def lease(self) -> Path:
-        """The lease of the processes that write to the folder."""
-        return self.folder / "lease.json"
-
-    @property
-    def events(self) -> Path:
-        """The audit log, which records everything apart from steps."""
-        return self.folder / "events.jsonl"
-
-    @property
-    def recovery(self) -> Path:
-        """The ledger of retried and skipped batches."""
-        return self.folder / "recovery.jsonl"
-
-    @property
-    def profile(self) -> Path:
-        """The folder of profiler traces."""
-        return self.folder / "profile"
-
-    @property
-    def export(self) -> Path:
-        """The weights for inference, written at the end."""
-        return self.folder / "export"
 
     def last_step(self) -> int | None:
         """Returns the step of the newest complete checkpoint, or None. Imported weights have step 0."""

@@ -50,12 +50,7 @@ class TimeAccount:
 
 
 def goodput(events: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Returns the seconds of a whole run, from its first start to its last event, by ACTIVITIES, `lost` and `down`.
-
-    Args:
-        events: the audit log; empty if there is nothing to account for. The time between the last save and a fault or a
-            crash is lost.
-    """
+    """Returns the seconds of a whole run by ACTIVITIES, `lost` (from a save to a fault or crash) and `down`."""
     if not events:
         return {}
     totals = dict.fromkeys((*ACTIVITIES, LOST, DOWN), 0.0)
@@ -84,12 +79,10 @@ def goodput(events: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def duration(seconds: float) -> str:
     """Formats seconds for people: 45 s, 3 min 20 s, 5 h 12 min."""
-    total = round(seconds)
-    if total < 60:
-        return f"{total} s"
-    if total < 3600:
-        return f"{total // 60} min {total % 60} s"
-    return f"{total // 3600} h {total % 3600 // 60} min"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def shares(seconds: Mapping[str, float]) -> str:

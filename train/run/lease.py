@@ -26,14 +26,11 @@ MISSING_BEATS = 6
 
 
 class Lease:
-    """The right of process 0 of a run to write to a folder, until `release`.
-
-    Attributes:
-        last_beat: the previous holder's last sign of life (seconds since 1970), or None if it released the lease.
-    """
+    """The right of process 0 of a run to write to a folder, until `release`."""
 
     def __init__(self, path: Path):
         self._path = path
+        # The previous holder's last sign of life (seconds since 1970), or None if it released the lease.
         self.last_beat: float | None = None
         self._holder = {"host": socket.gethostname(), "pid": os.getpid(), "begun": time.time()}
         self._over = threading.Event()
@@ -83,8 +80,7 @@ class Lease:
         beats = 0
         while not self._over.wait(BEAT_SECONDS):
             beats += 1
-            holder = read_lease(self._path)
-            if holder and not self._is_ours(holder):
+            if (holder := read_lease(self._path)) and not self._is_ours(holder):
                 who = f"process {holder['pid']} on {holder['host']}"
                 print(f"ziggurat: {who} has taken over {self._path.parent}: ended at once", file=sys.stderr, flush=True)
                 os._exit(1)
@@ -104,8 +100,6 @@ class Lease:
 
 def read_lease(path: Path) -> dict[str, Any] | None:
     """Returns the holder's entry, or None if nobody holds the lease."""
-    try:
-        holder: dict[str, Any] = json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-    return holder
+    with suppress(FileNotFoundError, json.JSONDecodeError):
+        return dict(json.loads(path.read_text()))
+    return None

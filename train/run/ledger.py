@@ -30,22 +30,12 @@ class Ledger:
 
     It belongs to the run, not to a checkpoint: whoever reads the data of a step, now or later, skips the same batches.
     All processes call every method together; process 0 reads and writes.
-
-    Attributes:
-        skipped: the numbers of the skipped batches.
-        skips: maps a step (from 0) to the number of batches that are read and skipped before its own.
     """
 
     def __init__(self, path: Path, config: RecoveryConfig, step: int):
         """Reads the ledger, and adds the batches of `recovery.skips`.
 
-        Args:
-            path: the file, which may be missing.
-            config: the budget, and further batches to skip.
-            step: the number of steps that are done.
-
-        Raises:
-            InputError: these steps have been trained on batches that should be skipped.
+        Raises InputError if the steps so far, up to `step`, have been trained on batches that should be skipped.
         """
         self._path = path
         self._config = config
@@ -53,10 +43,8 @@ class Ledger:
         self._entries: list[dict[str, Any]] = broadcast_json(lambda: read_ledger(path))
         self._update()
         if batches := sorted(config.batches() - set(self.skipped)):
-            if batches[0] < (first := self.batch_of(step + 1)):
-                raise InputError(
-                    f"recovery.skips: batch {batches[0]} has been trained on already; the next one is {first}"
-                )
+            if (batch := batches[0]) < (first := self.batch_of(step + 1)):
+                raise InputError(f"recovery.skips: batch {batch} has been trained on already; the next one is {first}")
             self._write({"problem": "recovery.skips", "action": SKIP, "batches": batches})
 
     def batch_of(self, step: int) -> int:
@@ -68,11 +56,7 @@ class Ledger:
         self._retries = 0
 
     def decide(self, anomaly: Anomaly, step: int) -> str:
-        """Returns RETRY or SKIP, and writes the decision to the file.
-
-        Args:
-            anomaly: the spike or non-finite value, with its step.
-            step: the checkpoint's step, to which the run has returned.
+        """Returns RETRY or SKIP after an anomaly and the return to the save of `step`, and writes the decision.
 
         Raises:
             InputError: the budget of skipped batches would be exceeded.
@@ -104,6 +88,7 @@ class Ledger:
 
     def _update(self) -> None:
         self.skipped = sorted(skipped_batches(self._entries))
+        # Maps a step (from 0) to the number of batches that are read and skipped before its own.
         self.skips = skips_by_step(self.skipped)
 
     def _write(self, entry: dict[str, Any]) -> None:
@@ -125,10 +110,9 @@ def write_ledger(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
 
 def inherited_entries(entries: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Returns the entries that a fork inherits: the batches its parent skips, which cost no budget of its own."""
+    entry = {"problem": "left out by the run that this began with", "action": SKIP}
     batches = sorted(skipped_batches(entries))
-    if not batches:
-        return []
-    return [{"problem": "left out by the run that this began with", "action": SKIP, "batches": batches}]
+    return [entry | {"batches": batches}] if batches else []
 
 
 def skipped_batches(entries: Iterable[Mapping[str, Any]]) -> set[int]:

@@ -12,11 +12,7 @@ CONFIG_FILE = "config.json"
 
 
 def split_name(name: str) -> tuple[Path, int | None]:
-    """Splits RUN or RUN@STEP into (folder, step or None). A folder's name may contain an @.
-
-    Raises:
-        InputError: the text after the @ is not a step.
-    """
+    """Splits RUN or RUN@STEP into (folder, step or None); a folder may contain an @. InputError if STEP is no step."""
     name = os.path.expanduser(name)
     if "@" not in name or os.path.exists(name):
         return Path(name), None
@@ -27,11 +23,7 @@ def split_name(name: str) -> tuple[Path, int | None]:
 
 
 def read_config(folder: Path) -> Config:
-    """Reads a run's config.
-
-    Raises:
-        InputError: the folder is not a run, or its config is damaged.
-    """
+    """Reads a run's config. Raises InputError if the folder is not a run, or its config is damaged."""
     file = folder / CONFIG_FILE
     if not folder.exists():
         raise InputError(f"{folder}: there is no such folder; give a run's folder or exported weights")

@@ -17,10 +17,7 @@ log = logging.getLogger("ziggurat")
 class StepLog:
     """A file with at most one line a step, written by process 0 alone. After a restart no step is in it twice.
 
-    Args:
-        path: the file, which may be missing.
-        step: the restored step; lines of later steps, and a torn last line, are dropped.
-        writers: the trackers that get the numbers, too.
+    Lines after the restored step, and a torn last line, are dropped. The trackers (`writers`) get the numbers, too.
     """
 
     def __init__(self, path: Path, step: int, writers: Sequence[Writer] = ()):
@@ -70,7 +67,6 @@ def read_step_log(path: Path) -> list[tuple[str, dict[str, Any]]]:
             record = json.loads(line)
         except json.JSONDecodeError:
             break
-        if not line.endswith("\n"):
-            break
-        records.append((line, record))
+        if line.endswith("\n"):
+            records.append((line, record))
     return records

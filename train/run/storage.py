@@ -5,7 +5,7 @@ import re
 import shutil
 import textwrap
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,11 +30,7 @@ def is_remote(place: PathLike) -> bool:
 
 
 def checkpoint_steps_in(place: epath.Path) -> list[int]:
-    """Returns the steps of the complete checkpoints, oldest first; none if there is no such folder.
-
-    Raises:
-        InputError: as `with_input_errors`.
-    """
+    """Returns the steps of the complete checkpoints, oldest first. Raises InputError as `with_input_errors`."""
     return with_input_errors(place, lambda: sorted(checkpoint_steps(place)) if place.exists() else [])
 
 
@@ -44,8 +40,7 @@ def check_writable(place: epath.Path) -> None:
         files, path = remote.filesystem(os.fspath(place))
         with_input_errors(place, lambda: files.pipe_file(f"{path}/{PROBE_FILE}", b"."))
         with_input_errors(place, lambda: files.rm_file(f"{path}/{PROBE_FILE}"))
-        return
-    if problem := why_not_writable(Path(place)):
+    elif problem := why_not_writable(Path(place)):
         raise InputError(f"checkpoint.dir = {place}: {problem}; name another folder")
 
 
@@ -65,9 +60,8 @@ def with_input_errors(place: epath.Path, question: Callable[[], T]) -> T:
         with uncached_listings():
             return remote.with_retries(os.fspath(place), question, tries=1)
     except remote.RemoteError as error:
-        text = (
-            f"there is no such bucket, or no permission to see it ({error})" if error.kind == "missing" else str(error)
-        )
+        is_missing = error.kind == "missing"
+        text = f"there is no such bucket, or no permission to see it ({error})" if is_missing else error
         raise InputError(f"checkpoint.dir = {place}: {text}") from None
 
 
@@ -78,31 +72,26 @@ def uncached_listings() -> Iterator[None]:
     A kept listing lacks what other processes and libraries write later. Epath's filesystem, which Orbax uses too, is
     created once and then shared.
     """
-    before = fsspec.config.conf.get("gcs")
-    fsspec.config.conf["gcs"] = {**(before or {}), "use_listings_cache": False}
+    before = fsspec.config.conf.get("gcs", {})
+    fsspec.config.conf["gcs"] = {**before, "use_listings_cache": False}
     try:
         yield
     finally:
-        if before is None:
-            del fsspec.config.conf["gcs"]
-        else:
-            fsspec.config.conf["gcs"] = before
+        fsspec.config.conf["gcs"] = before
 
 
 @contextmanager
 def storage_errors(what: str, place: PathLike) -> Iterator[None]:
-    """Raises StorageError for an error of the file system of `place`; other errors pass.
-
-    Args:
-        what: the thing that is being written, for the message.
-        place: the file or folder that it is written to.
-    """
+    """Raises StorageError for an error of the file system of `place`, to which `what` is written; other errors pass."""
     try:
         yield
     except Exception as error:  # Each library has its own errors.
         if (reason := _refusal(error, place)) is None:
             raise
-        raise StorageError(f"{what} cannot be written to {os.fspath(place)}: {reason}{_free(place)}") from error
+        free = ""
+        with suppress(OSError):  # A bucket has no such number.
+            free = f" ({shutil.disk_usage(os.fspath(place)).free / 1e6:,.1f} MB free)"
+        raise StorageError(f"{what} cannot be written to {os.fspath(place)}: {reason}{free}") from error
 
 
 def _refusal(error: Exception, place: PathLike) -> str | None:
@@ -112,11 +101,3 @@ def _refusal(error: Exception, place: PathLike) -> str | None:
     if match := _ERRNO.search(str(error)):
         return os.strerror(int(match[1] or match[2]))
     return textwrap.shorten(f"{type(error).__name__}: {error}", 160) if is_remote(place) else None
-
-
-def _free(place: PathLike) -> str:
-    """Returns how much space is free at a place, if that is known."""
-    try:
-        return f" ({shutil.disk_usage(os.fspath(place)).free / 1e6:,.1f} MB free)"
-    except OSError:
-        return ""

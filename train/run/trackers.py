@@ -4,11 +4,12 @@ import hashlib
 import importlib.util
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 from data.errors import InputError
-from train.config.config import Config, to_dict
+from train.config.config import Config
 from train.run.events import read_events
 from train.run.folder import Run
 
@@ -17,17 +18,7 @@ log = logging.getLogger("ziggurat")
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
-class Writer(Protocol):
-    """A tracker that keeps numbers by step and name."""
-
-    def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Keeps the numbers of one step."""
-
-    def close(self) -> None:
-        """Waits until all numbers are stored; none may follow."""
-
-
-class TensorBoard(Writer):
+class TensorBoard:
     """A folder that TensorBoard shows, from the step after `step` on."""
 
     def __init__(self, folder: Path, step: int):
@@ -36,35 +27,26 @@ class TensorBoard(Writer):
         self._board = SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Keeps the numbers of one step by name."""
         for name, value in numbers.items():
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
+        """Waits until all numbers are stored; none may follow."""
         self._board.close()
 
 
-class WeightsAndBiases(Writer):
-    """A run of Weights & Biases, new or resumed. Steps that it has already are not written again.
-
-    Args:
-        project: the project that shows the run.
-        run: gives its name, id and folder.
-        config: all settings, shown with the run.
-
-    Raises:
-        InputError: nobody is logged in.
-    """
+class WeightsAndBiases:
+    """A run of Weights & Biases, new or resumed. Raises InputError if nobody is logged in."""
 
     def __init__(self, project: str, run: Run, config: Config):
         import wandb
 
         # Standard output and error stay the run's own.
         settings = wandb.Settings(console="off", silent=True)
+        names: dict[str, Any] = {"project": project, "name": run.folder.name, "id": run_id(run), "dir": str(run.folder)}
         try:
-            self._run = wandb.init(
-                project=project, name=run.folder.name, id=run_id(run), resume="allow", dir=str(run.folder),
-                config=to_dict(config), settings=settings,
-            )  # fmt: skip
+            self._run = wandb.init(**names, resume="allow", config=asdict(config), settings=settings)
         except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
             raise InputError(
                 f"train.wandb = {project}: {error} Or set WANDB_MODE=offline, or leave the field at none"
@@ -73,11 +55,16 @@ class WeightsAndBiases(Writer):
             log.info("Weights & Biases: %s", self._run.url)
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Keeps the numbers of one step by name, unless they are there."""
         if step >= self._run.step:
             self._run.log(dict(numbers), step=step)
 
     def close(self) -> None:
+        """Waits until all numbers are stored; none may follow."""
         self._run.finish()
+
+
+Writer = TensorBoard | WeightsAndBiases
 
 
 def run_id(run: Run) -> str:

@@ -42,11 +42,7 @@ def write_gguf(file: Path, weights: WeightSource, dtype: str = "f32") -> None:
     """Writes a model with its tokenizer, atomically and with one tensor in memory.
 
     Vectors and tables of positions stay float32, as in llama.cpp's own converter. In q8_0 (8 bits per value, and one
-    scale per 32 values) a matrix whose rows don't divide by 32 is f16.
-
-    Args:
-        file: path of the export; an earlier GGUF file there is replaced, anything else is refused.
-        dtype: name of the dtype: f32, f16, bf16 or q8_0.
+    scale per 32 values) a matrix whose rows don't divide by 32 is f16. The other dtypes are f32, f16 and bf16.
 
     Raises:
         InputError: the file is not GGUF, llama.cpp has no such model or gives other tokens, or values are too large for
@@ -59,7 +55,8 @@ def write_gguf(file: Path, weights: WeightSource, dtype: str = "f32") -> None:
     tokens = gguf_metadata(weights.tokenizer, weights.config.vocab_size)
     shapes = model.shapes()
     types = {name: library.GGMLQuantizationType[_type_name(name, shape, dtype)] for name, shape in shapes.items()}
-    sizes = {name: _size(library, shape, types[name]) for name, shape in shapes.items()}
+    blocks = {name: library.GGML_QUANT_SIZES[kind] for name, kind in types.items()}
+    sizes = {name: math.prod(shape) // blocks[name][0] * blocks[name][1] for name, shape in shapes.items()}
     f16 = library.GGMLQuantizationType.F16
     if dtype == "q8_0" and (num_f16 := list(types.values()).count(f16)):
         log.warning("%d matrices have rows that do not divide by %d; they are f16", num_f16, Q8_BLOCK)
@@ -100,11 +97,8 @@ def _exported(weights: WeightSource) -> GGUFExport:
     except ValueError as error:
         raise InputError(f"these weights cannot be exported: {error}") from None
     tokenizer = weights.tokenizer
-    if tokenizer.vocab_size > weights.config.vocab_size:
-        raise InputError(
-            f"the tokenizer of {tokenizer.folder} has {tokenizer.vocab_size} ids, the model "
-            f"{weights.config.vocab_size}; take the model's own"
-        )
+    if (size := tokenizer.vocab_size) > (most := weights.config.vocab_size):
+        raise InputError(f"the tokenizer of {tokenizer.folder} has {size} ids, the model {most}; take the model's own")
     return model
 
 
@@ -114,26 +108,11 @@ def _type_name(name: str, shape: tuple[int, ...], dtype: str) -> str:
     return "F16" if dtype == "q8_0" and shape[-1] % Q8_BLOCK else dtype.upper()
 
 
-def _size(library: Any, shape: tuple[int, ...], quantization: Any) -> int:
-    block_values, block_bytes = library.GGML_QUANT_SIZES[quantization]
-    return int(math.prod(shape) // block_values * block_bytes)
-
-
 def _add(writer: Any, prefix: str, values: Mapping[str, Any]) -> None:
     """Adds settings in the types that llama.cpp reads."""
+    adders = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     for key, value in values.items():
-        name = prefix + key
-        match value:
-            case bool():
-                writer.add_bool(name, value)
-            case int():
-                writer.add_uint32(name, value)
-            case float():
-                writer.add_float32(name, value)
-            case str():
-                writer.add_string(name, value)
-            case _:
-                writer.add_array(name, value)
+        adders.get(type(value), writer.add_array)(prefix + key, value)
 
 
 def _library() -> Any:

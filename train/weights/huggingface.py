@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,7 @@ EXPORT_DTYPES = {dtype.name: dtype for name, dtype in FLOAT_DTYPES.items() if na
 def write_huggingface(folder: Path, weights: WeightSource, dtype: str = "float32", card: str = "") -> None:
     """Writes config.json, safetensors, the tokenizer and a model card, atomically and with one tensor in memory.
 
-    Args:
-        folder: folder of the export; an earlier export there is replaced, anything else is refused.
-        dtype: name of the dtype, one of `EXPORT_DTYPES`.
-        card: the text of README.md.
+    An earlier export in the folder is replaced. The dtype is one of `EXPORT_DTYPES`.
 
     Raises:
         InputError: the folder holds something else, no Transformers class has this model's choices, values are too
@@ -52,10 +50,9 @@ def write_huggingface(folder: Path, weights: WeightSource, dtype: str = "float32
         shapes = model.shapes
         check_free_space(partial.parent, sum(map(math.prod, shapes.values())) * EXPORT_DTYPES[dtype].itemsize)
         hf_config = model.export_config(tokenizer.bos_id, tokenizer.eos_id, dtype) | {STEP_KEY: weights.step}
-        _write_json(partial / "config.json", hf_config)
-        _write_json(
-            partial / "generation_config.json", {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-        )
+        special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        for name, values in (("config.json", hf_config), ("generation_config.json", special)):
+            (partial / name).write_text(json.dumps(values, indent=2) + "\n")
         (partial / CARD_FILE).write_text(card)
         write_huggingface_tokenizer(tokenizer, partial, weights.context)
         write_tensor_files(partial, shapes, EXPORT_DTYPES[dtype], model.export_tensors(weights.read))
@@ -67,7 +64,7 @@ def check_export_folder(folder: Path) -> None:
         raise InputError(f"{folder} is a file; name a folder for the export")
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     others = {name for name in names - EXPORT_FILES if not SHARD.fullmatch(name)}
-    if others or (names and STEP_KEY not in (_config(folder) or {})):
+    if others or (names and STEP_KEY not in _config(folder)):
         raise InputError(f"{folder} holds other things than an export; name a new folder")
 
 
@@ -88,36 +85,26 @@ def check_expressible(config: ResolvedModelConfig) -> None:
 
 def exported_step(folder: Path) -> int | None:
     """Returns the step of the weights in a folder, or None if it holds no readable export."""
-    step = (_config(folder) or {}).get(STEP_KEY)
+    step = _config(folder).get(STEP_KEY)
     return step if isinstance(step, int) else None
 
 
 def is_export(folder: Path) -> bool:
     """True if a folder holds exported weights, or a part of them."""
     has_tensors = (folder / SINGLE_FILE).exists() or (folder / INDEX_FILE).exists()
-    return has_tensors or "architectures" in (_config(folder) or {})
+    return has_tensors or "architectures" in _config(folder)
 
 
-def _write_json(file: Path, values: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(values, indent=2) + "\n")
-
-
-def _config(folder: Path) -> Mapping[str, Any] | None:
-    """Returns the values of config.json, or None if it cannot be read."""
-    try:
+def _config(folder: Path) -> Mapping[str, Any]:
+    """Returns the values of config.json; none if it cannot be read."""
+    values = None
+    with suppress(OSError, ValueError):
         values = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return values if isinstance(values, dict) else None
+    return values if isinstance(values, dict) else {}
 
 
 def open_huggingface(folder: Path) -> WeightSource:
-    """Opens the weights of a folder, of this project or of others, as float32.
-
-    Raises:
-        InputError: a file is missing or damaged, or the model is of another kind. Otherwise every tensor that the model
-            needs exists, in the right shape.
-    """
+    """Opens a folder's weights as float32. InputError unless every tensor of a known model exists, in its shape."""
     file = folder / "config.json"
     if not file.is_file():
         raise InputError(f"{folder} has no config.json; export the weights again")

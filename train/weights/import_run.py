@@ -16,15 +16,10 @@ from train.config.run_config import TrainConfig
 from train.devices.mesh import one_device_mesh
 from train.run.folder import Run
 from train.weights.huggingface import open_huggingface
-from train.weights.weight_source import WeightSource
 
 
 def import_weights(folder: Path, to: Path) -> Run:
-    """Makes a run from a folder of weights, atomically. All weights are in memory at once.
-
-    Raises:
-        InputError: the folder cannot be read (see `open_huggingface`), or something exists at `to`.
-    """
+    """Makes a run from a folder's weights, all in memory at once, atomically. InputError as `open_huggingface`."""
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise InputError(f"--to={to} is there already; name a new folder")
     if not folder.is_dir():
@@ -36,20 +31,16 @@ def import_weights(folder: Path, to: Path) -> Run:
             "give the model's own"
         )
     to = to.resolve()
-    with atomic_folder(to) as partial:
-        _write(weights, Run(partial), to)
-    return Run(to)
-
-
-def _write(weights: WeightSource, run: Run, to: Path) -> None:
     # Training computes in the default dtype; evaluation and generation set float32 themselves.
     model = dataclasses.replace(weights.config, compute_dtype=ModelConfig.compute_dtype)
-    data, train = DataConfig(segment_length=weights.context), TrainConfig(run_dir=str(to))
-    run.save_config(Config(model=model, data=data, train=train))
-    write_tokenizer(weights.tokenizer.files(), run.tokenizer)
-    with jax.set_mesh(one_device_mesh()):
+    data = DataConfig(segment_length=weights.context)
+    with atomic_folder(to) as partial, jax.set_mesh(one_device_mesh()):
+        run = Run(partial)
+        run.save_config(Config(model=model, data=data, train=TrainConfig(run_dir=str(to))))
+        write_tokenizer(weights.tokenizer.files(), run.tokenizer)
         checkpoints = Checkpoints(run.checkpoints, CheckpointConfig())
         arrays = jax.tree.map(jax.numpy.asarray, weights.in_memory())
         checkpoints.save({"step": 0, "weights": arrays}, {})
         checkpoints.wait()
         checkpoints.close()
+    return Run(to)

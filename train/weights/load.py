@@ -1,9 +1,8 @@
 """Loads the weights of a run, a checkpoint or an export, and exports those of a checkpoint."""
 
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -24,20 +23,11 @@ from train.weights.model_card import model_card
 from train.weights.weight_source import WeightSource
 
 
-@dataclass(frozen=True)
-class Trained:
-    """A model ready for use, from a run or from exported weights.
+class Trained(NamedTuple):
+    """A model ready for use, from a run or from exported weights, which have no `run` and `step`."""
 
-    Attributes:
-        config: resolved settings; for exported weights only the model and the segment length are not defaults.
-        weights: nested weights on the ambient mesh.
-        tokenizer: the tokenizer of the model.
-        run: folder of the run, or None for exported weights.
-        step: step of the checkpoint, or None for exported weights.
-    """
-
-    config: ResolvedConfig
-    weights: Any
+    config: ResolvedConfig  # for exported weights only the model and the segment length are not defaults
+    weights: Any  # nested, on the ambient mesh
     tokenizer: Tokenizer
     run: Run | None = None
     step: int | None = None
@@ -54,12 +44,10 @@ def load_trained(where: str) -> Trained:
     folder, step = split_name(where)
     if is_export(folder):
         opened = open_weights(where)
-        data = DataConfig(segment_length=opened.context)
-        config = Config(model=opened.config, data=data).resolved()
+        config = Config(model=opened.config, data=DataConfig(segment_length=opened.context)).resolved()
         check_sharing(config.model)
         shardings = jax.tree.map(lambda array: array.sharding, abstract_weights(config))
-        weights = jax.device_put(opened.in_memory(), shardings)
-        return Trained(config, weights, opened.tokenizer)
+        return Trained(config, jax.device_put(opened.in_memory(), shardings), opened.tokenizer)
     run, config, tokenizer = open_run(folder)
     check_sharing(config.model)
     checkpoints = Checkpoints(run.checkpoints)
@@ -69,11 +57,7 @@ def load_trained(where: str) -> Trained:
 
 
 def open_weights(where: str) -> WeightSource:
-    """Opens the weights of a RUN, RUN@STEP or a folder of WEIGHTS, to be read on demand.
-
-    Raises:
-        InputError: there is nothing, or it is damaged.
-    """
+    """Opens the weights of a RUN, RUN@STEP or folder, to be read on demand. InputError if they are damaged."""
     folder, step = split_name(where)
     if is_export(folder):
         if step is not None:

@@ -12,11 +12,7 @@ from train.weights.weight_source import WeightSource
 
 
 def model_card(weights: WeightSource, run: Run | None = None) -> str:
-    """Returns the text of the card in Hugging Face's format.
-
-    Args:
-        run: folder of the run that trained it; None if the weights were converted.
-    """
+    """Returns the text of the card in Hugging Face's format, without a run for weights that were converted."""
     facts = {"parameters": f"{count_parameters(weights.config):,}", **_model(weights)}
     if run is not None and weights.step:
         facts |= _training(run, weights.step)
@@ -67,7 +63,6 @@ def _training(run: Run, step: int) -> dict[str, Any]:
     config = run.load_config()
     starts = [event for event in read_events(run.events) if event["event"] == "start"]
     tokens = sum(batch_size(config, s) for s in range(step)) * config.data.segment_length
-    records = [record for _, record in read_step_log(run.metrics) if record["step"] == step]
     corpus = config.data.corpus
     facts = {
         "training": f"{step:,} steps, {tokens:,} tokens, padding included",
@@ -77,8 +72,8 @@ def _training(run: Run, step: int) -> dict[str, Any]:
     }
     if origin := config.train.init_from:
         facts["begun with"] = f"{origin} ({config.train.init_with})"
-    for record in records:
-        if "validation_loss" in record:
+    for _, record in read_step_log(run.metrics):
+        if record["step"] == step and "validation_loss" in record:
             bits, loss = record["validation_bits_per_byte"], record["validation_loss"]
             facts["held-out text"] = f"{bits:.4f} bits a byte, loss {loss:.4f} nats a token"
     return facts

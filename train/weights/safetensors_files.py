@@ -5,6 +5,7 @@ data. The library has no streaming writer, and its NumPy interface has no bfloat
 """
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,7 @@ DTYPE_NAMES = {dtype.name: name for name, dtype in FLOAT_DTYPES.items()}
 
 
 class TensorFiles:
-    """The tensors of a folder, read from the disk on demand.
-
-    Raises:
-        ValueError: a file is missing or damaged, or the index contradicts the files.
-    """
+    """The tensors of a folder, read on demand. ValueError if a file is missing or damaged, or contradicts the index."""
 
     def __init__(self, folder: Path):
         self._entries: dict[str, tuple[Path, dict[str, Any], int]] = {}
@@ -98,7 +95,6 @@ def write_tensor_files(
     """Writes tensors to `model.safetensors`, or to several files and their index beyond `LARGEST_FILE` bytes.
 
     Args:
-        folder: folder to write to; it must exist.
         shapes: shapes of all tensors by name, in their order.
         tensors: the same names with their values, of any float dtype; one at a time is in memory.
 
@@ -106,12 +102,11 @@ def write_tensor_files(
         ValueError: a value is too large for the dtype.
         OSError: the disk refuses a write.
     """
-    files = list(_shares(shapes, dtype))
-    names = [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
-    if len(files) == 1:
-        names = [SINGLE_FILE]
+    shares = list(_shares(shapes, dtype))
+    names = [f"model-{i:05}-of-{len(shares):05}.safetensors" for i in range(1, len(shares) + 1)]
+    files = dict(zip(names, shares, strict=True)) if len(shares) > 1 else {SINGLE_FILE: shares[0]}
     arrays = iter(tensors)
-    for name, share in zip(names, files, strict=True):
+    for name, share in files.items():
         with (folder / name).open("wb") as file:
             file.write(_header(share, dtype))
             for expected, shape in share.items():
@@ -120,22 +115,19 @@ def write_tensor_files(
                 array = _cast(tensor, array, dtype)
                 file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     if len(files) > 1:
-        total = sum(_size(shape, dtype) for shape in shapes.values())
-        where = {tensor: name for name, share in zip(names, files, strict=True) for tensor in share}
-        index = {"metadata": {"total_size": total}, "weight_map": where}
+        where = {tensor: name for name, share in files.items() for tensor in share}
+        index = {"metadata": {"total_size": _size(shapes.values(), dtype)}, "weight_map": where}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _shares(shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> Iterator[dict[str, tuple[int, ...]]]:
     """Yields the tensors of each file."""
     share: dict[str, tuple[int, ...]] = {}
-    size = 0
     for name, shape in shapes.items():
-        if share and size + _size(shape, dtype) > LARGEST_FILE:
+        if share and _size([*share.values(), shape], dtype) > LARGEST_FILE:
             yield share
-            share, size = {}, 0
+            share = {}
         share[name] = shape
-        size += _size(shape, dtype)
     yield share
 
 
@@ -143,8 +135,9 @@ def _header(share: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> bytes:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in share.items():
-        begin, end = end, end + _size(shape, dtype)
-        entries[name] = {"dtype": DTYPE_NAMES[dtype.name], "shape": list(shape), "data_offsets": [begin, end]}
+        offsets = [end, end + _size([shape], dtype)]
+        entries[name] = {"dtype": DTYPE_NAMES[dtype.name], "shape": list(shape), "data_offsets": offsets}
+        end = offsets[1]
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header
@@ -158,5 +151,6 @@ def _cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return cast
 
 
-def _size(shape: tuple[int, ...], dtype: np.dtype) -> int:
-    return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+def _size(shapes: Iterable[tuple[int, ...]], dtype: np.dtype) -> int:
+    """Returns the bytes of arrays of some shapes."""
+    return sum(map(math.prod, shapes)) * dtype.itemsize

@@ -11,21 +11,13 @@ from model.interchange.tensors import ParameterReader, nested_weights
 
 @dataclass(frozen=True)
 class WeightSource:
-    """A model whose weights are read on demand.
-
-    Attributes:
-        config: resolved settings of the model.
-        context: number of positions that it was trained on at once.
-        tokenizer: the tokenizer of the model.
-        read: returns its parameters, one layer at a time.
-        step: number of steps of the run that trained it, if known.
-    """
+    """A model whose weights are read on demand."""
 
     config: ResolvedModelConfig
-    context: int
+    context: int  # number of positions that it was trained on at once
     tokenizer: Tokenizer
-    read: ParameterReader
-    step: int | None = None
+    read: ParameterReader  # returns its parameters, one layer at a time
+    step: int | None = None  # of the run that trained it, if known
 
     def interchange(self) -> Interchange:
         """Returns the model in its class of Transformers. ValueError if no class has its choices."""
