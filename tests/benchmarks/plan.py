@@ -116,10 +116,10 @@ def figures_of(row: Row) -> dict[str, Any]:
     if not plan.refused:
         program = read_program(compilation.text, dict(mesh.shape))
         found |= {
-            "flops": program.matmul_flops,
+            "flops": program.total("flops"),
             "traffic": sum(c.payload_bytes * c.count for c in program.collectives) / GIB,
             "sent": sum(c.sent_bytes * c.count for c in program.collectives) / GIB,
-            "compute": program.cycles / chip.cycles_per_second if chip.cycles_per_second else None,
+            "compute": program.total("cycles") / chip.cycles_per_second if chip.cycles_per_second else None,
             "step_seconds": plan.estimated_step_seconds,
             "mfu": plan.estimated_mfu,
             "attention": plan.attention.partition(":")[0],

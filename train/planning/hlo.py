@@ -5,22 +5,17 @@ jaxlib's own objects (`hlo_modules`) have neither shapes nor attributes, and are
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import numpy as np
 
 # Memory spaces of a layout, as in S(5); an array without one is in the device's main memory.
 DEVICE = 0
 HOST = 5
-COLLECTIVE_KINDS = {
-    "all-gather": "all-gather",
-    "all-reduce": "all-reduce",
-    "reduce-scatter": "reduce-scatter",
-    "all-to-all": "all-to-all",
-    "ragged-all-to-all": "all-to-all",
-    "collective-permute": "permute",
-    "collective-broadcast": "permute",
-}
+COLLECTIVE_KINDS = {kind: kind for kind in ("all-gather", "all-reduce", "reduce-scatter", "all-to-all")} | {
+    "ragged-all-to-all": "all-to-all", "collective-permute": "permute", "collective-broadcast": "permute"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,6 +44,7 @@ class Array:
 class Instruction:
     """One line of a computation."""
 
+    computation: "Computation" = field(repr=False, compare=False)
     name: str
     opcode: str
     results: tuple[Array, ...]
@@ -56,6 +52,11 @@ class Instruction:
     inner: str  # text between the parentheses
     rest: str  # text after them: attributes, metadata, backend configuration
     is_root: bool
+
+    @property
+    def inputs(self) -> tuple[Array, ...]:
+        """The arrays of all operands."""
+        return arrays_of(self.computation, self.operands)
 
     def find(self, pattern: str) -> str:
         """Returns the first group of a pattern in the attributes, or an empty string without a match."""
@@ -94,8 +95,14 @@ class Instruction:
         return self.opcode == "custom-call" and any(word in self.target for word in ("gemm", "matmul"))
 
 
+# Instructions by name, in the order in which they run.
 Computation = dict[str, Instruction]
 _HEAD = re.compile(r"\s+(?:ROOT )?%([^\s=]+) = ")
+
+
+def arrays_of(computation: Computation, names: Iterable[str]) -> tuple[Array, ...]:
+    """Returns the results of the named instructions that are part of a computation."""
+    return tuple(array for name in names if name in computation for array in computation[name].results)
 
 
 def numbers(text: str) -> list[int]:
@@ -113,7 +120,7 @@ def _closing(text: str, start: int) -> int:
     return len(text)
 
 
-def _instruction(text: str) -> Instruction:
+def _add_instruction(computation: Computation, text: str) -> None:
     head = _HEAD.match(text)
     assert head, text
     start = head.end()
@@ -126,7 +133,9 @@ def _instruction(text: str) -> Instruction:
     )
     inner = text[opening + 1 : closing - 1]
     operands = tuple(re.findall(r"%([^\s,(){}]+)", inner))
-    return Instruction(head[1], text[end:opening].strip(), results, operands, inner, text[closing:], "ROOT" in head[0])
+    opcode = text[end:opening].strip()
+    is_root = "ROOT" in head[0]
+    computation[head[1]] = Instruction(computation, head[1], opcode, results, operands, inner, text[closing:], is_root)
 
 
 def computations_of(text: str) -> tuple[dict[str, Computation], str]:
@@ -145,8 +154,7 @@ def computations_of(text: str) -> tuple[dict[str, Computation], str]:
         # A kernel's metadata may contain line breaks.
         ends = re.fullmatch(r"\}(, execution_thread=.*)?", line)
         if lines and (ends or _HEAD.match(line)):
-            instruction = _instruction("\n".join(lines))
-            computations[current][instruction.name] = instruction
+            _add_instruction(computations[current], "\n".join(lines))
             lines = []
         if ends:
             current = ""

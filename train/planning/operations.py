@@ -130,48 +130,34 @@ class Program:
     aliases: int
     notes: tuple[str, ...]
 
-    def walk(self) -> Iterator[tuple[Operation, int]]:
-        """Yields every operation without a body, and how often a step runs it."""
-        yield from walked(self.operations, 1)
-
-    @cached_property
-    def matmul_flops(self) -> float:
-        """FLOPs of all matrix products of a step, without those inside kernels."""
-        return sum(operation.flops * times for operation, times in self.walk())
-
-    @cached_property
-    def cycles(self) -> int:
-        """The sum of the TPU compiler's estimates over a step."""
-        return sum(operation.cycles * times for operation, times in self.walk())
-
-    @cached_property
-    def host_bytes(self) -> int:
-        """Bytes moved between the device's memory and the host's in a step, both ways."""
-        return sum(operation.host_bytes * times for operation, times in self.walk())
+    def total(self, figure: str) -> float:
+        """Returns the sum of an attribute of `Operation` over a step, such as `flops` or `host_bytes`."""
+        return total(self.operations, figure)
 
     @cached_property
     def collectives(self) -> tuple[Collective, ...]:
         """Every collective of the module, with its count in a step."""
-        return tuple(replace(o.collective, count=times) for o, times in self.walk() if o.collective)
+        return tuple(replace(o.collective, count=times) for o, times in walked(self.operations) if o.collective)
 
     @cached_property
     def kernels(self) -> dict[Kernel, int]:
         """The number of runs in a step by kernel."""
         counts: Counter[Kernel] = Counter()
-        for operation, times in self.walk():
+        for operation, times in walked(self.operations):
             if operation.kernel:
                 counts[operation.kernel] += times
-        return dict(counts)
-
-    def holding(self, elements: int) -> list[Array]:
-        """Returns the arrays with at least `elements` elements, the largest first."""
-        return sorted((a for a in self.arrays if a.elements >= elements), key=lambda a: (-a.elements, a.dtype, a.dims))
+        return counts
 
 
-def walked(operations: tuple[Operation, ...], times: int) -> Iterator[tuple[Operation, int]]:
+def walked(operations: tuple[Operation, ...], times: int = 1) -> Iterator[tuple[Operation, int]]:
     """Yields every operation without a body, and how often it runs."""
     for operation in operations:
         if operation.body:
             yield from walked(operation.body, times * operation.trips)
         else:
             yield operation, times
+
+
+def total(operations: tuple[Operation, ...], figure: str) -> float:
+    """Returns the sum of an attribute over all operations, each as often as it runs."""
+    return sum(getattr(operation, figure) * times for operation, times in walked(operations))

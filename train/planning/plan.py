@@ -16,9 +16,9 @@ from train.config.config import ResolvedConfig
 from train.devices.hardware import Chip
 from train.devices.rules import training_layout
 from train.planning.compilation import Compilation, abstract_batch
-from train.planning.operations import Program
+from train.planning.operations import Program, walked
 from train.planning.reader import read_program
-from train.planning.timeline import Costs, Timeline, timeline
+from train.planning.timeline import Timeline, own_seconds, timeline
 from train.planning.topology import bandwidth_over
 from train.step.flops import flops_per_token
 from train.step.optimizer import make_optimizer
@@ -198,9 +198,8 @@ def _with_estimate(plan: Plan, mesh: Mesh, chip: Chip, text: str) -> Plan:
     """Adds the figures that are read from the compiled program."""
     program = read_program(text, dict(mesh.shape))
     bandwidth = functools.cache(lambda axes: bandwidth_over(mesh, axes, chip))
-    costs = Costs(chip.cycles_per_second, chip.peak_flops, chip.memory_bandwidth, bandwidth, chip.host_bandwidth)
-    line = timeline(program, costs)
-    flops = program.matmul_flops + sum(kernel.flops * times for kernel, times in program.kernels.items())
+    line = timeline(program, chip, bandwidth)
+    flops = program.total("flops") + sum(kernel.flops * times for kernel, times in program.kernels.items())
     collectives = _collectives(program, bandwidth)
     tokens_per_second = plan.tokens_per_step / line.total
     days, device_hours, cost = budget(plan.tokens, tokens_per_second, plan.devices, plan.price)
@@ -214,7 +213,7 @@ def _with_estimate(plan: Plan, mesh: Mesh, chip: Chip, text: str) -> Plan:
         estimated_by="the compiler's cycles" if chip.cycles_per_second else ROOFLINE,
         estimated_mfu=plan.model_flops_per_device / chip.peak_flops / line.total,
         tokens_per_second=tokens_per_second,
-        breakdown=_breakdown(plan.model_flops_per_device, program, costs, line),
+        breakdown=_breakdown(plan.model_flops_per_device, program, chip, line),
         bottleneck=_bottleneck(line),
         notes=list(program.notes),
         days=days,
@@ -238,17 +237,17 @@ def _collectives(program: Program, bandwidth: Callable[[tuple[str, ...]], float]
     return sorted(rows, key=lambda row: -row["bytes"])
 
 
-def _breakdown(model_flops: float, program: Program, costs: Costs, line: Timeline) -> list[tuple[str, float]]:
+def _breakdown(model_flops: float, program: Program, chip: Chip, line: Timeline) -> list[tuple[str, float]]:
     """Splits the estimate into terms that add up to it."""
     at_peak: dict[str, float] = defaultdict(float)
     below_peak: dict[str, float] = defaultdict(float)
-    for operation, times in program.walk():
+    for operation, times in walked(program.operations):
         kernel_flops = operation.kernel.flops if operation.kernel else 0.0
         if flops := operation.flops + kernel_flops:
             work = "attention kernels" if kernel_flops else "matrix products"
-            at_peak[work] += times * flops / costs.peak_flops
-            below_peak[work] += times * (costs.seconds(operation) - flops / costs.peak_flops)
-    useful = model_flops / costs.peak_flops
+            at_peak[work] += times * flops / chip.peak_flops
+            below_peak[work] += times * (own_seconds(operation, chip) - flops / chip.peak_flops)
+    useful = model_flops / chip.peak_flops
     done = sum(at_peak.values())
     lost = sum(below_peak.values())
     parts = [

@@ -1,37 +1,15 @@
-"""The time of a compiled program: its schedule, simulated at given speeds."""
+"""The time of a compiled program: its schedule, simulated at a chip's speeds."""
 
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from train.devices.hardware import Chip
 from train.planning.operations import Operation, Program
 
-
-@dataclass(frozen=True)
-class Costs:
-    """The speeds of one device.
-
-    Attributes:
-        cycles_per_second: rate of the compiler's cycles; 0 means that there are none, and a roofline is used.
-        peak_flops: peak FLOP/s of matrix products.
-        memory_bandwidth: bytes/s of the device's memory.
-        bandwidth: function from mesh axes to the bytes/s that a device sends along them.
-        host_bandwidth: bytes/s to and from the host's memory.
-    """
-
-    cycles_per_second: float
-    peak_flops: float
-    memory_bandwidth: float
-    bandwidth: Callable[[tuple[str, ...]], float]
-    host_bandwidth: float
-
-    def seconds(self, operation: Operation) -> float:
-        """Returns the seconds of an operation's own work, without its communication."""
-        if operation.cycles and self.cycles_per_second:
-            return operation.cycles / self.cycles_per_second
-        flops = operation.kernel.flops if operation.kernel else operation.flops
-        return max(flops / self.peak_flops, operation.bytes / self.memory_bandwidth)
+# Function from mesh axes to the bytes/s that a device sends along them.
+Bandwidth = Callable[[tuple[str, ...]], float]
 
 
 @dataclass(frozen=True)
@@ -56,14 +34,22 @@ class Timeline:
     communication: dict[tuple[str, ...], float]
 
 
-def timeline(program: Program, costs: Costs) -> Timeline:
+def own_seconds(operation: Operation, chip: Chip) -> float:
+    """Returns the seconds of an operation's own work, by the compiler's cycles or else by a roofline."""
+    if operation.cycles and chip.cycles_per_second:
+        return operation.cycles / chip.cycles_per_second
+    flops = operation.kernel.flops if operation.kernel else operation.flops
+    return max(flops / chip.peak_flops, operation.bytes / chip.memory_bandwidth)
+
+
+def timeline(program: Program, chip: Chip, bandwidth: Bandwidth) -> Timeline:
     """Simulates the schedule as the compiler wrote it: in sequence, except for asynchronous operations.
 
     An asynchronous operation starts once the link that it needs is free (one within slices, one between them, one to
     the host, one within the device), and its done waits for it. The body of a loop is simulated twice; the second pass
     represents all that follow.
     """
-    clock = _Clock(costs)
+    clock = _Clock(chip, bandwidth)
     clock.run(program.operations)
 
     def by_axes(name: str) -> dict[tuple[str, ...], float]:
@@ -74,8 +60,9 @@ def timeline(program: Program, costs: Costs) -> Timeline:
 
 
 class _Clock:
-    def __init__(self, costs: Costs):
-        self.costs = costs
+    def __init__(self, chip: Chip, bandwidth: Bandwidth):
+        self.chip = chip
+        self.bandwidth = bandwidth
         # Seconds by (field of Timeline, and mesh axes if it has them).
         self.spent: defaultdict[tuple[Any, ...], float] = defaultdict(float)
         self.free: dict[str, float] = {}
@@ -107,15 +94,15 @@ class _Clock:
     def one(self, operation: Operation) -> None:
         """Runs one operation."""
         collective = operation.collective
-        own = self.costs.seconds(operation)
+        own = own_seconds(operation, self.chip)
         key: tuple[Any, ...]
         if collective:
             self.add(own, "compute")
-            seconds = collective.sent_bytes / self.costs.bandwidth(collective.axes)
+            seconds = collective.sent_bytes / self.bandwidth(collective.axes)
             self.spent["communication", collective.axes] += seconds
             link, key = "slices" if collective.slow else "devices", ("waiting", collective.axes)
         elif operation.host_bytes:
-            seconds = operation.host_bytes / self.costs.host_bandwidth
+            seconds = operation.host_bytes / self.chip.host_bandwidth
             self.spent["transfer",] += seconds
             link, key = "host", ("host",)
         elif operation.asynchronous:
