@@ -36,23 +36,16 @@ COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt", 
 
 @dataclass(frozen=True)
 class Compilation:
-    """A training step as the compiler returns it.
+    """A training step as the compiler returns it."""
 
-    Attributes:
-        text: the optimized program; empty if the compiler refused it.
-        memory: bytes per device by the compiler's names: `argument`, `output`, `alias`, `temp`, `peak`, …
-        refused: the compiler's message for a program that does not fit, or None.
-        lower_seconds: time from Python to the compiler's input.
-        compile_seconds: time of the compiler when it ran.
-        executable: the program to run; None if it was read from a cache or its devices are not local.
-    """
-
-    text: str
+    text: str  # the optimized program; empty if the compiler refused it
+    # Bytes per device by the compiler's names: `argument`, `output`, `alias`, `temp`, `peak`.
     memory: Mapping[str, int]
-    refused: str | None
-    lower_seconds: float
-    compile_seconds: float
+    refused: str | None  # the compiler's message for a program that does not fit, or None
+    lower_seconds: float  # time from Python to the compiler's input
+    compile_seconds: float  # time of the compiler when it ran
     cached: bool = False
+    # The program to run; None if it was read from a cache or its devices are not local.
     executable: Any = field(default=None, compare=False)
 
 
@@ -82,10 +75,9 @@ def compile_step(config: ResolvedConfig, mesh: Mesh, cache: Path | None = None) 
         lowered = step.lower(abstract_state(config, optimizer), abstract_batch(config, mesh))
         lowering = time.perf_counter() - start
         if is_local:
-            hits = _cache_hits()
-            before = len(hits)
+            hits = len(_cache_hits())
             compiled = _compiled(lowered, lowering)
-            return compiled if len(hits) == before else replace(compiled, cached=True)
+            return replace(compiled, cached=len(_cache_hits()) > hits)
         file = cache / f"{_key(config, mesh, lowered.as_text())}.json.gz" if cache else None
         if file and (kept := _kept(file)):
             return replace(kept, lower_seconds=lowering, cached=True)

@@ -97,7 +97,6 @@ class Instruction:
 
 # Instructions by name, in the order in which they run.
 Computation = dict[str, Instruction]
-_HEAD = re.compile(r"\s+(?:ROOT )?%([^\s=]+) = ")
 
 
 def arrays_of(computation: Computation, names: Iterable[str]) -> tuple[Array, ...]:
@@ -121,7 +120,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def _add_instruction(computation: Computation, text: str) -> None:
-    head = _HEAD.match(text)
+    head = re.match(r"\s+(ROOT )?%([^\s=]+) = ", text)
     assert head, text
     start = head.end()
     end = _closing(text, start) if text[start] == "(" else text.index(" ", start)
@@ -134,32 +133,21 @@ def _add_instruction(computation: Computation, text: str) -> None:
     inner = text[opening + 1 : closing - 1]
     operands = tuple(re.findall(r"%([^\s,(){}]+)", inner))
     opcode = text[end:opening].strip()
-    is_root = "ROOT" in head[0]
-    computation[head[1]] = Instruction(computation, head[1], opcode, results, operands, inner, text[closing:], is_root)
+    rest = text[closing:]
+    computation[head[2]] = Instruction(computation, head[2], opcode, results, operands, inner, rest, bool(head[1]))
 
 
 def computations_of(text: str) -> tuple[dict[str, Computation], str]:
     """Returns all computations by name, and the name of the entry computation."""
     computations: dict[str, Computation] = {}
     entry = ""
-    current = ""
-    lines: list[str] = []
-    for line in text.splitlines():
-        if not current:
-            if head := re.match(r"(ENTRY )?%([^\s(]+) \(.*\{$", line):
-                current = head[2]
-                computations[current] = {}
-                entry = current if head[1] else entry
-            continue
+    computation = r"^(ENTRY )?%([^\s(]+) \(.*\{\n((?:.*\n)*?)\}(?:, execution_thread=.*)?$"
+    for is_entry, name, body in re.findall(computation, text, re.M):
+        computations[name] = {}
+        entry = name if is_entry else entry
         # A kernel's metadata may contain line breaks.
-        ends = re.fullmatch(r"\}(, execution_thread=.*)?", line)
-        if lines and (ends or _HEAD.match(line)):
-            _add_instruction(computations[current], "\n".join(lines))
-            lines = []
-        if ends:
-            current = ""
-        elif lines or _HEAD.match(line):
-            lines.append(line)
+        for instruction in re.split(r"^(?=[ \t]+(?:ROOT )?%[^\s=]+ = )", body, flags=re.M)[1:]:
+            _add_instruction(computations[name], instruction.removesuffix("\n"))
     return computations, entry
 
 

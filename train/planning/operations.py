@@ -17,25 +17,16 @@ ATTENTION_PRODUCTS = {"mha_fwd": 2, "mha_dq": 3, "mha_dkv": 4, "SoftmaxBackward"
 
 @dataclass(frozen=True)
 class Collective:
-    """One communication between devices, and how often a step runs it.
+    """One communication between devices, and how often a step runs it."""
 
-    Attributes:
-        kind: all-gather, all-reduce, reduce-scatter, all-to-all or permute.
-        axes: mesh axes along which the devices of a group differ, in the mesh's order; one named "slice" is slow.
-        group: number of devices that take part.
-        dtype: dtype of the largest array.
-        payload_bytes: bytes of all arrays: the output of an all-gather, the input of other kinds.
-        asynchronous: true if other operations may run meanwhile.
-        source: the operation of the traced program.
-    """
-
-    kind: str
+    kind: str  # all-gather, all-reduce, reduce-scatter, all-to-all or permute
+    # Mesh axes along which the devices of a group differ, in the mesh's order; one named "slice" is slow.
     axes: tuple[str, ...]
-    group: int
-    dtype: str
-    payload_bytes: int
-    asynchronous: bool
-    source: str
+    group: int  # number of devices that take part
+    dtype: str  # dtype of the largest array
+    payload_bytes: int  # bytes of all arrays: the output of an all-gather, the input of other kinds
+    asynchronous: bool  # true if other operations may run meanwhile
+    source: str  # the operation of the traced program
     count: int = 1
 
     @property
@@ -86,49 +77,30 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Operation:
-    """One instruction of the schedule that takes time; a loop, branch or call holds the operations that it runs.
+    """One instruction of the schedule that takes time; a loop, branch or call holds the operations that it runs."""
 
-    Attributes:
-        name: name of the instruction in the module.
-        flops: FLOPs of matrix products, 2·M·N·K each, without those of kernels.
-        bytes: bytes read from and written to the device's memory.
-        cycles: the TPU compiler's estimate with memory traffic and without collectives; 0 if it has none.
-        collective: the communication that the operation starts, apart from its own computation.
-        host_bytes: bytes moved between the device's memory and the host's.
-        asynchronous: true if it runs until another operation waits for it.
-        waits_for: name of the asynchronous operation that ends with this one.
-        trips: number of times that the body runs.
-    """
-
-    name: str
-    flops: float = 0.0
-    bytes: int = 0
-    cycles: int = 0
-    collective: Collective | None = None
+    name: str  # name of the instruction in the module
+    flops: float = 0.0  # FLOPs of matrix products, 2·M·N·K each, without those of kernels
+    bytes: int = 0  # bytes read from and written to the device's memory
+    cycles: int = 0  # the TPU compiler's estimate with memory traffic and without collectives; 0 if it has none
+    collective: Collective | None = None  # the communication that the operation starts, apart from its own computation
     kernel: Kernel | None = None
-    host_bytes: int = 0
-    asynchronous: bool = False
-    waits_for: str | None = None
+    host_bytes: int = 0  # bytes moved between the device's memory and the host's
+    asynchronous: bool = False  # true if it runs until another operation waits for it
+    waits_for: str | None = None  # name of the asynchronous operation that ends with this one
     body: tuple["Operation", ...] = ()
-    trips: int = 1
+    trips: int = 1  # number of times that the body runs
 
 
 @dataclass(frozen=True)
 class Program:
-    """All that one device runs in one execution of a module.
-
-    Attributes:
-        arrays: every result in memory, that is of all instructions outside fusions.
-        instructions: number of instructions of the whole module, a measure of its size.
-        aliases: number of results that reuse the memory of an argument.
-        notes: sentences about parts that could not be read.
-    """
+    """All that one device runs in one execution of a module."""
 
     operations: tuple[Operation, ...]
-    arrays: frozenset[Array]
-    instructions: int
-    aliases: int
-    notes: tuple[str, ...]
+    arrays: frozenset[Array]  # every result in memory, that is of all instructions outside fusions
+    instructions: int  # number of instructions of the whole module, a measure of its size
+    aliases: int  # number of results that reuse the memory of an argument
+    notes: tuple[str, ...]  # sentences about parts that could not be read
 
     def total(self, figure: str) -> float:
         """Returns the sum of an attribute of `Operation` over a step, such as `flops` or `host_bytes`."""

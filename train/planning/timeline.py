@@ -14,24 +14,15 @@ Bandwidth = Callable[[tuple[str, ...]], float]
 
 @dataclass(frozen=True)
 class Timeline:
-    """The seconds of a step: `total` is the sum of `compute`, all of `waiting`, `memory` and `host`.
-
-    Attributes:
-        compute: seconds of fusions, products and kernels.
-        memory: exposed seconds of copies within the device's memory.
-        host: exposed seconds of copies to and from the host.
-        transfer: seconds of all copies to and from the host, hidden or exposed.
-        waiting: exposed seconds of communication, by mesh axes.
-        communication: seconds of all communication, hidden or exposed, by mesh axes.
-    """
+    """The seconds of a step: `total` is the sum of `compute`, all of `waiting`, `memory` and `host`."""
 
     total: float
-    compute: float
-    memory: float
-    host: float
-    transfer: float
-    waiting: dict[tuple[str, ...], float]
-    communication: dict[tuple[str, ...], float]
+    compute: float  # seconds of fusions, products and kernels
+    memory: float  # exposed seconds of copies within the device's memory
+    host: float  # exposed seconds of copies to and from the host
+    transfer: float  # seconds of all copies to and from the host, hidden or exposed
+    waiting: dict[tuple[str, ...], float]  # exposed seconds of communication, by mesh axes
+    communication: dict[tuple[str, ...], float]  # seconds of all communication, hidden or exposed, by mesh axes
 
 
 def own_seconds(operation: Operation, chip: Chip) -> float:
