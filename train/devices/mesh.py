@@ -47,15 +47,10 @@ def mesh_shape(config: MeshConfig, num_devices: int, num_slices: int = 1) -> tup
 def make_mesh(config: ResolvedConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Returns a mesh of devices on AXES, with Explicit axis types.
 
-    `tensor` is innermost, where links are fastest; slices are outermost.
+    `tensor` is innermost, where links are fastest; slices are outermost. `devices` are by default all of this run.
 
-    Args:
-        config: resolved, so that the sizes that the mesh must divide are known.
-        devices: all devices of this run by default.
-
-    Raises:
-        InputError: the sizes don't fit the devices, model or batch don't fit the sizes, or the wanted kernel cannot
-            be used.
+    Raises InputError if the sizes don't fit the devices, model or batch don't fit the sizes, or the wanted kernel
+    cannot be used.
     """
     devices = jax.devices() if devices is None else devices
     slices = count_slices(devices)

@@ -58,14 +58,10 @@ def abstract_batch(config: ResolvedConfig, mesh: Mesh) -> dict[str, jax.ShapeDty
 
 
 def compile_step(config: ResolvedConfig, mesh: Mesh, cache: Path | None = None) -> Compilation:
-    """Compiles the function that `pretrain` jits, for the full batch.
+    """Compiles the function that `pretrain` jits, for the full batch. Raises InputError if the compiler cannot make it.
 
-    Args:
-        cache: folder for compiled programs of topologies. JAX's own persistent cache serves local devices only: it
-            cannot read back a program without devices.
-
-    Raises:
-        InputError: the compiler cannot make this program.
+    The cache is a folder for compiled programs of topologies. JAX's own persistent cache serves local devices only: it
+    cannot read back a program without devices.
     """
     is_local = mesh.devices.flat[0] in jax.devices()
     with jax.set_mesh(mesh):

@@ -25,14 +25,8 @@ class Collective:
     group: int  # number of devices that take part
     dtype: str  # dtype of the largest array
     payload_bytes: int  # bytes of all arrays: the output of an all-gather, the input of other kinds
-    asynchronous: bool  # true if other operations may run meanwhile
     source: str  # the operation of the traced program
     count: int = 1
-
-    @property
-    def slow(self) -> bool:
-        """True if the collective crosses slices."""
-        return "slice" in self.axes
 
     @property
     def sent_bytes(self) -> float:

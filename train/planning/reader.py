@@ -74,9 +74,7 @@ class _Reader:
         if opcode == "call":
             body = self.operations(at.called("to_apply", "calls")[0])
             apart = next((o.collective for o, _ in walked(body) if o.collective), None) if starts else None
-            if apart:
-                return Operation(at.name, collective=replace(apart, asynchronous=True), asynchronous=True)
-            return Operation(at.name, body=body)
+            return Operation(at.name, collective=apart, asynchronous=True) if apart else Operation(at.name, body=body)
         if opcode.endswith("-done"):
             before = at.operands[0]
             if opcode == "recv-done":
@@ -105,7 +103,7 @@ class _Reader:
             starts = True
         elif starts or opcode == "send":
             starts = not at.find(r'"is_sync":\s*(true)')
-        collective = self.collective(holder, starts, at)
+        collective = self.collective(holder, at)
         # Memory traffic without a product is part of the communication itself.
         bytes_ = operation.bytes if flops else 0
         return replace(operation, bytes=bytes_, collective=collective, asynchronous=starts and collective is not None)
@@ -117,7 +115,7 @@ class _Reader:
                 yield instruction
                 yield from self.inside(instruction)
 
-    def collective(self, at: Instruction, asynchronous: bool, outer: Instruction) -> Collective | None:
+    def collective(self, at: Instruction, outer: Instruction) -> Collective | None:
         """Returns the communication of an instruction, or None if no data leaves the device."""
         groups = hlo.device_groups(at.rest, self.devices)
         kind = at.kind
@@ -138,7 +136,7 @@ class _Reader:
         size = groups.shape[1]
         payload = sum(array.bytes for array in operands) * (size if kind == "all-gather" else 1)
         dtype = max(operands, key=lambda array: array.bytes).dtype
-        return Collective(kind, axes, size, dtype, payload, asynchronous, at.source or outer.source)
+        return Collective(kind, axes, size, dtype, payload, at.source or outer.source)
 
     def sent(self, at: Instruction) -> Operation:
         """Reads a send to the host, or to the runtime that carries out collectives between slices."""
@@ -150,7 +148,7 @@ class _Reader:
         kind = transfer.lower().replace("_", "-")
         kind = kind if kind in hlo.COLLECTIVE_KINDS else "all-to-all"
         payload = array.bytes * (slices if kind == "all-gather" else 1)
-        collective = Collective(kind, ("slice",), slices, array.dtype, payload, True, at.source)
+        collective = Collective(kind, ("slice",), slices, array.dtype, payload, at.source)
         return Operation(at.name, collective=collective, asynchronous=True)
 
     def copied(self, at: Instruction, asynchronous: bool) -> Operation:

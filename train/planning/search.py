@@ -53,14 +53,11 @@ def candidates(config: ResolvedConfig, devices: Sequence[Any], chip: Chip, given
     """Returns all candidates that are legal and may fit, by estimated time; those that may not fit come last.
 
     The batch of a step is never changed, because it affects learning. A device's share of it follows from the mesh and
-    the number of accumulation parts.
+    the number of accumulation parts. Raises InputError if no candidate is legal, or none may fit.
 
     Args:
         chip: figures of one device, with the memory that a program can use.
         given: names of fields that keep the config's values.
-
-    Raises:
-        InputError: no candidate is legal, or none may fit.
     """
     legal = list(_legal(config, devices, chip, given))
     if not legal:
@@ -92,7 +89,7 @@ def worth_compiling(candidate: Candidate, compiled: Sequence[tuple[Candidate, fl
 def _legal(config: ResolvedConfig, devices: Sequence[Any], chip: Chip, given: Collection[str]) -> Iterator[Candidate]:
     rows = config.train.batch_size
     all_parts = [config.train.accumulation_steps] if PARTS in given else _divisors(rows)
-    policies = [config.model.remat_policy] if REMAT in given else REMAT_POLICIES
+    policies = [config.model.remat_policy] if REMAT in given else list(REMAT_POLICIES)
     sizes = argument_bytes(config, one_device_mesh())
     state = (sum(sizes.values()) - sizes["batch"]) / sizes["weights"]
     batch_axes = training_layout(config.mesh).mesh_axes("batch")

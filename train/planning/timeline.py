@@ -91,7 +91,7 @@ class _Clock:
             self.add(own, "compute")
             seconds = collective.sent_bytes / self.bandwidth(collective.axes)
             self.spent["communication", collective.axes] += seconds
-            link, key = "slices" if collective.slow else "devices", ("waiting", collective.axes)
+            link, key = "slices" if "slice" in collective.axes else "devices", ("waiting", collective.axes)
         elif operation.host_bytes:
             seconds = operation.host_bytes / self.chip.host_bandwidth
             self.spent["transfer",] += seconds

@@ -34,12 +34,7 @@ class Anomaly(Exception):
 class SpikeDetector:
     """Checks the figures of each step in order, and raises `Anomaly` for a spike.
 
-    Attributes:
-        history: (loss, number of tokens) of the last good steps, oldest first; every checkpoint stores it.
-
-    Args:
-        config: the threshold and window of an outlier.
-        history: the history that the restored checkpoint stores.
+    Its `history` has (loss, number of tokens) of the last good steps, oldest first; every checkpoint stores it.
     """
 
     def __init__(self, config: RecoveryConfig, history: Iterable[Sequence[float]] = ()):
@@ -54,9 +49,7 @@ class SpikeDetector:
             reports: (loss, gradient norm) as computed by each process.
             new_data: the mixture changed at this step, so the history of losses no longer applies.
         """
-        step = record["step"]
-        loss = record["loss"]
-        tokens = record["loss_weight"]
+        step, loss, tokens = (record[name] for name in ("step", "loss", "loss_weight"))
         for figures in ((loss, record["grad_norm"]), *reports):
             for name, value in zip(("loss", "grad_norm"), figures, strict=True):
                 if not math.isfinite(value):
