@@ -39,14 +39,12 @@ class Compilation:
     """A training step as the compiler returns it."""
 
     text: str  # the optimized program; empty if the compiler refused it
-    # Bytes per device by the compiler's names: `argument`, `output`, `alias`, `temp`, `peak`.
-    memory: Mapping[str, int]
+    memory: Mapping[str, int]  # bytes per device by the compiler's names: `argument`, `output`, `temp`, `peak`, …
     refused: str | None  # the compiler's message for a program that does not fit, or None
     lower_seconds: float  # time from Python to the compiler's input
     compile_seconds: float  # time of the compiler when it ran
     cached: bool = False
-    # The program to run; None if it was read from a cache or its devices are not local.
-    executable: Any = field(default=None, compare=False)
+    executable: Any = field(default=None, compare=False)  # None if read from a cache, or if its devices are not local
 
 
 def abstract_batch(config: ResolvedConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

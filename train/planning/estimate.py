@@ -7,7 +7,7 @@ error and the command that measures it.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from model.parameters import parameter_table
@@ -15,6 +15,7 @@ from model.sharding import as_tuple
 from train.config.config import ResolvedConfig
 from train.devices.hardware import Chip
 from train.devices.rules import training_layout
+from train.planning.timeline import Bandwidth
 
 # Share of peak FLOP/s that large matmuls reach on a TPU, by the compiler's cycles.
 MATMUL_EFFICIENCY = {"v4": 0.8, "v5e": 0.82, "v5p": 0.8, "v6e": 0.6}
@@ -62,13 +63,12 @@ class Machine(NamedTuple):
 
     Attributes:
         shape: size by mesh axis.
-        bandwidth: function from mesh axes to the bytes/s that a device sends along them.
         state: bytes of a step's state for each byte of the weights.
     """
 
     shape: Mapping[str, int]
     chip: Chip
-    bandwidth: Callable[[tuple[str, ...]], float]
+    bandwidth: Bandwidth
     kernel: str
     state: float
 
@@ -108,10 +108,10 @@ class _Step:
             if p.role == "matrix"
         }
         self.layer = sum(self.matrices.values())
-        # Elements per position in the outputs of a layer's products, without residuals.
+        # Elements of the residual stream inside a floor, and of the outputs of a layer's other products.
+        self.stream = self.inside * D
         residual = ("attention.output", "feedforward.down")
         self.results = self.inside * sum(size / D for name, size in self.matrices.items() if name not in residual)
-        self.stream = self.inside * D
         self.weight_bytes = F32 * sum(math.prod(p.shape) / self.size(*p.axes) for p in table.values())
         self.state_bytes = self.weight_bytes * machine.state
         self.head = math.prod(table["embedding.table"].shape) / self.size("vocabulary")

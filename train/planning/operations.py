@@ -20,8 +20,7 @@ class Collective:
     """One communication between devices, and how often a step runs it."""
 
     kind: str  # all-gather, all-reduce, reduce-scatter, all-to-all or permute
-    # Mesh axes along which the devices of a group differ, in the mesh's order; one named "slice" is slow.
-    axes: tuple[str, ...]
+    axes: tuple[str, ...]  # mesh axes along which the devices of a group differ, in the mesh's order; "slice" is slow
     group: int  # number of devices that take part
     dtype: str  # dtype of the largest array
     payload_bytes: int  # bytes of all arrays: the output of an all-gather, the input of other kinds
@@ -96,10 +95,6 @@ class Program:
     aliases: int  # number of results that reuse the memory of an argument
     notes: tuple[str, ...]  # sentences about parts that could not be read
 
-    def total(self, figure: str) -> float:
-        """Returns the sum of an attribute of `Operation` over a step, such as `flops` or `host_bytes`."""
-        return total(self.operations, figure)
-
     @cached_property
     def collectives(self) -> tuple[Collective, ...]:
         """Every collective of the module, with its count in a step."""
@@ -125,5 +120,5 @@ def walked(operations: tuple[Operation, ...], times: int = 1) -> Iterator[tuple[
 
 
 def total(operations: tuple[Operation, ...], figure: str) -> float:
-    """Returns the sum of an attribute over all operations, each as often as it runs."""
+    """Returns the sum of an attribute, such as `flops`, over all operations, each as often as it runs."""
     return sum(getattr(operation, figure) * times for operation, times in walked(operations))

@@ -16,7 +16,7 @@ from train.config.config import ResolvedConfig
 from train.devices.hardware import Chip
 from train.devices.rules import training_layout
 from train.planning.compilation import Compilation, abstract_batch
-from train.planning.operations import Program, walked
+from train.planning.operations import Program, total, walked
 from train.planning.reader import read_program
 from train.planning.timeline import Bandwidth, Timeline, own_seconds, timeline
 from train.planning.topology import bandwidth_over
@@ -55,19 +55,16 @@ class Plan:
     compiled_before: bool
     tokens: float
     price: float | None = None
-    # FLOPs of the compiled program's matrix products and attention kernels in a step.
-    flops_per_device: float | None = None
+    flops_per_device: float | None = None  # FLOPs of the program's matrix products and attention kernels in a step
     collective_bytes_per_device: int | None = None  # payload of all collectives in a step
     collectives: list[dict[str, Any]] = field(default_factory=list)  # one record for each kind, mesh axes and dtype
-    # Seconds of computation in a step, by the compiler's own cycles if it has them.
-    compute_seconds: float | None = None
+    compute_seconds: float | None = None  # computation in a step, by the compiler's own cycles if it has them
     estimated_step_seconds: float | None = None  # simulated time of the compiled schedule with the chip's figures
     estimated_by: str | None = None  # source of the operations' times; communication is always bytes sent / bandwidth
     estimated_mfu: float | None = None  # model FLOPs over the estimated time, as a share of the chip's peak
     tokens_per_second: float | None = None
     bottleneck: str | None = None  # the resource that is busy for longest
-    # The terms of the estimate as (words, seconds); the first is model FLOPs at peak.
-    breakdown: list[tuple[str, float]] = field(default_factory=list)
+    breakdown: list[tuple[str, float]] = field(default_factory=list)  # terms of the estimate as (words, seconds)
     days: float | None = None  # days for `tokens` at the estimated speed
     device_hours: float | None = None
     cost: float | None = None  # dollars for `tokens` at `price` for a device-hour
@@ -170,8 +167,10 @@ def _with_estimate(plan: Plan, mesh: Mesh, chip: Chip, text: str) -> Plan:
     program = read_program(text, dict(mesh.shape))
     bandwidth = functools.cache(lambda axes: bandwidth_over(mesh, axes, chip))
     line = timeline(program, chip, bandwidth)
-    flops = program.total("flops") + sum(kernel.flops * times for kernel, times in program.kernels.items())
+    flops = total(program.operations, "flops") + sum(kernel.flops * times for kernel, times in program.kernels.items())
     collectives = _collectives(program, bandwidth)
+    busy = {f"communication over {' × '.join(axes)}": seconds for axes, seconds in line.communication.items()}
+    busy |= {"compute": line.compute, "the host's memory": line.transfer}
     tokens_per_second = plan.tokens_per_step / line.total
     days, device_hours, cost = budget(plan.tokens, tokens_per_second, plan.devices, plan.price)
     return replace(
@@ -185,7 +184,7 @@ def _with_estimate(plan: Plan, mesh: Mesh, chip: Chip, text: str) -> Plan:
         estimated_mfu=plan.model_flops_per_device / chip.peak_flops / line.total,
         tokens_per_second=tokens_per_second,
         breakdown=_breakdown(plan.model_flops_per_device, program, chip, line),
-        bottleneck=_bottleneck(line),
+        bottleneck=max(busy, key=lambda name: busy[name]),
         notes=list(program.notes),
         days=days,
         device_hours=device_hours,
@@ -231,10 +230,3 @@ def _breakdown(model_flops: float, program: Program, chip: Chip, line: Timeline)
         ("waiting for the host's memory", line.host),
     ]
     return [(words, seconds) for words, seconds in parts if seconds]
-
-
-def _bottleneck(line: Timeline) -> str:
-    """Returns the resource that is busy for longest."""
-    busy = {f"communication over {' × '.join(axes)}": s for axes, s in line.communication.items()}
-    busy |= {"compute": line.compute, "the host's memory": line.transfer}
-    return max(busy, key=lambda name: busy[name])

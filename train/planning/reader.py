@@ -48,7 +48,6 @@ class _Reader:
         self.operations_of: dict[str, tuple[Operation, ...]] = {}
 
     def operations(self, name: str) -> tuple[Operation, ...]:
-        """Returns the operations of a computation, in their order."""
         if name not in self.operations_of:
             computation = self.computations[name]
             # Maps the channel of a started all-gather, and the key of a send, to the operation's name.
@@ -169,7 +168,6 @@ class _Reader:
         return Operation(at.name, bytes=moved * sides, cycles=self.cycles(at), asynchronous=asynchronous)
 
     def cycles(self, at: Instruction) -> int:
-        """Returns the compiler's estimate of cycles, or 0."""
         cycles = at.number("estimated_cycles") or 0
         if cycles > MOST_CYCLES:
             self.notes.append(f"{at.name.partition('.')[0]}: the compiler's estimate of {cycles} cycles is ignored")

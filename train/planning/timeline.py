@@ -60,7 +60,6 @@ class _Clock:
         self.ends: dict[str, tuple[float, tuple[Any, ...]]] = {}
 
     def run(self, operations: tuple[Operation, ...]) -> None:
-        """Runs operations in sequence."""
         for operation in operations:
             if operation.body:
                 self.repeat(operation.body, operation.trips)
@@ -70,7 +69,6 @@ class _Clock:
                 self.one(operation)
 
     def repeat(self, body: tuple[Operation, ...], trips: int) -> None:
-        """Runs the body of a loop `trips` times."""
         for _ in range(min(trips, 2)):
             before = dict(self.spent)
             self.run(body)
@@ -83,7 +81,6 @@ class _Clock:
             self.ends = {name: (time + later, key) for name, (time, key) in self.ends.items()}
 
     def one(self, operation: Operation) -> None:
-        """Runs one operation."""
         collective = operation.collective
         own = own_seconds(operation, self.chip)
         key: tuple[Any, ...]
@@ -108,10 +105,8 @@ class _Clock:
             self.wait(end, key)
 
     def wait(self, end: float, key: tuple[Any, ...]) -> None:
-        """Advances the time to `end`, and records the kind of waiting."""
         self.add(max(end - self.spent["total",], 0.0), *key)
 
     def add(self, seconds: float, *key: Any) -> None:
-        """Adds seconds to one kind of time, and to the total."""
         self.spent[key] += seconds
         self.spent["total",] += seconds

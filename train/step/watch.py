@@ -14,12 +14,10 @@ from model.trees import flattened
 from train.config.config import ResolvedConfig
 from train.devices.rules import training_layout
 
-Watched = dict[str, Any]
-
 
 def watch(
     config: ResolvedConfig, weights: Any, parts: Mapping[str, jax.Array], gradients: Any, updates: Any
-) -> Watched:
+) -> dict[str, Any]:
     """Returns the figures of `train.watch_every_steps` in float32; L is the number of layers.
 
     Args:
@@ -62,7 +60,7 @@ def norms(config: ResolvedConfig, tree: Any) -> dict[str, jax.Array]:
     return {name: norm(name) for name in table}
 
 
-def compact(watched: Watched) -> str:
+def compact(watched: Mapping[str, Any]) -> str:
     """Formats one log line with the extremes and their places; a value that is not finite is the most extreme."""
     logits = watched["largest_logit"]
     rms = watched["residual_rms"]
