@@ -58,6 +58,11 @@ class Instruction:
         """The arrays of all operands."""
         return arrays_of(self.computation, self.operands)
 
+    @property
+    def users(self) -> list["Instruction"]:
+        """The instructions that have this one as an operand."""
+        return [instruction for instruction in self.computation.values() if self.name in instruction.operands]
+
     def find(self, pattern: str) -> str:
         """Returns the first group of a pattern in the attributes, or an empty string without a match."""
         match = re.search(pattern, self.rest)

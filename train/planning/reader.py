@@ -7,7 +7,6 @@ TPU, GPU and CPU are read alike.
 
 import math
 import re
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
@@ -126,10 +125,9 @@ class _Reader:
         assert kind
         if kind == "all-reduce" and at is not outer:
             # On TPU a reduce-scatter within a group is a fusion that returns only a slice of the all-reduce.
-            around = at.computation.values()
-            sums = {at.name, *(i.name for i in around if at.name in i.operands)}
-            if any(i.opcode == "dynamic-slice" and i.operands[0] in sums for i in around):
-                kind = "reduce-scatter"
+            for summed in (at, *at.users):
+                if any(i.opcode == "dynamic-slice" and i.operands[0] == summed.name for i in summed.users):
+                    kind = "reduce-scatter"
         places = np.unravel_index(groups, tuple(self.mesh_shape.values()))
         axes = tuple(axis for axis, x in zip(self.mesh_shape, places, strict=True) if (x != x[:, :1]).any())
         size = groups.shape[1]
@@ -183,12 +181,8 @@ class _Reader:
         if not (at.opcode.startswith("fusion") and at.called("calls")):
             return sum(map(_in_memory, [*operands, at.results]))
         body = self.computations[at.called("calls")[0]]
-        users: defaultdict[str, list[Instruction]] = defaultdict(list)
-        for instruction in body.values():
-            for name in instruction.operands:
-                users[name].append(instruction)
         parameters = [i for i in body.values() if i.opcode == "parameter"]
-        total = sum(min(_in_memory(operands[int(i.inner)]), _part(i, users)) for i in parameters)
+        moved = sum(min(_in_memory(operands[int(i.inner)]), _part(i)) for i in parameters)
         root = next(i for i in body.values() if i.is_root)
         roots = [body[name] for name in root.operands] if root.opcode == "tuple" else [root]
         for array, result in zip(at.results, roots, strict=False):
@@ -196,8 +190,8 @@ class _Reader:
                 result = body[result.operands[0]]
             updates = {"dynamic-update-slice": slice(1, 2), "scatter": slice(2, 3)}.get(result.opcode)
             part = (array,) if updates is None else arrays_of(body, result.operands[updates])
-            total += min(_in_memory((array,)), sum(x.bytes for x in part))
-        return int(total)
+            moved += min(_in_memory((array,)), sum(x.bytes for x in part))
+        return int(moved)
 
     def trips(self, at: Instruction) -> int:
         """Returns a loop's trip count: from XLA, or else from constant bound, start and step of its counter."""
@@ -255,18 +249,18 @@ def _in_memory(arrays: tuple[Array, ...]) -> int:
     return sum(array.bytes for array in arrays if array.space == DEVICE)
 
 
-def _part(at: Instruction, users: Mapping[str, list[Instruction]]) -> float:
+def _part(at: Instruction) -> float:
     """Returns the bytes that a fusion reads of a parameter if it only slices it, or infinity."""
-    total = 0.0
-    for user in users[at.name]:
+    read = 0.0
+    for user in at.users:
         in_place = user.operands[0] == at.name
         if user.opcode == "bitcast":
-            total += _part(user, users)
+            read += _part(user)
         elif user.opcode in ("dynamic-slice", "slice", "gather") and in_place:
-            total += sum(array.bytes for array in user.results)
+            read += sum(array.bytes for array in user.results)
         elif not (user.opcode in ("dynamic-update-slice", "scatter") and in_place):
             return math.inf
-    return total
+    return read
 
 
 def _constant(computation: Computation, name: str) -> int | None:
@@ -287,8 +281,8 @@ def _convolution_flops(at: Instruction) -> float:
     assert labels
     of_left, of_right, of_result = labels.groups()
     window = dict(re.findall(r"(\w+)=([\dx_-]+)", at.find(r"window=\{([^}]*)\}")))
-    total = 2.0 * right.dims[of_right.index("i")] * right.dims[of_right.index("o")] * left.dims[of_left.index("b")]
-    total /= at.number("batch_group_count") or 1
+    flops = 2.0 * right.dims[of_right.index("i")] * right.dims[of_right.index("o")] * left.dims[of_left.index("b")]
+    flops /= at.number("batch_group_count") or 1
     for i in range(len(of_left) - 2):
         stride, spread, dilation, low = (
             int(window[name].split("x")[i].split("_")[0]) if name in window else default
@@ -297,5 +291,5 @@ def _convolution_flops(at: Instruction) -> float:
         base, kernel = left.dims[of_left.index(str(i))], right.dims[of_right.index(str(i))]
         out = np.arange(at.results[0].dims[of_result.index(str(i))]) * stride - low
         places = (out + k * dilation for k in range(kernel))
-        total *= sum(int(((x >= 0) & (x <= (base - 1) * spread) & (x % spread == 0)).sum()) for x in places)
-    return total
+        flops *= sum(int(((x >= 0) & (x <= (base - 1) * spread) & (x % spread == 0)).sum()) for x in places)
+    return flops
