@@ -59,18 +59,13 @@ KEPT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 class Machine(NamedTuple):
-    """Devices in a mesh, and figures that are the same for all steps on it.
+    """Devices in a mesh, and figures that are the same for all steps on it."""
 
-    Attributes:
-        shape: size by mesh axis.
-        state: bytes of a step's state for each byte of the weights.
-    """
-
-    shape: Mapping[str, int]
+    shape: Mapping[str, int]  # size by mesh axis
     chip: Chip
     bandwidth: Bandwidth
     kernel: str
-    state: float
+    state: float  # bytes of a step's state for each byte of the weights
 
 
 def estimate(config: ResolvedConfig, machine: Machine) -> Estimate:

@@ -36,19 +36,13 @@ class Collective:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A custom call that is not a plain matrix product, such as attention.
+    """A custom call that is not a plain matrix product, such as attention."""
 
-    Attributes:
-        name: name of a Pallas kernel, or the target of the call.
-        estimate: FLOPs that the kernel itself states (Pallas's `cost_estimate`).
-        source: the operation of the traced program.
-    """
-
-    name: str
+    name: str  # name of a Pallas kernel, or the target of the call
     operands: tuple[Array, ...]
     results: tuple[Array, ...]
-    estimate: float | None
-    source: str
+    estimate: float | None  # FLOPs that the kernel itself states (Pallas's `cost_estimate`)
+    source: str  # the operation of the traced program
 
     @property
     def flops(self) -> float:

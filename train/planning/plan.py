@@ -81,12 +81,9 @@ def make_plan(
     tokens: float | None = None,
     price: float | None = None,
 ) -> Plan:
-    """Makes the plan of a compiled step.
+    """Makes the plan of a compiled step on chips with the memory that a program can use.
 
-    Args:
-        chip: figures of one device, with the memory that a program can use.
-        tokens: tokens to train on; by default those of `train.num_steps`.
-        price: dollars for one device-hour.
+    Tokens to train on are by default those of `train.num_steps`; the price is in dollars for one device-hour.
     """
     T = config.data.segment_length
     rows = config.train.batch_size

@@ -34,19 +34,12 @@ SECONDS_ERROR = 0.2
 
 
 class Candidate(NamedTuple):
-    """One way to run a step.
+    """One way to run a step."""
 
-    Attributes:
-        changes: fields in which it differs from other candidates, as the command line takes them.
-        mesh: size by mesh axis.
-        rows: rows of one accumulation part on one device.
-        estimate: figures from sizes alone, before compilation.
-    """
-
-    changes: dict[str, str]
-    mesh: dict[str, int]
-    rows: int
-    estimate: Estimate
+    changes: dict[str, str]  # fields in which it differs from other candidates, as the command line takes them
+    mesh: dict[str, int]  # size by mesh axis
+    rows: int  # rows of one accumulation part on one device
+    estimate: Estimate  # figures from sizes alone, before compilation
 
 
 def candidates(config: ResolvedConfig, devices: Sequence[Any], chip: Chip, given: Collection[str]) -> list[Candidate]:
@@ -54,10 +47,7 @@ def candidates(config: ResolvedConfig, devices: Sequence[Any], chip: Chip, given
 
     The batch of a step is never changed, because it affects learning. A device's share of it follows from the mesh and
     the number of accumulation parts. Raises InputError if no candidate is legal, or none may fit.
-
-    Args:
-        chip: figures of one device, with the memory that a program can use.
-        given: names of fields that keep the config's values.
+    Fields that are `given` keep the config's values.
     """
     legal = list(_legal(config, devices, chip, given))
     if not legal:

@@ -18,12 +18,7 @@ LEAST_RISE = 0.1
 
 
 class Anomaly(Exception):
-    """A step whose loss or gradients are not finite, or whose loss is an outlier.
-
-    Attributes:
-        step: number of the step in the run, from 1.
-        problem: one clause that names the figure and its value.
-    """
+    """A step (from 1) whose loss or gradients are not finite, or whose loss is an outlier; `problem` is one clause."""
 
     def __init__(self, step: int, problem: str):
         super().__init__(f"step {step}: {problem}")
