@@ -22,9 +22,7 @@ from train.devices.rules import AXES, TRAINING, training_layout
 def mesh_shape(config: MeshConfig, num_devices: int, num_slices: int = 1) -> tuple[int, ...]:
     """Returns the sizes of AXES, with −1 filled in. Raises InputError if they do not fit the devices of a slice.
 
-    Args:
-        num_devices: devices of all slices.
-        num_slices: number of slices that the devices report.
+    `num_devices` counts those of all slices, and `num_slices` the slices that the devices report.
     """
     slices = config.slices or num_slices
     if num_devices % slices or slices % num_slices:

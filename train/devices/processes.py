@@ -95,11 +95,8 @@ def tasks_on_nodes(text: str) -> list[int]:
 def share_of_gpus(environment: Mapping[str, str], process: int, processes: int) -> list[int] | None:
     """Returns which of a machine's NVIDIA GPUs one of its processes takes, or None for all that it sees.
 
-    Raises InputError if the GPUs cannot be shared evenly.
-
-    Args:
-        environment: CUDA_VISIBLE_DEVICES names the visible GPUs, SLURM_GPUS_ON_NODE counts all of the node.
-        process: the number, from 0, of the process on this machine.
+    Processes on this machine are numbered from 0. CUDA_VISIBLE_DEVICES names the visible GPUs, SLURM_GPUS_ON_NODE
+    counts all of the node. Raises InputError if the GPUs cannot be shared evenly.
     """
     shown = environment.get("CUDA_VISIBLE_DEVICES")
     if shown is None:

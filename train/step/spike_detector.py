@@ -39,10 +39,8 @@ class SpikeDetector:
     def check(self, record: Mapping[str, Any], reports: Iterable[Sequence[float]] = (), new_data: bool = False) -> None:
         """Raises Anomaly if training should not continue from this step.
 
-        Args:
-            record: the step's line of metrics.jsonl.
-            reports: (loss, gradient norm) as computed by each process.
-            new_data: the mixture changed at this step, so the history of losses no longer applies.
+        The record is the step's line of metrics.jsonl; the reports are (loss, gradient norm) as computed by each
+        process. With `new_data` the mixture changed at this step, so the history of losses no longer applies.
         """
         step, loss, tokens = (record[name] for name in ("step", "loss", "loss_weight"))
         for figures in ((loss, record["grad_norm"]), *reports):

@@ -20,13 +20,8 @@ def watch(
 ) -> dict[str, Any]:
     """Returns the figures of `train.watch_every_steps` in float32; L is the number of layers.
 
-    Args:
-        gradients: gradients of the loss before clipping.
-        updates: the differences that the optimizer adds to the weights.
-
-    Returns:
-        "residual_rms" and "largest_logit" [L] (see `Decoder.watch`), and by parameter name "grad_norm" and
-        "update_ratio", ‖Δw‖/‖w‖ (0 for a weight that is all zero): [L] for parameters stacked over layers.
+    They are "residual_rms" and "largest_logit" [L] (see `Decoder.watch`), and by parameter name "grad_norm" before
+    clipping and "update_ratio", ‖Δw‖/‖w‖ (0 for a weight that is all zero): [L] for parameters stacked over layers.
     """
 
     def watch_part(part: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
