@@ -36,7 +36,9 @@ class Agreement:
     def send(self, numbers: Sequence[float], figures: Sequence[jax.Array] = ()) -> jax.Array:
         """Starts to all-gather the scalars of this process; see `read`.
 
-        The host knows `numbers`; `figures` may still be computed, and every device has a copy.
+        Args:
+            numbers: scalars that the host knows.
+            figures: scalars that may still be computed; every device has a copy.
         """
         mine = self._mesh.local_devices
         copies = [[shard.data for shard in x.addressable_shards if shard.device in mine] for x in figures]

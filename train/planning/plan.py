@@ -81,9 +81,12 @@ def make_plan(
     tokens: float | None = None,
     price: float | None = None,
 ) -> Plan:
-    """Makes the plan of a compiled step on chips with the memory that a program can use.
+    """Makes the plan of a compiled step.
 
-    Tokens to train on are by default those of `train.num_steps`; the price is in dollars for one device-hour.
+    Args:
+        chip: figures of one device, with the memory that a program can use.
+        tokens: tokens to train on; by default those of `train.num_steps`.
+        price: dollars for one device-hour.
     """
     T = config.data.segment_length
     rows = config.train.batch_size

@@ -63,8 +63,11 @@ dnn_version_info {{ major: 9 minor: 12 patch: 0 }} runtime_version {{ major: 13 
 def topology_devices(text: str, slices: int = 1) -> list[Any]:
     """Returns the devices of TPU slices or of a GPU cluster, for compilation alone.
 
-    The text is CHIP:SHAPE, as in `v5e:16x16` (the chips of a slice) or `h100:16x8` (hosts × GPUs of each). Raises
-    InputError within seconds if the chip is unknown, the shape does not exist, or a compiler is not installed.
+    Raises InputError within seconds if the chip is unknown, the shape does not exist, or a compiler is not installed.
+
+    Args:
+        text: CHIP:SHAPE, as in `v5e:16x16` (the chips of a slice) or `h100:16x8` (hosts × GPUs of each).
+        slices: number of TPU slices of this shape.
     """
     chip, shape = parse_topology(text, slices)
     return _tpus(text, chip, shape, slices) if chip.platform == "tpu" else _gpus(text, chip, shape)
