@@ -14,7 +14,7 @@ import logging
 import os
 import signal
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
             plan = replace(plan, measured_step_seconds=measured_step(config, mesh, compilation.executable))
         else:
             log.info("a step takes too long to be measured")
-    print(json.dumps(plan.to_dict()) if arguments.json else plan_text(plan, arguments.config))
+    print(json.dumps(asdict(plan)) if arguments.json else plan_text(plan, arguments.config))
     return 0
 
 
@@ -134,7 +134,7 @@ def search(arguments: argparse.Namespace, config: ResolvedConfig, devices: Seque
     outcomes = compile_best(legal, int(arguments.search), flags)
     plans = [outcome.plan for outcome in outcomes if outcome.plan]
     if arguments.json:
-        print(json.dumps({"candidates": len(legal), "plans": [plan.to_dict() for plan in plans]}))
+        print(json.dumps({"candidates": len(legal), "plans": [asdict(plan) for plan in plans]}))
         return 0
     print(search_text(outcomes, len(legal)))
     if plans and plans[0].fits:

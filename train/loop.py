@@ -37,7 +37,7 @@ from train.step.flops import flops_per_token, peak_flops
 from train.step.optimizer import make_optimizer
 from train.step.schedule import batch_size
 from train.step.spike_detector import Anomaly, SpikeDetector
-from train.step.state import State, evaluated_weights
+from train.step.state import State
 from train.step.step import StepPrograms
 from train.step.watch import compact
 from train.stop import Stopped, StopSignals, reset_watchdog
@@ -307,7 +307,8 @@ class Training:
                 in_flight.rate.start()
             if evaluates and not in_flight and not stop_asked:
                 self.events.account.switch_to("evaluation")
-                fields = self.evaluations.run(self.step, last_step, evaluated_weights(self.state))
+                evaluated = self.state.get("average", self.state["weights"])
+                fields = self.evaluations.run(self.step, last_step, evaluated)
                 self.display.evaluation({"step": self.step} | fields)
                 self.events.account.switch_to("steps")
                 in_flight.rate.start()

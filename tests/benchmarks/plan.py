@@ -25,6 +25,7 @@ from launch.presets import load_config
 from train.devices.hardware import with_usable_memory
 from train.devices.mesh import make_mesh
 from train.planning.compilation import compile_step
+from train.planning.operations import total
 from train.planning.plan import make_plan
 from train.planning.reader import read_program
 from train.planning.topology import parse_topology, topology_devices
@@ -116,10 +117,10 @@ def figures_of(row: Row) -> dict[str, Any]:
     if not plan.refused:
         program = read_program(compilation.text, dict(mesh.shape))
         found |= {
-            "flops": program.matmul_flops,
+            "flops": total(program.operations, "flops"),
             "traffic": sum(c.payload_bytes * c.count for c in program.collectives) / GIB,
             "sent": sum(c.sent_bytes * c.count for c in program.collectives) / GIB,
-            "compute": program.cycles / chip.cycles_per_second if chip.cycles_per_second else None,
+            "compute": total(program.operations, "cycles") / chip.cycles_per_second if chip.cycles_per_second else None,
             "step_seconds": plan.estimated_step_seconds,
             "mfu": plan.estimated_mfu,
             "attention": plan.attention.partition(":")[0],

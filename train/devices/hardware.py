@@ -8,36 +8,22 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """One accelerator, which is one device of JAX.
+    """One accelerator, which is one device of JAX."""
 
-    Attributes:
-        name: the name in `--topology`.
-        device_kinds: JAX's names of the device.
-        platform: tpu, gpu or cpu.
-        peak_flops: FLOP/s of dense products in bfloat16.
-        memory_bytes: the memory that the compiler lets a program use on a TPU; otherwise all memory of the device.
-        memory_bandwidth: bytes/s, from the data sheet.
-        link_bandwidth: bytes/s that a device can send to others of its slice or host. For a TPU, along one dimension of
-            the torus that closes to a ring, in both directions; for a GPU, over all its NVLinks.
-        network_bandwidth: bytes/s that a device can send to other slices or hosts.
-        host_bandwidth: bytes/s between the device and its host's memory, one way.
-        cycles_per_second: rate of the `estimated_cycles` that the TPU compiler writes on fusions, or 0 without any.
-        full_ring: the length from which, in multiples, a torus dimension is closed to a ring, or 0 without a torus.
-        max_devices: the most devices that a slice or a host has.
-    """
-
-    name: str
-    device_kinds: tuple[str, ...]
-    platform: str
-    peak_flops: float
-    memory_bytes: int
-    memory_bandwidth: float
+    name: str  # the name in `--topology`
+    device_kinds: tuple[str, ...]  # JAX's names of the device
+    platform: str  # tpu, gpu or cpu
+    peak_flops: float  # FLOP/s of dense products in bfloat16
+    memory_bytes: int  # the memory that the compiler lets a program use on a TPU; otherwise all memory of the device
+    memory_bandwidth: float  # bytes/s, from the data sheet
+    # Bytes/s that a device can send to others of its slice or host. For a TPU, along one dimension of the torus
+    # that closes to a ring, in both directions; for a GPU, over all its NVLinks.
     link_bandwidth: float
-    network_bandwidth: float
-    host_bandwidth: float
-    cycles_per_second: float = 0.0
-    full_ring: int = 0
-    max_devices: int = 8
+    network_bandwidth: float  # bytes/s that a device can send to other slices or hosts
+    host_bandwidth: float  # bytes/s between the device and its host's memory, one way
+    cycles_per_second: float = 0.0  # rate of the `estimated_cycles` that the TPU compiler writes, or 0 without any
+    full_ring: int = 0  # multiples of this length close a torus dimension to a ring; 0 without a torus
+    max_devices: int = 8  # the most devices that a slice or a host has
 
 
 # TPU: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, read in 2026.

@@ -20,15 +20,9 @@ from train.devices.rules import AXES, TRAINING, training_layout
 
 
 def mesh_shape(config: MeshConfig, num_devices: int, num_slices: int = 1) -> tuple[int, ...]:
-    """Returns the sizes of AXES, with −1 filled in.
+    """Returns the sizes of AXES, with −1 filled in. Raises InputError if they do not fit the devices of a slice.
 
-    Args:
-        config: the sizes within a slice.
-        num_devices: devices of all slices.
-        num_slices: number of slices that the devices report.
-
-    Raises:
-        InputError: the sizes' product is not the number of devices of a slice.
+    `num_devices` counts those of all slices, and `num_slices` the slices that the devices report.
     """
     slices = config.slices or num_slices
     if num_devices % slices or slices % num_slices:
@@ -51,19 +45,13 @@ def mesh_shape(config: MeshConfig, num_devices: int, num_slices: int = 1) -> tup
 def make_mesh(config: ResolvedConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Returns a mesh of devices on AXES, with Explicit axis types.
 
-    `tensor` is innermost, where links are fastest; slices are outermost.
+    `tensor` is innermost, where links are fastest; slices are outermost. `devices` are by default all of this run.
 
-    Args:
-        config: resolved, so that the sizes that the mesh must divide are known.
-        devices: all devices of this run by default.
-
-    Raises:
-        InputError: the sizes don't fit the devices, model or batch don't fit the sizes, or the wanted kernel cannot
-            be used.
+    Raises InputError if the sizes don't fit the devices, model or batch don't fit the sizes, or the wanted kernel
+    cannot be used.
     """
     devices = jax.devices() if devices is None else devices
-    # On GPUs JAX counts hosts as slices, too; but a mesh axis may span hosts.
-    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    slices = count_slices(devices)
     if problems := rule_problems(config.mesh):
         raise InputError("\n".join(problems))
     shape = mesh_shape(config.mesh, len(devices), slices)
@@ -84,6 +72,11 @@ def make_mesh(config: ResolvedConfig, devices: Sequence[Any] | None = None) -> M
     return mesh
 
 
+def count_slices(devices: Sequence[Any]) -> int:
+    """Returns the number of TPU slices. On GPUs JAX counts hosts as slices, too; but a mesh axis may span hosts."""
+    return len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+
+
 def explicit_mesh(devices: np.ndarray) -> Mesh:
     """Returns a mesh of an array of devices, which has a dimension for each of AXES."""
     return Mesh(devices, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
@@ -102,8 +95,7 @@ def one_device_mesh() -> Mesh:
 def generation_mesh(config: MeshConfig) -> Mesh:
     """Returns a mesh of the first devices of this process, as the sizes of `config` need; −1 takes all others.
 
-    Raises:
-        InputError: the process has fewer devices.
+    Raises InputError if the process has fewer devices.
     """
     devices = jax.local_devices()
     wanted = math.prod(getattr(config, axis) for axis in AXES[1:])

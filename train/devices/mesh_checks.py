@@ -60,10 +60,9 @@ def mesh_problems(config: ResolvedConfig, shape: tuple[int, ...]) -> list[str]:
         # Later stages are multiples of this batch; their microbatches are multiples of this one or of the full batch's.
         problems += must_divide("train.batch_ramp_start", config.train.batch_ramp_start, "batch")
     problems += must_divide("data.num_streams", config.num_streams, "batch")
-    # Each device takes a piece from both ends of a row: see `model.context_parallel`.
-    time = math.prod(size[mesh] for mesh in layout.mesh_axes("time"))
     problems += must_divide("data.segment_length", config.data.segment_length, "sequence")
-    if time > 1:
+    if any(size[mesh] > 1 for mesh in layout.mesh_axes("time")):
+        # Each device takes a piece from both ends of a row: see `model.context_parallel`.
         problems += must_divide("data.segment_length", config.data.segment_length, "time", pieces=2)
     return problems + weight_problems(config.model, layout, size)
 
@@ -72,13 +71,10 @@ def weight_problems(config: ResolvedModelConfig, layout: Layout, size: Mapping[s
     """Returns the problems of the model's weights alone, over mesh axes of these sizes."""
     fields = {"model": "model_dim", "heads": "num_heads", "kv_heads": "num_kv_heads", "feedforward": "feedforward_dim"}
     problems = []
-    seen = set()
-    for parameter in parameter_table(config).values():
-        for axis, number in parameter.axes.items():
-            if layout.mesh_axes(axis) and axis not in seen:
-                seen.add(axis)
-                name = f"model.{fields.get(axis, axis)}" + (" (padded)" if axis == "vocabulary" else "")
-                problems += divisibility_problems(layout, size, name, number, axis)
+    for axis, number in {axis: size for p in parameter_table(config).values() for axis, size in p.axes.items()}.items():
+        if layout.mesh_axes(axis):
+            name = f"model.{fields.get(axis, axis)}" + (" (padded)" if axis == "vocabulary" else "")
+            problems += divisibility_problems(layout, size, name, number, axis)
     return problems
 
 

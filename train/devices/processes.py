@@ -15,17 +15,10 @@ from data.errors import InputError
 JOIN_VARIABLES = ("ZIGGURAT_COORDINATOR", "ZIGGURAT_NUM_PROCESSES", "ZIGGURAT_PROCESS_ID")
 SLURM_VARIABLES = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE", "SLURM_NODEID", "SLURM_PROCID",
          "SLURM_LOCALID")  # fmt: skip
-METADATA_SECONDS = 2.0
-# Hosts of a cluster join minutes apart, because each loads its image.
-JOIN_SECONDS = 900
 
 
 def join_processes() -> None:
-    """Connects to the other processes of this run, if there are any.
-
-    Raises:
-        InputError: variables of the environment are missing or malformed.
-    """
+    """Connects to the other processes of this run, if there are any. Raises InputError as `join_arguments`."""
     joining = join_arguments(os.environ)
     if joining is None:
         return
@@ -33,16 +26,15 @@ def join_processes() -> None:
 
     # Otherwise JAX takes SIGTERM as a notice of preemption, which nothing acts on, and the process does not end.
     jax.config.update("jax_enable_preemption_service", False)
-    jax.distributed.initialize(**joining, initialization_timeout=JOIN_SECONDS)
+    # Hosts of a cluster join minutes apart, because each loads its image.
+    jax.distributed.initialize(**joining, initialization_timeout=900)
 
 
 def join_arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
     """Returns the arguments of `jax.distributed.initialize`, or None if this process is alone.
 
-    Variables of this project come first, then those of a Slurm step, then a TPU pod.
-
-    Raises:
-        InputError: variables are missing or malformed.
+    Variables of this project come first, then those of a Slurm step, then a TPU pod. Raises InputError if variables are
+    missing or malformed.
     """
     if any(environment.get(name) for name in JOIN_VARIABLES):
         return explicit_join(environment)
@@ -103,15 +95,14 @@ def tasks_on_nodes(text: str) -> list[int]:
 def share_of_gpus(environment: Mapping[str, str], process: int, processes: int) -> list[int] | None:
     """Returns which of a machine's NVIDIA GPUs one of its processes takes, or None for all that it sees.
 
-    Args:
-        environment: CUDA_VISIBLE_DEVICES names the visible GPUs, SLURM_GPUS_ON_NODE counts all of the node.
-        process: the number, from 0, of the process on this machine.
-        processes: the number of processes on this machine.
-
-    Raises:
-        InputError: the GPUs cannot be shared evenly.
+    Processes on this machine are numbered from 0. CUDA_VISIBLE_DEVICES names the visible GPUs, SLURM_GPUS_ON_NODE
+    counts all of the node. Raises InputError if the GPUs cannot be shared evenly.
     """
-    seen = gpus_seen(environment)
+    shown = environment.get("CUDA_VISIBLE_DEVICES")
+    if shown is None:
+        seen = len([*Path("/dev").glob("nvidia[0-9]*")])
+    else:
+        seen = len([name for name in shown.split(",") if name.strip() not in ("", "-1", "NoDevFiles")])
     if processes == 1 or not seen or environment.get("JAX_PLATFORMS") == "cpu":
         return None
     if seen < int(environment.get("SLURM_GPUS_ON_NODE", seen)):
@@ -121,14 +112,6 @@ def share_of_gpus(environment: Mapping[str, str], process: int, processes: int) 
                          f"divides {seen}, or make other GPUs visible by CUDA_VISIBLE_DEVICES")  # fmt: skip
     each = seen // processes
     return [*range(process * each, (process + 1) * each)]
-
-
-def gpus_seen(environment: Mapping[str, str]) -> int:
-    """Counts the NVIDIA GPUs that a process on this machine sees."""
-    shown = environment.get("CUDA_VISIBLE_DEVICES")
-    if shown is not None:
-        return len([name for name in shown.split(",") if name.strip() not in ("", "-1", "NoDevFiles")])
-    return len([*Path("/dev").glob("nvidia[0-9]*")])
 
 
 def is_tpu_pod(environment: Mapping[str, str]) -> bool:
@@ -155,7 +138,7 @@ def compute_engine_attribute(server: str, key: str) -> str:
     url = f"http://{server}/computeMetadata/v1/instance/attributes/{key}"
     request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
     try:
-        with urllib.request.urlopen(request, timeout=METADATA_SECONDS) as answer:
+        with urllib.request.urlopen(request, timeout=2.0) as answer:
             return str(answer.read().decode())
     except OSError:
         return ""

@@ -36,24 +36,15 @@ COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt", 
 
 @dataclass(frozen=True)
 class Compilation:
-    """A training step as the compiler returns it.
+    """A training step as the compiler returns it."""
 
-    Attributes:
-        text: the optimized program; empty if the compiler refused it.
-        memory: bytes per device by the compiler's names: `argument`, `output`, `alias`, `temp`, `peak`, …
-        refused: the compiler's message for a program that does not fit, or None.
-        lower_seconds: time from Python to the compiler's input.
-        compile_seconds: time of the compiler when it ran.
-        executable: the program to run; None if it was read from a cache or its devices are not local.
-    """
-
-    text: str
-    memory: Mapping[str, int]
-    refused: str | None
-    lower_seconds: float
-    compile_seconds: float
+    text: str  # the optimized program; empty if the compiler refused it
+    memory: Mapping[str, int]  # bytes per device by the compiler's names: `argument`, `output`, `temp`, `peak`, …
+    refused: str | None  # the compiler's message for a program that does not fit, or None
+    lower_seconds: float  # time from Python to the compiler's input
+    compile_seconds: float  # time of the compiler when it ran
     cached: bool = False
-    executable: Any = field(default=None, compare=False)
+    executable: Any = field(default=None, compare=False)  # None if read from a cache, or if its devices are not local
 
 
 def abstract_batch(config: ResolvedConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -65,14 +56,10 @@ def abstract_batch(config: ResolvedConfig, mesh: Mesh) -> dict[str, jax.ShapeDty
 
 
 def compile_step(config: ResolvedConfig, mesh: Mesh, cache: Path | None = None) -> Compilation:
-    """Compiles the function that `pretrain` jits, for the full batch.
+    """Compiles the function that `pretrain` jits, for the full batch. Raises InputError if the compiler cannot make it.
 
-    Args:
-        cache: folder for compiled programs of topologies. JAX's own persistent cache serves local devices only: it
-            cannot read back a program without devices.
-
-    Raises:
-        InputError: the compiler cannot make this program.
+    The cache is a folder for compiled programs of topologies. JAX's own persistent cache serves local devices only: it
+    cannot read back a program without devices.
     """
     is_local = mesh.devices.flat[0] in jax.devices()
     with jax.set_mesh(mesh):
@@ -82,10 +69,9 @@ def compile_step(config: ResolvedConfig, mesh: Mesh, cache: Path | None = None) 
         lowered = step.lower(abstract_state(config, optimizer), abstract_batch(config, mesh))
         lowering = time.perf_counter() - start
         if is_local:
-            hits = _cache_hits()
-            before = len(hits)
+            hits = len(_cache_hits())
             compiled = _compiled(lowered, lowering)
-            return compiled if len(hits) == before else replace(compiled, cached=True)
+            return replace(compiled, cached=len(_cache_hits()) > hits)
         file = cache / f"{_key(config, mesh, lowered.as_text())}.json.gz" if cache else None
         if file and (kept := _kept(file)):
             return replace(kept, lower_seconds=lowering, cached=True)

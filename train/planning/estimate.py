@@ -7,7 +7,7 @@ error and the command that measures it.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from model.parameters import parameter_table
@@ -15,6 +15,7 @@ from model.sharding import as_tuple
 from train.config.config import ResolvedConfig
 from train.devices.hardware import Chip
 from train.devices.rules import training_layout
+from train.planning.timeline import Bandwidth
 
 # Share of peak FLOP/s that large matmuls reach on a TPU, by the compiler's cycles.
 MATMUL_EFFICIENCY = {"v4": 0.8, "v5e": 0.82, "v5p": 0.8, "v6e": 0.6}
@@ -45,53 +46,35 @@ class Estimate(NamedTuple):
         return max(self.compute_seconds + self.communication_seconds, self.transfer_seconds)
 
 
-class Recomputed(NamedTuple):
-    """Work that the backward pass repeats under a remat policy, and arrays that it keeps.
-
-    Attributes:
-        products: true if it repeats all products of a layer but the last.
-        kernel: true if it repeats the attention kernel.
-        sums: number of transfers of a layer's residuals between the devices that share its weights.
-        kept: arrays kept in the device's memory: "residual", "attention", "products", "weights".
-        offloaded: arrays kept in the host's memory.
-    """
-
-    products: bool
-    kernel: bool
-    sums: int
-    kept: tuple[str, ...]
-    offloaded: tuple[str, ...] = ()
-
-
-RECOMPUTED = {
-    "none": Recomputed(False, False, 0, ("residual", "attention", "products", "weights")),
-    "products": Recomputed(False, False, 2, ("residual", "attention", "products")),
-    "attention": Recomputed(True, False, 3, ("residual", "attention")),
-    "full": Recomputed(True, True, 3, ("residual",)),
-    "offload_products": Recomputed(False, False, 2, ("residual",), ("attention", "products")),
-    "offload": Recomputed(True, True, 3, (), ("residual",)),
+# Arrays that each remat policy keeps for the backward pass, in the device's memory and in the host's. The backward pass
+# repeats the products of a layer (but the last) and the attention kernel if their outputs are in neither.
+KEPT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "none": (("residual", "attention", "products", "weights"), ()),
+    "products": (("residual", "attention", "products"), ()),
+    "attention": (("residual", "attention"), ()),
+    "full": (("residual",), ()),
+    "offload_products": (("residual",), ("attention", "products")),
+    "offload": ((), ("residual",)),
 }
 
 
 class Machine(NamedTuple):
-    """Devices in a mesh, and figures that are the same for all steps on it.
+    """Devices in a mesh, and figures that are the same for all steps on it."""
 
-    Attributes:
-        shape: size by mesh axis.
-        bandwidth: function from mesh axes to the bytes/s that a device sends along them.
-        state: bytes of a step's state for each byte of the weights.
-    """
-
-    shape: Mapping[str, int]
+    shape: Mapping[str, int]  # size by mesh axis
     chip: Chip
-    bandwidth: Callable[[tuple[str, ...]], float]
+    bandwidth: Bandwidth
     kernel: str
-    state: float
+    state: float  # bytes of a step's state for each byte of the weights
 
 
 def estimate(config: ResolvedConfig, machine: Machine) -> Estimate:
     """Estimates the step of a resolved config on a mesh on which it is legal."""
-    return _Step(config, machine).estimate()
+    step = _Step(config, machine)
+    transfers = 2 * step.parts * step.bytes_of(step.offloaded) / machine.chip.host_bandwidth
+    return Estimate(
+        step.peak_bytes(), step.state_bytes, step.compute_seconds(), step.communication_seconds(), transfers
+    )
 
 
 class _Step:
@@ -101,9 +84,13 @@ class _Step:
         self.chip = machine.chip
         self.model = config.model
         self.layout = training_layout(config.mesh)
-        self.remat = RECOMPUTED[config.model.remat_policy]
+        self.kept, self.offloaded = KEPT[config.model.remat_policy]
+        stored = self.kept + self.offloaded
+        self.repeats_products = "products" not in stored
+        self.repeats_kernel = "attention" not in stored
         self.parts = config.train.accumulation_steps
         T = config.data.segment_length
+        D = config.model.model_dim
         # Rows of a part on one device, and its positions inside the floors and between them.
         self.rows = config.train.batch_size / self.parts / self.size("batch")
         self.inside = self.rows * T / self.size("time")
@@ -116,6 +103,10 @@ class _Step:
             if p.role == "matrix"
         }
         self.layer = sum(self.matrices.values())
+        # Elements of the residual stream inside a floor, and of the outputs of a layer's other products.
+        self.stream = self.inside * D
+        residual = ("attention.output", "feedforward.down")
+        self.results = self.inside * sum(size / D for name, size in self.matrices.items() if name not in residual)
         self.weight_bytes = F32 * sum(math.prod(p.shape) / self.size(*p.axes) for p in table.values())
         self.state_bytes = self.weight_bytes * machine.state
         self.head = math.prod(table["embedding.table"].shape) / self.size("vocabulary")
@@ -126,54 +117,35 @@ class _Step:
         """Returns the number of devices that share any of these logical axes."""
         return math.prod(self.machine.shape[name] for name in self.layout.mesh_axes(*axes))
 
-    def estimate(self) -> Estimate:
-        """Returns all sums."""
-        moved = 2 * self.parts * self.kept_bytes(self.remat.offloaded)
-        return Estimate(
-            self.held_bytes(),
-            self.state_bytes,
-            self.compute_seconds(),
-            self.communication_seconds(),
-            moved / self.chip.host_bandwidth,
-        )
-
-    # ── Time ───────────────────────────────────────────────────────────────────────────────────────────────────────
     def compute_seconds(self) -> float:
         """Seconds of products, the attention kernel and other memory traffic."""
         L = self.model.num_layers
         chip = self.chip
-        repeated = self.layer - self.matrices["feedforward.down"] if self.remat.products else 0.0
+        repeated = self.layer - self.matrices["feedforward.down"] if self.repeats_products else 0.0
         products = 2 * self.inside * (L * (3 * self.layer + repeated) + 3 * self.head)
         forward, backward = ATTENTION_PRODUCTS[self.machine.kernel]
         pairs = 2 * self.inside * self.config.data.segment_length * self.heads * L
-        kernel = pairs * (backward + forward * (2 if self.remat.kernel else 1))
-        stream = self.inside * self.model.model_dim
-        results = self.inside * self.results()
-        moved = L * BF16 * (MEMORY_PASSES[0] * stream + MEMORY_PASSES[1] * results)
+        kernel = pairs * (backward + forward * (2 if self.repeats_kernel else 1))
+        moved = L * BF16 * (MEMORY_PASSES[0] * self.stream + MEMORY_PASSES[1] * self.results)
         part_seconds = products / MATMUL_EFFICIENCY.get(chip.name, 1.0) / chip.peak_flops + kernel / chip.peak_flops
         part_seconds += moved / chip.memory_bandwidth
         return self.parts * part_seconds + 2.5 * self.state_bytes / chip.memory_bandwidth
-
-    def results(self) -> float:
-        """Elements per position in the outputs of a layer's products, without residuals."""
-        residual = ("attention.output", "feedforward.down")
-        width = self.model.model_dim
-        return sum(size / width for name, size in self.matrices.items() if name not in residual)
 
     def communication_seconds(self) -> float:
         """Seconds of communication for weights, gradients, residuals, keys and look-ups."""
         L = self.model.num_layers
         parts = self.parts
-        gathers = 1 if "weights" in self.remat.kept else 2
-        seconds = parts * (L * self.weights(self.layer, gathers) + self.weights(self.head, 1))
-        stream = self.inside * self.model.model_dim * BF16
+        repeats = "weights" not in self.kept
+        seconds = parts * (L * self.weights(self.layer, 1 + repeats) + self.weights(self.head, 1))
+        stream = self.stream * BF16
         over = self.layout.mesh_axes("sequence") - self.layout.mesh_axes("time")
-        seconds += parts * L * (8 + self.remat.sums) * self.sent("gather", stream, over)
+        # A layer's residuals move 8 times, and the backward pass repeats two or three of these transfers.
+        transfers = 8 + 2 * repeats + self.repeats_products
+        seconds += parts * L * transfers * self.sent("gather", stream, over)
         # The unembedding all-gathers the positions and reduces their gradients.
         seconds += parts * 2 * self.sent("gather", stream, over)
         keys = self.rows * self.config.data.segment_length * 2 * self.keys * BF16
-        passes = 3 if self.remat.kernel or self.remat.products or self.remat.sums else 2
-        return seconds + parts * L * passes * self.sent("gather", keys, self.layout.mesh_axes("time"))
+        return seconds + parts * L * (2 + repeats) * self.sent("gather", keys, self.layout.mesh_axes("time"))
 
     def weights(self, count: float, gathers: int) -> float:
         """Seconds to all-gather `count` weights and reduce their gradients, one mesh axis after the other."""
@@ -195,27 +167,22 @@ class _Step:
         n = math.prod(self.machine.shape[name] for name in axes)
         return payload * (n - 1) / n * (2 if kind == "sum" else 1) / self.machine.bandwidth(axes)
 
-    # ── Memory ─────────────────────────────────────────────────────────────────────────────────────────────────────
-    def kept_bytes(self, names: tuple[str, ...]) -> float:
-        """Bytes that the forward pass of all layers keeps for the backward pass."""
+    def bytes_of(self, names: tuple[str, ...]) -> float:
+        """Bytes of arrays that the forward pass of all layers keeps for the backward pass."""
         stream = self.between * self.model.model_dim
-        results = self.inside * self.results()
         each = {
             "residual": stream,
             "attention": self.inside * self.heads,
-            "products": results + 2 * stream,
-            "weights": self.layer + 2 * self.inside * self.model.model_dim + 2 * results,
+            "products": self.results + 2 * stream,
+            "weights": self.layer + 2 * self.stream + 2 * self.results,
         }
         return self.model.num_layers * BF16 * sum(each[name] for name in names)
 
-    def held_bytes(self) -> float:
+    def peak_bytes(self) -> float:
         """Bytes of the state, of arrays kept for the backward pass, and of one layer or one chunk of the loss."""
-        c = self.model
-        results = self.inside * self.results()
-        kept = self.kept_bytes(self.remat.kept)
         # With accumulation, those of the last part and their sum; otherwise bfloat16.
         gradients = self.weight_bytes * (1.75 if self.parts > 1 else 0.5)
-        chunk = min(c.loss_chunk or math.inf, self.between) * self.size("vocabulary")
-        loss = self.head * (BF16 + F32) + chunk * 2 * F32 * self.head / c.model_dim
-        layer = BF16 * (HELD_COPIES[0] * self.inside * c.model_dim + HELD_COPIES[1] * self.layer + 2 * results)
-        return self.state_bytes + kept + max(gradients + layer, loss)
+        chunk = min(self.model.loss_chunk or math.inf, self.between) * self.size("vocabulary")
+        loss = self.head * (BF16 + F32) + chunk * 2 * F32 * self.head / self.model.model_dim
+        layer = BF16 * (HELD_COPIES[0] * self.stream + HELD_COPIES[1] * self.layer + 2 * self.results)
+        return self.state_bytes + self.bytes_of(self.kept) + max(gradients + layer, loss)

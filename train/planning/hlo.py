@@ -5,22 +5,17 @@ jaxlib's own objects (`hlo_modules`) have neither shapes nor attributes, and are
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import numpy as np
 
 # Memory spaces of a layout, as in S(5); an array without one is in the device's main memory.
 DEVICE = 0
 HOST = 5
-COLLECTIVE_KINDS = {
-    "all-gather": "all-gather",
-    "all-reduce": "all-reduce",
-    "reduce-scatter": "reduce-scatter",
-    "all-to-all": "all-to-all",
-    "ragged-all-to-all": "all-to-all",
-    "collective-permute": "permute",
-    "collective-broadcast": "permute",
-}
+COLLECTIVE_KINDS = {kind: kind for kind in ("all-gather", "all-reduce", "reduce-scatter", "all-to-all")} | {
+    "ragged-all-to-all": "all-to-all", "collective-permute": "permute", "collective-broadcast": "permute"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,6 +44,7 @@ class Array:
 class Instruction:
     """One line of a computation."""
 
+    computation: "Computation" = field(repr=False, compare=False)
     name: str
     opcode: str
     results: tuple[Array, ...]
@@ -56,6 +52,16 @@ class Instruction:
     inner: str  # text between the parentheses
     rest: str  # text after them: attributes, metadata, backend configuration
     is_root: bool
+
+    @property
+    def inputs(self) -> tuple[Array, ...]:
+        """The arrays of all operands."""
+        return arrays_of(self.computation, self.operands)
+
+    @property
+    def users(self) -> list["Instruction"]:
+        """The instructions that have this one as an operand."""
+        return [instruction for instruction in self.computation.values() if self.name in instruction.operands]
 
     def find(self, pattern: str) -> str:
         """Returns the first group of a pattern in the attributes, or an empty string without a match."""
@@ -94,8 +100,13 @@ class Instruction:
         return self.opcode == "custom-call" and any(word in self.target for word in ("gemm", "matmul"))
 
 
+# Instructions by name, in the order in which they run.
 Computation = dict[str, Instruction]
-_HEAD = re.compile(r"\s+(?:ROOT )?%([^\s=]+) = ")
+
+
+def arrays_of(computation: Computation, names: Iterable[str]) -> tuple[Array, ...]:
+    """Returns the results of the named instructions that are part of a computation."""
+    return tuple(array for name in names if name in computation for array in computation[name].results)
 
 
 def numbers(text: str) -> list[int]:
@@ -113,8 +124,8 @@ def _closing(text: str, start: int) -> int:
     return len(text)
 
 
-def _instruction(text: str) -> Instruction:
-    head = _HEAD.match(text)
+def _add_instruction(computation: Computation, text: str) -> None:
+    head = re.match(r"\s+(ROOT )?%([^\s=]+) = ", text)
     assert head, text
     start = head.end()
     end = _closing(text, start) if text[start] == "(" else text.index(" ", start)
@@ -126,32 +137,22 @@ def _instruction(text: str) -> Instruction:
     )
     inner = text[opening + 1 : closing - 1]
     operands = tuple(re.findall(r"%([^\s,(){}]+)", inner))
-    return Instruction(head[1], text[end:opening].strip(), results, operands, inner, text[closing:], "ROOT" in head[0])
+    opcode = text[end:opening].strip()
+    rest = text[closing:]
+    computation[head[2]] = Instruction(computation, head[2], opcode, results, operands, inner, rest, bool(head[1]))
 
 
 def computations_of(text: str) -> tuple[dict[str, Computation], str]:
     """Returns all computations by name, and the name of the entry computation."""
     computations: dict[str, Computation] = {}
     entry = ""
-    current = ""
-    lines: list[str] = []
-    for line in text.splitlines():
-        if not current:
-            if head := re.match(r"(ENTRY )?%([^\s(]+) \(.*\{$", line):
-                current = head[2]
-                computations[current] = {}
-                entry = current if head[1] else entry
-            continue
+    computation = r"^(ENTRY )?%([^\s(]+) \(.*\{\n((?:.*\n)*?)\}(?:, execution_thread=.*)?$"
+    for is_entry, name, body in re.findall(computation, text, re.M):
+        computations[name] = {}
+        entry = name if is_entry else entry
         # A kernel's metadata may contain line breaks.
-        ends = re.fullmatch(r"\}(, execution_thread=.*)?", line)
-        if lines and (ends or _HEAD.match(line)):
-            instruction = _instruction("\n".join(lines))
-            computations[current][instruction.name] = instruction
-            lines = []
-        if ends:
-            current = ""
-        elif lines or _HEAD.match(line):
-            lines.append(line)
+        for instruction in re.split(r"^(?=[ \t]+(?:ROOT )?%[^\s=]+ = )", body, flags=re.M)[1:]:
+            _add_instruction(computations[name], instruction.removesuffix("\n"))
     return computations, entry
 
 

@@ -17,31 +17,15 @@ ATTENTION_PRODUCTS = {"mha_fwd": 2, "mha_dq": 3, "mha_dkv": 4, "SoftmaxBackward"
 
 @dataclass(frozen=True)
 class Collective:
-    """One communication between devices, and how often a step runs it.
+    """One communication between devices, and how often a step runs it."""
 
-    Attributes:
-        kind: all-gather, all-reduce, reduce-scatter, all-to-all or permute.
-        axes: mesh axes along which the devices of a group differ, in the mesh's order; one named "slice" is slow.
-        group: number of devices that take part.
-        dtype: dtype of the largest array.
-        payload_bytes: bytes of all arrays: the output of an all-gather, the input of other kinds.
-        asynchronous: true if other operations may run meanwhile.
-        source: the operation of the traced program.
-    """
-
-    kind: str
-    axes: tuple[str, ...]
-    group: int
-    dtype: str
-    payload_bytes: int
-    asynchronous: bool
-    source: str
+    kind: str  # all-gather, all-reduce, reduce-scatter, all-to-all or permute
+    axes: tuple[str, ...]  # mesh axes along which the devices of a group differ, in the mesh's order; "slice" is slow
+    group: int  # number of devices that take part
+    dtype: str  # dtype of the largest array
+    payload_bytes: int  # bytes of all arrays: the output of an all-gather, the input of other kinds
+    source: str  # the operation of the traced program
     count: int = 1
-
-    @property
-    def slow(self) -> bool:
-        """True if the collective crosses slices."""
-        return "slice" in self.axes
 
     @property
     def sent_bytes(self) -> float:
@@ -52,19 +36,13 @@ class Collective:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A custom call that is not a plain matrix product, such as attention.
+    """A custom call that is not a plain matrix product, such as attention."""
 
-    Attributes:
-        name: name of a Pallas kernel, or the target of the call.
-        estimate: FLOPs that the kernel itself states (Pallas's `cost_estimate`).
-        source: the operation of the traced program.
-    """
-
-    name: str
+    name: str  # name of a Pallas kernel, or the target of the call
     operands: tuple[Array, ...]
     results: tuple[Array, ...]
-    estimate: float | None
-    source: str
+    estimate: float | None  # FLOPs that the kernel itself states (Pallas's `cost_estimate`)
+    source: str  # the operation of the traced program
 
     @property
     def flops(self) -> float:
@@ -86,92 +64,55 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Operation:
-    """One instruction of the schedule that takes time; a loop, branch or call holds the operations that it runs.
+    """One instruction of the schedule that takes time; a loop, branch or call holds the operations that it runs."""
 
-    Attributes:
-        name: name of the instruction in the module.
-        flops: FLOPs of matrix products, 2·M·N·K each, without those of kernels.
-        bytes: bytes read from and written to the device's memory.
-        cycles: the TPU compiler's estimate with memory traffic and without collectives; 0 if it has none.
-        collective: the communication that the operation starts, apart from its own computation.
-        host_bytes: bytes moved between the device's memory and the host's.
-        asynchronous: true if it runs until another operation waits for it.
-        waits_for: name of the asynchronous operation that ends with this one.
-        trips: number of times that the body runs.
-    """
-
-    name: str
-    flops: float = 0.0
-    bytes: int = 0
-    cycles: int = 0
-    collective: Collective | None = None
+    name: str  # name of the instruction in the module
+    flops: float = 0.0  # FLOPs of matrix products, 2·M·N·K each, without those of kernels
+    bytes: int = 0  # bytes read from and written to the device's memory
+    cycles: int = 0  # the TPU compiler's estimate with memory traffic and without collectives; 0 if it has none
+    collective: Collective | None = None  # the communication that the operation starts, apart from its own computation
     kernel: Kernel | None = None
-    host_bytes: int = 0
-    asynchronous: bool = False
-    waits_for: str | None = None
+    host_bytes: int = 0  # bytes moved between the device's memory and the host's
+    asynchronous: bool = False  # true if it runs until another operation waits for it
+    waits_for: str | None = None  # name of the asynchronous operation that ends with this one
     body: tuple["Operation", ...] = ()
-    trips: int = 1
+    trips: int = 1  # number of times that the body runs
 
 
 @dataclass(frozen=True)
 class Program:
-    """All that one device runs in one execution of a module.
-
-    Attributes:
-        arrays: every result in memory, that is of all instructions outside fusions.
-        instructions: number of instructions of the whole module, a measure of its size.
-        aliases: number of results that reuse the memory of an argument.
-        notes: sentences about parts that could not be read.
-    """
+    """All that one device runs in one execution of a module."""
 
     operations: tuple[Operation, ...]
-    arrays: frozenset[Array]
-    instructions: int
-    aliases: int
-    notes: tuple[str, ...]
-
-    def walk(self) -> Iterator[tuple[Operation, int]]:
-        """Yields every operation without a body, and how often a step runs it."""
-        yield from walked(self.operations, 1)
-
-    @cached_property
-    def matmul_flops(self) -> float:
-        """FLOPs of all matrix products of a step, without those inside kernels."""
-        return sum(operation.flops * times for operation, times in self.walk())
-
-    @cached_property
-    def cycles(self) -> int:
-        """The sum of the TPU compiler's estimates over a step."""
-        return sum(operation.cycles * times for operation, times in self.walk())
-
-    @cached_property
-    def host_bytes(self) -> int:
-        """Bytes moved between the device's memory and the host's in a step, both ways."""
-        return sum(operation.host_bytes * times for operation, times in self.walk())
+    arrays: frozenset[Array]  # every result in memory, that is of all instructions outside fusions
+    instructions: int  # number of instructions of the whole module, a measure of its size
+    aliases: int  # number of results that reuse the memory of an argument
+    notes: tuple[str, ...]  # sentences about parts that could not be read
 
     @cached_property
     def collectives(self) -> tuple[Collective, ...]:
         """Every collective of the module, with its count in a step."""
-        return tuple(replace(o.collective, count=times) for o, times in self.walk() if o.collective)
+        return tuple(replace(o.collective, count=times) for o, times in walked(self.operations) if o.collective)
 
     @cached_property
     def kernels(self) -> dict[Kernel, int]:
         """The number of runs in a step by kernel."""
         counts: Counter[Kernel] = Counter()
-        for operation, times in self.walk():
+        for operation, times in walked(self.operations):
             if operation.kernel:
                 counts[operation.kernel] += times
-        return dict(counts)
-
-    def holding(self, elements: int) -> list[Array]:
-        """Returns the arrays with at least `elements` elements, the largest first."""
-        return sorted((a for a in self.arrays if a.elements >= elements), key=lambda a: (-a.elements, a.dtype, a.dims))
+        return counts
 
 
-def walked(operations: tuple[Operation, ...], times: int) -> Iterator[tuple[Operation, int]]:
+def walked(operations: tuple[Operation, ...], times: int = 1) -> Iterator[tuple[Operation, int]]:
     """Yields every operation without a body, and how often it runs."""
     for operation in operations:
         if operation.body:
             yield from walked(operation.body, times * operation.trips)
         else:
             yield operation, times
+
+
+def total(operations: tuple[Operation, ...], figure: str) -> float:
+    """Returns the sum of an attribute, such as `flops`, over all operations, each as often as it runs."""
+    return sum(getattr(operation, figure) * times for operation, times in walked(operations))

@@ -4,8 +4,8 @@ import functools
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -16,9 +16,9 @@ from train.config.config import ResolvedConfig
 from train.devices.hardware import Chip
 from train.devices.rules import training_layout
 from train.planning.compilation import Compilation, abstract_batch
-from train.planning.operations import Program
+from train.planning.operations import Program, total, walked
 from train.planning.reader import read_program
-from train.planning.timeline import Costs, Timeline, timeline
+from train.planning.timeline import Bandwidth, Timeline, own_seconds, timeline
 from train.planning.topology import bandwidth_over
 from train.step.flops import flops_per_token
 from train.step.optimizer import make_optimizer
@@ -31,74 +31,45 @@ UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclass(frozen=True)
 class Plan:
-    """Figures of a run before it starts; per-device figures are of one device, per-step figures of the full batch.
+    """Figures of a run before it starts; per-device figures are of one device, per-step figures of the full batch."""
 
-    Attributes:
-        topology: the topology as the user wrote it, or this machine.
-        device_kind: JAX's name of the devices.
-        mesh: size by mesh axis.
-        attention: the attention kernel, and the reason for its choice.
-        refused: the compiler's message for a program that does not fit, or None.
-        memory_bytes_per_device: memory that a program can use.
-        peak_bytes_per_device: memory at the worst moment, or the compiler's own figure if it refused the program.
-        argument_bytes_per_device: bytes of the state and one batch.
-        memory: bytes of `weights`, `optimizer`, `average`, `batch` and, at the worst moment, `temporaries`; of `output`
-            and its part `aliased` with the donated state; of the program's `code`; and in `host` memory.
-        model_flops_per_device: model FLOPs of a step by the formula of `train.step.flops`.
-        flops_per_device: FLOPs of the compiled program's matrix products and attention kernels in a step.
-        collective_bytes_per_device: payload of all collectives in a step.
-        collectives: one record for each kind, mesh axes and dtype.
-        compute_seconds: seconds of computation in a step, by the compiler's own cycles if it has them.
-        estimated_step_seconds: simulated time of the compiled schedule with the chip's figures.
-        estimated_by: source of the operations' times; communication is always bytes sent / bandwidth.
-        estimated_mfu: model FLOPs over the estimated time, as a share of the chip's peak.
-        breakdown: the terms of the estimate as (words, seconds); the first is model FLOPs at peak.
-        bottleneck: the resource that is busy for longest.
-        measured_step_seconds: measured time of a step, for this machine only.
-        notes: sentences about parts of the program that could not be read.
-        days: days for `tokens` at the estimated speed.
-        cost: dollars for `tokens` at `price` for a device-hour.
-    """
-
-    topology: str
-    device_kind: str
+    topology: str  # the topology as the user wrote it, or this machine
+    device_kind: str  # JAX's name of the devices
     devices: int
-    mesh: dict[str, int]
-    attention: str
+    mesh: dict[str, int]  # size by mesh axis
+    attention: str  # the attention kernel, and the reason for its choice
     remat_policy: str
     rows_per_step: int
     tokens_per_step: int
     fits: bool
-    refused: str | None
-    memory_bytes_per_device: int
-    peak_bytes_per_device: int
-    argument_bytes_per_device: int
+    refused: str | None  # the compiler's message for a program that does not fit, or None
+    memory_bytes_per_device: int  # memory that a program can use
+    peak_bytes_per_device: int  # memory at the worst moment, or the compiler's own figure if it refused the program
+    argument_bytes_per_device: int  # bytes of the state and one batch
+    # Bytes of `weights`, `optimizer`, `average`, `batch` and, at the worst moment, `temporaries`; of `output` and
+    # its part `aliased` with the donated state; of the program's `code`; and in `host` memory.
     memory: dict[str, int]
-    model_flops_per_device: float
+    model_flops_per_device: float  # model FLOPs of a step by the formula of `train.step.flops`
     lower_seconds: float
     compile_seconds: float
     compiled_before: bool
     tokens: float
     price: float | None = None
-    flops_per_device: float | None = None
-    collective_bytes_per_device: int | None = None
-    collectives: list[dict[str, Any]] = field(default_factory=list)
-    compute_seconds: float | None = None
-    estimated_step_seconds: float | None = None
-    estimated_by: str | None = None
-    estimated_mfu: float | None = None
+    flops_per_device: float | None = None  # FLOPs of the program's matrix products and attention kernels in a step
+    collective_bytes_per_device: int | None = None  # payload of all collectives in a step
+    collectives: list[dict[str, Any]] = field(default_factory=list)  # one record for each kind, mesh axes and dtype
+    compute_seconds: float | None = None  # computation in a step, by the compiler's own cycles if it has them
+    estimated_step_seconds: float | None = None  # simulated time of the compiled schedule with the chip's figures
+    estimated_by: str | None = None  # source of the operations' times; communication is always bytes sent / bandwidth
+    estimated_mfu: float | None = None  # model FLOPs over the estimated time, as a share of the chip's peak
     tokens_per_second: float | None = None
-    bottleneck: str | None = None
-    breakdown: list[tuple[str, float]] = field(default_factory=list)
-    days: float | None = None
+    bottleneck: str | None = None  # the resource that is busy for longest
+    breakdown: list[tuple[str, float]] = field(default_factory=list)  # terms of the estimate as (words, seconds)
+    days: float | None = None  # days for `tokens` at the estimated speed
     device_hours: float | None = None
-    cost: float | None = None
-    measured_step_seconds: float | None = None
-    notes: list[str] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns plain values for JSON."""
-        return asdict(self)
+    cost: float | None = None  # dollars for `tokens` at `price` for a device-hour
+    measured_step_seconds: float | None = None  # measured time of a step, for this machine only
+    notes: list[str] = field(default_factory=list)  # sentences about parts of the program that could not be read
 
 
 def make_plan(
@@ -174,22 +145,19 @@ def _memory(arguments: Mapping[str, int], compilation: Compilation, cpu: bool) -
         return max(int(needed), sum(arguments.values())), dict(arguments)
     # The CPU compiler's peak does not include temporaries.
     peak = max(m["peak"], m["argument"] + m["temp"] + m["output"] - m["alias"]) if cpu else m["peak"]
-    host = sum(size for name, size in m.items() if name.startswith("host_") and name != "host_generated_code")
-    program = {
+    return peak, {
+        **arguments,
         "temporaries": max(peak - m["argument"], 0),
         "output": m["output"],
         "aliased": m["alias"],
         "code": m["generated_code"],
-        "host": host,
+        "host": sum(size for name, size in m.items() if name.startswith("host_") and name != "host_generated_code"),
     }
-    return peak, dict(arguments) | program
 
 
-def budget(
-    tokens: float, tokens_per_second: float, devices: int, price: float | None
-) -> tuple[float, float, float | None]:
-    """Returns (days, device-hours, dollars if there is a price) to train on `tokens`."""
-    seconds = tokens / tokens_per_second
+def budget(tokens: float, speed: float, devices: int, price: float | None) -> tuple[float, float, float | None]:
+    """Returns (days, device-hours, dollars if there is a price) to train on `tokens` at `speed` tokens/s."""
+    seconds = tokens / speed
     hours = seconds / 3600 * devices
     return seconds / 86_400, hours, None if price is None else hours * price
 
@@ -198,10 +166,11 @@ def _with_estimate(plan: Plan, mesh: Mesh, chip: Chip, text: str) -> Plan:
     """Adds the figures that are read from the compiled program."""
     program = read_program(text, dict(mesh.shape))
     bandwidth = functools.cache(lambda axes: bandwidth_over(mesh, axes, chip))
-    costs = Costs(chip.cycles_per_second, chip.peak_flops, chip.memory_bandwidth, bandwidth, chip.host_bandwidth)
-    line = timeline(program, costs)
-    flops = program.matmul_flops + sum(kernel.flops * times for kernel, times in program.kernels.items())
+    line = timeline(program, chip, bandwidth)
+    flops = total(program.operations, "flops") + sum(kernel.flops * times for kernel, times in program.kernels.items())
     collectives = _collectives(program, bandwidth)
+    busy = {f"communication over {' × '.join(axes)}": seconds for axes, seconds in line.communication.items()}
+    busy |= {"compute": line.compute, "the host's memory": line.transfer}
     tokens_per_second = plan.tokens_per_step / line.total
     days, device_hours, cost = budget(plan.tokens, tokens_per_second, plan.devices, plan.price)
     return replace(
@@ -214,8 +183,8 @@ def _with_estimate(plan: Plan, mesh: Mesh, chip: Chip, text: str) -> Plan:
         estimated_by="the compiler's cycles" if chip.cycles_per_second else ROOFLINE,
         estimated_mfu=plan.model_flops_per_device / chip.peak_flops / line.total,
         tokens_per_second=tokens_per_second,
-        breakdown=_breakdown(plan.model_flops_per_device, program, costs, line),
-        bottleneck=_bottleneck(line),
+        breakdown=_breakdown(plan.model_flops_per_device, program, chip, line),
+        bottleneck=max(busy, key=lambda name: busy[name]),
         notes=list(program.notes),
         days=days,
         device_hours=device_hours,
@@ -223,7 +192,7 @@ def _with_estimate(plan: Plan, mesh: Mesh, chip: Chip, text: str) -> Plan:
     )
 
 
-def _collectives(program: Program, bandwidth: Callable[[tuple[str, ...]], float]) -> list[dict[str, Any]]:
+def _collectives(program: Program, bandwidth: Bandwidth) -> list[dict[str, Any]]:
     """Sums collectives by kind, axes and dtype, the largest first; `seconds` are of the links, hidden or not."""
     totals: dict[tuple[str, tuple[str, ...], str], Counter[str]] = defaultdict(Counter)
     for c in program.collectives:
@@ -238,17 +207,17 @@ def _collectives(program: Program, bandwidth: Callable[[tuple[str, ...]], float]
     return sorted(rows, key=lambda row: -row["bytes"])
 
 
-def _breakdown(model_flops: float, program: Program, costs: Costs, line: Timeline) -> list[tuple[str, float]]:
+def _breakdown(model_flops: float, program: Program, chip: Chip, line: Timeline) -> list[tuple[str, float]]:
     """Splits the estimate into terms that add up to it."""
     at_peak: dict[str, float] = defaultdict(float)
     below_peak: dict[str, float] = defaultdict(float)
-    for operation, times in program.walk():
+    for operation, times in walked(program.operations):
         kernel_flops = operation.kernel.flops if operation.kernel else 0.0
         if flops := operation.flops + kernel_flops:
             work = "attention kernels" if kernel_flops else "matrix products"
-            at_peak[work] += times * flops / costs.peak_flops
-            below_peak[work] += times * (costs.seconds(operation) - flops / costs.peak_flops)
-    useful = model_flops / costs.peak_flops
+            at_peak[work] += times * flops / chip.peak_flops
+            below_peak[work] += times * (own_seconds(operation, chip) - flops / chip.peak_flops)
+    useful = model_flops / chip.peak_flops
     done = sum(at_peak.values())
     lost = sum(below_peak.values())
     parts = [
@@ -261,10 +230,3 @@ def _breakdown(model_flops: float, program: Program, costs: Costs, line: Timelin
         ("waiting for the host's memory", line.host),
     ]
     return [(words, seconds) for words, seconds in parts if seconds]
-
-
-def _bottleneck(line: Timeline) -> str:
-    """Returns the resource that is busy for longest."""
-    busy = {f"communication over {' × '.join(axes)}": s for axes, s in line.communication.items()}
-    busy |= {"compute": line.compute, "the host's memory": line.transfer}
-    return max(busy, key=lambda name: busy[name])

@@ -7,24 +7,14 @@ TPU, GPU and CPU are read alike.
 
 import math
 import re
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
 
-from train.planning.hlo import (
-    COLLECTIVE_KINDS,
-    DEVICE,
-    HOST,
-    Array,
-    Computation,
-    Instruction,
-    computations_of,
-    device_groups,
-    numbers,
-)
-from train.planning.operations import Collective, Kernel, Operation, Program, walked
+from train.planning import hlo
+from train.planning.hlo import DEVICE, HOST, Array, Computation, Instruction, arrays_of, numbers
+from train.planning.operations import Collective, Kernel, Operation, Program, total, walked
 
 COPY_OPCODES = ("copy", "slice", "dynamic-slice", "dynamic-update-slice")
 FREE_OPCODES = {
@@ -36,10 +26,19 @@ FREE_TARGETS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast",
 MOST_CYCLES = 10**12
 
 
+def read_program(text: str, mesh_shape: Mapping[str, int]) -> Program:
+    """Reads a compiled module's `as_text()`, whose partition i is device i of the flattened mesh or of one slice."""
+    reader = _Reader(text, mesh_shape)
+    operations = reader.operations(reader.entry)
+    instructions = sum(map(len, reader.computations.values()))
+    aliases = len(re.findall(r"(?:may|must)-alias", reader.head))
+    return Program(operations, frozenset(reader.arrays), instructions, aliases, tuple(dict.fromkeys(reader.notes)))
+
+
 class _Reader:
-    def __init__(self, text: str, mesh_shape: dict[str, int]):
+    def __init__(self, text: str, mesh_shape: Mapping[str, int]):
         self.mesh_shape = mesh_shape
-        self.computations, self.entry = computations_of(text)
+        self.computations, self.entry = hlo.computations_of(text)
         self.head = text.partition("\n")[0]
         partitions = re.search(r"num_partitions=(\d+)", self.head)
         self.devices = int(partitions[1]) if partitions else math.prod(mesh_shape.values())
@@ -47,15 +46,7 @@ class _Reader:
         self.arrays: set[Array] = set()
         self.operations_of: dict[str, tuple[Operation, ...]] = {}
 
-    def program(self) -> Program:
-        """Reads the whole module."""
-        operations = self.operations(self.entry)
-        instructions = sum(map(len, self.computations.values()))
-        aliases = len(re.findall(r"(?:may|must)-alias", self.head))
-        return Program(operations, frozenset(self.arrays), instructions, aliases, tuple(dict.fromkeys(self.notes)))
-
     def operations(self, name: str) -> tuple[Operation, ...]:
-        """Returns the operations of a computation, in their order."""
         if name not in self.operations_of:
             computation = self.computations[name]
             # Maps the channel of a started all-gather, and the key of a send, to the operation's name.
@@ -65,51 +56,42 @@ class _Reader:
             for at in computation.values():
                 self.arrays.update(at.results)
                 if at.opcode not in FREE_OPCODES and at.target not in FREE_TARGETS:
-                    operations.append(self.operation(at, computation, started, sends))
+                    operations.append(self.operation(at, started, sends))
             self.operations_of[name] = tuple(operations)
         return self.operations_of[name]
 
-    def operation(
-        self, at: Instruction, computation: Computation, started: dict[int | None, str], sends: dict[str, str]
-    ) -> Operation:
+    def operation(self, at: Instruction, started: dict[int | None, str], sends: dict[str, str]) -> Operation:
         """Reads one instruction, as far as it costs anything."""
         opcode = at.opcode.removesuffix("-start")
         starts = at.opcode.endswith("-start")
         if opcode == "while":
-            return Operation(at.name, body=self.operations(at.called("body")[0]), trips=self.trips(at, computation))
+            return Operation(at.name, body=self.operations(at.called("body")[0]), trips=self.trips(at))
         if opcode == "conditional":
             branches = at.called("branch_computations", "true_computation", "false_computation")
             return Operation(at.name, body=max(map(self.operations, branches), key=_weight))
         if opcode == "call":
             body = self.operations(at.called("to_apply", "calls")[0])
-            apart = next((o.collective for o, _ in walked(body, 1) if o.collective), None) if starts else None
-            if apart:
-                return Operation(at.name, collective=replace(apart, asynchronous=True), asynchronous=True)
-            return Operation(at.name, body=body)
+            apart = next((o.collective for o, _ in walked(body) if o.collective), None) if starts else None
+            return Operation(at.name, collective=apart, asynchronous=True) if apart else Operation(at.name, body=body)
         if opcode.endswith("-done"):
             before = at.operands[0]
             if opcode == "recv-done":
-                before = sends.get(_rendezvous(computation[before]), before)
+                before = sends.get(_rendezvous(at.computation[before]), before)
             return Operation(at.name, waits_for=before)
         if opcode == "send" and not at.kind:
-            return self.sent(at, computation)
+            return self.sent(at)
         if opcode in COPY_OPCODES:
-            return self.copied(at, computation, starts)
+            return self.copied(at, starts)
 
-        inside = list(self.inside(at))
-        operation = Operation(
-            at.name,
-            flops=sum(self.flops(i, c) for i, c in [(at, computation), *inside]),
-            bytes=self.bytes(at, computation),
-            cycles=self.cycles(at),
-            kernel=self.kernel(at, computation),
-        )
-        holder, around = next(((i, c) for i, c in [(at, computation), *inside] if i.kind), (None, computation))
+        parts = [at, *self.inside(at)]
+        flops = sum(map(_flops, parts))
+        operation = Operation(at.name, flops, self.bytes(at), self.cycles(at), kernel=_kernel(at))
+        holder = next((i for i in parts if i.kind), None)
         if holder is None:
             return operation
         # The TPU compiler spreads an all-gather over several fusions: the first starts it, the last ends it.
         channel = holder.number("channel_id")
-        targets = {i.target for i, _ in inside}
+        targets = {i.target for i in parts}
         if "AsyncCollectiveDone" in targets:
             return Operation(at.name, waits_for=started.pop(channel, at.name))
         if channel in started:
@@ -119,25 +101,23 @@ class _Reader:
             starts = True
         elif starts or opcode == "send":
             starts = not at.find(r'"is_sync":\s*(true)')
-        collective = self.collective(holder, around, starts, at)
+        collective = self.collective(holder, at)
         # Memory traffic without a product is part of the communication itself.
-        bytes_ = operation.bytes if operation.flops else 0
+        bytes_ = operation.bytes if flops else 0
         return replace(operation, bytes=bytes_, collective=collective, asynchronous=starts and collective is not None)
 
-    def inside(self, at: Instruction) -> Iterator[tuple[Instruction, Computation]]:
-        """Yields every instruction inside a fusion or wrapper, with the computation that holds it."""
+    def inside(self, at: Instruction) -> Iterator[Instruction]:
+        """Yields every instruction inside a fusion or wrapper."""
         for name in at.called("calls"):
             for instruction in self.computations[name].values():
-                yield instruction, self.computations[name]
+                yield instruction
                 yield from self.inside(instruction)
 
-    def collective(
-        self, at: Instruction, computation: Computation, asynchronous: bool, outer: Instruction
-    ) -> Collective | None:
+    def collective(self, at: Instruction, outer: Instruction) -> Collective | None:
         """Returns the communication of an instruction, or None if no data leaves the device."""
-        groups = device_groups(at.rest, self.devices)
+        groups = hlo.device_groups(at.rest, self.devices)
         kind = at.kind
-        operands = _results(at.operands, computation)
+        operands = at.inputs
         if "source_target_pairs={}" in at.rest:
             self.notes.append(f"{at.name}: no device sends anything, so its result is all zeros ({at.source})")
         if groups.size == 0 or groups.shape[1] == 1 or not operands:
@@ -145,35 +125,35 @@ class _Reader:
         assert kind
         if kind == "all-reduce" and at is not outer:
             # On TPU a reduce-scatter within a group is a fusion that returns only a slice of the all-reduce.
-            sums = {at.name, *(i.name for i in computation.values() if at.name in i.operands)}
-            slices = [i for i in computation.values() if i.opcode == "dynamic-slice" and i.operands[0] in sums]
-            kind = "reduce-scatter" if slices else kind
+            for summed in (at, *at.users):
+                if any(i.opcode == "dynamic-slice" and i.operands[0] == summed.name for i in summed.users):
+                    kind = "reduce-scatter"
         places = np.unravel_index(groups, tuple(self.mesh_shape.values()))
         axes = tuple(axis for axis, x in zip(self.mesh_shape, places, strict=True) if (x != x[:, :1]).any())
         size = groups.shape[1]
         payload = sum(array.bytes for array in operands) * (size if kind == "all-gather" else 1)
         dtype = max(operands, key=lambda array: array.bytes).dtype
-        return Collective(kind, axes, size, dtype, payload, asynchronous, at.source or outer.source)
+        return Collective(kind, axes, size, dtype, payload, at.source or outer.source)
 
-    def sent(self, at: Instruction, computation: Computation) -> Operation:
+    def sent(self, at: Instruction) -> Operation:
         """Reads a send to the host, or to the runtime that carries out collectives between slices."""
-        array = _results(at.operands, computation)[0]
+        array = at.inputs[0]
         transfer = at.find(r'_xla_megascale_transfer_type="(\w+)"')
         if not transfer:
             return Operation(at.name, host_bytes=array.bytes, asynchronous=True)
         slices = math.prod(self.mesh_shape.values()) // self.devices
         kind = transfer.lower().replace("_", "-")
-        kind = kind if kind in COLLECTIVE_KINDS else "all-to-all"
+        kind = kind if kind in hlo.COLLECTIVE_KINDS else "all-to-all"
         payload = array.bytes * (slices if kind == "all-gather" else 1)
-        collective = Collective(kind, ("slice",), slices, array.dtype, payload, True, at.source)
+        collective = Collective(kind, ("slice",), slices, array.dtype, payload, at.source)
         return Operation(at.name, collective=collective, asynchronous=True)
 
-    def copied(self, at: Instruction, computation: Computation, asynchronous: bool) -> Operation:
+    def copied(self, at: Instruction, asynchronous: bool) -> Operation:
         """Reads a copy of an array or of a part, within the device's memory or to or from the host's."""
-        operands = _results(at.operands, computation)
+        operands = at.inputs
         kind = at.opcode.removesuffix("-start")
         if kind == "dynamic-update-slice":
-            before, into = operands[1], operands[0]
+            into, before = operands[:2]
             moved = before.bytes
         else:
             # The result tuple of a slice-start begins with its operands.
@@ -185,37 +165,15 @@ class _Reader:
         sides = 2 if spaces == {DEVICE} else int(DEVICE in spaces)
         return Operation(at.name, bytes=moved * sides, cycles=self.cycles(at), asynchronous=asynchronous)
 
-    def kernel(self, at: Instruction, computation: Computation) -> Kernel | None:
-        """Returns the kernel that an instruction calls, if it calls one."""
-        if at.opcode != "custom-call" or at.is_product:
-            return None
-        estimate = at.find(r'cost_estimate"?:\s*\{[^}]*?"flops":\s*"?(\d+)')
-        name = re.sub(r"(\.(\d+|clone|remat\d*))+$", "", at.name) if at.target == "tpu_custom_call" else at.target
-        operands = _results(at.operands, computation)
-        return Kernel(name, operands, at.results, float(estimate) if estimate else None, at.source)
-
     def cycles(self, at: Instruction) -> int:
-        """Returns the compiler's estimate of cycles, or 0."""
         cycles = at.number("estimated_cycles") or 0
         if cycles > MOST_CYCLES:
             self.notes.append(f"{at.name.partition('.')[0]}: the compiler's estimate of {cycles} cycles is ignored")
         return cycles if cycles <= MOST_CYCLES else 0
 
-    def flops(self, at: Instruction, computation: Computation) -> float:
-        """Returns 2·M·N·K of a matrix product in any of its notations."""
-        if at.opcode == "convolution":
-            return _convolution_flops(at, *_results(at.operands[:2], computation))
-        if at.opcode != "dot" and not at.is_product:
-            return 0.0
-        dims = _results(at.operands[:1], computation)[0].dims
-        contracted = numbers(at.find(r'lhs_contracting_dim\w*"?[=:]\s*[\[{]([^\]}]*)'))
-        if at.is_product and not contracted:
-            contracted = [len(dims) - 1]
-        return 2.0 * at.results[0].elements * math.prod(dims[axis] for axis in contracted)
-
-    def bytes(self, at: Instruction, computation: Computation) -> int:
+    def bytes(self, at: Instruction) -> int:
         """Returns the bytes of device memory that an instruction moves; a slice or update counts only its part."""
-        operands = [computation[name].results for name in at.operands if name in computation]
+        operands = [at.computation[name].results for name in at.operands if name in at.computation]
         if at.opcode in ("gather", "reshape"):
             return 2 * _in_memory(at.results)
         if at.opcode == "scatter":
@@ -223,39 +181,33 @@ class _Reader:
         if not (at.opcode.startswith("fusion") and at.called("calls")):
             return sum(map(_in_memory, [*operands, at.results]))
         body = self.computations[at.called("calls")[0]]
-        users: defaultdict[str, list[Instruction]] = defaultdict(list)
-        for instruction in body.values():
-            for name in instruction.operands:
-                users[name].append(instruction)
         parameters = [i for i in body.values() if i.opcode == "parameter"]
-        total = sum(min(_in_memory(operands[int(i.inner)]), _part(i, users)) for i in parameters)
+        moved = sum(min(_in_memory(operands[int(i.inner)]), _part(i)) for i in parameters)
         root = next(i for i in body.values() if i.is_root)
         roots = [body[name] for name in root.operands] if root.opcode == "tuple" else [root]
         for array, result in zip(at.results, roots, strict=False):
             while result.opcode in ("bitcast", "convert", "copy"):
                 result = body[result.operands[0]]
             updates = {"dynamic-update-slice": slice(1, 2), "scatter": slice(2, 3)}.get(result.opcode)
-            part = (array,) if updates is None else _results(result.operands[updates], body)
-            total += min(_in_memory((array,)), sum(x.bytes for x in part))
-        return int(total)
+            part = (array,) if updates is None else arrays_of(body, result.operands[updates])
+            moved += min(_in_memory((array,)), sum(x.bytes for x in part))
+        return int(moved)
 
-    def trips(self, at: Instruction, computation: Computation) -> int:
+    def trips(self, at: Instruction) -> int:
         """Returns a loop's trip count: from XLA, or else from constant bound, start and step of its counter."""
         known = at.number("known_trip_count")
         if known is not None:
             return known
         condition, body = (self.computations[at.called(key)[0]] for key in ("condition", "body"))
         compare, after = (next(i for i in c.values() if i.is_root) for c in (condition, body))
-        numbers = [_constant(condition, name) for name in compare.operands]
-        limit = next((number for number in numbers if number is not None), None)
-        counters = [
-            condition[name].number("index") for name in compare.operands if condition[name].opcode != "constant"
-        ]
+        constants = [_constant(condition, name) for name in compare.operands]
+        limit = next((constant for constant in constants if constant is not None), None)
+        counters = [i.number("index") for i in map(condition.get, compare.operands) if i and i.opcode != "constant"]
         if limit is None or len(counters) != 1 or counters[0] is None or "direction=GE" in compare.rest:
             self.notes.append(f"{at.name}: the program does not state its trip count; it is counted once")
             return 1
-        before = computation[at.operands[0]]
-        first = _constant(computation, before.operands[counters[0]]) if before.opcode == "tuple" else 0
+        before = at.computation[at.operands[0]]
+        first = _constant(at.computation, before.operands[counters[0]]) if before.opcode == "tuple" else 0
         change = body[after.operands[counters[0]]] if after.opcode == "tuple" else after
         steps = [_constant(body, name) for name in change.operands] if change.opcode == "add" else []
         step = next((number for number in steps if number), 1)
@@ -263,8 +215,29 @@ class _Reader:
 
 
 def _weight(operations: tuple[Operation, ...]) -> tuple[float, ...]:
-    steps = list(walked(operations, 1))
-    return tuple(sum(getattr(o, name) * times for o, times in steps) for name in ("cycles", "flops", "bytes"))
+    return tuple(total(operations, figure) for figure in ("cycles", "flops", "bytes"))
+
+
+def _kernel(at: Instruction) -> Kernel | None:
+    """Returns the kernel that an instruction calls, if it calls one."""
+    if at.opcode != "custom-call" or at.is_product:
+        return None
+    estimate = at.find(r'cost_estimate"?:\s*\{[^}]*?"flops":\s*"?(\d+)')
+    name = re.sub(r"(\.(\d+|clone|remat\d*))+$", "", at.name) if at.target == "tpu_custom_call" else at.target
+    return Kernel(name, at.inputs, at.results, float(estimate) if estimate else None, at.source)
+
+
+def _flops(at: Instruction) -> float:
+    """Returns 2·M·N·K of a matrix product in any of its notations."""
+    if at.opcode == "convolution":
+        return _convolution_flops(at)
+    if at.opcode != "dot" and not at.is_product:
+        return 0.0
+    dims = at.inputs[0].dims
+    contracted = numbers(at.find(r'lhs_contracting_dim\w*"?[=:]\s*[\[{]([^\]}]*)'))
+    if at.is_product and not contracted:
+        contracted = [len(dims) - 1]
+    return 2.0 * at.results[0].elements * math.prod(dims[axis] for axis in contracted)
 
 
 def _rendezvous(at: Instruction) -> str:
@@ -272,26 +245,22 @@ def _rendezvous(at: Instruction) -> str:
     return at.find(r'rendezvous="([^"]*)"') or str(at.number("channel_id"))
 
 
-def _results(names: tuple[str, ...], computation: Computation) -> tuple[Array, ...]:
-    return tuple(array for name in names if name in computation for array in computation[name].results)
-
-
 def _in_memory(arrays: tuple[Array, ...]) -> int:
     return sum(array.bytes for array in arrays if array.space == DEVICE)
 
 
-def _part(at: Instruction, users: Mapping[str, list[Instruction]]) -> float:
+def _part(at: Instruction) -> float:
     """Returns the bytes that a fusion reads of a parameter if it only slices it, or infinity."""
-    total = 0.0
-    for user in users[at.name]:
+    read = 0.0
+    for user in at.users:
         in_place = user.operands[0] == at.name
         if user.opcode == "bitcast":
-            total += _part(user, users)
+            read += _part(user)
         elif user.opcode in ("dynamic-slice", "slice", "gather") and in_place:
-            total += sum(array.bytes for array in user.results)
+            read += sum(array.bytes for array in user.results)
         elif not (user.opcode in ("dynamic-update-slice", "scatter") and in_place):
             return math.inf
-    return total
+    return read
 
 
 def _constant(computation: Computation, name: str) -> int | None:
@@ -302,17 +271,18 @@ def _constant(computation: Computation, name: str) -> int | None:
     return int(at.inner) if at and at.opcode == "constant" and re.fullmatch(r"-?\d+", at.inner) else None
 
 
-def _convolution_flops(at: Instruction, left: Array, right: Array) -> float:
+def _convolution_flops(at: Instruction) -> float:
     """Returns the FLOPs of a matrix product written as a convolution.
 
     Its batch, contracted and free dimensions may each be a window; padding of a window is not counted.
     """
+    left, right = at.inputs[:2]
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", at.rest)
     assert labels
     of_left, of_right, of_result = labels.groups()
     window = dict(re.findall(r"(\w+)=([\dx_-]+)", at.find(r"window=\{([^}]*)\}")))
-    total = 2.0 * right.dims[of_right.index("i")] * right.dims[of_right.index("o")] * left.dims[of_left.index("b")]
-    total /= at.number("batch_group_count") or 1
+    flops = 2.0 * right.dims[of_right.index("i")] * right.dims[of_right.index("o")] * left.dims[of_left.index("b")]
+    flops /= at.number("batch_group_count") or 1
     for i in range(len(of_left) - 2):
         stride, spread, dilation, low = (
             int(window[name].split("x")[i].split("_")[0]) if name in window else default
@@ -321,10 +291,5 @@ def _convolution_flops(at: Instruction, left: Array, right: Array) -> float:
         base, kernel = left.dims[of_left.index(str(i))], right.dims[of_right.index(str(i))]
         out = np.arange(at.results[0].dims[of_result.index(str(i))]) * stride - low
         places = (out + k * dilation for k in range(kernel))
-        total *= sum(int(((x >= 0) & (x <= (base - 1) * spread) & (x % spread == 0)).sum()) for x in places)
-    return total
-
-
-def read_program(text: str, mesh_shape: Mapping[str, int]) -> Program:
-    """Reads a compiled module's `as_text()`, whose partition i is device i of the flattened mesh or of one slice."""
-    return _Reader(text, dict(mesh_shape)).program()
+        flops *= sum(int(((x >= 0) & (x <= (base - 1) * spread) & (x % spread == 0)).sum()) for x in places)
+    return flops

@@ -16,7 +16,7 @@ from model.kernels import choose_kernel
 from train.config.config import ResolvedConfig
 from train.config.reading import config_problems
 from train.devices.hardware import Chip
-from train.devices.mesh import make_mesh, mesh_shape, one_device_mesh
+from train.devices.mesh import count_slices, make_mesh, mesh_shape, one_device_mesh
 from train.devices.mesh_checks import mesh_problems
 from train.devices.rules import AXES, training_layout
 from train.planning.estimate import Estimate, Machine, estimate
@@ -34,33 +34,20 @@ SECONDS_ERROR = 0.2
 
 
 class Candidate(NamedTuple):
-    """One way to run a step.
+    """One way to run a step."""
 
-    Attributes:
-        changes: fields in which it differs from other candidates, as the command line takes them.
-        mesh: size by mesh axis.
-        rows: rows of one accumulation part on one device.
-        estimate: figures from sizes alone, before compilation.
-    """
-
-    changes: dict[str, str]
-    mesh: dict[str, int]
-    rows: int
-    estimate: Estimate
+    changes: dict[str, str]  # fields in which it differs from other candidates, as the command line takes them
+    mesh: dict[str, int]  # size by mesh axis
+    rows: int  # rows of one accumulation part on one device
+    estimate: Estimate  # figures from sizes alone, before compilation
 
 
 def candidates(config: ResolvedConfig, devices: Sequence[Any], chip: Chip, given: Collection[str]) -> list[Candidate]:
     """Returns all candidates that are legal and may fit, by estimated time; those that may not fit come last.
 
     The batch of a step is never changed, because it affects learning. A device's share of it follows from the mesh and
-    the number of accumulation parts.
-
-    Args:
-        chip: figures of one device, with the memory that a program can use.
-        given: names of fields that keep the config's values.
-
-    Raises:
-        InputError: no candidate is legal, or none may fit.
+    the number of accumulation parts. Raises InputError if no candidate is legal, or none may fit.
+    Fields that are `given` keep the config's values.
     """
     legal = list(_legal(config, devices, chip, given))
     if not legal:
@@ -90,21 +77,15 @@ def worth_compiling(candidate: Candidate, compiled: Sequence[tuple[Candidate, fl
 
 
 def _legal(config: ResolvedConfig, devices: Sequence[Any], chip: Chip, given: Collection[str]) -> Iterator[Candidate]:
-    own = {f"mesh.{axis}": getattr(config.mesh, axis) for axis in AXES_IN_SLICE} | {
-        PARTS: config.train.accumulation_steps, REMAT: config.model.remat_policy
-    }  # fmt: skip
     rows = config.train.batch_size
-    slices = {getattr(device, "slice_index", 0) for device in devices}
-    all_parts = [own[PARTS]] if PARTS in given else [n for n in range(1, rows + 1) if rows % n == 0]
-    policies = [own[REMAT]] if REMAT in given else list(REMAT_POLICIES)
-    state = _state(config)
+    all_parts = [config.train.accumulation_steps] if PARTS in given else _divisors(rows)
+    policies = [config.model.remat_policy] if REMAT in given else list(REMAT_POLICIES)
+    sizes = argument_bytes(config, one_device_mesh())
+    state = (sum(sizes.values()) - sizes["batch"]) / sizes["weights"]
     batch_axes = training_layout(config.mesh).mesh_axes("batch")
-    num_slices = config.mesh.slices or (len(slices) if devices[0].platform == "tpu" else 1)
-    for sizes in _factors(len(devices) // num_slices, len(AXES_IN_SLICE)):
-        axis_sizes: dict[str, Any] = dict(zip(AXES_IN_SLICE, sizes, strict=True))
+    num_slices = config.mesh.slices or count_slices(devices)
+    for axis_sizes in _meshes(config, len(devices) // num_slices, given):
         mesh_fields = {f"mesh.{axis}": size for axis, size in axis_sizes.items()}
-        if any(own[name] not in (size, -1) for name, size in mesh_fields.items() if name in given):
-            continue
         on_mesh = replace(config, mesh=replace(config.mesh, **axis_sizes))
         shape = mesh_shape(on_mesh.mesh, len(devices), num_slices)
         machine = None
@@ -124,12 +105,19 @@ def _legal(config: ResolvedConfig, devices: Sequence[Any], chip: Chip, given: Co
                 yield Candidate(changes, dict(machine.shape), share, estimate(changed, machine))
 
 
-def _factors(number: int, count: int) -> Iterator[tuple[int, ...]]:
-    """Yields all ways to write a number as a product of `count` factors."""
-    divisors = [n for n in range(1, number + 1) if number % n == 0]
-    for sizes in itertools.product(divisors, repeat=count - 1):
-        if number % math.prod(sizes) == 0:
-            yield (*sizes, number // math.prod(sizes))
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _meshes(config: ResolvedConfig, devices: int, given: Collection[str]) -> Iterator[dict[str, Any]]:
+    """Yields the sizes of the axes of all meshes of a slice, except for sizes other than the given ones."""
+    choices = []
+    for axis in AXES_IN_SLICE:
+        own = getattr(config.mesh, axis)
+        choices.append([own] if f"mesh.{axis}" in given and own != -1 else _divisors(devices))
+    for sizes in itertools.product(*choices):
+        if math.prod(sizes) == devices:
+            yield dict(zip(AXES_IN_SLICE, sizes, strict=True))
 
 
 def _machine(config: ResolvedConfig, devices: Sequence[Any], chip: Chip, state: float) -> Machine:
@@ -138,9 +126,3 @@ def _machine(config: ResolvedConfig, devices: Sequence[Any], chip: Chip, state: 
         kernel = choose_kernel(config.model, training_layout(config.mesh), config.data.segment_length).kernel
     bandwidth = functools.cache(lambda axes: bandwidth_over(mesh, axes, chip))
     return Machine(dict(mesh.shape), chip, bandwidth, kernel, state)
-
-
-def _state(config: ResolvedConfig) -> float:
-    """Returns the bytes of the state for each byte of the weights, which all meshes share."""
-    sizes = argument_bytes(config, one_device_mesh())
-    return (sum(sizes.values()) - sizes["batch"]) / sizes["weights"]

@@ -1,20 +1,18 @@
 """Figures of this machine, for plans for its own devices: their speeds, and the measured time of a step."""
 
 import os
-import time
-from collections.abc import Callable
+import timeit
 from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from train.config.config import ResolvedConfig
 from train.devices.hardware import Chip, chip_of
 from train.planning.compilation import abstract_batch
-from train.step.flops import peak_flops
+from train.step.flops import least_seconds, peak_flops
 from train.step.optimizer import make_optimizer
 from train.step.state import make_state
 
@@ -64,11 +62,7 @@ def memory_available() -> int:
 
 def memory_bandwidth() -> float:
     """Measures the bytes/s that one device reads and writes, with an array larger than its caches."""
-    with jax.set_mesh(Mesh(jax.local_devices()[:1], "x")):
-        x = jnp.zeros(MOVED_BYTES // 4, jnp.float32)
-        add = jax.jit(lambda x: x + 1)
-        add(x).block_until_ready()
-        return 2 * MOVED_BYTES / min(_seconds(lambda: add(x).block_until_ready()) for _ in range(3))
+    return 2 * MOVED_BYTES / least_seconds(lambda x: x + 1, (MOVED_BYTES // 4,), "float32")
 
 
 def measured_step(config: ResolvedConfig, mesh: Mesh, executable: Any) -> float:
@@ -94,11 +88,5 @@ def measured_step(config: ResolvedConfig, mesh: Mesh, executable: Any) -> float:
         step()
         seconds: list[float] = []
         while len(seconds) < MOST_STEPS and sum(seconds) < MOST_SECONDS:
-            seconds.append(_seconds(step))
+            seconds.append(timeit.timeit(step, number=1))
     return sorted(seconds)[len(seconds) // 2]
-
-
-def _seconds(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start

@@ -1,69 +1,46 @@
-"""The time of a compiled program: its schedule, simulated at given speeds."""
+"""The time of a compiled program: its schedule, simulated at a chip's speeds."""
 
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from train.devices.hardware import Chip
 from train.planning.operations import Operation, Program
 
-
-@dataclass(frozen=True)
-class Costs:
-    """The speeds of one device.
-
-    Attributes:
-        cycles_per_second: rate of the compiler's cycles; 0 means that there are none, and a roofline is used.
-        peak_flops: peak FLOP/s of matrix products.
-        memory_bandwidth: bytes/s of the device's memory.
-        bandwidth: function from mesh axes to the bytes/s that a device sends along them.
-        host_bandwidth: bytes/s to and from the host's memory.
-    """
-
-    cycles_per_second: float
-    peak_flops: float
-    memory_bandwidth: float
-    bandwidth: Callable[[tuple[str, ...]], float]
-    host_bandwidth: float
-
-    def seconds(self, operation: Operation) -> float:
-        """Returns the seconds of an operation's own work, without its communication."""
-        if operation.cycles and self.cycles_per_second:
-            return operation.cycles / self.cycles_per_second
-        flops = operation.kernel.flops if operation.kernel else operation.flops
-        return max(flops / self.peak_flops, operation.bytes / self.memory_bandwidth)
+# Function from mesh axes to the bytes/s that a device sends along them.
+Bandwidth = Callable[[tuple[str, ...]], float]
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """The seconds of a step: `total` is the sum of `compute`, all of `waiting`, `memory` and `host`.
-
-    Attributes:
-        compute: seconds of fusions, products and kernels.
-        memory: exposed seconds of copies within the device's memory.
-        host: exposed seconds of copies to and from the host.
-        transfer: seconds of all copies to and from the host, hidden or exposed.
-        waiting: exposed seconds of communication, by mesh axes.
-        communication: seconds of all communication, hidden or exposed, by mesh axes.
-    """
+    """The seconds of a step: `total` is the sum of `compute`, all of `waiting`, `memory` and `host`."""
 
     total: float
-    compute: float
-    memory: float
-    host: float
-    transfer: float
-    waiting: dict[tuple[str, ...], float]
-    communication: dict[tuple[str, ...], float]
+    compute: float  # seconds of fusions, products and kernels
+    memory: float  # exposed seconds of copies within the device's memory
+    host: float  # exposed seconds of copies to and from the host
+    transfer: float  # seconds of all copies to and from the host, hidden or exposed
+    waiting: dict[tuple[str, ...], float]  # exposed seconds of communication, by mesh axes
+    communication: dict[tuple[str, ...], float]  # seconds of all communication, hidden or exposed, by mesh axes
 
 
-def timeline(program: Program, costs: Costs) -> Timeline:
+def own_seconds(operation: Operation, chip: Chip) -> float:
+    """Returns the seconds of an operation's own work, by the compiler's cycles or else by a roofline."""
+    if operation.cycles and chip.cycles_per_second:
+        return operation.cycles / chip.cycles_per_second
+    flops = operation.kernel.flops if operation.kernel else operation.flops
+    return max(flops / chip.peak_flops, operation.bytes / chip.memory_bandwidth)
+
+
+def timeline(program: Program, chip: Chip, bandwidth: Bandwidth) -> Timeline:
     """Simulates the schedule as the compiler wrote it: in sequence, except for asynchronous operations.
 
     An asynchronous operation starts once the link that it needs is free (one within slices, one between them, one to
     the host, one within the device), and its done waits for it. The body of a loop is simulated twice; the second pass
     represents all that follow.
     """
-    clock = _Clock(costs)
+    clock = _Clock(chip, bandwidth)
     clock.run(program.operations)
 
     def by_axes(name: str) -> dict[tuple[str, ...], float]:
@@ -74,15 +51,15 @@ def timeline(program: Program, costs: Costs) -> Timeline:
 
 
 class _Clock:
-    def __init__(self, costs: Costs):
-        self.costs = costs
+    def __init__(self, chip: Chip, bandwidth: Bandwidth):
+        self.chip = chip
+        self.bandwidth = bandwidth
         # Seconds by (field of Timeline, and mesh axes if it has them).
         self.spent: defaultdict[tuple[Any, ...], float] = defaultdict(float)
         self.free: dict[str, float] = {}
         self.ends: dict[str, tuple[float, tuple[Any, ...]]] = {}
 
     def run(self, operations: tuple[Operation, ...]) -> None:
-        """Runs operations in sequence."""
         for operation in operations:
             if operation.body:
                 self.repeat(operation.body, operation.trips)
@@ -92,7 +69,6 @@ class _Clock:
                 self.one(operation)
 
     def repeat(self, body: tuple[Operation, ...], trips: int) -> None:
-        """Runs the body of a loop `trips` times."""
         for _ in range(min(trips, 2)):
             before = dict(self.spent)
             self.run(body)
@@ -105,17 +81,16 @@ class _Clock:
             self.ends = {name: (time + later, key) for name, (time, key) in self.ends.items()}
 
     def one(self, operation: Operation) -> None:
-        """Runs one operation."""
         collective = operation.collective
-        own = self.costs.seconds(operation)
+        own = own_seconds(operation, self.chip)
         key: tuple[Any, ...]
         if collective:
             self.add(own, "compute")
-            seconds = collective.sent_bytes / self.costs.bandwidth(collective.axes)
+            seconds = collective.sent_bytes / self.bandwidth(collective.axes)
             self.spent["communication", collective.axes] += seconds
-            link, key = "slices" if collective.slow else "devices", ("waiting", collective.axes)
+            link, key = "slices" if "slice" in collective.axes else "devices", ("waiting", collective.axes)
         elif operation.host_bytes:
-            seconds = operation.host_bytes / self.costs.host_bandwidth
+            seconds = operation.host_bytes / self.chip.host_bandwidth
             self.spent["transfer",] += seconds
             link, key = "host", ("host",)
         elif operation.asynchronous:
@@ -130,10 +105,8 @@ class _Clock:
             self.wait(end, key)
 
     def wait(self, end: float, key: tuple[Any, ...]) -> None:
-        """Advances the time to `end`, and records the kind of waiting."""
         self.add(max(end - self.spent["total",], 0.0), *key)
 
     def add(self, seconds: float, *key: Any) -> None:
-        """Adds seconds to one kind of time, and to the total."""
         self.spent[key] += seconds
         self.spent["total",] += seconds

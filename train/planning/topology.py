@@ -9,7 +9,6 @@ import math
 import os
 import re
 import warnings
-from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,7 +23,8 @@ from data.errors import InputError
 from train.config.reading import nearest
 from train.devices.hardware import CHIPS, Chip
 
-EXAMPLES = {"v4": "v4:4x4x8", "v5e": "v5e:16x16", "v5p": "v5p:8x8x8", "v6e": "v6e:16x16"}
+# A small and a large shape of each chip in messages; GPUs are in hosts × GPUs of each.
+EXAMPLES = {"v4": ("2x2x1", "4x4x8"), "v5e": ("2x2", "16x16"), "v5p": ("2x2x1", "8x8x8"), "v6e": ("2x2", "16x16")}
 # Environment that libtpu needs without a TPU, and with other processes that load it.
 LIBTPU = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -35,11 +35,12 @@ LIBTPU = {
 }
 # Figures of a GPU that the CUDA compiler needs, from XLA's xla/backends/gpu/target_config/specs: multiprocessors, units
 # of each, shared memory of each and of a block (bytes), second-level cache (bytes), clock (GHz), capability.
+GPU_FIGURES = ("cores", "units", "shared", "shared_of_block", "cache", "clock", "major", "extension")
 GPUS = {
-    "a100": (108, 64, 167_936, 166_912, 41_943_040, 1.41, (8, "NONE")),
-    "h100": (132, 128, 233_472, 232_448, 52_428_800, 1.98, (9, "ACCELERATED_FEATURES")),
-    "h200": (132, 128, 233_472, 232_448, 52_428_800, 1.98, (9, "ACCELERATED_FEATURES")),
-    "b200": (148, 128, 233_472, 232_448, 132_644_864, 1.965, (10, "ACCELERATED_FEATURES")),
+    "a100": (108, 64, 167_936, 166_912, 41_943_040, 1.41, 8, "NONE"),
+    "h100": (132, 128, 233_472, 232_448, 52_428_800, 1.98, 9, "ACCELERATED_FEATURES"),
+    "h200": (132, 128, 233_472, 232_448, 52_428_800, 1.98, 9, "ACCELERATED_FEATURES"),
+    "b200": (148, 128, 233_472, 232_448, 132_644_864, 1.965, 10, "ACCELERATED_FEATURES"),
 }
 GPU_CONFIG = """
 gpu_device_info {{
@@ -60,14 +61,13 @@ dnn_version_info {{ major: 9 minor: 12 patch: 0 }} runtime_version {{ major: 13 
 
 
 def topology_devices(text: str, slices: int = 1) -> list[Any]:
-    """Returns the devices of a topology, for compilation alone.
+    """Returns the devices of TPU slices or of a GPU cluster, for compilation alone.
+
+    Raises InputError within seconds if the chip is unknown, the shape does not exist, or a compiler is not installed.
 
     Args:
         text: CHIP:SHAPE, as in `v5e:16x16` (the chips of a slice) or `h100:16x8` (hosts × GPUs of each).
         slices: number of TPU slices of this shape.
-
-    Raises:
-        InputError: the chip is unknown, the shape does not exist, or a compiler is not installed; within seconds.
     """
     chip, shape = parse_topology(text, slices)
     return _tpus(text, chip, shape, slices) if chip.platform == "tpu" else _gpus(text, chip, shape)
@@ -80,11 +80,12 @@ def parse_topology(text: str, slices: int = 1) -> tuple[Chip, tuple[int, ...]]:
         known = ", ".join(CHIPS)
         raise InputError(f"--topology={text}: unknown chip {name!r}; known are {known}{nearest(name, list(CHIPS))}")
     chip = CHIPS[name]
-    examples = _examples(chip)
+    small, large = EXAMPLES.get(name, ("1x8", "16x8"))
+    examples = f"{name}:{small} or {name}:{large}"
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
         raise InputError(f"--topology={text}: {shape!r} is not a shape; give one as in {examples}")
     sizes = tuple(map(int, shape.split("x")))
-    dimensions = EXAMPLES.get(name, "1x8").count("x") + 1
+    dimensions = small.count("x") + 1
     if len(sizes) != dimensions:
         form = f"{dimensions} dimensions" if chip.platform == "tpu" else "hosts × GPUs of each"
         raise InputError(f"--topology={text}: the shape of {name} has {form}, as in {examples}")
@@ -102,9 +103,10 @@ def parse_topology(text: str, slices: int = 1) -> tuple[Chip, tuple[int, ...]]:
             )
         return chip, sizes
     if math.prod(sizes) > chip.max_devices:
+        wanted = math.ceil(math.prod(sizes) / math.prod(map(int, large.split("x"))))
         raise InputError(
             f"--topology={text}: a slice of {name} has at most {chip.max_devices} chips; give several, as in "
-            f"--topology={EXAMPLES[name]} --slices={-(-math.prod(sizes) // math.prod(_sizes(EXAMPLES[name])))}"
+            f"--topology={name}:{large} --slices={wanted}"
         )
     # A host has 2 × 2 chips of a slice; a v5e or v6e also comes alone.
     if any(size % 2 for size in sizes[:2]) and not (dimensions == 2 and sizes == (1, 1)):
@@ -125,13 +127,11 @@ def bandwidth_over(mesh: Mesh, axes: Collection[str], chip: Chip) -> float:
     index = tuple(slice(None) if axis in axes else 0 for axis in mesh.axis_names)
     group = np.atleast_1d(mesh.devices[index]).ravel().tolist()
     place = lambda device: getattr(device, "slice_index", 0) if chip.platform == "tpu" else device.process_index
-    places = Counter(map(place, group))
     inner = [device for device in group if place(device) == place(group[0])]
     within = math.inf
     if len(inner) > 1:
-        extents = [device.coords for device in mesh.devices.flat] if chip.full_ring else []
-        within = _within_slice(inner, extents, chip) if chip.full_ring else chip.link_bandwidth
-    return min(within, chip.network_bandwidth * len(inner)) if len(places) > 1 else within
+        within = _within_slice(inner, mesh, chip) if chip.full_ring else chip.link_bandwidth
+    return min(within, chip.network_bandwidth * len(inner)) if len(inner) < len(group) else within
 
 
 @contextmanager
@@ -151,27 +151,16 @@ def without_jax_cache() -> Iterator[None]:
         jax.config.update(name, before)
 
 
-def _within_slice(group: list[Any], coordinates: list[Any], chip: Chip) -> float:
+def _within_slice(group: list[Any], mesh: Mesh, chip: Chip) -> float:
     total = 0.0
-    for dimension in range(len(coordinates[0])):
+    for dimension in range(len(group[0].coords)):
         mine = sorted({device.coords[dimension] for device in group})
-        extent = max(place[dimension] for place in coordinates) + 1
+        extent = max(device.coords[dimension] for device in mesh.devices.flat) + 1
         if len(mine) > 1:
             stride = (mine[-1] - mine[0]) / (len(mine) - 1)
             is_ring = extent % chip.full_ring == 0 and stride * len(mine) == extent
             total += chip.link_bandwidth * (1 if is_ring else 0.5) / stride
     return total
-
-
-def _sizes(text: str) -> list[int]:
-    return [int(size) for size in text.partition(":")[2].split("x")]
-
-
-def _examples(chip: Chip) -> str:
-    small = {2: "2x2", 3: "2x2x1"}
-    if chip.platform == "gpu":
-        return f"{chip.name}:1x8 or {chip.name}:16x8"
-    return f"{chip.name}:{small[EXAMPLES[chip.name].count('x') + 1]} or {EXAMPLES[chip.name]}"
 
 
 def _tpus(text: str, chip: Chip, shape: tuple[int, ...], slices: int) -> list[Any]:
@@ -191,17 +180,17 @@ def _tpus(text: str, chip: Chip, shape: tuple[int, ...], slices: int) -> list[An
         topology = topologies.get_topology_desc(text, "tpu", **settings)
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).strip().splitlines()[0].removeprefix("INVALID_ARGUMENT: ").rstrip(".")
-        raise InputError(f"--topology={text}: the TPU compiler says: {reason}; try {_examples(chip)}") from None
+        small, large = EXAMPLES[chip.name]
+        raise InputError(
+            f"--topology={text}: the TPU compiler says: {reason}; try {chip.name}:{small} or {chip.name}:{large}"
+        ) from None
     return list(topology.devices)
 
 
 def _gpus(text: str, chip: Chip, shape: tuple[int, ...]) -> list[Any]:
-    cores, units, shared, shared_of_block, cache, clock, (major, extension) = GPUS[chip.name]
-    config = GPU_CONFIG.format(
-        cores=cores, units=units, shared=shared, shared_of_block=shared_of_block, cache=cache, clock=clock, major=major,
-        extension=extension, kind=chip.device_kinds[0], memory=chip.memory_bytes, bandwidth=chip.memory_bandwidth,
-    )  # fmt: skip
-    settings = {"target_config": config, "topology": f"1x{shape[0]}x{shape[1]}"}
+    figures: dict[str, Any] = dict(zip(GPU_FIGURES, GPUS[chip.name], strict=True))
+    figures |= {"kind": chip.device_kinds[0], "memory": chip.memory_bytes, "bandwidth": chip.memory_bandwidth}
+    settings = {"target_config": GPU_CONFIG.format(**figures), "topology": f"1x{shape[0]}x{shape[1]}"}
     try:
         devices = list(topologies.get_topology_desc("", "cuda", **settings).devices)
     except NotImplementedError:

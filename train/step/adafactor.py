@@ -1,4 +1,4 @@
-"""Adafactor (Shazeer and Stern 2018, arXiv:1804.04235), with rows and columns from the parameter table."""
+"""Adafactor (Shazeer and Stern 2018, arXiv:1804.04235, algorithm 4), with rows and columns from the parameter table."""
 
 from collections.abc import Mapping
 from typing import NamedTuple

@@ -8,8 +8,8 @@ backward, without recomputation (PaLM, Chowdhery et al. 2022, appendix B, halved
 import math
 import resource
 import sys
-import time
-from functools import partial
+import timeit
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -35,19 +35,20 @@ def peak_flops(dtype: str) -> tuple[float, str]:
     if chip := chip_of(kind):
         return chip.peak_flops * jax.device_count(), f"{kind} data sheet, dense bfloat16"
     n = 1024
-    with jax.set_mesh(jax.sharding.Mesh(jax.local_devices()[:1], "x")):
-        # The output is float32 as in `model.product`; for bfloat16 inputs that is also faster.
-        product = jax.jit(partial(jnp.matmul, preferred_element_type=jnp.float32))
-        x = jnp.ones((n, n), dtype)
-        product(x, x).block_until_ready()
-        seconds = []
-        for _ in range(3):
-            start = time.perf_counter()
-            product(x, x).block_until_ready()
-            seconds.append(time.perf_counter() - start)
+    # The output is float32 as in `model.product`; for bfloat16 inputs that is also faster.
+    seconds = least_seconds(lambda x: jnp.matmul(x, x, preferred_element_type=jnp.float32), (n, n), dtype)
     # Virtual CPU devices share cores, all of which one product already uses.
     machines = jax.process_count() if jax.default_backend() == "cpu" else jax.device_count()
-    return 2 * n**3 / min(seconds) * machines, f"a {n} × {n} {dtype} product measured here"
+    return 2 * n**3 / seconds * machines, f"a {n} × {n} {dtype} product measured here"
+
+
+def least_seconds(function: Callable[[jax.Array], jax.Array], shape: tuple[int, ...], dtype: str) -> float:
+    """Measures a compiled function of an array of ones on the first local device; returns the least of three times."""
+    with jax.set_mesh(jax.sharding.Mesh(jax.local_devices()[:1], "x")):
+        compiled = jax.jit(function)
+        x = jnp.ones(shape, dtype)
+        compiled(x).block_until_ready()
+        return min(timeit.repeat(lambda: compiled(x).block_until_ready(), repeat=3, number=1))
 
 
 def memory_bytes() -> int:

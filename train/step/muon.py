@@ -27,15 +27,11 @@ def orthogonalize(table: Mapping[str, Parameter], dtype: jnp.dtype) -> optax.Gra
     """Replaces each layer's matrix by the nearest orthogonal matrix, times 0.2 · √max(in, out).
 
     Rows are the fan-in axes of the parameter table and columns its fan-out axes, with all heads in one matrix. The
-    factor gives updates of every shape the root mean square of AdamW's updates, about 0.2 (Liu et al. 2025).
-
-    Args:
-        table: the parameter table, with an entry for every parameter that is updated.
-        dtype: dtype of the matrix products, normally the compute dtype.
+    factor gives updates of every shape the root mean square of AdamW's updates, about 0.2 (Liu et al. 2025,
+    arXiv:2502.16982). The matrix products are in `dtype`.
     """
 
-    def update(updates: Weights, weights: Weights | None) -> Weights:
-        del weights
+    def update(updates: Weights, _: Weights | None) -> Weights:
         return nested({name: _orthogonalize(x, table[name], dtype) for name, x in flattened(updates).items()})
 
     return optax.stateless(update)
@@ -82,11 +78,10 @@ def specs_to_whole_matrices(x: jax.Array, num_layers: int) -> list[PartitionSpec
 
 
 def newton_schulz(x_LMN: jax.Array) -> jax.Array:
-    """Returns approximately U Vᵀ for each matrix U S Vᵀ, with singular values between 0.7 and 1.2.
+    """Returns approximately U Vᵀ for each of L matrices U S Vᵀ, with singular values between 0.7 and 1.2.
 
-    Args:
-        x_LMN: stack of L matrices. In bfloat16 the products still accumulate in float32; rounding changes the result
-            by about 4%, less than the error of the polynomial.
+    In bfloat16 the products still accumulate in float32; rounding changes the result by about 4%, less than the error
+    of the polynomial.
     """
     if tall := x_LMN.shape[1] > x_LMN.shape[2]:
         x_LMN = x_LMN.swapaxes(1, 2)

@@ -21,9 +21,8 @@ def make_optimizer(config: ResolvedConfig) -> optax.GradientTransformation:
 
     - adamw: Loshchilov and Hutter 2019, arXiv:1711.05101.
     - lion: Chen et al. 2023, arXiv:2302.06675.
-    - adafactor: Shazeer and Stern 2018, arXiv:1804.04235, algorithm 4, with the schedule as its relative step size.
-    - muon: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon, for matrices, scaled to the size of AdamW's
-      updates (Liu et al. 2025, arXiv:2502.16982), and AdamW for all other parameters.
+    - adafactor: see `adafactor.py`; the schedule is its relative step size.
+    - muon: see `muon.py`, for matrices, and AdamW for all other parameters.
 
     The state is a dictionary by the names of the chain, so a checkpoint does not depend on their order. Moments are
     stored in `optimizer.moment_dtype` and are float32 while they are used.

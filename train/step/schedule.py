@@ -20,24 +20,21 @@ def learning_rate(config: Config) -> optax.Schedule:
     inverse_sqrt, which has no final rate.
     """
     c = config.optimizer
-    last = config.train.num_steps - 1
     warmup = c.steps_of_warmup(config.train.num_steps)
-    decay = min(round(c.decay_fraction * config.train.num_steps), max(last - warmup, 0))
-    final = c.learning_rate * c.final_fraction
+    remaining = max(config.train.num_steps - 1 - warmup, 0)
+    decay = min(round(c.decay_fraction * config.train.num_steps), remaining)
+    peak = c.learning_rate
+    final = peak * c.final_fraction
     # Starts at 1/(warmup + 1) of the peak, since an update with a rate of zero would be wasted.
-    rise = optax.linear_schedule(c.learning_rate / (warmup + 1), c.learning_rate, warmup)
-    if c.schedule == "cosine":
-        fall = optax.cosine_decay_schedule(c.learning_rate, max(last - warmup, 1), alpha=c.final_fraction)
-    elif c.schedule == "linear":
-        fall = optax.linear_schedule(c.learning_rate, final, max(last - warmup, 1))
-    elif c.schedule == "wsd":
-        fall = optax.linear_schedule(
-            c.learning_rate, final, max(decay, 1), transition_begin=max(last - warmup - decay, 0)
-        )
-    else:
+    rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+    falls = {
+        "cosine": optax.cosine_decay_schedule(peak, max(remaining, 1), alpha=c.final_fraction),
+        "linear": optax.linear_schedule(peak, final, max(remaining, 1)),
+        "wsd": optax.linear_schedule(peak, final, max(decay, 1), transition_begin=remaining - decay),
         # `since` counts updates from the peak, which is update number warmup + 1.
-        fall = lambda since: c.learning_rate * jnp.sqrt((warmup + 1) / (warmup + 1 + since))
-    joined = optax.join_schedules([rise, fall], [warmup])
+        "inverse_sqrt": lambda since: peak * jnp.sqrt((warmup + 1) / (warmup + 1 + since)),
+    }
+    joined = optax.join_schedules([rise, falls[c.schedule]], [warmup])
     # Rounding can take a linear decay slightly below zero.
     return lambda step: jnp.maximum(joined(step), 0.0)
 

@@ -18,12 +18,7 @@ LEAST_RISE = 0.1
 
 
 class Anomaly(Exception):
-    """A step whose loss or gradients are not finite, or whose loss is an outlier.
-
-    Attributes:
-        step: number of the step in the run, from 1.
-        problem: one clause that names the figure and its value.
-    """
+    """A step (from 1) whose loss or gradients are not finite, or whose loss is an outlier; `problem` is one clause."""
 
     def __init__(self, step: int, problem: str):
         super().__init__(f"step {step}: {problem}")
@@ -34,12 +29,7 @@ class Anomaly(Exception):
 class SpikeDetector:
     """Checks the figures of each step in order, and raises `Anomaly` for a spike.
 
-    Attributes:
-        history: (loss, number of tokens) of the last good steps, oldest first; every checkpoint stores it.
-
-    Args:
-        config: the threshold and window of an outlier.
-        history: the history that the restored checkpoint stores.
+    Its `history` has (loss, number of tokens) of the last good steps, oldest first; every checkpoint stores it.
     """
 
     def __init__(self, config: RecoveryConfig, history: Iterable[Sequence[float]] = ()):
@@ -49,14 +39,10 @@ class SpikeDetector:
     def check(self, record: Mapping[str, Any], reports: Iterable[Sequence[float]] = (), new_data: bool = False) -> None:
         """Raises Anomaly if training should not continue from this step.
 
-        Args:
-            record: the step's line of metrics.jsonl.
-            reports: (loss, gradient norm) as computed by each process.
-            new_data: the mixture changed at this step, so the history of losses no longer applies.
+        The record is the step's line of metrics.jsonl; the reports are (loss, gradient norm) as computed by each
+        process. With `new_data` the mixture changed at this step, so the history of losses no longer applies.
         """
-        step = record["step"]
-        loss = record["loss"]
-        tokens = record["loss_weight"]
+        step, loss, tokens = (record[name] for name in ("step", "loss", "loss_weight"))
         for figures in ((loss, record["grad_norm"]), *reports):
             for name, value in zip(("loss", "grad_norm"), figures, strict=True):
                 if not math.isfinite(value):

@@ -45,11 +45,6 @@ def _abstract(make: Callable[[], Any]) -> Any:
     return jax.tree.map(concrete, jax.eval_shape(make))
 
 
-def evaluated_weights(state: State) -> Any:
-    """Returns the weights to evaluate, sample from and export: their moving average if the run keeps one."""
-    return state.get("average", state["weights"])
-
-
 def _state(config: ResolvedConfig, optimizer: optax.GradientTransformation) -> State:
     weights = initial_weights(config.model, config.train.seed, training_layout(config.mesh))
     state = {"step": jnp.zeros((), jnp.int32), "weights": weights, "optimizer": optimizer.init(weights)}

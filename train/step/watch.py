@@ -14,21 +14,14 @@ from model.trees import flattened
 from train.config.config import ResolvedConfig
 from train.devices.rules import training_layout
 
-Watched = dict[str, Any]
-
 
 def watch(
     config: ResolvedConfig, weights: Any, parts: Mapping[str, jax.Array], gradients: Any, updates: Any
-) -> Watched:
+) -> dict[str, Any]:
     """Returns the figures of `train.watch_every_steps` in float32; L is the number of layers.
 
-    Args:
-        gradients: gradients of the loss before clipping.
-        updates: the differences that the optimizer adds to the weights.
-
-    Returns:
-        "residual_rms" and "largest_logit" [L] (see `Decoder.watch`), and by parameter name "grad_norm" and
-        "update_ratio", ‖Δw‖/‖w‖ (0 for a weight that is all zero): [L] for parameters stacked over layers.
+    They are "residual_rms" and "largest_logit" [L] (see `Decoder.watch`), and by parameter name "grad_norm" before
+    clipping and "update_ratio", ‖Δw‖/‖w‖ (0 for a weight that is all zero): [L] for parameters stacked over layers.
     """
 
     def watch_part(part: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -62,7 +55,7 @@ def norms(config: ResolvedConfig, tree: Any) -> dict[str, jax.Array]:
     return {name: norm(name) for name in table}
 
 
-def compact(watched: Watched) -> str:
+def compact(watched: Mapping[str, Any]) -> str:
     """Formats one log line with the extremes and their places; a value that is not finite is the most extreme."""
     logits = watched["largest_logit"]
     rms = watched["residual_rms"]

@@ -115,7 +115,7 @@ def test_without_a_budget_it_is_the_tokens_of_the_run(here: tuple[Config, Any, C
 
 
 def test_a_plan_is_plain_json(on_v5e: Plan):
-    found = json.loads(json.dumps(on_v5e.to_dict(), allow_nan=False))
+    found = json.loads(json.dumps(dataclasses.asdict(on_v5e), allow_nan=False))
     assert found["peak_bytes_per_device"] == on_v5e.peak_bytes_per_device
     assert found["collectives"][0].keys() == {"kind", "axes", "dtype", "bytes", "sent_bytes", "count", "seconds"}
 
