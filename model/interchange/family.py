@@ -56,7 +56,7 @@ class Family:
         changes = dict(self.always)
         if changes.get("position", config.position) != config.position:
             changes["max_positions"] = context
-        if config.scale_embeddings and self.choices["scale_embeddings"] != (True,):
+        if config.scale_embeddings and self.choices.get("scale_embeddings") != (True,):
             # The factor is folded into the table, which can then not be the unembedding.
             changes |= {"scale_embeddings": False, "tie_embeddings": False}
         return replace(config, **changes)
