@@ -24,8 +24,7 @@ from model.position import Rotation, rotate
 from model.product import product
 from model.sharding import UNSHARDED, Layout, join_axis, split_axis
 
-# A layer's second output: its new cache ("key", "value"), or its entries of `Decoder.watch`.
-Aux = dict[str, jax.Array]
+# The keys and values of a layer: "key", "value" [B, K, S, C].
 Cache = dict[str, jax.Array]
 # A function of queries [B, H, T, C], keys and values [B, K, S, C] and dropout keys; it returns [B, H, T, C].
 Attend = Callable[[jax.Array, jax.Array, jax.Array, DropoutKeys], jax.Array]
@@ -111,23 +110,20 @@ class Attention(nnx.Module):
         cache: Cache | None = None,
         starts_B: jax.Array | None = None,
         keys_B: DropoutKeys = None,
-    ) -> tuple[jax.Array, Aux]:
-        """Maps [B, T, D] to [B, T, D]; `attention` applies the mask.
+    ) -> tuple[jax.Array, Cache]:
+        """Maps [B, T, D] to [B, T, D], and returns all keys and values; `attention` applies the mask.
 
-        With a cache of earlier keys and values ("key", "value" [B, K, S, C]), those of `x` are written to it from each
-        row's position `starts_B` on, the queries attend to all of it, and the new cache is the second result.
+        With a cache of earlier keys and values, those of `x` are written to it from each row's position `starts_B` on.
         """
         x_BTD = gather_time(x_BTD, self.layout, "heads")
         q_BHTC, k_BKTC = self.queries_and_keys(x_BTD, rotation)
         v_BKTC = self.value(x_BTD)
-        aux: Aux = {}
         if cache is not None:
             assert starts_B is not None
             write = jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=1))
             k_BKTC = write(cache["key"], k_BKTC, starts_B)
             v_BKTC = write(cache["value"], v_BKTC, starts_B)
-            aux = {"key": k_BKTC, "value": v_BKTC}
-        return self.output(attention(q_BHTC, k_BKTC, v_BKTC, keys_B)), aux
+        return self.output(attention(q_BHTC, k_BKTC, v_BKTC, keys_B)), {"key": k_BKTC, "value": v_BKTC}
 
     def queries_and_keys(self, x_BTD: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array]:
         """Returns rotated queries [B, H, T, C] and keys [B, K, T, C]."""

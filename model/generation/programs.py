@@ -23,8 +23,6 @@ class RowState(NamedTuple):
 
     Attributes:
         token: the newest token, which the cache doesn't hold yet, or NO_TOKEN in a row that is empty or has ended.
-        cache_length: positions that the cache holds.
-        prompt_index: the number of the row's prompt, from 0.
     """
 
     token: Any
@@ -37,7 +35,6 @@ class DecodeState(NamedTuple):
     """The arrays that stay on the devices between calls.
 
     Attributes:
-        cache: each layer's keys and values.
         seen_BV: True for tokens of a row's prompt or continuation; None without a repetition penalty.
     """
 
@@ -60,10 +57,8 @@ def prefill(
 
     Args:
         weights: the arrays of `decoding_weights`.
-        seed: shared by all rows.
         row: the row's state after these tokens.
         tokens_1T: int32 ids; those behind the first `row.cache_length` are padding, which later tokens overwrite.
-        seen_1V: see `DecodeState`.
 
     Returns:
         The token [1], and the row's state, with a cache of T positions.

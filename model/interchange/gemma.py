@@ -48,7 +48,7 @@ GEMMA = replace(
         tensor._replace(offset=1.0) if tensor.name.endswith("norm.weight") else tensor for tensor in llama.TENSORS
     ),
     context=llama.CONTEXT._replace(default=8192),
-    choices=llama.LLAMA.choices | llama.NO_FEEDFORWARD_BIAS | {"scale_embeddings": (True,)},
+    choices={**llama.LLAMA.choices, **llama.NO_FEEDFORWARD_BIAS, "scale_embeddings": (True,)},
     limits={},
     required={"use_bidirectional_attention": False},
     extra_keys=gemma_to_huggingface,

@@ -43,11 +43,12 @@ def test_the_module_projects_rotates_and_attends():
     x = jnp.array(np.random.default_rng(1).normal(size=(2, 7, config.model_dim)), jnp.float32)
     positions, segment_ids = jnp.tile(jnp.arange(7), (2, 1)), jnp.ones((2, 7), jnp.int32)
     angles, mask = rope_rotation(config, positions), causal_mask(segment_ids)
-    actual, aux = Attention(config, weights, UNSHARDED)(x, angles, attention_over(config, UNSHARDED, segment_ids))
+    actual, cache = Attention(config, weights, UNSHARDED)(x, angles, attention_over(config, UNSHARDED, segment_ids))
     query, key, value = (jnp.einsum("btd,dhc->bhtc", x, weights[name]) for name in ("query", "key", "value"))
     mixed = attend(rotate(query, angles), rotate(key, angles), value, mask)
     np.testing.assert_allclose(actual, jnp.einsum("bhtc,hcd->btd", mixed, weights["output"]), atol=1e-6)
-    assert aux == {}
+    np.testing.assert_allclose(cache["key"], rotate(key, angles), atol=1e-6)
+    np.testing.assert_allclose(cache["value"], value, atol=1e-6)
 
 
 def test_scores_and_softmax_are_float32_under_bfloat16():
