@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from model.collectives import gather_weight, partial_sums, scatter_time
 from model.config import ResolvedModelConfig
-from model.product import weight_gradients_first
+from model.product import einsum, weight_gradients_first
 from model.sharding import UNSHARDED, Layout
 from model.unembedding import logits
 
@@ -88,20 +88,21 @@ def predictions(
         is_first = ~jnp.any(ahead_V & ~target_V, axis=-1)
         return None, (layout.reshard(log_p, "batch", "sequence"), layout.reshard(is_first, "batch", "sequence"))
 
-    _, (log_p, is_first) = _scan_chunks(predict_chunk, None, (x_BTD, targets_BT), config, layout)
-    log_p, is_first = (_join_chunks(x, targets_BT.shape[1], layout) for x in (log_p, is_first))
-    return layout.reshard(log_p, "batch", "time"), layout.reshard(is_first, "batch", "time")
+    _, results = _scan_chunks(predict_chunk, None, (x_BTD, targets_BT), config, layout)
+    joined = (_join_chunks(x, targets_BT.shape[1], layout) for x in results)
+    log_p, is_first = (layout.reshard(x_BT, "batch", "time") for x_BT in joined)
+    return log_p, is_first
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _summed_losses(x_BTD, matrix_DV, targets_BT, weights_BT, config, layout):  # type: ignore[no-untyped-def]
     losses, _ = _in_chunks(x_BTD, matrix_DV, targets_BT, None, config, layout)
-    return _weighted(losses, weights_BT)
+    return jax.tree.map(lambda x_BT: jnp.sum(x_BT * weights_BT), losses)
 
 
 def _forward(x_BTD, matrix_DV, targets_BT, weights_BT, config, layout):  # type: ignore[no-untyped-def]
     losses, gradients = _in_chunks(x_BTD, matrix_DV, targets_BT, weights_BT, config, layout)
-    return _weighted(losses, weights_BT), gradients
+    return jax.tree.map(lambda x_BT: jnp.sum(x_BT * weights_BT), losses), gradients
 
 
 def _backward(config, layout, gradients, cotangents):  # type: ignore[no-untyped-def]
@@ -115,10 +116,6 @@ def _backward(config, layout, gradients, cotangents):  # type: ignore[no-untyped
 
 
 _summed_losses.defvjp(_forward, _backward)
-
-
-def _weighted(losses: Losses, weights_BT: jax.Array) -> Losses:
-    return Losses(*(jnp.sum(x_BT * weights_BT) for x_BT in losses))
 
 
 def _in_chunks(
@@ -135,8 +132,6 @@ def _in_chunks(
     uniform_V = jnp.where(token_V < vocab_size, 1 / vocab_size, 0.0)
     sums_DV = layout.out_sharding(None, "vocabulary", unreduced=layout.token_axes)
     partial_BTD = partial_sums(layout, "vocabulary")
-    # As in `model.product`, sums are float32, and devices exchange the compute dtype.
-    einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     def add_chunk(
         gradient_DV: Any, x: jax.Array, targets: jax.Array, weights: jax.Array | None = None
@@ -158,8 +153,9 @@ def _in_chunks(
         slope = jnp.exp(scores - log_sum[..., None]) * (1 + 2 * z * log_sum[..., None])
         slope = slope - (1 - smoothing) * target_V - smoothing * uniform_V
         slope = (slope * weights[..., None]).astype(x.dtype)
-        dx = scatter_time(einsum("btv,dv->btd", slope, matrix_DV, out_sharding=partial_BTD).astype(x.dtype), layout)
-        return gradient_DV + einsum("btd,btv->dv", x, slope, out_sharding=sums_DV), (losses, dx)
+        # As in `model.product`, sums are float32, and devices exchange the compute dtype.
+        dx = scatter_time(einsum("btv,dv->btd", slope, matrix_DV, partial_BTD).astype(x.dtype), layout)
+        return gradient_DV + einsum("btd,btv->dv", x, slope, sums_DV), (losses, dx)
 
     zeros_DV = None if weights_BT is None else jnp.zeros(matrix_DV.shape, jnp.float32, out_sharding=sums_DV)
     arrays = (x_BTD, targets_BT) if weights_BT is None else (x_BTD, targets_BT, weights_BT)

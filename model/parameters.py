@@ -116,10 +116,9 @@ def parameter_table(config: ResolvedModelConfig) -> dict[str, Parameter]:
 
 def count_parameters(config: ResolvedModelConfig) -> int:
     """Returns the number of parameters, without the padding of the vocabulary."""
-    padding = padded_vocabulary(config) - config.vocab_size
-    table = parameter_table(config)
-    total = sum(math.prod(p.shape) for p in table.values())
-    return total - padding * sum(config.model_dim for p in table.values() if "vocabulary" in p.axes)
+    shapes = [p.axes.items() for p in parameter_table(config).values()]
+    real = {"vocabulary": config.vocab_size}
+    return sum(math.prod(real.get(axis, size) for axis, size in shape) for shape in shapes)
 
 
 def initial_weights(config: ResolvedModelConfig, seed: int, layout: Layout = UNSHARDED) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from model.config import ResolvedModelConfig
 from model.generation.decoder import empty_cache
-from model.generation.programs import NO_TOKEN, DecodeState, RowState, decode_steps, insert_row, prefill
+from model.generation.programs import NO_TOKEN, DecodeState, RowState, SampledModel, decode_steps, insert_row, prefill
 from model.generation.sampling import Sampling
 from model.generation.weights import decoding_weights
 from model.sharding import UNSHARDED, Layout
@@ -121,7 +121,7 @@ class Scheduler:
         config, layout = self.generator.config, self.generator.layout
         cache = empty_cache(config, len(self.slots), self.capacity, layout)
         self.state = DecodeState(cache, self._seen_tokens(self.slots))
-        self.program = (config, layout, self.sampling, self.generator.weights, np.int32(self.seed))
+        self.model = SampledModel(config, layout, self.sampling, self.generator.weights, np.int32(self.seed))
 
     def run(self) -> Iterator[TokenDelta]:
         """Yields the tokens of all requests until the last has ended."""
@@ -130,7 +130,7 @@ class Scheduler:
             yield from self.admit()
             if not any(self.slots):
                 return
-            tokens_BN, self.state = decode_steps(*self.program, _row_state(self.slots), self.state, eos_id, limit)
+            tokens_BN, self.state = decode_steps(self.model, _row_state(self.slots), self.state, eos_id, limit)
             yield from self.collect(np.asarray(tokens_BN))
 
     def admit(self) -> Iterator[TokenDelta]:
@@ -161,7 +161,7 @@ class Scheduler:
         length = request.cache_length = len(request.window)
         T = min(next_power_of_two(length), self.generator.context)
         tokens_1T = np.array([request.window + [0] * (T - length)], np.int32)
-        token_1, row = prefill(*self.program, _row_state([request]), tokens_1T, self._seen_tokens([request]))
+        token_1, row = prefill(self.model, _row_state([request]), tokens_1T, self._seen_tokens([request]))
         self.state = insert_row(self.state, row, slot)
         return np.asarray(token_1).tolist()
 

@@ -13,8 +13,6 @@ class ConfigKey(NamedTuple):
     """A key of config.json with the meaning of one of our fields.
 
     Attributes:
-        key: name of the key in config.json.
-        field: name of the field of `ResolvedModelConfig`.
         kind: type of the value, as in `parse`.
         default: value in a file without the key; None if the key is required.
         values: value in config.json by value of the field, or None if the two are equal.

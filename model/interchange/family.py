@@ -14,10 +14,8 @@ class Family:
     """One class of Transformers.
 
     Attributes:
-        model_type: the class's `model_type` in config.json.
         architecture: name of the class in Transformers.
         prefix: first word of all tensor names except the unembedding's.
-        keys: config keys that correspond to a field of ours.
         tensors: all tensors that its files may have, in their order.
         context: config key for the number of positions that it sees at once.
         choices: values that a field can have, by field; a field that is missing here can have any.

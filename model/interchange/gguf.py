@@ -16,15 +16,12 @@ from model.interchange.tensors import ParameterReader
 from model.position import frequencies
 
 NO_BIAS_NO_LLAMA3 = {"attention_bias": (False,), "rope_scaling": ("none", "linear", "yarn")}
-# llama.cpp does not read these from a file.
-YARN = {"rope_high_turns": (32.0,), "rope_low_turns": (1.0,)}
 
 
 class Architecture(NamedTuple):
     """An architecture of llama.cpp.
 
     Attributes:
-        name: name as in `general.architecture`.
         choices: values that it computes, by field; other fields follow from the Transformers class.
         interleaved: true if components that are rotated together are adjacent.
         norm_offset: number that is added to norm weights on export: where Transformers computes with 1 + w, llama.cpp
@@ -100,7 +97,10 @@ class GGUFExport:
             raise ValueError(f"llama.cpp has no model.norm_placement = {config.norm_placement}")
         self.architecture = ARCHITECTURES[model_type]
         self._has_rope_divisors = config.rope_scaling == "llama3"
-        choices = {**self.architecture.choices, **(YARN if config.rope_scaling == "yarn" else {})}
+        choices = {**self.architecture.choices}
+        if config.rope_scaling == "yarn":
+            # llama.cpp does not read these from a file.
+            choices |= {"rope_high_turns": (32.0,), "rope_low_turns": (1.0,)}
         missing = [name for name, values in choices.items() if getattr(config, name) not in values]
         # A window as long as the context hides nothing.
         if config.sliding_window and config.sliding_window < model.context:

@@ -45,16 +45,9 @@ class Interchange:
     """A model and its class of Transformers: exports its config and tensors, checks and imports others.
 
     Attributes:
-        family: the class of Transformers.
+        context: number of positions that the model was trained on at once.
         widened: the config with everything that the class always has.
         num_positions: number of positions that config.json gives the model.
-        tensor_map: names and layouts of the widened model's tensors.
-
-    Args:
-        context: number of positions that the model was trained on at once.
-
-    Raises:
-        ValueError: as `family_of`.
     """
 
     def __init__(self, config: ResolvedModelConfig, context: int):
@@ -112,8 +105,7 @@ class Interchange:
     def export_tensors(self, read: ParameterReader) -> Iterator[tuple[str, np.ndarray]]:
         """Yields (name, array) for every tensor: the tables, then layer by layer, then the tensors after the layers.
 
-        Args:
-            read: returns our parameters; each layer of each is read once, when it is needed.
+        Each layer of each parameter is read once, when it is needed.
         """
 
         def widened(name: str, layer: int | None) -> np.ndarray:

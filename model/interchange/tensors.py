@@ -66,12 +66,7 @@ def nested_weights(config: ResolvedModelConfig, read: ParameterReader) -> dict[s
 
 
 class TensorMap:
-    """The tensors of a model in the files of one family.
-
-    Args:
-        config: resolved settings of the widened model.
-        tensors: all tensors that the family may have, in the order of its files.
-    """
+    """The tensors of a widened model in the files of one family, of all `tensors` that the family may have."""
 
     def __init__(self, config: ResolvedModelConfig, tensors: tuple[Tensor, ...]):
         self.num_layers = config.num_layers
