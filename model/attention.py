@@ -7,7 +7,6 @@ multi-query attention (Shazeer 2019, arXiv:1911.02150).
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -19,14 +18,11 @@ from model.config import ResolvedModelConfig
 from model.context_parallel import zigzag_order
 from model.dropout import DropoutKeys, dropout
 from model.linear import Linear
-from model.norm import RMSNorm
+from model.norm import Norm
 from model.position import Rotation, rotate
 from model.product import product
 from model.sharding import UNSHARDED, Layout, join_axis, split_axis
 
-# A layer's second output: its new cache ("key", "value"), or its entries of `Decoder.watch`.
-Aux = dict[str, jax.Array]
-Cache = dict[str, jax.Array]
 # A function of queries [B, H, T, C], keys and values [B, K, S, C] and dropout keys; it returns [B, H, T, C].
 Attend = Callable[[jax.Array, jax.Array, jax.Array, DropoutKeys], jax.Array]
 
@@ -98,36 +94,18 @@ class Attention(nnx.Module):
         self.key = linear("btd,dkc->bktc", weights, "key", kv_axes, layout)
         self.value = linear("btd,dkc->bktc", weights, "value", kv_axes, layout)
         self.output = linear("bhtc,hcd->btd", weights, "output", ("heads", "head", "model"), layout, sums_over="heads")
-        self.query_norm = RMSNorm(config, weights["query_norm"]) if config.qk_norm else None
-        self.key_norm = RMSNorm(config, weights["key_norm"]) if config.qk_norm else None
+        self.query_norm = Norm(config, weights["query_norm"]) if config.qk_norm else None
+        self.key_norm = Norm(config, weights["key_norm"]) if config.qk_norm else None
         self.config = config
         self.layout = layout
 
     def __call__(
-        self,
-        x_BTD: jax.Array,
-        rotation: Rotation,
-        attention: Attend,
-        cache: Cache | None = None,
-        starts_B: jax.Array | None = None,
-        keys_B: DropoutKeys = None,
-    ) -> tuple[jax.Array, Aux]:
-        """Maps [B, T, D] to [B, T, D]; `attention` applies the mask.
-
-        With a cache of earlier keys and values ("key", "value" [B, K, S, C]), those of `x` are written to it from each
-        row's position `starts_B` on, the queries attend to all of it, and the new cache is the second result.
-        """
+        self, x_BTD: jax.Array, rotation: Rotation, attention: Attend, keys_B: DropoutKeys = None
+    ) -> jax.Array:
+        """Maps [B, T, D] to [B, T, D]; `attention` applies the mask."""
         x_BTD = gather_time(x_BTD, self.layout, "heads")
         q_BHTC, k_BKTC = self.queries_and_keys(x_BTD, rotation)
-        v_BKTC = self.value(x_BTD)
-        aux: Aux = {}
-        if cache is not None:
-            assert starts_B is not None
-            write = jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=1))
-            k_BKTC = write(cache["key"], k_BKTC, starts_B)
-            v_BKTC = write(cache["value"], v_BKTC, starts_B)
-            aux = {"key": k_BKTC, "value": v_BKTC}
-        return self.output(attention(q_BHTC, k_BKTC, v_BKTC, keys_B)), aux
+        return self.output(attention(q_BHTC, k_BKTC, self.value(x_BTD), keys_B))
 
     def queries_and_keys(self, x_BTD: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array]:
         """Returns rotated queries [B, H, T, C] and keys [B, K, T, C]."""

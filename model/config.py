@@ -171,10 +171,8 @@ class ModelConfig:
 
     def problems(self) -> list[str]:
         """Returns one line for everything that is wrong with these values, naming the field."""
-        return problems_of("model", self) or [*self._size_problems(), *self._position_problems()]
-
-    def _size_problems(self) -> list[str]:
-        problems = []
+        if problems := problems_of("model", self):
+            return problems
         if self.head_dim is None and self.model_dim % self.num_heads:
             problems.append(
                 f"model.model_dim = {self.model_dim} does not divide by model.num_heads = {self.num_heads}; "
@@ -190,10 +188,6 @@ class ModelConfig:
             problems.append(
                 f"model.num_kv_heads = {self.num_kv_heads} does not divide model.num_heads = {self.num_heads}"
             )
-        return problems
-
-    def _position_problems(self) -> list[str]:
-        problems = []
         if self.max_positions and self.position != "learned":
             problems.append(f"model.max_positions is for learned positions; leave it at none with {self.position}")
         unused = dict.fromkeys(UNUSED_BY_SCALING[self.rope_scaling], f"model.rope_scaling = {self.rope_scaling}")

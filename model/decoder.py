@@ -1,6 +1,7 @@
 """The decoder: embedding, position, L blocks of attention and feed-forward, unembedding."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from model.attention import Attend, Attention, Aux, Cache, causal_mask
+from model.attention import Attend, Attention, causal_mask
 from model.config import ResolvedModelConfig
 from model.cpu import scan_layers
 from model.dropout import DropoutKeys, dropout, fold_keys
@@ -16,30 +17,26 @@ from model.embedding import Embedding
 from model.feedforward import FeedForward
 from model.kernels import attention_over
 from model.linear import Linear
-from model.norm import NORMS, final_norm
+from model.norm import Norm, final_norm
 from model.position import Position, Rotation
 from model.product import weight_gradients_first
 from model.sharding import UNSHARDED, Layout
 from model.unembedding import Unembedding
 
-_names = jax.checkpoint_policies.save_only_these_names
-
-
-def _offload(*names: str) -> Callable[..., Any]:
-    return jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[], names_which_can_be_offloaded=names, offload_src="device", offload_dst="pinned_host"
-    )
-
-
+_save = jax.checkpoint_policies.save_only_these_names
+_offload = partial(
+    jax.checkpoint_policies.save_and_offload_only_these_names,
+    names_which_can_be_saved=(), offload_src="device", offload_dst="pinned_host",
+)  # fmt: skip
 # Policies by what the forward pass keeps for the backward pass, besides each layer's input; the rest is recomputed.
 REMAT_POLICIES = {
     "none": None,
-    "products": _names("product", "attention"),
-    "attention": _names("attention"),
+    "products": _save("product", "attention"),
+    "attention": _save("attention"),
     "full": jax.checkpoint_policies.nothing_saveable,
     # These two keep it in the host's memory; "offload" moves the layers' inputs there, and keeps nothing else.
-    "offload_products": _offload("product", "attention"),
-    "offload": _offload("residual"),
+    "offload_products": _offload(names_which_can_be_offloaded=("product", "attention")),
+    "offload": _offload(names_which_can_be_offloaded=("residual",)),
 }
 
 
@@ -52,52 +49,27 @@ class Block(nnx.Module):
     def __init__(
         self, config: ResolvedModelConfig, weights: Mapping[str, Any], layout: Layout, linear: type[Linear] = Linear
     ):
-        norm = NORMS[config.norm]
-        self.attention_norm = norm(config, weights["attention_norm"])
+        self.attention_norm = Norm(config, weights["attention_norm"])
         self.attention = Attention(config, weights["attention"], layout, linear)
-        self.feedforward_norm = norm(config, weights["feedforward_norm"])
+        self.feedforward_norm = Norm(config, weights["feedforward_norm"])
         self.feedforward = FeedForward(config, weights["feedforward"], layout, linear)
         self.pre = config.norm_placement == "pre"
         self.dropout_rate = config.residual_dropout
 
     def __call__(
-        self,
-        x_BTD: jax.Array,
-        rotation: Rotation,
-        attention: Attend,
-        cache: Cache | None = None,
-        starts_B: jax.Array | None = None,
-        keys_B: DropoutKeys = None,
-    ) -> tuple[jax.Array, Aux]:
-        """Maps [B, T, D] to [B, T, D]; also returns the new cache where one is given."""
+        self, x_BTD: jax.Array, rotation: Rotation, attention: Attend, keys_B: DropoutKeys = None
+    ) -> jax.Array:
+        """Maps [B, T, D] to [B, T, D]."""
         x_BTD = checkpoint_name(x_BTD, "residual")
         y_BTD = self.attention_norm(x_BTD) if self.pre else x_BTD
-        y_BTD, aux = self.attention(y_BTD, rotation, attention, cache, starts_B, fold_keys(keys_B, 0))
+        y_BTD = self.attention(y_BTD, rotation, attention, fold_keys(keys_B, 0))
         x_BTD = x_BTD + dropout(y_BTD, self.dropout_rate, fold_keys(keys_B, 1))
         x_BTD = x_BTD if self.pre else self.attention_norm(x_BTD)
 
         x_BTD, feedforward = weight_gradients_first(x_BTD, self.feedforward)
         y_BTD = feedforward(self.feedforward_norm(x_BTD) if self.pre else x_BTD)
         x_BTD = x_BTD + dropout(y_BTD, self.dropout_rate, fold_keys(keys_B, 2))
-        return x_BTD if self.pre else self.feedforward_norm(x_BTD), aux
-
-    def watch(
-        self, x_BTD: jax.Array, rotation: Rotation, attention: Attend, mask_B1TS: jax.Array
-    ) -> tuple[jax.Array, Aux]:
-        """Returns the layer's result, and its entries of `Decoder.watch`."""
-        y_BTD = self.attention_norm(x_BTD) if self.pre else x_BTD
-        largest_logit = self.attention.largest_logit(y_BTD, rotation, mask_B1TS)
-        x_BTD, _ = self(x_BTD, rotation, attention)
-        rms = jnp.sqrt(jnp.mean(jnp.square(x_BTD.astype(jnp.float32))))
-        return x_BTD, {"residual_rms": rms, "largest_logit": largest_logit}
-
-    def attention_weights(
-        self, x_BTD: jax.Array, rotation: Rotation, attention: Attend, mask_B1TS: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """Returns the layer's result, and its attention weights, float32 [B, H, T, T]."""
-        y_BTD = self.attention_norm(x_BTD) if self.pre else x_BTD
-        weights_BHTT = self.attention.weights(y_BTD, rotation, mask_B1TS)
-        return self(x_BTD, rotation, attention)[0], weights_BHTT
+        return x_BTD if self.pre else self.feedforward_norm(x_BTD)
 
 
 class Decoder(nnx.Module):
@@ -134,13 +106,12 @@ class Decoder(nnx.Module):
         x_BTD = dropout(x_BTD, self.config.embedding_dropout, fold_keys(keys_B, 0))
         structure, stacked = nnx.split(self.blocks)
 
-        def layer(x_BTD: jax.Array, weights_and_number: tuple[nnx.State, jax.Array]) -> tuple[jax.Array, Aux]:
+        def layer(x_BTD: jax.Array, weights_and_number: tuple[nnx.State, jax.Array]) -> tuple[jax.Array, None]:
             weights, number = weights_and_number
-            block = nnx.merge(structure, weights)
-            x_BTD, aux = block(x_BTD, rotation, attention, keys_B=fold_keys(keys_B, number))
+            x_BTD = nnx.merge(structure, weights)(x_BTD, rotation, attention, fold_keys(keys_B, number))
             # x already has this sharding; stating it fixes the sharding of its gradient, too. Without it every device
             # would sum the gradients of biases over all positions.
-            return self.layout.reshard(x_BTD, "batch", "sequence", None), aux
+            return self.layout.reshard(x_BTD, "batch", "sequence", None), None
 
         remat = REMAT_POLICIES[self.config.remat_policy]
         if remat:
@@ -149,32 +120,34 @@ class Decoder(nnx.Module):
         x_BTD, _ = scan(layer, x_BTD, (stacked, jnp.arange(1, self.config.num_layers + 1)))
         return x_BTD if self.norm is None else self.norm(x_BTD)
 
-    def watch(self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> Aux:
+    def watch(self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> dict[str, jax.Array]:
         """Returns early signs of divergence in each layer, float32 [L], from a pass without dropout.
 
         "residual_rms" is the root mean square of the layer's output; "largest_logit" is attention's largest.
         """
-        signs: Aux = self._stack_per_layer(Block.watch, tokens_BT, positions_BT, segment_ids_BT)
-        return signs
+        rms_L, logits_L = self._layers_with(Attention.largest_logit, tokens_BT, positions_BT, segment_ids_BT)
+        return {"residual_rms": rms_L, "largest_logit": logits_L}
 
     def attention_weights(self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
         """Returns every layer's and head's weights, float32 [L, B, H, T, T]; those of a query sum to 1."""
-        weights: jax.Array = self._stack_per_layer(Block.attention_weights, tokens_BT, positions_BT, segment_ids_BT)
-        return weights
+        return self._layers_with(Attention.weights, tokens_BT, positions_BT, segment_ids_BT)[1]
 
-    def _stack_per_layer(
-        self, method: Callable[..., Any], tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
-    ) -> Any:
-        """Runs one method of `Block` on every layer and stacks its second output, [L, ...]."""
+    def _layers_with(
+        self, method: Callable[..., jax.Array], tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns the root mean square of each layer's output [L], and the result of a method of its attention."""
         attention = attention_over(self.config, self.layout, segment_ids_BT)
         mask_B1TS = causal_mask(segment_ids_BT, self.config.sliding_window, self.layout)
         mask_B1TS = self.layout.reshard(mask_B1TS, "batch", None, None, None)
         x_BTD, rotation = self.position(self.embedding(tokens_BT), positions_BT)
         structure, stacked = nnx.split(self.blocks)
 
-        def layer(x_BTD: jax.Array, weights: nnx.State) -> tuple[jax.Array, Any]:
-            output: tuple[jax.Array, Any] = method(nnx.merge(structure, weights), x_BTD, rotation, attention, mask_B1TS)
-            return output
+        def layer(x_BTD: jax.Array, weights: nnx.State) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            block = nnx.merge(structure, weights)
+            y_BTD = block.attention_norm(x_BTD) if block.pre else x_BTD
+            result = method(block.attention, y_BTD, rotation, mask_B1TS)
+            x_BTD = block(x_BTD, rotation, attention)
+            return x_BTD, (jnp.sqrt(jnp.mean(jnp.square(x_BTD.astype(jnp.float32)))), result)
 
         return jax.lax.scan(layer, x_BTD, stacked)[1]
 

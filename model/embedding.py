@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,64 +22,46 @@ def embedding_lookup(table: jax.Array, ids_BT: jax.Array, layout: Layout) -> jax
     """
     if not layout.rules:
         return _rows(table, ids_BT, None)
-    exchange = Exchange.plan(layout, table.shape[1])
-    table = exchange.split(table)
-    ids_BT = jax.reshard(ids_BT, PartitionSpec(*exchange.specs[0].partitions[:2]))
-    x_BTD = _rows(table, ids_BT, exchange.specs[0])
-    for spec in exchange.specs[1:]:
+    specs = _lookup_specs(layout, table.shape[1])
+    on_B, on_T, on_D = map(as_tuple, specs[0].partitions)
+    # Two reshards, so that the backward pass sums before it moves shards: XLA drops contributions of unreduced arrays
+    # that it moves (https://github.com/openxla/xla/issues/40034; tests/model/test_workarounds.py).
+    table = jax.reshard(table, PartitionSpec(None, on_D))
+    table = jax.reshard(table, PartitionSpec(None, on_D, reduced=frozenset((*on_B, *on_T))))
+    x_BTD = _rows(table, jax.reshard(ids_BT, PartitionSpec(on_B, on_T)), specs[0])
+    for spec in specs[1:]:
         x_BTD = jax.reshard(x_BTD, spec)
     return layout.reshard(x_BTD, "batch", "sequence", None)
 
 
-class Exchange(NamedTuple):
-    """The shardings of a look-up.
+def _lookup_specs(layout: Layout, D: int) -> list[PartitionSpec]:
+    """Returns the partitions of looked-up rows [B, T, D], in sequence.
 
-    Attributes:
-        width: the mesh axes that shard D, the innermost last.
-        specs: partitions of the looked-up rows [B, T, D], in sequence. From one to the next a single mesh axis moves
-            from D to B or T, which is an all-to-all; if several moved at once, XLA would gather the whole array.
+    First D is sharded over its mesh axes in storage, and those of "lookup" that divide it. From one to the next a
+    single mesh axis moves from D to B or T, an all-to-all; if several moved at once, XLA would gather the whole array.
     """
-
-    width: tuple[str, ...]
-    specs: tuple[PartitionSpec, ...]
-
-    @classmethod
-    def plan(cls, layout: Layout, D: int) -> "Exchange":
-        """Returns the look-up over the mesh axes that shard D in storage, and those of "lookup" that divide D."""
-        sizes = jax.sharding.get_abstract_mesh().shape
-        sharding: list[str] = []
-        for mesh in dict.fromkeys((*as_tuple(layout.rules.get("model")), *as_tuple(layout.rules.get("lookup")))):
-            if D % math.prod(sizes[name] for name in (*sharding, mesh)) == 0:
-                sharding.append(mesh)
-        rows, time = as_tuple(layout.rules.get("batch")), as_tuple(layout.rules.get("sequence"))
-        kept_B = tuple(itertools.takewhile(lambda mesh: mesh not in sharding, rows))
-        kept_T = tuple(itertools.takewhile(lambda mesh: mesh not in sharding, time))
-        to_T = tuple(itertools.takewhile(lambda mesh: mesh in sharding, time[len(kept_T) :]))
-        to_B = tuple(itertools.takewhile(lambda mesh: mesh in sharding, rows[len(kept_B) :]))
-        moves = (*to_T, *to_B)
-        width = (*(mesh for mesh in sharding if mesh not in moves), *reversed(moves))
-        specs = [PartitionSpec(kept_B, kept_T, width)]
-        for count in range(1, len(moves) + 1):
-            on_T = to_T[:count]
-            on_B = to_B[: max(count - len(to_T), 0)]
-            specs.append(PartitionSpec((*kept_B, *on_B), (*kept_T, *on_T), width[: len(width) - count]))
-        return cls(width, tuple(specs))
-
-    def split(self, table: jax.Array) -> jax.Array:
-        """Returns the table sharded over D alone; its gradient is summed over the mesh axes of B and T."""
-        kept_B, kept_T, _ = self.specs[0].partitions
-        reduced = frozenset((*as_tuple(kept_B), *as_tuple(kept_T)))
-        # Two reshards, so that the backward pass sums before it moves shards: XLA drops contributions of unreduced
-        # arrays that it moves (https://github.com/openxla/xla/issues/40034; tests/model/test_workarounds.py).
-        table = jax.reshard(table, PartitionSpec(None, self.width))
-        return jax.reshard(table, PartitionSpec(None, self.width, reduced=reduced))
+    sizes = jax.sharding.get_abstract_mesh().shape
+    model, lookup, rows, time = (as_tuple(layout.rules.get(name)) for name in ("model", "lookup", "batch", "sequence"))
+    sharding: list[str] = []
+    for mesh in dict.fromkeys((*model, *lookup)):
+        if D % math.prod(sizes[name] for name in (*sharding, mesh)) == 0:
+            sharding.append(mesh)
+    on_B = tuple(itertools.takewhile(lambda mesh: mesh not in sharding, rows))
+    on_T = tuple(itertools.takewhile(lambda mesh: mesh not in sharding, time))
+    to_T = tuple(itertools.takewhile(lambda mesh: mesh in sharding, time[len(on_T) :]))
+    to_B = tuple(itertools.takewhile(lambda mesh: mesh in sharding, rows[len(on_B) :]))
+    moves = (*to_T, *to_B)
+    on_D = (*(mesh for mesh in sharding if mesh not in moves), *reversed(moves))
+    specs = [PartitionSpec(on_B, on_T, on_D)]
+    for count in range(1, len(moves) + 1):
+        moved_T, moved_B = to_T[:count], to_B[: max(count - len(to_T), 0)]
+        specs.append(PartitionSpec((*on_B, *moved_B), (*on_T, *moved_T), on_D[: len(on_D) - count]))
+    return specs
 
 
-def _plain_rows(table: jax.Array, ids_BT: jax.Array, out_sharding: PartitionSpec | None) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _rows(table: jax.Array, ids_BT: jax.Array, out_sharding: PartitionSpec | None) -> jax.Array:
     return table.at[ids_BT].get(out_sharding=out_sharding)
-
-
-_rows = jax.custom_vjp(_plain_rows, nondiff_argnums=(2,))
 
 
 def _forward(table, ids_BT, out_sharding):  # type: ignore[no-untyped-def]
@@ -89,7 +71,8 @@ def _forward(table, ids_BT, out_sharding):  # type: ignore[no-untyped-def]
 def _backward(out_sharding, operands, gradient_BTD):  # type: ignore[no-untyped-def]
     # The gradient of a frequent token is a sum over thousands of positions, which would stop growing in bfloat16.
     table, ids_BT = operands
-    _, pull = jax.vjp(lambda table: _plain_rows(table, ids_BT, out_sharding), table.astype(jnp.float32))
+    look_up = lambda table: table.at[ids_BT].get(out_sharding=out_sharding)
+    _, pull = jax.vjp(look_up, table.astype(jnp.float32))
     return pull(gradient_BTD.astype(jnp.float32))[0].astype(table.dtype), None
 
 

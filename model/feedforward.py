@@ -5,6 +5,7 @@ Gated, it is one of the GLU family (Shazeer 2020, arXiv:2002.05202): SwiGLU with
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import jax
 from flax import nnx
@@ -26,11 +27,7 @@ class FeedForward(nnx.Module):
     """down(act(up(x))) or, gated, down(act(gate(x)) · up(x)); widths D → F → D."""
 
     def __init__(
-        self,
-        config: ResolvedModelConfig,
-        weights: Mapping[str, jax.Array],
-        layout: Layout,
-        linear: type[Linear] = Linear,
+        self, config: ResolvedModelConfig, weights: Mapping[str, Any], layout: Layout, linear: type[Linear] = Linear
     ):
         widen, narrow = ("model", "feedforward"), ("feedforward", "model")
         self.gate = linear("btd,df->btf", weights, "gate", widen, layout) if config.gated else None

@@ -6,7 +6,6 @@ that a plan for another platform chooses as that platform would.
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -45,8 +44,7 @@ def choose_kernel(config: ResolvedModelConfig, layout: Layout, T: int) -> Kernel
     name = platform()
     wanted = config.attention_kernel
     kernel = PLATFORM_KERNELS.get(name, "plain") if wanted == "auto" else wanted
-    obstacles = {"plain": lambda *_: None, "splash": _splash_obstacle, "cudnn": _cudnn_obstacle}
-    obstacle = obstacles[kernel](config, layout, T)
+    obstacle = _obstacle(kernel, config, layout, T)
     if wanted != "auto":
         if obstacle:
             raise ValueError(f"model.attention_kernel = {wanted}: {obstacle}; leave it at auto")
@@ -59,39 +57,33 @@ def choose_kernel(config: ResolvedModelConfig, layout: Layout, T: int) -> Kernel
     return KernelChoice(kernel, f"on {name}")
 
 
-def _splash_obstacle(config: ResolvedModelConfig, layout: Layout, T: int) -> str | None:
-    if config.attention_dropout:
-        return "model.attention_dropout is done by plain attention alone"
-    shard = T // layout.size("time")
-    if shard % BLOCKS[-1]:
-        return f"{shard} positions a device are not a multiple of {BLOCKS[-1]}"
-    return None
-
-
-def _cudnn_obstacle(config: ResolvedModelConfig, layout: Layout, T: int) -> str | None:
-    if platform() != "gpu":
-        return f"there is none for {platform()}"
-    if config.attention_dropout:
-        return "model.attention_dropout is done by plain attention alone"
-    if config.compute_dtype != "bfloat16":
-        return f"it takes bfloat16, model.compute_dtype is {config.compute_dtype}"
-    if config.attention_softcap is not None:
-        return "it has no model.attention_softcap"
-    if config.head_dim > 128 or config.head_dim % 8:
-        return f"model.head_dim = {config.head_dim} is not a multiple of 8 up to 128"
-    if T // layout.size("time") % 2:
-        return "the positions of a device are an odd number"
-    return None
+def _obstacle(kernel: str, config: ResolvedModelConfig, layout: Layout, T: int) -> str | None:
+    """Returns the reason why a kernel cannot compute this model's attention, or None."""
+    shard, head_dim = T // layout.size("time"), config.head_dim
+    dropout = (config.attention_dropout, "model.attention_dropout is done by plain attention alone")
+    obstacles = {
+        "plain": [],
+        "splash": [dropout, (shard % BLOCKS[-1], f"{shard} positions a device are not a multiple of {BLOCKS[-1]}")],
+        "cudnn": [
+            (platform() != "gpu", f"there is none for {platform()}"),
+            dropout,
+            (config.compute_dtype != "bfloat16", f"it takes bfloat16, model.compute_dtype is {config.compute_dtype}"),
+            (config.attention_softcap is not None, "it has no model.attention_softcap"),
+            (head_dim > 128 or head_dim % 8, f"model.head_dim = {head_dim} is not a multiple of 8 up to 128"),
+            (shard % 2, "the positions of a device are an odd number"),
+        ],
+    }
+    return next((reason for is_met, reason in obstacles[kernel] if is_met), None)
 
 
 def attention_over(config: ResolvedModelConfig, layout: Layout, segment_ids_BT: jax.Array) -> Attend:
     """Returns causal attention within documents by the kernel for the ambient mesh; T is in `zigzag_order`."""
     kernel = choose_kernel(config, layout, segment_ids_BT.shape[1]).kernel
     if kernel == "splash":
-        return partial(_splash, config, layout, segment_ids_BT)
+        return lambda q, k, v, keys_B: _splash(config, layout, segment_ids_BT, q, k, v)
     mask_B1TS = causal_mask(segment_ids_BT, config.sliding_window, layout)
     if kernel == "cudnn":
-        return partial(_cudnn, config, layout, mask_B1TS)
+        return lambda q, k, v, keys_B: _cudnn(layout, mask_B1TS, q, k, v)
 
     def plain(q_BHTC: jax.Array, k_BKTC: jax.Array, v_BKTC: jax.Array, keys_B: DropoutKeys) -> jax.Array:
         k_BKSC, v_BKSC = gather_keys(k_BKTC, layout), gather_keys(v_BKTC, layout)
@@ -101,40 +93,29 @@ def attention_over(config: ResolvedModelConfig, layout: Layout, segment_ids_BT: 
 
 
 def _on_each_device(
-    function: Callable[..., jax.Array], layout: Layout, arguments: tuple[Any, ...], specs: tuple[Any, ...]
+    function: Callable[..., jax.Array], layout: Layout, specs: tuple[Any, ...], others: tuple[Any, ...], *qkv: jax.Array
 ) -> jax.Array:
-    """Runs the function on each device's rows, heads and positions; the result is sharded as the queries are."""
+    """Runs the function on each device's shards of other arrays, which have these specs, and of q, k and v."""
     if not layout.rules:
-        return function(*arguments)
-    heads = layout.spec("batch", "heads", "time", None)
+        return function(*others, *qkv)
+    q, kv = layout.spec("batch", "heads", "time", None), layout.spec("batch", "kv_heads", "time", None)
     # The Pallas and cuDNN calls state no varying-manual-axes (vma) types (tests/model/test_workarounds.py).
-    return jax.shard_map(function, in_specs=specs, out_specs=heads, check_vma=False)(*arguments)
+    return jax.shard_map(function, in_specs=(*specs, q, kv, kv), out_specs=q, check_vma=False)(*others, *qkv)
 
 
-def _splash(
-    config: ResolvedModelConfig,
-    layout: Layout,
-    segment_ids_BT: jax.Array,
-    q_BHTC: jax.Array,
-    k_BKTC: jax.Array,
-    v_BKTC: jax.Array,
-    keys_B: DropoutKeys,
-) -> jax.Array:
+def _splash(config: ResolvedModelConfig, layout: Layout, segment_ids_BT: jax.Array, *qkv: jax.Array) -> jax.Array:
     """Runs Pallas splash attention (TPU), which skips blocks of scores that the mask leaves empty."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    T, n, window = q_BHTC.shape[2], layout.size("time"), config.sliding_window
-    heads = q_BHTC.shape[1] // layout.size("heads")
-    mask = (
-        masks.CausalMask((T, T), shard_count=n)
-        if window is None
-        else masks.LocalMask((T, T), (window - 1, 0), offset=0, shard_count=n)
-    )
+    T, n, window = segment_ids_BT.shape[1], layout.size("time"), config.sliding_window
+    mask: Any = masks.CausalMask((T, T), shard_count=n)
+    if window is not None:
+        mask = masks.LocalMask((T, T), (window - 1, 0), offset=0, shard_count=n)
     mask.q_sequence = zigzag_order(T, layout)
     block = next(size for size in BLOCKS if T // n % size == 0)
     kernel = kernels.make_splash_mha(
-        masks.MultiHeadMask([mask] * heads),
+        masks.MultiHeadMask([mask] * (config.num_heads // layout.size("heads"))),
         block_sizes=kernels.BlockSizes(
             block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
         ),
@@ -146,8 +127,8 @@ def _splash(
     )
     kernel_specs = None
     if layout.rules:
-        mesh = jax.sharding.get_abstract_mesh()
-        kernel_specs = kernel.manual_sharding_spec(NamedSharding(mesh, layout.spec(None, "time")))
+        sharding = NamedSharding(jax.sharding.get_abstract_mesh(), layout.spec(None, "time"))
+        kernel_specs = kernel.manual_sharding_spec(sharding)
         kernel = jax.tree.map(jax.reshard, kernel, kernel_specs)
 
     def on_device(kernel: Any, ids_BT: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -157,20 +138,11 @@ def _splash(
         ids = kernels.SegmentIds(ids_BT, all_positions(ids_BT, layout, 1))
         return jax.vmap(kernel)(q, k, v, ids)
 
-    queries, keys = layout.spec("batch", "heads", "time", None), layout.spec("batch", "kv_heads", "time", None)
-    specs = (kernel_specs, layout.spec("batch", "time"), queries, keys, keys)
-    return _on_each_device(on_device, layout, (kernel, segment_ids_BT, q_BHTC, k_BKTC, v_BKTC), specs)
+    specs = (kernel_specs, layout.spec("batch", "time"))
+    return _on_each_device(on_device, layout, specs, (kernel, segment_ids_BT), *qkv)
 
 
-def _cudnn(
-    config: ResolvedModelConfig,
-    layout: Layout,
-    mask_B1TS: jax.Array,
-    q_BHTC: jax.Array,
-    k_BKTC: jax.Array,
-    v_BKTC: jax.Array,
-    keys_B: DropoutKeys,
-) -> jax.Array:
+def _cudnn(layout: Layout, mask_B1TS: jax.Array, *qkv: jax.Array) -> jax.Array:
     """Runs cuDNN's flash attention (GPU), whose mask costs a number for each pair of positions, shared by all heads."""
     n = layout.size("time")
 
@@ -183,6 +155,4 @@ def _cudnn(
         y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=n == 1, implementation="cudnn")
         return y.swapaxes(1, 2)
 
-    queries, keys = layout.spec("batch", "heads", "time", None), layout.spec("batch", "kv_heads", "time", None)
-    specs = (layout.spec("batch", None, "time", None), queries, keys, keys)
-    return _on_each_device(on_device, layout, (mask_B1TS, q_BHTC, k_BKTC, v_BKTC), specs)
+    return _on_each_device(on_device, layout, (layout.spec("batch", None, "time", None),), (mask_B1TS,), *qkv)

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.typing import DTypeLike
 
 from model.collectives import gather_weight, partial_sums, scatter_time
 from model.product import product
@@ -42,7 +41,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x to y, which is named "product" for remat policies."""
-        weight = self.gathered_weight(x.dtype)
+        weight = gather_weight(self.weight[...].astype(x.dtype), self.layout, *self.axes)
         if self.sums_over:
             sums_BTD = self.multiply(self.equation, x, weight, partial_sums(self.layout, self.sums_over))
             y = scatter_time(sums_BTD, self.layout)
@@ -54,7 +53,3 @@ class Linear(nnx.Module):
             shape = tuple(slice(None) if letter in outputs else None for letter in y_letters)
             y = y + self.bias[...].astype(x.dtype)[shape]
         return checkpoint_name(y, "product")
-
-    def gathered_weight(self, dtype: DTypeLike) -> jax.Array:
-        """Returns the weight for use in a product, in this dtype."""
-        return gather_weight(self.weight[...].astype(dtype), self.layout, *self.axes)

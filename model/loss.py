@@ -5,16 +5,16 @@ chunk are computed once: the forward pass also computes the chunk's gradients fr
 backward pass (as in Hsu et al. 2024, Liger Kernel, arXiv:2410.10989).
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from model.collectives import gather_weight, partial_sums, scatter_time
 from model.config import ResolvedModelConfig
-from model.product import weight_gradients_first
+from model.product import einsum, weight_gradients_first
 from model.sharding import UNSHARDED, Layout
 from model.unembedding import logits
 
@@ -77,12 +77,10 @@ def predictions(
     Of equally likely tokens the first counts. The arguments are those of `summed_losses`; there are no gradients.
     """
     matrix_DV = gather_weight(matrix_DV, layout, "model", "vocabulary")
-    vocab_size = config.vocab_size
     token_V = jnp.arange(matrix_DV.shape[1], out_sharding=layout.out_sharding("vocabulary"))
 
-    def predict_chunk(_: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
-        x, targets = (layout.reshard(x, "batch", "time", *(None,) * (x.ndim - 2)) for x in chunk)
-        scores = logits(x, matrix_DV, vocab_size)
+    def predict_chunk(_: None, x: jax.Array, targets: jax.Array) -> tuple[None, tuple[jax.Array, jax.Array]]:
+        scores = logits(x, matrix_DV, config.vocab_size)
         target_V = targets[..., None] == token_V
         score = jnp.sum(jnp.where(target_V, scores, 0.0), axis=-1, keepdims=True)
         ahead_V = (scores > score) | ((scores == score) & (token_V < targets[..., None]))
@@ -90,22 +88,21 @@ def predictions(
         is_first = ~jnp.any(ahead_V & ~target_V, axis=-1)
         return None, (layout.reshard(log_p, "batch", "sequence"), layout.reshard(is_first, "batch", "sequence"))
 
-    B, T = targets_BT.shape
-    count = _num_chunks(B, T, config, layout)
-    chunks = _split_chunks(x_BTD, count, layout), _split_chunks(targets_BT, count, layout)
-    log_p, is_first = (_join_chunks(x, T, layout) for x in jax.lax.scan(predict_chunk, None, chunks)[1])
-    return layout.reshard(log_p, "batch", "time"), layout.reshard(is_first, "batch", "time")
+    _, results = _scan_chunks(predict_chunk, None, (x_BTD, targets_BT), config, layout)
+    joined = (_join_chunks(x, targets_BT.shape[1], layout) for x in results)
+    log_p, is_first = (layout.reshard(x_BT, "batch", "time") for x_BT in joined)
+    return log_p, is_first
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _summed_losses(x_BTD, matrix_DV, targets_BT, weights_BT, config, layout):  # type: ignore[no-untyped-def]
     losses, _ = _in_chunks(x_BTD, matrix_DV, targets_BT, None, config, layout)
-    return _weighted(losses, weights_BT)
+    return jax.tree.map(lambda x_BT: jnp.sum(x_BT * weights_BT), losses)
 
 
 def _forward(x_BTD, matrix_DV, targets_BT, weights_BT, config, layout):  # type: ignore[no-untyped-def]
     losses, gradients = _in_chunks(x_BTD, matrix_DV, targets_BT, weights_BT, config, layout)
-    return _weighted(losses, weights_BT), gradients
+    return jax.tree.map(lambda x_BT: jnp.sum(x_BT * weights_BT), losses), gradients
 
 
 def _backward(config, layout, gradients, cotangents):  # type: ignore[no-untyped-def]
@@ -121,10 +118,6 @@ def _backward(config, layout, gradients, cotangents):  # type: ignore[no-untyped
 _summed_losses.defvjp(_forward, _backward)
 
 
-def _weighted(losses: Losses, weights_BT: jax.Array) -> Losses:
-    return Losses(*(jnp.sum(x_BT * weights_BT) for x_BT in losses))
-
-
 def _in_chunks(
     x_BTD: jax.Array,
     matrix_DV: jax.Array,
@@ -134,19 +127,15 @@ def _in_chunks(
     layout: Layout,
 ) -> tuple[Losses, tuple[jax.Array, jax.Array] | None]:
     """Returns the losses at each position; given weights, also the gradients of x and of the matrix."""
-    B, T = targets_BT.shape
-    vocab_size = config.vocab_size
-    smoothing = config.label_smoothing
-    z = config.z_loss
+    vocab_size, smoothing, z = config.vocab_size, config.label_smoothing, config.z_loss
     token_V = jnp.arange(matrix_DV.shape[1], out_sharding=layout.out_sharding("vocabulary"))
     uniform_V = jnp.where(token_V < vocab_size, 1 / vocab_size, 0.0)
     sums_DV = layout.out_sharding(None, "vocabulary", unreduced=layout.token_axes)
     partial_BTD = partial_sums(layout, "vocabulary")
-    # As in `model.product`, sums are float32, and devices exchange the compute dtype.
-    einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
-    def add_chunk(gradient_DV: jax.Array | None, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array | None, Any]:
-        x, targets, *weights = (layout.reshard(x, "batch", "time", *(None,) * (x.ndim - 2)) for x in chunk)
+    def add_chunk(
+        gradient_DV: Any, x: jax.Array, targets: jax.Array, weights: jax.Array | None = None
+    ) -> tuple[Any, Any]:
         scores = logits(x, matrix_DV, vocab_size)
         # One-hot by comparison: XLA fuses it, and it shards over V where a gather would not.
         target_V = targets[..., None] == token_V
@@ -158,20 +147,20 @@ def _in_chunks(
         if z:
             objective = objective + z * log_sum**2
         losses = Losses(*(layout.reshard(x_BT, "batch", "sequence") for x_BT in (objective, cross_entropy)))
-        if gradient_DV is None:
+        if weights is None:
             return None, (losses, None)
         # The gradient of the objective by the logits.
         slope = jnp.exp(scores - log_sum[..., None]) * (1 + 2 * z * log_sum[..., None])
         slope = slope - (1 - smoothing) * target_V - smoothing * uniform_V
-        slope = (slope * weights[0][..., None]).astype(x.dtype)
-        dx = scatter_time(einsum("btv,dv->btd", slope, matrix_DV, out_sharding=partial_BTD).astype(x.dtype), layout)
-        return gradient_DV + einsum("btd,btv->dv", x, slope, out_sharding=sums_DV), (losses, dx)
+        slope = (slope * weights[..., None]).astype(x.dtype)
+        # As in `model.product`, sums are float32, and devices exchange the compute dtype.
+        dx = scatter_time(einsum("btv,dv->btd", slope, matrix_DV, partial_BTD).astype(x.dtype), layout)
+        return gradient_DV + einsum("btd,btv->dv", x, slope, sums_DV), (losses, dx)
 
-    count = _num_chunks(B, T, config, layout)
     zeros_DV = None if weights_BT is None else jnp.zeros(matrix_DV.shape, jnp.float32, out_sharding=sums_DV)
     arrays = (x_BTD, targets_BT) if weights_BT is None else (x_BTD, targets_BT, weights_BT)
-    chunks = tuple(_split_chunks(x, count, layout) for x in arrays)
-    gradient_DV, (losses, dx) = jax.lax.scan(add_chunk, zeros_DV, chunks)
+    gradient_DV, (losses, dx) = _scan_chunks(add_chunk, zeros_DV, arrays, config, layout)
+    T = targets_BT.shape[1]
     losses = Losses(*(layout.reshard(_join_chunks(x, T, layout), "batch", "time") for x in losses))
     if gradient_DV is None:
         return losses, None
@@ -180,37 +169,41 @@ def _in_chunks(
     return losses, (_join_chunks(dx, T, layout), gradient_DV)
 
 
-def _num_chunks(B: int, T: int, config: ResolvedModelConfig, layout: Layout) -> int:
-    rows = B // layout.size("batch")
-    positions = T // layout.size("time")
-    least = -(-positions // max(config.loss_chunk // rows, 1))
-    # A larger number that needs no padding is better.
-    return next((count for count in range(least, 2 * least) if T // layout.size("sequence") % count == 0), least)
+def _scan_chunks(
+    function: Callable[..., Any], carry: Any, arrays: tuple[jax.Array, ...], config: ResolvedModelConfig, layout: Layout
+) -> tuple[Any, Any]:
+    """`jax.lax.scan` of function(carry, *chunks) over chunks of the positions of arrays [B, T, ...]."""
+    B, T = arrays[1].shape
+    positions_at_once = max(config.loss_chunk // (B // layout.size("batch")), 1)
+    least = -(-(T // layout.size("time")) // positions_at_once)
+    # A larger number of chunks that needs no padding is better.
+    count = next((count for count in range(least, 2 * least) if T // layout.size("sequence") % count == 0), least)
+
+    def step(carry: Any, chunks: tuple[jax.Array, ...]) -> tuple[Any, Any]:
+        return function(carry, *(layout.reshard(x, "batch", "time", *(None,) * (x.ndim - 2)) for x in chunks))
+
+    return jax.lax.scan(step, carry, tuple(_split_chunks(x, count, layout) for x in arrays))
 
 
 def _split_chunks(x: jax.Array, count: int, layout: Layout) -> jax.Array:
     """Reshapes [B, T, ...] to [count, B, T / count, ...], padded with zeros; each device splits its own positions."""
-    n, trailing = layout.size("sequence"), (None,) * (x.ndim - 2)
+    B, _, *rest = x.shape
+    n, trailing = layout.size("sequence"), (None,) * len(rest)
     x = layout.reshard(x, "batch", "sequence", *trailing)
-    x = _reshape(x, (x.shape[0], n, -1, *x.shape[2:]), layout.out_sharding("batch", "sequence", None, *trailing))
+    x = x.reshape((B, n, -1, *rest), out_sharding=layout.out_sharding("batch", "sequence", None, *trailing))
     if padding := -x.shape[2] % count:
         x = jnp.pad(x, [(0, padding if axis == 2 else 0) for axis in range(x.ndim)])
-    x = _reshape(
-        x, (*x.shape[:2], count, -1, *x.shape[3:]), layout.out_sharding("batch", "sequence", None, None, *trailing)
-    )
-    x = jnp.moveaxis(x, 2, 0)
-    return _reshape(x, (count, x.shape[1], -1, *x.shape[4:]), layout.out_sharding(None, "batch", "sequence", *trailing))
+    cut = layout.out_sharding("batch", "sequence", None, None, *trailing)
+    x = jnp.moveaxis(x.reshape((B, n, count, -1, *rest), out_sharding=cut), 2, 0)
+    return x.reshape((count, B, -1, *rest), out_sharding=layout.out_sharding(None, "batch", "sequence", *trailing))
 
 
 def _join_chunks(chunks: jax.Array, T: int, layout: Layout) -> jax.Array:
     """Reshapes chunks to [B, T, ...]: the inverse of `_split_chunks`."""
-    count, B = chunks.shape[:2]
-    n, trailing = layout.size("sequence"), (None,) * (chunks.ndim - 3)
+    count, B, _, *rest = chunks.shape
+    n, trailing = layout.size("sequence"), (None,) * len(rest)
     cut = layout.out_sharding(None, "batch", "sequence", None, *trailing)
-    x = jnp.moveaxis(_reshape(chunks, (count, B, n, -1, *chunks.shape[3:]), cut), 0, 2)
-    x = _reshape(x, (B, n, -1, *x.shape[4:]), layout.out_sharding("batch", "sequence", None, *trailing))[:, :, : T // n]
-    return _reshape(x, (B, T, *x.shape[3:]), layout.out_sharding("batch", "sequence", *trailing))
-
-
-def _reshape(x: jax.Array, shape: tuple[int, ...], sharding: PartitionSpec | None) -> jax.Array:
-    return jnp.reshape(x, shape, out_sharding=sharding)
+    x = jnp.moveaxis(chunks.reshape((count, B, n, -1, *rest), out_sharding=cut), 0, 2)
+    x = x.reshape((B, n, -1, *rest), out_sharding=layout.out_sharding("batch", "sequence", None, *trailing))
+    x = x[:, :, : T // n]
+    return x.reshape((B, T, *rest), out_sharding=layout.out_sharding("batch", "sequence", *trailing))

@@ -90,9 +90,6 @@ def parameter_table(config: ResolvedModelConfig) -> dict[str, Parameter]:
         bias_axes = layers | (width if outputs is model else outputs)
         return matrix | ({f"{name}_bias": Parameter(bias_axes, (), "bias", 0.0)} if bias else {})
 
-    def head_norm(name: str) -> dict[str, Parameter]:
-        return {f"blocks.attention.{name}_norm.scale": Parameter(layers | head, (), "norm")} if c.qk_norm else {}
-
     table = {"embedding.table": Parameter(vocabulary | model, (), "embedding", table_deviation)}
     if c.position == "learned":
         assert c.max_positions
@@ -101,7 +98,9 @@ def parameter_table(config: ResolvedModelConfig) -> dict[str, Parameter]:
     table |= linear("blocks.attention.query", model, heads | head, c.attention_bias)
     table |= linear("blocks.attention.key", model, kv_heads | head, c.attention_bias)
     table |= linear("blocks.attention.value", model, kv_heads | head, c.attention_bias)
-    table |= head_norm("query") | head_norm("key")
+    if c.qk_norm:
+        head_norm = Parameter(layers | head, (), "norm")
+        table |= {f"blocks.attention.{name}_norm.scale": head_norm for name in ("query", "key")}
     table |= linear("blocks.attention.output", heads | head, model, c.attention_bias, residual)
     table |= norm("blocks.feedforward_norm", layers | width)
     if c.gated:
@@ -117,10 +116,9 @@ def parameter_table(config: ResolvedModelConfig) -> dict[str, Parameter]:
 
 def count_parameters(config: ResolvedModelConfig) -> int:
     """Returns the number of parameters, without the padding of the vocabulary."""
-    padding = padded_vocabulary(config) - config.vocab_size
-    table = parameter_table(config)
-    total = sum(math.prod(p.shape) for p in table.values())
-    return total - padding * sum(config.model_dim for p in table.values() if "vocabulary" in p.axes)
+    shapes = [p.axes.items() for p in parameter_table(config).values()]
+    real = {"vocabulary": config.vocab_size}
+    return sum(math.prod(real.get(axis, size) for axis, size in shape) for shape in shapes)
 
 
 def initial_weights(config: ResolvedModelConfig, seed: int, layout: Layout = UNSHARDED) -> dict[str, Any]:

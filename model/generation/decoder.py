@@ -1,13 +1,14 @@
 """The decoder as it generates: new tokens attend to a cache of earlier keys and values."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from model.attention import Cache, attend, visible
+from model.attention import attend, visible
 from model.backend import platform
 from model.config import ResolvedModelConfig
 from model.cpu import ColumnLinear, ColumnUnembedding
@@ -19,6 +20,9 @@ from model.norm import final_norm
 from model.position import Position
 from model.sharding import UNSHARDED, Layout
 from model.unembedding import Unembedding
+
+# The keys and values of a layer: "key", "value" [B, K, S, C].
+Cache = dict[str, jax.Array]
 
 
 class CachedDecoder(nnx.Module):
@@ -42,7 +46,7 @@ class CachedDecoder(nnx.Module):
         Args:
             tokens_BT: int32 ids; a row is one document.
             starts_B: int32, the position of each row's first token.
-            cache: each layer's "key" and "value" [B, K, S, C]. With S = T nothing comes before the tokens.
+            cache: keys and values of each layer. With S = T nothing comes before the tokens.
         """
         T, S = tokens_BT.shape[1], cache[0]["key"].shape[2]
         positions_BT = starts_B[:, None] + jnp.arange(T)
@@ -52,11 +56,18 @@ class CachedDecoder(nnx.Module):
             distance_B1TS = positions_BT[:, None, :, None] - jnp.arange(S)
             mask_B1TS = visible(distance_B1TS, self.config.sliding_window)
             attention = lambda q, k, v, keys_B: attend(q, k, v, mask_B1TS, self.config.attention_softcap)
-        x_BTD, rotation = self.position(self.embedding(tokens_BT), positions_BT)
+        write = jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=1))
         extended = []
+
+        def cached_attention(earlier: Cache, q: jax.Array, k: jax.Array, v: jax.Array, keys_B: None) -> jax.Array:
+            k = write(earlier["key"], k, starts_B)
+            v = write(earlier["value"], v, starts_B)
+            extended.append({"key": k, "value": v})
+            return attention(q, k, v, keys_B)
+
+        x_BTD, rotation = self.position(self.embedding(tokens_BT), positions_BT)
         for block, earlier in zip(self.blocks, cache, strict=True):
-            x_BTD, layer_cache = block(x_BTD, rotation, attention, earlier, starts_B)
-            extended.append(layer_cache)
+            x_BTD = block(x_BTD, rotation, partial(cached_attention, earlier))
         return x_BTD if self.norm is None else self.norm(x_BTD), extended
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:

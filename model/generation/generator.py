@@ -7,7 +7,7 @@ its tokens do not depend on the other rows; when it has ended, its slot is given
 
 import dataclasses
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,17 +17,16 @@ import numpy as np
 
 from model.config import ResolvedModelConfig
 from model.generation.decoder import empty_cache
-from model.generation.programs import NO_TOKEN, DecodeState, RowState, decode_steps, insert_row, prefill
+from model.generation.programs import NO_TOKEN, DecodeState, RowState, SampledModel, decode_steps, insert_row, prefill
 from model.generation.sampling import Sampling
 from model.generation.weights import decoding_weights
 from model.sharding import UNSHARDED, Layout
 
 
 class TokenDelta(NamedTuple):
-    """The tokens that a continuation has gained since its last delta.
+    """The tokens that a continuation has gained since its last delta, without EOS.
 
     Attributes:
-        tokens: new token ids, without EOS.
         ended: "eos" or "length" (the limit) in a prompt's last delta.
     """
 
@@ -41,10 +40,9 @@ class Request:
     """A prompt and its continuation, as the host keeps them.
 
     Attributes:
-        tokens: prompt and continuation.
+        tokens: token ids of prompt and continuation, of which the last `num_drawn` were drawn.
         window: the newest of `tokens`, which the model sees; the cache may not hold the last yet.
         cache_length: number of tokens of the window that the cache holds.
-        num_drawn: number of `tokens` that were drawn.
     """
 
     prompt_index: int
@@ -52,12 +50,6 @@ class Request:
     window: list[int]
     cache_length: int = 0
     num_drawn: int = 0
-
-    def append(self, tokens: list[int]) -> None:
-        """Adds tokens that were drawn."""
-        self.tokens += tokens
-        self.window += tokens
-        self.num_drawn += len(tokens)
 
 
 class Generator:
@@ -69,13 +61,7 @@ class Generator:
     """
 
     def __init__(
-        self,
-        config: ResolvedModelConfig,
-        weights: Mapping[str, Any],
-        *,
-        context: int,
-        eos_id: int,
-        layout: Layout = UNSHARDED,
+        self, config: ResolvedModelConfig, weights: Any, *, context: int, eos_id: int, layout: Layout = UNSHARDED
     ):
         # A kernel that was asked for in training may not take the lengths of prompts.
         self.config = dataclasses.replace(config, attention_kernel="auto")
@@ -102,9 +88,6 @@ class Generator:
 
         Args:
             prompts: token ids of each prompt, at least one.
-            max_new_tokens: the limit of each continuation.
-            sampling: the settings by which tokens are drawn.
-            seed: the seed of the random keys.
             batch_size: the most prompts that are continued at once.
             stopped: indices of prompts that need no more tokens; the caller may add to it after each delta.
         """
@@ -112,89 +95,82 @@ class Generator:
         if not requests or not max_new_tokens:
             yield from (TokenDelta(request.prompt_index, [], "length") for request in requests)
             return
-        yield from Scheduler(self, requests, max_new_tokens, sampling, seed, batch_size, stopped).run()
+        yield from Scheduler(self, deque(requests), max_new_tokens, sampling, seed, batch_size, stopped).run()
 
 
+@dataclass
 class Scheduler:
     """Continuous batching: the slots of one batch, and the requests that wait for one.
 
-    Arguments are those of `Generator.__call__`.
+    The fields are the arguments of `Generator.__call__`.
     """
 
-    def __init__(
-        self,
-        generator: Generator,
-        requests: list[Request],
-        max_new_tokens: int,
-        sampling: Sampling,
-        seed: int,
-        batch_size: int,
-        stopped: Collection[int],
-    ):
-        self.generator = generator
-        self.waiting = deque(requests)
-        self.max_new_tokens = max_new_tokens
-        self.sampling = sampling
-        self.stopped = stopped
-        self.slots: list[Request | None] = [None] * next_power_of_two(min(batch_size, len(requests)))
-        longest = max(len(request.window) for request in requests)
-        needed = max(next_power_of_two(longest), round_up(longest + max_new_tokens))
-        self.capacity = min(needed, generator.context)
-        config, layout = generator.config, generator.layout
-        self.state = DecodeState(
-            empty_cache(config, len(self.slots), self.capacity, layout), self._seen_tokens(self.slots)
-        )
-        self.program = (config, layout, sampling, generator.weights, np.int32(seed))
+    generator: Generator
+    waiting: deque[Request]
+    max_new_tokens: int
+    sampling: Sampling
+    seed: int
+    batch_size: int
+    stopped: Collection[int]
+
+    def __post_init__(self) -> None:
+        self.slots: list[Request | None] = [None] * next_power_of_two(min(self.batch_size, len(self.waiting)))
+        longest = max(len(request.window) for request in self.waiting)
+        needed = max(next_power_of_two(longest), round_up(longest + self.max_new_tokens))
+        self.capacity = min(needed, self.generator.context)
+        config, layout = self.generator.config, self.generator.layout
+        cache = empty_cache(config, len(self.slots), self.capacity, layout)
+        self.state = DecodeState(cache, self._seen_tokens(self.slots))
+        self.model = SampledModel(config, layout, self.sampling, self.generator.weights, np.int32(self.seed))
 
     def run(self) -> Iterator[TokenDelta]:
         """Yields the tokens of all requests until the last has ended."""
+        eos_id, limit = np.int32(self.generator.eos_id), np.int32(self.max_new_tokens)
         while True:
             yield from self.admit()
             if not any(self.slots):
                 return
-            yield from self.collect(self.decode())
+            tokens_BN, self.state = decode_steps(self.model, _row_state(self.slots), self.state, eos_id, limit)
+            yield from self.collect(np.asarray(tokens_BN))
 
     def admit(self) -> Iterator[TokenDelta]:
         """Prefills free slots with waiting requests, and full ones with the newer half of their context."""
         for slot in range(len(self.slots)):
-            while self._needs_prefill(slot):
-                request = self.slots[slot] or self.waiting.popleft()
+            while request := self._to_prefill(slot):
                 self.slots[slot] = request
-                if request.cache_length:
-                    request.window = request.window[-max(self.generator.context // 2, 1) :]
                 yield from self._deliver(slot, self._prefill(request, slot))
 
-    def decode(self) -> np.ndarray:
-        """Runs decode steps in all slots; returns the token ids [B, N] that were drawn, or NO_TOKEN."""
-        eos_id, limit = np.int32(self.generator.eos_id), np.int32(self.max_new_tokens)
-        tokens_BN, self.state = decode_steps(*self.program, _row_state(self.slots), self.state, eos_id, limit)
-        return np.asarray(tokens_BN)
-
     def collect(self, tokens_BN: np.ndarray) -> Iterator[TokenDelta]:
-        """Yields the tokens of decode steps, and frees the slots of requests that have ended."""
+        """Yields the tokens [B, N] of decode steps, and frees the slots of requests that have ended."""
         for slot, tokens_N in enumerate(tokens_BN):
             request, tokens = self.slots[slot], tokens_N[tokens_N != NO_TOKEN].tolist()
             if request and tokens:
                 request.cache_length += len(tokens)
                 yield from self._deliver(slot, tokens)
 
-    def _needs_prefill(self, slot: int) -> bool:
+    def _to_prefill(self, slot: int) -> Request | None:
         request = self.slots[slot]
-        return bool(self.waiting) if request is None else request.cache_length == self.capacity
+        if request is None:
+            return self.waiting.popleft() if self.waiting else None
+        if request.cache_length < self.capacity:
+            return None
+        request.window = request.window[-max(self.generator.context // 2, 1) :]
+        return request
 
     def _prefill(self, request: Request, slot: int) -> list[int]:
         length = request.cache_length = len(request.window)
         T = min(next_power_of_two(length), self.generator.context)
         tokens_1T = np.array([request.window + [0] * (T - length)], np.int32)
-        token_1, row = prefill(*self.program, _row_state([request]), tokens_1T, self._seen_tokens([request]))
+        token_1, row = prefill(self.model, _row_state([request]), tokens_1T, self._seen_tokens([request]))
         self.state = insert_row(self.state, row, slot)
-        tokens: list[int] = np.asarray(token_1).tolist()
-        return tokens
+        return np.asarray(token_1).tolist()
 
     def _deliver(self, slot: int, tokens: list[int]) -> Iterator[TokenDelta]:
         request = self.slots[slot]
         assert request is not None
-        request.append(tokens)
+        request.tokens += tokens
+        request.window += tokens
+        request.num_drawn += len(tokens)
         ended = "length" if request.num_drawn == self.max_new_tokens else None
         if tokens[-1] == self.generator.eos_id:
             tokens, ended = tokens[:-1], "eos"

@@ -1,14 +1,14 @@
 """The compiled programs of generation: prefill, insertion of a row, and decode steps."""
 
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from model.attention import Cache
 from model.config import ResolvedModelConfig
-from model.generation.decoder import CachedDecoder, empty_cache
+from model.generation.decoder import Cache, CachedDecoder, empty_cache
 from model.generation.sampling import Sampling, sample
 from model.sharding import Layout
 
@@ -18,13 +18,27 @@ STEPS_PER_CALL = 8
 NO_TOKEN = -1
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SampledModel:
+    """A model and the way in which its tokens are drawn, as all programs take them.
+
+    Attributes:
+        weights: the arrays of `decoding_weights`.
+    """
+
+    config: ResolvedModelConfig = field(metadata={"static": True})
+    layout: Layout = field(metadata={"static": True})
+    sampling: Sampling = field(metadata={"static": True})
+    weights: Any
+    seed: Any
+
+
 class RowState(NamedTuple):
     """The progress of each row, int32 [B] each.
 
     Attributes:
         token: the newest token, which the cache doesn't hold yet, or NO_TOKEN in a row that is empty or has ended.
-        cache_length: positions that the cache holds.
-        prompt_index: the number of the row's prompt, from 0.
     """
 
     token: Any
@@ -37,7 +51,6 @@ class DecodeState(NamedTuple):
     """The arrays that stay on the devices between calls.
 
     Attributes:
-        cache: each layer's keys and values.
         seen_BV: True for tokens of a row's prompt or continuation; None without a repetition penalty.
     """
 
@@ -45,35 +58,25 @@ class DecodeState(NamedTuple):
     seen_BV: jax.Array | None
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@jax.jit
 def prefill(
-    config: ResolvedModelConfig,
-    layout: Layout,
-    sampling: Sampling,
-    weights: Any,
-    seed: jax.Array,
-    row: RowState,
-    tokens_1T: jax.Array,
-    seen_1V: jax.Array | None,
+    model: SampledModel, row: RowState, tokens_1T: jax.Array, seen_1V: jax.Array | None
 ) -> tuple[jax.Array, DecodeState]:
     """Reads one row's tokens from position 0 on, and draws the next.
 
     Args:
-        weights: the arrays of `decoding_weights`.
-        seed: shared by all rows.
         row: the row's state after these tokens.
         tokens_1T: int32 ids; those behind the first `row.cache_length` are padding, which later tokens overwrite.
-        seen_1V: see `DecodeState`.
 
     Returns:
         The token [1], and the row's state, with a cache of T positions.
     """
-    decoder = CachedDecoder(config, weights, layout)
-    T = tokens_1T.shape[1]
-    x_1TD, cache = decoder(tokens_1T, jnp.zeros(1, jnp.int32), empty_cache(config, 1, T, layout))
+    decoder = CachedDecoder(model.config, model.weights, model.layout)
+    empty = empty_cache(model.config, 1, tokens_1T.shape[1], model.layout)
+    x_1TD, cache = decoder(tokens_1T, jnp.zeros(1, jnp.int32), empty)
     x_11D = jax.lax.dynamic_slice_in_dim(x_1TD, row.cache_length[0] - 1, 1, axis=1)
-    seen_1V = None if seen_1V is None else layout.reshard(seen_1V, "batch", None)
-    token_1 = sample_next(decoder, x_11D, row, seed, sampling, seen_1V)
+    seen_1V = None if seen_1V is None else model.layout.reshard(seen_1V, "batch", None)
+    token_1 = sample_next(model, decoder, x_11D, row, seen_1V)
     return token_1, DecodeState(cache, mark_seen(seen_1V, token_1))
 
 
@@ -83,27 +86,18 @@ def insert_row(state: DecodeState, row: DecodeState, slot: jax.Array) -> DecodeS
     return jax.tree.map(lambda all, one: jax.lax.dynamic_update_slice_in_dim(all, one, slot, axis=0), state, row)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=6)
+@partial(jax.jit, donate_argnums=2)
 def decode_steps(
-    config: ResolvedModelConfig,
-    layout: Layout,
-    sampling: Sampling,
-    weights: Any,
-    seed: jax.Array,
-    rows: RowState,
-    state: DecodeState,
-    eos_id: jax.Array,
-    max_new_tokens: jax.Array,
+    model: SampledModel, rows: RowState, state: DecodeState, eos_id: jax.Array, max_new_tokens: jax.Array
 ) -> tuple[jax.Array, DecodeState]:
     """Draws up to STEPS_PER_CALL tokens in each row, until it ends or its part of the cache is full.
 
-    A row ends with `eos_id`, or when it has drawn `max_new_tokens`. The first five arguments are those of `prefill`;
-    `state` is donated.
+    A row ends with `eos_id`, or when it has drawn `max_new_tokens`. `state` is donated.
 
     Returns:
         Token ids [B, STEPS_PER_CALL], NO_TOKEN where a row has drawn none, and the state.
     """
-    decoder = CachedDecoder(config, weights, layout)
+    decoder = CachedDecoder(model.config, model.weights, model.layout)
     S = state.cache[0]["key"].shape[2]
     is_active = lambda rows: (rows.token != NO_TOKEN) & (rows.cache_length < S)
 
@@ -111,7 +105,7 @@ def decode_steps(
         i, rows, state, tokens_BN = carry
         active_B = is_active(rows)
         x_B1D, cache = decoder(jnp.where(active_B, rows.token, 0)[:, None], rows.cache_length, state.cache)
-        token_B = jnp.where(active_B, sample_next(decoder, x_B1D, rows, seed, sampling, state.seen_BV), NO_TOKEN)
+        token_B = jnp.where(active_B, sample_next(model, decoder, x_B1D, rows, state.seen_BV), NO_TOKEN)
         num_drawn_B = rows.num_drawn + active_B
         ended_B = (token_B == eos_id) | (num_drawn_B >= max_new_tokens)
         next_B = jnp.where(active_B, jnp.where(ended_B, NO_TOKEN, token_B), rows.token)
@@ -129,20 +123,13 @@ def decode_steps(
 
 
 def sample_next(
-    decoder: CachedDecoder,
-    x_BTD: jax.Array,
-    rows: RowState,
-    seed: jax.Array,
-    sampling: Sampling,
-    seen_BV: jax.Array | None,
+    model: SampledModel, decoder: CachedDecoder, x_B1D: jax.Array, rows: RowState, seen_BV: jax.Array | None
 ) -> jax.Array:
-    """Draws each row's token after the last position of x, [B], with a key from seed, prompt and tokens drawn."""
-    logits_BTV = decoder.layout.reshard(decoder.logits(x_BTD[:, -1:]), "batch", None, None)
-    key = jax.random.key(seed)
-    keys_B = jax.vmap(lambda prompt, drawn: jax.random.fold_in(jax.random.fold_in(key, prompt), drawn))(
-        rows.prompt_index, rows.num_drawn
-    )
-    return sample(logits_BTV[:, 0], keys_B, sampling, seen_BV)
+    """Draws each row's token after the position of x, [B], with a key from seed, prompt and tokens drawn."""
+    logits_B1V = model.layout.reshard(decoder.logits(x_B1D), "batch", None, None)
+    prompt_keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(model.seed), rows.prompt_index)
+    keys_B = jax.vmap(jax.random.fold_in)(prompt_keys_B, rows.num_drawn)
+    return sample(logits_B1V[:, 0], keys_B, model.sampling, seen_BV)
 
 
 def mark_seen(seen_BV: jax.Array | None, token_B: jax.Array) -> jax.Array | None:

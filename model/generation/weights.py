@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from model.backend import platform
 from model.config import ResolvedModelConfig
-from model.parameters import parameter_table
-from model.trees import flattened, nested
+from model.parameters import Parameter, parameter_table
+from model.trees import nested
 
 
 @partial(jax.jit, static_argnums=0)
@@ -20,20 +20,17 @@ def decoding_weights(config: ResolvedModelConfig, weights: Mapping[str, Any]) ->
     "blocks" is a list with the arrays of each layer, so that no decode step slices them out of a stack. On CPUs the
     contracted axes of each matrix come last: see `model.cpu.column_product`.
     """
-    table = parameter_table(config)
+    table = nested(parameter_table(config))
     on_cpu = platform() == "cpu"
 
-    def convert(name: str, array: jax.Array) -> jax.Array:
-        parameter = table[name]
+    def convert(parameter: Parameter, array: jax.Array) -> jax.Array:
         if on_cpu and parameter.role in ("matrix", "unembedding"):
             axes = [axis for axis in parameter.axes if axis != "layers"]
             array = jnp.transpose(array, sorted(range(len(axes)), key=lambda i: axes[i] in parameter.fan_in))
         return array if parameter.role == "norm" else array.astype(config.compute_dtype)
 
-    stacked = flattened(weights["blocks"])
-    others = flattened({name: branch for name, branch in weights.items() if name != "blocks"})
-    blocks = [
-        nested({name: convert(f"blocks.{name}", array[layer]) for name, array in stacked.items()})
-        for layer in range(config.num_layers)
-    ]
-    return nested({name: convert(name, array) for name, array in others.items()}) | {"blocks": blocks}
+    def layer(i: int) -> dict[str, Any]:
+        return jax.tree.map(lambda parameter, array: convert(parameter, array[i]), table["blocks"], weights["blocks"])
+
+    others = {name: jax.tree.map(convert, table[name], weights[name]) for name in weights if name != "blocks"}
+    return others | {"blocks": [layer(i) for i in range(config.num_layers)]}

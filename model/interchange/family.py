@@ -14,10 +14,8 @@ class Family:
     """One class of Transformers.
 
     Attributes:
-        model_type: the class's `model_type` in config.json.
         architecture: name of the class in Transformers.
         prefix: first word of all tensor names except the unembedding's.
-        keys: config keys that correspond to a field of ours.
         tensors: all tensors that its files may have, in their order.
         context: config key for the number of positions that it sees at once.
         choices: values that a field can have, by field; a field that is missing here can have any.
@@ -56,7 +54,7 @@ class Family:
         changes = dict(self.always)
         if changes.get("position", config.position) != config.position:
             changes["max_positions"] = context
-        if config.scale_embeddings and self.choices["scale_embeddings"] != (True,):
+        if config.scale_embeddings and self.choices.get("scale_embeddings") != (True,):
             # The factor is folded into the table, which can then not be the unembedding.
             changes |= {"scale_embeddings": False, "tie_embeddings": False}
         return replace(config, **changes)

@@ -4,12 +4,12 @@ Its w is our scale minus one, which loses the last bits of values below 0.5: les
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from model.config import ResolvedModelConfig
 from model.interchange import llama
 from model.interchange.config_keys import ALIASES
-from model.interchange.family import Family
 
 # In its files "gelu" also means the approximation, so the exact activation has no name.
 ACTIVATIONS = {name: hf_name for name, hf_name in llama.ACTIVATIONS.items() if name != "gelu"}
@@ -22,10 +22,7 @@ OLDER_KEY = ACTIVATION._replace(key="hidden_activation")
 
 def gemma_to_huggingface(config: ResolvedModelConfig) -> dict[str, Any]:
     """Returns the activation under both names, and no padding token, which would otherwise be the first token."""
-    return llama.rope_keys(config) | {
-        OLDER_KEY.key: OLDER_KEY.write(config.activation),
-        "pad_token_id": None,
-    }
+    return llama.rope_keys(config) | {OLDER_KEY.key: OLDER_KEY.write(config.activation), "pad_token_id": None}
 
 
 def gemma_from_huggingface(hf_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,25 +32,25 @@ def gemma_from_huggingface(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     return llama.rope_from_huggingface(hf_config)
 
 
-GEMMA = Family(
+GEMMA = replace(
+    llama.LLAMA,
     model_type="gemma",
     architecture="GemmaForCausalLM",
-    prefix="model.",
     keys=(
         *llama.SIZES,
         llama.KV_HEADS._replace(default=16),
         llama.HEAD_DIM._replace(default=256),
         ACTIVATION,
-        llama.TIE_EMBEDDINGS._replace(default=True),
+        llama.TIED._replace(default=True),
         llama.ATTENTION_BIAS,
     ),
     tensors=tuple(
         tensor._replace(offset=1.0) if tensor.name.endswith("norm.weight") else tensor for tensor in llama.TENSORS
     ),
     context=llama.CONTEXT._replace(default=8192),
-    choices=llama.CHOICES | llama.NO_FEEDFORWARD_BIAS | llama.NO_WINDOW | {"scale_embeddings": (True,)},
+    choices={**llama.LLAMA.choices, **llama.NO_FEEDFORWARD_BIAS, "scale_embeddings": (True,)},
+    limits={},
     required={"use_bidirectional_attention": False},
     extra_keys=gemma_to_huggingface,
     extra_fields=gemma_from_huggingface,
-    ignored=llama.FREQUENCY_SUFFIXES,
 )

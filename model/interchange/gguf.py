@@ -15,16 +15,13 @@ from model.interchange.huggingface import Interchange
 from model.interchange.tensors import ParameterReader
 from model.position import frequencies
 
-NO_LLAMA3 = ("none", "linear", "yarn")
-# llama.cpp does not read these from a file.
-YARN = {"rope_high_turns": (32.0,), "rope_low_turns": (1.0,)}
+NO_BIAS_NO_LLAMA3 = {"attention_bias": (False,), "rope_scaling": ("none", "linear", "yarn")}
 
 
 class Architecture(NamedTuple):
     """An architecture of llama.cpp.
 
     Attributes:
-        name: name as in `general.architecture`.
         choices: values that it computes, by field; other fields follow from the Transformers class.
         interleaved: true if components that are rotated together are adjacent.
         norm_offset: number that is added to norm weights on export: where Transformers computes with 1 + w, llama.cpp
@@ -42,21 +39,12 @@ LLAMA = Architecture("llama", {"activation": ("silu",)}, interleaved=True)
 ARCHITECTURES = {
     "llama": LLAMA,
     "mistral": LLAMA,
-    "qwen3": Architecture(
-        "qwen3", {"activation": ("silu",), "attention_bias": (False,), "rope_scaling": NO_LLAMA3}
-    ),
+    "qwen3": Architecture("qwen3", {"activation": ("silu",)} | NO_BIAS_NO_LLAMA3),
     "gemma": Architecture(
-        "gemma",
-        {
-            "activation": ("gelu_tanh",),
-            "attention_bias": (False,),
-            "tie_embeddings": (True,),
-            "rope_scaling": NO_LLAMA3,
-        },
-        norm_offset=1.0,
+        "gemma", {"activation": ("gelu_tanh",), "tie_embeddings": (True,)} | NO_BIAS_NO_LLAMA3, norm_offset=1.0
     ),
     "gpt2": Architecture("gpt2", {"activation": ("gelu_tanh",)}),
-}  # fmt: skip
+}
 
 # GGUF names by those of Transformers: modules outside the layers, and modules of each layer.
 GLOBAL_NAMES = {
@@ -95,13 +83,7 @@ FLOAT32_TENSORS = ("position_embd.weight", ROPE_FREQUENCIES)
 
 
 class GGUFExport:
-    """A model as an architecture of llama.cpp.
-
-    Attributes:
-        architecture: the architecture that computes the model.
-
-    Args:
-        model: the model in Transformers, from which names and layouts follow.
+    """A model as an `architecture` of llama.cpp, in names and layouts that follow from those in Transformers.
 
     Raises:
         ValueError: no architecture has all of the model's choices; the message names those that are missing.
@@ -114,17 +96,18 @@ class GGUFExport:
         if model_type not in ARCHITECTURES:
             raise ValueError(f"llama.cpp has no model.norm_placement = {config.norm_placement}")
         self.architecture = ARCHITECTURES[model_type]
-        choices = {**self.architecture.choices, **(YARN if config.rope_scaling == "yarn" else {})}
-        missing = [
-            f"model.{name} = {getattr(config, name)}"
-            for name, values in choices.items()
-            if getattr(config, name) not in values
-        ]
+        self._has_rope_divisors = config.rope_scaling == "llama3"
+        choices = {**self.architecture.choices}
+        if config.rope_scaling == "yarn":
+            # llama.cpp does not read these from a file.
+            choices |= {"rope_high_turns": (32.0,), "rope_low_turns": (1.0,)}
+        missing = [name for name, values in choices.items() if getattr(config, name) not in values]
         # A window as long as the context hides nothing.
         if config.sliding_window and config.sliding_window < model.context:
-            missing.append(f"model.sliding_window = {config.sliding_window}")
+            missing.append("sliding_window")
         if missing:
-            raise ValueError(f"llama.cpp's {self.architecture.name} has no {', no '.join(missing)}")
+            settings = ", no ".join(f"model.{name} = {getattr(config, name)}" for name in missing)
+            raise ValueError(f"llama.cpp's {self.architecture.name} has no {settings}")
 
     def metadata(self) -> dict[str, Any]:
         """Returns the settings of the architecture, by the names after its own."""
@@ -156,7 +139,7 @@ class GGUFExport:
             gguf_name(name): shape[::-1] if TRANSPOSED.fullmatch(name) else shape
             for name, shape in self.model.shapes.items()
         }
-        return shapes | ({ROPE_FREQUENCIES: (self.config.head_dim // 2,)} if self._divides_frequencies else {})
+        return shapes | ({ROPE_FREQUENCIES: (self.config.head_dim // 2,)} if self._has_rope_divisors else {})
 
     def tensors(self, read: ParameterReader) -> Iterator[tuple[str, np.ndarray]]:
         """Yields (name, float32 array) for each tensor: [outputs, inputs], a vector or a table."""
@@ -171,12 +154,8 @@ class GGUFExport:
             if self.architecture.norm_offset and name.endswith("norm.weight"):
                 array = array + np.float32(self.architecture.norm_offset)
             yield gguf_name(name), np.ascontiguousarray(array)
-        if self._divides_frequencies:
+        if self._has_rope_divisors:
             yield ROPE_FREQUENCIES, rope_divisors(self.config)
-
-    @property
-    def _divides_frequencies(self) -> bool:
-        return self.config.rope_scaling == "llama3"
 
 
 def gguf_name(hf_name: str) -> str:
@@ -189,8 +168,7 @@ def gguf_name(hf_name: str) -> str:
 
 def interleave_pairs(array: np.ndarray, heads: int) -> np.ndarray:
     """Reorders rows [H · C, ...] with pairs (i, i + C/2) into adjacent pairs (2i, 2i + 1)."""
-    halves = array.reshape(heads, 2, -1, *array.shape[1:])
-    return halves.swapaxes(1, 2).reshape(array.shape)
+    return array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
 
 
 def rope_divisors(config: ResolvedModelConfig) -> np.ndarray:

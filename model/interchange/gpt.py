@@ -3,17 +3,9 @@
 GPT-2 (Radford et al. 2019) is pre-norm; the first (Radford et al. 2018) is post-norm, as Vaswani et al. 2017.
 """
 
-from typing import Any
+from dataclasses import replace
 
-from model.interchange.config_keys import (
-    ALIASES,
-    ConfigKey,
-    parse_flag,
-    parse_integer,
-    parse_name,
-    parse_number,
-    parse_optional_integer,
-)
+from model.interchange.config_keys import ALIASES, ConfigKey
 from model.interchange.family import Family
 from model.interchange.tensors import Tensor, same_layout, torch_linear
 
@@ -21,33 +13,16 @@ from model.interchange.tensors import Tensor, same_layout, torch_linear
 GPT2_ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu", "silu": "silu"}
 GPT1_ACTIVATIONS = {"gelu_tanh": "gelu", "relu": "relu", "silu": "silu"}
 SIZES = (
-    ConfigKey("vocab_size", "vocab_size", parse_integer),
-    ConfigKey("n_embd", "model_dim", parse_integer),
-    ConfigKey("n_layer", "num_layers", parse_integer),
-    ConfigKey("n_head", "num_heads", parse_integer),
-    ConfigKey("layer_norm_epsilon", "norm_epsilon", parse_number, 1e-5),
-    ConfigKey("embd_pdrop", "embedding_dropout", parse_number, 0.1),
-    ConfigKey("attn_pdrop", "attention_dropout", parse_number, 0.1),
-    ConfigKey("resid_pdrop", "residual_dropout", parse_number, 0.1),
-    ConfigKey("tie_word_embeddings", "tie_embeddings", parse_flag, True),
+    ConfigKey("vocab_size", "vocab_size", int),
+    ConfigKey("n_embd", "model_dim", int),
+    ConfigKey("n_layer", "num_layers", int),
+    ConfigKey("n_head", "num_heads", int),
+    ConfigKey("layer_norm_epsilon", "norm_epsilon", float, 1e-5),
+    ConfigKey("embd_pdrop", "embedding_dropout", float, 0.1),
+    ConfigKey("attn_pdrop", "attention_dropout", float, 0.1),
+    ConfigKey("resid_pdrop", "residual_dropout", float, 0.1),
+    ConfigKey("tie_word_embeddings", "tie_embeddings", bool, True),
 )
-CONTEXT = ConfigKey("n_positions", "max_positions", parse_integer, 1024)
-CHOICES: dict[str, tuple[Any, ...]] = {
-    "position": ("learned", "sinusoidal", "none"),
-    "norm": ("layernorm",),
-    "gated": (False,),
-    "scale_embeddings": (False, True),
-    "attention_softcap": (None,),
-    "qk_norm": (False,),
-    "sliding_window": (None,),
-}
-LIMITS = {
-    "num_kv_heads": lambda config: config.num_kv_heads == config.num_heads,
-    "head_dim": lambda config: config.head_dim * config.num_heads == config.model_dim,
-}
-ALWAYS = {"position": "learned", "attention_bias": True, "feedforward_bias": True}
-# Older files hold masks with the weights.
-MASK_SUFFIXES = (".attn.bias", ".attn.masked_bias")
 
 
 def tensors(token_table: str, position_table: str) -> tuple[Tensor, ...]:
@@ -83,26 +58,37 @@ GPT2 = Family(
     keys=(
         *SIZES,
         # Null means four times the model width, as in our config.
-        ConfigKey("n_inner", "feedforward_dim", parse_optional_integer),
-        ConfigKey("activation_function", "activation", parse_name, "gelu_new", GPT2_ACTIVATIONS, ALIASES),
+        ConfigKey("n_inner", "feedforward_dim", int | None),
+        ConfigKey("activation_function", "activation", str, "gelu_new", GPT2_ACTIVATIONS, ALIASES),
     ),
     tensors=tensors("wte", "wpe"),
-    context=CONTEXT,
-    choices=CHOICES | {"norm_placement": ("pre",)},
-    limits=LIMITS,
-    always=ALWAYS,
+    context=ConfigKey("n_positions", "max_positions", int, 1024),
+    choices={
+        "position": ("learned", "sinusoidal", "none"),
+        "norm": ("layernorm",),
+        "norm_placement": ("pre",),
+        "gated": (False,),
+        "attention_softcap": (None,),
+        "qk_norm": (False,),
+        "sliding_window": (None,),
+    },
+    limits={
+        "num_kv_heads": lambda config: config.num_kv_heads == config.num_heads,
+        "head_dim": lambda config: config.head_dim * config.num_heads == config.model_dim,
+    },
+    always={"position": "learned", "attention_bias": True, "feedforward_bias": True},
     required={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
-    ignored=MASK_SUFFIXES,
+    # Older files hold masks with the weights.
+    ignored=(".attn.bias", ".attn.masked_bias"),
 )
-GPT1 = Family(
+GPT1 = replace(
+    GPT2,
     model_type="openai-gpt",
     architecture="OpenAIGPTLMHeadModel",
-    prefix="transformer.",
-    keys=(*SIZES, ConfigKey("afn", "activation", parse_name, "gelu", GPT1_ACTIVATIONS, {"swish": "silu"})),
+    keys=(*SIZES, ConfigKey("afn", "activation", str, "gelu", GPT1_ACTIVATIONS, {"swish": "silu"})),
     tensors=tensors("tokens_embed", "positions_embed"),
-    context=CONTEXT._replace(default=512),
-    choices=CHOICES | {"norm_placement": ("post",)},
-    limits=LIMITS | {"feedforward_dim": lambda config: config.feedforward_dim == 4 * config.model_dim},
-    always=ALWAYS,
-    ignored=MASK_SUFFIXES,
+    context=GPT2.context._replace(default=512),
+    choices={**GPT2.choices, "norm_placement": ("post",)},
+    limits={**GPT2.limits, "feedforward_dim": lambda config: config.feedforward_dim == 4 * config.model_dim},
+    required={},
 )

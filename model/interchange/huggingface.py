@@ -45,16 +45,9 @@ class Interchange:
     """A model and its class of Transformers: exports its config and tensors, checks and imports others.
 
     Attributes:
-        family: the class of Transformers.
+        context: number of positions that the model was trained on at once.
         widened: the config with everything that the class always has.
         num_positions: number of positions that config.json gives the model.
-        tensor_map: names and layouts of the widened model's tensors.
-
-    Args:
-        context: number of positions that the model was trained on at once.
-
-    Raises:
-        ValueError: as `family_of`.
     """
 
     def __init__(self, config: ResolvedModelConfig, context: int):
@@ -71,7 +64,13 @@ class Interchange:
     @classmethod
     def from_config(cls, hf_config: Mapping[str, Any]) -> "Interchange":
         """Makes the model of a config.json. ValueError names what this decoder does not have."""
-        family = _family_named(hf_config)
+        if not isinstance(hf_config, Mapping):
+            raise ValueError("config.json holds no settings")
+        architectures = hf_config.get("architectures")
+        family = next((family for family in FAMILIES if [family.architecture] == architectures), None)
+        if family is None:
+            readable = ", ".join(family.architecture for family in FAMILIES)
+            raise ValueError(f"architectures is {architectures}; what can be read is {readable}")
         config = _import_config(family, hf_config)
         context = family.context.read(hf_config)
         if context < 1:
@@ -106,8 +105,7 @@ class Interchange:
     def export_tensors(self, read: ParameterReader) -> Iterator[tuple[str, np.ndarray]]:
         """Yields (name, array) for every tensor: the tables, then layer by layer, then the tensors after the layers.
 
-        Args:
-            read: returns our parameters; each layer of each is read once, when it is needed.
+        Each layer of each parameter is read once, when it is needed.
         """
 
         def widened(name: str, layer: int | None) -> np.ndarray:
@@ -165,9 +163,8 @@ class Interchange:
             scaled = self.tensor_map.read("unembedding.matrix", None, read).T * self._embedding_scale
             same = np.allclose(table(), scaled, rtol=BFLOAT16_RTOL, atol=0)
         if not same or not self._holds_fillings(read):
-            raise ValueError(
-                f"{OWN_KEY} in the config is {self.own_fields}, which the weights are not; leave it out there"
-            )
+            own = self.own_fields
+            raise ValueError(f"{OWN_KEY} in the config is {own}, which the weights are not; leave it out there")
 
     def _holds_fillings(self, read: TensorReader) -> bool:
         parameters = self.tensor_map.parameters
@@ -186,17 +183,6 @@ class Interchange:
         if name == "position.table" and self.config.position == "sinusoidal":
             return np.asarray(sinusoids(jnp.arange(shape[0])[None], shape[1]))[0]
         return np.zeros(shape, np.float32)
-
-
-def _family_named(hf_config: Mapping[str, Any]) -> Family:
-    if not isinstance(hf_config, Mapping):
-        raise ValueError("config.json holds no settings")
-    architectures = hf_config.get("architectures")
-    for family in FAMILIES:
-        if architectures == [family.architecture]:
-            return family
-    readable = ", ".join(family.architecture for family in FAMILIES)
-    raise ValueError(f"architectures is {architectures}; what can be read is {readable}")
 
 
 def _import_config(family: Family, hf_config: Mapping[str, Any]) -> ResolvedModelConfig:

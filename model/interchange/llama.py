@@ -1,40 +1,34 @@
 """Llama and its relatives in Transformers, Mistral and Qwen3: rotary positions, RMSNorm, a gated feed-forward."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from model.config import ResolvedModelConfig
-from model.interchange.config_keys import (
-    ALIASES,
-    ConfigKey,
-    parse_flag,
-    parse_integer,
-    parse_name,
-    parse_number,
-    parse_optional_integer,
-)
+from model.interchange.config_keys import ALIASES, ConfigKey, parse
 from model.interchange.family import Family
 from model.interchange.rope import rope_from_huggingface, rope_to_huggingface
 from model.interchange.tensors import same_layout, torch_linear
 
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
 SIZES = (
-    ConfigKey("vocab_size", "vocab_size", parse_integer),
-    ConfigKey("hidden_size", "model_dim", parse_integer),
-    ConfigKey("intermediate_size", "feedforward_dim", parse_integer),
-    ConfigKey("num_hidden_layers", "num_layers", parse_integer),
-    ConfigKey("num_attention_heads", "num_heads", parse_integer),
-    ConfigKey("rms_norm_eps", "norm_epsilon", parse_number, 1e-6),
-    ConfigKey("attention_dropout", "attention_dropout", parse_number, 0.0),
+    ConfigKey("vocab_size", "vocab_size", int),
+    ConfigKey("hidden_size", "model_dim", int),
+    ConfigKey("intermediate_size", "feedforward_dim", int),
+    ConfigKey("num_hidden_layers", "num_layers", int),
+    ConfigKey("num_attention_heads", "num_heads", int),
+    ConfigKey("rms_norm_eps", "norm_epsilon", float, 1e-6),
+    ConfigKey("attention_dropout", "attention_dropout", float, 0.0),
 )
 # Null means the number of query heads.
-KV_HEADS = ConfigKey("num_key_value_heads", "num_kv_heads", parse_optional_integer)
-HEAD_DIM = ConfigKey("head_dim", "head_dim", parse_optional_integer)
-ACTIVATION = ConfigKey("hidden_act", "activation", parse_name, "silu", ACTIVATIONS, ALIASES)
-TIE_EMBEDDINGS = ConfigKey("tie_word_embeddings", "tie_embeddings", parse_flag, False)
-ATTENTION_BIAS = ConfigKey("attention_bias", "attention_bias", parse_flag, False)
-WINDOW = ConfigKey("sliding_window", "sliding_window", parse_optional_integer, 4096)
-CONTEXT = ConfigKey("max_position_embeddings", "max_positions", parse_integer, 2048)
+KV_HEADS = ConfigKey("num_key_value_heads", "num_kv_heads", int | None)
+HEAD_DIM = ConfigKey("head_dim", "head_dim", int | None)
+ACTIVATION = ConfigKey("hidden_act", "activation", str, "silu", ACTIVATIONS, ALIASES)
+TIED = ConfigKey("tie_word_embeddings", "tie_embeddings", bool, False)
+ATTENTION_BIAS = ConfigKey("attention_bias", "attention_bias", bool, False)
+FEEDFORWARD_BIAS = ConfigKey("mlp_bias", "feedforward_bias", bool, False)
+WINDOW = ConfigKey("sliding_window", "sliding_window", int | None, 4096)
+CONTEXT = ConfigKey("max_position_embeddings", "max_positions", int, 2048)
 
 # Our parameter by the name of a layer's linear map.
 PROJECTIONS = {
@@ -64,13 +58,10 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "norm": ("rmsnorm",),
     "norm_placement": ("pre",),
     "gated": (True,),
-    "scale_embeddings": (False, True),
     "attention_softcap": (None,),
     "qk_norm": (False,),
 }
 NO_FEEDFORWARD_BIAS = {"feedforward_bias": (False,)}
-NO_WINDOW = {"sliding_window": (None,)}
-FREQUENCY_SUFFIXES = ("rotary_emb.inv_freq",)
 
 
 def rope_keys(config: ResolvedModelConfig) -> dict[str, Any]:
@@ -88,9 +79,9 @@ def qwen3_to_huggingface(config: ResolvedModelConfig) -> dict[str, Any]:
 
 def qwen3_from_huggingface(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns rotary fields. ValueError if only some layers have a window."""
-    windowed = parse_flag(hf_config, "use_sliding_window", False)
-    first = parse_integer(hf_config, "max_window_layers", 28)
-    layers = parse_integer(hf_config, "num_hidden_layers")
+    windowed = parse(hf_config, "use_sliding_window", bool, False)
+    first = parse(hf_config, "max_window_layers", int, 28)
+    layers = parse(hf_config, "num_hidden_layers", int)
     if hf_config.get("layer_types"):
         # This key wins, and all of its values are equal.
         first = 0 if hf_config["layer_types"][0] == "sliding_attention" else layers
@@ -104,43 +95,32 @@ LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
     prefix="model.",
-    keys=(
-        *SIZES, KV_HEADS, HEAD_DIM, ACTIVATION, TIE_EMBEDDINGS, ATTENTION_BIAS,
-        ConfigKey("mlp_bias", "feedforward_bias", parse_flag, False),
-    ),
+    keys=(*SIZES, KV_HEADS, HEAD_DIM, ACTIVATION, TIED, ATTENTION_BIAS, FEEDFORWARD_BIAS),
     tensors=TENSORS,
     context=CONTEXT,
-    choices=CHOICES | NO_WINDOW,
+    choices=CHOICES | {"sliding_window": (None,)},
     # The class checks this even if head_dim is given.
     limits={"num_heads": lambda config: config.model_dim % config.num_heads == 0},
     extra_keys=rope_keys,
     extra_fields=rope_from_huggingface,
-    ignored=FREQUENCY_SUFFIXES,
-)  # fmt: skip
-MISTRAL = Family(
+    ignored=("rotary_emb.inv_freq",),
+)
+MISTRAL = replace(
+    LLAMA,
     model_type="mistral",
     architecture="MistralForCausalLM",
-    prefix="model.",
-    keys=(*SIZES, KV_HEADS._replace(default=8), HEAD_DIM, ACTIVATION, TIE_EMBEDDINGS, WINDOW),
-    tensors=TENSORS,
+    keys=(*SIZES, KV_HEADS._replace(default=8), HEAD_DIM, ACTIVATION, TIED, WINDOW),
     context=CONTEXT._replace(default=131_072),
     choices=CHOICES | NO_FEEDFORWARD_BIAS | {"attention_bias": (False,)},
-    extra_keys=rope_keys,
-    extra_fields=rope_from_huggingface,
-    ignored=FREQUENCY_SUFFIXES,
+    limits={},
 )
-QWEN3 = Family(
+QWEN3 = replace(
+    MISTRAL,
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
-    prefix="model.",
-    keys=(
-        *SIZES, KV_HEADS._replace(default=32), HEAD_DIM._replace(default=128), ACTIVATION, TIE_EMBEDDINGS,
-        ATTENTION_BIAS,
-    ),
-    tensors=TENSORS,
+    keys=(*SIZES, KV_HEADS._replace(default=32), HEAD_DIM._replace(default=128), ACTIVATION, TIED, ATTENTION_BIAS),
     context=CONTEXT._replace(default=32_768),
     choices=CHOICES | NO_FEEDFORWARD_BIAS | {"qk_norm": (True,)},
     extra_keys=qwen3_to_huggingface,
     extra_fields=qwen3_from_huggingface,
-    ignored=FREQUENCY_SUFFIXES,
-)  # fmt: skip
+)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from model.config import HIGH_TURNS, ResolvedModelConfig
-from model.interchange.config_keys import parse_integer, parse_number
+from model.interchange.config_keys import parse
 
 # Transformers reads this key at the top level first.
 ORIGINAL_CONTEXT = "original_max_position_embeddings"
@@ -15,10 +15,7 @@ TURN_KEYS = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_s
 def rope_to_huggingface(config: ResolvedModelConfig) -> dict[str, Any]:
     """Returns the value of `rope_parameters`."""
     scaling = config.rope_scaling
-    rope: dict[str, Any] = {
-        "rope_type": "default" if scaling == "none" else scaling,
-        "rope_theta": config.rope_base,
-    }
+    rope: dict[str, Any] = {"rope_type": "default" if scaling == "none" else scaling, "rope_theta": config.rope_base}
     if scaling != "none":
         rope["factor"] = config.rope_factor
     if scaling in TURN_KEYS:
@@ -34,11 +31,9 @@ def rope_from_huggingface(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     rope = hf_config.get("rope_scaling") or hf_config.get("rope_parameters") or {}
     if not isinstance(rope, Mapping):
         raise ValueError(f"rope_parameters is {rope!r}; it must be a table of settings")
-    if parse_number(rope, "partial_rotary_factor", parse_number(hf_config, "partial_rotary_factor", 1.0)) != 1:
+    if parse(rope, "partial_rotary_factor", float, parse(hf_config, "partial_rotary_factor", float, 1.0)) != 1:
         raise ValueError("partial_rotary_factor: in this decoder all components of a head are turned")
-    fields: dict[str, Any] = {
-        "rope_base": parse_number(rope, "rope_theta", parse_number(hf_config, "rope_theta", 10_000.0))
-    }
+    fields = {"rope_base": parse(rope, "rope_theta", float, parse(hf_config, "rope_theta", float, 10_000.0))}
     # Older files call it "type".
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "linear", *TURN_KEYS):
@@ -49,11 +44,11 @@ def rope_from_huggingface(hf_config: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"rope_parameters.{others[0]}: this decoder has no such choice")
     if rope_type == "default":
         return fields
-    fields |= {"rope_scaling": rope_type, "rope_factor": parse_number(rope, "factor")}
+    fields |= {"rope_scaling": rope_type, "rope_factor": parse(rope, "factor", float)}
     if rope_type in TURN_KEYS:
         low, high = TURN_KEYS[rope_type]
         source = hf_config if hf_config.get(ORIGINAL_CONTEXT) else rope
-        fields["rope_original_context"] = parse_integer(source, ORIGINAL_CONTEXT)
-        fields["rope_low_turns"] = parse_number(rope, low, 1.0)
-        fields["rope_high_turns"] = parse_number(rope, high, HIGH_TURNS[rope_type])
+        fields["rope_original_context"] = parse(source, ORIGINAL_CONTEXT, int)
+        fields["rope_low_turns"] = parse(rope, low, float, 1.0)
+        fields["rope_high_turns"] = parse(rope, high, float, HIGH_TURNS[rope_type])
     return fields

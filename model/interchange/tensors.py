@@ -35,11 +35,6 @@ class Tensor(NamedTuple):
     transposed: bool = False
     offset: float = 0.0
 
-    @property
-    def stacked(self) -> bool:
-        """True if there is one for each layer."""
-        return "{layer}" in self.name
-
 
 def torch_linear(name: str, parameter: str) -> Tensor:
     """Describes the weight of a PyTorch Linear."""
@@ -71,12 +66,7 @@ def nested_weights(config: ResolvedModelConfig, read: ParameterReader) -> dict[s
 
 
 class TensorMap:
-    """The tensors of a model in the files of one family.
-
-    Args:
-        config: resolved settings of the widened model.
-        tensors: all tensors that the family may have, in the order of its files.
-    """
+    """The tensors of a widened model in the files of one family, of all `tensors` that the family may have."""
 
     def __init__(self, config: ResolvedModelConfig, tensors: tuple[Tensor, ...]):
         self.num_layers = config.num_layers
@@ -87,10 +77,10 @@ class TensorMap:
 
     def arrays(self) -> list[tuple[str, Tensor, int | None]]:
         """Returns (name, tensor, layer) of every array: those before the layers, then layer by layer, then the rest."""
-        stacked = [tensor for tensor in self.tensors if tensor.stacked]
+        stacked = [tensor for tensor in self.tensors if "{layer}" in tensor.name]
         first = self.tensors.index(stacked[0])
         layers = [(tensor.name.format(layer=i), tensor, i) for i in range(self.num_layers) for tensor in stacked]
-        single = [(tensor.name, tensor, None) for tensor in self.tensors if not tensor.stacked]
+        single = [(tensor.name, tensor, None) for tensor in self.tensors if tensor not in stacked]
         return [*single[:first], *layers, *single[first:]]
 
     def shape(self, tensor: Tensor) -> tuple[int, ...]:
@@ -104,8 +94,7 @@ class TensorMap:
         parts = []
         for name in tensor.parameters:
             parameter = self.parameters[name]
-            array = read(name, layer)
-            array = array[tuple(slice(self._size(axis, size)) for axis, size in _layer_axes(parameter).items())]
+            array = read(name, layer)[tuple(map(slice, self._sizes(parameter).values()))]
             parts.append(array.reshape(self._shape(parameter)))
         array = np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
         if tensor.offset:
@@ -124,22 +113,19 @@ class TensorMap:
         array = array[..., start : start + self._shape(parameter)[-1]].astype(np.float32)
         if tensor.offset:
             array = array + np.float32(tensor.offset)
-        axes = _layer_axes(parameter)
-        array = array.reshape([self._size(axis, size) for axis, size in axes.items()])
-        return np.pad(array, [(0, size - self._size(axis, size)) for axis, size in axes.items()])
+        sizes = self._sizes(parameter)
+        padding = [(0, parameter.axes[axis] - size) for axis, size in sizes.items()]
+        return np.pad(array.reshape(tuple(sizes.values())), padding)
 
     def _shape(self, parameter: Parameter) -> tuple[int, ...]:
         """Returns the shape of one layer as [inputs, outputs], a vector, or a table, without padding."""
-        sizes = {axis: self._size(axis, size) for axis, size in _layer_axes(parameter).items()}
+        sizes = self._sizes(parameter)
         if parameter.fan_in:
             inputs = math.prod(sizes[axis] for axis in parameter.fan_in)
             return inputs, math.prod(sizes.values()) // inputs
         return (math.prod(sizes.values()),) if parameter.role in CONSTANT else tuple(sizes.values())
 
-    def _size(self, axis: str, size: int) -> int:
-        return self._vocab_size if axis == "vocabulary" else size
-
-
-def _layer_axes(parameter: Parameter) -> Mapping[str, int]:
-    """Returns the axes of one layer of a parameter."""
-    return {axis: size for axis, size in parameter.axes.items() if axis != "layers"}
+    def _sizes(self, parameter: Parameter) -> dict[str, int]:
+        """Returns the axes of one layer, without padding."""
+        sizes = {axis: size for axis, size in parameter.axes.items() if axis != "layers"}
+        return sizes | ({"vocabulary": self._vocab_size} if "vocabulary" in sizes else {})

@@ -43,11 +43,10 @@ def test_the_module_projects_rotates_and_attends():
     x = jnp.array(np.random.default_rng(1).normal(size=(2, 7, config.model_dim)), jnp.float32)
     positions, segment_ids = jnp.tile(jnp.arange(7), (2, 1)), jnp.ones((2, 7), jnp.int32)
     angles, mask = rope_rotation(config, positions), causal_mask(segment_ids)
-    actual, aux = Attention(config, weights, UNSHARDED)(x, angles, attention_over(config, UNSHARDED, segment_ids))
+    actual = Attention(config, weights, UNSHARDED)(x, angles, attention_over(config, UNSHARDED, segment_ids))
     query, key, value = (jnp.einsum("btd,dhc->bhtc", x, weights[name]) for name in ("query", "key", "value"))
     mixed = attend(rotate(query, angles), rotate(key, angles), value, mask)
     np.testing.assert_allclose(actual, jnp.einsum("bhtc,hcd->btd", mixed, weights["output"]), atol=1e-6)
-    assert aux == {}
 
 
 def test_scores_and_softmax_are_float32_under_bfloat16():
@@ -63,13 +62,13 @@ def test_normed_queries_and_keys_have_the_length_of_their_scales():
     x = jnp.array(np.random.default_rng(1).normal(size=(2, 7, config.model_dim)), jnp.float32)
     attention = attention_over(config, UNSHARDED, jnp.ones((2, 7), jnp.int32))
     arguments = rope_rotation(config, jnp.tile(jnp.arange(7), (2, 1))), attention
-    once, _ = Attention(config, weights, UNSHARDED)(x, *arguments)
+    once = Attention(config, weights, UNSHARDED)(x, *arguments)
     # Longer queries and keys change nothing, longer scales do.
     for name in ("query", "key"):
         weights[name] = 10 * weights[name]
-    np.testing.assert_allclose(Attention(config, weights, UNSHARDED)(x, *arguments)[0], once, atol=1e-3)
+    np.testing.assert_allclose(Attention(config, weights, UNSHARDED)(x, *arguments), once, atol=1e-3)
     weights["query_norm"]["scale"] = 10 * weights["query_norm"]["scale"]
-    assert np.abs(Attention(config, weights, UNSHARDED)(x, *arguments)[0] - once).max() > 1e-2
+    assert np.abs(Attention(config, weights, UNSHARDED)(x, *arguments) - once).max() > 1e-2
 
 
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (2, None), (3, 1.5)])

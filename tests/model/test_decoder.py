@@ -168,6 +168,6 @@ def test_watch_gives_the_largest_logit_of_visible_keys_and_the_rms_of_each_layer
     attention = model.kernels.attention_over(config, UNSHARDED, arguments[2])
     for layer in range(2):
         block = Block(config, jax.tree.map(lambda w, i=layer: w[i], weights["blocks"]), UNSHARDED)
-        x, _ = block(x, rotation, attention, None, None, None)
+        x = block(x, rotation, attention, None)
         np.testing.assert_allclose(actual["residual_rms"][layer], np.sqrt(np.mean(np.square(x))), rtol=1e-5)
     np.testing.assert_allclose(actual["largest_logit"], logits, rtol=1e-5)

@@ -17,7 +17,7 @@ from train.devices.rules import TRAINING
     reason="XLA drops a reduction: see https://github.com/openxla/xla/issues/40034; JAX 0.12.0.1 does not",
 )
 def test_unreduced_arrays_may_move_between_shards_before_they_are_summed():
-    """Once JAX 0.10 is no longer supported, `model.embedding.Exchange.split` needs one reshard."""
+    """Once JAX 0.10 is no longer supported, `model.embedding.embedding_lookup` needs one reshard."""
     random = np.random.default_rng(0)
     a, b = random.normal(size=(8, 6)).astype(np.float32), random.normal(size=(8, 16)).astype(np.float32)
 
