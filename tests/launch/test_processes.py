@@ -104,4 +104,4 @@ def test_a_run_on_several_processes_and_moved_between_meshes_is_the_run_on_one_d
     assert_same_curve(on_devices(8, back_to(8, two, tmp_path / "shards")), one, first=9)
     same = on_devices(4, back_to(8, two, tmp_path / "same"), "--config.mesh.context=4")
     # The loss is a float32, whose last digit is as far as it may go: processes and devices sum in different orders.
-    assert metrics(same)[8]["loss"] == pytest.approx(metrics(two)[8]["loss"], rel=np.finfo(np.float32).eps)
+    assert metrics(same)[8]["loss"] == pytest.approx(metrics(two)[8]["loss"], rel=float(np.finfo(np.float32).eps))
