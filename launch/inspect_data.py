@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data.errors import InputError
 from data.tokenizer.folder import load_tokenizer
-from launch.arguments import add_json
+from launch.arguments import add_json, one_line
 from launch.columns import columns
 from launch.presets import add_config_arguments, load_config
 from train.run.run_name import split_name
@@ -37,7 +37,9 @@ class RunData(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `ziggurat inspect data`."""
-    parser.add_argument("run", metavar="RUN", nargs="?", help="a run's folder, or RUN@STEP; or give --config")
+    parser.add_argument(
+        "run", type=one_line, metavar="RUN", nargs="?", help="a run's folder, or RUN@STEP; or give --config"
+    )
     parser.add_argument("--step", type=int, metavar="N", help="the step whose batch is shown, from 1")
     parser.add_argument("--row", type=int, metavar="R", help="one row of the batch, from 0 [all]")
     parser.add_argument("--summary", action="store_true", help="show what the corpus holds, from a sample of it")

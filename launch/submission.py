@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.errors import InputError
+from data.files.atomic import atomic_file
+from launch.arguments import check_output
 from launch.commands import parse
 from launch.presets import load_config
 from train.config.config import Config
@@ -31,9 +33,11 @@ def check_command(command: Sequence[str], devices: int | None = None, slices: in
     return config
 
 
-def write_submission(text: str, output: str | None) -> None:
-    """Writes a script or manifest to a file, or to standard output."""
+def write_submission(text: str, output: Path | None, made_by: str) -> None:
+    """Writes a script or manifest, which has the line `made_by`, to standard output, or to a new file or one like it."""
     if output is None:
         print(text, end="")
-    else:
-        Path(output).write_text(text)
+        return
+    check_output(output, "--output", made_by, f"file that begins with the line {made_by}")
+    with atomic_file(output) as partial:
+        partial.write_text(text)

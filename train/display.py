@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.text import Text
 
 from data.mixture import Mixture, Source, corpus_field
+from data.printable import printable
 from model.kernels import choose_kernel
 from model.parameters import count_parameters
 from train.data_identity import RunInputs
@@ -88,7 +89,7 @@ class Display:
     def say(self, text: str) -> None:
         """Prints lines that stay."""
         if not self.quiet:
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Restores the terminal."""

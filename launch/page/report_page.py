@@ -14,7 +14,7 @@ from data.config import stages, weight_at
 from launch.page import history
 from launch.page.chart import BOTTOM, LEFT, MEASURES, RIGHT, TOP, Chart, make_chart, step_range, task_measures, thinned
 from launch.page.markup import Html, element, fragment, html_page
-from train.config.config import Config, config_fields, to_json
+from train.config.config import Config, config_fields, public, to_json
 from train.evaluation.documents import first_of_each_corpus
 from train.evaluation.held_out import gzip_bits_per_byte
 from train.run.events import read_events
@@ -39,7 +39,7 @@ Records = Sequence[Mapping[str, Any]]
 
 def make_page(run: Run) -> str:
     """Returns the whole page. Raises InputError where the folder is no run, or its config is damaged."""
-    config = run.load_config()
+    config = public(run.load_config())
     records = [record | dict(scalars({"tasks": record.get("tasks", {})})) for _, record in read_step_log(run.metrics)]
     events = read_events(run.events)
     now, beat = time.time(), 0.0

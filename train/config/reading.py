@@ -10,7 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from data.errors import InputError
+from data.printable import name_problem, text_problem
 from train.config.config import Config, config_fields
+
+# Fields that may hold any text; all other texts are names.
+TEXTS = ("train.on_event", "evaluation.prompt", "data.text_separator", "data.text_field", "data.prompt_field")
 
 
 def make_config(values: Mapping[str, Any], overrides: Mapping[str, str] | None = None) -> Config:
@@ -28,12 +32,12 @@ def make_config(values: Mapping[str, Any], overrides: Mapping[str, str] | None =
     kinds: dict[str, Any] = {group.name: group.type for group in dataclasses.fields(Config)}
     chosen: dict[str, dict[str, Any]] = {group: {} for group in kinds}
     from_preset: dict[str, Any] = {}
-    for group, fields in values.items():
+    for group, fields in ((str(group), fields) for group, fields in values.items()):
         if group not in chosen:
             problems.append(f"{group}: there is no such group{nearest(group, list(chosen))}")
         elif not isinstance(fields, Mapping):
             example = next(name for name in known if name.startswith(group + "."))
-            problems.append(f"{group} is {fields!r}; it must hold fields, as in {example}")
+            problems.append(f"{group} is {value_text(fields)}; it must hold fields, as in {example}")
         else:
             from_preset |= {f"{group}.{name}": value for name, value in fields.items()}
     for source, parse in ((from_preset, check_value), (overrides or {}, parse_text)):
@@ -45,7 +49,7 @@ def make_config(values: Mapping[str, Any], overrides: Mapping[str, str] | None =
             try:
                 chosen[group][field] = parse(value, types_of(known[name]))
             except ValueError as error:
-                problems.append(f"{name} is {value!r}; it must be {error}")
+                problems.append(f"{name} is {value_text(value)}; it must be {error}")
 
     config = Config(**{group: kind(**chosen[group]) for group, kind in kinds.items()})
     problems += config_problems(config)
@@ -60,12 +64,12 @@ def config_problems(config: Config) -> list[str]:
     groups = (c.model, c.data, c.tokenizer, c.mesh, c.train, c.checkpoint, c.recovery, c.evaluation)
     problems = [problem for group in groups for problem in group.problems()]
     problems += c.optimizer.problems(c.train.num_steps)
-    texts = {"train.run_dir": c.train.run_dir, "data.corpus": c.data.corpus, "evaluation.prompt": c.evaluation.prompt}
-    for name, value in texts.items():
-        try:
-            (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)).encode()
-        except UnicodeEncodeError:
-            problems.append(f"{name} is not valid UTF-8")
+    for group, name, _ in config_fields():
+        for value in _texts_in(getattr(getattr(c, group), name)):
+            field = f"{group}.{name}"
+            problem = text_problem(value) if field in TEXTS else name_problem(value)
+            if problem and not any(known.startswith((f"{field} ", f"{field}[")) for known in problems):
+                problems.append(f"{field} {problem}")
     if c.model.max_positions and c.model.max_positions < c.data.segment_length:
         problems.append(
             f"model.max_positions = {c.model.max_positions} is less than data.segment_length = "
@@ -82,12 +86,30 @@ def config_problems(config: Config) -> list[str]:
     return problems
 
 
+def value_text(value: Any) -> str:
+    """Returns a wrong value for a message, shortened; a value of a user's class may fail to show itself."""
+    try:
+        text = str(value) if isinstance(value, BaseException) else repr(value)
+    except Exception:
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
 def nearest(name: str, names: list[str]) -> str:
     """Returns "; did you mean ...?" with the nearest of some names, or an empty text if none is near."""
     matches = difflib.get_close_matches(name, sorted(set(names)), n=1, cutoff=0.6)
     if not matches and "." in name:
         matches = [known for known in sorted(set(names)) if known.endswith("." + name.rsplit(".", 1)[1])]
     return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def _texts_in(value: Any) -> list[str]:
+    """Returns a text, or all texts in a mapping or sequence."""
+    if isinstance(value, Mapping):
+        return [text for pair in value.items() for part in pair for text in _texts_in(part)]
+    if isinstance(value, list | tuple):
+        return [text for part in value for text in _texts_in(part)]
+    return [value] if isinstance(value, str) else []
 
 
 PAIR = tuple[int, int]
