@@ -7,9 +7,9 @@ import numpy as np
 
 from data import formats
 from data.corpus import Corpus, stable_hash
-from data.printable import without_credentials
 from data.files.ranges import READ_TOTALS
 from data.mixture import MixedStream, Mixture, corpus_field
+from data.printable import without_credentials
 from data.segmenter import DocumentPairs, SegmentPart, concatenate, make_pairs, pack
 from data.tokenizer.tokenizer import Tokenizer
 

@@ -27,15 +27,16 @@ def check_environment(environment: Mapping[str, str]) -> None:
         raise InputError(f"XLA_FLAGS={flags}: {fatal[0]}; correct it, or unset it")
 
 
-def environment_problem() -> tuple[int, str]:
-    """Returns the exit status and text of the error if JAX cannot start; (1, "") where it can."""
+def environment_problem(failure: BaseException) -> tuple[int, str]:
+    """Returns the exit status and text of a failure if JAX cannot start; (1, "") where it can."""
     given = [f"{name}={value}" for name, value in os.environ.items() if name.startswith("JAX_")]
     try:
         import jax
 
         jax.devices()
     except Exception as error:  # a plugin may fail in any way
-        reason = (str(error).splitlines() or ["a library of that platform is missing"])[0]
+        # The first failure says why: an import that has failed fails in another way when it is repeated.
+        reason = (f"{failure}\n{error}".strip().splitlines() or ["a library of that platform is missing"])[0]
         text = f"JAX cannot start with {' '.join(given) or 'the devices of this machine'}: {reason}"
         if isinstance(error, RuntimeError) and "known backends" not in reason:
             return 1, f"{text}; start again once its devices answer"

@@ -65,7 +65,7 @@ def diagnosed(error: BaseException) -> tuple[int, str]:
             return 1, f"{place}; start again once that is mended"
     from launch.environment import environment_problem
 
-    return environment_problem()
+    return environment_problem(error)
 
 
 def finish_output(status: int) -> int:

@@ -92,7 +92,7 @@ def manifest(arguments: argparse.Namespace) -> dict[str, Any]:
     if chip.platform == "tpu":
         selector["cloud.google.com/gke-tpu-accelerator"] = TPUS[chip.name]
         selector["cloud.google.com/gke-tpu-topology"] = "x".join(map(str, shape))
-    lease = unexpanded(shlex.quote(str(run_dir / "lease.json")))
+    lease = shlex.quote(str(run_dir / "lease.json"))
     values = {
         "image": arguments.image,
         "command": [unexpanded(word) for word in ("ziggurat", *arguments.command)],
@@ -100,7 +100,7 @@ def manifest(arguments: argparse.Namespace) -> dict[str, Any]:
         "selector": selector,
         "claim": claim,
         "mount": mount,
-        "is_lease_fresh": f'test ! -e {lease} || test -n "$(find {lease} -mmin -{STALE_MINUTES})"',
+        "is_lease_fresh": unexpanded(f'test ! -e {lease} || test -n "$(find {lease} -mmin -{STALE_MINUTES})"'),
         "hosts": num_devices // devices_per_host,
         "devices": devices_per_host,
         "slices": arguments.slices,

@@ -34,7 +34,7 @@ def check_command(command: Sequence[str], devices: int | None = None, slices: in
 
 
 def write_submission(text: str, output: Path | None, made_by: str) -> None:
-    """Writes a script or manifest, which has the line `made_by`, to standard output, or to a new file or one like it."""
+    """Writes a text with the line `made_by` to standard output, or to a file that is new or has that line, too."""
     if output is None:
         print(text, end="")
         return

@@ -3,16 +3,19 @@
 import argparse
 import json
 import os
+import re
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data.errors import InputError
 from launch.commands import parse
-from launch.kubernetes import manifest, tpus_per_host
+from launch.kubernetes import manifest, tpus_per_host, unexpanded
 from tests.launch.small_run import here
 from tests.peers import require
 from train.devices.processes import join_arguments
@@ -38,6 +41,24 @@ def job_of(jobset: dict) -> dict:
 def container_of(jobset: dict) -> dict:
     [container] = job_of(jobset)["template"]["spec"]["containers"]
     return container
+
+
+def expanded(word: str, variables: dict[str, str]) -> str:
+    """What Kubernetes makes of a word of a command: third_party/forked/golang/expansion/expand.go."""
+    return re.sub(
+        r"\$\$|\$\(([^)]*)\)", lambda m: "$" if m[1] is None else variables.get(m[1], m[0]), word, flags=re.DOTALL
+    )
+
+
+@given(st.lists(st.text("$(){}AB 'x"), max_size=3))
+def test_kubernetes_hands_each_process_the_words_that_were_given(words: list[str]):
+    assert [expanded(unexpanded(word), {"A": "1", "AB": "2"}) for word in words] == words
+
+
+def test_a_command_reaches_the_pod_as_it_was_given():
+    hook = "--config.train.on_event=echo $$ $(ZIGGURAT_PROCESS_ID) $HOME"
+    [*_, word] = container_of(manifest(arguments(*GPUS, *PRETRAIN, hook)))["command"]
+    assert expanded(word, {"ZIGGURAT_PROCESS_ID": "3"}) == hook
 
 
 @pytest.mark.parametrize("flags", [GPUS, TPUS], ids=["gpu", "tpu"])
@@ -114,7 +135,7 @@ def test_a_pod_lives_while_the_run_shows_that_it_does(tmp_path: Path):
     [probe] = {json.dumps(container[name]["exec"]["command"]) for name in ("livenessProbe", "startupProbe")}
 
     def lives() -> bool:
-        return subprocess.run(json.loads(probe)).returncode == 0
+        return subprocess.run([expanded(word, {}) for word in json.loads(probe)]).returncode == 0
 
     assert lives()  # it has not begun, or has ended
     (folder / "lease.json").write_text("{}")

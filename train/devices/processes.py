@@ -5,6 +5,7 @@ JAX is imported only when a process joins: the launcher, which shares out GPUs b
 
 import os
 import re
+import socket
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,11 +28,22 @@ def join_processes() -> None:
     # Otherwise JAX takes SIGTERM as a notice of preemption, which nothing acts on, and the process does not end.
     jax.config.update("jax_enable_preemption_service", False)
     # Hosts of a cluster join minutes apart, because each loads its image.
+    if joining.get("process_id") == 0 and (address := joining.get("coordinator_address")):
+        check_port(joining.get("coordinator_bind_address", ""), int(address.rsplit(":", 1)[1]))
     try:
         jax.distributed.initialize(**joining, initialization_timeout=900)
     except (RuntimeError, ValueError) as error:
-        text = f"the processes of this run cannot join: {str(error).splitlines()[0]}"
-        raise Fault(f"{text}; start again with a port of the coordinator that is free") from error
+        raise Fault(f"the processes of this run cannot join: {str(error).splitlines()[0]}; start them again") from error
+
+
+def check_port(bind_address: str, port: int) -> None:
+    """Raises Fault where the coordinator cannot listen on its port: JAX's own would crash."""
+    host = bind_address.rpartition(":")[0].strip("[]")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except (OSError, OverflowError) as error:
+        raise Fault(f"port {port} of the coordinator cannot be opened: {error}; start again with a free one") from None
 
 
 def join_arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
