@@ -41,7 +41,9 @@ class Override(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
         assert option is not None
-        namespace.overrides = namespace.overrides | {option.removeprefix("--config."): values}
+        # argparse makes a list of a value that is "--".
+        value = values if isinstance(values, str) else "--"
+        namespace.overrides = namespace.overrides | {option.removeprefix("--config."): value}
 
 
 def presets() -> list[str]:
