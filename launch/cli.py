@@ -87,7 +87,9 @@ def prepare_process(argv: Sequence[str]) -> None:
     JAX would look for accelerators where the compilers for `ziggurat plan` are installed, and print why each of their
     plugins cannot start. Training steps are about a fifth faster with large memory pages; the C library reads this
     tunable only as a process starts, so the process replaces itself. A user's JAX_PLATFORMS or GLIBC_TUNABLES is kept.
+    On every machine JAX computes with 32 bits, for which the programs are written.
     """
+    os.environ["JAX_ENABLE_X64"] = "0"
     # Python takes the encoding of files from the locale, and reads this option only as it starts.
     options = [] if sys.getfilesystemencoding() == "utf-8" else ["-X", "utf8"]
     is_slow = False

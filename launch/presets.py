@@ -17,7 +17,7 @@ from data.errors import InputError
 from launch.arguments import one_line
 from settings import help_of, kind_of
 from train.config.config import NOT_KEPT, Config, config_fields
-from train.config.reading import make_config, nearest, value_text
+from train.config.reading import make_config, nearest
 from train.run.run_name import CONFIG_FILE, read_config, split_name
 
 PRESETS = Path(__file__).parent / "configs"
@@ -47,7 +47,9 @@ class Override(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
         assert option is not None
-        namespace.overrides = namespace.overrides | {option.removeprefix("--config."): values}
+        # argparse makes a list of a value that is "--".
+        value = values if isinstance(values, str) else "--"
+        namespace.overrides = namespace.overrides | {option.removeprefix("--config."): value}
 
 
 def presets() -> list[str]:
@@ -77,12 +79,20 @@ def load_config(name: str, overrides: Mapping[str, str]) -> Config:
         raise InputError(f"{error.filename or file}:{error.lineno or 1}: {error.msg}") from None
     except (Exception, SystemExit) as error:  # whatever the user's own file raises
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
-        raise InputError(f"{file}:{lines[-1] if lines else 1}: {type(error).__name__}: {value_text(error)}") from None
+        raise InputError(f"{file}:{lines[-1] if lines else 1}: {type(error).__name__}: {error_text(error)}") from None
     if get_config is None:
         raise InputError(f"{file}: it must define get_config() that returns a ConfigDict")
     if values is None:
         raise InputError(f"{file}: get_config() returns {type(made).__name__}; it must return a ConfigDict")
     return make_config(values, overrides)
+
+
+def error_text(error: BaseException) -> str:
+    """Returns the text of an error of a user's file, whose own class may fail to give one."""
+    try:
+        return str(error)
+    except Exception:
+        return "its text cannot be shown"
 
 
 def run_values(folder: Path, step: int | None, overrides: Mapping[str, str]) -> dict[str, dict[str, Any]]:

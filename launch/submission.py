@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.config import NO_CORPUS
 from data.errors import InputError
 from data.files.atomic import atomic_file
 from launch.arguments import check_output
@@ -20,6 +21,8 @@ def check_command(command: Sequence[str], devices: int | None = None, slices: in
         raise InputError("what can wait in a queue is pretrain; give it after --, as in: -- pretrain --config=tiny")
     _, arguments = parse(command)
     config = load_config(arguments.config, arguments.overrides)
+    if config.data.corpus is None:
+        raise InputError(NO_CORPUS)
     if devices:
         from train.devices.mesh import mesh_shape
         from train.devices.mesh_checks import mesh_problems, rule_problems

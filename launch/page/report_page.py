@@ -170,7 +170,7 @@ def corpus_rows(config: Config, records: Records) -> list[tuple[str, str]]:
     by_corpus = evaluated[-1] if evaluated else {}
     rows = []
     for name, values in mixture.items():
-        details = [values["corpus"]]
+        details = [str(values["corpus"])]
         for step in changes if name else ():
             share = weight_at(step, weights[name]) / sum(weight_at(step, w) for w in weights.values())
             details.append(f"{share:.1%} of rows" + (f" from step {step:,}" if step else ""))
