@@ -3,6 +3,7 @@
 import collections
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 import jax
@@ -67,11 +68,12 @@ class Display:
             f"ETA {duration(seconds_left)}"
         )
         if self._console.is_terminal:
-            if self._live is None:
-                self._live = Live(console=self._console, refresh_per_second=4, transient=True)
-                self._live.start()
-            done = 30 * step // self.num_steps
-            self._live.update(Text(f"{'█' * done}{'·' * (30 - done)} {line}", no_wrap=True, overflow="ellipsis"))
+            with suppress(OSError):
+                if self._live is None:
+                    self._live = Live(console=self._console, refresh_per_second=4, transient=True)
+                    self._live.start()
+                done = 30 * step // self.num_steps
+                self._live.update(Text(f"{'█' * done}{'·' * (30 - done)} {line}", no_wrap=True, overflow="ellipsis"))
         elif step % self.every == 0 or step in (1, self.num_steps):
             self.say(line)
 
@@ -88,13 +90,16 @@ class Display:
 
     def say(self, text: str) -> None:
         """Prints lines that stay."""
+        # A terminal that closes, as SIGHUP is about to say, must not end the run before it has saved.
         if not self.quiet:
-            self._console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+            with suppress(OSError):
+                self._console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Restores the terminal."""
         if self._live:
-            self._live.stop()
+            with suppress(OSError):
+                self._live.stop()
 
 
 def opening_lines(inputs: RunInputs, step: int, peak: str) -> list[str]:

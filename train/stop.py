@@ -7,6 +7,7 @@ import faulthandler
 import os
 import signal
 import socket
+import stat
 import sys
 import threading
 from collections.abc import Callable
@@ -26,9 +27,7 @@ def stop_signals() -> tuple[signal.Signals, ...]:
 def leave_closed_terminal() -> None:
     """Sends output nowhere that would go to a terminal which has closed: writing to it would fail."""
     for descriptor in (1, 2):
-        try:
-            os.write(descriptor, b"")
-        except OSError:
+        if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
             with open(os.devnull, "wb") as nowhere:
                 os.dup2(nowhere.fileno(), descriptor)
 

@@ -13,6 +13,7 @@ import pytest
 from launch.exit_status import PATH_ERRORS, report_error
 from launch.streams import insistent_interrupts
 from tests.launch.small_run import ROOT, environment, here
+from train.stop import StopSignals
 
 LATIN = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  # ASCII, whatever locales are installed
 
@@ -109,3 +110,18 @@ def test_an_interrupt_that_is_dropped_comes_again(monkeypatch):
         for number, handler in zip((signal.SIGALRM, signal.SIGINT), before, strict=True):
             signal.signal(number, handler)
     assert dropped
+
+
+@pytest.mark.parametrize("is_ignored", [False, True], ids=["heard", "nohup"])
+def test_a_terminal_that_closes_asks_a_run_to_stop(is_ignored: bool):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if is_ignored else signal.SIG_DFL)
+    try:
+        with StopSignals() as signals:
+            signals.noted = True
+            signal.raise_signal(signal.SIGHUP)
+            deadline = time.monotonic() + (0.2 if is_ignored else 30)
+            while not signals.asked and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert signals.asked != is_ignored
+    finally:
+        signal.signal(signal.SIGHUP, before)
