@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from data.errors import InputError
 from data.tokenizer.folder import load_tokenizer
 from data.tokenizer.tokenizer import END_OF_TEXT
 from tests.launch.small_run import ROOT, here, metrics, write_config
@@ -56,6 +57,12 @@ def test_a_run_that_asked_for_a_kernel_is_evaluated_where_there_is_none(finished
     config["model"]["attention_kernel"] = "cudnn"
     (elsewhere / "config.json").write_text(json.dumps(config))
     assert evaluated(capsys, elsewhere)["loss"] == evaluated(capsys, finished)["loss"]
+
+
+def test_weights_that_are_loaded_outside_a_mesh_ask_for_one(finished: Path):
+    for where in (finished, finished / "export"):
+        with pytest.raises(InputError, match="with jax.set_mesh"):
+            load_trained(str(where))
 
 
 def test_a_run_evaluates_to_the_figures_of_its_last_step(finished: Path, capsys):

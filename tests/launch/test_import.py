@@ -180,7 +180,7 @@ def test_the_card_describes_the_run(finished: Path):
     last = metrics(finished)[-1]
     for words in (
         "12 steps, 3,072 tokens, padding included", "| parameters | 4", "2 layers of width 32", "corpus.jsonl",
-        f"{last['validation_bits_per_byte']:.4f} bits a byte", "AutoModelForCausalLM", "No license is stated here",
+        f"{last['held_out_bits_per_byte']:.4f} bits a byte", "AutoModelForCausalLM", "No license is stated here",
     ):  # fmt: skip
         assert words in card, words
     data = json.loads((finished / "events.jsonl").read_text().splitlines()[0])["data"]
