@@ -21,7 +21,7 @@ def summary(run: Run, program: str) -> str:
     if steps < config.train.num_steps:
         first += f" of {config.train.num_steps}, where its corpus ended"
     if records:
-        rate = statistics.median_high(record["tokens_per_second"] for record in records)
+        rate = statistics.median_high([r["tokens_per_second"] for r in records if r["loss_weight"]] or [0.0])
         first += f", {rate:,.0f} tokens/s"
     lines = [first]
     if records and steps < WHOLE_RUN * config.train.num_steps and has_end(config.optimizer):

@@ -119,7 +119,7 @@ def key_figures(config: Config, run: Run, records: Records, events: Sequence[his
     if records:
         peaks = [record["peak_share"] for record in records if "peak_share" in record]
         share = f"{statistics.median_high(peaks):.1%} of the peak, " if peaks else ""
-        rate = statistics.median_high(record["tokens_per_second"] for record in records)
+        rate = statistics.median_high([r["tokens_per_second"] for r in records if r["loss_weight"]] or [0.0])
         figures.append(("throughput", f"{rate:,.0f}", f"tokens/s, {share}median"))
     if spent := goodput(events):
         total = sum(spent.values())
