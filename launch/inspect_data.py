@@ -60,13 +60,14 @@ def run(arguments: argparse.Namespace) -> int:
     if (arguments.step is None) != arguments.summary:
         raise InputError("give --step=N or --summary, one of the two")
     from data.provenance import summarize
-    from train.step.schedule import batch_size
+    from train.step.schedule import batch_stages
 
     with opened(arguments) as data:
         if arguments.summary:
             config = data.config
-            tokens = [batch_size(config, step) * config.data.segment_length for step in range(config.train.num_steps)]
-            summaries = summarize(data.mixture, data.tokenizer, config.train.seed, tokens)
+            T = config.data.segment_length
+            stages = [(begin, end, rows * T) for begin, end, rows in batch_stages(config, 0, config.train.num_steps)]
+            summaries = summarize(data.mixture, data.tokenizer, config.train.seed, stages)
             print(json.dumps({"corpora": summaries}) if arguments.json else "\n".join(map(summary_text, summaries)))
             return 0
         rows = batch_rows(data, arguments.step, arguments.row)
@@ -158,4 +159,6 @@ def summary_text(summary: dict[str, Any]) -> str:
         "utilization": f"{summary['utilization']:.2%} of the positions of the sampled rows",
         "epochs": f"about {summary['epochs']:.3f} in the run",
     }
+    if summary["last_step"]:
+        figures["end of the run"] = f"near step {summary['last_step']:,}, where data.epochs end"
     return f"{summary['corpus']}\n" + columns([("", name, value) for name, value in figures.items()])

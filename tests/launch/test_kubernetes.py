@@ -22,7 +22,8 @@ from train.devices.processes import join_arguments
 
 GPUS = ["--topology=h100:4x8", "--image=me/ziggurat:1", "--volume=training:/runs", "--node-selector=gpu=h100"]
 TPUS = ["--topology=v6e:4x4", "--slices=2", "--image=me/ziggurat:1", "--volume=training:/runs"]
-PRETRAIN = ["--", "pretrain", "--config=llama2_7b", "--config.train.run_dir=/runs/Llama_2 a"]
+PRETRAIN = ["--", "pretrain", "--config=llama2_7b", "--config.data.corpus=/runs/texts",
+            "--config.train.run_dir=/runs/Llama_2 a"]  # fmt: skip
 
 
 def arguments(*flags: str) -> argparse.Namespace:
@@ -130,7 +131,7 @@ def test_a_pod_lives_while_the_run_shows_that_it_does(tmp_path: Path):
     folder = tmp_path / "a run"
     folder.mkdir()
     flags = [*GPUS[:2], f"--volume=training:{tmp_path}", "--", "pretrain", "--config=llama2_7b",
-             f"--config.train.run_dir={folder}"]  # fmt: skip
+             "--config.data.corpus=texts", f"--config.train.run_dir={folder}"]  # fmt: skip
     container = container_of(manifest(arguments(*flags)))
     [probe] = {json.dumps(container[name]["exec"]["command"]) for name in ("livenessProbe", "startupProbe")}
 

@@ -11,7 +11,7 @@ from train.config.config import public
 from train.run.events import read_events
 from train.run.folder import Run
 from train.run.step_log import read_step_log
-from train.step.schedule import batch_size
+from train.step.schedule import rows_between
 from train.weights.weight_source import WeightSource
 
 
@@ -71,11 +71,11 @@ def _training(run: Run, step: int) -> dict[str, Any]:
     """Returns the facts of training from the run's own files."""
     config = public(run.load_config())
     starts = [event for event in read_events(run.events) if event["event"] == "start"]
-    tokens = sum(batch_size(config, s) for s in range(step)) * config.data.segment_length
+    tokens = rows_between(config, 0, step) * config.data.segment_length
     corpus = config.data.corpus
     facts = {
         "training": f"{step:,} steps, {tokens:,} tokens, padding included",
-        "corpus": ", ".join(corpus) if isinstance(corpus, dict) else corpus,
+        "corpus": ", ".join(corpus) if isinstance(corpus, dict) else corpus or "none",
         "fingerprint of the data": starts[-1]["data"][:12] if starts else "not known",
         "optimizer": f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate}",
     }
@@ -83,6 +83,8 @@ def _training(run: Run, step: int) -> dict[str, Any]:
         facts["begun with"] = f"{origin} ({config.train.init_with})"
     for _, record in read_step_log(run.metrics):
         if record["step"] == step and "validation_loss" in record:
-            bits, loss = record["validation_bits_per_byte"], record["validation_loss"]
+            # Versions up to 0.7 named the figures of all texts as those of the evaluations before.
+            texts = "held_out" if "held_out_loss" in record else "validation"
+            bits, loss = record[f"{texts}_bits_per_byte"], record[f"{texts}_loss"]
             facts["held-out text"] = f"{bits:.4f} bits a byte, loss {loss:.4f} nats a token"
     return facts
