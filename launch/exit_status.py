@@ -54,6 +54,8 @@ def diagnosed(error: BaseException) -> tuple[int, str]:
             return 1, f"code that was loaded has ended this process: sys.exit({error.code!r}); take that out"
         case ConnectionError() | TimeoutError():
             return 1, f"{error}; start again once it can be reached"
+        case RuntimeError() if str(error).startswith("Symlink loop from"):  # of pathlib before Python 3.13
+            return 2, f"{error}; name another path"
         case MemoryError():
             return 1, f"the memory of this machine is full{f' ({error})' if str(error) else ''}; take a larger one"
         case OSError(errno=int(number), strerror=str(reason)):

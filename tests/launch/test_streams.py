@@ -81,6 +81,14 @@ def test_every_error_about_a_path_is_the_users(number: int, capsys):
     assert capsys.readouterr().err == f"ziggurat: some/path: {os.strerror(number)}; name another path\n"
 
 
+def test_a_link_to_itself_is_the_users_error(tmp_path: Path):
+    (tmp_path / "loop").symlink_to("loop")
+    try:
+        (tmp_path / "loop").resolve(strict=True)
+    except (RuntimeError, OSError) as error:
+        assert report_error(error) == 2
+
+
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM, errno.EADDRINUSE, errno.ETIMEDOUT, errno.ENOSPC])
 def test_every_other_error_of_the_system_is_a_fault_of_one_line(number: int, capsys):
     assert report_error(OSError(number, os.strerror(number))) == 1
