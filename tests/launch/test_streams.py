@@ -83,10 +83,9 @@ def test_every_error_about_a_path_is_the_users(number: int, capsys):
 
 def test_a_link_to_itself_is_the_users_error(tmp_path: Path):
     (tmp_path / "loop").symlink_to("loop")
-    try:
+    with pytest.raises((RuntimeError, OSError)) as caught:
         (tmp_path / "loop").resolve(strict=True)
-    except (RuntimeError, OSError) as error:
-        assert report_error(error) == 2
+    assert report_error(caught.value) == 2
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM, errno.EADDRINUSE, errno.ETIMEDOUT, errno.ENOSPC])
