@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+# Steps are counted in 32 bits on the devices; a whole number without a bound of its own has this one.
+MOST_INTEGER = 2**31 - 1
 WITHIN = {"at_least": operator.ge, "at_most": operator.le, "above": operator.gt, "below": operator.lt}
 
 
@@ -28,6 +30,7 @@ def setting(
     below: float | None = None,
     choices: tuple[str, ...] = (),
     unset: str = "",
+    allows_nul: bool = False,
 ) -> T:
     """Declares a dataclass field.
 
@@ -39,9 +42,11 @@ def setting(
         above: exclusive lower bound; `below` is the upper one.
         choices: all values allowed, for a text.
         unset: the meaning of a default of None, in words.
+        allows_nul: true for a text that may hold NUL characters; names of files and fields may not.
     """
     bounds = {"at_least": at_least, "at_most": at_most, "above": above, "below": below}
-    metadata = {"help": help, "resume": resume, "choices": choices, "bounds": bounds, "unset": unset}
+    metadata: dict[str, Any] = {"help": help, "resume": resume, "choices": choices, "bounds": bounds, "unset": unset}
+    metadata["allows_nul"] = allows_nul
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -88,7 +93,24 @@ def problems_of(group: str, config: Any) -> list[str]:
             problems.append(f"{group}.{field.name} is {value!r}; it must be one of {', '.join(choices)}")
         elif not all(bound is None or WITHIN[name](value, bound) for name, bound in field.metadata["bounds"].items()):
             problems.append(f"{group}.{field.name} is {value}; it must be {bounds_text(field)}")
+        elif isinstance(value, int) and field.metadata["bounds"]["at_most"] is None and value > MOST_INTEGER:
+            problems.append(f"{group}.{field.name} is {value}; it must be at most {MOST_INTEGER}")
+        if problem := text_problem(value, allows_nul=field.metadata["allows_nul"]):
+            problems.append(f"{group}.{field.name} {problem}")
     return problems
+
+
+def text_problem(value: Any, allows_nul: bool = False) -> str:
+    """Returns the problem of a text, or of a text anywhere in a mapping, as a clause; empty if there is none."""
+    if isinstance(value, str):
+        if "\0" in value and not allows_nul:
+            return "holds a NUL character, which no name can have; leave it out"
+        return "" if value.encode(errors="ignore").decode() == value else "is not valid UTF-8"
+    if isinstance(value, Mapping):
+        value = (*value.keys(), *value.values())
+    elif not isinstance(value, list | tuple):
+        return ""
+    return next(filter(None, (text_problem(inner, allows_nul) for inner in value)), "")
 
 
 def unused_problems(group: str, config: Any, unused: Mapping[str, str]) -> list[str]:

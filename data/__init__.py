@@ -1,7 +1,7 @@
 """Text to batches: corpora, tokenizers, the order of the data, segments and the loader.
 
-The inner rooms import one way: errors and config, then files, formats, tokenizer, then the modules here. May import
-`settings`; only `loader` imports JAX.
+The inner rooms import one way: errors, printable and config, then files, formats, tokenizer, then the modules here.
+May import `settings`; only `loader` imports JAX.
 
 - document: one text of the corpus, ended by one EOS token.
 - chunk: a part of the corpus that is read as a unit (`corpus`).

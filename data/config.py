@@ -12,6 +12,7 @@ PER_CORPUS_FIELDS = (*TEXT_FIELDS, "epochs")
 MIXTURE_FIELDS = ("corpus", "weight", *PER_CORPUS_FIELDS)
 MIXTURE_EXAMPLE = '{"web": {"corpus": "web/*.jsonl", "weight": 3}, "code": {"corpus": "code", "weight": 1}}'
 CORPUS_HELP = "'stdlib' (the running Python's standard library), or a file, folder, glob or URL of text"
+NO_CORPUS = f"data.corpus is not given; name it with --config.data.corpus=CORPUS: {CORPUS_HELP}"
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,15 @@ class DataConfig:
     """The corpus, and how its documents are ordered and cut into segments."""
 
     # A changed path alone may be the same text elsewhere: the fingerprint of the content decides on resume.
-    corpus: str | dict[str, Any] = setting("stdlib", f"{CORPUS_HELP}; or a mixture: {MIXTURE_EXAMPLE}", resume="free")
+    corpus: str | dict[str, Any] | None = setting(
+        None, f"{CORPUS_HELP}; or a mixture: {MIXTURE_EXAMPLE}", unset="none, which trains on nothing", resume="free"
+    )
     text_field: str = setting("text", "name of the field or column that holds the text")
     prompt_field: str | None = setting(
         None, "name of a field whose text precedes the document's and is not trained on", unset="no prompt"
     )
     text_separator: str | None = setting(
-        None, "line that separates the documents of a .txt", unset="each file is one document"
+        None, "line that separates the documents of a .txt", unset="each file is one document", allows_nul=True
     )
     on_bad_document: str = setting(
         "error",
@@ -40,13 +43,15 @@ class DataConfig:
         None, "passes over the corpus before the run ends", unset="as many as the steps need", at_least=1
     )
     num_streams: int | None = setting(
-        None, "virtual readers, a divisor of the rows of the first batch", unset="those rows", at_least=1
+        None, "virtual readers, a divisor of the rows of the first batch", unset="those rows", at_least=1, at_most=2**24
     )
-    chunk_bytes: int = setting(2**20, "largest part of a file, in bytes, that is read as a unit", at_least=1)
+    chunk_bytes: int = setting(
+        2**20, "largest part of a file, in bytes, that is read as a unit", at_least=1, at_most=2**40
+    )
     shuffle_window: int = setting(
-        2**22, "characters of a stream's text whose documents are shuffled together", at_least=1
+        2**22, "characters of a stream's text whose documents are shuffled together", at_least=1, at_most=2**40
     )
-    segment_length: int = setting(256, "positions of a segment, that is the context window", at_least=1)
+    segment_length: int = setting(256, "positions of a segment, that is the context window", at_least=1, at_most=2**24)
     segmentation: str = setting(
         "concatenate",
         "concatenate documents and cut them, or pack whole ones where they fit and cut only long ones",
@@ -60,9 +65,9 @@ class DataConfig:
         True, "train on the last position of a segment too; otherwise the next segment begins with it"
     )
     num_workers: int = setting(
-        0, "threads that tokenize ahead; 0: the loader's own thread does", resume="free", at_least=0
+        0, "threads that tokenize ahead; 0: the loader's own thread does", resume="free", at_least=0, at_most=1024
     )
-    prefetch: int = setting(2, "global batches prepared ahead", resume="free", at_least=1)
+    prefetch: int = setting(2, "global batches prepared ahead", resume="free", at_least=1, at_most=1024)
     positions_every_steps: int = setting(
         100, "steps between lines of positions.jsonl, from which `inspect data` starts", resume="free", at_least=1
     )
@@ -81,7 +86,7 @@ class DataConfig:
         if self.segment_length == 1 and not self.train_last_position:
             problems.append("data.segment_length is 1; it must be at least 2")
         problems += _text_problems("data.", vars(self))
-        if not self.corpus:
+        if self.corpus is not None and not self.corpus:
             problems.append(f"data.corpus is empty; give {CORPUS_HELP}")
         elif isinstance(self.corpus, Mapping):
             for name, values in self.corpus.items():
@@ -128,8 +133,6 @@ def _text_problems(where: str, values: Mapping[str, Any]) -> list[str]:
             problems.append(f"{where}{name} is {value!r}; it must be a text")
         elif name == "text_separator" and "\n" in value:
             problems.append(f"{where}{name} is {value!r}; it must be one line")
-        elif value.encode(errors="ignore").decode() != value:
-            problems.append(f"{where}{name} is not valid UTF-8")
     return problems
 
 
@@ -185,9 +188,9 @@ class TokenizerConfig:
         resume="free",
     )
     vocab_size: int = setting(
-        4096, "pieces asked of the tokenizer; a small corpus gets as many as it supports", at_least=320
+        4096, "pieces asked of the tokenizer; a small corpus gets as many as it supports", at_least=320, at_most=2**24
     )
-    sample_bytes: int = setting(2**23, "bytes of training documents that it learns from", at_least=1024)
+    sample_bytes: int = setting(2**23, "bytes of training documents that it learns from", at_least=1024, at_most=2**40)
 
     def problems(self) -> list[str]:
         """Returns one line for every value that is out of bounds, naming the field."""

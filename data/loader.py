@@ -33,6 +33,7 @@ class LoadedBatch(NamedTuple):
         streams_left_after: int64 [K], the number of this process's streams with text of each corpus for the next batch;
             a corpus without end counts in all of them (see `corpus_has_ended`).
         streams_left_in: int64 [K], the same count for this batch.
+        trained: this process's number of positions that are trained on.
         skipped: the rows of this process's streams that were skipped before the batch, as `describe_row` without text,
             and with "batch", the number of the skipped batch.
     """
@@ -41,6 +42,7 @@ class LoadedBatch(NamedTuple):
     positions: np.ndarray
     streams_left_after: np.ndarray
     streams_left_in: np.ndarray
+    trained: int
     skipped: list[dict[str, Any]]
 
 
@@ -120,7 +122,8 @@ class Loader:
             name: jax.make_array_from_callback(shape, self._sharding, partial(shard, name))
             for name in next(iter(rows.values()))
         }
-        return LoadedBatch(batch, positions, left, left, skipped)
+        trained = sum(int(np.count_nonzero(row["loss_weights"])) for row in rows.values())
+        return LoadedBatch(batch, positions, left, left, trained, skipped)
 
     def _read(self, step: int, size: int) -> tuple[dict[int, Segment], np.ndarray, np.ndarray, list[dict[str, Any]]]:
         """Returns the rows of this process's streams by their index in the batch, and the rest of `LoadedBatch`."""
@@ -156,6 +159,18 @@ def gather_positions(positions: np.ndarray) -> np.ndarray:
     # JAX has no 64-bit integers by default, so they are gathered as two halves.
     halves = multihost_utils.process_allgather(positions.view(np.int32))
     return np.ascontiguousarray(halves).view(np.int64).max(axis=0)
+
+
+def look_ahead(loaded: LoadedBatch, mixture: Mixture) -> tuple[bool, bool]:
+    """Returns (True if a corpus ends with this batch, True if the batch trains on nothing); all processes call it.
+
+    A batch trains on nothing where all its rows lie within prompts, which can be longer than a row.
+    """
+    if not (mixture.is_bounded or any(source.config.prompt_field for source in mixture.sources)):
+        return False, False
+    own = np.append(loaded.streams_left_after, loaded.trained > 0)
+    *left, trained = multihost_utils.process_allgather(own).reshape(-1, len(own)).sum(axis=0).tolist()
+    return mixture.is_bounded and not all(left), not trained
 
 
 def corpus_has_ended(left: np.ndarray, mixture: Mixture) -> bool:

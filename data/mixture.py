@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.config import ResolvedDataConfig, stages, weight_at
+from data.config import NO_CORPUS, ResolvedDataConfig, stages, weight_at
 from data.corpus import Corpus, open_corpus
 from data.errors import InputError
 from data.segmenter import SegmentPart
@@ -91,8 +91,10 @@ def open_mixture(config: ResolvedDataConfig, stdlib: Callable[[], str], leave_ou
         leave_out: a folder whose files are ignored (the run's own).
 
     Raises:
-        InputError: as `open_corpus`, for all corpora at once.
+        InputError: as `open_corpus`, for all corpora at once; or no corpus is named.
     """
+    if config.corpus is None:
+        raise InputError(NO_CORPUS)
     several = config.corpus if isinstance(config.corpus, Mapping) else {"": {"corpus": config.corpus}}
     sources, problems = [], []
     # Sorted by name, because a config file and a JSON text may order them differently.

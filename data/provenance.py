@@ -1,5 +1,6 @@
 """The origin of a batch: the documents of each row, by file, place and characters."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -8,13 +9,15 @@ import numpy as np
 from data import formats
 from data.corpus import Corpus, stable_hash
 from data.files.ranges import READ_TOTALS
-from data.mixture import MixedStream, Mixture, corpus_field
+from data.mixture import CREDITS_PER_ROW, MixedStream, Mixture, corpus_field
+from data.printable import without_credentials
 from data.segmenter import DocumentPairs, SegmentPart, concatenate, make_pairs, pack
 from data.tokenizer.tokenizer import Tokenizer
 
 # UTF-8 bytes of each corpus that a summary samples.
 SAMPLE_BYTES = 2**24
-# Formats with small chunks; a sample of others ends inside a chunk.
+# Formats with small chunks, unless `data.chunk_bytes` makes them larger; a sample of others ends inside a chunk.
+MAX_WHOLE_CHUNK = 2**21
 SPLITS = ((".jsonl", ""), (".txt", ""))
 
 
@@ -69,7 +72,7 @@ def _describe_part(corpus: Corpus, tokenizer: Tokenizer, part: SegmentPart) -> d
         sizes = sizes - (sizes > 0) - (sizes > behind_prompt)
     first, last = (len(encoded[: sizes[min(at, len(sizes) - 1)]].decode(errors="ignore")) for at in (begin, end))
     origin: dict[str, Any] = {
-        "file": file.path,
+        "file": without_credentials(file.path),
         "table_row" if file.name.endswith(".parquet") else "byte": document.place,
         "characters": [first, last],
         "tokens": end - begin,
@@ -81,25 +84,38 @@ def _describe_part(corpus: Corpus, tokenizer: Tokenizer, part: SegmentPart) -> d
 
 
 def summarize(
-    mixture: Mixture, tokenizer: Tokenizer, seed: int, tokens_of_steps: Sequence[int]
+    mixture: Mixture,
+    tokenizer: Tokenizer,
+    seed: int,
+    stages: Sequence[tuple[int, int, int]],
+    sample_bytes: int = SAMPLE_BYTES,
 ) -> list[dict[str, Any]]:
-    """Summarizes each corpus from a sample of its chunks, given the number of positions in each step's batch.
+    """Summarizes each corpus from a sample of its chunks, given stages (begin, end, positions of a step) of the run.
 
     Returns:
         For each corpus: "corpus" (its listing), "sampled_documents" and "sampled_bytes" (UTF-8, prompts included);
         "documents", "bytes" and "tokens" (ends included) of an epoch, extrapolated from the sample by file sizes;
-        "bytes_per_token"; "utilization", the share of positions with a token in rows of the sample; and "epochs" that
-        the run will read. A long .txt counts as several documents.
+        "bytes_per_token"; "utilization", the share of positions with a token in rows of the sample; "epochs" that the
+        run will read; and "last_step", the step in which `epochs` of the corpus end, or None. A long .txt counts as
+        several documents.
     """
+    cuts = {step for source in mixture.sources for step, _ in source.weights}
     summaries = []
     for k, source in enumerate(mixture.sources):
         config = source.config
-        documents, size, stored = _sample(source.corpus, tokenizer, seed)
+        documents, size, stored = _sample(source.corpus, tokenizer, seed, sample_bytes)
         pairs = sum(len(document.inputs) for document in documents)
         rows = pack(documents, config) if config.segmentation == "pack" else [*concatenate(documents, config)]
         scale = sum(chunk.end - chunk.begin for chunk in source.corpus.chunks) / max(stored, 1)
-        tokens_drawn = sum(tokens * mixture.shares(step)[k] for step, tokens in enumerate(tokens_of_steps))
         utilization = pairs / max(len(rows) * config.segment_length, 1)
+        epoch = max(pairs * scale, 1)
+        epochs, last_step = 0.0, None
+        for begin, end, positions in _cut(stages, cuts):
+            of_step = positions * mixture.shares(begin)[k] / CREDITS_PER_ROW * utilization / epoch
+            left = (config.epochs or np.inf) - epochs
+            if last_step is None and 0 < left <= of_step * (end - begin):
+                last_step = begin + round(left / of_step)
+            epochs += of_step * (end - begin)
         summaries.append(
             {
                 "corpus": f"{corpus_field(source.name)}: {source.corpus.describe()}",
@@ -110,27 +126,36 @@ def summarize(
                 "tokens": round(pairs * scale),
                 "bytes_per_token": size / max(pairs, 1),
                 "utilization": utilization,
-                "epochs": tokens_drawn / sum(mixture.shares(0)) * utilization / max(pairs * scale, 1),
+                "epochs": epochs,
+                "last_step": last_step,
             }
         )
     return summaries
 
 
-def _sample(corpus: Corpus, tokenizer: Tokenizer, seed: int) -> tuple[list[DocumentPairs], int, int]:
+def _cut(stages: Sequence[tuple[int, int, int]], cuts: set[int]) -> Iterator[tuple[int, int, int]]:
+    """Yields stages (begin, end, value), each cut into several at the steps `cuts`."""
+    for begin, end, value in stages:
+        inside = sorted({begin, end} | {cut for cut in cuts if begin < cut < end})
+        yield from ((first, last, value) for first, last in itertools.pairwise(inside))
+
+
+def _sample(corpus: Corpus, tokenizer: Tokenizer, seed: int, sample_bytes: int) -> tuple[list[DocumentPairs], int, int]:
     """Reads a sample of a corpus: (documents, UTF-8 bytes of their text, stored bytes that were read)."""
     documents: list[DocumentPairs] = []
     size = stored = 0
     for chunk in sorted(corpus.chunks, key=lambda c: stable_hash("summary", seed, c.file, c.begin)):
-        if size >= SAMPLE_BYTES:
+        if size >= sample_bytes:
             break
         splits = formats.format_and_compression(corpus.files[chunk.file].name) in SPLITS
+        splits = splits and chunk.end - chunk.begin <= max(sample_bytes, MAX_WHOLE_CHUNK)
         before = READ_TOTALS["bytes"]
         for document in corpus.documents(chunk):
             prompt = tokenizer.encode(document.prompt)
             tokens = np.concatenate([prompt, tokenizer.encode(document.text)])
             documents.append(make_pairs(tokens, tokenizer.bos_id, tokenizer.eos_id, document.ends))
             size += len((document.prompt + document.text).encode())
-            if size >= SAMPLE_BYTES and not splits:
+            if size >= sample_bytes and not splits:
                 break
         stored += chunk.end - chunk.begin if splits else READ_TOTALS["bytes"] - before
     return documents, size, stored

@@ -1,47 +1,53 @@
 """The program `ziggurat`: prepares this process and runs a command. JAX is imported by the commands that need it."""
 
-import importlib.util
 import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
-from data.errors import Fault, InputError, StorageError
-from launch.commands import overview, parse
-from launch.exit_status import report_error
+from data.errors import InputError
+from launch.exit_status import finish_output, report_error
 from launch.library_errors import short_library_errors
-from launch.version import ROOT, version
+from launch.streams import ShownFormatter, insistent_interrupts, prepare_streams
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 # Names in Linux's /dev of NVIDIA's accelerators (dxg: under WSL), TPUs and AMD's.
 ACCELERATORS = ("nvidia[0-9]*", "dxg", "accel*", "vfio/[0-9]*", "kfd")
 # `plan` times the step that `pretrain` will run.
 RUNS_TRAINING_STEPS = ("pretrain", "plan")
+WITHOUT_JAX = ("presets", "completion", "launch", "report")
 
 log = logging.getLogger("ziggurat")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit status: 0 done, 1 a fault, 2 the user's error, 75 stopped, 130 interrupted."""
-    logging.basicConfig(format="%(message)s")
-    log.setLevel(logging.INFO)
-    if argv is None:
-        argv = sys.argv[1:]
-        prepare_process(argv)
-    with short_library_errors():
-        try:
+    is_process = argv is None
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        with insistent_interrupts() if is_process else nullcontext(), short_library_errors():
+            if is_process:
+                prepare_process(words)
+                prepare_streams()
+            handler = logging.StreamHandler()
+            handler.setFormatter(ShownFormatter("%(message)s"))
+            logging.basicConfig(handlers=[handler])
+            log.setLevel(logging.INFO)
             check_rooms()
-            status = run_command(argv)
-            # A failing last write is reported here and not as Python exits.
-            sys.stdout.flush()
-            return status
-        except (InputError, Fault, StorageError, OSError, KeyboardInterrupt) as error:
-            return report_error(error)
+            status = run_command(words)
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        status = report_error(error)
+    return finish_output(status)
 
 
 def run_command(argv: Sequence[str]) -> int:
     """Runs a command, or prints the version, or the commands where a line names none or only the beginning of some."""
+    from launch.commands import overview, parse
+    from launch.environment import check_environment
+    from launch.version import version
+
     if argv and argv[0] == "--version":
         print(f"ziggurat {version()}")
         return 0
@@ -52,12 +58,21 @@ def run_command(argv: Sequence[str]) -> int:
             print("Pretrain decoder-only language models on whatever devices there are.\n")
         print(commands)
         return 0 if len(words) < len(argv) else 2
-    run, arguments = parse(argv)
+    try:
+        run, arguments = parse(argv)
+    except SystemExit:  # of argparse, after --help
+        return 0
+    if argv[0] not in WITHOUT_JAX:
+        check_environment(os.environ)
     return run(arguments)
 
 
 def check_rooms() -> None:
     """Raises InputError where another package hides one of this project's packages or its module `settings`."""
+    import importlib.util
+
+    from launch.version import ROOT
+
     files = {room: ROOT / room / "__init__.py" for room in ("model", "data", "train", "launch")}
     for name, file in (files | {"settings": ROOT / "settings.py"}).items():
         spec = importlib.util.find_spec(name)
@@ -67,19 +82,24 @@ def check_rooms() -> None:
 
 
 def prepare_process(argv: Sequence[str]) -> None:
-    """On a Linux machine without an accelerator, sets the environment in which JAX runs well on CPUs.
+    """Starts this process again with UTF-8 for all files, and on a machine without accelerators as JAX runs well there.
 
     JAX would look for accelerators where the compilers for `ziggurat plan` are installed, and print why each of their
     plugins cannot start. Training steps are about a fifth faster with large memory pages; the C library reads this
     tunable only as a process starts, so the process replaces itself. A user's JAX_PLATFORMS or GLIBC_TUNABLES is kept.
+    On every machine JAX computes with 32 bits, for which the programs are written.
     """
-    if sys.platform != "linux" or any(file for name in ACCELERATORS for file in Path("/dev").glob(name)):
-        return
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    if argv and argv[0] in RUNS_TRAINING_STEPS and "GLIBC_TUNABLES" not in os.environ:
-        log.debug("restarting with GLIBC_TUNABLES=%s", HUGE_PAGES)
+    os.environ["JAX_ENABLE_X64"] = "0"
+    # Python takes the encoding of files from the locale, and reads this option only as it starts.
+    options = [] if sys.getfilesystemencoding() == "utf-8" else ["-X", "utf8"]
+    is_slow = False
+    if sys.platform == "linux" and not any(file for name in ACCELERATORS for file in Path("/dev").glob(name)):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        is_slow = bool(argv) and argv[0] in RUNS_TRAINING_STEPS and "GLIBC_TUNABLES" not in os.environ
+    if is_slow:
         os.environ["GLIBC_TUNABLES"] = HUGE_PAGES
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    if is_slow or options:
+        os.execv(sys.executable, [sys.executable, *options, *sys.orig_argv[1:]])
 
 
 if __name__ == "__main__":

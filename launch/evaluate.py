@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from data.errors import InputError
-from launch.arguments import add_json, add_model, too_small
+from launch.arguments import add_json, add_model, one_line, too_small
 from launch.columns import columns
 
 if TYPE_CHECKING:
@@ -23,9 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `ziggurat evaluate`."""
     add_model(parser)
     help = "file, folder, glob or URL of text, all of whose documents are evaluated"
-    parser.add_argument("--corpus", metavar="PATH", help=help)
-    parser.add_argument("--tasks", metavar="NAME[,NAME]", help="tasks, groups or tags of the harness")
-    parser.add_argument("--task_dir", metavar="FOLDER", help="folder with the tasks' YAML files [the harness's own]")
+    parser.add_argument("--corpus", type=one_line, metavar="PATH", help=help)
+    parser.add_argument("--tasks", type=one_line, metavar="NAME[,NAME]", help="tasks, groups or tags of the harness")
+    help = "folder with the tasks' YAML files [the harness's own]"
+    parser.add_argument("--task_dir", type=one_line, metavar="FOLDER", help=help)
     parser.add_argument("--num_fewshot", type=int, metavar="N", help="examples before each document [the task's own]")
     parser.add_argument("--limit", type=int, metavar="N", help="documents of each task, at most [all]")
     add_json(parser)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.errors import InputError
-from launch.arguments import add_model, text, too_small
+from launch.arguments import add_model, one_line, text, too_small
 
 if TYPE_CHECKING:
     from train.evaluation.continuation import ContinuationPart
@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `ziggurat generate`."""
     add_model(parser)
     parser.add_argument("--prompt", type=text, metavar="TEXT", help="the text to continue")
-    parser.add_argument("--prompts", metavar="FILE", help="many prompts, as JSONL; - reads standard input")
+    parser.add_argument(
+        "--prompts", type=one_line, metavar="FILE", help="many prompts, as JSONL; - reads standard input"
+    )
     parser.add_argument("--batch_size", type=int, metavar="N", help=f"prompts to continue at once [{BATCH_SIZE}]")
     help = "tokens after which a continuation ends [64]"
     parser.add_argument("--max_new_tokens", type=int, default=64, metavar="N", help=help)
@@ -171,7 +173,7 @@ def read_prompts(file: str) -> list[dict[str, Any]]:
         name, content = "standard input", sys.stdin.buffer.read()
     else:
         try:
-            name, content = file, Path(file).expanduser().read_bytes()
+            name, content = file, Path(file).read_bytes()
         except OSError as error:
             raise InputError(f"--prompts={file} cannot be read: {error.strerror}") from None
     prompts: list[dict[str, Any]] = []

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from data.errors import InputError
-from launch.arguments import add_model, check_page, path, prompt
+from launch.arguments import add_model, check_output, path, prompt
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +19,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Writes the page and prints its path."""
     from launch.page.attention_page import GENERATOR, make_attention_page, max_tokens
 
-    check_page(arguments.to, "--to", GENERATOR, "page of attention")
+    check_output(arguments.to, "--to", GENERATOR, "page of attention")
     import jax
 
     from data.files.atomic import atomic_file

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data.errors import InputError
 from data.tokenizer.folder import load_tokenizer
-from launch.arguments import add_json
+from launch.arguments import add_json, one_line
 from launch.columns import columns
 from launch.presets import add_config_arguments, load_config
 from train.run.run_name import split_name
@@ -37,7 +37,9 @@ class RunData(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `ziggurat inspect data`."""
-    parser.add_argument("run", metavar="RUN", nargs="?", help="a run's folder, or RUN@STEP; or give --config")
+    parser.add_argument(
+        "run", type=one_line, metavar="RUN", nargs="?", help="a run's folder, or RUN@STEP; or give --config"
+    )
     parser.add_argument("--step", type=int, metavar="N", help="the step whose batch is shown, from 1")
     parser.add_argument("--row", type=int, metavar="R", help="one row of the batch, from 0 [all]")
     parser.add_argument("--summary", action="store_true", help="show what the corpus holds, from a sample of it")
@@ -58,13 +60,14 @@ def run(arguments: argparse.Namespace) -> int:
     if (arguments.step is None) != arguments.summary:
         raise InputError("give --step=N or --summary, one of the two")
     from data.provenance import summarize
-    from train.step.schedule import batch_size
+    from train.step.schedule import batch_stages
 
     with opened(arguments) as data:
         if arguments.summary:
             config = data.config
-            tokens = [batch_size(config, step) * config.data.segment_length for step in range(config.train.num_steps)]
-            summaries = summarize(data.mixture, data.tokenizer, config.train.seed, tokens)
+            T = config.data.segment_length
+            stages = [(begin, end, rows * T) for begin, end, rows in batch_stages(config, 0, config.train.num_steps)]
+            summaries = summarize(data.mixture, data.tokenizer, config.train.seed, stages)
             print(json.dumps({"corpora": summaries}) if arguments.json else "\n".join(map(summary_text, summaries)))
             return 0
         rows = batch_rows(data, arguments.step, arguments.row)
@@ -156,4 +159,6 @@ def summary_text(summary: dict[str, Any]) -> str:
         "utilization": f"{summary['utilization']:.2%} of the positions of the sampled rows",
         "epochs": f"about {summary['epochs']:.3f} in the run",
     }
+    if summary["last_step"]:
+        figures["end of the run"] = f"near step {summary['last_step']:,}, where data.epochs end"
     return f"{summary['corpus']}\n" + columns([("", name, value) for name, value in figures.items()])

@@ -20,7 +20,7 @@ from string import Template
 from typing import Any
 
 from data.errors import InputError
-from launch.arguments import too_small
+from launch.arguments import one_line, path, too_small
 from launch.submission import check_command, write_submission
 
 # GKE's names of the TPUs that `--topology` names.
@@ -28,22 +28,26 @@ TPUS = {"v4": "tpu-v4-podslice", "v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-
 RESOURCES = {"tpu": "google.com/tpu", "gpu": "nvidia.com/gpu"}
 # The process that holds a run's folder renews its lease every five seconds.
 STALE_MINUTES = 5
+# By this line a later command recognizes a manifest that it may replace.
+MADE_BY = "# Made by ziggurat launch kubernetes."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `ziggurat launch kubernetes`."""
     help = "as `ziggurat plan` takes it: v6e:16x16 (the chips of a slice) or h100:2x8 (hosts × GPUs of each)"
-    parser.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help=help)
+    parser.add_argument("--topology", type=one_line, required=True, metavar="CHIP:SHAPE", help=help)
     parser.add_argument("--slices", type=int, default=1, metavar="N", help="TPU slices of this shape [1]")
-    parser.add_argument("--image", required=True, metavar="IMAGE", help="a container that has ziggurat on its PATH")
+    parser.add_argument(
+        "--image", type=one_line, required=True, metavar="IMAGE", help="a container that has ziggurat on its PATH"
+    )
     help = "a persistent volume claim that all pods can write to (ReadWriteMany), and where to mount it"
-    parser.add_argument("--volume", required=True, metavar="CLAIM:PATH", help=help)
-    parser.add_argument("--name", metavar="NAME", help="name of the JobSet [that of the run's folder]")
+    parser.add_argument("--volume", type=one_line, required=True, metavar="CLAIM:PATH", help=help)
+    parser.add_argument("--name", type=one_line, metavar="NAME", help="name of the JobSet [that of the run's folder]")
     help = "a label that the nodes must have, besides those of TPUs"
-    parser.add_argument("--node-selector", action="append", default=[], metavar="LABEL=VALUE", help=help)
+    parser.add_argument("--node-selector", type=one_line, action="append", default=[], metavar="LABEL=VALUE", help=help)
     help = "restarts after faults, in the whole run [20]"
     parser.add_argument("--restarts", type=int, default=20, metavar="N", help=help)
-    parser.add_argument("--output", metavar="FILE", help="file of the manifest [standard output]")
+    parser.add_argument("--output", type=path, metavar="FILE", help="file of the manifest [standard output]")
     parser.add_argument("command", nargs="*", metavar="COMMAND", help="pretrain with its flags, after --")
 
 
@@ -51,7 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Writes the manifest."""
     import yaml
 
-    write_submission(yaml.safe_dump(manifest(arguments), sort_keys=False, width=120), arguments.output)
+    text = yaml.safe_dump(manifest(arguments), sort_keys=False, width=120)
+    write_submission(f"{MADE_BY}\n{text}", arguments.output, MADE_BY)
     return 0
 
 
@@ -90,12 +95,12 @@ def manifest(arguments: argparse.Namespace) -> dict[str, Any]:
     lease = shlex.quote(str(run_dir / "lease.json"))
     values = {
         "image": arguments.image,
-        "command": ["ziggurat", *arguments.command],
+        "command": [unexpanded(word) for word in ("ziggurat", *arguments.command)],
         "resource": RESOURCES[chip.platform],
         "selector": selector,
         "claim": claim,
         "mount": mount,
-        "is_lease_fresh": f'test ! -e {lease} || test -n "$(find {lease} -mmin -{STALE_MINUTES})"',
+        "is_lease_fresh": unexpanded(f'test ! -e {lease} || test -n "$(find {lease} -mmin -{STALE_MINUTES})"'),
         "hosts": num_devices // devices_per_host,
         "devices": devices_per_host,
         "slices": arguments.slices,
@@ -114,6 +119,11 @@ def manifest(arguments: argparse.Namespace) -> dict[str, Any]:
         container = pod["containers"][0]
         del container["env"], container["volumeMounts"][1], pod["volumes"][1]
     return jobset
+
+
+def unexpanded(word: str) -> str:
+    """Returns a word of a command as Kubernetes takes it: it replaces $(NAME) there, and $$ by a $."""
+    return word.replace("$", "$$")
 
 
 def tpus_per_host(shape: tuple[int, ...]) -> int:

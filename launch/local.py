@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
@@ -55,7 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.devices:
         count = f"--xla_force_host_platform_device_count={arguments.devices}"
         shared["XLA_FLAGS"] = f"{shared.get('XLA_FLAGS', '')} {count}".strip()
-    command = [sys.executable, "-m", "launch.cli", *arguments.command]
+    # -P: the folder where this is started is no place to import from.
+    command = [sys.executable, "-P", "-m", "launch.cli", *arguments.command]
     environments = [process_environment(shared, i, arguments.processes) for i in range(arguments.processes)]
 
     def start() -> Exit:
@@ -97,7 +99,12 @@ def supervise(
     After 75 (stopped) it starts at once. A fault is followed by a pause that doubles; after more than `restarts` starts
     in a row that saved nothing new in the run's folder, it gives up.
     """
-    say = partial(print, "ziggurat:", file=sys.stderr, flush=True)
+
+    def say(text: str) -> None:
+        # A terminal that has closed must not end the run.
+        with suppress(OSError):
+            print("ziggurat:", text, file=sys.stderr, flush=True)
+
     in_vain, reached = 0, newest_step(folder)
     while True:
         end = start()
@@ -132,7 +139,7 @@ def newest_step(folder: Path) -> int:
 def run_processes(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> Exit:
     """Runs the command once in each environment and waits until all have ended."""
     received: list[int] = []
-    signals = (signal.SIGINT, signal.SIGTERM)
+    signals = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
     handlers = {number: signal.signal(number, lambda n, _: received.append(n)) for number in signals}
     processes: list[Popen] = []
     threads: list[threading.Thread] = []

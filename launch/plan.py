@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import InputError
-from launch.arguments import add_json
+from launch.arguments import add_json, one_line
 from launch.plan_text import mesh_text, plan_text
 from launch.presets import add_config_arguments, load_config
 from train.config.config import ResolvedConfig
@@ -32,7 +32,9 @@ MAX_COMPILED = 6
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `ziggurat plan`."""
-    parser.add_argument("--topology", metavar="CHIP:SHAPE", help="v5e:16x16, v5p:8x8x8, h100:16x8, ... [this machine]")
+    parser.add_argument(
+        "--topology", type=one_line, metavar="CHIP:SHAPE", help="v5e:16x16, v5p:8x8x8, h100:16x8, ... [this machine]"
+    )
     parser.add_argument("--slices", metavar="N", default="1", help="TPU slices of this shape [1]")
     parser.add_argument("--tokens", metavar="N", help="tokens to train on, as in 2e12 [those of train.num_steps]")
     parser.add_argument("--price", metavar="P", help="dollars for a device-hour")

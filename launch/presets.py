@@ -3,8 +3,9 @@
 import argparse
 import dataclasses
 import inspect
-import os
+import logging
 import runpy
+import shlex
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,18 +14,23 @@ from typing import Any, cast
 from ml_collections import ConfigDict
 
 from data.errors import InputError
+from launch.arguments import one_line
 from settings import help_of, kind_of
-from train.config.config import Config, config_fields
+from train.config.config import NOT_KEPT, Config, config_fields
 from train.config.reading import make_config, nearest
-from train.run.run_name import read_config, split_name
+from train.run.run_name import CONFIG_FILE, read_config, split_name
 
 PRESETS = Path(__file__).parent / "configs"
+# Fields that run commands or code, or send a run's figures elsewhere. A run's folder is data that may come from
+# somebody else, so they are never taken from there.
+ASKED_FOR = ("train.on_event", "train.wandb", "evaluation.tasks", "evaluation.task_dir")
+log = logging.getLogger("ziggurat")
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Adds `--config=NAME|FILE|RUN`, and `--config.GROUP.FIELD=VALUE` for every field, collected in `overrides`."""
     help = f"one of {', '.join(presets())}, a file, a run's folder, or RUN@STEP to begin another run with that"
-    parser.add_argument("--config", required=required, type=os.path.expanduser, metavar="NAME|FILE|RUN", help=help)
+    parser.add_argument("--config", required=required, type=one_line, metavar="NAME|FILE|RUN", help=help)
     parser.set_defaults(overrides={})
     groups = {}
     for group in dataclasses.fields(Config):
@@ -41,7 +47,9 @@ class Override(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
         assert option is not None
-        namespace.overrides = namespace.overrides | {option.removeprefix("--config."): values}
+        # argparse makes a list of a value that is "--".
+        value = values if isinstance(values, str) else "--"
+        namespace.overrides = namespace.overrides | {option.removeprefix("--config."): value}
 
 
 def presets() -> list[str]:
@@ -58,29 +66,48 @@ def load_config(name: str, overrides: Mapping[str, str]) -> Config:
     if name not in presets() and not name.endswith(".py"):
         folder, step = split_name(name)
         if folder.is_dir():
-            return make_config(run_values(folder, step), overrides)
-    file = Path(name) if name.endswith(".py") or "/" in name else PRESETS / f"{name}.py"
-    if not file.is_file():
-        problem = f"there is no such file{', nor a preset of this name' if file.parent == PRESETS else ''}"
+            return make_config(run_values(folder, step, overrides), overrides)
+    file = PRESETS / f"{name}.py" if name in presets() else Path(name)
+    if not (file.suffix == ".py" and file.is_file()):
+        problem = "there is no such file" if file.suffix == ".py" else "no preset, run or file that ends in .py"
         raise InputError(f"--config={name}: {problem}; presets: {', '.join(presets())}{nearest(name, presets())}")
     try:
         get_config = runpy.run_path(str(file)).get("get_config")
         made = get_config() if get_config else None
+        values = made.to_dict() if isinstance(made, ConfigDict) else None
     except SyntaxError as error:
-        raise InputError(f"{error.filename}:{error.lineno}: {error.msg}") from None
-    except Exception as error:  # whatever the user's own file raises
+        raise InputError(f"{error.filename or file}:{error.lineno or 1}: {error.msg}") from None
+    except (Exception, SystemExit) as error:  # whatever the user's own file raises
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
-        raise InputError(f"{file}:{lines[-1] if lines else 1}: {type(error).__name__}: {error}") from None
+        raise InputError(f"{file}:{lines[-1] if lines else 1}: {type(error).__name__}: {error_text(error)}") from None
     if get_config is None:
         raise InputError(f"{file}: it must define get_config() that returns a ConfigDict")
-    if not isinstance(made, ConfigDict):
+    if values is None:
         raise InputError(f"{file}: get_config() returns {type(made).__name__}; it must return a ConfigDict")
-    return make_config(made.to_dict(), overrides)
+    return make_config(values, overrides)
 
 
-def run_values(folder: Path, step: int | None) -> dict[str, dict[str, Any]]:
-    """Returns the settings of a run, or of a fork that starts from its checkpoint of a step."""
+def error_text(error: BaseException) -> str:
+    """Returns the text of an error of a user's file, whose own class may fail to give one."""
+    try:
+        return str(error)
+    except Exception:
+        return "its text cannot be shown"
+
+
+def run_values(folder: Path, step: int | None, overrides: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Returns the settings of a run, or of a fork that starts from its checkpoint of a step.
+
+    Logs which fields of ASKED_FOR the run has had and this one has not, as they are not in `overrides`.
+    """
     values = dataclasses.asdict(read_config(folder))
+    for name in ASKED_FOR:
+        group, field = name.split(".")
+        value, values[group][field] = values[group][field], None
+        if value and name not in overrides:
+            flag = f"--config.{name}={'COMMAND' if value == NOT_KEPT else shlex.quote(value)}"
+            log.warning("%s: what runs code or sends figures is not taken from a run's folder; to have it: %s",
+                        folder / CONFIG_FILE, flag)  # fmt: skip
     values["data"]["accept_changes"] = False
     values["train"]["run_dir"] = str(folder)
     if step is not None:

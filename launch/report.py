@@ -2,7 +2,7 @@
 
 import argparse
 
-from launch.arguments import check_page, path
+from launch.arguments import check_output, path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +22,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_not_imported(run)
     page = make_page(run)
     output = arguments.output or arguments.run_folder / "report.html"
-    check_page(output, "--output", GENERATOR, "report")
+    check_output(output, "--output", GENERATOR, "report")
     with atomic_file(output) as partial:
         partial.write_text(page)
     print(output)

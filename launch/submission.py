@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.config import NO_CORPUS
 from data.errors import InputError
+from data.files.atomic import atomic_file
+from launch.arguments import check_output
 from launch.commands import parse
 from launch.presets import load_config
 from train.config.config import Config
@@ -18,6 +21,8 @@ def check_command(command: Sequence[str], devices: int | None = None, slices: in
         raise InputError("what can wait in a queue is pretrain; give it after --, as in: -- pretrain --config=tiny")
     _, arguments = parse(command)
     config = load_config(arguments.config, arguments.overrides)
+    if config.data.corpus is None:
+        raise InputError(NO_CORPUS)
     if devices:
         from train.devices.mesh import mesh_shape
         from train.devices.mesh_checks import mesh_problems, rule_problems
@@ -31,9 +36,11 @@ def check_command(command: Sequence[str], devices: int | None = None, slices: in
     return config
 
 
-def write_submission(text: str, output: str | None) -> None:
-    """Writes a script or manifest to a file, or to standard output."""
+def write_submission(text: str, output: Path | None, made_by: str) -> None:
+    """Writes a text with the line `made_by` to standard output, or to a file that is new or has that line, too."""
     if output is None:
         print(text, end="")
-    else:
-        Path(output).write_text(text)
+        return
+    check_output(output, "--output", made_by, f"file that begins with the line {made_by}")
+    with atomic_file(output) as partial:
+        partial.write_text(text)

@@ -4,6 +4,7 @@ import shlex
 import statistics
 
 from train.evaluation.held_out import gzip_bits_per_byte
+from train.planning.data_estimate import WHOLE_RUN, has_end
 from train.run.events import read_events
 from train.run.folder import Run
 from train.run.goodput import goodput, shares
@@ -20,12 +21,20 @@ def summary(run: Run, program: str) -> str:
     if steps < config.train.num_steps:
         first += f" of {config.train.num_steps}, where its corpus ended"
     if records:
-        rate = statistics.median_high(record["tokens_per_second"] for record in records)
+        rate = statistics.median_high([r["tokens_per_second"] for r in records if r["loss_weight"]] or [0.0])
         first += f", {rate:,.0f} tokens/s"
     lines = [first]
+    if records and steps < WHOLE_RUN * config.train.num_steps and has_end(config.optimizer):
+        rate_left = records[-1]["learning_rate"] / config.optimizer.learning_rate
+        lines.append(
+            f"learning rate   still {rate_left:.0%} of its peak; a run of --config.train.num_steps={steps} lets it fall"
+        )
     if evaluated and held_out:
-        bits = evaluated[-1]["validation_bits_per_byte"]
+        # Versions up to 0.7 named the figure of all texts as those of the evaluations before.
+        bits = evaluated[-1].get("held_out_bits_per_byte", evaluated[-1]["validation_bits_per_byte"])
         lines.append(f"held-out text   {bits:.3f} bits a byte; gzip -9 needs {gzip_bits_per_byte(held_out):.3f}")
+    if empty := sum(record["loss"] is None for record in records):
+        lines.append(f"no token         trained on in {empty:,} steps: prompts are longer than a row")
     if spent := goodput(read_events(run.events)):
         lines.append(f"goodput         {shares(spent)}")
     lines.append(f"checkpoints     {run.checkpoints}")

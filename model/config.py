@@ -24,20 +24,29 @@ class ModelConfig:
     """The shape and numerics of the decoder."""
 
     # ── Size ───────────────────────────────────────────────────────────────────────────────────────────────────────
-    num_layers: int = setting(4, "decoder blocks (L)", at_least=1)
-    model_dim: int = setting(256, "width of the residual stream (D)", at_least=1)
-    num_heads: int = setting(4, "query heads (H)", at_least=1)
+    num_layers: int = setting(4, "decoder blocks (L)", at_least=1, at_most=10_000)
+    model_dim: int = setting(256, "width of the residual stream (D)", at_least=1, at_most=2**20)
+    num_heads: int = setting(4, "query heads (H)", at_least=1, at_most=2**16)
     num_kv_heads: int | None = setting(
-        None, "key/value heads (K), each shared by H/K query heads: H is MHA, 1 is MQA", unset="num_heads", at_least=1
+        None,
+        "key/value heads (K), each shared by H/K query heads: H is MHA, 1 is MQA",
+        unset="num_heads",
+        at_least=1,
+        at_most=2**16,
     )
-    head_dim: int | None = setting(None, "width of a head (C)", unset="model_dim / num_heads", at_least=1)
+    head_dim: int | None = setting(
+        None, "width of a head (C)", unset="model_dim / num_heads", at_least=1, at_most=2**16
+    )
     feedforward_dim: int | None = setting(
         None,
         "inner width of the feed-forward (F)",
         unset="4 model_dim, or 8/3 of it up to a multiple of 64 if gated",
         at_least=1,
+        at_most=2**24,
     )
-    vocab_size: int | None = setting(None, "number of token ids", unset="those of the tokenizer", at_least=1)
+    vocab_size: int | None = setting(
+        None, "number of token ids", unset="those of the tokenizer", at_least=1, at_most=2**24
+    )
 
     # ── Floor 1: token embedding ───────────────────────────────────────────────────────────────────────────────────
     tie_embeddings: bool = setting(False, "use the transposed embedding as the unembedding")
@@ -49,7 +58,7 @@ class ModelConfig:
     # ── Floor 2: position ──────────────────────────────────────────────────────────────────────────────────────────
     position: str = setting("rope", "how attention learns positions", choices=("rope", "sinusoidal", "learned", "none"))
     max_positions: int | None = setting(
-        None, "rows of the table of learned positions", unset="data.segment_length", at_least=1
+        None, "rows of the table of learned positions", unset="data.segment_length", at_least=1, at_most=2**24
     )
     rope_base: float = setting(10_000.0, "base of the rotary frequencies", above=1)
     rope_scaling: str = setting(

@@ -18,7 +18,7 @@ MODULES = [ROOT / "settings.py", *(file for room in ROOMS for file in sorted((RO
 # The rooms inside each room, lowest first; a module directly in the folder is named, or stands for all others as "".
 INNER_ORDER = {
     "model": ("", "generation", "interchange"),
-    "data": ("errors", "config", "files", "formats", "tokenizer", ""),
+    "data": ("errors", "printable", "config", "files", "formats", "tokenizer", ""),
     "train": ("config", "devices", "step", "run", "checkpoint", "weights", "evaluation", "planning", ""),
     "launch": ("configs", "page", ""),
 }

@@ -3,83 +3,126 @@
 import collections
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import jax
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
 
 from data.mixture import Mixture, Source, corpus_field
+from data.printable import printable
 from model.kernels import choose_kernel
 from model.parameters import count_parameters
 from train.data_identity import RunInputs
 from train.devices.rules import training_layout
+from train.planning.data_estimate import DataEstimate
 from train.run.goodput import duration
 from train.step.schedule import batch_size
 from train.weights.huggingface import why_no_export
+
+# Activity of the time account → its name in the live line. Others are too short to be named.
+PAUSES = {"compile": "compiling", "evaluation": "evaluating", "checkpoint": "saving"}
+# Columns of the live line's bar: it gets the room that the figures leave.
+LEAST_BAR, MOST_BAR = 10, 30
 
 
 class Rate:
     """Tokens a second over the last finished steps."""
 
     def __init__(self, window: int = 10):
-        self._ends: collections.deque[tuple[float, float]] = collections.deque(maxlen=window + 1)
+        # End of each step, its tokens, and those of them that were computed.
+        self._ends: collections.deque[tuple[float, float, float]] = collections.deque(maxlen=window + 1)
 
     def start(self) -> None:
         """Forgets the steps so far, since a pause (evaluation, a save) is not step time."""
         self._ends.clear()
-        self._ends.append((time.perf_counter(), 0.0))
+        self._ends.append((time.perf_counter(), 0.0, 0.0))
 
-    def finished(self, tokens: float) -> None:
-        """Records that a step over `tokens` has just finished."""
-        self._ends.append((time.perf_counter(), tokens))
+    def finished(self, tokens: float, is_computed: bool = True) -> None:
+        """Records that a step over `tokens` has just finished; an empty batch is passed over, not computed."""
+        self._ends.append((time.perf_counter(), tokens, tokens * is_computed))
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens a second over the window of last steps."""
-        return sum(tokens for _, tokens in list(self._ends)[1:]) / max(self._ends[-1][0] - self._ends[0][0], 1e-9)
+        """Tokens a second that were computed over the window of last steps."""
+        return self._over_time(2)
 
     def seconds(self, tokens: float) -> float:
         """Returns the seconds that `tokens` more take at this rate."""
-        return tokens / max(self.tokens_per_second, 1e-9)
+        return tokens / max(self._over_time(1), 1e-9)
+
+    def _over_time(self, column: int) -> float:
+        return sum(end[column] for end in list(self._ends)[1:]) / max(self._ends[-1][0] - self._ends[0][0], 1e-9)
 
 
 class Display:
-    """Shows a run as it trains: a live line on a terminal, or a plain line every few steps in a log."""
+    """Shows a run as it trains: a live line on a terminal, or a plain line every few steps in a log.
 
-    def __init__(self, num_steps: int, every: int, quiet: bool):
+    The live line is redrawn several times a second for the terminal's present width, with as many figures as fit. In a
+    pause it names the `activity` of the run's time account.
+    """
+
+    def __init__(self, num_steps: int, every: int, quiet: bool, activity: Callable[[], str] = lambda: "steps"):
         self.num_steps = num_steps
         self.every = every
         self.quiet = quiet
+        self._activity = activity
         self._console = Console(file=sys.stderr)
         self._live: Live | None = None
+        self._step = 0
+        self._said_empty = False
+        self._figures: list[str] = []
+
+    def begin(self, step: int) -> None:
+        """Begins the live line, on a terminal, after `step` steps."""
+        self._step = step
+        if self._console.is_terminal and not self.quiet and self._live is None:
+            self._live = Live(self, console=self._console, refresh_per_second=4, transient=True)
+            self._live.start()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        line = f"step {self._step}/{self.num_steps}"
+        for figure in filter(None, (PAUSES.get(self._activity(), ""), *self._figures)):
+            if len(line) + 2 + len(figure) >= options.max_width:
+                break
+            line += f"  {figure}"
+        room = min(options.max_width - len(line) - 2, MOST_BAR)
+        done = room * self._step // self.num_steps
+        bar = f"{'█' * done}{'·' * (room - done)} " if room >= LEAST_BAR else ""
+        yield Text(bar + line, no_wrap=True, overflow="ellipsis")
 
     def step(self, record: dict[str, Any], seconds_left: float) -> None:
         """Shows one finished step."""
         if self.quiet:
             return
-        step = record["step"]
-        line = (
-            f"step {step}/{self.num_steps}  loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  "
-            f"{record['peak_share']:.0%} of peak  data wait {record['data_wait_seconds']:.2f} s  "
-            f"ETA {duration(seconds_left)}"
-        )
-        if self._console.is_terminal:
-            if self._live is None:
-                self._live = Live(console=self._console, refresh_per_second=4, transient=True)
-                self._live.start()
-            done = 30 * step // self.num_steps
-            self._live.update(Text(f"{'█' * done}{'·' * (30 - done)} {line}", no_wrap=True, overflow="ellipsis"))
-        elif step % self.every == 0 or step in (1, self.num_steps):
-            self.say(line)
+        self._step = step = record["step"]
+        loss = "no token trained on" if record["loss"] is None else f"loss {record['loss']:.4f}"
+        rate = f"{record['tokens_per_second']:,.0f} tokens/s"
+        share = f"{record['peak_share']:.0%} of peak"
+        wait = f"data wait {record['data_wait_seconds']:.2f} s"
+        eta = f"ETA {duration(seconds_left)}"
+        if record["loss"] is None and not self._said_empty:
+            self._said_empty = True
+            self.say(
+                f"step {step}: its rows lie within prompts, so no token is trained on and the step changes nothing; "
+                "raise data.segment_length above the prompts' tokens, or shorten the prompts"
+            )
+        self._figures = [loss, eta, rate, wait, share]  # in the order in which they matter
+        if not self._live and (step % self.every == 0 or step in (1, self.num_steps)):
+            self.say("  ".join([f"step {step}/{self.num_steps}", loss, rate, share, wait, eta]))
 
     def evaluation(self, record: dict[str, Any]) -> None:
         """Shows the results of an evaluation on held-out text, with a sample, and on tasks."""
         if "sample" in record:
             bits = record["validation_bits_per_byte"]
             loss = record["validation_loss"]
-            self.say(f"step {record['step']}  held-out: {bits:.3f} bits a byte, loss {loss:.4f}; sample:")
+            whole = ""
+            if "held_out_bits_per_byte" in record:
+                whole = f"; all held-out documents: {record['held_out_bits_per_byte']:.3f} bits a byte"
+            self.say(f"step {record['step']}  held-out: {bits:.3f} bits a byte, loss {loss:.4f}{whole}; sample:")
             self.say("\n".join("    " + line for line in record["sample"].splitlines()))
         for task, values in record.get("tasks", {}).items():
             results = ", ".join(f"{metric} {value:.4f}" for metric, value in values.items())
@@ -87,16 +130,19 @@ class Display:
 
     def say(self, text: str) -> None:
         """Prints lines that stay."""
+        # A terminal that closes, as SIGHUP is about to say, must not end the run before it has saved.
         if not self.quiet:
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            with suppress(OSError):
+                self._console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Restores the terminal."""
         if self._live:
-            self._live.stop()
+            with suppress(OSError):
+                self._live.stop()
 
 
-def opening_lines(inputs: RunInputs, step: int, peak: str) -> list[str]:
+def opening_lines(inputs: RunInputs, estimate: DataEstimate, step: int, peak: str) -> list[str]:
     """Returns lines that describe the model, its data and its devices."""
     config = inputs.config
     mesh = " × ".join(f"{axis} {size}" for axis, size in jax.sharding.get_mesh().shape.items() if size > 1)
@@ -111,6 +157,7 @@ def opening_lines(inputs: RunInputs, step: int, peak: str) -> list[str]:
         *(
             f"{corpus_field(source.name).removeprefix('data.')}: {source.corpus.describe()}, "
             f"fingerprint {source.corpus.fingerprint[:12]}{source_text(source, inputs.mixture)}"
+            f"{estimate.text(source.name)}"
             for source in inputs.mixture.sources
         ),
         f"tokenizer: {inputs.tokenizer.vocab_size:,} token ids",
@@ -124,7 +171,7 @@ def opening_lines(inputs: RunInputs, step: int, peak: str) -> list[str]:
         lines.append(f"evaluated and exported: the moving average of the weights, decay {config.train.ema_decay}")
     if config.checkpoint.export and (problem := why_no_export(config.model)):
         lines.append(f"no export at the end: {problem}")
-    return lines
+    return lines + estimate.warnings(config)
 
 
 def source_text(source: Source, mixture: Mixture) -> str:

@@ -11,7 +11,7 @@ from train.data_identity import RunInputs
 from train.devices.agreement import Agreement
 from train.display import Rate
 from train.step.flops import memory_bytes
-from train.step.schedule import batch_size
+from train.step.schedule import batch_size, rows_between
 from train.step.spike_detector import SpikeDetector
 
 
@@ -19,16 +19,25 @@ class InFlight:
     """The dispatched steps of a run, oldest first.
 
     There are never more than two, so that the devices always have work while the host logs the step before. The share
-    of the devices' peak that one token a second takes is `flops_share`.
+    of the devices' peak that one token a second takes is `flops_share`. They are the steps after `step`, and the run
+    is expected to end with `last_step`.
     """
 
-    def __init__(self, inputs: RunInputs, agreement: Agreement, detector: SpikeDetector, step: int, flops_share: float):
+    def __init__(
+        self,
+        inputs: RunInputs,
+        agreement: Agreement,
+        detector: SpikeDetector,
+        step: int,
+        last_step: int,
+        flops_share: float,
+    ):
         self._config = inputs.config
         self._mixture = inputs.mixture
         self._agreement = agreement
         self._detector = detector
         self._flops_share = flops_share
-        self._rows_left = sum(batch_size(self._config, s) for s in range(step, self._config.train.num_steps))
+        self._rows_left = rows_between(self._config, step, last_step)
         # Number, metrics and reports of each step, still computed by the devices.
         self._steps: collections.deque[tuple[int, Any, jax.Array]] = collections.deque()
         self.rate = Rate()
@@ -57,12 +66,14 @@ class InFlight:
         shares = self._mixture.shares
         new_data = step > 1 and shares(step - 1) != shares(step - 2)
         self._detector.check(record, seen_by_process, new_data)
-        tokens = record["loss_weight"]
+        if not record["loss_weight"]:
+            record |= {"loss": None, "grad_norm": None}
         rows = batch_size(self._config, step - 1)
-        self._rows_left -= rows
-        self.rate.finished(tokens)
+        self._rows_left = max(self._rows_left - rows, 0)
+        positions = rows * self._config.data.segment_length
+        self.rate.finished(positions, is_computed=record["loss_weight"] > 0)
         record |= {
-            "utilization": tokens / (rows * self._config.data.segment_length),
+            "utilization": record["loss_weight"] / positions,
             "tokens_per_second": self.rate.tokens_per_second,
             "peak_share": self.rate.tokens_per_second * self._flops_share,
             "data_wait_seconds": float(waited.max()),

@@ -11,10 +11,10 @@ import jax
 import numpy as np
 
 from data.errors import StorageError
-from data.loader import LoadedBatch, Loader, corpus_has_ended, gather_positions
+from data.loader import LoadedBatch, Loader, corpus_has_ended, gather_positions, look_ahead
 from train.checkpoint.checkpoint import Checkpoints
 from train.config.config import Config
-from train.data_identity import RunInputs, data_fingerprint
+from train.data_identity import RunInputs, data_fingerprint, first_step
 from train.devices.agreement import Agreement
 from train.devices.collectives import all_gather_json, on_first_process
 from train.devices.mesh import batch_sharding, make_mesh
@@ -22,6 +22,7 @@ from train.devices.rules import training_layout
 from train.display import Display, opening_lines
 from train.evaluations import Evaluations
 from train.in_flight import InFlight
+from train.planning.data_estimate import DataEstimate, estimate_data
 from train.prepare import prepare_run
 from train.profiling import Profiler
 from train.run.events import Events, start_fields
@@ -63,7 +64,8 @@ def pretrain(config: Config) -> Run:
 
     with ExitStack() as stack:
         # ── Prepare: the run's folder, corpus, tokenizer and held-out documents ──
-        display = Display(config.train.num_steps, config.train.log_every_steps, quiet=jax.process_index() > 0)
+        quiet = jax.process_index() > 0
+        display = Display(config.train.num_steps, config.train.log_every_steps, quiet, lambda: events.account.activity)
         stack.callback(display.close)
         signals = stack.enter_context(StopSignals(display.say))
         lease = Lease(run.lease)
@@ -159,8 +161,14 @@ class Training:
         peak, source = peak_flops(self.config.model.compute_dtype)
         # The share of the devices' peak that one token a second is.
         self.flops_share = flops_per_token(self.config.model, self.config.data.segment_length) / peak
-        for line in opening_lines(self.inputs, self.step, source):
+        estimate = DataEstimate({}, self.config.train.num_steps)
+        if jax.process_index() == 0:  # which alone shows it
+            begin = first_step(self.config)
+            estimate = estimate_data(self.config, self.inputs.mixture, self.inputs.tokenizer, begin)
+        self.expected_end = estimate.last_step
+        for line in opening_lines(self.inputs, estimate, self.step, source):
             self.display.say(line)
+        self.display.begin(self.step)
         while True:
             try:
                 self.train()
@@ -204,7 +212,7 @@ class Training:
             saver.log_positions(self.step, self.positions.tolist())
             profiler = Profiler(self.run.profile, config.train.profile_steps, self.step)
             stack.callback(profiler.stop)
-            in_flight = InFlight(self.inputs, self.agreement, detector, self.step, self.flops_share)
+            in_flight = InFlight(self.inputs, self.agreement, detector, self.step, self.expected_end, self.flops_share)
             self.signals.noted = True
             stop_asked = False
 
@@ -215,11 +223,12 @@ class Training:
                     break  # all remaining rows were skipped
                 self.step += 1
                 self.positions = loaded.positions
-                if is_over := corpus_has_ended(loaded.streams_left_after, mixture):
+                is_over, is_empty = look_ahead(loaded, mixture)
+                if is_over:
                     last_step = self.step
 
                 # ── Dispatch its step, without waiting for the devices ──
-                self.dispatch(loaded, waited, in_flight, profiler)
+                self.dispatch(loaded, is_empty, waited, in_flight, profiler)
 
                 # ── Log the steps that are done: all of them before a pause, and otherwise all but this one ──
                 saves = self.step == last_step or self.step % config.checkpoint.every_steps == 0
@@ -275,9 +284,11 @@ class Training:
             self.display.say(f"step {self.step + 1}: {len(unique)} rows were skipped before it")
         return loaded, time.perf_counter() - begun
 
-    def dispatch(self, loaded: LoadedBatch, waited: float, in_flight: InFlight, profiler: Profiler) -> None:
-        """Gives the step to the devices, after its program was compiled."""
-        if not self.programs.has(self.step):
+    def dispatch(
+        self, loaded: LoadedBatch, is_empty: bool, waited: float, in_flight: InFlight, profiler: Profiler
+    ) -> None:
+        """Gives the step to the devices, after its program was compiled. An empty batch changes no weight."""
+        if not is_empty and not self.programs.has(self.step):
             # No step is in flight now, so this does not count as the time of any.
             self.events.account.switch_to("compile")
             self.programs.compiled(self.step, self.state, loaded.batch)
@@ -287,7 +298,10 @@ class Training:
         if self.step == profiler.first:
             profiler.start(self.programs.compiled(self.step, self.state, loaded.batch), self.state)
         with jax.profiler.StepTraceAnnotation("train", step_num=self.step):
-            self.state, metrics = self.programs(self.step, self.state, loaded.batch)
+            if is_empty:
+                self.state, metrics = self.programs.skip(self.state)
+            else:
+                self.state, metrics = self.programs(self.step, self.state, loaded.batch)
         in_flight.add(self.step, metrics, [self.signals.asked, waited, waited + time.perf_counter() - begun])
 
     def log_finished(

@@ -1,5 +1,6 @@
 """Prepares a run before its first step: its folder, corpus, tokenizer and held-out documents."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -73,7 +74,7 @@ def check_folder(config: Config, run: Run) -> None:
     if missing := missing_packages(config):
         raise InputError("\n".join(missing))
     parent = folder_of_parent(config)
-    if parent and parent.folder.resolve() == run.folder.resolve():
+    if parent and os.path.realpath(parent.folder) == os.path.realpath(run.folder):
         raise InputError(
             f"train.run_dir = {run.folder} is the run that train.init_from = {config.train.init_from} starts from; "
             "name a new folder with --config.train.run_dir=FOLDER"

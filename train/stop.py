@@ -7,6 +7,7 @@ import faulthandler
 import os
 import signal
 import socket
+import stat
 import sys
 import threading
 from collections.abc import Callable
@@ -14,7 +15,21 @@ from collections.abc import Callable
 from train.config.config import Config
 
 PREEMPTED = 75
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# SIGHUP comes as a terminal closes; `nohup` ignores it.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """Returns the signals that ask a run to stop in this process: those that it does not ignore."""
+    return tuple(number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN)
+
+
+def leave_closed_terminal() -> None:
+    """Sends output nowhere that would go to a terminal which has closed: writing to it would fail."""
+    for descriptor in (1, 2):
+        if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), descriptor)
 
 
 class Stopped(Exception):
@@ -26,7 +41,7 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """Context manager for SIGTERM and SIGINT: the first is noted, the second ends the process at once.
+    """Context manager for SIGTERM, SIGINT and SIGHUP: the first is noted, the second ends the process at once.
 
     A thread of its own receives them, so that they count while the main thread waits for devices or other processes.
     """
@@ -40,7 +55,7 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         self._receiver, self._sender = socket.socketpair()
         self._sender.setblocking(False)
-        self._before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self._before = {number: signal.signal(number, lambda *_: None) for number in stop_signals()}
         self._wakeup = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._thread.start()
@@ -59,6 +74,8 @@ class StopSignals:
             if received[0] not in SIGNALS:
                 continue
             name = signal.Signals(received[0]).name
+            if received[0] == signal.SIGHUP:
+                leave_closed_terminal()
             if self.asked or not self.noted:
                 print(f"ziggurat: {name}: ended at once; the same command resumes", file=sys.stderr, flush=True)
                 os._exit(PREEMPTED)

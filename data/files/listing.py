@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from data.errors import BadText, InputError
 from data.files import remote
 from data.files.ranges import PROBLEMS, READ_TOTALS, RangeReader
+from data.printable import lacks_credentials
 
 END_BYTES = 2**16
 BLOCK_BYTES = 2**20
@@ -62,6 +63,8 @@ def list_files(
     """
     if remote.protocol(where) in ("file", "local"):
         where = where.partition("://")[2]
+    if lacks_credentials(where):
+        raise InputError(f"{field} = {where}: a run keeps no credentials; give the whole URL again")
     if remote.protocol(where):
         try:
             kind, files = _list_remote(where, endings)

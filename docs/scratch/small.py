@@ -4,7 +4,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.model = {"num_layers": 2, "model_dim": 64, "num_heads": 4}
-    config.data = {"segment_length": 32}
+    config.data = {"corpus": "stdlib", "segment_length": 32}
     config.tokenizer = {"vocab_size": 1024}
     config.optimizer = {"learning_rate": 3e-3, "schedule": "wsd"}
     config.train = {"run_dir": "runs/small", "num_steps": 400, "batch_size": 8, "log_every_steps": 100}

@@ -111,7 +111,7 @@ def make_chart(
 
     `marks` are the steps of events, by the class of their marks.
     """
-    points = [(record["step"], record[measure.field]) for record in records if measure.field in record]
+    points = [(record["step"], record[measure.field]) for record in records if record.get(measure.field) is not None]
     if not points:
         empty = element("figure", caption(measure, [], ""), element("div", placeholder, class_="none"))
         return Chart(empty, [], []) if placeholder else None

@@ -14,15 +14,15 @@ from data.config import stages, weight_at
 from launch.page import history
 from launch.page.chart import BOTTOM, LEFT, MEASURES, RIGHT, TOP, Chart, make_chart, step_range, task_measures, thinned
 from launch.page.markup import Html, element, fragment, html_page
-from train.config.config import Config, config_fields, to_json
-from train.evaluation.documents import first_of_each_corpus
+from train.config.config import Config, config_fields, public, to_json
+from train.evaluation.documents import loop_documents
 from train.evaluation.held_out import gzip_bits_per_byte
 from train.run.events import read_events
 from train.run.folder import Run
 from train.run.goodput import duration, goodput
 from train.run.lease import BEAT_SECONDS, MISSING_BEATS
 from train.run.step_log import read_step_log, scalars
-from train.step.schedule import batch_size
+from train.step.schedule import rows_between
 
 # By this comment a later report recognizes a page that it may replace.
 GENERATOR = "<!-- ziggurat report -->"
@@ -39,7 +39,7 @@ Records = Sequence[Mapping[str, Any]]
 
 def make_page(run: Run) -> str:
     """Returns the whole page. Raises InputError where the folder is no run, or its config is damaged."""
-    config = run.load_config()
+    config = public(run.load_config())
     records = [record | dict(scalars({"tasks": record.get("tasks", {})})) for _, record in read_step_log(run.metrics)]
     events = read_events(run.events)
     now, beat = time.time(), 0.0
@@ -97,24 +97,29 @@ def key_figures(config: Config, run: Run, records: Records, events: Sequence[his
     step = records[-1]["step"] if records else 0
     figures = [("step", f"{step:,}", f"of {config.train.num_steps:,}")]
     if is_running and records:
-        rows = sum(batch_size(config, s) for s in range(step, config.train.num_steps))
+        rows = rows_between(config, step, config.train.num_steps)
         left = rows * config.data.segment_length / max(records[-1]["tokens_per_second"], 1e-9)
-        figures.append(("left", duration(left), "of steps, at the last rate"))
+        limit = "at most, " if config.data.epochs else "of steps, "
+        figures.append(("left", duration(left), f"{limit}at the last rate"))
     if records:
         tokens = sum(record["loss_weight"] for record in records)
         figures.append(("trained on", f"{tokens:,.0f}", "tokens"))
-        figures.append(("training loss", f"{records[-1]['loss']:.4f}", "nats a token"))
+        losses = [record["loss"] for record in records if record["loss"] is not None]
+        if losses:
+            figures.append(("training loss", f"{losses[-1]:.4f}", "nats a token"))
     if evaluated := [record for record in records if "validation_bits_per_byte" in record]:
         last, texts = evaluated[-1], run.held_out_texts()
         if not any(event["event"] == "end" and event["step"] == last["step"] for event in events):
-            # Only the evaluation at a run's end is of all texts.
-            texts = first_of_each_corpus(texts, config.evaluation.loop_bytes)
+            # Only at a run's end there is a figure of all texts.
+            texts = loop_documents(texts, config)
         gzip = f"; gzip -9 needs {gzip_bits_per_byte(texts):.3f}" if texts else ""
-        figures.append(("held-out text", f"{last['validation_bits_per_byte']:.3f}", f"bits a byte{gzip}"))
+        # Versions up to 0.7 named the figure of all texts as those before.
+        bits = last.get("held_out_bits_per_byte", last["validation_bits_per_byte"])
+        figures.append(("held-out text", f"{bits:.3f}", f"bits a byte{gzip}"))
     if records:
         peaks = [record["peak_share"] for record in records if "peak_share" in record]
         share = f"{statistics.median_high(peaks):.1%} of the peak, " if peaks else ""
-        rate = statistics.median_high(record["tokens_per_second"] for record in records)
+        rate = statistics.median_high([r["tokens_per_second"] for r in records if r["loss_weight"]] or [0.0])
         figures.append(("throughput", f"{rate:,.0f}", f"tokens/s, {share}median"))
     if spent := goodput(events):
         total = sum(spent.values())
@@ -170,7 +175,7 @@ def corpus_rows(config: Config, records: Records) -> list[tuple[str, str]]:
     by_corpus = evaluated[-1] if evaluated else {}
     rows = []
     for name, values in mixture.items():
-        details = [values["corpus"]]
+        details = [values["corpus"] or "none"]
         for step in changes if name else ():
             share = weight_at(step, weights[name]) / sum(weight_at(step, w) for w in weights.values())
             details.append(f"{share:.1%} of rows" + (f" from step {step:,}" if step else ""))

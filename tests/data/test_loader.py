@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from data.config import DataConfig
 from data.errors import InputError
-from data.loader import UNREAD, Loader, corpus_has_ended, gather_positions
+from data.loader import UNREAD, Loader, corpus_has_ended, gather_positions, look_ahead
 from data.mixture import POSITION_SIZE, Mixture, open_mixture
 from data.segmenter import make_segment
 from data.tokenizer.training import train_tokenizer
@@ -147,12 +147,16 @@ def test_a_run_of_some_epochs_trains_on_every_row_and_then_ends(tmp_path, made, 
     mixture = mixture_of(path, **changes)
     weight, ends = 0.0, 0
     with loader((mixture, made[1]), **changes) as batches:
-        for batch, _, left, here, _ in batches:
-            assert not corpus_has_ended(here, mixture)
-            weight += float(batch["loss_weights"].sum())
+        for loaded in batches:
+            assert not corpus_has_ended(loaded.streams_left_in, mixture)
+            assert loaded.trained == loaded.batch["loss_weights"].sum()
+            weight += loaded.trained
             ends += 1
-            if corpus_has_ended(left, mixture):
+            if corpus_has_ended(loaded.streams_left_after, mixture):
+                assert look_ahead(loaded, mixture) == (True, False)
                 break
+            assert look_ahead(loaded, mixture) == (False, False)
+            assert look_ahead(loaded._replace(trained=0), mixture) == (False, True)
     [source] = mixture.sources
     texts = list(source.corpus.training_texts(0))
     assert weight == 2 * sum(len(made[1].encode(text)) + 1 for text in texts)

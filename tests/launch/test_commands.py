@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from data.errors import InputError
 from data.tokenizer.folder import load_tokenizer
 from data.tokenizer.tokenizer import END_OF_TEXT
 from tests.launch.small_run import ROOT, here, metrics, write_config
@@ -58,11 +59,17 @@ def test_a_run_that_asked_for_a_kernel_is_evaluated_where_there_is_none(finished
     assert evaluated(capsys, elsewhere)["loss"] == evaluated(capsys, finished)["loss"]
 
 
+def test_weights_that_are_loaded_outside_a_mesh_ask_for_one(finished: Path):
+    for where in (finished, finished / "export"):
+        with pytest.raises(InputError, match="with jax.set_mesh"):
+            load_trained(str(where))
+
+
 def test_a_run_evaluates_to_the_figures_of_its_last_step(finished: Path, capsys):
     found, last = evaluated(capsys, finished), metrics(finished)[-1]
     assert found["step"] == 12
-    assert found["loss"] == pytest.approx(last["validation_loss"], rel=1e-5)
-    assert found["bits_per_byte"] == pytest.approx(last["validation_bits_per_byte"], rel=1e-5)
+    assert found["loss"] == pytest.approx(last["held_out_loss"], rel=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(last["held_out_bits_per_byte"], rel=1e-5)
     texts = Run(finished).held_out_texts()
     assert found["bytes"] == sum(len(text.text.encode()) for text in texts)
     tokenizer = load_tokenizer(finished / "tokenizer")
@@ -138,7 +145,7 @@ def test_exported_weights_evaluate_as_the_run_does(finished: Path, tmp_path: Pat
     corpus = finished / "held_out.jsonl"
     run, weights = (evaluated(capsys, model, f"--corpus={corpus}") for model in (finished, tmp_path / "weights"))
     assert run["loss"] == pytest.approx(weights["loss"], rel=1e-5)
-    assert run["loss"] == pytest.approx(metrics(finished)[-1]["validation_loss"], rel=1e-5)
+    assert run["loss"] == pytest.approx(metrics(finished)[-1]["held_out_loss"], rel=1e-5)
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (tmp_path / "weights" / name).read_bytes() == (finished / "export" / name).read_bytes()
     # An earlier export is replaced, and nothing next to it is touched.

@@ -156,8 +156,8 @@ def test_the_weights_of_a_mixture_may_change_without_a_new_epoch(tmp_path: Path,
     assert "50.0% of the rows" in error
     assert here("evaluate", tmp_path / "run", "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["loss"] == pytest.approx(last["validation_loss"], rel=1e-5)
-    expected = last["validation_by_corpus"]["b"]["validation_bits_per_byte"]
+    assert found["loss"] == pytest.approx(last["held_out_loss"], rel=1e-5)
+    expected = last["held_out_by_corpus"]["b"]["held_out_bits_per_byte"]
     assert found["by_corpus"]["b"]["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
     assert here("evaluate", tmp_path / "run") == 0
     assert "\ncorpus b\n  loss " in capsys.readouterr().out
@@ -179,9 +179,16 @@ def test_a_run_ends_with_its_epochs_and_stays_finished(tmp_path: Path, capsys):
     command = ["pretrain", f"--config={config}", f"--config.data.corpus={small}", "--config.data.epochs=2",
                "--config.train.num_steps=1000"]  # fmt: skip
     assert here(*command) == 0
-    closing = capsys.readouterr().out
+    printed = capsys.readouterr()
+    closing = printed.out
     records = metrics(tmp_path / "run")
     assert len(records) < 200
+    (warning,) = re.findall(r"data.epochs end the run near step (\d+) of 1,000, before its learning rate", printed.err)
+    # The streams of so small a corpus end far apart, and the run with the last of them.
+    assert 0.5 < int(warning) / len(records) < 1.1
+    assert f"--config.train.num_steps={len(records)} lets it fall" in closing
+    # No more time is left than the steps of its epochs take.
+    assert re.findall(r"^step \d+/1000 .* ETA (.*)$", printed.err, re.M)[-1] in ("0 s", "1 s", "2 s")
     assert f"is finished: {len(records)} steps of 1000, where its corpus ended" in closing
     assert "validation_loss" in records[-1]
     tokenizer = load_tokenizer(tmp_path / "run" / "tokenizer")

@@ -3,23 +3,27 @@
 import argparse
 import json
 import os
+import re
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data.errors import InputError
 from launch.commands import parse
-from launch.kubernetes import manifest, tpus_per_host
+from launch.kubernetes import manifest, tpus_per_host, unexpanded
 from tests.launch.small_run import here
 from tests.peers import require
 from train.devices.processes import join_arguments
 
 GPUS = ["--topology=h100:4x8", "--image=me/ziggurat:1", "--volume=training:/runs", "--node-selector=gpu=h100"]
 TPUS = ["--topology=v6e:4x4", "--slices=2", "--image=me/ziggurat:1", "--volume=training:/runs"]
-PRETRAIN = ["--", "pretrain", "--config=llama2_7b", "--config.train.run_dir=/runs/Llama_2 a"]
+PRETRAIN = ["--", "pretrain", "--config=llama2_7b", "--config.data.corpus=/runs/texts",
+            "--config.train.run_dir=/runs/Llama_2 a"]  # fmt: skip
 
 
 def arguments(*flags: str) -> argparse.Namespace:
@@ -38,6 +42,24 @@ def job_of(jobset: dict) -> dict:
 def container_of(jobset: dict) -> dict:
     [container] = job_of(jobset)["template"]["spec"]["containers"]
     return container
+
+
+def expanded(word: str, variables: dict[str, str]) -> str:
+    """What Kubernetes makes of a word of a command: third_party/forked/golang/expansion/expand.go."""
+    return re.sub(
+        r"\$\$|\$\(([^)]*)\)", lambda m: "$" if m[1] is None else variables.get(m[1], m[0]), word, flags=re.DOTALL
+    )
+
+
+@given(st.lists(st.text("$(){}AB 'x"), max_size=3))
+def test_kubernetes_hands_each_process_the_words_that_were_given(words: list[str]):
+    assert [expanded(unexpanded(word), {"A": "1", "AB": "2"}) for word in words] == words
+
+
+def test_a_command_reaches_the_pod_as_it_was_given():
+    hook = "--config.train.on_event=echo $$ $(ZIGGURAT_PROCESS_ID) $HOME"
+    [*_, word] = container_of(manifest(arguments(*GPUS, *PRETRAIN, hook)))["command"]
+    assert expanded(word, {"ZIGGURAT_PROCESS_ID": "3"}) == hook
 
 
 @pytest.mark.parametrize("flags", [GPUS, TPUS], ids=["gpu", "tpu"])
@@ -109,12 +131,12 @@ def test_a_pod_lives_while_the_run_shows_that_it_does(tmp_path: Path):
     folder = tmp_path / "a run"
     folder.mkdir()
     flags = [*GPUS[:2], f"--volume=training:{tmp_path}", "--", "pretrain", "--config=llama2_7b",
-             f"--config.train.run_dir={folder}"]  # fmt: skip
+             "--config.data.corpus=texts", f"--config.train.run_dir={folder}"]  # fmt: skip
     container = container_of(manifest(arguments(*flags)))
     [probe] = {json.dumps(container[name]["exec"]["command"]) for name in ("livenessProbe", "startupProbe")}
 
     def lives() -> bool:
-        return subprocess.run(json.loads(probe)).returncode == 0
+        return subprocess.run([expanded(word, {}) for word in json.loads(probe)]).returncode == 0
 
     assert lives()  # it has not begun, or has ended
     (folder / "lease.json").write_text("{}")

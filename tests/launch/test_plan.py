@@ -109,6 +109,7 @@ def test_compilers_for_absent_accelerators_are_left_alone_by_other_commands(monk
         return os.environ.get("JAX_PLATFORMS")
 
     assert platforms(("no-such-device*",), None) == "cpu"
+    assert os.environ["JAX_ENABLE_X64"] == "0"
     assert platforms(("no-such-device*", "nul[l]"), None) is None
     assert platforms(("no-such-device*",), "tpu,cpu") == "tpu,cpu"
 

@@ -69,6 +69,10 @@ def test_a_run_leaves_its_config_tokenizer_checkpoints_metrics_and_weights(finis
         assert evaluated == ({"validation_loss", "validation_bits_per_byte", "sample"} <= record.keys())
     assert records[-1]["loss"] < records[0]["loss"] - 1
     assert records[-1]["validation_bits_per_byte"] < records[0]["validation_bits_per_byte"] - 1
+    # The curve is of one text throughout, and the whole set is a figure of its own.
+    assert len({record["validation_tokens"] for record in records if "validation_tokens" in record}) == 1
+    assert [record["step"] for record in records if "held_out_bits_per_byte" in record] == [12]
+    assert records[-1]["held_out_tokens"] > records[-1]["validation_tokens"]
     saved = json.loads((finished / "config.json").read_text())
     assert saved["model"]["vocab_size"] == load_tokenizer(finished / "tokenizer").vocab_size
     assert saved["model"]["head_dim"] == 8
@@ -154,7 +158,7 @@ def test_a_batch_ramp_resumes_exactly_and_an_average_is_what_is_evaluated_and_ex
     capsys.readouterr()
     assert here("evaluate", run, "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["loss"] == pytest.approx(metrics(run)[-1]["validation_loss"], rel=1e-5)
+    assert found["loss"] == pytest.approx(metrics(run)[-1]["held_out_loss"], rel=1e-5)
     assert here(*flags, "--config.train.batch_ramp_steps=8") == 2
     assert "train.batch_ramp_steps  10      8\n" in capsys.readouterr().err
 

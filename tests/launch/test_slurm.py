@@ -27,7 +27,8 @@ def test_a_script_says_what_is_asked_and_quotes_what_needs_it():
     text = written("--nodes=4", "--tasks-per-node=8", "--gpus-per-node=8", "--cpus-per-task=12", "--time=1-00:00:00",
                    "--partition=h100", "--account=me", "--sbatch=--qos=high", "--sbatch=--signal=TERM@900", "--",
                    "pretrain", "--config=small", "--config.train.run_dir=runs/a b",
-                   "--config.train.batch_size=32", "--config.train.accumulation_steps=1")  # fmt: skip
+                   "--config.data.corpus=texts", "--config.train.batch_size=32",
+                   "--config.train.accumulation_steps=1")  # fmt: skip
     lines = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH")]
     assert lines == [
         "--job-name='a b'", "--nodes=4", "--ntasks-per-node=8", "--gpus-per-node=8", "--cpus-per-task=12",
@@ -65,6 +66,7 @@ def test_a_container_is_given_its_folder_and_calls_its_own_ziggurat():
         (["--sbatch=qos=high"], "--sbatch=qos=high: an option begins with -"),
         (["--container-mounts=/a:/a"], "--container-mounts without --container-image"),
         ([], "what can wait in a queue is pretrain"),
+        (["--", "pretrain", "--config=small"], "data.corpus is not given; name it with --config.data.corpus=CORPUS"),
         (["--", "evaluate", "runs/tiny"], "what can wait in a queue is pretrain"),
         (["--", "pretrain", "--config=tiny", "--config.model.layers=2"], "model.layers: there is no such field"),
         (["--nodes=2", "--gpus-per-node=8", "--", "pretrain", "--config=tiny"],

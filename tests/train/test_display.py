@@ -3,6 +3,8 @@
 import io
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 from train.display import Display, Rate
@@ -23,6 +25,10 @@ def test_the_rate_is_of_finished_steps_without_pauses(monkeypatch):
     now[0] += 1
     rate.finished(1000)
     assert rate.tokens_per_second == pytest.approx(1000)
+    # A batch that is passed over counts for the time that is left, not for the speed.
+    rate.finished(1000, is_computed=False)
+    assert rate.tokens_per_second == pytest.approx(1000)
+    assert rate.seconds(4000) == pytest.approx(2)
 
 
 RECORD = {"step": 10, "loss": 2.5, "tokens_per_second": 1234.5, "peak_share": 0.5, "data_wait_seconds": 0.25}
@@ -32,6 +38,7 @@ def shown(terminal: bool, quiet: bool = False, every: int = 10) -> str:
     out = io.StringIO()
     display = Display(40, every, quiet)
     display._console = Console(file=out, force_terminal=terminal, width=160)
+    display.begin(0)
     for step in range(1, 12):
         display.step(RECORD | {"step": step}, 90.0)
     display.evaluation(RECORD | {"validation_bits_per_byte": 1.5, "validation_loss": 3.0, "sample": "def f():\n  pass"})
@@ -50,3 +57,31 @@ def test_a_log_has_plain_lines_every_few_steps():
 def test_a_terminal_has_a_live_line_and_other_processes_show_nothing():
     assert "█" in shown(terminal=True)
     assert shown(terminal=False, quiet=True) == ""
+
+
+@given(st.integers(1, 200), st.sampled_from(["steps", "data", "compile", "evaluation", "checkpoint"]))
+def test_a_live_line_has_the_figures_that_fit_and_names_a_pause(width: int, activity: str):
+    display = Display(40, 10, quiet=False, activity=lambda: activity)
+    display._console = Console(file=io.StringIO(), force_terminal=True, width=width)
+    display.step(RECORD, 90.0)
+    with display._console.capture() as captured:
+        display._console.print(display)
+    (line,) = captured.get().splitlines()
+    assert len(line) <= width
+    pause = {"compile": "compiling", "evaluation": "evaluating", "checkpoint": "saving"}.get(activity, "")
+    figures = [pause] * bool(pause) + ["loss 2.5000", "ETA 1 min 30 s", "1,234 tokens/s", "data wait 0.25 s"]
+    # A figure is never cut: each is there, or no later one is.
+    present = [figure in line for figure in figures]
+    assert present == sorted(present, reverse=True)
+    assert present.count(True) >= sum(width >= columns for columns in (25, 40, 60))
+
+
+def test_a_step_without_a_trained_token_is_explained_once():
+    out = io.StringIO()
+    display = Display(40, 1, quiet=False)
+    display._console = Console(file=out, width=300)
+    for step in (1, 2):
+        display.step(RECORD | {"step": step, "loss": None}, 90.0)
+    first, *lines = out.getvalue().splitlines()
+    assert "raise data.segment_length" in first
+    assert [line.split("  ")[1] for line in lines] == ["no token trained on"] * 2

@@ -11,11 +11,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data.config import DataConfig, ResolvedDataConfig, TokenizerConfig
+from data.printable import without_credentials
 from model.config import ModelConfig, ResolvedModelConfig
 from train.config.checkpoint_config import CheckpointConfig
 from train.config.optimizer_config import OptimizerConfig
 from train.config.recovery_config import RecoveryConfig
 from train.config.run_config import EvaluationConfig, MeshConfig, TrainConfig
+
+# As a shell command it does nothing.
+NOT_KEPT = "# not kept"
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,23 @@ def config_fields() -> Iterator[tuple[str, str, dataclasses.Field]]:
             yield group.name, setting.name, setting
 
 
+def public(config: Config) -> Config:
+    """Returns the settings as they are kept in a run's folder and published.
+
+    URLs of corpora have no credentials, and a hook is NOT_KEPT: its command often holds a secret, and a run's folder is
+    never asked for it.
+    """
+
+    def corpus_of(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: corpus_of(inner) for name, inner in value.items()}
+        return without_credentials(value) if isinstance(value, str) else value
+
+    data = dataclasses.replace(config.data, corpus=corpus_of(config.data.corpus))
+    hook = NOT_KEPT if config.train.on_event else None
+    return dataclasses.replace(config, data=data, train=dataclasses.replace(config.train, on_event=hook))
+
+
 def to_json(config: Config) -> str:
-    """Returns the text of config.json: the values by group and field, as `make_config` takes them."""
-    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+    """Returns the text of config.json: the `public` values by group and field, as `make_config` takes them."""
+    return json.dumps(dataclasses.asdict(public(config)), indent=2) + "\n"

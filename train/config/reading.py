@@ -1,5 +1,6 @@
 """Makes a config from the values of a preset, a file or a run, and from flags."""
 
+import collections
 import dataclasses
 import difflib
 import json
@@ -10,7 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from data.errors import InputError
+from data.printable import name_problem
 from train.config.config import Config, config_fields
+
+# Fields that may hold any text; all other texts are names.
+TEXTS = ("train.on_event", "evaluation.prompt", "data.text_separator", "data.text_field", "data.prompt_field")
 
 
 def make_config(values: Mapping[str, Any], overrides: Mapping[str, str] | None = None) -> Config:
@@ -30,10 +35,10 @@ def make_config(values: Mapping[str, Any], overrides: Mapping[str, str] | None =
     from_preset: dict[str, Any] = {}
     for group, fields in values.items():
         if group not in chosen:
-            problems.append(f"{group}: there is no such group{nearest(group, list(chosen))}")
+            problems.append(f"{group}: there is no such group{nearest(str(group), list(chosen))}")
         elif not isinstance(fields, Mapping):
             example = next(name for name in known if name.startswith(group + "."))
-            problems.append(f"{group} is {fields!r}; it must hold fields, as in {example}")
+            problems.append(f"{group} is {shown(fields)}; it must hold fields, as in {example}")
         else:
             from_preset |= {f"{group}.{name}": value for name, value in fields.items()}
     for source, parse in ((from_preset, check_value), (overrides or {}, parse_text)):
@@ -45,7 +50,7 @@ def make_config(values: Mapping[str, Any], overrides: Mapping[str, str] | None =
             try:
                 chosen[group][field] = parse(value, types_of(known[name]))
             except ValueError as error:
-                problems.append(f"{name} is {value!r}; it must be {error}")
+                problems.append(f"{name} is {shown(value)}; it must be {error}")
 
     config = Config(**{group: kind(**chosen[group]) for group, kind in kinds.items()})
     problems += config_problems(config)
@@ -60,12 +65,12 @@ def config_problems(config: Config) -> list[str]:
     groups = (c.model, c.data, c.tokenizer, c.mesh, c.train, c.checkpoint, c.recovery, c.evaluation)
     problems = [problem for group in groups for problem in group.problems()]
     problems += c.optimizer.problems(c.train.num_steps)
-    texts = {"train.run_dir": c.train.run_dir, "data.corpus": c.data.corpus, "evaluation.prompt": c.evaluation.prompt}
-    for name, value in texts.items():
-        try:
-            (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)).encode()
-        except UnicodeEncodeError:
-            problems.append(f"{name} is not valid UTF-8")
+    for group, name, _ in config_fields():
+        field = f"{group}.{name}"
+        if field in TEXTS or any(known.startswith((f"{field} ", f"{field}[", f"{field}:")) for known in problems):
+            continue
+        texts = _texts_in(getattr(getattr(c, group), name))
+        problems += [f"{field} {problem}" for problem in map(name_problem, texts) if problem][:1]
     if c.model.max_positions and c.model.max_positions < c.data.segment_length:
         problems.append(
             f"model.max_positions = {c.model.max_positions} is less than data.segment_length = "
@@ -73,13 +78,27 @@ def config_problems(config: Config) -> list[str]:
         )
     first = "batch_size" if c.train.batch_ramp_start is None else "batch_ramp_start"
     rows = getattr(c.train, first)
-    if c.num_streams >= 1 and rows % c.num_streams:
-        divisors = [d for d in range(1, max(rows, 1) + 1) if rows % d == 0]
-        nearest = min(divisors, key=lambda d: abs(d - c.num_streams))
+    if c.num_streams >= 1 and 1 <= rows <= 2**24 and rows % c.num_streams:
+        nearest = min(divisors(rows), key=lambda d: abs(d - c.num_streams))
         problems.append(
             f"data.num_streams = {c.num_streams} does not divide train.{first} = {rows}; nearest that does: {nearest}"
         )
     return problems
+
+
+def divisors(number: int) -> list[int]:
+    """Returns the divisors of a positive number in order, after as many trials as its root."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
+def shown(value: Any) -> str:
+    """Returns the repr of any value of a user, shortened."""
+    try:
+        text = repr(value)
+    except Exception as error:  # whatever the value's own type raises; or it is nested too deeply, or too long
+        return f"a {type(value).__name__} that cannot be shown ({type(error).__name__})"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
 def nearest(name: str, names: list[str]) -> str:
@@ -90,7 +109,17 @@ def nearest(name: str, names: list[str]) -> str:
     return f"; did you mean {matches[0]}?" if matches else ""
 
 
+def _texts_in(value: Any) -> list[str]:
+    """Returns a text, or all texts in a mapping."""
+    if isinstance(value, Mapping):
+        return [text for pair in value.items() for part in pair for text in _texts_in(part)]
+    return [value] if isinstance(value, str) else []
+
+
 PAIR = tuple[int, int]
+# Levels of a mapping, bits of a whole number, and characters of a wrong value that are shown.
+MAX_DEPTH, MAX_BITS, MAX_SHOWN = 16, 1024, 100
+TOO_DEEP = f"nested at most {MAX_DEPTH} levels deep"
 
 
 def types_of(field: dataclasses.Field) -> tuple[type, ...]:
@@ -108,11 +137,12 @@ def check_value(value: Any, kinds: tuple[type, ...]) -> Any:
         except OverflowError:
             value = math.inf
     if PAIR in kinds and isinstance(value, list | tuple) and [type(number) for number in value] == [int, int]:
-        # JSON has no tuples.
-        return tuple(value)
+        check_values(value)
+        return tuple(value)  # JSON has no tuples
     if type(value) in kinds:
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError("a finite number")
+        check_values(value)
         return value
     raise ValueError(_kinds_text(kinds))
 
@@ -123,9 +153,13 @@ def parse_text(text: str, kinds: tuple[type, ...]) -> Any:
         return None
     if dict in kinds and text.startswith("{"):
         try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
+            value = json.loads(text, object_pairs_hook=unique_names)
+        except RecursionError:
+            raise ValueError(TOO_DEEP) from None
+        except ValueError as error:
             raise ValueError(f"JSON where it begins with {{: {error}") from None
+        check_values(value)
+        return value
     if str in kinds:
         return text
     try:
@@ -145,6 +179,26 @@ def parse_text(text: str, kinds: tuple[type, ...]) -> Any:
     except (KeyError, ValueError, OverflowError):
         pass
     raise ValueError(_kinds_text(kinds))
+
+
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns an object of JSON, or raises ValueError if two of its values have one name."""
+    for name, count in collections.Counter(name for name, _ in pairs).items():
+        if count > 1:
+            raise ValueError(f"the name {name!r} stands there {count} times")
+    return dict(pairs)
+
+
+def check_values(value: Any, depth: int = 0) -> None:
+    """Raises ValueError if a value is nested too deeply, or is or holds a whole number that cannot be written."""
+    if depth > MAX_DEPTH:
+        raise ValueError(TOO_DEEP)
+    if isinstance(value, int) and value.bit_length() > MAX_BITS:
+        raise ValueError(f"a number of at most {MAX_BITS} bits")
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
+    for inner in value if isinstance(value, list | tuple) else ():
+        check_values(inner, depth + 1)
 
 
 def _kinds_text(kinds: tuple[type, ...]) -> str:

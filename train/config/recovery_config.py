@@ -1,9 +1,13 @@
 """Settings of recovery from loss spikes and non-finite figures."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from settings import problems_of, setting
+
+MOST_SKIPPED = 10**6
+STEP = re.compile("[1-9][0-9]{0,9}")
 
 
 @dataclass(frozen=True)
@@ -16,12 +20,18 @@ class RecoveryConfig:
         resume="free",
         at_least=0,
     )
-    spike_window: int = setting(128, "number of last losses that a loss is compared with", resume="free", at_least=32)
+    spike_window: int = setting(
+        128, "number of last losses that a loss is compared with", resume="free", at_least=32, at_most=10**6
+    )
     skip_batches: int = setting(
-        1, "batches to skip at once: the one with the spike and those before it", resume="free", at_least=1
+        1,
+        "batches to skip at once: the one with the spike and those before it",
+        resume="free",
+        at_least=1,
+        at_most=MOST_SKIPPED,
     )
     max_skipped_batches: int = setting(
-        10, "batches skipped before the run ends for a person to look", resume="free", at_least=0
+        10, "batches skipped before the run ends for a person to look", resume="free", at_least=0, at_most=MOST_SKIPPED
     )
     # Batches that were skipped once stay skipped: see `train.run.ledger.Ledger`.
     skips: dict[str, Any] = setting(
@@ -38,7 +48,8 @@ class RecoveryConfig:
     def problems(self) -> list[str]:
         """Returns one line for everything that is wrong with these values, naming the field."""
         return problems_of("recovery", self) + [
-            f'recovery.skips: {first!r}: {count!r} is not a step and a number of batches, as in {{"9": 1}}'
+            f"recovery.skips: {first!r}: {count!r} is not a step and a number of batches up to {MOST_SKIPPED:,}, as in "
+            '{"9": 1}'
             for first, count in self.skips.items()
-            if not (str(first).isdigit() and int(first) and isinstance(count, int) and count > 0)
+            if not (STEP.fullmatch(str(first)) and type(count) is int and 0 < count <= MOST_SKIPPED)
         ]

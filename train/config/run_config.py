@@ -43,14 +43,16 @@ class TrainConfig:
 
     run_dir: str = setting("runs/default", "folder of the run", resume="free")
     num_steps: int = setting(1000, "optimizer steps of the whole run", resume="warn", at_least=1)
-    batch_size: int = setting(16, "rows of one optimizer step, over all devices", at_least=1)
+    batch_size: int = setting(16, "rows of one optimizer step, over all devices", at_least=1, at_most=2**24)
     batch_ramp_start: int | None = setting(
-        None, "rows of the first step, doubled until they are batch_size", unset="no ramp", at_least=1
+        None, "rows of the first step, doubled until they are batch_size", unset="no ramp", at_least=1, at_most=2**24
     )
     batch_ramp_steps: int | None = setting(
         None, "steps until the batch has batch_size rows, shared equally by the doublings", unset="no ramp", at_least=1
     )
-    accumulation_steps: int = setting(1, "parts of the batch that run in sequence", resume="free", at_least=1)
+    accumulation_steps: int = setting(
+        1, "parts of the batch that run in sequence", resume="free", at_least=1, at_most=2**24
+    )
     seed: int = setting(0, "seed of the initial weights and the data order", at_least=0, at_most=2**32 - 1)
     init_from: str | None = setting(
         None, "RUN@STEP, a checkpoint of another run that this one starts from", unset="new weights"
@@ -87,6 +89,7 @@ class TrainConfig:
         "started again; 0 never does",
         resume="free",
         at_least=0,
+        at_most=1e6,
     )
     on_event: str | None = setting(
         None, "shell command that gets each event of the run as JSON on its input", unset="no command", resume="free"
@@ -148,11 +151,13 @@ class EvaluationConfig:
     every_steps: int = setting(500, "steps between evaluations", resume="free", at_least=1)
     # At least 4 bytes, the longest character of UTF-8.
     max_bytes: int = setting(
-        2**20, "bytes of held-out documents that the run keeps, and evaluates at its end", at_least=4
+        2**20, "bytes of held-out documents that the run keeps, and evaluates at its end", at_least=4, at_most=2**40
     )
-    loop_bytes: int = setting(2**17, "bytes of them that it evaluates during training", resume="warn", at_least=4)
-    prompt: str = setting("def ", "text that the sample continues", resume="free")
-    sample_tokens: int = setting(64, "new tokens of the sample", resume="free", at_least=0)
+    loop_bytes: int = setting(
+        2**17, "bytes of them that it evaluates during training", resume="warn", at_least=4, at_most=2**40
+    )
+    prompt: str = setting("def ", "text that the sample continues", resume="free", allows_nul=True)
+    sample_tokens: int = setting(64, "new tokens of the sample", resume="free", at_least=0, at_most=10_000)
     tasks: str | None = setting(
         None, "tasks of lm-evaluation-harness to evaluate on, as in hellaswag,arc_easy", unset="no tasks", resume="free"
     )

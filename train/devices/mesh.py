@@ -106,6 +106,8 @@ def generation_mesh(config: MeshConfig) -> Mesh:
 
 
 def check_sharing(config: ResolvedModelConfig) -> None:
-    """Raises InputError if the ambient mesh cannot shard a model's weights."""
+    """Raises InputError if there is no ambient mesh, or it cannot shard a model's weights."""
+    if jax.sharding.get_mesh().empty:
+        raise InputError("weights are loaded onto a mesh; load them under `with jax.set_mesh(one_device_mesh()):`")
     if problems := weight_problems(config, TRAINING, jax.sharding.get_mesh().shape):
         raise InputError("\n".join(problems))

@@ -8,6 +8,7 @@ from model.config import ResolvedModelConfig
 from model.parameters import parameter_table
 from model.sharding import Layout, as_tuple
 from train.config.config import ResolvedConfig
+from train.config.reading import divisors
 from train.config.run_config import MeshConfig
 from train.devices.rules import ACTIVATIONS, AXES, DEFAULT_RULES, training_layout
 
@@ -86,7 +87,7 @@ def divisibility_problems(
     by = math.prod(size[mesh] for mesh in names) * pieces
     if number % by == 0:
         return []
-    works = [d for d in range(1, by // pieces + 1) if number % (d * pieces) == 0]
+    works = [d for d in divisors(number) if d * pieces <= by and number % (d * pieces) == 0]
     # The devices report the number of slices; its field has another name.
     shown = " × ".join(f"mesh.{mesh}" + ("s" if mesh == "slice" else "") for mesh in names
                        if size[mesh] > 1) or f"mesh.{names[0]}"  # fmt: skip

@@ -3,7 +3,11 @@
 from collections.abc import Iterable
 
 from data.mixture import Mixture
+from train.config.config import Config
 from train.run.folder import HeldOutDocument
+
+# Bytes of a usual token; the loop's pieces fill at least a segment.
+BYTES_PER_TOKEN = 4
 
 
 def choose_held_out(mixture: Mixture, size: int) -> list[HeldOutDocument]:
@@ -18,10 +22,27 @@ def choose_held_out(mixture: Mixture, size: int) -> list[HeldOutDocument]:
     ]
 
 
-def first_of_each_corpus(held_out: list[HeldOutDocument], size: int) -> list[HeldOutDocument]:
-    """Returns the first of some documents, `size` bytes in all in equal shares for each corpus."""
+def loop_documents(held_out: list[HeldOutDocument], config: Config) -> list[HeldOutDocument]:
+    """Returns what is evaluated during training: `evaluation.loop_bytes` of the beginnings of many documents.
+
+    Each corpus has an equal share. Where that is less than its documents, they are taken evenly from all of them, in
+    pieces of about a segment or more.
+    """
     groups = by_corpus(held_out)
-    return [text for group in groups.values() for text in take_bytes(group, size // len(groups))]
+    least = BYTES_PER_TOKEN * config.data.segment_length
+    taken = []
+    for group in groups.values():
+        size = config.evaluation.loop_bytes // len(groups)
+        count = min(max(size // least, 1), len(group))
+        left, pieces = size, list[HeldOutDocument]()
+        for i in range(count):
+            # What a short document leaves is shared by those after it.
+            text = group[i * len(group) // count]
+            for piece in take_bytes([text], left // (count - i)):
+                pieces.append(piece._replace(cut=text.cut or piece.text != text.text))
+                left -= len((piece.prompt + piece.text).encode())
+        taken += pieces or take_bytes(group, size)
+    return taken
 
 
 def by_corpus(held_out: Iterable[HeldOutDocument]) -> dict[str, list[HeldOutDocument]]:

@@ -26,15 +26,18 @@ def combine(results: Iterable[Evaluation]) -> Evaluation:
     return Evaluation(nats / tokens, nats / math.log(2) / size, tokens, size, sum(r.documents for r in results))
 
 
-def evaluation_metrics(by_corpus: Mapping[str, Evaluation]) -> dict[str, Any]:
-    """Returns fields of metrics.jsonl: of all documents, and of each corpus if there are several."""
+def evaluation_metrics(by_corpus: Mapping[str, Evaluation], texts: str = "validation") -> dict[str, Any]:
+    """Returns fields of metrics.jsonl: of all documents, and of each corpus if there are several.
+
+    Their names begin with `texts`: "validation" are those of the loop, and "held_out" all that the run keeps.
+    """
 
     def fields(result: Evaluation) -> dict[str, float]:
-        return {f"validation_{name}": asdict(result)[name] for name in ("loss", "bits_per_byte", "tokens")}
+        return {f"{texts}_{name}": asdict(result)[name] for name in ("loss", "bits_per_byte", "tokens")}
 
     metrics: dict[str, Any] = fields(combine(by_corpus.values()))
     if len(by_corpus) > 1:
-        metrics["validation_by_corpus"] = {name: fields(result) for name, result in by_corpus.items()}
+        metrics[f"{texts}_by_corpus"] = {name: fields(result) for name, result in by_corpus.items()}
     return metrics
 
 

@@ -1,6 +1,6 @@
 """Plans: the memory, speed and cost of a run on any devices, read from its compiled training step.
 
-May import `model`, `data.errors`, and from `train` the rooms config, devices and step.
+May import `model`, `data`, and from `train` the rooms config, devices and step.
 
 - topology: the devices of a slice or cluster that need not be attached, as in `v5e:16x16`.
 - candidate: one legal mesh, number of accumulation parts and remat policy of a search.

@@ -22,7 +22,7 @@ from train.planning.timeline import Bandwidth, Timeline, own_seconds, timeline
 from train.planning.topology import bandwidth_over
 from train.step.flops import flops_per_token
 from train.step.optimizer import make_optimizer
-from train.step.schedule import batch_size
+from train.step.schedule import rows_between
 from train.step.state import abstract_state
 
 ROOFLINE = "a roofline: each operation at the peak of FLOPs or of memory bandwidth, so no kernel is slower than that"
@@ -96,7 +96,7 @@ def make_plan(
     with jax.set_mesh(mesh):
         attention = str(choose_kernel(config.model, training_layout(config.mesh), T))
     if tokens is None:
-        tokens = float(sum(batch_size(config, step) for step in range(config.train.num_steps)) * T)
+        tokens = float(rows_between(config, 0, config.train.num_steps) * T)
     plan = Plan(
         topology=topology,
         device_kind=mesh.devices.flat[0].device_kind,

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 
+from data.printable import without_credentials
 from train.config.config import Config, to_json
 from train.run.goodput import TimeAccount
 from train.run.storage import storage_errors
@@ -50,7 +51,7 @@ class Events:
         if self._path is None:
             return
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-        line = json.dumps({"time": now} | fields)
+        line = without_credentials(json.dumps({"time": now} | fields))
         with storage_errors("an event", self._path), self._path.open("a+b") as file:
             file.seek(max(file.tell() - 1, 0))
             # A kill may have torn the last line.

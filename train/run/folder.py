@@ -13,11 +13,15 @@ from train.run.storage import checkpoint_steps_in
 
 
 class HeldOutDocument(NamedTuple):
-    """A held-out document: its text, a prompt before it that is not scored, and the name of its corpus."""
+    """A held-out document: its text, a prompt before it that is not scored, and the name of its corpus.
+
+    The text of a document that is `cut` is followed by no EOS.
+    """
 
     text: str
     prompt: str = ""
     corpus: str = ""
+    cut: bool = False
 
 
 class Run:

@@ -16,11 +16,11 @@ LOST, DOWN = "lost", "down"
 
 
 class TimeAccount:
-    """The seconds of this start by ACTIVITIES. It begins with `init`."""
+    """The seconds of this start by ACTIVITIES; `activity` is the present one, at first `init`."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
-        self._activity = "init"
+        self.activity = "init"
         self._since = clock()
         self._seconds = dict.fromkeys((*ACTIVITIES, LOST), 0.0)
         self._saved = 0.0
@@ -28,24 +28,24 @@ class TimeAccount:
     def switch_to(self, activity: str) -> None:
         """Counts the time from now on as this activity."""
         now = self._clock()
-        self._seconds[self._activity] += now - self._since
-        self._activity = activity
+        self._seconds[self.activity] += now - self._since
+        self.activity = activity
         self._since = now
 
     def mark_saved(self) -> None:
         """Notes that the steps so far are saved."""
-        self.switch_to(self._activity)
+        self.switch_to(self.activity)
         self._saved = self._seconds["steps"]
 
     def discard_unsaved(self) -> None:
         """Counts the steps since the last save as lost."""
-        self.switch_to(self._activity)
+        self.switch_to(self.activity)
         self._seconds[LOST] += self._seconds["steps"] - self._saved
         self._seconds["steps"] = self._saved
 
     def seconds(self) -> dict[str, float]:
         """Returns the seconds so far by activity, and those `lost`."""
-        self.switch_to(self._activity)
+        self.switch_to(self.activity)
         return {kind: round(seconds, 3) for kind, seconds in self._seconds.items()}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import InputError
-from train.config.config import Config
+from train.config.config import Config, public
 from train.run.events import read_events
 from train.run.folder import Run
 
@@ -42,11 +42,11 @@ class WeightsAndBiases:
     def __init__(self, project: str, run: Run, config: Config):
         import wandb
 
-        # Standard output and error stay the run's own.
-        settings = wandb.Settings(console="off", silent=True)
+        # Standard output and error stay the run's own, and so does the command line, which may hold credentials.
+        settings = wandb.Settings(console="off", silent=True, x_disable_meta=True)
         names: dict[str, Any] = {"project": project, "name": run.folder.name, "id": run_id(run), "dir": str(run.folder)}
         try:
-            self._run = wandb.init(**names, resume="allow", config=asdict(config), settings=settings)
+            self._run = wandb.init(**names, resume="allow", config=asdict(public(config)), settings=settings)
         except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
             raise InputError(
                 f"train.wandb = {project}: {error} Or set WANDB_MODE=offline, or leave the field at none"

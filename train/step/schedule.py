@@ -1,5 +1,7 @@
 """Schedules over the steps of a run: the learning rate and the batch size."""
 
+import itertools
+
 import jax.numpy as jnp
 import optax
 
@@ -7,7 +9,7 @@ from train.config.config import Config
 
 
 def learning_rate(config: Config) -> optax.Schedule:
-    """Returns the function from update number (from 0) to learning rate: a linear warm-up from 0, then one of
+    """Returns the function from update number (from 0) to learning rate: a linear warm-up, then one of
 
     - cosine to `final_fraction` of the peak at the last step (Loshchilov and Hutter 2017, arXiv:1608.03983);
     - linear to the same;
@@ -51,6 +53,22 @@ def batch_size(config: Config, step: int) -> int:
         return c.batch_size
     doublings = (c.batch_size // c.batch_ramp_start).bit_length() - 1
     return c.batch_ramp_start << min(step * doublings // c.batch_ramp_steps, doublings)
+
+
+def batch_stages(config: Config, begin: int, end: int) -> list[tuple[int, int, int]]:
+    """Returns stages (begin, end, rows) of equal batches, of the updates from `begin` (from 0) to before `end`."""
+    c = config.train
+    cuts = {begin, end}
+    if c.batch_ramp_start is not None and c.batch_ramp_steps is not None:
+        doublings = (c.batch_size // c.batch_ramp_start).bit_length() - 1
+        cuts |= {-(-k * c.batch_ramp_steps // doublings) for k in range(1, doublings + 1)}
+    ordered = sorted(cut for cut in cuts if begin <= cut <= end)
+    return [(first, last, batch_size(config, first)) for first, last in itertools.pairwise(ordered)]
+
+
+def rows_between(config: Config, begin: int, end: int) -> int:
+    """Returns the rows of the updates from `begin` (from 0) to before `end`, without a walk over them."""
+    return sum((last - first) * rows for first, last, rows in batch_stages(config, begin, end))
 
 
 def accumulation_parts(config: Config, rows: int) -> int:

@@ -34,7 +34,8 @@ class SpikeDetector:
 
     def __init__(self, config: RecoveryConfig, history: Iterable[Sequence[float]] = ()):
         self._deviations = config.spike_deviations
-        self.history = collections.deque(((loss, tokens) for loss, tokens in history), config.spike_window)
+        # Versions up to 0.7 also kept steps without a trained token, as losses of 0.
+        self.history = collections.deque(((loss, tokens) for loss, tokens in history if tokens), config.spike_window)
 
     def check(self, record: Mapping[str, Any], reports: Iterable[Sequence[float]] = (), new_data: bool = False) -> None:
         """Raises Anomaly if training should not continue from this step.
@@ -49,6 +50,8 @@ class SpikeDetector:
                     raise Anomaly(step, f"{name} is {value}")
         if new_data:
             self.history.clear()
+        if not tokens:
+            return  # such a step has no loss
         # The last batches of a corpus hold few tokens, so their losses vary more.
         if self.history and tokens < statistics.median(tokens for _, tokens in self.history) / 2:
             return

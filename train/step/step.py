@@ -112,15 +112,27 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options())
 
 
+def skip_step(config: ResolvedConfig, state: State) -> tuple[State, Metrics]:
+    """Returns (state, metrics) after a batch without a trained token: only the step and the schedule advance.
+
+    Without a gradient an update would be momentum alone, and Muon and Lion would take a step of full size with it.
+    """
+    schedule = jax.tree.map(lambda count: count + 1, state["optimizer"]["schedule"])
+    after = {"step": state["step"] + 1, "optimizer": state["optimizer"] | {"schedule": schedule}}
+    rate = learning_rate(config)(state["step"])
+    return state | after, dict.fromkeys(("loss", "grad_norm", "loss_weight"), 0 * rate) | {"learning_rate": rate}
+
+
 class StepPrograms:
     """The compiled programs of a run's steps: one for each batch size, with and without watching.
 
-    Steps are numbered from 1 here, as in the log.
+    Steps are numbered from 1 here, as in the log. `skip` is `skip_step` as a program that donates its state.
     """
 
     def __init__(self, config: ResolvedConfig, optimizer: optax.GradientTransformation):
         self._config = config
         self._functions: Any = {watches: make_train_step(config, optimizer, watches) for watches in (False, True)}
+        self.skip = jax.jit(partial(skip_step, config), donate_argnums=0)
         self._compiled: dict[tuple[int, bool], jax.stages.Compiled] = {}
 
     def __call__(self, step: int, state: State, batch: Batch) -> tuple[State, Metrics]:

@@ -1,13 +1,17 @@
 """The README.md of exported weights: their model, training data, scores, and how to open them."""
 
+import os
+import re
 from importlib.metadata import version
 from typing import Any
 
+from data.printable import shown
 from model.parameters import count_parameters
+from train.config.config import public
 from train.run.events import read_events
 from train.run.folder import Run
 from train.run.step_log import read_step_log
-from train.step.schedule import batch_size
+from train.step.schedule import rows_between
 from train.weights.weight_source import WeightSource
 
 
@@ -17,14 +21,14 @@ def model_card(weights: WeightSource, run: Run | None = None) -> str:
     if run is not None and weights.step:
         facts |= _training(run, weights.step)
     facts["written by"] = f"Ziggurat {version('ziggurat')}"
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    rows = "\n".join(f"| {name} | {cell(value)} |" for name, value in facts.items())
     architecture = weights.interchange().family.architecture
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
 tags: [ziggurat]
 ---
-# {run.folder.resolve().name if run else architecture}
+# {cell(os.path.basename(os.path.realpath(run.folder))) if run else architecture}
 
 A decoder-only language model, in the layout of Transformers' `{architecture}`. No license is stated here: whoever
 publishes it adds one.
@@ -40,6 +44,11 @@ model = AutoModelForCausalLM.from_pretrained("this/folder")
 tokenizer = AutoTokenizer.from_pretrained("this/folder")
 ```
 """
+
+
+def cell(value: Any) -> str:
+    """Returns a value as text in Markdown, where names of others are no markup."""
+    return re.sub(r"([\\`*<>\[\]|&])", r"\\\1", " ".join(shown(str(value)).split()))
 
 
 def _model(weights: WeightSource) -> dict[str, str]:
@@ -60,13 +69,13 @@ def _model(weights: WeightSource) -> dict[str, str]:
 
 def _training(run: Run, step: int) -> dict[str, Any]:
     """Returns the facts of training from the run's own files."""
-    config = run.load_config()
+    config = public(run.load_config())
     starts = [event for event in read_events(run.events) if event["event"] == "start"]
-    tokens = sum(batch_size(config, s) for s in range(step)) * config.data.segment_length
+    tokens = rows_between(config, 0, step) * config.data.segment_length
     corpus = config.data.corpus
     facts = {
         "training": f"{step:,} steps, {tokens:,} tokens, padding included",
-        "corpus": ", ".join(corpus) if isinstance(corpus, dict) else corpus,
+        "corpus": ", ".join(corpus) if isinstance(corpus, dict) else corpus or "none",
         "fingerprint of the data": starts[-1]["data"][:12] if starts else "not known",
         "optimizer": f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate}",
     }
@@ -74,6 +83,8 @@ def _training(run: Run, step: int) -> dict[str, Any]:
         facts["begun with"] = f"{origin} ({config.train.init_with})"
     for _, record in read_step_log(run.metrics):
         if record["step"] == step and "validation_loss" in record:
-            bits, loss = record["validation_bits_per_byte"], record["validation_loss"]
+            # Versions up to 0.7 named the figures of all texts as those of the evaluations before.
+            texts = "held_out" if "held_out_loss" in record else "validation"
+            bits, loss = record[f"{texts}_bits_per_byte"], record[f"{texts}_loss"]
             facts["held-out text"] = f"{bits:.4f} bits a byte, loss {loss:.4f} nats a token"
     return facts

@@ -4,9 +4,12 @@ import argparse
 import dataclasses
 import json
 import re
+import time
 
 import jax.numpy as jnp
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from data.errors import InputError
@@ -75,11 +78,11 @@ def test_everything_wrong_is_reported_at_once_with_the_nearest_name():
         ({"optimizer": {"learning_rate": -1.0}}, "optimizer.learning_rate is -1.0"),
         ({"optimizer": {"learning_rate": float("nan")}}, "it must be a finite number"),
         ({"optimizer": {"beta2": 1.0}}, "optimizer.beta2 is 1.0"),
-        ({"tokenizer": {"vocab_size": 100}}, "at least 320"),
+        ({"tokenizer": {"vocab_size": 100}}, "from 320 to 16777216"),
         ({"data": {"validation_fraction": 1.0}}, "it must be in [0, 1)"),
         ({"data": {"corpus": ""}}, "data.corpus is empty"),
         ({"evaluation": {"loop_bytes": 2**21}}, "more than evaluation.max_bytes"),
-        ({"evaluation": {"loop_bytes": 3}}, "evaluation.loop_bytes is 3; it must be at least 4"),
+        ({"evaluation": {"loop_bytes": 3}}, "evaluation.loop_bytes is 3; it must be from 4 to"),
         ({"evaluation": {"prompt": "\ud800"}}, "evaluation.prompt is not valid UTF-8"),
         ({"train": {"seed": 2**32}}, "train.seed is 4294967296; it must be from 0 to 4294967295"),
         (
@@ -151,10 +154,72 @@ def test_everything_wrong_is_reported_at_once_with_the_nearest_name():
         ({"train": {"run_dir": ""}}, "train.run_dir is empty"),
         ({"checkpoint": {"keep": 0}}, "checkpoint.keep is 0"),
         ({"model": {"num_layers": True}}, "it must be a whole number"),
+        ({3: {}}, "3: there is no such group"),
+        ({"train": {3: 4}}, "train.3: there is no such field"),
+        ({"recovery": {"skips": {"²": 1}}}, "'²': 1 is not a step"),
+        ({"recovery": {"skips": {"1": True}}}, "'1': True is not a step"),
+        ({"recovery": {"skips": {"1": 10**11}}}, "is not a step and a number of batches up to 1,000,000"),
     ],
 )
 def test_impossible_values_and_combinations_are_named(values: dict, words: str):
     assert any(words in problem for problem in problems(values))
+
+
+def test_no_number_is_too_large_for_an_answer_at_once():
+    """Every whole number has an upper limit, and the checks do not count up to what is given."""
+    numbers = [(group, name) for group, name, field in config_fields() if "int" in str(field.type)]
+    assert len(numbers) > 40
+    for size in (2**24, 10**13, 10**308, 10**5000):
+        values: dict = {group: {} for group, _ in numbers}
+        for group, name in numbers:
+            values[group][name] = size
+        values["data"]["num_streams"] = 7
+        begun = time.monotonic()
+        found = problems(values)
+        assert time.monotonic() - begun < 1
+        assert size == 2**24 or len(found) >= len(numbers) - 1
+
+
+@given(st.sampled_from([(g, n) for g, n, f in config_fields() if "str" in str(f.type) or "dict" in str(f.type)]),
+       st.text(), st.sampled_from(["\0", "\ud800", "\udcff"]), st.booleans())  # fmt: skip
+def test_a_text_anywhere_in_a_config_is_one_that_can_be_a_name(field, text, bad, is_key):
+    group, name = field
+    kinds = next(str(f.type) for g, n, f in config_fields() if (g, n) == field)
+    value = f"{text}{bad}" if "str" in kinds and "dict[" not in kinds else {"a": {f"x{bad}": 1} if is_key else [bad]}
+    if bad == "\0" and name in ("text_separator", "prompt"):
+        make_config({group: {name: "\0"}})
+    else:
+        assert any("NUL character" in line or "not valid UTF-8" in line for line in problems({group: {name: value}}))
+
+
+def nested_lists(depth: int) -> list:
+    value: list = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("depth", [17, 500, 100_000])
+def test_what_is_nested_deeply_is_refused_from_a_flag_and_from_a_file(depth: int):
+    for values, flags in (
+        ({"mesh": {"rules": {"a": nested_lists(depth)}}}, {}),
+        ({}, {"mesh.rules": '{"a":' + "[" * depth + "]" * depth + "}"}),
+    ):
+        (problem,) = problems(values, flags)
+        assert problem.startswith("mesh.rules is ")
+        assert problem.endswith("; it must be nested at most 16 levels deep")
+        assert len(problem) < 300
+
+
+def test_two_values_of_one_name_and_numbers_of_many_digits_in_a_flag_are_named():
+    for text, words in (
+        ('{"a": ["fsdp"], "a": []}', "the name 'a' stands there 2 times"),
+        ('{"a": {"b": 1, "b": 2}}', "the name 'b' stands there 2 times"),
+        (f'{{"a": {"9" * 5000}}}', "JSON where it begins with {"),
+        (f'{{"a": {"9" * 4000}}}', "a number of at most 1024 bits"),
+    ):
+        (problem,) = problems({}, {"mesh.rules": text})
+        assert words in problem
 
 
 @pytest.mark.parametrize("text", ["5,8", "(5,8)", "(5, 8)", " 5 , 8 "])

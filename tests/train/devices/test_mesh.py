@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+import time
 from pathlib import Path
 
 import jax
@@ -152,6 +153,10 @@ def test_a_size_that_cannot_be_sharded_is_named_with_the_axis_and_a_size_that_wo
         "model.num_kv_heads = 4 cannot be shared by mesh.tensor = 8; nearest size that works: 4",
     ]
     assert mesh_problems(make_config({}).resolved(4096), (1, 1, 4, 1, 2)) == []
+    # A billion devices are no reason to count to a billion.
+    begun = time.monotonic()
+    assert "nearest size that works: 16" in mesh_problems(make_config({}).resolved(4096), (1, 1, 10**9, 1, 1))[0]
+    assert time.monotonic() - begun < 1
     ramp = make_config({"train": {"batch_ramp_start": 4, "batch_ramp_steps": 10}}).resolved(4096)
     assert mesh_problems(ramp, (1, 2, 4, 1, 1)) == [
         "train.batch_ramp_start = 4 cannot be shared by mesh.data × mesh.fsdp = 8; nearest size that works: 4",

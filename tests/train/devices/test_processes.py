@@ -1,12 +1,16 @@
 """How processes join, by environments of real Slurm steps and others."""
 
+import socket
 import threading
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from data.errors import InputError
-from train.devices.processes import explicit_join, is_tpu_pod, join_arguments, share_of_gpus, tasks_on_nodes
+from data.errors import Fault, InputError
+from train.devices.processes import check_port, explicit_join, is_tpu_pod, join_arguments, share_of_gpus, tasks_on_nodes
 
 EXPLICIT = {"ZIGGURAT_COORDINATOR": "node1:8476", "ZIGGURAT_NUM_PROCESSES": "4", "ZIGGURAT_PROCESS_ID": "3"}
 # As Slurm 22.05 sets them: two nodes, two tasks a node, the third task. The batch script has the first part alone.
@@ -23,6 +27,34 @@ STEP = BATCH | {
 def test_a_process_without_any_variables_is_alone():
     assert join_arguments({"TPU_SKIP_MDS_QUERY": "1"}) is None
     assert join_arguments({"JAX_PLATFORMS": "cpu", "TPU_WORKER_HOSTNAMES": "a,b"}) is None
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
+def test_a_coordinator_on_this_machine_is_not_on_the_network(host: str):
+    joining = join_arguments(EXPLICIT | {"ZIGGURAT_COORDINATOR": f"{host}:8476"})
+    assert joining is not None
+    assert joining["coordinator_bind_address"] == joining["coordinator_address"] == f"{host}:8476"
+    one_node = STEP | {"SLURM_NODEID": "0", "SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_JOB_ID": "4097"}
+    joining = join_arguments(one_node)
+    assert joining is not None
+    assert joining["coordinator_bind_address"] == joining["coordinator_address"] == "127.0.0.1:61441"
+
+
+def test_a_port_that_is_taken_is_a_fault_of_one_line():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(Fault, match=f"port {port} of the coordinator cannot be opened: .*; start again"):
+            check_port(f"127.0.0.1:{port}", port)
+    check_port("127.0.0.1:0", 0)
+
+
+@given(
+    st.sampled_from([name for name in STEP if name not in ("SLURM_NODELIST", "SLURM_NTASKS", "SLURM_TASKS_PER_NODE")]),
+    st.one_of(st.text(max_size=4), st.sampled_from(["²", "9" * 5000, "7", "-1", "2(x", "(x3)", "1,,2", "2(x9999999)"])),
+)
+def test_a_malformed_variable_of_slurm_is_the_users_error(name: str, value: str):
+    with suppress(InputError):
+        join_arguments(STEP | {name: value, "SLURM_GPUS_ON_NODE": value, "CUDA_VISIBLE_DEVICES": "0,1"})
 
 
 def test_variables_of_the_launcher_come_first():

@@ -47,6 +47,14 @@ def test_a_spike_is_an_outlier_but_noise_a_fall_and_few_losses_are_not():
         off.check(record(math.nan))
 
 
+def test_steps_without_a_trained_token_are_no_losses():
+    detector = SpikeDetector(RecoveryConfig(), [*[(0.0, 0.0)] * 20, *of([6.8] * 2)])
+    for _ in range(40):
+        detector.check(record(0.0, tokens=0.0))
+    assert list(detector.history) == of([6.8] * 2)
+    detector.check(record(6.9))
+
+
 def test_losses_that_hardly_vary_may_rise_a_little():
     detector = SpikeDetector(RecoveryConfig(), of([0.01] * 100))
     detector.check(record(0.1))

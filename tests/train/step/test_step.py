@@ -9,12 +9,12 @@ import pytest
 
 from model.parameters import parameter_table
 from model.trees import flattened
-from tests.small import small_batch, small_model
+from tests.small import mesh_of, small_batch, small_model
 from train.config.config import Config
 from train.config.reading import make_config
 from train.devices.mesh import batch_sharding, one_device_mesh
 from train.step.optimizer import make_optimizer
-from train.step.schedule import batch_size
+from train.step.schedule import batch_size, learning_rate
 from train.step.state import make_state
 from train.step.step import StepPrograms, make_train_step, summed_loss
 
@@ -67,6 +67,24 @@ def test_a_ramp_has_one_program_a_stage_and_its_parts_change_nothing_but_memory(
     np.testing.assert_array_equal(whole[:, 0], np.array([4, 4, 8, 8, 16, 16, 32, 32]) * 16 - 8)
     np.testing.assert_allclose(losses(accumulation_steps=4), whole, rtol=2e-5)
     assert caplog.text.count("Finished XLA compilation of jit(train_step)") == 8
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon", "adafactor"])
+def test_a_skipped_step_changes_the_step_and_the_schedule_alone(name):
+    config = config_for({"name": name}, ema_decay=0.9)
+    with jax.set_mesh(mesh_of(fsdp=4)):
+        optimizer = make_optimizer(config)
+        programs, state = StepPrograms(config, optimizer), make_state(config, optimizer)
+        batch = jax.device_put(small_batch(), batch_sharding(jax.sharding.get_mesh()))
+        state, _ = programs(1, state, batch)
+        before = jax.device_get(state)
+        state, metrics = jax.device_get(programs.skip(state))
+        assert metrics["loss_weight"] == 0
+        assert metrics["learning_rate"] == pytest.approx(float(learning_rate(config)(1)))
+    counts = [before.pop("step"), *jax.tree.leaves(before["optimizer"].pop("schedule"))]
+    assert [state.pop("step"), *jax.tree.leaves(state["optimizer"].pop("schedule"))] == [n + 1 for n in counts]
+    for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(before), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_a_batch_or_a_part_may_be_a_single_row():

@@ -1,0 +1,41 @@
+"""Variables of the environment that keep JAX from starting: checked before a command, or after one has failed."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+
+from data.errors import InputError
+
+# Flags that need no check, since this project sets them.
+OUR_XLA_FLAGS = "--xla_force_host_platform_device_count="
+START_XLA = "from jaxlib import xla_client; xla_client.make_cpu_client()"
+
+
+def check_environment(environment: Mapping[str, str]) -> None:
+    """Raises InputError for flags with which XLA would end the process of a command."""
+    flags = environment.get("XLA_FLAGS", "")
+    if all(flag.startswith(OUR_XLA_FLAGS) for flag in flags.split()):
+        return
+    # XLA ends its process where it does not know a flag.
+    done = subprocess.run([sys.executable, "-P", "-c", START_XLA], capture_output=True, env={**environment})
+    fatal = [line.partition("] ")[2] for line in done.stderr.decode(errors="replace").splitlines() if line[:1] == "F"]
+    if done.returncode and fatal:
+        raise InputError(f"XLA_FLAGS={flags}: {fatal[0]}; correct it, or unset it")
+
+
+def environment_problem(failure: BaseException) -> tuple[int, str]:
+    """Returns the exit status and text of a failure if JAX cannot start; (1, "") where it can."""
+    given = [f"{name}={value}" for name, value in os.environ.items() if name.startswith("JAX_")]
+    try:
+        import jax
+
+        jax.devices()
+    except Exception as error:  # a plugin may fail in any way
+        # The first failure says why: an import that has failed fails in another way when it is repeated.
+        reason = (f"{failure}\n{error}".strip().splitlines() or ["a library of that platform is missing"])[0]
+        text = f"JAX cannot start with {' '.join(given) or 'the devices of this machine'}: {reason}"
+        if isinstance(error, RuntimeError) and "known backends" not in reason:
+            return 1, f"{text}; start again once its devices answer"
+        return 2, f"{text}; give the variable another value, or unset it"
+    return 1, ""
