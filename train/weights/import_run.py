@@ -15,6 +15,7 @@ from train.config.config import CheckpointConfig, Config
 from train.config.run_config import TrainConfig
 from train.devices.mesh import one_device_mesh
 from train.run.folder import Run
+from train.run.storage import check_place
 from train.weights.huggingface import open_huggingface
 
 
@@ -31,6 +32,7 @@ def import_weights(folder: Path, to: Path) -> Run:
             "give the model's own"
         )
     to = to.resolve()
+    check_place(Run(to).checkpoints)
     # Training computes in the default dtype; evaluation and generation set float32 themselves.
     model = dataclasses.replace(weights.config, compute_dtype=ModelConfig.compute_dtype)
     data = DataConfig(segment_length=weights.context)
