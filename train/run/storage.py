@@ -13,7 +13,7 @@ import fsspec
 from etils import epath
 from orbax.checkpoint import path as orbax_path
 
-from data.errors import Fault, InputError, StorageError
+from data.errors import InputError, StorageError
 from data.files import remote
 from data.files.writable import why_not_writable
 
