@@ -42,6 +42,7 @@ class Lease:
 
     def take(self, sleep: Callable[[float], None] = time.sleep) -> None:
         """Takes the lease. Raises InputError if its holder is alive."""
+        self._is_new = not self._path.parent.exists()
         self._path.parent.mkdir(parents=True, exist_ok=True)
         tries = 0
         while not create(self._path, self._entry(0)):
@@ -83,8 +84,9 @@ class Lease:
         for _ in range(MISSING_BEATS):
             sleep(BEAT_SECONDS)
             if (now := self._path.read_bytes()) != before:
+                who = name_of(parse_lease(now))
                 raise InputError(
-                    f"{run} is being written to by {name_of(parse_lease(now))}; end that one, or start another run with "
+                    f"{run} is being written to by {who}; end that one, or start another run with "
                     "--config.train.run_dir=FOLDER"
                 )
 
@@ -97,6 +99,8 @@ class Lease:
         with suppress(OSError):  # The disk is gone. The next start sees that this process has ended.
             if self._is_ours(read_lease(self._path)):
                 self._path.unlink()
+                if self._is_new:
+                    self._path.parent.rmdir()  # refused unless nothing else has been written
 
     def _is_dead(self, holder: dict[str, Any] | None) -> bool:
         """True for a holder whose process number this process can see, and whose process has ended."""

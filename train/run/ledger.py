@@ -17,6 +17,7 @@ from data.errors import Fault, InputError
 from data.files.atomic import atomic_file
 from train.config.recovery_config import RecoveryConfig
 from train.devices.collectives import broadcast_json, on_first_process
+from train.run.json_lines import Record, is_count, read_whole
 from train.run.storage import storage_errors
 from train.step.spike_detector import Anomaly
 
@@ -98,8 +99,19 @@ class Ledger:
 
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:
-    """Returns the entries of a `recovery.jsonl`; none if there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """Returns the entries of a `recovery.jsonl`; none if there is no file. InputError if one is damaged."""
+    return read_whole(path, _is_entry, "restore it from a copy: it says which batches are skipped")
+
+
+def _is_entry(record: Record) -> bool:
+    batches = record.get("batches", [])
+    return (
+        record.get("action") in (RETRY, SKIP)
+        and is_count(record.get("step", 0))
+        and is_count(record.get("batch", 1))
+        and isinstance(batches, list)
+        and all(is_count(batch) and batch > 0 for batch in batches)
+    )
 
 
 def write_ledger(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:

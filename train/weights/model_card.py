@@ -6,7 +6,7 @@ from typing import Any
 from model.parameters import count_parameters
 from train.run.events import read_events
 from train.run.folder import Run
-from train.run.step_log import read_step_log
+from train.run.step_log import read_metrics
 from train.step.schedule import batch_size
 from train.weights.weight_source import WeightSource
 
@@ -67,13 +67,13 @@ def _training(run: Run, step: int) -> dict[str, Any]:
     facts = {
         "training": f"{step:,} steps, {tokens:,} tokens, padding included",
         "corpus": ", ".join(corpus) if isinstance(corpus, dict) else corpus,
-        "fingerprint of the data": starts[-1]["data"][:12] if starts else "not known",
+        "fingerprint of the data": str(starts[-1].get("data", "not known"))[:12] if starts else "not known",
         "optimizer": f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate}",
     }
     if origin := config.train.init_from:
         facts["begun with"] = f"{origin} ({config.train.init_with})"
-    for _, record in read_step_log(run.metrics):
-        if record["step"] == step and "validation_loss" in record:
+    for record in read_metrics(run.metrics):
+        if record["step"] == step and {"validation_loss", "validation_bits_per_byte"} <= record.keys():
             bits, loss = record["validation_bits_per_byte"], record["validation_loss"]
             facts["held-out text"] = f"{bits:.4f} bits a byte, loss {loss:.4f} nats a token"
     return facts

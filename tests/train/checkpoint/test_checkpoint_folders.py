@@ -57,12 +57,12 @@ NAMES = st.text(st.characters(exclude_characters="/\0", codec="utf-8") | st.samp
 def test_a_path_is_refused_before_anything_is_written_or_its_checkpoints_can_be_read(name: str):
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / name / "checkpoints"
-        try:
-            check_writable(epath.Path(place))
-        except InputError as error:
-            assert "checkpoints cannot be kept at a path with" in str(error)
+        if set("*?[\\\udcff") & set(name) or name.endswith("gs:"):
+            with pytest.raises(InputError, match="checkpoints cannot be kept at a path with"):
+                check_writable(epath.Path(place))
             assert os.listdir(folder) == []
         else:
+            check_writable(epath.Path(place))
             save(place, 3)
             assert read(place) == [3, 3]
 
