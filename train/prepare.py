@@ -155,7 +155,7 @@ def check_not_imported(run: Run) -> None:
 
 
 def claim(config: Config, run: Run, mixture: Mixture) -> None:
-    """Makes the folder this run's, with its tokenizer, and removes what an earlier start without a checkpoint has left."""
+    """Makes the folder this run's, with a tokenizer, without what an earlier start without a checkpoint has left."""
     tokenizer_files = new_tokenizer(config, mixture)  # which may refuse the config
     run.save_config(config)
     shutil.rmtree(run.tokenizer, ignore_errors=True)

@@ -24,6 +24,8 @@ from train.step.spike_detector import Anomaly
 RETRY, SKIP = "retry", "skip"
 # Retries without a save between them, after which the cause is not the data.
 MOST_RETRIES = 10
+# Batches without which the step after a save was tried, after which it is the state or the settings that give NaN.
+MOST_FIRST_BATCHES = 3
 
 
 class Ledger:
@@ -41,6 +43,7 @@ class Ledger:
         self._path = path
         self._config = config
         self._retries = 0
+        self._first_batches: set[int] = set()
         self._entries: list[dict[str, Any]] = broadcast_json(lambda: read_ledger(path))
         self._update()
         if batches := sorted(config.batches() - set(self.skipped)):
@@ -55,15 +58,25 @@ class Ledger:
     def mark_saved(self) -> None:
         """Notes that a checkpoint has been made."""
         self._retries = 0
+        self._first_batches.clear()
 
     def decide(self, anomaly: Anomaly, step: int) -> str:
         """Returns RETRY or SKIP after an anomaly and the return to the save of `step`, and writes the decision.
 
         Raises:
-            InputError: the budget of skipped batches would be exceeded.
-            Fault: many batches have been retried without a save between them, each time another.
+            InputError: the budget of skipped batches would be exceeded; or new weights give NaN whatever the batch.
+            Fault: many batches have been retried without a save between them, each time another; or saved weights give
+                NaN whatever the batch.
         """
         batch = self.batch_of(anomaly.step)
+        if anomaly.step == step + 1 and not anomaly.is_outlier:
+            self._first_batches.add(batch)
+            if len(self._first_batches) == MOST_FIRST_BATCHES:
+                error = Fault if step else InputError
+                raise error(
+                    f"{anomaly}, with each of {MOST_FIRST_BATCHES} batches after step {step}, so it is not the data: "
+                    "look at the model's and the optimizer's settings, and at the devices"
+                )
         entry: dict[str, Any] = {"step": anomaly.step, "batch": batch, "problem": anomaly.problem, "action": RETRY}
         if not any(other.get("batch") == batch for other in self._entries):
             self._retries += 1

@@ -37,11 +37,8 @@ def checkpoint_steps_in(place: epath.Path) -> list[int]:
     """Returns the steps of the complete checkpoints, oldest first. Raises InputError as `with_input_errors`."""
 
     def steps() -> list[int]:
-        return (
-            sorted(found.step for found in orbax_path.step.standard_name_format().find_all(place))
-            if place.exists()
-            else []
-        )
+        found = orbax_path.step.standard_name_format().find_all(place) if place.exists() else ()
+        return sorted(checkpoint.step for checkpoint in found)
 
     return with_input_errors(place, steps)
 
@@ -76,15 +73,21 @@ def check_free_space(folder: PathLike, size: int) -> None:
 
 
 def with_input_errors(place: epath.Path, question: Callable[[], T]) -> T:
-    """Returns what a file system answers. Raises InputError if a bucket does not exist or refuses access."""
+    """Returns what a file system answers.
+
+    Raises:
+        InputError: a bucket does not exist or refuses access.
+        ConnectionError: it cannot be reached.
+    """
     if not is_remote(place):
         return question()
     remote.filesystem(os.fspath(place))  # Raises InputError if its package is not installed.
     try:
-        # The library retries by itself.
         with uncached_listings():
-            return remote.with_retries(os.fspath(place), question, tries=1)
+            return remote.with_retries(os.fspath(place), question)
     except remote.RemoteError as error:
+        if error.kind == "outage":
+            raise ConnectionError(f"checkpoint.dir = {place}: {error}") from None
         is_missing = error.kind == "missing"
         text = f"there is no such bucket, or no permission to see it ({error})" if is_missing else error
         raise InputError(f"checkpoint.dir = {place}: {text}") from None
