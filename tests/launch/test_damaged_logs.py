@@ -62,7 +62,9 @@ def test_a_damaged_line_of_a_log_costs_that_line_alone(finished: Path, data):
         assert len(read_positions(run.positions, shape)) >= len(logged) - 1
 
 
-def test_a_run_goes_on_with_damaged_logs_and_makes_its_held_out_text_again(finished: Path, tmp_path: Path, capfd):
+def test_a_run_goes_on_with_damaged_logs_and_makes_its_held_out_text_again(
+    finished: Path, tmp_path: Path, capfd, caplog
+):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     for name in LOGS:
@@ -79,7 +81,7 @@ def test_a_run_goes_on_with_damaged_logs_and_makes_its_held_out_text_again(finis
     assert here("pretrain", f"--config={run}", "--config.train.num_steps=13") == 0
     assert [record["step"] for record in metrics(run)] == list(range(1, 14))
     assert here("inspect", "data", run, "--step=13") == 0
-    assert "events.jsonl:2 is damaged, and " in capfd.readouterr().err
+    assert "events.jsonl:2 is damaged, and " in caplog.text
     for line in (run / "events.jsonl").read_bytes().splitlines()[len(BAD_LINES) + 1 :]:
         assert json.loads(line)["event"]
 

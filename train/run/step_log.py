@@ -46,6 +46,11 @@ class StepLog:
             numbers = {name: value for name, value in record.items() if name not in ("step", "time")}
             writer.write(record["step"], dict(scalars(numbers)))
 
+    def sync(self) -> None:
+        """Waits until all lines are on disk."""
+        with storage_errors("a line", self._path):
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Syncs all lines to disk. A full disk is only a warning, because another error may have ended the run."""
         try:
