@@ -51,6 +51,12 @@ TABLE = [
     ("no tokenizer", ["pretrain", "--config={config}", "--config.tokenizer.path={dir}"], "holds no tokenizer"),
     ("vocabulary below the tokenizer's", ["pretrain", "--config={config}", "--config.model.vocab_size=100"],
      "model.vocab_size = 100 is less than the tokenizer's"),
+    ("vocabulary below that of a given tokenizer", ["pretrain", "--config={config}", "--config.model.vocab_size=280",
+     "--config.tokenizer.path={other_tokenizer}"], "model.vocab_size = 280 is less than the tokenizer's"),
+    ("a path that a library takes for a pattern", ["pretrain", "--config={config}",
+     "--config.train.run_dir={dir}/[x]/run"], "checkpoints cannot be kept at a path with ["),
+    ("checkpoints at such a path", ["pretrain", "--config={config}", "--config.checkpoint.dir={dir}/a*"],
+     "checkpoints cannot be kept at a path with *"),
     ("another folder", ["pretrain", "--config={config}", "--config.train.run_dir={dir}"],
      "folder holds other things than a run"),
     ("folder under a file", ["pretrain", "--config={config}", "--config.train.run_dir={dir}/a.csv/run"], "is a file"),
@@ -153,6 +159,7 @@ def test_bad_input_is_named_and_nothing_is_overwritten(command, words, places, c
     assert out == ""
     assert "Traceback" not in err
     assert {name: contents(Path(places[name])) for name in ("run", "dir", "foreign")} == before
+    assert not Path(places["config"]).with_suffix("").exists()  # the folder of the run that would have begun
 
 
 def test_a_run_with_damaged_files_is_named(places, capsys):
