@@ -37,6 +37,7 @@ class Lease:
         # The previous holder's last sign of life (seconds since 1970), or None if it released the lease.
         self.last_beat: float | None = None
         self._holder = {"host": socket.gethostname(), "pid": os.getpid(), "system": pid_system(), "begun": time.time()}
+        self._is_new = False  # whether the folder was made for the lease
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
 
@@ -91,16 +92,15 @@ class Lease:
                 )
 
     def release(self) -> None:
-        """Releases the lease, if it was taken."""
-        if not self._thread.is_alive():
-            return
-        self._over.set()
-        self._thread.join()
+        """Releases the lease, if it was taken, and removes a folder that was made for it if nothing else is there."""
+        if self._thread.is_alive():
+            self._over.set()
+            self._thread.join()
         with suppress(OSError):  # The disk is gone. The next start sees that this process has ended.
             if self._is_ours(read_lease(self._path)):
                 self._path.unlink()
-                if self._is_new:
-                    self._path.parent.rmdir()  # refused unless nothing else has been written
+            if self._is_new:
+                self._path.parent.rmdir()
 
     def _is_dead(self, holder: dict[str, Any] | None) -> bool:
         """True for a holder whose process number this process can see, and whose process has ended."""

@@ -156,6 +156,26 @@ def test_of_many_that_take_it_at_once_one_holds_it(tmp_path: Path, monkeypatch):
         assert list(path.parent.iterdir()) == []
 
 
+def test_a_folder_that_was_made_for_it_goes_with_it_unless_something_was_written(tmp_path: Path, monkeypatch):
+    for name in ("empty", "full"):
+        lease = Lease(tmp_path / name / "lease.json")
+        lease.take()
+        if name == "full":
+            (tmp_path / "full" / "config.json").touch()
+        lease.release()
+    monkeypatch.setattr(train.run.lease.os, "fsync", disk_is_full)
+    lease = Lease(tmp_path / "no room" / "lease.json")
+    with pytest.raises(OSError, match="No space"):
+        lease.take()
+    lease.release()
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["config.json"]
+
+
+def disk_is_full(_: int) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_a_start_that_was_killed_while_it_took_the_lease_does_not_keep_it(tmp_path: Path):
     path = tmp_path / "lease.json"
     entry(path)
