@@ -88,7 +88,8 @@ def check_folder(config: Config, run: Run) -> None:
     if is_ours:
         check_nothing_is_gone(run, last_step)
     if last_step is None:
-        if source := tokenizer_source(config):
+        # A fork's is checked with its parent.
+        if (source := tokenizer_source(config)) and not config.train.init_from:
             check_vocabulary(config, load_tokenizer(source))
         return
     if last_step == 0:

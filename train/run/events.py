@@ -22,7 +22,7 @@ import jax
 
 from train.config.config import Config, to_json
 from train.run.goodput import TimeAccount
-from train.run.json_lines import Record, is_count, is_moment, is_number, read_log
+from train.run.json_lines import Record, is_count, is_moment, read_log
 from train.run.storage import storage_errors
 
 log = logging.getLogger("ziggurat")
@@ -59,12 +59,17 @@ class Events:
             file.seek(max(file.tell() - 1, 0))
             if file.read(1) not in (b"", b"\n"):  # A kill has torn the last line.
                 file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
+                *_, torn = file.read().rpartition(b"\n")
+                try:
+                    json.loads(torn)
+                    line = f"\n{line}"
+                except ValueError:
+                    file.truncate(file.tell() - len(torn))
             file.write((line + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
         if self._hook:
-            self._call(line)
+            self._call(line.lstrip())
 
     def _call(self, line: str) -> None:
         """Starts the hook. Its input is a file, so it may read whenever it likes."""
@@ -117,9 +122,9 @@ def _is_event(record: Record) -> bool:
         and (name not in TIMED or {"step", "seconds"} <= record.keys())
         and is_count(record.get("step", 0))
         and isinstance(seconds, dict)
-        and all(map(is_number, seconds.values()))
+        and all(map(is_moment, seconds.values()))
         and is_moment(record.get("alive_until", 0))
-        and is_number(record.get("stall_seconds", 0))
+        and is_moment(record.get("stall_seconds", 0))
     )
 
 

@@ -19,6 +19,11 @@ def test_each_event_is_a_line_on_disk_and_a_torn_line_spoils_no_other(tmp_path: 
     assert [(event["event"], event["step"]) for event in read_events(path)] == [("start", 0), ("save", 4)]
     assert read_events(path)[0]["time"] <= read_events(path)[1]["time"]
     assert read_events(tmp_path / "none") == []
+    assert path.read_text().count("\n") == 2
+    # A line that lacks no more than its end is kept.
+    path.write_text(path.read_text().rstrip())
+    events.write("save", step=8)
+    assert [event["step"] for event in read_events(path)] == [0, 4, 8]
 
 
 @pytest.mark.parametrize(
