@@ -130,10 +130,13 @@ def newest_step(folder: Path) -> int:
     place = read_config(folder).checkpoint.dir if (folder / CONFIG_FILE).exists() else None
     if place and protocol(place):
         events = folder / "events.jsonl"
-        saves = re.findall(r'"event": "save", "step": (\d+)', events.read_text() if events.exists() else "")
+        saves = re.findall(
+            r'"event": "save", "step": (\d+)', events.read_text(errors="replace") if events.exists() else ""
+        )
         return int(saves[-1]) if saves else 0
-    names = [path.name for path in Path(place or folder / "checkpoints").glob("*")]
-    return max((int(name) for name in names if name.isdigit()), default=0)
+    checkpoints = Path(place or folder / "checkpoints")
+    names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
+    return max((int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name)), default=0)
 
 
 def run_processes(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> Exit:

@@ -8,13 +8,13 @@ from train.planning.data_estimate import WHOLE_RUN, has_end
 from train.run.events import read_events
 from train.run.folder import Run
 from train.run.goodput import goodput, shares
-from train.run.step_log import read_step_log
+from train.run.step_log import read_metrics
 
 
 def summary(run: Run, program: str) -> str:
     """Returns the results of a run and the commands that use it; `program` is how the user calls ziggurat."""
     config, held_out = run.load_config(), run.held_out_texts()
-    records = [record for _, record in read_step_log(run.metrics)]
+    records = read_metrics(run.metrics)
     evaluated = [record for record in records if "validation_bits_per_byte" in record]
     steps = records[-1]["step"] if records else config.train.num_steps
     first = f"{run.folder} is finished: {steps} steps"

@@ -20,7 +20,7 @@ from train.config.config import Config, ResolvedConfig, config_fields
 from train.devices.collectives import all_gather_json, on_first_process
 from train.run.folder import HeldOutDocument, Run
 from train.run.run_name import split_name
-from train.run.step_log import read_step_log
+from train.run.step_log import read_positions
 
 if TYPE_CHECKING:
     from train.evaluation.harness import Tasks
@@ -125,7 +125,8 @@ def streams_before(
 
     Raises InputError if the run has read other data around this step than its config and corpus describe now.
     """
-    logged = [record for _, record in read_step_log(run.positions)]
+    positions = initial_positions(mixture, config.num_streams)
+    logged = read_positions(run.positions, positions.shape)
     identity = identity_of(config, mixture) | mixture.fingerprints() | {"tokenizer": tokenizer.fingerprint}
     before = [record for record in logged if record["step"] <= step]
     if any(record["data"] != data_fingerprint(identity) for record in before[-1:] or logged[:1]):
@@ -134,7 +135,6 @@ def streams_before(
             "are now; restore them"
         )
     begin = first_step(config)
-    positions = initial_positions(mixture, config.num_streams)
     if before:
         begin = before[-1]["step"]
         positions = np.array(before[-1]["positions"], np.int64)

@@ -208,7 +208,8 @@ class Training:
         with ExitStack() as stack:
             loader = stack.enter_context(self.open_loader())
             step_log, position_log = self.open_logs(stack)
-            saver = Saver(self.checkpoints, self.events, self.ledger, detector, self.inputs.identity, position_log)
+            identity = self.inputs.identity
+            saver = Saver(self.checkpoints, self.events, self.ledger, detector, identity, position_log, step_log)
             saver.log_positions(self.step, self.positions.tolist())
             profiler = Profiler(self.run.profile, config.train.profile_steps, self.step)
             stack.callback(profiler.stop)

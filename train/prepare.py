@@ -2,14 +2,15 @@
 
 import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from data.errors import InputError
-from data.files.atomic import atomic_file, partial_of
+from data.files.atomic import atomic_file, unfinished
 from data.files.writable import why_not_writable
 from data.formats.stdlib import snapshot_stdlib
 from data.mixture import Mixture, open_mixture
@@ -23,9 +24,10 @@ from train.devices.collectives import on_first_process
 from train.evaluation.documents import choose_held_out, take_bytes
 from train.evaluation.tasks import open_tasks
 from train.fork import check_fork, parent_of
+from train.run.events import newest_saved_step, read_events, skipped_since_begin
 from train.run.folder import HeldOutDocument, Run
 from train.run.lease import Lease
-from train.run.ledger import inherited_entries, read_ledger, write_ledger
+from train.run.ledger import inherited_entries, read_ledger, skipped_batches, write_ledger
 from train.run.run_name import split_name
 from train.run.storage import check_writable
 from train.run.trackers import missing_packages
@@ -49,16 +51,10 @@ def prepare_run(config: Config, run: Run, lease: Lease) -> RunInputs:
             check_fork(config)
     on_first_process(lease.take)
     if is_new:
-        on_first_process(lambda: claim(config, run))
+        on_first_process(lambda: claim(config, run, mixture))
     tokenizer = run_tokenizer(config, run, mixture)
-    vocab_size = config.model.vocab_size
-    if vocab_size is not None and vocab_size < tokenizer.vocab_size:
-        raise InputError(
-            f"model.vocab_size = {vocab_size} is less than the tokenizer's {tokenizer.vocab_size} pieces; "
-            "raise it, or leave it at none"
-        )
     config = config.resolved(tokenizer.vocab_size)
-    make_once(run.held_out, lambda: run.save_held_out(choose_held_out(mixture, config.evaluation.max_bytes)))
+    on_first_process(lambda: None if has_held_out(config, run) else save_held_out(config, run, mixture))
     held_out = run.held_out_texts()
     if config.data.validation_fraction and not held_out and jax.process_index() == 0:
         log.warning("no document is held out, so nothing is evaluated; raise data.validation_fraction, or give more")
@@ -80,7 +76,8 @@ def check_folder(config: Config, run: Run) -> None:
             "name a new folder with --config.train.run_dir=FOLDER"
         )
     last_step = run.last_step()
-    if is_claimed(run):
+    is_ours = is_claimed(run)
+    if is_ours:
         before, _ = Run.load(run.folder)
         if before.checkpoints != run.checkpoints and (newest := before.last_step() or 0) > (last_step or 0):
             raise InputError(
@@ -89,7 +86,12 @@ def check_folder(config: Config, run: Run) -> None:
                 "or give the old place"
             )
     on_first_process(lambda: check_writable(run.checkpoints))
+    if is_ours:
+        check_nothing_is_gone(run, last_step)
     if last_step is None:
+        # A fork's is checked with its parent.
+        if (source := tokenizer_source(config)) and not config.train.init_from:
+            check_vocabulary(config, load_tokenizer(source))
         return
     if last_step == 0:
         raise InputError(
@@ -114,6 +116,18 @@ def check_folder(config: Config, run: Run) -> None:
         log.warning("changed on resume:\n%s", table(changes["warn"]))
 
 
+def check_nothing_is_gone(run: Run, last_step: int | None) -> None:
+    """Raises InputError if the audit log knows of checkpoints or skipped batches, and there are none."""
+    events = read_events(run.events)
+    if last_step is None and (saved := newest_saved_step(events)):
+        raise InputError(
+            f"{run.checkpoints} holds no checkpoint, and the run in {run.folder} has saved its step {saved}; restore "
+            f"or mount it, remove {run.folder} to begin again, or {ANOTHER_RUN}"
+        )
+    if last_step and skipped_since_begin(events) and not skipped_batches(read_ledger(run.recovery)):
+        raise InputError(f"{run.recovery} is gone or empty, and the run has skipped batches; restore it from a copy")
+
+
 def is_claimed(run: Run) -> bool:
     """True if the folder is a run's, even one that was killed as it began. InputError if it holds something else."""
     if run.config_file.exists():
@@ -127,9 +141,9 @@ def is_claimed(run: Run) -> bool:
     # A run writes its config before everything else except its copy of the default corpus and its lease.
     first = (run.config_file, run.lease)
     # Versions up to 0.7 named unfinished files with the second of these spellings.
-    unfinished = {name for path in first for name in (partial_of(path).name, path.name + ".partial")}
-    names = {path.name for path in run.folder.iterdir()} if run.folder.exists() else set()
-    if names - unfinished - {run.snapshot.parent.name, run.lease.name}:
+    halves = {half for path in first for half in (*unfinished(path), path.with_name(path.name + ".partial"))}
+    paths = set(run.folder.iterdir()) if run.folder.exists() else set()
+    if paths - halves - {run.snapshot.parent, run.lease}:
         raise InputError(f"train.run_dir = {run.folder} holds other things than a run; name a new folder")
     return False
 
@@ -142,10 +156,12 @@ def check_not_imported(run: Run) -> None:
         )
 
 
-def claim(config: Config, run: Run) -> None:
-    """Makes the folder this run's, and removes what an earlier start without a checkpoint has left."""
+def claim(config: Config, run: Run, mixture: Mixture) -> None:
+    """Makes the folder this run's, with a tokenizer, without what an earlier start without a checkpoint has left."""
+    tokenizer_files = new_tokenizer(config, mixture)  # which may refuse the config
     run.save_config(config)
     shutil.rmtree(run.tokenizer, ignore_errors=True)
+    write_tokenizer(tokenizer_files, run.tokenizer)
     run.held_out.unlink(missing_ok=True)
     run.recovery.unlink(missing_ok=True)
     if config.train.init_from and config.train.init_with == "all":
@@ -177,26 +193,31 @@ def folder_of_parent(config: Config) -> Run | None:
 
 
 def run_tokenizer(config: Config, run: Run, mixture: Mixture) -> Tokenizer:
-    """Returns the run's tokenizer: its own, or a copy of its parent's or of `tokenizer.path`, or a new one.
-
-    Raises InputError if `tokenizer.path` has no tokenizer, or another one than the run began with.
-    """
-    path = Path(config.tokenizer.path).expanduser() if config.tokenizer.path else None
+    """Returns the run's tokenizer, which is made again if it is gone. InputError if `tokenizer.path` is another one."""
 
     def make() -> None:
-        parent = folder_of_parent(config)
-        if source := parent.tokenizer if parent else path:
-            write_tokenizer(load_tokenizer(source).files(), run.tokenizer)
-        else:
-            train_run_tokenizer(config, mixture, run.tokenizer)
+        write_tokenizer(new_tokenizer(config, mixture), run.tokenizer)
 
     on_first_process(lambda: None if holds_tokenizer(run.tokenizer) else make())
     tokenizer = load_tokenizer(run.tokenizer)
+    path = Path(config.tokenizer.path).expanduser() if config.tokenizer.path else None
     if path and path.exists() and load_tokenizer(path).fingerprint != tokenizer.fingerprint:
         raise InputError(
             f"tokenizer.path = {path} is not the tokenizer that the run in {run.folder} began with; leave it at none"
         )
     return tokenizer
+
+
+def new_tokenizer(config: Config, mixture: Mixture) -> Mapping[str, bytes]:
+    """Returns the files of a new run's tokenizer: copied from its parent or `tokenizer.path`, or trained.
+
+    Raises InputError if `tokenizer.path` has no tokenizer, or one that is too large for the model.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        source = tokenizer_source(config)
+        tokenizer = load_tokenizer(source) if source else train_run_tokenizer(config, mixture, Path(folder))
+        check_vocabulary(config, tokenizer)
+        return tokenizer.files()
 
 
 def train_run_tokenizer(config: Config, mixture: Mixture, folder: Path) -> Tokenizer:
@@ -211,6 +232,37 @@ def train_run_tokenizer(config: Config, mixture: Mixture, folder: Path) -> Token
         size = config.tokenizer.sample_bytes * share // sum(mixture.shares(0))
         sample += [text.text for text in take_bytes(map(HeldOutDocument, texts), size)] if size else []
     return train_tokenizer(sample, config.tokenizer.vocab_size, folder)
+
+
+def tokenizer_source(config: Config) -> Path | None:
+    """Returns the folder of the tokenizer that a new run copies: that of its parent, or `tokenizer.path`."""
+    if parent := folder_of_parent(config):
+        return parent.tokenizer
+    return Path(config.tokenizer.path).expanduser() if config.tokenizer.path else None
+
+
+def check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
+    """Raises InputError if the model's vocabulary is smaller than the tokenizer's."""
+    vocab_size = config.model.vocab_size
+    if vocab_size is not None and vocab_size < tokenizer.vocab_size:
+        raise InputError(
+            f"model.vocab_size = {vocab_size} is less than the tokenizer's {tokenizer.vocab_size} pieces; "
+            "raise it, or leave it at none"
+        )
+
+
+def has_held_out(config: Config, run: Run) -> bool:
+    """True if the run's held-out documents are there; a file that is damaged or empty may be made again."""
+    try:
+        return bool(run.held_out_texts()) or (run.held_out.exists() and not config.data.validation_fraction)
+    except InputError:
+        log.warning("%s is damaged, and is made again", run.held_out)
+        return False
+
+
+def save_held_out(config: Config, run: Run, mixture: Mixture) -> None:
+    """Chooses the held-out documents and writes them to the run's folder."""
+    run.save_held_out(choose_held_out(mixture, config.evaluation.max_bytes))
 
 
 def make_once(path: Path, make: Callable[[], Any]) -> None:

@@ -22,7 +22,7 @@ from train.step.state import State
 class Saver:
     """Saves the state of one pass of training, from a restored step on.
 
-    The history of the spike detector is saved with the state. Process 0 alone has a log of positions.
+    The history of the spike detector is saved with the state. Process 0 alone has logs.
     """
 
     checkpoints: Checkpoints
@@ -31,6 +31,7 @@ class Saver:
     detector: SpikeDetector
     identity: dict[str, Any]
     position_log: StepLog | None
+    step_log: StepLog | None
 
     def save(self, step: int, state: State, positions: np.ndarray, is_over: bool) -> None:
         """Saves a checkpoint, with this process's positions in the data; all processes call it together.
@@ -47,6 +48,9 @@ class Saver:
         all_positions = gather_positions(positions).tolist()
         self.log_positions(step, all_positions)
         history = [list(pair) for pair in self.detector.history]
+        for log in (self.position_log, self.step_log):
+            if log:
+                log.sync()
         progress = {"positions": all_positions, "identity": self.identity, "is_over": is_over, "history": history}
         self.checkpoints.save(state, progress)
         stall = round(time.perf_counter() - begun, 3)

@@ -59,7 +59,8 @@ def list_files(
         field: name of the setting in messages.
 
     Raises:
-        InputError: there is no file, its name has another ending, or it cannot be reached.
+        InputError: there is no file, its name has another ending, or access is refused.
+        ConnectionError: it cannot be reached.
     """
     if remote.protocol(where) in ("file", "local"):
         where = where.partition("://")[2]
@@ -69,7 +70,8 @@ def list_files(
         try:
             kind, files = _list_remote(where, endings)
         except remote.RemoteError as error:
-            raise InputError(f"{field} = {where}: {error}") from None
+            raised = ConnectionError if error.kind == "outage" else InputError
+            raise raised(f"{field} = {where}: {error}") from None
         except InputError as error:
             raise InputError(f"{field} = {error}") from None
     else:

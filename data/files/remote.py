@@ -15,6 +15,8 @@ import fsspec
 from data.errors import InputError
 
 log = logging.getLogger("ziggurat")
+for library in ("gcsfs", "google.auth"):  # They log each error, with a traceback, that they also raise.
+    logging.getLogger(library).setLevel(logging.CRITICAL)
 T = TypeVar("T")
 MAX_TRIES = 5
 FIRST_DELAY = 0.5  # seconds, doubled with each try
@@ -49,7 +51,7 @@ class RemoteError(Exception):
     """A remote file could not be read after all retries.
 
     Attributes:
-        kind: the reason: "refused", "missing", "changed", "no ranges" or "failed".
+        kind: the reason: "refused", "missing", "changed", "no ranges", "failed", or "outage", which passes.
     """
 
     def __init__(self, kind: str, text: str):
@@ -93,13 +95,14 @@ def content_version(info: Mapping[str, Any]) -> str:
     return str(value.timestamp() if isinstance(value, datetime) else value)
 
 
-def with_retries(url: str, call: Callable[[], T], tries: int = MAX_TRIES) -> T:
-    """Returns the result of a call, which is tried up to `tries` times.
+def with_retries(url: str, call: Callable[[], T]) -> T:
+    """Returns the result of a call, which is tried up to MAX_TRIES times; gcsfs itself tries each call six times.
 
     Raises:
         RemoteError: the call failed permanently, or on every try.
     """
     tried = 0
+    tries = 1 if store(url) == "gs" else MAX_TRIES
     while True:
         try:
             return call()
@@ -116,7 +119,10 @@ def with_retries(url: str, call: Callable[[], T], tries: int = MAX_TRIES) -> T:
             if kind != "passing":
                 raise RemoteError(kind, f"cannot be read ({text})") from None
             if tried == tries:
-                raise RemoteError("failed", f"cannot be read after {tries} tries ({text})") from None
+                raise RemoteError(
+                    "outage",
+                    f"cannot be read after {tries} tries ({text})" if tries > 1 else f"cannot be reached ({text})",
+                ) from None
             delay = FIRST_DELAY * 2 ** (tried - 1)
             log.warning("%s: %s; trying again in %.1f s (%d of %d)", url, text, delay, tried + 1, tries)
             sleep(delay)

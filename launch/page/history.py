@@ -8,7 +8,7 @@ from typing import Any
 
 from launch.page.chart import MAX_LONG_MARKS
 from launch.page.markup import Html, element, fragment
-from train.run.goodput import duration
+from train.run.goodput import duration, without_lost_saves
 
 Event = dict[str, Any]
 # Class of marks → its meaning. Events that are not a class are faults.
@@ -80,7 +80,7 @@ def running_spans(events: Sequence[Event], now: float) -> list[tuple[float, floa
     """
     spans: list[tuple[float, float, str]] = []
     begin = kept = None
-    for event in events:
+    for event in without_lost_saves(events):
         name, at = event["event"], seconds_of(event)
         if name == "start":
             if begin is not None:

@@ -21,7 +21,7 @@ from train.run.events import read_events
 from train.run.folder import Run
 from train.run.goodput import duration, goodput
 from train.run.lease import BEAT_SECONDS, MISSING_BEATS
-from train.run.step_log import read_step_log, scalars
+from train.run.step_log import read_metrics, scalars
 from train.step.schedule import rows_between
 
 # By this comment a later report recognizes a page that it may replace.
@@ -40,7 +40,7 @@ Records = Sequence[Mapping[str, Any]]
 def make_page(run: Run) -> str:
     """Returns the whole page. Raises InputError where the folder is no run, or its config is damaged."""
     config = public(run.load_config())
-    records = [record | dict(scalars({"tasks": record.get("tasks", {})})) for _, record in read_step_log(run.metrics)]
+    records = [record | dict(scalars({"tasks": record.get("tasks", {})})) for record in read_metrics(run.metrics)]
     events = read_events(run.events)
     now, beat = time.time(), 0.0
     # A process that holds the run renews its lease.

@@ -19,7 +19,7 @@ import numpy as np
 from train.evaluation.held_out import gzip_bits_per_byte
 from train.prepare import open_run_mixture
 from train.run.folder import Run
-from train.run.step_log import read_step_log
+from train.run.step_log import read_metrics
 
 ORDER = 5
 
@@ -87,7 +87,7 @@ def main(folder: Path) -> None:
     run = Run(folder)
     held_out = run.held_out_texts()
     size = sum(len(text.text.encode()) for text in held_out)
-    evaluated = [r for _, r in read_step_log(folder / "metrics.jsonl") if "validation_bits_per_byte" in r]
+    evaluated = [r for r in read_metrics(folder / "metrics.jsonl") if "validation_bits_per_byte" in r]
     figures = {"run": evaluated[-1]["validation_bits_per_byte"]} | peers(run)
     print(f"{len(held_out)} held-out documents, {size:,} bytes, after {evaluated[-1]['step']} steps")
     for name, bits in figures.items():

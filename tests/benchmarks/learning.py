@@ -29,7 +29,7 @@ from tests.benchmarks.compression import peers
 from train.config.config import Config
 from train.devices.mesh import batch_sharding, make_mesh
 from train.run.folder import Run
-from train.run.step_log import read_step_log
+from train.run.step_log import read_metrics
 from train.step.optimizer import make_optimizer
 from train.step.state import make_state
 from train.step.step import make_train_step
@@ -56,7 +56,7 @@ def train(folder: Path, recipe: dict[str, str], seed: int) -> list[dict]:
     flags = [f"--config.{name}={value}" for name, value in fields.items()]
     command = [sys.executable, "-m", "launch.cli", "pretrain", "--config=tiny", *flags]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return [record for _, record in read_step_log(folder / "metrics.jsonl")]
+    return read_metrics(folder / "metrics.jsonl")
 
 
 def steps_of(config: Config) -> Callable[[], float]:

@@ -19,7 +19,7 @@ import numpy as np
 from launch.cli import main as ziggurat
 from train.prepare import open_run_mixture, run_tokenizer
 from train.run.folder import Run
-from train.run.step_log import read_step_log
+from train.run.step_log import read_metrics
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "vaswani_base": {
@@ -65,7 +65,7 @@ def main() -> None:
             ["pretrain", f"--config={name}", *(f"--config.{key}={value}" for key, value in changes.items())]
         )
         assert status == 0, name
-        records = [record for _, record in read_step_log(run.metrics)]
+        records = read_metrics(run.metrics)
         entropy, loss = unigram_entropy(run), records[-1]["validation_loss"]
         losses = [record["loss"] for record in records]
         below = next((n for n in range(WINDOW, steps + 1) if np.mean(losses[n - WINDOW : n]) < entropy), math.nan)

@@ -54,6 +54,12 @@ TABLE = [
     ("no tokenizer", ["pretrain", "--config={config}", "--config.tokenizer.path={dir}"], "holds no tokenizer"),
     ("vocabulary below the tokenizer's", ["pretrain", "--config={config}", "--config.model.vocab_size=100"],
      "model.vocab_size = 100 is less than the tokenizer's"),
+    ("vocabulary below that of a given tokenizer", ["pretrain", "--config={config}", "--config.model.vocab_size=280",
+     "--config.tokenizer.path={other_tokenizer}"], "model.vocab_size = 280 is less than the tokenizer's"),
+    ("a path that a library takes for a pattern", ["pretrain", "--config={config}",
+     "--config.train.run_dir={dir}/[x]/run"], "checkpoints cannot be kept at a path with ["),
+    ("checkpoints at such a path", ["pretrain", "--config={config}", "--config.checkpoint.dir={dir}/a*"],
+     "checkpoints cannot be kept at a path with *"),
     ("another folder", ["pretrain", "--config={config}", "--config.train.run_dir={dir}"],
      "folder holds other things than a run"),
     ("folder under a file", ["pretrain", "--config={config}", "--config.train.run_dir={dir}/a.csv/run"], "is a file"),
@@ -72,7 +78,7 @@ TABLE = [
     ("weights lost", ["generate", "{foreign}", "--prompt=a"], "has no model.safetensors"),
     ("other corpus on resume", ["pretrain", "--config={run_config}", "--config.data.corpus={dir}/other.jsonl"],
      "data.accept_changes=true"),
-    ("tokenizer exists", ["tokenize", "--config={config}", "--to={dir}"], "exists already; name a new folder"),
+    ("tokenizer exists", ["tokenize", "--config={config}", "--to={dir}"], "is there already; name a new folder"),
     ("no run", ["evaluate", "{dir}/none"], "there is no such folder"),
     ("no run but a folder", ["generate", "{dir}", "--prompt=a"], "has no config.json: it is neither a run nor"),
     ("no such step", ["evaluate", "{run}@7"], "no checkpoint of step 7; there are [8, 12]"),
@@ -156,6 +162,7 @@ def test_bad_input_is_named_and_nothing_is_overwritten(command, words, places, c
     assert out == ""
     assert "Traceback" not in err
     assert {name: contents(Path(places[name])) for name in ("run", "dir", "foreign")} == before
+    assert not Path(places["config"]).with_suffix("").exists()  # the folder of the run that would have begun
 
 
 def test_a_run_with_damaged_files_is_named(places, capsys):

@@ -200,6 +200,8 @@ def test_a_start_without_a_checkpoint_is_made_anew(finished: Path, tmp_path: Pat
         (run / name).write_text("{")
     assert here("pretrain", f"--config={config}", "--config.train.num_steps=1") == 0
     shutil.rmtree(run / "checkpoints")
+    [start, *_] = (run / "events.jsonl").read_text().splitlines()
+    (run / "events.jsonl").write_text(start + "\n")
     for name in ("held_out.jsonl.partial", "tokenizer/tokenizer.model.partial", "config.json.partial"):
         (run / name).write_text("{")
     other = tmp_path / "other.jsonl"

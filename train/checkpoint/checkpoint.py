@@ -14,31 +14,34 @@ import json
 import logging
 import math
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+import tensorstore
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 from orbax.checkpoint.checkpoint_utils import construct_restore_args
 
-from data.errors import InputError
+from data.errors import InputError, StorageError
 from model.parameters import Parameter
 from model.trees import flattened
-from train.checkpoint.checkpoint_reader import CheckpointReader
+from train.checkpoint.checkpoint_reader import CheckpointReader, ocdbt_store
 from train.checkpoint.checksum import DIGEST_KEY, check_progress_digest, checksums, progress_digest
 from train.checkpoint.trees import restore_structure, to_plain_tree
 from train.config.config import CheckpointConfig
 from train.devices.collectives import all_gather_json, broadcast_json, on_first_process
-from train.run.storage import PathLike, is_remote, storage_errors, uncached_listings
+from train.run.storage import PathLike, check_place, is_remote, storage_errors, uncached_listings
 from train.step.state import State
 
 log = logging.getLogger("ziggurat")
 # What the libraries raise if a file of a checkpoint is damaged.
-DAMAGE_ERRORS = (ValueError, KeyError, TypeError, AttributeError, OSError)
+DAMAGE_ERRORS = (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError)
+# Checkpoints that are tried before a reader gives up: a run that trains may remove each while it is read.
+MOST_TRIES = 20
 # A layer with at least this many bytes on a device is stored as a chunk of its own.
 LAYER_CHUNK_BYTES = 2**18
 
@@ -75,6 +78,8 @@ class Checkpoints:
         items |= {"progress": ocp.JsonCheckpointHandler()}
         self.folder = epath.Path(folder)
         self._newest = 0
+        self._unread: dict[str, str] = {}  # an array of each item that has been saved and not been read back
+        check_place(self.folder, writes)
         place = self.folder if is_remote(folder) else self.folder.absolute()
         with uncached_listings():
             self._manager = ocp.CheckpointManager(place, item_handlers=items, options=options)
@@ -100,14 +105,26 @@ class Checkpoints:
         arguments = ocp.args.Composite(**arrays, progress=ocp.args.JsonSave(progress))
         self.wait()
         self._newest = step
+        self._unread = {item: name for item, tree in items.items() for name in [*flattened(tree)][:1]}
         with self._writing():
             saved = self._manager.save(step, args=arguments)
         assert saved, f"Orbax did not save step {step}"
 
     def wait(self) -> None:
-        """Waits until all saves are complete. Raises StorageError if one cannot be written."""
+        """Waits until all saves are complete. Raises StorageError if one cannot be written, or not read back."""
         with self._writing():
             self._manager.wait_until_finished()
+        unread, self._unread = self._unread, {}
+        for item, name in unread.items() if jax.process_index() == 0 else ():
+            store = ocdbt_store(self.folder / str(self._newest) / item)
+            try:
+                found = tensorstore.KvStore.open(store).result().read(f"{name}/.zarray").result().state == "value"
+            except DAMAGE_ERRORS:
+                found = False
+            if not found:  # Orbax only warns where it finds no files of a process to merge.
+                raise StorageError(
+                    f"the checkpoint of step {self._newest} in {self.folder} cannot be read back ({item})"
+                )
 
     def _writing(self) -> AbstractContextManager[None]:
         return storage_errors(f"the checkpoint of step {self._newest}", self.folder)
@@ -132,7 +149,7 @@ class Checkpoints:
 
     def restore_step(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
         """Returns the checkpoint of one step, like `restore`. InputError if it is damaged, or there is none."""
-        self._candidates(self.steps(), step)
+        next(self._candidates(self.steps, step))
         if restored := self._state(step, abstract):
             return restored
         raise InputError(f"the checkpoint of step {step} in {self.folder} is damaged; there are {self.steps()}")
@@ -142,7 +159,7 @@ class Checkpoints:
 
         Raises InputError if there is no such checkpoint, or it is damaged.
         """
-        for candidate in self._candidates(self.steps(), step):
+        for candidate in self._candidates(self.steps, step):
             if items := self._read(candidate, lambda averaged: {"average" if averaged else "weights": abstract}):
                 return candidate, next(iter(items[0].values()))
         raise InputError(f"{self.folder} holds no checkpoint that can be read")
@@ -154,7 +171,7 @@ class Checkpoints:
 
         Raises InputError if there is no such checkpoint, or its progress is damaged.
         """
-        for candidate in self._candidates(sorted(self._manager.all_steps()), step):
+        for candidate in self._candidates(lambda: sorted(self._manager.all_steps()), step):
             place = self.folder / str(candidate)
             try:
                 progress = json.loads((place / "progress" / "metadata").read_text())
@@ -162,16 +179,32 @@ class Checkpoints:
                 item = "average" if "average" in progress["checksums"] else "weights"
                 return candidate, CheckpointReader(place / item, flattened(progress["checksums"][item]), parameters)
             except DAMAGE_ERRORS as error:
-                log.warning("the checkpoint of step %d is damaged (%s); it is not used", candidate, error)
+                self._warn(candidate, str(error))
         raise InputError(f"{self.folder} holds no checkpoint that can be read")
 
-    def _candidates(self, steps: list[int], step: int | None) -> list[int]:
-        """Returns the steps to try: the given one, or all, newest first. InputError if the given one does not exist."""
-        if step is None:
-            return steps[::-1]
-        if step not in steps:
-            raise InputError(f"{self.folder} has no checkpoint of step {step}; there are {steps}")
-        return [step]
+    def _candidates(self, list_steps: Callable[[], list[int]], step: int | None) -> Iterator[int]:
+        """Yields the steps to try: the given one, or the newest that has not been tried, as listed after each try.
+
+        A run that trains removes old checkpoints, even while they are read. InputError if the given one does not exist.
+        """
+        steps = list_steps()
+        if step is not None:
+            if step not in steps:
+                raise InputError(f"{self.folder} has no checkpoint of step {step}; there are {steps}")
+            yield step
+            return
+        tried: set[int] = set()
+        while len(tried) < MOST_TRIES and (left := [step for step in steps if step not in tried]):
+            yield left[-1]
+            tried.add(left[-1])
+            self._manager.reload()
+            steps = list_steps()
+
+    def _warn(self, step: int, damage: str) -> None:
+        if not (self.folder / str(step)).exists():
+            log.warning("the checkpoint of step %d was removed while it was read, by the run that trains", step)
+        else:
+            log.warning("the checkpoint of step %d is damaged (%s); it is not used", step, damage)
 
     def _state(self, step: int, abstract: State) -> tuple[State, dict[str, Any]] | None:
         """Returns (state, progress) of one checkpoint, or None, with a warning, if it is damaged."""
@@ -228,15 +261,16 @@ class Checkpoints:
             damage = next((name for name in actual if actual[name] != expected.get(name)), "")
             if not damage:
                 return arrays, progress
-        log.warning("the checkpoint of step %d is damaged (%s); it is not used", step, damage or "on another process")
+        self._warn(step, damage or "on another process")
         return None
 
     def _set_aside(self, steps: list[int]) -> None:
         """Renames damaged checkpoints, so that their steps can be saved again; removes those renamed earlier."""
 
         def rename() -> None:
-            for aside in self.folder.glob("*.damaged"):
-                aside.rmtree()
+            for path in list(self.folder.iterdir()):
+                if path.name.endswith(".damaged"):
+                    path.rmtree()
             for step in steps:
                 (self.folder / str(step)).rename(self.folder / f"{step}.damaged")
 

@@ -47,9 +47,7 @@ class CheckpointReader:
 
     def _open(self, name: str) -> Any:
         if name not in self._arrays:
-            place = os.fspath(self.place)
-            base = place if is_remote(place) else {"driver": "file", "path": f"{os.path.abspath(place)}/"}
-            spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
+            spec = {"driver": "zarr", "kvstore": {**ocdbt_store(self.place), "path": f"{name}/"}}
             array = tensorstore.open(spec, read=True).result()
             chunk: Any = array.chunk_layout.read_chunk.shape
             if "layers" in self.parameters[name].axes and chunk[0] > 1:
@@ -60,4 +58,13 @@ class CheckpointReader:
         return self._arrays[name]
 
     def _damaged(self, name: str, why: str) -> InputError:
+        if not self.place.exists():
+            return InputError(f"{self.place} was removed while it was read, by the run that trains; start again")
         return InputError(f"{self.place} is damaged ({name}: {why}); take another step, as in RUN@STEP")
+
+
+def ocdbt_store(place: epath.Path) -> dict[str, Any]:
+    """Returns tensorstore's spec of the key-value store of an item."""
+    path = os.fspath(place)
+    base = path if is_remote(path) else {"driver": "file", "path": f"{os.path.abspath(path)}/"}
+    return {"driver": "ocdbt", "base": base}

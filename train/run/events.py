@@ -12,6 +12,7 @@ import platform
 import socket
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -22,12 +23,15 @@ import jax
 from data.printable import without_credentials
 from train.config.config import Config, to_json
 from train.run.goodput import TimeAccount
+from train.run.json_lines import Record, is_count, is_moment, read_log
 from train.run.storage import storage_errors
 
 log = logging.getLogger("ziggurat")
 PACKAGES = ("ziggurat", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "sentencepiece", "numpy")
 # Seconds that the process waits for the hook as it ends.
 HOOK_PATIENCE = 10.0
+# The events that others rely on for their step and seconds.
+TIMED = {"start", "save", "stop", "end"}
 
 
 class Events:
@@ -54,13 +58,19 @@ class Events:
         line = without_credentials(json.dumps({"time": now} | fields))
         with storage_errors("an event", self._path), self._path.open("a+b") as file:
             file.seek(max(file.tell() - 1, 0))
-            # A kill may have torn the last line.
-            is_torn = file.read(1) not in (b"", b"\n")
-            file.write(("\n" * is_torn + line + "\n").encode())
+            if file.read(1) not in (b"", b"\n"):  # A kill has torn the last line.
+                file.seek(0)
+                *_, torn = file.read().rpartition(b"\n")
+                try:
+                    json.loads(torn)
+                    line = f"\n{line}"
+                except ValueError:
+                    file.truncate(file.tell() - len(torn))
+            file.write((line + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
         if self._hook:
-            self._call(line)
+            self._call(line.lstrip())
 
     def _call(self, line: str) -> None:
         """Starts the hook. Its input is a file, so it may read whenever it likes."""
@@ -84,7 +94,7 @@ class Events:
         if events and (last := events[-1])["event"] not in ("stop", "end", "fault", "crash"):
             written = datetime.datetime.fromisoformat(last["time"]).timestamp()
             until = max(alive_until or written, written)
-            self._write({"event": "crash", "step": last["step"], "alive_until": until})
+            self._write({"event": "crash", "step": last.get("step", 0), "alive_until": until})
 
     def close(self) -> None:
         """Waits a while for hooks that still run."""
@@ -97,12 +107,54 @@ class Events:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """Returns all complete lines; none if there is no file."""
-    events = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with suppress(json.JSONDecodeError):  # A kill may have torn the line.
-            events.append(json.loads(line))
-    return events
+    """Returns all events that are not damaged; none if there is no file."""
+    return [event for _, event in read_log(path, _is_event)]
+
+
+def _is_event(record: Record) -> bool:
+    name, seconds = record.get("event"), record.get("seconds", {})
+    try:
+        is_known = is_moment(datetime.datetime.fromisoformat(record["time"]).timestamp())
+    except (KeyError, TypeError, ValueError, OverflowError):
+        is_known = False
+    return (
+        is_known
+        and isinstance(name, str)
+        and (name not in TIMED or {"step", "seconds"} <= record.keys())
+        and is_count(record.get("step", 0))
+        and isinstance(seconds, dict)
+        and all(map(is_moment, seconds.values()))
+        and is_moment(record.get("alive_until", 0))
+        and is_moment(record.get("stall_seconds", 0))
+    )
+
+
+def newest_saved_step(events: Iterable[Record]) -> int:
+    """Returns the step of the newest checkpoint that was surely complete, or 0; a `save` says that one has begun."""
+    saved = begun = 0
+    for event in events:
+        match event["event"]:
+            case "start":
+                # A start from step 0, or from another run, has begun the run again.
+                saved, begun = 0 if "fork" in event else event["step"], 0
+            case "save":
+                # A save waits for the one before.
+                saved, begun = begun or saved, event["step"]
+            case "rollback" if event.get("to") == begun:
+                saved = begun
+            case "stop" | "end":
+                saved = event["step"]
+    return saved
+
+
+def skipped_since_begin(events: Iterable[Record]) -> bool:
+    """True if batches have been skipped since the run began from its first step."""
+    has_skipped = False
+    for event in events:
+        if event["event"] == "start" and (event["step"] == 0 or "fork" in event):
+            has_skipped = False
+        has_skipped |= event["event"] == "rollback" and event.get("action") == "skip"
+    return has_skipped
 
 
 def start_fields(config: Config, data: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from etils import epath
 
 from data.files.atomic import atomic_file
 from train.config.config import Config, to_json
+from train.run.json_lines import Record, read_whole
 from train.run.run_name import CONFIG_FILE, read_config
 from train.run.storage import checkpoint_steps_in
 
@@ -67,13 +68,17 @@ class Run:
         return read_config(self.folder)
 
     def held_out_texts(self) -> list[HeldOutDocument]:
-        """Reads the held-out documents; none if there is no file."""
-        if not self.held_out.is_file():
-            return []
-        return [HeldOutDocument(**json.loads(line)) for line in self.held_out.read_text().splitlines()]
+        """Reads the held-out documents; none if there is no file. InputError if it is damaged."""
+        remedy = "remove it, and start `ziggurat pretrain` again, which makes it again"
+        return [HeldOutDocument(**record) for record in read_whole(self.held_out, _is_document, remedy)]
 
     def save_held_out(self, texts: list[HeldOutDocument]) -> None:
         """Writes the held-out documents atomically."""
-        records = ({name: value for name, value in text._asdict().items() if value} for text in texts)
+        records = ({name: value for name, value in text._asdict().items() if value or name == "text"} for text in texts)
         with atomic_file(self.held_out) as partial:
             partial.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def _is_document(record: Record) -> bool:
+    texts = all(isinstance(text, str) for text in record.values())
+    return texts and "text" in record and record.keys() <= set(HeldOutDocument._fields)

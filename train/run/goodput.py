@@ -5,6 +5,7 @@ measure is that of Google Cloud's ML Goodput, 2024.)
 """
 
 import datetime
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -58,10 +59,10 @@ def goodput(events: Sequence[dict[str, Any]]) -> dict[str, float]:
     ended = saved = None
 
     def add(seconds: dict[str, float]) -> None:
-        for kind, value in seconds.items():
-            totals[kind] += value
+        for kind in totals.keys() & seconds.keys():
+            totals[kind] += seconds[kind]
 
-    for event in events:
+    for event in without_lost_saves(events):
         at = datetime.datetime.fromisoformat(event["time"]).timestamp()
         if event["event"] in ("crash", "fault") and saved is not None:
             ended = max(event.get("alive_until", at), saved)
@@ -75,6 +76,18 @@ def goodput(events: Sequence[dict[str, Any]]) -> dict[str, float]:
             saved = ended = at
     add(account)
     return totals
+
+
+def without_lost_saves(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the events without each `save` that the next start did not find: its checkpoint was never complete."""
+    kept: list[dict[str, Any]] = []
+    found = math.inf  # the step of the next start
+    for event in reversed(events):
+        if event["event"] == "start":
+            found = event.get("step", math.inf)
+        if event["event"] != "save" or event.get("step", 0) <= found:
+            kept.append(event)
+    return kept[::-1]
 
 
 def duration(seconds: float) -> str:

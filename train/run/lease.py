@@ -1,12 +1,15 @@
 """The lease: one run's processes at a time may write to a folder, and show that they are alive.
 
-`lease.json` names them, with a counter that they increase as a heartbeat. Another start takes it over once its holder
-is dead: at once if that can be seen, otherwise after several heartbeats are missing. No clocks are compared.
+`lease.json` names them, with a counter that they increase as a heartbeat. It is created exclusively. Another start
+takes it over once its holder is dead: at once if that can be seen, otherwise after several heartbeats are missing. No
+clocks are compared.
 """
 
+import hashlib
 import json
 import logging
 import os
+import secrets
 import socket
 import sys
 import threading
@@ -18,6 +21,7 @@ from typing import Any
 
 from data.errors import InputError
 from data.files.atomic import atomic_file
+from data.files.json_file import parse_json
 
 log = logging.getLogger("ziggurat")
 BEAT_SECONDS = 5.0
@@ -32,41 +36,75 @@ class Lease:
         self._path = path
         # The previous holder's last sign of life (seconds since 1970), or None if it released the lease.
         self.last_beat: float | None = None
-        self._holder = {"host": socket.gethostname(), "pid": os.getpid(), "begun": time.time()}
+        self._holder = {"host": socket.gethostname(), "pid": os.getpid(), "system": pid_system(), "begun": time.time()}
+        self._is_new = False  # whether the folder was made for the lease
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
 
     def take(self, sleep: Callable[[float], None] = time.sleep) -> None:
         """Takes the lease. Raises InputError if its holder is alive."""
-        holder = read_lease(self._path)
-        self.last_beat = self._path.stat().st_mtime if holder else None
-        if holder and not self._is_dead(holder):
-            who = f"process {holder['pid']} on {holder['host']}"
-            log.info("%s may still write to %s; waiting %.0f s for a sign of life", who, self._path.parent,
-                     MISSING_BEATS * BEAT_SECONDS)  # fmt: skip
-            for _ in range(MISSING_BEATS):
+        self._is_new = not self._path.parent.exists()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        tries = 0
+        while not create(self._path, self._entry(0)):
+            with suppress(FileNotFoundError):  # It was released.
+                before = self._path.read_bytes()
+                self.last_beat = self._path.stat().st_mtime
+                self._wait_for_death(before, sleep)
+                if self._replace(before, is_last=tries == MISSING_BEATS):
+                    break
                 sleep(BEAT_SECONDS)
-                if (now := read_lease(self._path)) and now != holder:
-                    raise InputError(
-                        f"{self._path.parent} is being written to by {who}; end that one, or start another run with "
-                        "--config.train.run_dir=FOLDER"
-                    )
-        self._write(0)
+                tries += 1
         self._thread.start()
 
-    def release(self) -> None:
-        """Releases the lease, if it was taken."""
-        if not self._thread.is_alive():
-            return
-        self._over.set()
-        self._thread.join()
-        if self._is_ours(read_lease(self._path)):
-            with suppress(OSError):  # The disk is gone. The next start sees that this process has ended.
-                self._path.unlink()
+    def _replace(self, before: bytes, is_last: bool) -> bool:
+        """Replaces a dead holder's lease; False if another start does, or has done so."""
+        # Of all that saw this lease, one creates this file, and looks at the lease again.
+        claim = hidden(self._path, hashlib.sha256(before).hexdigest()[:16])
+        if is_last:  # It was killed meanwhile.
+            claim.unlink(missing_ok=True)
+        try:
+            claim.open("xb").close()
+        except FileExistsError:
+            return False
+        try:
+            is_unchanged = self._path.read_bytes() == before
+            if is_unchanged:
+                self._write(0)
+            return is_unchanged
+        finally:
+            claim.unlink()
 
-    def _is_dead(self, holder: dict[str, Any]) -> bool:
-        """True for a holder on this machine whose process has ended; on other machines that cannot be seen."""
-        if holder["host"] != self._holder["host"]:
+    def _wait_for_death(self, before: bytes, sleep: Callable[[float], None]) -> None:
+        """Returns once the holder of a lease that holds these bytes is dead. InputError if it is alive."""
+        holder = parse_lease(before)
+        who, run = name_of(holder), self._path.parent
+        if self._is_dead(holder):
+            return
+        log.info("%s may still write to %s; waiting %.0f s for a sign of life", who, run, MISSING_BEATS * BEAT_SECONDS)
+        for _ in range(MISSING_BEATS):
+            sleep(BEAT_SECONDS)
+            if (now := self._path.read_bytes()) != before:
+                who = name_of(parse_lease(now))
+                raise InputError(
+                    f"{run} is being written to by {who}; end that one, or start another run with "
+                    "--config.train.run_dir=FOLDER"
+                )
+
+    def release(self) -> None:
+        """Releases the lease, if it was taken, and removes a folder that was made for it if nothing else is there."""
+        if self._thread.is_alive():
+            self._over.set()
+            self._thread.join()
+        with suppress(OSError):  # The disk is gone. The next start sees that this process has ended.
+            if self._is_ours(read_lease(self._path)):
+                self._path.unlink()
+            if self._is_new:
+                self._path.parent.rmdir()
+
+    def _is_dead(self, holder: dict[str, Any] | None) -> bool:
+        """True for a holder whose process number this process can see, and whose process has ended."""
+        if holder is None or any(holder.get(name) != self._holder[name] for name in ("host", "system")):
             return False
         try:
             os.kill(holder["pid"], 0)
@@ -74,32 +112,86 @@ class Lease:
             return True
         except PermissionError:
             return False
-        return holder["pid"] == os.getpid()
+        return bool(holder["pid"] == os.getpid())
 
     def _beat(self) -> None:
         beats = 0
         while not self._over.wait(BEAT_SECONDS):
             beats += 1
-            if (holder := read_lease(self._path)) and not self._is_ours(holder):
-                who = f"process {holder['pid']} on {holder['host']}"
-                print(f"ziggurat: {who} has taken over {self._path.parent}: ended at once", file=sys.stderr, flush=True)
-                os._exit(1)
             try:
+                if (holder := read_lease(self._path)) and not self._is_ours(holder):
+                    run = self._path.parent
+                    print(
+                        f"ziggurat: {name_of(holder)} has taken over {run}: ended at once", file=sys.stderr, flush=True
+                    )
+                    os._exit(1)
                 self._write(beats)
             except OSError as error:
                 # A full disk may have room again by the next beat.
                 log.warning("%s cannot be written: %s", self._path, error.strerror)
 
-    def _is_ours(self, holder: dict[str, Any] | None) -> bool:
-        return holder is not None and {name: holder[name] for name in self._holder} == self._holder
-
     def _write(self, beats: int) -> None:
         with atomic_file(self._path) as partial:
-            partial.write_text(json.dumps(self._holder | {"beats": beats}) + "\n")
+            partial.write_bytes(self._entry(beats))
+
+    def _is_ours(self, holder: dict[str, Any] | None) -> bool:
+        return holder is not None and {name: holder.get(name) for name in self._holder} == self._holder
+
+    def _entry(self, beats: int) -> bytes:
+        return (json.dumps(self._holder | {"beats": beats}) + "\n").encode()
+
+
+def pid_system() -> str | None:
+    """Returns what tells systems apart within which a process number is unique: the boot and the PID namespace."""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    return None
+
+
+def create(path: Path, content: bytes) -> bool:
+    """Creates a file, whole at once and on disk; False if it exists. Of several processes, one succeeds."""
+    new = hidden(path, secrets.token_hex(4))
+    try:
+        with new.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(new, path)
+        except FileExistsError:
+            return False
+        except OSError:  # Some file systems have no links.
+            with suppress(FileExistsError), path.open("xb") as file:
+                file.write(content)
+                return True
+            return False
+    finally:
+        new.unlink(missing_ok=True)
+    return True
+
+
+def hidden(path: Path, name: str) -> Path:
+    """Returns the path of a file of this name that serves to write another, and is not taken for a user's."""
+    return path.with_name(f".{path.name}.{name}.ziggurat-new")
 
 
 def read_lease(path: Path) -> dict[str, Any] | None:
-    """Returns the holder's entry, or None if nobody holds the lease."""
-    with suppress(FileNotFoundError, json.JSONDecodeError):
-        return dict(json.loads(path.read_text()))
+    """Returns the holder's entry, or None if nobody holds the lease, or it is damaged."""
+    with suppress(FileNotFoundError):
+        return parse_lease(path.read_bytes())
     return None
+
+
+def parse_lease(content: bytes) -> dict[str, Any] | None:
+    """Returns the entry of a lease, or None if it is damaged."""
+    with suppress(ValueError):
+        entry = parse_json(content.decode())
+        if isinstance(entry, dict) and isinstance(entry.get("host"), str) and type(entry.get("pid")) is int:
+            return entry if 0 < entry["pid"] < 2**31 else None
+    return None
+
+
+def name_of(holder: dict[str, Any] | None) -> str:
+    """Returns the name of a holder for messages."""
+    return f"process {holder['pid']} on {holder['host']}" if holder else "another process"

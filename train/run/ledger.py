@@ -17,12 +17,15 @@ from data.errors import Fault, InputError
 from data.files.atomic import atomic_file
 from train.config.recovery_config import RecoveryConfig
 from train.devices.collectives import broadcast_json, on_first_process
+from train.run.json_lines import Record, is_count, read_whole
 from train.run.storage import storage_errors
 from train.step.spike_detector import Anomaly
 
 RETRY, SKIP = "retry", "skip"
 # Retries without a save between them, after which the cause is not the data.
 MOST_RETRIES = 10
+# Batches without which the step after a save was tried, after which it is the state or the settings that give NaN.
+MOST_FIRST_BATCHES = 3
 
 
 class Ledger:
@@ -40,6 +43,7 @@ class Ledger:
         self._path = path
         self._config = config
         self._retries = 0
+        self._first_batches: set[int] = set()
         self._entries: list[dict[str, Any]] = broadcast_json(lambda: read_ledger(path))
         self._update()
         if batches := sorted(config.batches() - set(self.skipped)):
@@ -54,15 +58,25 @@ class Ledger:
     def mark_saved(self) -> None:
         """Notes that a checkpoint has been made."""
         self._retries = 0
+        self._first_batches.clear()
 
     def decide(self, anomaly: Anomaly, step: int) -> str:
         """Returns RETRY or SKIP after an anomaly and the return to the save of `step`, and writes the decision.
 
         Raises:
-            InputError: the budget of skipped batches would be exceeded.
-            Fault: many batches have been retried without a save between them, each time another.
+            InputError: the budget of skipped batches would be exceeded; or new weights give NaN whatever the batch.
+            Fault: many batches have been retried without a save between them, each time another; or saved weights give
+                NaN whatever the batch.
         """
         batch = self.batch_of(anomaly.step)
+        if anomaly.step == step + 1 and not anomaly.is_outlier:
+            self._first_batches.add(batch)
+            if len(self._first_batches) == MOST_FIRST_BATCHES:
+                error = Fault if step else InputError
+                raise error(
+                    f"{anomaly}, with each of {MOST_FIRST_BATCHES} batches after step {step}, so it is not the data: "
+                    "look at the model's and the optimizer's settings, and at the devices"
+                )
         entry: dict[str, Any] = {"step": anomaly.step, "batch": batch, "problem": anomaly.problem, "action": RETRY}
         if not any(other.get("batch") == batch for other in self._entries):
             self._retries += 1
@@ -98,8 +112,19 @@ class Ledger:
 
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:
-    """Returns the entries of a `recovery.jsonl`; none if there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """Returns the entries of a `recovery.jsonl`; none if there is no file. InputError if one is damaged."""
+    return read_whole(path, _is_entry, "restore it from a copy: it says which batches are skipped")
+
+
+def _is_entry(record: Record) -> bool:
+    batches = record.get("batches", [])
+    return (
+        record.get("action") in (RETRY, SKIP)
+        and is_count(record.get("step", 0))
+        and is_count(record.get("batch", 1))
+        and isinstance(batches, list)
+        and all(is_count(batch) and batch > 0 for batch in batches)
+    )
 
 
 def write_ledger(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:

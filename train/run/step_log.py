@@ -7,22 +7,31 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data.files.atomic import atomic_file
+from train.run.json_lines import Record, is_count, is_moment, is_number, read_log
 from train.run.storage import storage_errors
 from train.run.trackers import Writer
 
 log = logging.getLogger("ziggurat")
+# What readers of metrics.jsonl rely on: the fields of every step, and those that are numbers.
+ALWAYS = {"loss", "loss_weight", "utilization", "tokens_per_second", "data_wait_seconds"}
+NUMBERS = (ALWAYS - {"loss"}) | {
+    "grad_norm", "learning_rate", "peak_share", "memory_bytes", "slowest_process", "validation_loss",
+    "validation_bits_per_byte",
+}  # fmt: skip
 
 
 class StepLog:
     """A file with at most one line a step, written by process 0 alone. After a restart no step is in it twice.
 
-    Lines after the restored step, and a torn last line, are dropped. The trackers (`writers`) get the numbers, too.
+    Lines after the restored step, and damaged lines, are dropped. The trackers (`writers`) get the numbers, too.
     """
 
     def __init__(self, path: Path, step: int, writers: Sequence[Writer] = ()):
         self._path = path
-        kept = [line for line, record in read_step_log(path) if record["step"] <= step]
+        kept = [line for line, record in read_log(path, _has_step) if record["step"] <= step]
         with atomic_file(path) as partial:
             partial.write_text("".join(kept))
         self._file = path.open("a")
@@ -36,6 +45,11 @@ class StepLog:
         for writer in self._writers:
             numbers = {name: value for name, value in record.items() if name not in ("step", "time")}
             writer.write(record["step"], dict(scalars(numbers)))
+
+    def sync(self) -> None:
+        """Waits until all lines are on disk."""
+        with storage_errors("a line", self._path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Syncs all lines to disk. A full disk is only a warning, because another error may have ended the run."""
@@ -59,14 +73,40 @@ def scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield prefix + name, value
 
 
-def read_step_log(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Returns the (line, record) pairs of a `StepLog`, up to the first torn line; none if there is no file."""
-    records = []
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+def read_metrics(path: Path) -> list[Record]:
+    """Returns the lines of metrics.jsonl that are not damaged; none if there is no file."""
+    return [record for _, record in read_log(path, _is_metrics)]
+
+
+def read_positions(path: Path, shape: tuple[int, ...]) -> list[Record]:
+    """Returns the lines of positions.jsonl with whole numbers of this shape; none if there is no file."""
+
+    def is_good(record: Record) -> bool:
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if line.endswith("\n"):
-            records.append((line, record))
-    return records
+            positions = np.array(record["positions"])
+        except (KeyError, ValueError):
+            return False
+        return _has_step(record) and positions.dtype == np.int64 and positions.shape == shape and "data" in record
+
+    return [record for _, record in read_log(path, is_good)]
+
+
+def _has_step(record: Record) -> bool:
+    return is_count(record.get("step"))
+
+
+def _is_metrics(record: Record) -> bool:
+    numbers = (record[name] for name in NUMBERS & record.keys())
+    by_corpus, tasks = record.get("validation_by_corpus", {}), record.get("tasks", {})
+    return (
+        _has_step(record)
+        and record.keys() >= ALWAYS
+        and all(map(is_number, numbers))
+        and (record["loss"] is None or is_number(record["loss"]))
+        and is_moment(record.get("time", 0))
+        and isinstance(tasks, dict)
+        and isinstance(by_corpus, dict)
+        and all(isinstance(of, dict) and is_number(of.get("validation_bits_per_byte")) for of in by_corpus.values())
+        and isinstance(record.get("sample", ""), str)
+        and ("sample" not in record or "validation_bits_per_byte" in record)
+    )

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import fsspec
 from etils import epath
-from orbax.checkpoint.utils import checkpoint_steps
+from orbax.checkpoint import path as orbax_path
 
 from data.errors import InputError, StorageError
 from data.files import remote
@@ -20,6 +20,10 @@ from data.files.writable import why_not_writable
 T = TypeVar("T")
 PathLike = os.PathLike[str] | str
 PROBE_FILE = "may-be-written"
+# Orbax lists what each process has written by a glob of the whole path.
+GLOBBED = re.compile(r"[*?[]")
+# Orbax and tensorstore read backslashes and gs:/ anywhere in a path as their own signs, and decode addresses.
+MISREAD, MISREAD_IN_ADDRESSES = re.compile(r"[\\\ud800-\udfff]|gs:/(?!/)"), re.compile(r"[\\\ud800-\udfff%#]|gs:/(?!/)")
 # The spellings of an error's errno in the libraries below Orbax and safetensors.
 _ERRNO = re.compile(r"os_error_code='(\d+)'|\(os error (\d+)\)")
 
@@ -31,11 +35,29 @@ def is_remote(place: PathLike) -> bool:
 
 def checkpoint_steps_in(place: epath.Path) -> list[int]:
     """Returns the steps of the complete checkpoints, oldest first. Raises InputError as `with_input_errors`."""
-    return with_input_errors(place, lambda: sorted(checkpoint_steps(place)) if place.exists() else [])
+
+    def steps() -> list[int]:
+        found = orbax_path.step.standard_name_format().find_all(place) if place.exists() else ()
+        return sorted(checkpoint.step for checkpoint in found)
+
+    return with_input_errors(place, steps)
+
+
+def check_place(place: epath.Path, writes: bool = True) -> None:
+    """Raises InputError if the libraries would misread the path of checkpoints, so that none could be restored."""
+    path = os.fspath(place) if is_remote(place) else os.path.abspath(place)
+    misread = MISREAD_IN_ADDRESSES if is_remote(place) else MISREAD
+    if found := misread.search(path) or (writes and GLOBBED.search(path)):
+        path, sign = (text.encode(errors="backslashreplace").decode() for text in (path, found[0]))
+        raise InputError(
+            f"{path}: checkpoints cannot be kept at a path with {sign}; rename the folder, or name another one "
+            "(train.run_dir, checkpoint.dir)"
+        )
 
 
 def check_writable(place: epath.Path) -> None:
     """Raises InputError if checkpoints cannot be written to a place; writes a file to a bucket, and removes it."""
+    check_place(place)
     if is_remote(place):
         files, path = remote.filesystem(os.fspath(place))
         with_input_errors(place, lambda: files.pipe_file(f"{path}/{PROBE_FILE}", b"."))
@@ -51,15 +73,21 @@ def check_free_space(folder: PathLike, size: int) -> None:
 
 
 def with_input_errors(place: epath.Path, question: Callable[[], T]) -> T:
-    """Returns what a file system answers. Raises InputError if a bucket does not exist or refuses access."""
+    """Returns what a file system answers.
+
+    Raises:
+        InputError: a bucket does not exist or refuses access.
+        ConnectionError: it cannot be reached.
+    """
     if not is_remote(place):
         return question()
     remote.filesystem(os.fspath(place))  # Raises InputError if its package is not installed.
     try:
-        # The library retries by itself.
         with uncached_listings():
-            return remote.with_retries(os.fspath(place), question, tries=1)
+            return remote.with_retries(os.fspath(place), question)
     except remote.RemoteError as error:
+        if error.kind == "outage":
+            raise ConnectionError(f"checkpoint.dir = {place}: {error}") from None
         is_missing = error.kind == "missing"
         text = f"there is no such bucket, or no permission to see it ({error})" if is_missing else error
         raise InputError(f"checkpoint.dir = {place}: {text}") from None

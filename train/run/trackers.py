@@ -70,7 +70,7 @@ Writer = TensorBoard | WeightsAndBiases
 def run_id(run: Run) -> str:
     """Returns an id that stays the same over all starts of a run: a hash of its first start."""
     first = next(event for event in read_events(run.events) if event["event"] == "start")
-    return hashlib.sha256(f"{first['time']} {first['host']} {first['pid']}".encode()).hexdigest()[:12]
+    return hashlib.sha256(f"{first['time']} {first.get('host')} {first.get('pid')}".encode()).hexdigest()[:12]
 
 
 def missing_packages(config: Config) -> list[str]:

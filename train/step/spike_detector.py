@@ -20,10 +20,11 @@ LEAST_RISE = 0.1
 class Anomaly(Exception):
     """A step (from 1) whose loss or gradients are not finite, or whose loss is an outlier; `problem` is one clause."""
 
-    def __init__(self, step: int, problem: str):
+    def __init__(self, step: int, problem: str, is_outlier: bool = False):
         super().__init__(f"step {step}: {problem}")
         self.step = step
         self.problem = problem
+        self.is_outlier = is_outlier
 
 
 class SpikeDetector:
@@ -64,5 +65,6 @@ class SpikeDetector:
                     step,
                     f"loss {loss:.4f} is an outlier: the median of the {len(losses)} before is {median:.4f}, "
                     f"their robust deviation {deviation:.4f}",
+                    is_outlier=True,
                 )
         self.history.append((loss, tokens))

@@ -7,7 +7,7 @@ import jax
 
 from data.config import DataConfig
 from data.errors import InputError
-from data.files.atomic import atomic_folder
+from data.files.atomic import atomic_folder, check_new
 from data.tokenizer.folder import write_tokenizer
 from model.config import ModelConfig
 from train.checkpoint.checkpoint import Checkpoints
@@ -15,13 +15,13 @@ from train.config.config import CheckpointConfig, Config
 from train.config.run_config import TrainConfig
 from train.devices.mesh import one_device_mesh
 from train.run.folder import Run
+from train.run.storage import check_place
 from train.weights.huggingface import open_huggingface
 
 
 def import_weights(folder: Path, to: Path) -> Run:
     """Makes a run from a folder's weights, all in memory at once, atomically. InputError as `open_huggingface`."""
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise InputError(f"--to={to} is there already; name a new folder")
+    check_new(to)
     if not folder.is_dir():
         raise InputError(f"{folder}: there is no such folder; give one with config.json and safetensors")
     weights = open_huggingface(folder)
@@ -31,6 +31,7 @@ def import_weights(folder: Path, to: Path) -> Run:
             "give the model's own"
         )
     to = to.resolve()
+    check_place(Run(to).checkpoints)
     # Training computes in the default dtype; evaluation and generation set float32 themselves.
     model = dataclasses.replace(weights.config, compute_dtype=ModelConfig.compute_dtype)
     data = DataConfig(segment_length=weights.context)

@@ -10,7 +10,7 @@ from model.parameters import count_parameters
 from train.config.config import public
 from train.run.events import read_events
 from train.run.folder import Run
-from train.run.step_log import read_step_log
+from train.run.step_log import read_metrics
 from train.step.schedule import rows_between
 from train.weights.weight_source import WeightSource
 
@@ -76,15 +76,15 @@ def _training(run: Run, step: int) -> dict[str, Any]:
     facts = {
         "training": f"{step:,} steps, {tokens:,} tokens, padding included",
         "corpus": ", ".join(corpus) if isinstance(corpus, dict) else corpus or "none",
-        "fingerprint of the data": starts[-1]["data"][:12] if starts else "not known",
+        "fingerprint of the data": str(starts[-1].get("data", "not known"))[:12] if starts else "not known",
         "optimizer": f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate}",
     }
     if origin := config.train.init_from:
         facts["begun with"] = f"{origin} ({config.train.init_with})"
-    for _, record in read_step_log(run.metrics):
-        if record["step"] == step and "validation_loss" in record:
-            # Versions up to 0.7 named the figures of all texts as those of the evaluations before.
-            texts = "held_out" if "held_out_loss" in record else "validation"
+    for record in read_metrics(run.metrics):
+        # Versions up to 0.7 named the figures of all texts as those of the evaluations before.
+        texts = "held_out" if "held_out_loss" in record else "validation"
+        if record["step"] == step and {f"{texts}_loss", f"{texts}_bits_per_byte"} <= record.keys():
             bits, loss = record[f"{texts}_bits_per_byte"], record[f"{texts}_loss"]
             facts["held-out text"] = f"{bits:.4f} bits a byte, loss {loss:.4f} nats a token"
     return facts

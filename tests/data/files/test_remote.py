@@ -280,7 +280,9 @@ def test_a_server_that_is_not_there_is_said_after_some_tries(monkeypatch, caplog
     require("aiohttp")
     server = Server()
     server.server_close()
-    assert f"cannot be read after {remote.MAX_TRIES} tries" in problem(f"{server.url}/a.jsonl")
+    # An outage, and not the user's error.
+    with pytest.raises(ConnectionError, match=f"cannot be read after {remote.MAX_TRIES} tries"):
+        list_files(f"{server.url}/a.jsonl", ENDINGS)
     assert delays == [0.5, 1, 2, 4]
     assert "trying again in 4.0 s (5 of 5)" in caplog.text
 

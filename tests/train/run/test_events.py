@@ -4,7 +4,9 @@ import json
 import logging
 from pathlib import Path
 
-from train.run.events import Events, read_events
+import pytest
+
+from train.run.events import Events, newest_saved_step, read_events
 
 
 def test_each_event_is_a_line_on_disk_and_a_torn_line_spoils_no_other(tmp_path: Path):
@@ -17,6 +19,34 @@ def test_each_event_is_a_line_on_disk_and_a_torn_line_spoils_no_other(tmp_path: 
     assert [(event["event"], event["step"]) for event in read_events(path)] == [("start", 0), ("save", 4)]
     assert read_events(path)[0]["time"] <= read_events(path)[1]["time"]
     assert read_events(tmp_path / "none") == []
+    assert path.read_text().count("\n") == 2
+    # A line that lacks no more than its end is kept.
+    path.write_text(path.read_text().rstrip())
+    events.write("save", step=8)
+    assert [event["step"] for event in read_events(path)] == [0, 4, 8]
+
+
+@pytest.mark.parametrize(
+    ("events", "step"),
+    [
+        ([], 0),
+        ([("start", 0), ("save", 4)], 0),  # the save may have been killed
+        ([("start", 0), ("save", 4), ("crash", 4), ("start", 0), ("save", 4)], 0),
+        ([("start", 0), ("save", 4), ("save", 8)], 4),
+        ([("start", 0), ("save", 4), ("rollback", 6)], 4),
+        ([("start", 0), ("save", 4), ("start", 4)], 4),
+        ([("start", 0), ("save", 4), ("stop", 4)], 4),
+        ([("start", 0), ("save", 4), ("end", 4), ("start", 0)], 0),  # begun again
+        ([("fork", 8), ("save", 12)], 0),
+        ([("fork", 8), ("save", 12), ("end", 12)], 12),
+    ],
+)
+def test_the_newest_checkpoint_that_was_surely_complete_is_known(events: list[tuple[str, int]], step: int):
+    log = [
+        {"event": "start" if name == "fork" else name, "step": at} | ({"fork": {}} if name == "fork" else {"to": 4})
+        for name, at in events
+    ]
+    assert newest_saved_step(log) == step
 
 
 def test_other_processes_write_nothing():

@@ -2,6 +2,9 @@
 
 import datetime
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from train.run.goodput import TimeAccount, duration, goodput, shares
 
 
@@ -63,6 +66,25 @@ def test_a_run_that_crashed_failed_and_was_stopped_is_accounted_for_to_the_secon
     }  # fmt: skip
     # From the beginning of the first start to the end.
     assert sum(totals.values()) == 1400 - 990
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 5)), min_size=1, max_size=6))
+def test_a_save_that_the_next_start_does_not_find_keeps_no_step(starts):
+    """Each start saves every 100 steps of a second each, and is killed; its last saves may be incomplete."""
+    events, now, step, kept = [], 1000, 0, 0
+    for saves, lost in starts:
+        events.append(event(now, "start", step=step, seconds={"init": 0}))
+        for i in range(1, saves + 1):
+            events.append(event(now + 100 * i, "save", step=step + 100 * i, seconds={"steps": 100 * i}))
+        now += 100 * saves + 50
+        events.append(event(now + 10, "crash", step=step + 100 * saves, alive_until=now))
+        complete = max(saves - lost, 0)
+        step, kept, now = step + 100 * complete, kept + 100 * complete, now + 10
+    events.append(event(now, "start", step=step, seconds={"init": 0}))
+    totals = goodput(events)
+    assert totals["steps"] == kept == step
+    assert totals["down"] == 10 * len(starts)
+    assert sum(totals.values()) == now - 1000
 
 
 def test_a_run_that_continues_is_known_up_to_its_last_save():

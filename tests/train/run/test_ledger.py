@@ -73,6 +73,25 @@ def test_many_retries_of_different_batches_end_the_start(tmp_path: Path):
     assert ledger.decide(Anomaly(51, "loss is nan"), 50) == "retry"
 
 
+@pytest.mark.parametrize(("step", "error"), [(0, InputError), (40, Fault)])
+def test_a_first_step_that_fails_with_every_batch_ends_the_start_soon(
+    tmp_path: Path, step: int, error: type[Exception]
+):
+    ledger = Ledger(tmp_path / "recovery.jsonl", RecoveryConfig(max_skipped_batches=100), step)
+    actions = []
+    with pytest.raises(error, match=rf"nan, with each of 3 batches after step {step}, so it is not the data"):
+        while len(actions) < 20:
+            actions.append(ledger.decide(Anomaly(step + 1, "loss is nan"), step))
+    assert actions == ["retry", "skip"] * 2
+    # Losses that stand out are of the data, and a save shows that the state is good.
+    ledger.mark_saved()
+    for i in range(2, 9):
+        ledger.decide(Anomaly(step + i, "loss is nan"), step + i - 1)
+        ledger.mark_saved()
+        for _ in range(2):
+            ledger.decide(Anomaly(step + i, "loss 9 is an outlier", is_outlier=True), step + i - 1)
+
+
 def test_a_trained_batch_cannot_be_skipped_and_a_skipped_one_stays_skipped(tmp_path: Path):
     path = tmp_path / "recovery.jsonl"
     assert Ledger(path, RecoveryConfig(skips={"3": 2}), 0).skips == {2: 2}

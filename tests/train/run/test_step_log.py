@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-from train.run.step_log import StepLog, read_step_log
+from train.run.step_log import StepLog
 
 
 def steps(path: Path) -> list[int]:
-    return [record["step"] for _, record in read_step_log(path)]
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
 
 def test_after_a_restart_each_step_has_one_line_and_a_torn_line_is_dropped(tmp_path: Path):

@@ -14,10 +14,16 @@ from etils import epath
 from safetensors import SafetensorError
 
 from data.errors import InputError, StorageError
+from data.files.listing import list_files
+from launch.exit_status import report_error
 from tests.peers import require
 from train.run.events import Events
 from train.run.step_log import StepLog
 from train.run.storage import check_writable, checkpoint_steps_in, storage_errors
+
+
+async def no_sleep(_: float) -> None:
+    """Does not wait."""
 
 
 @contextmanager
@@ -110,3 +116,20 @@ def test_credentials_that_a_bucket_refuses_are_named(monkeypatch):
         check_writable(epath.Path("gs://runs/one"))
     gcsfs.GCSFileSystem.clear_instance_cache()
     server.shutdown()
+
+
+@pytest.mark.parametrize("url", ["gs://runs/one", "gcs://runs/one"])
+def test_a_bucket_that_cannot_be_reached_is_an_outage(url: str, monkeypatch, caplog):
+    """Starting again may help, so it is not the user's error."""
+    gcsfs = require("gcsfs")
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    monkeypatch.setattr(gcsfs.retry.asyncio, "sleep", no_sleep)
+    gcsfs.GCSFileSystem.clear_instance_cache()
+    with pytest.raises(
+        ConnectionError, match=r"= (gs|gcs)://runs/one: cannot be reached \(ConnectionRefusedError"
+    ) as caught:
+        check_writable(epath.Path(url)) if url[:3] == "gs:" else list_files(url, (".jsonl",), None, "data.corpus")
+    gcsfs.GCSFileSystem.clear_instance_cache()
+    assert report_error(caught.value) == 1
+    assert not caplog.records  # gcsfs would log a traceback of fifty lines
