@@ -20,13 +20,14 @@ def run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     if config.tokenizer.path is not None:
         raise InputError(f"tokenizer.path = {config.tokenizer.path} is one already; leave it out to train another")
-    if arguments.to.exists():
-        raise InputError(f"--to={arguments.to} exists already; name a new folder")
+    from data.files.atomic import atomic_folder, check_new
     from train.prepare import open_run_mixture, train_run_tokenizer
     from train.run.folder import Run
 
+    check_new(arguments.to)
     with tempfile.TemporaryDirectory() as folder:
         mixture = open_run_mixture(config, Run(Path(folder)))
-        tokenizer = train_run_tokenizer(config, mixture, arguments.to)
+        with atomic_folder(arguments.to) as partial:
+            tokenizer = train_run_tokenizer(config, mixture, partial)
     print(f"{arguments.to}: {tokenizer.vocab_size} token ids, fingerprint {tokenizer.fingerprint[:12]}")
     return 0

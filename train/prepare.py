@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from data.errors import InputError
-from data.files.atomic import atomic_file, partial_of
+from data.files.atomic import atomic_file, unfinished
 from data.files.writable import why_not_writable
 from data.formats.stdlib import snapshot_stdlib
 from data.mixture import Mixture, open_mixture
@@ -126,9 +126,9 @@ def is_claimed(run: Run) -> bool:
     # A run writes its config before everything else except its copy of the default corpus and its lease.
     first = (run.config_file, run.lease)
     # Versions up to 0.7 named unfinished files with the second of these spellings.
-    unfinished = {name for path in first for name in (partial_of(path).name, path.name + ".partial")}
-    names = {path.name for path in run.folder.iterdir()} if run.folder.exists() else set()
-    if names - unfinished - {run.snapshot.parent.name, run.lease.name}:
+    halves = {half for path in first for half in (*unfinished(path), path.with_name(path.name + ".partial"))}
+    paths = set(run.folder.iterdir()) if run.folder.exists() else set()
+    if paths - halves - {run.snapshot.parent, run.lease}:
         raise InputError(f"train.run_dir = {run.folder} holds other things than a run; name a new folder")
     return False
 

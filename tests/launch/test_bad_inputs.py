@@ -69,7 +69,7 @@ TABLE = [
     ("weights lost", ["generate", "{foreign}", "--prompt=a"], "has no model.safetensors"),
     ("other corpus on resume", ["pretrain", "--config={run_config}", "--config.data.corpus={dir}/other.jsonl"],
      "data.accept_changes=true"),
-    ("tokenizer exists", ["tokenize", "--config={config}", "--to={dir}"], "exists already; name a new folder"),
+    ("tokenizer exists", ["tokenize", "--config={config}", "--to={dir}"], "is there already; name a new folder"),
     ("no run", ["evaluate", "{dir}/none"], "there is no such folder"),
     ("no run but a folder", ["generate", "{dir}", "--prompt=a"], "has no config.json: it is neither a run nor"),
     ("no such step", ["evaluate", "{run}@7"], "no checkpoint of step 7; there are [8, 12]"),

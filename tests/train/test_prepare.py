@@ -12,7 +12,12 @@ from train.run.folder import Run
 # The last two are unfinished files of versions up to 0.7.
 @pytest.mark.parametrize(
     "name",
-    [".config.json.ziggurat-partial", ".lease.json.ziggurat-partial", "config.json.partial", "lease.json.partial"],
+    [
+        ".config.json.0123abcd.ziggurat-partial",
+        ".lease.json.0123abcd.ziggurat-new",
+        ".lease.json.ziggurat-partial",
+        "config.json.partial",
+    ],
 )
 def test_a_folder_with_only_an_unfinished_first_file_is_free_for_a_run(tmp_path: Path, name: str):
     (tmp_path / name).write_text("{")

@@ -46,7 +46,7 @@ def write_huggingface(folder: Path, weights: WeightSource, dtype: str = "float32
     check_expressible(weights.config)
     model = weights.interchange()
     tokenizer = weights.tokenizer
-    with atomic_folder(folder) as partial:
+    with atomic_folder(folder, replace=True) as partial:
         shapes = model.shapes
         check_free_space(partial.parent, sum(map(math.prod, shapes.values())) * EXPORT_DTYPES[dtype].itemsize)
         hf_config = model.export_config(tokenizer.bos_id, tokenizer.eos_id, dtype) | {STEP_KEY: weights.step}

@@ -7,7 +7,7 @@ import jax
 
 from data.config import DataConfig
 from data.errors import InputError
-from data.files.atomic import atomic_folder
+from data.files.atomic import atomic_folder, check_new
 from data.tokenizer.folder import write_tokenizer
 from model.config import ModelConfig
 from train.checkpoint.checkpoint import Checkpoints
@@ -20,8 +20,7 @@ from train.weights.huggingface import open_huggingface
 
 def import_weights(folder: Path, to: Path) -> Run:
     """Makes a run from a folder's weights, all in memory at once, atomically. InputError as `open_huggingface`."""
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise InputError(f"--to={to} is there already; name a new folder")
+    check_new(to)
     if not folder.is_dir():
         raise InputError(f"{folder}: there is no such folder; give one with config.json and safetensors")
     weights = open_huggingface(folder)

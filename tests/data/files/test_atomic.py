@@ -1,10 +1,28 @@
 import errno
+import fcntl
 import os
+import subprocess
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from data.files.atomic import atomic_file, atomic_folder, partial_of
+from data.errors import InputError
+from data.files.atomic import atomic_file, atomic_folder
+
+# Writes to a file or a folder, says so, and waits for a line of its input before the end.
+WRITER = """
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from data.files.atomic import atomic_file, atomic_folder
+
+with (atomic_file if sys.argv[1] == "file" else atomic_folder)(Path(sys.argv[2])) as partial:
+    (partial if sys.argv[1] == "file" else partial / "new").write_text("new")
+    print("ready", flush=True)
+    sys.stdin.readline()
+"""
 
 
 class Killed(BaseException):
@@ -25,30 +43,89 @@ def test_a_kill_before_the_rename_leaves_the_old_file(tmp_path: Path):
     assert names(tmp_path) == {"file"}
 
 
-def test_what_a_kill_has_left_is_overwritten(tmp_path: Path):
-    path, folder = tmp_path / "file", tmp_path / "folder"
-    partial_of(path).write_text("longer than the new content")
-    partial_of(folder).mkdir()
-    (partial_of(folder) / "other").write_text("")
-    with atomic_file(path) as partial:
+def started(kind: str, path: Path) -> subprocess.Popen:
+    """Starts a process that has written to a file or a folder, and has not ended it."""
+    arguments = [sys.executable, "-c", WRITER, kind, str(path)]
+    process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_what_a_kill_has_left_is_removed(tmp_path: Path):
+    for target in ("file", "folder"):
+        process = started(target, tmp_path / target)
+        process.kill()
+        process.wait()
+    (tmp_path / ".file.ziggurat-partial").write_text("of version 0.7")
+    assert len(names(tmp_path)) == 3
+    with atomic_file(tmp_path / "file") as partial:
         partial.write_text("new")
-    with atomic_folder(folder) as partial:
+    with atomic_folder(tmp_path / "folder") as partial:
         (partial / "new").write_text("")
-    assert path.read_text() == "new"
+    assert (tmp_path / "file").read_text() == "new"
     assert names(tmp_path) == {"file", "folder"}
-    assert names(folder) == {"new"}
+    assert names(tmp_path / "folder") == {"new"}
+
+
+def test_a_folder_that_a_kill_left_aside_comes_back(tmp_path: Path):
+    (tmp_path / ".folder.0123abcd.ziggurat-old").mkdir()
+    (tmp_path / ".folder.0123abcd.ziggurat-old" / "old").write_text("")
+    with pytest.raises(Killed), atomic_folder(tmp_path / "folder", replace=True):
+        raise Killed
+    assert names(tmp_path / "folder") == {"old"}
+
+
+def test_a_folder_that_another_process_writes_is_refused_at_once(tmp_path: Path):
+    process = started("folder", tmp_path / "folder")
+    with pytest.raises(InputError, match="being written by another process"), atomic_folder(tmp_path / "folder"):
+        pass
+    process.communicate("\n")
+    assert names(tmp_path / "folder") == {"new"}
+    assert names(tmp_path) == {"folder"}
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "replace", "replace what is there"])
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_two_writers_that_do_not_see_each_other_one_is_whole_and_the_other_is_refused(
+    tmp_path: Path, kind, first, monkeypatch
+):
+    def no_locks(*arguments) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    path = tmp_path / "made"
+    if kind == "replace what is there":
+        path.mkdir()
+        (path / "old").write_text("")
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    writers = [atomic_file(path) if kind == "file" else atomic_folder(path, "replace" in kind) for _ in range(2)]
+    for word, writer in zip("ab", writers, strict=True):
+        partial = writer.__enter__()
+        for file in [partial] if kind == "file" else [partial / "1", partial / "2"]:
+            file.write_text(word)
+    writers[first].__exit__(None, None, None)
+    refused = nullcontext() if kind == "file" else pytest.raises(InputError, match="by another process meanwhile")
+    with refused:
+        writers[1 - first].__exit__(None, None, None)
+    assert names(tmp_path) == {"made"}
+    if kind == "file":
+        assert path.read_text() == "ab"[1 - first]
+    else:
+        assert {file.name: file.read_text() for file in path.iterdir()} == {"1": "ab"[first], "2": "ab"[first]}
 
 
 def test_a_kill_before_the_rename_leaves_the_old_folder(tmp_path: Path):
     folder = tmp_path / "folder"
     with atomic_folder(folder) as partial:
         (partial / "old").write_text("")
-    with pytest.raises(Killed), atomic_folder(folder) as partial:
+    with pytest.raises(Killed), atomic_folder(folder, replace=True) as partial:
         (partial / "new").write_text("")
         raise Killed
     assert names(folder) == {"old"}
     assert names(tmp_path) == {"folder"}
-    with atomic_folder(folder) as partial:
+    with pytest.raises(InputError, match="is there already"), atomic_folder(folder):
+        pass
+    with atomic_folder(folder, replace=True) as partial:
         (partial / "new").write_text("")
     assert names(folder) == {"new"}
     assert names(tmp_path) == {"folder"}

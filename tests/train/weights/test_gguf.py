@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from data.errors import InputError, StorageError
+from data.files.atomic import unfinished
 from data.tokenizer.folder import load_tokenizer
 from data.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
 from data.tokenizer.tokenizer import Tokenizer
@@ -281,7 +282,7 @@ def test_it_holds_one_tensor_at_a_time(tokenizer, tmp_path: Path):
     read, asked = reader_of(weights_of(config)), []
 
     def counted(name: str, layer: int | None) -> np.ndarray:
-        asked.append((name, layer, (tmp_path / ".model.gguf.ziggurat-partial").stat().st_size))
+        asked.append((name, layer, unfinished(tmp_path / "model.gguf")[0].stat().st_size))
         return read(name, layer)
 
     write_gguf(tmp_path / "model.gguf", WeightSource(config, CONTEXT, tokenizer, counted))
