@@ -24,11 +24,6 @@ def import_weights(folder: Path, to: Path) -> Run:
     if not folder.is_dir():
         raise InputError(f"{folder}: there is no such folder; give one with config.json and safetensors")
     weights = open_huggingface(folder)
-    if weights.tokenizer.vocab_size > (weights.config.vocab_size or 0):
-        raise InputError(
-            f"{folder}: the tokenizer has {weights.tokenizer.vocab_size} ids, the model {weights.config.vocab_size}; "
-            "give the model's own"
-        )
     to = to.resolve()
     # Training computes in the default dtype; evaluation and generation set float32 themselves.
     model = dataclasses.replace(weights.config, compute_dtype=ModelConfig.compute_dtype)
