@@ -6,6 +6,7 @@ The text is the run's held-out documents, or --corpus. With --tasks and no --cor
 import argparse
 import dataclasses
 import json
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,16 @@ from launch.arguments import add_json, add_model, one_line, too_small
 from launch.columns import columns
 
 if TYPE_CHECKING:
+    from train.config.config import ResolvedConfig
     from train.evaluation.results import TaskResult
     from train.run.folder import HeldOutDocument
     from train.weights.load import Trained
+
+
+log = logging.getLogger("ziggurat")
+# Attention over a row takes memory by the square of its length; rows of weights from elsewhere are at most so long.
+LONGEST_ROW = 4096
+SHORT_ROW = 1024
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,10 +65,15 @@ def run(arguments: argparse.Namespace) -> int:
     with jax.set_mesh(one_device_mesh()):
         trained = load_trained(arguments.model)
         config = trained.config
+        if not trained.step:
+            config = bounded(config)
         if trained.step is not None:
             figures["step"] = trained.step
         if tasks is None or arguments.corpus is not None:
             texts = texts_of(arguments, trained)
+            if not trained.step and config.data.segment_length > SHORT_ROW:
+                tokens = max(len(trained.tokenizer.encode(text.prompt + text.text)) for text in texts) + 2
+                config = bounded(config, max(SHORT_ROW, 1 << (tokens - 1).bit_length()))
             results = evaluate(make_evaluation_step(config), trained.weights, texts, trained.tokenizer, config)
             figures |= dataclasses.asdict(combine(results.values())) | {"gzip_bits_per_byte": gzip_bits_per_byte(texts)}
             if len(results) > 1:
@@ -77,6 +90,19 @@ def run(arguments: argparse.Namespace) -> int:
         figures |= task_metrics(scores) | {"task_errors": task_metrics(errors)["tasks"]}
     print(json.dumps(figures))
     return 0
+
+
+def bounded(config: "ResolvedConfig", longest: int = LONGEST_ROW) -> "ResolvedConfig":
+    """Returns the settings of imported weights with rows that fit into memory, whatever context their files give."""
+    context = config.data.segment_length
+    if context <= SHORT_ROW:
+        return config
+    length = min(context, longest, LONGEST_ROW)
+    if longest == LONGEST_ROW < context:
+        log.warning("the context is %d tokens; evaluated in windows of at most %d", context, LONGEST_ROW)
+    rows = min(config.train.batch_size, max(1, LONGEST_ROW // length))
+    data = dataclasses.replace(config.data, segment_length=length, num_streams=rows)
+    return dataclasses.replace(config, data=data, train=dataclasses.replace(config.train, batch_size=rows))
 
 
 def texts_of(arguments: argparse.Namespace, trained: "Trained") -> "list[HeldOutDocument]":

@@ -1,10 +1,12 @@
 """Reads a tokenizer from a folder, and writes one to another."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from data.errors import InputError
 from data.files.atomic import atomic_file
+from data.files.json_file import read_small_file
 from data.tokenizer.huggingface_tokenizer import HuggingFaceTokenizer
 from data.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
 from data.tokenizer.tokenizer import JSON_FILE, MODEL_FILE, Tokenizer
@@ -19,7 +21,14 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     own, other = folder / MODEL_FILE, folder / JSON_FILE
     if own.is_file():
         try:
-            return SentencePieceTokenizer(folder, own.read_bytes())
+            tokenizer = SentencePieceTokenizer(folder, read_small_file(own))
+            with suppress(InputError):
+                # Transformers adds tokens to its own file alone.
+                if other.is_file() and (theirs := HuggingFaceTokenizer(folder)).vocab_size > tokenizer.vocab_size:
+                    return theirs
+            return tokenizer
+        except InputError:
+            raise
         except (RuntimeError, ValueError):
             if not other.is_file():
                 raise InputError(

@@ -18,13 +18,17 @@ import numpy as np
 import tokenizers
 
 from data.errors import InputError
+from data.files.json_file import parse_json, read_json, read_small_file
 from data.tokenizer.tokenizer import JSON_FILE, SPACE, Tokenizer
 
 CONFIG_FILE = "tokenizer_config.json"
 # The template of chat models, which is only copied.
 TEMPLATE_FILE = "chat_template.jinja"
+ADDED_FILE = "added_tokens.json"
+GENERATION_FILE = "generation_config.json"
 # Other files that may hold the id of the EOS token.
-MODEL_CONFIG_FILES = ("generation_config.json", "config.json")
+MODEL_CONFIG_FILES = (GENERATION_FILE, "config.json")
+MOST_IDS = 2**23
 STEP_LISTS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
@@ -43,12 +47,16 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, folder: Path):
         self.folder = folder
-        content = (folder / JSON_FILE).read_bytes()
+        content = read_small_file(folder / JSON_FILE)
         try:
-            self.settings = json.loads(content)
+            self.settings = parse_json(content.decode())
             self._model = tokenizers.Tokenizer.from_buffer(content)
-        except ValueError as error:
+        except BaseException as error:
+            # A panic of the library is no Exception.
+            if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
+                raise
             raise InputError(f"{folder / JSON_FILE} is damaged, or no tokenizer ({error}); restore it") from None
+        added = self._add_tokens()
         # The merges take most memory of the file; they are read again when they are needed.
         for large in ("vocab", "merges"):
             self.settings["model"].pop(large, None)
@@ -60,23 +68,64 @@ class HuggingFaceTokenizer(Tokenizer):
         self._model.encode_special_tokens = True
         vocabulary = self._model.get_vocab(with_added_tokens=True)
         self.vocab_size = 1 + max(vocabulary.values(), default=-1)
+        if self.vocab_size > MOST_IDS:
+            raise InputError(
+                f"{folder / JSON_FILE} has the id {self.vocab_size - 1:,}; at most {MOST_IDS:,} ids are read"
+            )
         self.pieces = [""] * self.vocab_size
         for piece, i in vocabulary.items():
             self.pieces[i] = piece
         self._decoders = self.steps("decoder")
         self.byte_level = any(step["type"] == "ByteLevel" for step in self._decoders)
         wanted = BYTE_OF_CHARACTER.keys() if self.byte_level else {f"<0x{byte:02X}>" for byte in range(256)}
-        if not wanted <= vocabulary.keys():
+        falls_back = self.byte_level or self.settings["model"].get("byte_fallback")
+        if not falls_back or not wanted <= vocabulary.keys():
             raise InputError(
                 f"{folder / JSON_FILE} is neither byte-level nor has it byte fallback, so it would lose text; take "
                 "another tokenizer"
             )
         self.eos_id = self._find_eos()
         # The token that its post-processor puts before a text, as in Llama and Gemma.
-        before = self._model.encode("").ids[:1]
-        self.bos_id = before[0] if before and self.token_kinds[before[0]] == "control" else self.eos_id
-        self.fingerprint = hashlib.sha256(content + f"\0{self.eos_id}".encode()).hexdigest()
+        encoded = self._model.encode("a")
+        self.bos_id = encoded.ids[0] if encoded.special_tokens_mask[:1] == [1] else self.eos_id
+        if not 0 <= self.bos_id < self.vocab_size:
+            raise InputError(
+                f"{folder / JSON_FILE}: its post-processor puts the unknown id {self.bos_id} before a text"
+            )
+        identity = f"\0{self.eos_id}" + (json.dumps(added) if added else "")
+        self.fingerprint = hashlib.sha256(content + identity.encode()).hexdigest()
+        self.generation_config = _read(folder / GENERATION_FILE) or {
+            name: value for name, value in _read(folder / "config.json").items() if name == "eos_token_id" and value
+        }
+        template = folder / TEMPLATE_FILE
+        named = _read(folder / CONFIG_FILE).get("chat_template")
+        self.chat_template = named if isinstance(named, str) else None
+        if template.is_file():
+            self.chat_template = read_small_file(template).decode(errors="replace")
         self.adds_space = b"".join(map(self.token_bytes, self.encode("a"))) == b" a"
+
+    def _add_tokens(self) -> list[tuple[int, str]]:
+        """Adds the tokens that only `tokenizer_config.json` or `added_tokens.json` names; returns them."""
+        config = _read(self.folder / CONFIG_FILE)
+        named: dict[str, Any] = {text: {"id": i} for text, i in _read(self.folder / ADDED_FILE).items()}
+        for i, token in dict(config.get("added_tokens_decoder") or {}).items():
+            if isinstance(token, dict) and isinstance(token.get("content"), str) and i.isdecimal():
+                named[token["content"]] = token | {"id": int(i)}
+        known = self._model.get_vocab(with_added_tokens=True)
+        new = {text: token for text, token in named.items() if text not in known and type(token["id"]) is int}
+        added = []
+        for text, token in sorted(new.items(), key=lambda item: item[1]["id"]):
+            flags = {
+                name: bool(token.get(name)) for name in ("single_word", "lstrip", "rstrip", "normalized", "special")
+            }
+            self._model.add_tokens([tokenizers.AddedToken(text, **flags)])
+            if self._model.token_to_id(text) != token["id"]:
+                raise InputError(
+                    f"{self.folder}: the added token {text!r} has the id {token['id']}, which does not follow those of "
+                    f"{JSON_FILE}; save the tokenizer again with Transformers"
+                )
+            added.append((token["id"], text))
+        return added
 
     def _find_eos(self) -> int:
         if (named := _eos_token(_read(self.folder / CONFIG_FILE))) is not None:
@@ -106,16 +155,17 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def merges(self) -> list[tuple[str, str]]:
         """Pairs of pieces, in the order in which they are merged."""
-        pairs = json.loads((self.folder / JSON_FILE).read_bytes())["model"].get("merges", [])
+        pairs = parse_json(read_small_file(self.folder / JSON_FILE).decode())["model"].get("merges", [])
         return [tuple(pair.split(" ", 1) if isinstance(pair, str) else pair) for pair in pairs]
 
     def files(self) -> dict[str, bytes]:
         config = _read(self.folder / CONFIG_FILE)
         if _eos_token(config) is None:
             config["eos_token"] = self.pieces[self.eos_id]
-        template = self.folder / TEMPLATE_FILE
-        kept = {TEMPLATE_FILE: template.read_bytes()} if template.is_file() else {}
-        return kept | {
+        kept = {name: self.folder / name for name in (TEMPLATE_FILE, ADDED_FILE)}
+        generation = {GENERATION_FILE: (json.dumps(self.generation_config, indent=2) + "\n").encode()}
+        return {name: read_small_file(file) for name, file in kept.items() if file.is_file()} | {
+            **(generation if self.generation_config else {}),
             CONFIG_FILE: (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(),
             JSON_FILE: (self.folder / JSON_FILE).read_bytes(),
         }
@@ -142,7 +192,8 @@ class HuggingFaceTokenizer(Tokenizer):
         def of_piece(i: int, piece: str) -> bytes:
             if i in added and added[i].special:
                 return b""
-            if self.byte_level and i not in added:
+            # A piece with other characters stands for itself, as in the library.
+            if self.byte_level and i not in added and BYTE_OF_CHARACTER.keys() >= set(piece):
                 return bytes(map(BYTE_OF_CHARACTER.__getitem__, piece))
             if not self.byte_level and BYTE_PIECE.fullmatch(piece):
                 return bytes.fromhex(piece[3:5])
@@ -182,10 +233,4 @@ def _read(file: Path) -> dict[str, Any]:
     """Returns the settings in a file, or an empty dictionary if it is missing."""
     if not file.is_file():
         return {}
-    try:
-        settings = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise InputError(f"{file} is damaged ({error}); restore it") from None
-    if not isinstance(settings, dict):
-        raise InputError(f"{file} is damaged: it holds no settings; restore it")
-    return settings
+    return read_json(file)

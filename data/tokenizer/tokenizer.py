@@ -1,9 +1,11 @@
 """The interface of a tokenizer: text to token ids and back."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -36,6 +38,7 @@ class Tokenizer(ABC):
     Attributes:
         folder: folder that it was read from.
         eos_id: id of the token that ends a document.
+        generation_config: what the makers of the weights say of generation, which exports keep.
         bos_id: id of the token before a document: the tokenizer's own, or else `eos_id`.
         fingerprint: SHA-256 (hex) of everything that its ids follow from.
         pieces: the text of each id as its file writes it.
@@ -49,6 +52,15 @@ class Tokenizer(ABC):
     fingerprint: str
     pieces: list[str]
     adds_space: bool = False
+    generation_config: Mapping[str, Any] = MappingProxyType({})
+    chat_template: str | None = None
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """The ids at which generation ends: `eos_id`, and those that `generation_config` adds."""
+        named = self.generation_config.get("eos_token_id")
+        named = named if isinstance(named, list) else [named]
+        return [self.eos_id, *(i for i in named if type(i) is int and i != self.eos_id)]
 
     @abstractmethod
     def files(self) -> dict[str, bytes]:

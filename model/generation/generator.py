@@ -61,14 +61,20 @@ class Generator:
     """
 
     def __init__(
-        self, config: ResolvedModelConfig, weights: Any, *, context: int, eos_id: int, layout: Layout = UNSHARDED
+        self,
+        config: ResolvedModelConfig,
+        weights: Any,
+        *,
+        context: int,
+        eos_id: int | Sequence[int],
+        layout: Layout = UNSHARDED,
     ):
         # A kernel that was asked for in training may not take the lengths of prompts.
         self.config = dataclasses.replace(config, attention_kernel="auto")
         self.layout = layout
         self.weights = decoding_weights(config, weights)
         self.context = context
-        self.eos_id = eos_id
+        self.eos_ids = np.atleast_1d(np.array(eos_id, np.int32))
 
     def __call__(
         self,
@@ -125,7 +131,7 @@ class Scheduler:
 
     def run(self) -> Iterator[TokenDelta]:
         """Yields the tokens of all requests until the last has ended."""
-        eos_id, limit = np.int32(self.generator.eos_id), np.int32(self.max_new_tokens)
+        eos_id, limit = self.generator.eos_ids, np.int32(self.max_new_tokens)
         while True:
             yield from self.admit()
             if not any(self.slots):
@@ -172,7 +178,7 @@ class Scheduler:
         request.window += tokens
         request.num_drawn += len(tokens)
         ended = "length" if request.num_drawn == self.max_new_tokens else None
-        if tokens[-1] == self.generator.eos_id:
+        if tokens[-1] in self.generator.eos_ids:
             tokens, ended = tokens[:-1], "eos"
         yield TokenDelta(request.prompt_index, tokens, ended)
         if ended or request.prompt_index in self.stopped:

@@ -88,11 +88,11 @@ def insert_row(state: DecodeState, row: DecodeState, slot: jax.Array) -> DecodeS
 
 @partial(jax.jit, donate_argnums=2)
 def decode_steps(
-    model: SampledModel, rows: RowState, state: DecodeState, eos_id: jax.Array, max_new_tokens: jax.Array
+    model: SampledModel, rows: RowState, state: DecodeState, eos_ids_K: jax.Array, max_new_tokens: jax.Array
 ) -> tuple[jax.Array, DecodeState]:
     """Draws up to STEPS_PER_CALL tokens in each row, until it ends or its part of the cache is full.
 
-    A row ends with `eos_id`, or when it has drawn `max_new_tokens`. `state` is donated.
+    A row ends with one of `eos_ids_K`, or when it has drawn `max_new_tokens`. `state` is donated.
 
     Returns:
         Token ids [B, STEPS_PER_CALL], NO_TOKEN where a row has drawn none, and the state.
@@ -107,7 +107,7 @@ def decode_steps(
         x_B1D, cache = decoder(jnp.where(active_B, rows.token, 0)[:, None], rows.cache_length, state.cache)
         token_B = jnp.where(active_B, sample_next(model, decoder, x_B1D, rows, state.seen_BV), NO_TOKEN)
         num_drawn_B = rows.num_drawn + active_B
-        ended_B = (token_B == eos_id) | (num_drawn_B >= max_new_tokens)
+        ended_B = jnp.any(token_B[:, None] == eos_ids_K, axis=1) | (num_drawn_B >= max_new_tokens)
         next_B = jnp.where(active_B, jnp.where(ended_B, NO_TOKEN, token_B), rows.token)
         rows = RowState(next_B, rows.cache_length + active_B, rows.prompt_index, num_drawn_B)
         tokens_BN = jax.lax.dynamic_update_slice(tokens_BN, token_B[:, None], (0, i))

@@ -71,6 +71,11 @@ class Interchange:
         if family is None:
             readable = ", ".join(family.architecture for family in FAMILIES)
             raise ValueError(f"architectures is {architectures}; what can be read is {readable}")
+        if hf_config.get("model_type", family.model_type) != family.model_type:
+            other = hf_config["model_type"]
+            raise ValueError(
+                f"model_type is {other!r}, of another class than {family.architecture}; correct one of them"
+            )
         config = _import_config(family, hf_config)
         context = family.context.read(hf_config)
         if context < 1:
@@ -197,6 +202,8 @@ def _import_config(family: Family, hf_config: Mapping[str, Any]) -> ResolvedMode
     fields = {name: values[0] for name, values in family.choices.items() if len(values) == 1} | {**family.always}
     fields |= {key.field: key.read(hf_config) for key in family.keys}
     fields |= family.extra_fields(hf_config)
+    if layer_types[:1] == ["full_attention"] and fields.get("sliding_window") is not None:
+        raise ValueError("layer_types says full_attention in all layers, and there is a sliding_window; leave out one")
     own = hf_config.get(OWN_KEY, {})
     if not isinstance(own, Mapping) or not all(_is_own(name, value) for name, value in own.items()):
         raise ValueError(f"{OWN_KEY} is {own!r}; it may hold {', '.join(OWN_FIELDS)}")

@@ -228,7 +228,7 @@ def test_a_refused_import_names_its_problem_and_writes_nothing(finished: Path, i
     (damaged := broken("l") / "config.json").write_text("{")
     (pickled := broken("m", file=False) / "pytorch_model.bin").write_bytes(b"")
     cases += [
-        (damaged.parent, f"{damaged} is damaged (Expecting property name"),
+        (damaged.parent, f"{damaged} is damaged (no JSON: Expecting property name"),
         (pickled.parent, "save pickled ones with Transformers' save_pretrained"),
     ]
     for folder, words in cases:

@@ -65,7 +65,7 @@ def make_generator(config: ResolvedConfig, weights: Any, tokenizer: Tokenizer) -
     """Makes the generator of a run or of exported weights, on the ambient mesh."""
     # Ids without text in the tokenizer are never sampled.
     model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
-    return Generator(model, weights, context=config.data.segment_length, eos_id=tokenizer.eos_id, layout=GENERATION)
+    return Generator(model, weights, context=config.data.segment_length, eos_id=tokenizer.stop_ids, layout=GENERATION)
 
 
 def continuations(

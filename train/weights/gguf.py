@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from data.errors import InputError, StorageError
@@ -57,7 +58,7 @@ def write_gguf(file: Path, weights: WeightSource, dtype: str = "f32") -> None:
     types = {name: library.GGMLQuantizationType[_type_name(name, shape, dtype)] for name, shape in shapes.items()}
     blocks = {name: library.GGML_QUANT_SIZES[kind] for name, kind in types.items()}
     sizes = {name: math.prod(shape) // blocks[name][0] * blocks[name][1] for name, shape in shapes.items()}
-    f16 = library.GGMLQuantizationType.F16
+    f16, bf16 = library.GGMLQuantizationType.F16, library.GGMLQuantizationType.BF16
     if dtype == "q8_0" and (num_f16 := list(types.values()).count(f16)):
         log.warning("%d matrices have rows that do not divide by %d; they are f16", num_f16, Q8_BLOCK)
 
@@ -70,6 +71,8 @@ def write_gguf(file: Path, weights: WeightSource, dtype: str = "f32") -> None:
             _add(writer, "general.", {"quantization_version": library.GGML_QUANT_VERSION})
             _add(writer, f"{model.architecture.name}.", model.metadata())
             _add(writer, "tokenizer.ggml.", tokens)
+            if template := weights.tokenizer.chat_template:
+                _add(writer, "tokenizer.", {"chat_template": template})
             for name, shape in shapes.items():
                 writer.add_tensor_info(name, shape, np.dtype(np.float32), sizes[name], types[name])
             writer.write_header_to_file()
@@ -77,10 +80,13 @@ def write_gguf(file: Path, weights: WeightSource, dtype: str = "f32") -> None:
             writer.write_ti_data_to_file()
             for name, array in model.tensors(weights.read):
                 assert array.shape == shapes[name], name
-                if types[name] == f16 and np.abs(array).max() > np.finfo(np.float16).max:
-                    raise InputError(
-                        f"these weights cannot be exported: {name} has values too large for f16; take bf16"
-                    )
+                problem = None if np.isfinite(array).all() else "NaN or infinite values; take another checkpoint"
+                if not problem and types[name] == f16 and np.abs(array).max() > np.finfo(np.float16).max:
+                    problem = "values too large for f16; take bf16"
+                if not problem and types[name] == bf16 and not np.isfinite(array.astype(jnp.bfloat16)).all():
+                    problem = "values too large for bf16; take f32"
+                if problem:
+                    raise InputError(f"these weights cannot be exported: {name} has {problem}")
                 writer.write_tensor_data(library.quants.quantize(array, types[name]))
         except OSError as error:
             if error.strerror:
@@ -93,13 +99,9 @@ def write_gguf(file: Path, weights: WeightSource, dtype: str = "f32") -> None:
 
 def _exported(weights: WeightSource) -> GGUFExport:
     try:
-        model = GGUFExport(weights.interchange())
+        return GGUFExport(weights.interchange())
     except ValueError as error:
         raise InputError(f"these weights cannot be exported: {error}") from None
-    tokenizer = weights.tokenizer
-    if (size := tokenizer.vocab_size) > (most := weights.config.vocab_size):
-        raise InputError(f"the tokenizer of {tokenizer.folder} has {size} ids, the model {most}; take the model's own")
-    return model
 
 
 def _type_name(name: str, shape: tuple[int, ...], dtype: str) -> str:

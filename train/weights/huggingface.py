@@ -8,8 +8,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data.errors import InputError
 from data.files.atomic import atomic_folder
+from data.files.json_file import read_json
 from data.tokenizer.folder import load_tokenizer
 from data.tokenizer.to_huggingface import write_huggingface_tokenizer
 from data.tokenizer.tokenizer import MODEL_FILE
@@ -25,7 +28,8 @@ CARD_FILE = "README.md"
 # All files of an export, except the parts of a model in several files.
 EXPORT_FILES = {
     "config.json", "generation_config.json", SINGLE_FILE, INDEX_FILE, CARD_FILE, "tokenizer.json",
-    "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", MODEL_FILE
+    "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "added_tokens.json",
+    MODEL_FILE
 }  # fmt: skip
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 # Values of --dtype, which NumPy and PyTorch share.
@@ -49,12 +53,15 @@ def write_huggingface(folder: Path, weights: WeightSource, dtype: str = "float32
     with atomic_folder(folder, replace=True) as partial:
         shapes = model.shapes
         check_free_space(partial.parent, sum(map(math.prod, shapes.values())) * EXPORT_DTYPES[dtype].itemsize)
+        stops = tokenizer.stop_ids if len(tokenizer.stop_ids) > 1 else tokenizer.eos_id
+        special: dict[str, Any] = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops}
+        special |= {name: value for name, value in tokenizer.generation_config.items() if value is not None}
         hf_config = model.export_config(tokenizer.bos_id, tokenizer.eos_id, dtype) | {STEP_KEY: weights.step}
-        special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        hf_config |= {name: special[name] for name in ("eos_token_id", "pad_token_id") if name in special}
+        write_huggingface_tokenizer(tokenizer, partial, weights.context)
         for name, values in (("config.json", hf_config), ("generation_config.json", special)):
             (partial / name).write_text(json.dumps(values, indent=2) + "\n")
         (partial / CARD_FILE).write_text(card)
-        write_huggingface_tokenizer(tokenizer, partial, weights.context)
         write_tensor_files(partial, shapes, EXPORT_DTYPES[dtype], model.export_tensors(weights.read))
 
 
@@ -97,10 +104,10 @@ def is_export(folder: Path) -> bool:
 
 def _config(folder: Path) -> Mapping[str, Any]:
     """Returns the values of config.json; none if it cannot be read."""
-    values = None
+    values: Mapping[str, Any] = {}
     with suppress(OSError, ValueError):
-        values = json.loads((folder / "config.json").read_text())
-    return values if isinstance(values, dict) else {}
+        values = read_json(folder / "config.json")
+    return values
 
 
 def open_huggingface(folder: Path) -> WeightSource:
@@ -112,10 +119,7 @@ def open_huggingface(folder: Path) -> WeightSource:
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
         remedy = "save pickled ones with Transformers' save_pretrained" if pickled else "export the weights again"
         raise InputError(f"{folder} has no {SINGLE_FILE}, nor {INDEX_FILE}; {remedy}")
-    try:
-        hf_config = json.loads(file.read_text())
-    except (ValueError, OSError) as error:
-        raise InputError(f"{file} is damaged ({error}); restore it") from None
+    hf_config = read_json(file)
     try:
         model = Interchange.from_config(hf_config)
         tensors = TensorFiles(folder)
@@ -124,5 +128,13 @@ def open_huggingface(folder: Path) -> WeightSource:
         model.check_tensors(names, read)
     except (ValueError, OSError) as error:
         raise InputError(f"{folder}: these weights cannot be read: {error}") from None
+
+    def finite(name: str) -> np.ndarray:
+        array = read(name)
+        with np.errstate(over="ignore"):
+            if not np.isfinite(array.astype(np.float32)).all():
+                raise InputError(f"{folder}: {name} has NaN or infinite values in float32; take other weights")
+        return array
+
     tokenizer = load_tokenizer(folder)
-    return WeightSource(model.config, model.context, tokenizer, model.import_reader(read), exported_step(folder))
+    return WeightSource(model.config, model.context, tokenizer, model.import_reader(finite), exported_step(folder))

@@ -25,11 +25,6 @@ def import_weights(folder: Path, to: Path) -> Run:
     if not folder.is_dir():
         raise InputError(f"{folder}: there is no such folder; give one with config.json and safetensors")
     weights = open_huggingface(folder)
-    if weights.tokenizer.vocab_size > (weights.config.vocab_size or 0):
-        raise InputError(
-            f"{folder}: the tokenizer has {weights.tokenizer.vocab_size} ids, the model {weights.config.vocab_size}; "
-            "give the model's own"
-        )
     to = to.resolve()
     check_place(Run(to).checkpoints)
     # Training computes in the default dtype; evaluation and generation set float32 themselves.

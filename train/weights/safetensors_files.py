@@ -15,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from data.errors import InputError
+from data.files.json_file import parse_json, read_small_file
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -74,7 +75,7 @@ class TensorFiles:
 
     def _add_shards(self, folder: Path) -> None:
         try:
-            index: dict[str, str] = json.loads((folder / INDEX_FILE).read_text())["weight_map"]
+            index: dict[str, str] = parse_json(read_small_file(folder / INDEX_FILE).decode())["weight_map"]
             files = sorted(set(index.values()))
             inside = all(name == Path(name).name for name in files)
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -146,8 +147,12 @@ def _header(share: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> bytes:
 def _cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     with np.errstate(over="ignore"):
         cast = array.astype(dtype, copy=False)
-    if dtype == np.float16 and not np.isfinite(cast).all() and np.isfinite(array).all():
-        raise InputError(f"{name} has values above 65504, the largest of float16; give --dtype=bfloat16")
+    if not np.isfinite(cast).all():
+        if not np.isfinite(array).all():
+            raise InputError(f"{name} has NaN or infinite values; take another checkpoint")
+        larger = "bfloat16" if dtype == np.float16 else "float32"
+        most = float(jnp.finfo(dtype).max)
+        raise InputError(f"{name} has values above {most:g}, the largest of {dtype.name}; give --dtype={larger}")
     return cast
 
 

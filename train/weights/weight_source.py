@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from data.errors import InputError
 from data.tokenizer.tokenizer import Tokenizer
 from model.config import ResolvedModelConfig
 from model.interchange.huggingface import Interchange
@@ -18,6 +19,13 @@ class WeightSource:
     tokenizer: Tokenizer
     read: ParameterReader  # returns its parameters, one layer at a time
     step: int | None = None  # of the run that trained it, if known
+
+    def __post_init__(self) -> None:
+        # An id beyond the embedding would read another token's row, or none.
+        ids, most = self.tokenizer.vocab_size, self.config.vocab_size
+        if ids > most:
+            folder = self.tokenizer.folder
+            raise InputError(f"{folder}: the tokenizer has {ids} ids, the model {most}; give the model's own")
 
     def interchange(self) -> Interchange:
         """Returns the model in its class of Transformers. ValueError if no class has its choices."""
