@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import itertools
 import json
 import shutil
 from collections import Counter
@@ -241,6 +242,30 @@ def test_few_parquet_files_have_their_row_groups_as_chunks(tmp_path: Path):
     assert not corpus.shared
     assert [sum(1 for _ in corpus.documents(chunk)) for chunk in corpus.chunks] == [20, 20, 20, 20, 10]
     assert open_corpus(str(tmp_path), dataclasses.replace(CONFIG, num_streams=6)).shared
+
+
+@given(sizes=st.lists(st.integers(0, 4), min_size=1, max_size=8).filter(any), dictionary=st.booleans())
+def test_every_row_is_read_once_whatever_row_groups_are_empty(tmp_path_factory, sizes, dictionary):
+    pyarrow, parquet = require("pyarrow"), require("pyarrow.parquet")
+    path = tmp_path_factory.mktemp("corpus") / "a.parquet"
+    texts = [str(i) for i in range(sum(sizes))]
+    whole = pyarrow.table({"text": texts, "good": [True] * len(texts)})
+    with parquet.ParquetWriter(path, whole.schema, use_dictionary=dictionary) as writer:
+        for end, size in zip(itertools.accumulate(sizes), sizes, strict=True):
+            writer.write_table(whole.slice(end - size, size))
+    for streams in (1, 8):
+        config = dataclasses.replace(CONFIG, num_streams=streams, validation_fraction=0.0)
+        assert training(open_corpus(str(path), config)) == texts
+
+
+def test_a_damaged_parquet_is_said(tmp_path: Path):
+    pyarrow, parquet = require("pyarrow"), require("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": ["some text"] * 60}), path, row_group_size=20)
+    whole = path.read_bytes()
+    name = whole.rindex(b"\x04text")
+    path.write_bytes(whole[: name + 1] + b"\xff" + whole[name + 2 :])
+    assert "is damaged: " in error(path)
 
 
 def test_the_default_corpus_is_the_standard_library_without_tests(tmp_path: Path):
