@@ -88,8 +88,9 @@ def summarize(
     Returns:
         For each corpus: "corpus" (its listing), "sampled_documents" and "sampled_bytes" (UTF-8, prompts included);
         "documents", "bytes" and "tokens" (ends included) of an epoch, extrapolated from the sample by file sizes;
-        "bytes_per_token"; "utilization", the share of positions with a token in rows of the sample; and "epochs" that
-        the run will read. A long .txt counts as several documents.
+        "order_problem", a line if documents come nearly in the order of the files; "bytes_per_token"; "utilization",
+        the share of positions with a token in rows of the sample; and "epochs" that the run will read. A long .txt
+        counts as several documents.
     """
     summaries = []
     for k, source in enumerate(mixture.sources):
@@ -108,6 +109,7 @@ def summarize(
                 "documents": round(len(documents) * scale),
                 "bytes": round(size * scale),
                 "tokens": round(pairs * scale),
+                "order_problem": source.corpus.order_problem(),
                 "bytes_per_token": size / max(pairs, 1),
                 "utilization": utilization,
                 "epochs": tokens_drawn / sum(mixture.shares(0)) * utilization / max(pairs * scale, 1),

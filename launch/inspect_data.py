@@ -156,4 +156,5 @@ def summary_text(summary: dict[str, Any]) -> str:
         "utilization": f"{summary['utilization']:.2%} of the positions of the sampled rows",
         "epochs": f"about {summary['epochs']:.3f} in the run",
     }
-    return f"{summary['corpus']}\n" + columns([("", name, value) for name, value in figures.items()])
+    warning = f"\nwarning: {summary['order_problem']}" if summary["order_problem"] else ""
+    return f"{summary['corpus']}\n" + columns([("", name, value) for name, value in figures.items()]) + warning
