@@ -18,7 +18,7 @@ from pathlib import Path
 
 from data import formats
 from data.config import ResolvedDataConfig
-from data.errors import BadText, ChangedFile, Fault, InputError
+from data.errors import BadText, ChangedFile, Fault, InputError, printable
 from data.files.listing import File, fingerprint, is_local, list_files
 from data.formats import parquet, text
 
@@ -165,7 +165,7 @@ class Corpus:
 
     def describe(self) -> str:
         """Returns one line that describes the corpus."""
-        names = self.files[0].name if len(self.files) == 1 else f"{len(self.files):,} files"
+        names = printable(self.files[0].name) if len(self.files) == 1 else f"{len(self.files):,} files"
         return f"{names}, {self.size / 1e6:,.1f} MB in {len(self.chunks):,} chunks"
 
     def order_problem(self) -> str:
@@ -314,7 +314,7 @@ class Corpus:
         key = (number, str(problem) if place is None else place)
         if skips and key in self.skipped:
             return
-        where = file.path
+        where = printable(file.path)
         if place is not None:
             # Counting the lines before a place would read them all.
             where += formats.written_place(file, place, counts_lines=len(self.skipped) < MAX_PROBLEMS)

@@ -29,3 +29,8 @@ class BadText(ValueError):
 
 class ChangedFile(BadText):
     """A file that vanished or changed after it was listed. A new start lists it again, and says what has changed."""
+
+
+def printable(name: str) -> str:
+    """Returns a file's name for a message: control characters and bytes that are no UTF-8 are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

@@ -7,6 +7,7 @@ import numpy as np
 
 from data import formats
 from data.corpus import Corpus, stable_hash
+from data.errors import printable
 from data.files.ranges import READ_TOTALS
 from data.mixture import MixedStream, Mixture, corpus_field
 from data.segmenter import DocumentPairs, SegmentPart, concatenate, make_pairs, pack
@@ -69,7 +70,7 @@ def _describe_part(corpus: Corpus, tokenizer: Tokenizer, part: SegmentPart) -> d
         sizes = sizes - (sizes > 0) - (sizes > behind_prompt)
     first, last = (len(encoded[: sizes[min(at, len(sizes) - 1)]].decode(errors="ignore")) for at in (begin, end))
     origin: dict[str, Any] = {
-        "file": file.path,
+        "file": printable(file.path),
         "table_row" if file.name.endswith(".parquet") else "byte": document.place,
         "characters": [first, last],
         "tokens": end - begin,

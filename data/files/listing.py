@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
-from data.errors import InputError
+from data.errors import InputError, printable
 from data.files import remote
 from data.files.local_tree import find_files, status_of
 from data.files.ranges import READ_TOTALS, RangeReader, problem_of
@@ -89,7 +89,7 @@ def list_files(
         raise InputError(f"{field} = {where}: {problem}")
     for file in files:
         if not file.name.endswith(endings):
-            raise InputError(f"{field} = {where}: {file.name} is no {readable}; convert or rename it")
+            raise InputError(f"{field} = {where}: {printable(file.name)} is no {readable}; convert or rename it")
         if file.size < 0:
             raise InputError(
                 f"{field} = {where}: the server of {file.path} does not say its size, or cannot send parts of it; "
@@ -204,7 +204,7 @@ def open_file(file: File, begin: int = 0, end: int | None = None) -> BinaryIO:
     except FileNotFoundError:
         raise problem_of("missing") from None
     except PermissionError as error:
-        raise InputError(f"{file.path} cannot be read: {error.strerror}") from None
+        raise InputError(f"{printable(file.path)} cannot be read: {error.strerror}") from None
     status = os.fstat(raw.fileno())
     version = str(status.st_mtime_ns)
     if status.st_size != file.size or (version != file.version and not _has_same_content(file, version)):

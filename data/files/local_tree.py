@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
-from data.errors import InputError
+from data.errors import InputError, printable
 
 log = logging.getLogger("ziggurat")
 # Nothing is there, whatever the reason.
@@ -28,13 +28,17 @@ def status_of(path: str) -> os.stat_result | None:
     try:
         return os.stat(path)
     except PermissionError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}; allow it, or leave it out by a glob") from None
+        raise _refused(path, error) from None
     except OSError as error:
         if error.errno not in MISSING:
             raise
     except ValueError:  # a NUL in the path
         pass
     return None
+
+
+def _refused(path: str, error: OSError) -> InputError:
+    return InputError(f"{printable(path)} cannot be read: {error.strerror}; allow it, or leave it out by a glob")
 
 
 def find_files(
@@ -67,7 +71,7 @@ def find_files(
             if status and stat.S_ISREG(status.st_mode):
                 yield os.path.join(folder, name), status
             elif not status or not stat.S_ISDIR(status.st_mode):
-                log.warning("%s is left out: it is no file, or a link to nothing", entries[name].path)
+                log.warning("%s is left out: it is no file, or a link to nothing", printable(entries[name].path))
 
 
 class _Tree:
@@ -84,7 +88,7 @@ class _Tree:
             with os.scandir(path) as entries:
                 found = sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name))
         except PermissionError as error:
-            raise InputError(f"{path} cannot be read: {error.strerror}; allow it, or leave it out by a glob") from None
+            raise _refused(path, error) from None
         if self._leave_out is None:
             return found
         if self._is_left_out(path):

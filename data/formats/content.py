@@ -49,7 +49,7 @@ def read_line(stream: BinaryIO, number: int) -> tuple[bytes, int]:
 
 def too_long() -> BadText:
     """Returns the problem with a document of more than `MAX_DOCUMENT_BYTES`."""
-    return BadText(f"is longer than {MAX_DOCUMENT_BYTES / 2**20:,.0f} MiB, the most of one document; split it")
+    return BadText(f"is longer than {MAX_DOCUMENT_BYTES / 2**20:,.0f} MiB, the most of one document")
 
 
 def import_reader(name: str, ending: str, install: str) -> Any:
