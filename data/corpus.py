@@ -38,7 +38,6 @@ CACHED_ORDERS = 4
 MAX_PROBLEMS = 10
 # Below this number of files per stream, the footers of .parquet files are read for the chunks.
 FILES_PER_STREAM = 4
-REMEDY_OF_A_CHANGE = "put it back as it was, and start again"
 
 
 @dataclass(frozen=True)
@@ -160,8 +159,8 @@ class Corpus:
         whole = self.size <= SMALL_CORPUS_BYTES
         try:
             return hashlib.sha256("".join(fingerprint(file, whole) for file in self.files).encode()).hexdigest()
-        except ChangedFile as error:
-            raise Fault(f"{self.field}: a file {error}; {REMEDY_OF_A_CHANGE}") from None
+        except BadText as error:
+            raise _error_of(f"{self.field}: a file", error) from None
 
     def describe(self) -> str:
         """Returns one line that describes the corpus."""
@@ -318,14 +317,19 @@ class Corpus:
         if place is not None:
             # Counting the lines before a place would read them all.
             where += formats.written_place(file, place, counts_lines=len(self.skipped) < MAX_PROBLEMS)
-        if not skips and isinstance(problem, ChangedFile):
-            raise Fault(f"{where}: {problem}; {REMEDY_OF_A_CHANGE}")
         if not skips:
-            skip = "mend it, or leave it out with data.on_bad_document=skip"
+            skip = "; mend it, or leave it out with data.on_bad_document=skip"
             # A command line that names a corpus by another flag has none to skip its documents.
-            raise InputError(f"{where}: {problem}; {skip if self.field.startswith('data.') else 'mend it'}")
+            raise _error_of(f"{where}:", problem, skip if self.field.startswith("data.") else "; mend it")
         self.skipped.add(key)
         log.warning("skipped %s: %s", where, problem)
+
+
+def _error_of(place: str, problem: BadText, remedy: str = "") -> InputError | Fault:
+    """Returns the error that ends the run at a problem: a changed file is a fault, for a new start may go on."""
+    if isinstance(problem, ChangedFile):
+        return Fault(f"{place} {problem}; put it back as it was, and start again")
+    return InputError(f"{place} {problem}{remedy}")
 
 
 def _is_compressed(file: File) -> bool:
@@ -347,10 +351,8 @@ def open_corpus(
     files = list_files(where, formats.ENDINGS, leave_out, field)
     try:
         corpus = Corpus(files, config, field)
-    except ChangedFile as error:
-        raise Fault(f"{field} = {where}: a file {error}; {REMEDY_OF_A_CHANGE}") from None
     except BadText as error:
-        raise InputError(f"{field} = {where}: {error}") from None
+        raise _error_of(f"{field} = {where}: a file", error) from None
     if not corpus.size:
         raise InputError(f"{field} = {where}: there is no text in it")
     return corpus

@@ -29,6 +29,9 @@ from train.run.run_name import split_name
 from train.run.storage import check_writable
 from train.run.trackers import missing_packages
 
+# Tokens of a sample that no evaluation waits long for.
+LONG_SAMPLE = 1024
+
 
 def prepare_run(config: Config, run: Run, lease: Lease) -> RunInputs:
     """Takes the lease, and makes or finds everything that the first step needs. All processes call it together.
@@ -61,6 +64,12 @@ def prepare_run(config: Config, run: Run, lease: Lease) -> RunInputs:
     held_out = run.held_out_texts()
     if config.data.validation_fraction and not held_out and jax.process_index() == 0:
         log.warning("no document is held out, so nothing is evaluated; raise data.validation_fraction, or give more")
+    if config.evaluation.sample_tokens > max(config.data.segment_length, LONG_SAMPLE) and jax.process_index() == 0:
+        log.warning(
+            "evaluation.sample_tokens = %d is more than the %d positions of a segment; each evaluation waits for it",
+            config.evaluation.sample_tokens,
+            config.data.segment_length,
+        )
     for problem in filter(None, (source.corpus.order_problem() for source in mixture.sources)):
         if jax.process_index() == 0:
             log.warning(problem)

@@ -96,9 +96,12 @@ def _damage(arrow: Any, problem: str) -> Iterator[None]:
     """Turns the errors of pyarrow over a damaged file into BadText."""
     try:
         yield
-    except (BadText, InputError, ConnectionError):
+    except (BadText, InputError):
         raise
     except (arrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        # The disk's and the network's own errors are no damage.
+        if isinstance(error, ConnectionError) or getattr(error, "errno", None) is not None:
+            raise
         raise BadText(f"{problem}: {error}") from None
 
 
@@ -113,7 +116,7 @@ def _begin(column: Any) -> int:
 def _check(arrow: Any, schema: Any, name: str, setting: str) -> None:
     """Raises BadText if a column does not exist or holds no text."""
     if schema.names.count(name) > 1:
-        raise BadText(f"has {schema.names.count(name)} columns {name!r}; rename the others, or see {setting}")
+        raise BadText(f"has {schema.names.count(name)} columns {name!r}; see {setting}")
     if name not in schema.names:
         raise BadText(f"has no column {name!r}, only {', '.join(schema.names)}; see {setting}")
     type_ = schema.field(name).type

@@ -1,6 +1,7 @@
 """Listing, chunks, held-out parts, fingerprints, and what is wrong with a corpus."""
 
 import dataclasses
+import errno
 import gzip
 import itertools
 import json
@@ -17,6 +18,7 @@ from data import corpus as corpus_module
 from data.config import DataConfig
 from data.corpus import MANY_FILES, Corpus, open_corpus
 from data.errors import Fault, InputError
+from data.files import listing
 from data.files.ranges import READ_TOTALS
 from data.formats import text as text_format
 from data.formats.stdlib import snapshot_stdlib
@@ -318,7 +320,7 @@ def test_every_row_is_read_once_whatever_row_groups_are_empty(tmp_path_factory, 
         assert training(open_corpus(str(path), config)) == texts
 
 
-def test_a_damaged_parquet_is_said(tmp_path: Path):
+def test_a_damaged_parquet_is_said(tmp_path: Path, monkeypatch):
     pyarrow, parquet = require("pyarrow"), require("pyarrow.parquet")
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"text": ["some text"] * 60}), path, row_group_size=20)
@@ -326,6 +328,17 @@ def test_a_damaged_parquet_is_said(tmp_path: Path):
     name = whole.rindex(b"\x04text")
     path.write_bytes(whole[: name + 1] + b"\xff" + whole[name + 2 :])
     assert "is damaged: " in error(path)
+
+    path.write_bytes(whole)
+    corpus = open_corpus(str(path), CONFIG)
+
+    def readinto(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    # A disk that fails is no damage of the file.
+    monkeypatch.setattr(listing._LocalFile, "readinto", readinto)
+    with pytest.raises(OSError, match="Input/output error"):
+        training(corpus)
 
 
 def test_the_default_corpus_is_the_standard_library_without_tests(tmp_path: Path):

@@ -152,7 +152,7 @@ class EvaluationConfig:
     )
     loop_bytes: int = setting(2**17, "bytes of them that it evaluates during training", resume="warn", at_least=4)
     prompt: str = setting("def ", "text that the sample continues", resume="free")
-    sample_tokens: int = setting(64, "new tokens of the sample", resume="free", at_least=0)
+    sample_tokens: int = setting(64, "new tokens of the sample", resume="free", at_least=0, at_most=2**20)
     tasks: str | None = setting(
         None, "tasks of lm-evaluation-harness to evaluate on, as in hellaswag,arc_easy", unset="no tasks", resume="free"
     )
