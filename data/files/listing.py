@@ -5,6 +5,7 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import os
 import re
 import stat
@@ -20,6 +21,7 @@ from data.files import remote
 from data.files.local_tree import find_files, status_of
 from data.files.ranges import READ_TOTALS, RangeReader, problem_of
 
+log = logging.getLogger("ziggurat")
 END_BYTES = 2**16
 BLOCK_BYTES = 2**20
 
@@ -117,6 +119,10 @@ def _list_local(where: str, endings: tuple[str, ...], leave_out: Path | None) ->
         found = (
             list(find_files(str(root), pattern, endings if kind == "folder" else ("",), left_out)) if is_there else []
         )
+    names: dict[tuple[int, int], str] = {}
+    for name, status in found:
+        if (first := names.setdefault((status.st_dev, status.st_ino), name)) != name:
+            log.warning("%s and %s are one file, so its text is read twice", printable(first), printable(name))
     return kind, [
         File(os.path.join("" if root == Path() else root, name), name, status.st_size, str(status.st_mtime_ns))
         for name, status in found

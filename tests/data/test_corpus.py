@@ -388,6 +388,9 @@ def test_what_is_wrong_with_a_corpus_is_named_with_its_place(tmp_path: Path):
     shutil.copy(tmp_path / "a.jsonl", tmp_path / "folder")
     shutil.copy(tmp_path / "b.txt", tmp_path / "folder")
     assert len(error(tmp_path / "folder").splitlines()) == 2
+    for where, config in (("h.jsonl", CONFIG), ("a2.jsonl", held_out), ("short.txt", CONFIG)):
+        with pytest.raises(InputError, match=r"^data.corpus\['web'\] has "):
+            open_corpus(str(tmp_path / where), config, field="data.corpus['web']").check()
     # A command without that field does not advise it.
     assert "data.on_bad_document=skip" in error(tmp_path / "a.jsonl")
     with pytest.raises(InputError, match="mend it$"):

@@ -77,6 +77,20 @@ def test_what_is_no_file_is_said_and_left_out(tmp_path: Path, caplog):
         assert f"{name}.jsonl is left out" in caplog.text
 
 
+def test_a_file_with_two_names_is_said(tmp_path: Path, caplog):
+    (tmp_path / "a.jsonl").write_text("{}")
+    (tmp_path / "b.jsonl").write_text("{}")
+    assert names_of(tmp_path) == ["a.jsonl", "b.jsonl"]
+    assert not caplog.messages
+    (tmp_path / "c.jsonl").symlink_to(tmp_path / "a.jsonl")
+    os.link(tmp_path / "b.jsonl", tmp_path / "d.jsonl")
+    assert names_of(tmp_path) == ["a.jsonl", "b.jsonl", "c.jsonl", "d.jsonl"]
+    assert caplog.messages == [
+        f"{one} and {other} are one file, so its text is read twice"
+        for one, other in (("b.jsonl", "d.jsonl"), ("a.jsonl", "c.jsonl"))
+    ]
+
+
 def test_a_folder_that_may_not_be_read_is_said(tmp_path: Path, monkeypatch):
     (tmp_path / "deep" / "closed").mkdir(parents=True)
     (tmp_path / "a.jsonl").write_text("{}")
