@@ -62,7 +62,7 @@ def first_document(file: File, begin: int, end: int, separator: str) -> int:
         while at < end and (line := stream.readline(end - at)):
             mark = codecs.BOM_UTF8 if at == 0 else b""
             at += len(line)
-            if at >= begin and _is_separator(line.removeprefix(mark), separator):
+            if at >= begin and _without_end(line.removeprefix(mark)) == separator.encode():
                 return at
     return end
 
@@ -74,18 +74,22 @@ def read_separated(stream: BinaryIO, at: int, end: int | None, separator: str | 
         stream: a stream at the beginning of a document, whose byte offset is `at`.
         separator: the separating line; None if the rest is one document.
     """
+    wanted = None if separator is None else separator.encode()
     while end is None or at < end:
-        content, size = bytearray(), 0
+        lines: list[bytes] = []
+        size = 0
         begin, ends = at, False
         while not ends:
             line, length = read_line(stream, at)
             if not length:
                 break
             at += length
-            ends = separator is not None and _is_separator(line, separator)
+            ends = wanted is not None and line.startswith(wanted) and _without_end(line) == wanted
             if not ends:
                 size += length
-                content += line if size <= MAX_DOCUMENT_BYTES else b""
+                if size <= MAX_DOCUMENT_BYTES:
+                    lines.append(line)
+        content = b"".join(lines)
         try:
             if size > MAX_DOCUMENT_BYTES:
                 yield begin, too_long()
@@ -98,9 +102,5 @@ def read_separated(stream: BinaryIO, at: int, end: int | None, separator: str | 
             return
 
 
-def _is_separator(line: bytes, separator: str) -> bool:
-    return _without_end(line) == separator.encode()
-
-
-def _without_end(line: bytes | bytearray) -> bytes | bytearray:
+def _without_end(line: bytes) -> bytes:
     return line[:-1].removesuffix(b"\r") if line.endswith(b"\n") else line
