@@ -173,7 +173,7 @@ class Corpus:
         if not self.shared or self.size <= window:
             return ""
         return (
-            f"{self.field}: its {len(self.chunks)} chunks are fewer than data.num_streams = "
+            f"{self.field} has fewer chunks ({len(self.chunks)}) than data.num_streams = "
             f"{self._config.num_streams}, so documents come nearly in the order of the files, and only those of "
             f"data.shuffle_window = {window:,} characters are shuffled together; store it uncompressed or in more "
             "files (a .parquet in more row groups), or raise data.shuffle_window"
