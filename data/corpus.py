@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import logging
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
@@ -17,9 +18,10 @@ from pathlib import Path
 
 from data import formats
 from data.config import ResolvedDataConfig
-from data.errors import BadText, InputError
+from data.errors import BadText, ChangedFile, Fault, InputError
 from data.files.listing import File, fingerprint, is_local, list_files
 from data.formats import parquet, text
+from data.printable import printable_name
 
 log = logging.getLogger("ziggurat")
 
@@ -29,7 +31,9 @@ MIN_CHUNK_BYTES = 256
 # With fewer .txt files, their ends are held out instead of whole files.
 MANY_FILES = 20
 # Held-out text is read in pieces of about this size.
-HELD_OUT_PIECE_BYTES = 2**24
+HELD_OUT_PIECE_BYTES = 2**16
+# Parts of the corpus that give held-out documents in turn.
+PARTS_AT_ONCE = 8
 # Number of epochs whose order is cached: streams reach the next one at different times.
 CACHED_ORDERS = 4
 MAX_PROBLEMS = 10
@@ -90,11 +94,12 @@ class Corpus:
         order: function (seed, epoch) → chunks in the order in which they are dealt to the streams.
         shared: true if there are fewer chunks than streams: each stream reads all of them and takes its share of
             documents.
+        field: name of its setting in messages.
         skipped: (file, place) of each unreadable document that was skipped; (file, problem) for the rest of a file.
     """
 
-    def __init__(self, files: list[File], config: ResolvedDataConfig):
-        self.files, self._config = files, config
+    def __init__(self, files: list[File], config: ResolvedDataConfig, field: str = "data.corpus"):
+        self.files, self.field, self._config = files, field, config
         self.size = sum(file.size for file in files)
         self._fields = formats.Fields(config.text_field, config.prompt_field, config.text_separator)
         self.skipped: set[tuple[int, int | str]] = set()
@@ -136,7 +141,8 @@ class Corpus:
             return [0, end]
         if file.name.endswith(".parquet") and len(self.files) < FILES_PER_STREAM * self._config.num_streams:
             # Few files: their row groups are looked up, so that no stream has chunks without any.
-            return [0, *parquet.read_footer(file).begins[1:], end]
+            # Groups without rows may have any place; with borders that rise, each group is still in one chunk.
+            return sorted([0, *parquet.read_footer(file).begins[1:], end])
         return [*range(0, end, self._step), end]
 
     def _shuffled(self, *key: int | str) -> list[Chunk]:
@@ -155,12 +161,24 @@ class Corpus:
         try:
             return hashlib.sha256("".join(fingerprint(file, whole) for file in self.files).encode()).hexdigest()
         except BadText as error:
-            raise InputError(f"data.corpus: {error}") from None
+            raise _error_of(f"{self.field}: a file", error) from None
 
     def describe(self) -> str:
         """Returns one line that describes the corpus."""
-        names = self.files[0].name if len(self.files) == 1 else f"{len(self.files):,} files"
+        names = printable_name(self.files[0].name) if len(self.files) == 1 else f"{len(self.files):,} files"
         return f"{names}, {self.size / 1e6:,.1f} MB in {len(self.chunks):,} chunks"
+
+    def order_problem(self) -> str:
+        """Returns a line where documents come nearly in the order of the files, and otherwise an empty text."""
+        window = self._config.shuffle_window
+        if not self.shared or self.size <= window:
+            return ""
+        return (
+            f"{self.field} has fewer chunks ({len(self.chunks)}) than data.num_streams = "
+            f"{self._config.num_streams}, so documents come nearly in the order of the files, and only those of "
+            f"data.shuffle_window = {window:,} characters are shuffled together; store it uncompressed or in more "
+            "files (a .parquet in more row groups), or raise data.shuffle_window"
+        )
 
     def documents(self, chunk: Chunk, place: int = 0) -> Iterator[Document]:
         """Yields the training documents and pieces that begin in a chunk, from a place on.
@@ -174,19 +192,37 @@ class Corpus:
                 yield document
 
     def held_out(self) -> Iterator[Document]:
-        """Yields the held-out documents; for a few .txt files their ends, in pieces that fit into memory."""
+        """Yields the held-out documents, in an order in which the first of them are a sample of the corpus.
+
+        The parts of the corpus come in the order of a hash, whatever the seed, and a few of them give a document each
+        in turn. No more of a part is read than its documents need.
+        """
         if not self._config.validation_fraction:
             return
-        for number, (file, end) in enumerate(zip(self.files, self._ends, strict=True)):
-            if not self._is_one_document(file):
-                documents = self._all(number, 0, file.size)
-                yield from (document for document in documents if self._is_held_out(document.prompt + document.text))
-            elif _is_compressed(file):
-                yield from self._all(number, 0, file.size) if end == 0 else ()
+        parts = iter(sorted(self._held_out_parts(), key=lambda part: stable_hash("part", part.file, part.begin)))
+        open_parts: deque[Iterator[Document]] = deque(map(self._held_out_of, itertools.islice(parts, PARTS_AT_ONCE)))
+        while open_parts:
+            documents = open_parts.popleft()
+            if (document := next(documents, None)) is not None:
+                yield document
+                open_parts.append(documents)
             else:
-                while end < file.size:
-                    begin, end = end, text.piece_start(file, end + HELD_OUT_PIECE_BYTES, file.size)
-                    yield from self._piece(number, begin, end)
+                open_parts.extend(map(self._held_out_of, itertools.islice(parts, 1)))
+
+    def _held_out_parts(self) -> Iterator[Chunk]:
+        """Yields the chunks that may hold held-out documents, and the pieces of held-out .txt."""
+        yield from (chunk for chunk in self.chunks if not self._is_one_document(self.files[chunk.file]))
+        for number, (file, end) in enumerate(zip(self.files, self._ends, strict=True)):
+            if self._is_one_document(file) and end < file.size:
+                step = file.size if _is_compressed(file) else HELD_OUT_PIECE_BYTES
+                for begin in range(end, file.size, step):
+                    yield Chunk(number, begin, min(begin + step, file.size))
+
+    def _held_out_of(self, part: Chunk) -> Iterator[Document]:
+        if self._is_one_document(self.files[part.file]):
+            return self._all(part.file, part.begin, part.end, last=self.files[part.file].size)
+        documents = self._all(part.file, part.begin, part.end)
+        return (document for document in documents if self._is_held_out(document.prompt + document.text))
 
     def training_texts(self, seed: int) -> Iterator[str]:
         """Yields texts and prompts of training documents, chunk by chunk in an order determined by the seed."""
@@ -197,7 +233,7 @@ class Corpus:
     def all_documents(self) -> Iterator[Document]:
         """Yields every document whole, training or held out, in the order of the listing."""
         for number, file in enumerate(self.files):
-            yield from self._all(number, 0, file.size, whole=True)
+            yield from self._all(number, 0, file.size, last=file.size)
 
     def check(self) -> None:
         """Reads a local corpus of moderate size once.
@@ -208,38 +244,49 @@ class Corpus:
         if self.size > SMALL_CORPUS_BYTES or not all(map(is_local, self.files)):
             return
         problems: list[str] = []
+        separated: list[int] = []  # documents of each .txt with separators
         # Skipped documents are logged when they are read.
         for number, file in enumerate(self.files if self._config.on_bad_document == "error" else []):
             try:
-                for _ in self._all(number, 0, file.size, whole=True):
-                    pass
+                documents = sum(1 for _ in self._all(number, 0, file.size, last=file.size))
+                if self._fields.separator is not None and formats.format_and_compression(file.name)[0] == ".txt":
+                    separated.append(documents)
             except InputError as error:
                 problems.append(str(error))
             if len(problems) == MAX_PROBLEMS:
                 break
         if problems:
             raise InputError("\n".join(problems))
+        if separated and max(separated) < 2:
+            log.warning(
+                "data.text_separator = %r separates nothing in %s: each .txt is one document; a separator is a whole "
+                "line, spaces included",
+                self._fields.separator,
+                self.field,
+            )
         # Streams that share chunks need a document each; other streams may have theirs in another epoch.
         least = self._config.num_streams if self.shared else 1
         number = sum(1 for _ in itertools.islice((d for c in self.chunks for d in self.documents(c)), least))
         if not number:
             raise InputError(
-                "data.corpus has no document to train on: all of its text is empty or held out "
+                f"{self.field} has no document to train on: all of its text is empty or held out "
                 f"(data.validation_fraction = {self._config.validation_fraction}); give more text, or hold out less"
             )
         if number < least:
             raise InputError(
-                f"data.corpus has {number} documents or pieces to train on, too few for data.num_streams = {least}; "
+                f"{self.field} has {number} documents or pieces to train on, too few for data.num_streams = {least}; "
                 "lower data.num_streams (and train.batch_size), or give more text"
             )
 
-    def _all(self, number: int, begin: int, end: int, place: int = 0, whole: bool = False) -> Iterator[Document]:
-        """Yields the documents that begin in a range of a file; with `whole` a .txt is read whole, not in pieces."""
+    def _all(self, number: int, begin: int, end: int, place: int = 0, last: int = 0) -> Iterator[Document]:
+        """Yields the documents that begin in a range of a file, or a piece of a .txt.
+
+        Args:
+            last: byte at which the last piece of a .txt ends; 0: its training part does.
+        """
         file = self.files[number]
         if self._is_one_document(file) and not _is_compressed(file):
-            if not whole:
-                begin, end = (text.piece_start(file, at, self._ends[number]) for at in (begin, end))
-            yield from self._piece(number, begin, end)
+            yield from self._piece(number, begin, end, last or self._ends[number])
             return
         try:
             for at, content in formats.read_documents(file, begin, end, self._fields, place):
@@ -250,12 +297,14 @@ class Corpus:
         except BadText as error:
             self._bad(number, None, error)
 
-    def _piece(self, number: int, begin: int, end: int) -> Iterator[Document]:
-        """Yields a piece of a .txt, unless it is empty."""
+    def _piece(self, number: int, begin: int, end: int, last: int) -> Iterator[Document]:
+        """Yields a piece of a .txt, cut after the lines at `begin` and `end`, unless it is empty."""
         file = self.files[number]
         try:
-            if begin < end:
-                yield Document(text.read_text(file, begin, end), number, begin, ends=end == file.size)
+            # The held-out end may begin inside a line.
+            start, end = (at if at == self._ends[number] else text.piece_start(file, at, last) for at in (begin, end))
+            if start < end and (content := text.read_text(file, start, end)):
+                yield Document(content, number, start, ends=end == file.size)
         except BadText as error:
             self._bad(number, begin, error)
 
@@ -265,14 +314,23 @@ class Corpus:
         key = (number, str(problem) if place is None else place)
         if skips and key in self.skipped:
             return
-        where = file.path
+        where = printable_name(file.path)
         if place is not None:
             # Counting the lines before a place would read them all.
             where += formats.written_place(file, place, counts_lines=len(self.skipped) < MAX_PROBLEMS)
         if not skips:
-            raise InputError(f"{where}: {problem}; mend it, or leave it out with data.on_bad_document=skip")
+            skip = "; mend it, or leave it out with data.on_bad_document=skip"
+            # A command line that names a corpus by another flag has none to skip its documents.
+            raise _error_of(f"{where}:", problem, skip if self.field.startswith("data.") else "; mend it")
         self.skipped.add(key)
         log.warning("skipped %s: %s", where, problem)
+
+
+def _error_of(place: str, problem: BadText, remedy: str = "") -> InputError | Fault:
+    """Returns the error that ends the run at a problem: a changed file is a fault, for a new start may go on."""
+    if isinstance(problem, ChangedFile):
+        return Fault(f"{place} {problem}; put it back as it was, and start again")
+    return InputError(f"{place} {problem}{remedy}")
 
 
 def _is_compressed(file: File) -> bool:
@@ -293,9 +351,9 @@ def open_corpus(
     """
     files = list_files(where, formats.ENDINGS, leave_out, field)
     try:
-        corpus = Corpus(files, config)
+        corpus = Corpus(files, config, field)
     except BadText as error:
-        raise InputError(f"{field} = {where}: {error}") from None
+        raise _error_of(f"{field} = {where}: a file", error) from None
     if not corpus.size:
         raise InputError(f"{field} = {where}: there is no text in it")
     return corpus

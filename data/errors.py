@@ -25,3 +25,7 @@ class BadText(ValueError):
 
     The text names the problem without the file. The corpus decides whether it ends the run or is skipped.
     """
+
+
+class ChangedFile(BadText):
+    """A file that vanished or changed after it was listed. A new start lists it again, and says what has changed."""

@@ -63,10 +63,7 @@ class Mixture:
 
     def shares(self, step: int) -> list[int]:
         """Returns the growth of each corpus's credit with a row of a step; they sum to `CREDITS_PER_ROW`."""
-        weights = [source.weight(step) for source in self.sources]
-        shares = [round(CREDITS_PER_ROW * weight / sum(weights)) for weight in weights]
-        shares[shares.index(max(shares))] += CREDITS_PER_ROW - sum(shares)
-        return shares
+        return shares_of([source.weight(step) for source in self.sources])
 
     def fingerprints(self) -> dict[str, str]:
         """Returns the fingerprint of each corpus by its name in messages."""
@@ -76,6 +73,13 @@ class Mixture:
     def skipped(self) -> int:
         """The number of unreadable documents that this process has skipped so far."""
         return sum(len(source.corpus.skipped) for source in self.sources)
+
+
+def shares_of(weights: Sequence[float]) -> list[int]:
+    """Returns shares in proportion to weights; they sum to `CREDITS_PER_ROW`."""
+    shares = [round(CREDITS_PER_ROW * weight / sum(weights)) for weight in weights]
+    shares[shares.index(max(shares))] += CREDITS_PER_ROW - sum(shares)
+    return shares
 
 
 def corpus_field(name: str) -> str:

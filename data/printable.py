@@ -29,6 +29,11 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
+def printable_name(name: str) -> str:
+    """Returns a file's name for a message: line ends and bytes that are no UTF-8 are escaped, too."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+
+
 def without_credentials(text: str) -> str:
     """Returns a text whose URLs have … for user and password, and for a query, which often holds a signature."""
     if "://" not in text:

@@ -10,7 +10,7 @@ from data import formats
 from data.corpus import Corpus, stable_hash
 from data.files.ranges import READ_TOTALS
 from data.mixture import CREDITS_PER_ROW, MixedStream, Mixture, corpus_field
-from data.printable import without_credentials
+from data.printable import printable_name, without_credentials
 from data.segmenter import DocumentPairs, SegmentPart, concatenate, make_pairs, pack
 from data.tokenizer.tokenizer import Tokenizer
 
@@ -72,7 +72,7 @@ def _describe_part(corpus: Corpus, tokenizer: Tokenizer, part: SegmentPart) -> d
         sizes = sizes - (sizes > 0) - (sizes > behind_prompt)
     first, last = (len(encoded[: sizes[min(at, len(sizes) - 1)]].decode(errors="ignore")) for at in (begin, end))
     origin: dict[str, Any] = {
-        "file": without_credentials(file.path),
+        "file": printable_name(without_credentials(file.path)),
         "table_row" if file.name.endswith(".parquet") else "byte": document.place,
         "characters": [first, last],
         "tokens": end - begin,
@@ -95,9 +95,9 @@ def summarize(
     Returns:
         For each corpus: "corpus" (its listing), "sampled_documents" and "sampled_bytes" (UTF-8, prompts included);
         "documents", "bytes" and "tokens" (ends included) of an epoch, extrapolated from the sample by file sizes;
-        "bytes_per_token"; "utilization", the share of positions with a token in rows of the sample; "epochs" that the
-        run will read; and "last_step", the step in which `epochs` of the corpus end, or None. A long .txt counts as
-        several documents.
+        "order_problem", a line if documents come nearly in the order of the files; "bytes_per_token"; "utilization",
+        the share of positions with a token in rows of the sample; "epochs" that the run will read; and "last_step", the
+        step in which `epochs` of the corpus end, or None. A long .txt counts as several documents.
     """
     cuts = {step for source in mixture.sources for step, _ in source.weights}
     summaries = []
@@ -124,6 +124,7 @@ def summarize(
                 "documents": round(len(documents) * scale),
                 "bytes": round(size * scale),
                 "tokens": round(pairs * scale),
+                "order_problem": source.corpus.order_problem(),
                 "bytes_per_token": size / max(pairs, 1),
                 "utilization": utilization,
                 "epochs": epochs,

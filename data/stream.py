@@ -82,7 +82,7 @@ class WindowReader:
     """
 
     def __init__(self, corpus: Corpus, config: ResolvedDataConfig, seed: int, starts: Mapping[int, WindowStart]):
-        self._corpus, self._config, self._seed, self._starts = corpus, config, seed, starts
+        self.corpus, self._config, self._seed, self._starts = corpus, config, seed, starts
         self._windows = self._read(min(starts.values()))
         # Documents that each stream has still to take.
         self._waiting: dict[tuple[int, WindowStart], Window] = {}
@@ -104,12 +104,12 @@ class WindowReader:
         while True:
             documents: list[Document] = []
             size = 0
-            chunks = self._corpus.order(self._seed, epoch)
-            if not self._corpus.shared:
+            chunks = self.corpus.order(self._seed, epoch)
+            if not self.corpus.shared:
                 [v] = self._starts
                 chunks = chunks[v :: self._config.num_streams]
             for c in range(first, len(chunks)):
-                for document in self._corpus.documents(chunks[c], place):
+                for document in self.corpus.documents(chunks[c], place):
                     if size >= self._config.shuffle_window:
                         following = WindowStart(epoch, c, document.place)
                         yield start, self._shuffled(documents, epoch), following
@@ -126,7 +126,7 @@ class WindowReader:
 
     def _deal(self, documents: list[Document], start: WindowStart) -> Mapping[int, list[Document]]:
         """Returns each stream's documents of a window."""
-        if not self._corpus.shared:
+        if not self.corpus.shared:
             return dict.fromkeys(self._starts, documents)
         documents_of: dict[int, list[Document]] = {v: [] for v in range(self._config.num_streams)}
         # A heap of (characters so far, rank among equals, stream).
@@ -181,7 +181,7 @@ class Stream:
                 last = start.epoch
             elif start.epoch - last >= MAX_EMPTY_EPOCHS:
                 raise InputError(
-                    f"data.corpus has no document for stream {self.v} of data.num_streams = "
+                    f"{self.reader.corpus.field} has no document for stream {self.v} of data.num_streams = "
                     f"{self.config.num_streams}; lower data.num_streams (and train.batch_size), or give more text"
                 )
             yield start, window

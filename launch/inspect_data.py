@@ -161,4 +161,5 @@ def summary_text(summary: dict[str, Any]) -> str:
     }
     if summary["last_step"]:
         figures["end of the run"] = f"near step {summary['last_step']:,}, where data.epochs end"
-    return f"{summary['corpus']}\n" + columns([("", name, value) for name, value in figures.items()])
+    warning = f"\nwarning: {summary['order_problem']}" if summary["order_problem"] else ""
+    return f"{summary['corpus']}\n" + columns([("", name, value) for name, value in figures.items()]) + warning

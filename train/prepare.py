@@ -13,7 +13,7 @@ from data.errors import InputError
 from data.files.atomic import atomic_file, unfinished
 from data.files.writable import why_not_writable
 from data.formats.stdlib import snapshot_stdlib
-from data.mixture import Mixture, open_mixture
+from data.mixture import Mixture, open_mixture, shares_of
 from data.tokenizer.folder import holds_tokenizer, load_tokenizer, write_tokenizer
 from data.tokenizer.tokenizer import Tokenizer
 from data.tokenizer.training import train_tokenizer
@@ -31,6 +31,9 @@ from train.run.ledger import inherited_entries, read_ledger, skipped_batches, wr
 from train.run.run_name import split_name
 from train.run.storage import check_writable
 from train.run.trackers import missing_packages
+
+# Tokens of a sample that no evaluation waits long for.
+LONG_SAMPLE = 1024
 
 
 def prepare_run(config: Config, run: Run, lease: Lease) -> RunInputs:
@@ -58,6 +61,15 @@ def prepare_run(config: Config, run: Run, lease: Lease) -> RunInputs:
     held_out = run.held_out_texts()
     if config.data.validation_fraction and not held_out and jax.process_index() == 0:
         log.warning("no document is held out, so nothing is evaluated; raise data.validation_fraction, or give more")
+    if config.evaluation.sample_tokens > max(config.data.segment_length, LONG_SAMPLE) and jax.process_index() == 0:
+        log.warning(
+            "evaluation.sample_tokens = %d is more than the %d positions of a segment; each evaluation waits for it",
+            config.evaluation.sample_tokens,
+            config.data.segment_length,
+        )
+    for problem in filter(None, (source.corpus.order_problem() for source in mixture.sources)):
+        if jax.process_index() == 0:
+            log.warning(problem)
     fingerprints = mixture.fingerprints() | {"tokenizer": tokenizer.fingerprint}
     check_same_everywhere(fingerprints)
     return RunInputs(config, mixture, tokenizer, held_out, identity_of(config, mixture) | fingerprints, tasks)
@@ -223,13 +235,14 @@ def new_tokenizer(config: Config, mixture: Mixture) -> Mapping[str, bytes]:
 def train_run_tokenizer(config: Config, mixture: Mixture, folder: Path) -> Tokenizer:
     """Trains the tokenizer of the config on a bounded sample of the training documents.
 
-    Each corpus of a mixture contributes by its first weight.
+    Each corpus of a mixture contributes by its first weight above 0.
     """
     log.info("training a tokenizer of %d pieces", config.tokenizer.vocab_size)
     sample: list[str] = []
-    for source, share in zip(mixture.sources, mixture.shares(0), strict=True):
+    shares = shares_of([next(weight for _, weight in source.weights if weight) for source in mixture.sources])
+    for source, share in zip(mixture.sources, shares, strict=True):
         texts = source.corpus.training_texts(config.train.seed)
-        size = config.tokenizer.sample_bytes * share // sum(mixture.shares(0))
+        size = config.tokenizer.sample_bytes * share // sum(shares)
         sample += [text.text for text in take_bytes(map(HeldOutDocument, texts), size)] if size else []
     return train_tokenizer(sample, config.tokenizer.vocab_size, folder)
 

@@ -3,21 +3,26 @@
 import glob
 import hashlib
 import io
+import itertools
 import json
+import logging
 import os
 import re
+import stat
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
-from data.errors import BadText, InputError
+from data.errors import InputError
 from data.files import remote
-from data.files.ranges import PROBLEMS, READ_TOTALS, RangeReader
-from data.printable import lacks_credentials
+from data.files.local_tree import find_files, status_of
+from data.files.ranges import READ_TOTALS, RangeReader, problem_of
+from data.printable import lacks_credentials, printable_name
 
+log = logging.getLogger("ziggurat")
 END_BYTES = 2**16
 BLOCK_BYTES = 2**20
 
@@ -40,6 +45,10 @@ class File:
     version: str
 
 
+# The fingerprints of local files that have been computed, and whether they are of the whole content.
+_FINGERPRINTS: dict[File, tuple[str, bool]] = {}
+
+
 def is_local(file: File) -> bool:
     """True if the file is read from this machine's file system."""
     return not remote.protocol(file.path)
@@ -50,7 +59,7 @@ def list_files(
 ) -> list[File]:
     """Lists a file, the files of a folder and its subfolders, or those of a glob (`**` is any depth), by name.
 
-    Hidden files in a folder, and those with other endings, are ignored.
+    Hidden files in a folder, and those with other endings, are ignored. A local folder counts once (`local_tree`).
 
     Args:
         where: a path (~ is the home folder) or a URL.
@@ -59,26 +68,24 @@ def list_files(
         field: name of the setting in messages.
 
     Raises:
-        InputError: there is no file, its name has another ending, or access is refused.
+        InputError: there is no file, its name has another ending, or access is refused. Each line names the field.
         ConnectionError: it cannot be reached.
     """
     if remote.protocol(where) in ("file", "local"):
         where = where.partition("://")[2]
     if lacks_credentials(where):
         raise InputError(f"{field} = {where}: a run keeps no credentials; give the whole URL again")
-    if remote.protocol(where):
-        try:
+    try:
+        if remote.protocol(where):
             kind, files = _list_remote(where, endings)
-        except remote.RemoteError as error:
-            raised = ConnectionError if error.kind == "outage" else InputError
-            raise raised(f"{field} = {where}: {error}") from None
-        except InputError as error:
-            raise InputError(f"{field} = {error}") from None
-    else:
-        where = os.path.expanduser(where)
-        kind, files = _list_local(where, endings, leave_out)
-    if kind != "file":
-        files = [file for file in files if not any(part.startswith(".") for part in file.name.split("/"))]
+        else:
+            where = os.path.expanduser(where)
+            kind, files = _list_local(where, endings, leave_out)
+    except remote.RemoteError as error:
+        raised = ConnectionError if error.kind == "outage" else InputError
+        raise raised(f"{field} = {where}: {error}") from None
+    except InputError as error:
+        raise InputError(f"{field} = {error}") from None
     readable = f"{', '.join(endings[:-1])} or {endings[-1]}"
     if not files:
         problem = {
@@ -89,7 +96,7 @@ def list_files(
         raise InputError(f"{field} = {where}: {problem}")
     for file in files:
         if not file.name.endswith(endings):
-            raise InputError(f"{field} = {where}: {file.name} is no {readable}; convert or rename it")
+            raise InputError(f"{field} = {where}: {printable_name(file.name)} is no {readable}; convert or rename it")
         if file.size < 0:
             raise InputError(
                 f"{field} = {where}: the server of {file.path} does not say its size, or cannot send parts of it; "
@@ -100,25 +107,32 @@ def list_files(
 
 def _list_local(where: str, endings: tuple[str, ...], leave_out: Path | None) -> tuple[str, list[File]]:
     """Returns the kind of a local place (file, folder or glob) and its files."""
-    path = Path(where)
-    # Path's own is_dir and is_file fail where a name is too long.
-    if os.path.isdir(where):
-        kind, root = "folder", path
-        paths = [file for file in path.rglob("*") if file.name.endswith(endings) and file.is_file()]
-    elif os.path.isfile(where):
+    path, pattern, kind = Path(where), ["**"], "folder"
+    status = status_of(where)
+    if status and not stat.S_ISDIR(status.st_mode):
+        found = [(path.name, status)] if stat.S_ISREG(status.st_mode) else []
         kind, root = "file", path.parent
-        paths = [path]
     else:
-        kind = "glob" if glob.has_magic(where) else "file"
-        paths = [Path(file) for file in glob.glob(where, recursive=True) if Path(file).is_file()]
-        num_plain = next((i for i, part in enumerate(path.parts) if glob.has_magic(part)), len(path.parts))
-        root = Path(*path.parts[:num_plain])
-    left_out = leave_out and leave_out.resolve()
-    if paths and left_out and not root.resolve().is_relative_to(left_out):
-        paths = [file for file in paths if not file.resolve().is_relative_to(left_out)]
+        if status is None:
+            pattern = list(itertools.dropwhile(lambda part: not glob.has_magic(part), path.parts))
+            kind = "glob" if pattern else "file"
+        root = Path(*path.parts[: len(path.parts) - len(pattern)]) if kind == "glob" else path
+        left_out = leave_out and leave_out.resolve()
+        if left_out and Path(os.path.realpath(root)).is_relative_to(left_out):
+            left_out = None
+        is_there = status_of(str(root)) is not None
+        found = (
+            list(find_files(str(root), pattern, endings if kind == "folder" else ("",), left_out)) if is_there else []
+        )
+    names: dict[tuple[int, int], str] = {}
+    for name, status in found:
+        if (first := names.setdefault((status.st_dev, status.st_ino), name)) != name:
+            log.warning(
+                "%s and %s are one file, so its text is read twice", printable_name(first), printable_name(name)
+            )
     return kind, [
-        File(str(file), file.relative_to(root).as_posix(), status.st_size, str(status.st_mtime_ns))
-        for file, status in zip(paths, map(Path.stat, paths), strict=True)
+        File(os.path.join("" if root == Path() else root, name), name, status.st_size, str(status.st_mtime_ns))
+        for name, status in found
     ]
 
 
@@ -126,7 +140,9 @@ def _list_remote(where: str, endings: tuple[str, ...]) -> tuple[str, list[File]]
     files, path = remote.filesystem(where)
     is_http = remote.store(where) == "http"
     magic = re.search(r"[*\[]" if is_http else r"[*?\[]", path)
-    if magic:
+    # As on a disk, a name that is there is no glob. A server may answer anything about a name with a *.
+    is_name = magic and not (is_http and "*" in path) and _unless_missing(where, lambda: files.info(path)) is not None
+    if magic and not is_name:
         kind, root = "glob", path[: magic.start()].rpartition("/")[0]
         infos = remote.with_retries(where, lambda: files.glob(path, detail=True))
         if not infos:
@@ -142,6 +158,7 @@ def _list_remote(where: str, endings: tuple[str, ...]) -> tuple[str, list[File]]
             kind, root = "folder", path.rstrip("/")
             infos = remote.with_retries(where, lambda: files.find(path, detail=True))
     listed = []
+    asks_for_hidden = kind == "glob" and _is_hidden(path[len(root) :])
     for place, info in infos.items():
         name = place[len(root) :].lstrip("/")
         if is_http:
@@ -152,8 +169,14 @@ def _list_remote(where: str, endings: tuple[str, ...]) -> tuple[str, list[File]]
                 # Links of a page come without.
                 info = remote.with_retries(url, partial(files.info, place))
             is_readable = info.get("size") is not None and info.get("partial") is not False
-            listed.append(File(url, name, int(info["size"]) if is_readable else -1, remote.content_version(info)))
+            size = int(info["size"]) if is_readable else -1
+            if kind == "file" or asks_for_hidden or not _is_hidden(name):
+                listed.append(File(url, name, size, remote.content_version(info)))
     return kind, listed
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
 
 
 def _unless_missing(where: str, call: Callable[[], Any]) -> Any:
@@ -183,7 +206,7 @@ def open_file(file: File, begin: int = 0, end: int | None = None) -> BinaryIO:
 
     Raises:
         InputError: access is refused.
-        BadText: the file has vanished or changed since it was listed; reading from it may raise both, too.
+        ChangedFile: the file has vanished or changed since it was listed; reading from it may raise both, too.
         ConnectionError: the file cannot be read after several tries.
     """
     if not is_local(file):
@@ -192,13 +215,14 @@ def open_file(file: File, begin: int = 0, end: int | None = None) -> BinaryIO:
     try:
         raw = _LocalFile(file.path)
     except FileNotFoundError:
-        raise BadText(PROBLEMS["missing"]) from None
+        raise problem_of("missing") from None
     except PermissionError as error:
-        raise InputError(f"{file.path} cannot be read: {error.strerror}") from None
+        raise InputError(f"{printable_name(file.path)} cannot be read: {error.strerror}") from None
     status = os.fstat(raw.fileno())
-    if (status.st_size, str(status.st_mtime_ns)) != (file.size, file.version):
+    version = str(status.st_mtime_ns)
+    if status.st_size != file.size or (version != file.version and not _has_same_content(file, version)):
         raw.close()
-        raise BadText(PROBLEMS["changed"])
+        raise problem_of("changed")
     raw.seek(begin)
     return io.BufferedReader(raw)
 
@@ -209,10 +233,19 @@ def set_expected_end(stream: BinaryIO, end: int) -> None:
         raw.end = end
 
 
+def _has_same_content(file: File, version: str) -> bool:
+    """True if a local file that was touched has the fingerprint from before, if that is known."""
+    touched = replace(file, version=version)
+    if file in _FINGERPRINTS and touched not in _FINGERPRINTS:
+        fingerprint(touched, _FINGERPRINTS[file][1])
+    return file in _FINGERPRINTS and _FINGERPRINTS[file] == _FINGERPRINTS[touched]
+
+
 def fingerprint(file: File, whole: bool) -> str:
     """Returns the SHA-256 (hex) of a file's name, size and content (or its ends alone), but not of its path.
 
-    A remote file with a version is identified by that, without reading. Raises as `open_file`.
+    A remote file with a version is identified by that, without reading. With the fingerprint of a local file, it is
+    still read after its time of change alone has changed. Raises as `open_file`.
     """
     checksum = hashlib.sha256(json.dumps([file.name, file.size]).encode())
     if not is_local(file) and file.version:
@@ -226,4 +259,5 @@ def fingerprint(file: File, whole: bool) -> str:
             checksum.update(stream.read(END_BYTES))
             stream.seek(max(file.size - END_BYTES, 0))
             checksum.update(stream.read(END_BYTES))
+    _FINGERPRINTS[file] = checksum.hexdigest(), whole
     return checksum.hexdigest()

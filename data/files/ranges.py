@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from data.errors import BadText, InputError
+from data.errors import BadText, ChangedFile, InputError
 from data.files.remote import RemoteError, content_version, filesystem, store, with_retries
 
 T = TypeVar("T")
@@ -18,12 +18,18 @@ GROWTH = 16
 SILENT_SECONDS = 30
 # The number of bytes read of local and remote files, by the key "bytes".
 READ_TOTALS: Counter[str] = Counter()
-# The text of an error by the kind of a `RemoteError`, or of a local file's problem.
-PROBLEMS = {
-    "missing": "has vanished since the run listed it",
-    "changed": "has changed since the run listed it; start a new run, or put the old file back",
-    "no ranges": "cannot be read in parts: its server ignores ranges; download it",
+# The error and its text by the kind of a `RemoteError`, or of a local file's problem.
+PROBLEMS: dict[str, tuple[type[BadText], str]] = {
+    "missing": (ChangedFile, "has vanished since the run listed it"),
+    "changed": (ChangedFile, "has changed since the run listed it"),
+    "no ranges": (BadText, "cannot be read in parts: its server ignores ranges; download it"),
 }
+
+
+def problem_of(kind: str) -> BadText:
+    """Returns the error of a kind of `PROBLEMS`."""
+    error, text = PROBLEMS[kind]
+    return error(text)
 
 
 class RangeReader(io.RawIOBase):
@@ -48,7 +54,7 @@ class RangeReader(io.RawIOBase):
             if error.kind == "refused":
                 raise InputError(f"{self._url}: {error}") from None
             if error.kind in PROBLEMS:
-                raise BadText(PROBLEMS[error.kind]) from None
+                raise problem_of(error.kind) from None
             raise ConnectionError(f"{self._url} {error}") from None
 
     def _open(self) -> Any:

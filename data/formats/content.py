@@ -1,10 +1,15 @@
 """Documents as they are read from a file, and the names of the fields that hold them."""
 
+import codecs
 import importlib
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from data.errors import BadText, InputError
+
+# Bytes of the longest document, which is held whole in memory, several times over.
+MAX_DOCUMENT_BYTES = 2**30
+SKIPPED_BYTES = 2**20
 
 
 class RawDocument(NamedTuple):
@@ -25,6 +30,26 @@ class Fields:
     text: str = "text"
     prompt: str | None = None
     separator: str | None = None
+
+
+def read_line(stream: BinaryIO, number: int) -> tuple[bytes, int]:
+    """Returns a line and its length. Of a line longer than a document may be, it returns only the beginning.
+
+    Args:
+        number: byte of the text at which the line begins; a byte-order mark at 0 is left out.
+    """
+    line = stream.readline(MAX_DOCUMENT_BYTES + 1)
+    length = len(line)
+    if length > MAX_DOCUMENT_BYTES:
+        rest = line
+        while not rest.endswith(b"\n") and (rest := stream.readline(SKIPPED_BYTES)):
+            length += len(rest)
+    return line if number else line.removeprefix(codecs.BOM_UTF8), length
+
+
+def too_long() -> BadText:
+    """Returns the problem with a document of more than `MAX_DOCUMENT_BYTES`."""
+    return BadText(f"is longer than {MAX_DOCUMENT_BYTES / 2**20:,.0f} MiB, the most of one document")
 
 
 def import_reader(name: str, ending: str, install: str) -> Any:

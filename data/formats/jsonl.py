@@ -1,12 +1,11 @@
 """JSON Lines: each line is an object, and one of its fields holds a document."""
 
-import codecs
 import json
 from collections.abc import Iterator
 from typing import BinaryIO
 
 from data.errors import BadText
-from data.formats.content import Fields, RawDocument, ReadResult
+from data.formats.content import MAX_DOCUMENT_BYTES, Fields, RawDocument, ReadResult, read_line, too_long
 
 # Characters of the list of a record's fields in a message.
 MOST_NAMES = 200
@@ -18,14 +17,15 @@ def read_jsonl(stream: BinaryIO, at: int, end: int | None, fields: Fields) -> It
     Args:
         stream: a stream at the beginning of a line, whose byte offset is `at`.
     """
-    while (end is None or at < end) and (line := stream.readline()):
-        begin, at = at, at + len(line)
-        if begin == 0:
-            line = line.removeprefix(codecs.BOM_UTF8)
+    while end is None or at < end:
+        line, length = read_line(stream, at)
+        if not length:
+            return
+        begin, at = at, at + length
         if not line or line.isspace():
             continue
         try:
-            yield begin, parse_line(line, fields)
+            yield begin, parse_line(line, fields) if length <= MAX_DOCUMENT_BYTES else too_long()
         except BadText as error:
             yield begin, error
 

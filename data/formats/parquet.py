@@ -5,12 +5,13 @@ A row group belongs to the byte range that holds its first byte.
 
 import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from data.errors import BadText
+from data.errors import BadText, InputError
 from data.files.listing import File, open_file, set_expected_end
-from data.formats.content import Fields, RawDocument, ReadResult, import_reader
+from data.formats.content import MAX_DOCUMENT_BYTES, Fields, RawDocument, ReadResult, import_reader, too_long
 
 # Text of a row group that is decoded at once, and read ahead of a column.
 BATCH_BYTES = 2**22
@@ -42,15 +43,13 @@ def read_footer(file: File) -> Footer:
         BadText: the file is not Parquet, or as `open_file`.
     """
     arrow, parquet = _pyarrow()
-    with open_file(file) as stream:
-        try:
-            metadata = parquet.ParquetFile(stream).metadata
-        except ConnectionError:
-            raise
-        except (arrow.ArrowException, OSError) as error:
-            raise BadText(f"is no parquet: {error}") from None
-    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    begins = tuple(min(map(_begin, _columns(group)), default=0) for group in groups)
+    with open_file(file) as stream, _damage(arrow, "is no parquet"):
+        metadata = parquet.ParquetFile(stream).metadata
+        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+        # The columns of a group without rows may have no place, which is then 0.
+        begins = tuple(min(filter(None, map(_begin, _columns(group))), default=0) for group in groups)
+    if not all(0 <= begin < file.size for begin in begins):
+        raise BadText("is no parquet: a row group begins outside of the file")
     return Footer(metadata, begins, tuple(itertools.accumulate((group.num_rows for group in groups), initial=0)))
 
 
@@ -62,32 +61,48 @@ def read_parquet(file: File, begin: int, end: int, fields: Fields, place: int = 
         BadText: the column does not exist or holds no text, the file is damaged, or as `open_file`.
     """
     metadata, begins, rows = read_footer(file)
-    wanted = [number for number, first in enumerate(begins) if begin <= first < end and place < rows[number + 1]]
+    wanted = [
+        number
+        for number, first in enumerate(begins)
+        if begin <= first < end and max(place, rows[number]) < rows[number + 1]
+    ]
     if not wanted:
         return
     arrow, parquet = _pyarrow()
-    with open_file(file) as stream:
-        try:
-            table = parquet.ParquetFile(
-                stream, metadata=metadata, pre_buffer=False, buffer_size=BUFFER_BYTES, page_checksum_verification=True
-            )
-            _check(arrow, table.schema_arrow, fields.text, "data.text_field")
-            if fields.prompt is not None:
-                _check(arrow, table.schema_arrow, fields.prompt, "data.prompt_field")
-            columns = [name for name in dict.fromkeys((fields.text, fields.prompt)) if name is not None]
-            for number in wanted:
-                row, group = rows[number], metadata.row_group(number)
-                read = [column for column in _columns(group) if column.path_in_schema in columns]
-                set_expected_end(stream, max(_begin(column) + column.total_compressed_size for column in read))
-                batch_rows = min(max(group.num_rows * BATCH_BYTES // max(group.total_byte_size, 1), 1), BATCH_ROWS)
-                for batch in table.iter_batches(batch_rows, [number], columns, use_threads=False):
-                    for i in range(max(place - row, 0), batch.num_rows):
-                        yield row + i, _document(batch, i, fields)
-                    row += batch.num_rows
-        except ConnectionError:
+    with open_file(file) as stream, _damage(arrow, "is damaged"):
+        table = parquet.ParquetFile(
+            stream, metadata=metadata, pre_buffer=False, buffer_size=BUFFER_BYTES, page_checksum_verification=True
+        )
+        _check(arrow, table.schema_arrow, fields.text, "data.text_field")
+        if fields.prompt is not None:
+            _check(arrow, table.schema_arrow, fields.prompt, "data.prompt_field")
+        columns = [name for name in dict.fromkeys((fields.text, fields.prompt)) if name is not None]
+        for number in wanted:
+            row, group = rows[number], metadata.row_group(number)
+            read = [column for column in _columns(group) if column.path_in_schema in columns]
+            if max((c.total_uncompressed_size for c in read), default=0) > MAX_DOCUMENT_BYTES * group.num_rows:
+                raise too_long()
+            ends = (_begin(column) + column.total_compressed_size for column in read)
+            set_expected_end(stream, max(ends, default=file.size))
+            batch_rows = min(max(group.num_rows * BATCH_BYTES // max(group.total_byte_size, 1), 1), BATCH_ROWS)
+            for batch in table.iter_batches(batch_rows, [number], columns, use_threads=False):
+                for i in range(max(place - row, 0), batch.num_rows):
+                    yield row + i, _document(batch, i, fields)
+                row += batch.num_rows
+
+
+@contextmanager
+def _damage(arrow: Any, problem: str) -> Iterator[None]:
+    """Turns the errors of pyarrow over a damaged file into BadText."""
+    try:
+        yield
+    except (BadText, InputError):
+        raise
+    except (arrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        # The disk's and the network's own errors are no damage.
+        if isinstance(error, ConnectionError) or getattr(error, "errno", None) is not None:
             raise
-        except (arrow.ArrowException, OSError) as error:
-            raise BadText(f"is damaged: {error}") from None
+        raise BadText(f"{problem}: {error}") from None
 
 
 def _columns(group: Any) -> list[Any]:
@@ -100,6 +115,8 @@ def _begin(column: Any) -> int:
 
 def _check(arrow: Any, schema: Any, name: str, setting: str) -> None:
     """Raises BadText if a column does not exist or holds no text."""
+    if schema.names.count(name) > 1:
+        raise BadText(f"has {schema.names.count(name)} columns {name!r}; see {setting}")
     if name not in schema.names:
         raise BadText(f"has no column {name!r}, only {', '.join(schema.names)}; see {setting}")
     type_ = schema.field(name).type

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from data.errors import BadText
 from data.files.listing import File, open_file
-from data.formats.content import RawDocument, ReadResult
+from data.formats.content import MAX_DOCUMENT_BYTES, RawDocument, ReadResult, read_line, too_long
 
 # How far behind the wanted place a cut looks for the end of a line.
 LINE_BYTES = 2**16
@@ -39,25 +39,30 @@ def next_character(file: File, at: int, end: int) -> int:
 
 
 def read_text(file: File, begin: int, end: int) -> str:
-    """Returns the text of a byte range. Raises BadText if it is not UTF-8, and as `open_file`."""
+    """Returns the text of a byte range, without a byte-order mark.
+
+    Raises BadText if it is not UTF-8, and as `open_file`.
+    """
     with open_file(file, begin, end) as stream:
         content = stream.read(end - begin)
     try:
-        return content.decode()
+        text = content.decode()
     except UnicodeDecodeError as error:
         raise BadText(f"byte {begin + error.start} is no UTF-8 ({error.reason}); convert the file") from None
+    return text if begin else text.removeprefix("\ufeff")
 
 
 def first_document(file: File, begin: int, end: int, separator: str) -> int:
     """Returns the byte at which the first document from `begin` on (above 0) begins, or at least `end` without one."""
-    # A separator that ends at `begin` or later begins here or later.
-    at = max(begin - len(separator.encode()) - 2, 0)
+    # A separator that ends at `begin` or later begins here or later, after a byte-order mark maybe.
+    at = max(begin - len(separator.encode()) - 2 - len(codecs.BOM_UTF8), 0)
     with open_file(file, max(at - 1, 0), end) as stream:
         if at > 0:
             at += len(stream.readline(end - at + 1)) - 1
         while at < end and (line := stream.readline(end - at)):
+            mark = codecs.BOM_UTF8 if at == 0 else b""
             at += len(line)
-            if at >= begin and _is_separator(line, separator):
+            if at >= begin and _without_end(line.removeprefix(mark)) == separator.encode():
                 return at
     return end
 
@@ -69,29 +74,32 @@ def read_separated(stream: BinaryIO, at: int, end: int | None, separator: str | 
         stream: a stream at the beginning of a document, whose byte offset is `at`.
         separator: the separating line; None if the rest is one document.
     """
+    wanted = None if separator is None else separator.encode()
     while end is None or at < end:
         lines: list[bytes] = []
+        size = 0
         begin, ends = at, False
-        while not ends and (line := stream.readline()):
-            at += len(line)
-            ends = separator is not None and _is_separator(line, separator)
+        while not ends:
+            line, length = read_line(stream, at)
+            if not length:
+                break
+            at += length
+            ends = wanted is not None and line.startswith(wanted) and _without_end(line) == wanted
             if not ends:
-                lines.append(line)
+                size += length
+                if size <= MAX_DOCUMENT_BYTES:
+                    lines.append(line)
         content = b"".join(lines)
-        mark = len(codecs.BOM_UTF8) if begin == 0 and content.startswith(codecs.BOM_UTF8) else 0
-        if separator is not None:
-            content = _without_end(content)
         try:
-            if content[mark:]:
-                yield begin, RawDocument(content[mark:].decode())
+            if size > MAX_DOCUMENT_BYTES:
+                yield begin, too_long()
+            elif encoded := content if separator is None else _without_end(content):
+                yield begin, RawDocument(encoded.decode())
         except UnicodeDecodeError as error:
-            yield begin, BadText(f"byte {begin + mark + error.start} is no UTF-8 ({error.reason}); convert it")
+            first = begin + size - len(content)  # after a byte-order mark
+            yield begin, BadText(f"byte {first + error.start} is no UTF-8 ({error.reason}); convert it")
         if not ends:
             return
-
-
-def _is_separator(line: bytes, separator: str) -> bool:
-    return _without_end(line) == separator.encode()
 
 
 def _without_end(line: bytes) -> bytes:

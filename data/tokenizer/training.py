@@ -15,6 +15,8 @@ from data.tokenizer.tokenizer import END_OF_TEXT, ESCAPES, MODEL_FILE, SPACE, To
 
 # Number of vocabulary pieces for each whitespace piece.
 PIECES_PER_WHITESPACE = 64
+# The trainer skips every text that holds NUL or U+2585, its own sign for unknown pieces.
+RESERVED = str.maketrans("", "", "\0\u2585")
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int, folder: Path) -> Tokenizer:
@@ -84,5 +86,5 @@ def _train(texts: Sequence[str], vocab_size: int, whole: Sequence[str]) -> bytes
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
-    """Yields escaped texts without NUL, because the trainer skips texts that contain it."""
-    return (escaped(text).replace("\0", "") for text in texts)
+    """Yields escaped texts without the characters that the trainer reserves. A model writes those as bytes."""
+    return (escaped(text).translate(RESERVED) for text in texts)

@@ -1,8 +1,11 @@
 """Listing, chunks, held-out parts, fingerprints, and what is wrong with a corpus."""
 
 import dataclasses
+import errno
 import gzip
+import itertools
 import json
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -14,7 +17,8 @@ from hypothesis import strategies as st
 from data import corpus as corpus_module
 from data.config import DataConfig
 from data.corpus import MANY_FILES, Corpus, open_corpus
-from data.errors import InputError
+from data.errors import Fault, InputError
+from data.files import listing
 from data.files.ranges import READ_TOTALS
 from data.formats import text as text_format
 from data.formats.stdlib import snapshot_stdlib
@@ -33,7 +37,7 @@ def training(corpus: Corpus) -> list[str]:
 
 
 def held_out_of(corpus: Corpus) -> list[str]:
-    return [document.text for document in corpus.held_out()]
+    return [d.text for d in sorted(corpus.held_out(), key=lambda d: (d.file, d.place))]
 
 
 def names_of(where: object, leave_out: Path | None = None) -> list[str]:
@@ -137,6 +141,44 @@ def test_a_long_held_out_txt_comes_in_pieces(tmp_path: Path, monkeypatch):
     assert "".join(training(corpus) + pieces) == content
 
 
+@pytest.mark.parametrize(("kind", "number"), [(".jsonl", 1), (".jsonl", 30), (".jsonl.gz", 30), (".txt", 300)])
+def test_the_first_held_out_documents_are_a_sample_of_the_corpus(tmp_path: Path, kind: str, number: int):
+    for n in range(number):
+        each = range(n * 12_000 // number, (n + 1) * 12_000 // number)
+        if kind == ".txt":
+            (tmp_path / f"{n:03}{kind}").write_text("".join(f"{i} {'text ' * 20}\n" for i in each))
+            continue
+        content = "".join(json.dumps({"text": f"{i} {'text ' * 20}"}) + "\n" for i in each).encode()
+        (tmp_path / f"{n:03}{kind}").write_bytes(gzip.compress(content) if kind.endswith(".gz") else content)
+    corpus = open_corpus(str(tmp_path), dataclasses.replace(CONFIG, chunk_bytes=2**14))
+    READ_TOTALS.clear()
+    first = [int(d.text.split()[0]) for d in itertools.islice(corpus.held_out(), 100 if kind != ".txt" else 10)]
+    assert READ_TOTALS["bytes"] < 0.6 * corpus.size
+    assert 3600 < sum(first) / len(first) < 8400
+    assert max(first) - min(first) > 7000
+    again = open_corpus(str(tmp_path), dataclasses.replace(CONFIG, chunk_bytes=2**14))
+    assert first == [int(d.text.split()[0]) for d in itertools.islice(again.held_out(), len(first))]
+
+
+def test_a_corpus_in_the_order_of_its_file_is_said(tmp_path: Path):
+    texts = [f"{i} some text" for i in range(2000)]
+    lines = write_jsonl(tmp_path / "a.jsonl", texts).read_bytes()
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    for config, problem in ((dataclasses.replace(CONFIG, shuffle_window=1000), True), (CONFIG, False)):
+        assert bool(open_corpus(str(tmp_path / "a.jsonl.gz"), config).order_problem()) is problem
+        assert not open_corpus(str(tmp_path / "a.jsonl"), config).order_problem()
+
+
+@pytest.mark.parametrize("separator", ["----", "--- ", "--"])
+def test_a_separator_that_is_in_no_line_is_said(tmp_path: Path, caplog, separator: str):
+    (tmp_path / "a.txt").write_text("\n---\n".join(f"text {i}" for i in range(100)))
+    config = dataclasses.replace(CONFIG, text_separator="---", num_streams=1, validation_fraction=0)
+    open_corpus(str(tmp_path), config).check()
+    assert not caplog.messages
+    open_corpus(str(tmp_path), dataclasses.replace(config, text_separator=separator)).check()
+    assert f"data.text_separator = {separator!r} separates nothing in data.corpus" in caplog.text
+
+
 @given(text=st.text())
 def test_what_is_held_out_follows_from_the_text_alone(text):
     assert corpus_module.unit_hash(text) == corpus_module.stable_hash("held out", text) / 2**64
@@ -187,6 +229,27 @@ def test_the_fingerprint_follows_content_and_names_not_the_place(tmp_path: Path)
     assert open_corpus(str(tmp_path / "moved"), CONFIG).fingerprint == fingerprint
     write_jsonl(tmp_path / "moved" / "a.jsonl", ["some text " * 50] * 8 + ["same text " * 50])
     assert open_corpus(str(tmp_path / "moved"), CONFIG).fingerprint != fingerprint
+
+
+def test_a_touched_file_is_still_read_and_a_changed_one_asks_for_a_new_start(tmp_path: Path):
+    for name in ("a.jsonl", "b.txt"):
+        path = write_jsonl(tmp_path / name, ["some text " * 50] * 9)
+        content = path.read_bytes()
+        corpus = open_corpus(str(path), CONFIG, field="data.corpus['web']")
+        known = open_corpus(str(path), CONFIG)
+        assert known.fingerprint
+        documents = training(corpus)
+        path.with_suffix(".new").write_bytes(content)
+        path.with_suffix(".new").replace(path)
+        os.utime(path, (1, 1))
+        assert training(known) == documents
+        assert known.fingerprint == open_corpus(str(path), CONFIG).fingerprint
+        path.write_bytes(content.replace(b"some", b"same"))
+        with pytest.raises(Fault, match=f"{name}.*: has changed since the run listed it; put it back"):
+            training(known)
+        path.unlink()
+        with pytest.raises(Fault, match=r"data.corpus\['web'\]: a file has vanished"):
+            assert corpus.fingerprint
 
 
 def test_a_chunk_is_read_without_reading_its_file(tmp_path: Path):
@@ -243,6 +306,41 @@ def test_few_parquet_files_have_their_row_groups_as_chunks(tmp_path: Path):
     assert open_corpus(str(tmp_path), dataclasses.replace(CONFIG, num_streams=6)).shared
 
 
+@given(sizes=st.lists(st.integers(0, 4), min_size=1, max_size=8).filter(any), dictionary=st.booleans())
+def test_every_row_is_read_once_whatever_row_groups_are_empty(tmp_path_factory, sizes, dictionary):
+    pyarrow, parquet = require("pyarrow"), require("pyarrow.parquet")
+    path = tmp_path_factory.mktemp("corpus") / "a.parquet"
+    texts = [str(i) for i in range(sum(sizes))]
+    whole = pyarrow.table({"text": texts, "good": [True] * len(texts)})
+    with parquet.ParquetWriter(path, whole.schema, use_dictionary=dictionary) as writer:
+        for end, size in zip(itertools.accumulate(sizes), sizes, strict=True):
+            writer.write_table(whole.slice(end - size, size))
+    for streams in (1, 8):
+        config = dataclasses.replace(CONFIG, num_streams=streams, validation_fraction=0.0)
+        assert training(open_corpus(str(path), config)) == texts
+
+
+def test_a_damaged_parquet_is_said(tmp_path: Path, monkeypatch):
+    pyarrow, parquet = require("pyarrow"), require("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": ["some text"] * 60}), path, row_group_size=20)
+    whole = path.read_bytes()
+    name = whole.rindex(b"\x04text")
+    path.write_bytes(whole[: name + 1] + b"\xff" + whole[name + 2 :])
+    assert "is damaged: " in error(path)
+
+    path.write_bytes(whole)
+    corpus = open_corpus(str(path), CONFIG)
+
+    def readinto(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    # A disk that fails is no damage of the file.
+    monkeypatch.setattr(listing._LocalFile, "readinto", readinto)
+    with pytest.raises(OSError, match="Input/output error"):
+        training(corpus)
+
+
 def test_the_default_corpus_is_the_standard_library_without_tests(tmp_path: Path):
     path = tmp_path / "corpus" / "stdlib.jsonl"
     snapshot_stdlib(path)
@@ -290,3 +388,10 @@ def test_what_is_wrong_with_a_corpus_is_named_with_its_place(tmp_path: Path):
     shutil.copy(tmp_path / "a.jsonl", tmp_path / "folder")
     shutil.copy(tmp_path / "b.txt", tmp_path / "folder")
     assert len(error(tmp_path / "folder").splitlines()) == 2
+    for where, config in (("h.jsonl", CONFIG), ("a2.jsonl", held_out), ("short.txt", CONFIG)):
+        with pytest.raises(InputError, match=r"^data.corpus\['web'\] has "):
+            open_corpus(str(tmp_path / where), config, field="data.corpus['web']").check()
+    # A command without that field does not advise it.
+    assert "data.on_bad_document=skip" in error(tmp_path / "a.jsonl")
+    with pytest.raises(InputError, match="mend it$"):
+        list(open_corpus(str(tmp_path / "a.jsonl"), CONFIG, field="--corpus").all_documents())

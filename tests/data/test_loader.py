@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from data.config import DataConfig
-from data.errors import InputError
+from data.errors import Fault
 from data.loader import UNREAD, Loader, corpus_has_ended, gather_positions, look_ahead
 from data.mixture import POSITION_SIZE, Mixture, open_mixture
 from data.segmenter import make_segment
@@ -168,5 +168,5 @@ def test_an_error_in_the_thread_is_raised_where_the_batch_is_asked_for(tmp_path,
     path.write_text((json.dumps({"text": "word " * 100}) + "\n") * 400)
     mixture = mixture_of(path)
     path.write_text(path.read_text().replace('"text"', '"tex_"'))
-    with pytest.raises(InputError, match=r"a\.jsonl.* has changed"):
+    with pytest.raises(Fault, match=r"a\.jsonl.* has changed"):
         take(loader((mixture, made[1])), 50)

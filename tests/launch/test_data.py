@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+import os
 import re
 import shutil
 from collections import Counter
@@ -235,11 +236,37 @@ def test_a_file_that_changes_while_the_run_reads_it_ends_it_with_its_checkpoint(
     monkeypatch.setattr(Checkpoints, "save", save)
     # Windows of a few documents, so that there is something to read after the first checkpoint.
     command = ["pretrain", f"--config={config}", "--config.data.shuffle_window=1000", "--config.data.chunk_bytes=2000"]
-    assert here(*command) == 2
+    # A new start says what has changed, or goes on.
+    assert here(*command) == 1
     assert "corpus.jsonl" in (error := capsys.readouterr().err)
     assert "has changed since the run listed it" in error
     assert "Traceback" not in error
     assert Run(tmp_path / "run").last_step() == 4
+
+
+def test_any_name_of_a_corpus_file_is_shown(tmp_path: Path, finished: Path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    content = (finished.parent / "corpus.jsonl").read_bytes()
+    Path(os.fsdecode(bytes(folder) + b"/\xff\x1b[31m.jsonl")).write_bytes(content)
+    config = f"--config={finished.parent / 'run.py'}"
+    for more in (["--step=1"], ["--summary"]):
+        done = ziggurat("inspect", "data", config, f"--config.data.corpus={folder}", *more)
+        assert done.returncode == 0, done.stderr
+        assert r"\udcff\x1b[31m.jsonl" in done.stdout
+
+
+def test_a_corpus_whose_weight_rises_from_0_is_in_the_tokenizer_sample(tmp_path: Path):
+    for name, word in (("a", "abcabc"), ("b", "xyzxyz")):
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps({"text": f"{word} " * 20}) + "\n") * 200)
+    mixture = {
+        "a": {"corpus": str(tmp_path / "a.jsonl")},
+        "b": {"corpus": str(tmp_path / "b.jsonl"), "weight": [[0, 0], [9, 2]]},
+    }
+    config = write_config(tmp_path)
+    to = tmp_path / "tokenizer"
+    assert here("tokenize", f"--config={config}", f"--config.data.corpus={json.dumps(mixture)}", f"--to={to}") == 0
+    assert len(load_tokenizer(to).encode("xyzxyz")) == len(load_tokenizer(to).encode("abcabc")) == 1
 
 
 def test_two_processes_read_what_one_reads(tmp_path: Path):

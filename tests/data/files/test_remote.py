@@ -171,6 +171,15 @@ def problem(where: str, **more: Any) -> str:
     return str(caught.value)
 
 
+def test_a_name_that_looks_like_a_glob_is_a_name_where_it_is_there(s3, http):
+    for name in ("a[1].jsonl", "a?.jsonl", "a*.jsonl", ".x/a.jsonl"):
+        s3.put_object(Bucket="corpus", Key=f"data/{name}", Body=CONTENT)
+        assert content_of(one(f"s3://corpus/data/{name}")) == CONTENT
+    assert [file.name for file in list_files("s3://corpus/data/.*/*.jsonl", ENDINGS)] == [".x/a.jsonl"]
+    http.files["/a%5B1%5D.jsonl"] = CONTENT
+    assert content_of(one(f"{http.url}/a[1].jsonl")) == CONTENT
+
+
 def test_a_bucket_is_listed_as_folder_glob_and_file(s3):
     files = list_files("s3://corpus/data", ENDINGS)
     assert [(file.path, file.name) for file in files] == [(f"s3://corpus/data/{name}", name) for name in NAMES]

@@ -1,5 +1,6 @@
 """Each format: chunks tile a file, any document is found again, and damage is reported with its place."""
 
+import codecs
 import gzip
 import itertools
 import json
@@ -14,6 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data.config import DataConfig
+from data.corpus import open_corpus
 from data.errors import BadText, InputError
 from data.files.listing import File, fingerprint, list_files, open_file
 from data.files.ranges import READ_TOTALS
@@ -23,12 +26,14 @@ from data.formats import (
     RawDocument,
     ReadResult,
     format_and_compression,
+    jsonl,
     line_number,
     parquet,
     read_documents,
     text,
     written_place,
 )
+from data.formats import content as content_module
 from tests.peers import require
 
 TEXTS = st.lists(st.text(alphabet='aé漢🙂 \n\r\t"\\-=', max_size=40), max_size=20)
@@ -255,6 +260,48 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path):
     ]
     assert everything(written(tmp_path, "b.txt", mark + b"a\xff"), SEPARATED)[0][1].startswith("byte 4 is no UTF-8")
     assert everything(written(tmp_path, "b.jsonl", mark)) == []
+
+
+MARKED = st.lists(st.text(alphabet="aé\n\ufeff", max_size=9), min_size=1, max_size=5)
+
+
+@given(texts=MARKED, kind=st.sampled_from([ending for ending in ENDINGS if ending != ".parquet"]))
+def test_a_byte_order_mark_before_a_file_changes_no_document(tmp_path_factory, texts, kind):
+    format_, compression = format_and_compression("a" + kind)
+    for first in ("a", "---\na"):
+        whole = lines(texts) if format_ == ".jsonl" else (first + "\n---\n".join(texts)).encode()
+        for separator in ("---", None):
+            config = DataConfig(num_streams=1, validation_fraction=0, chunk_bytes=256, text_separator=separator)
+            found = []
+            for mark in (b"", codecs.BOM_UTF8):
+                path = tmp_path_factory.mktemp("marked") / f"a{kind}"
+                path.write_bytes(compress(compression)(mark + whole))
+                corpus = open_corpus(str(path), config)
+                found.append([d.text for chunk in corpus.chunks for d in corpus.documents(chunk)])
+            assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".txt", ".txt.xz", ".parquet"])
+def test_a_document_has_a_longest_length_and_reading_goes_on_after_it(tmp_path: Path, monkeypatch, ending: str):
+    for module in (content_module, jsonl, parquet, text):
+        monkeypatch.setattr(module, "MAX_DOCUMENT_BYTES", 1000)
+    monkeypatch.setattr(content_module, "SKIPPED_BYTES", 64)
+    texts = ["short", "long " * 1000, "short, too"]
+    if ending == ".parquet":
+        file = table(tmp_path, {"text": texts}, row_group_size=1)
+        first, second, third = parquet.read_footer(file).begins
+        for begin, expected in ((first, texts[0]), (third, texts[2])):
+            [(_, document)] = read_documents(file, begin, begin + 1, PLAIN)
+            assert document == RawDocument(expected)
+        with pytest.raises(BadText, match="is longer than"):
+            list(read_documents(file, second, third, PLAIN))
+        return
+    format_, compression = format_and_compression("a" + ending)
+    whole = lines(texts) if format_ == ".jsonl" else "\n---\n".join(texts).encode()
+    file = written(tmp_path, f"a{ending}", compress(compression)(whole))
+    (_, one), (_, problem), (_, other) = everything(file, SEPARATED)
+    assert (one, other) == (RawDocument(texts[0]), RawDocument(texts[2]))
+    assert "is longer than" in problem
 
 
 def test_a_very_long_line_is_read_in_time(tmp_path: Path):

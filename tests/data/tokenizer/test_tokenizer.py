@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from data.errors import InputError
@@ -36,6 +36,16 @@ def test_what_breaks_tokenizers_comes_back(tokenizer: Tokenizer, text: str):
 @given(text=st.text() | st.text(alphabet=" \n\t\r\u2581\ue00001ab<>|=-", max_size=200))
 def test_every_text_comes_back(tokenizer: Tokenizer, text: str):
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@given(text=st.text(min_size=1))
+@example("\u2585")
+@example("\0")
+def test_no_text_keeps_its_document_from_the_training(tmp_path_factory: pytest.TempPathFactory, text: str):
+    words = "quick brown foxes jump over lazy dogs " * 20
+    tokenizer = train_tokenizer([words + text + words], 330, tmp_path_factory.mktemp("tokenizer"))
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode("quick")) < 5
 
 
 def test_lone_surrogates_are_refused(tokenizer: Tokenizer):
