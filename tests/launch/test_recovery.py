@@ -135,6 +135,24 @@ def test_weights_that_are_no_numbers_are_not_saved(straight, tmp_path, monkeypat
     assert "are not finite" in rollback["problem"]
 
 
+def test_copies_that_differ_between_devices_are_not_saved(tmp_path, monkeypatch, capfd):
+    class Programs(train.loop.StepPrograms):
+        def __call__(self, step, state, batch):
+            state, metrics = super().__call__(step, state, batch)
+            if step == 8:
+                scale = state["weights"]["norm"]["scale"]
+                copies = [shard.data for shard in scale.addressable_shards]
+                copies[3] = jax.device_put(np.nextafter(copies[3], 2), copies[3].sharding)
+                changed = jax.make_array_from_single_device_arrays(scale.shape, scale.sharding, copies)
+                state["weights"]["norm"]["scale"] = changed
+            return state, metrics
+
+    monkeypatch.setattr(train.loop, "StepPrograms", Programs)
+    assert here("pretrain", f"--config={write_config(tmp_path)}", *FLAGS) == 1
+    assert "copies of weights.norm.scale differ between devices" in capfd.readouterr().err
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["4"]
+
+
 def test_where_the_last_rows_of_a_corpus_are_left_out_the_run_ends_before_them(tmp_path, monkeypatch):
     flags = ["--config.train.num_steps=1000", "--config.data.epochs=1", "--config.checkpoint.every_steps=10"]
     last = len(metrics(run(tmp_path, "straight", *flags)))

@@ -122,6 +122,13 @@ def test_a_loop_counts_from_its_first_to_its_last_trip():
     assert total(read(entry.format(2, ""), COUNTED).operations, "flops") == 5 * once
     in_twos = read(entry.format(0, ""), COUNTED.replace("%one = s32[] constant(1)", "%one = s32[] constant(2)"))
     assert total(in_twos.operations, "flops") == 4 * once
+    for last in range(6, 9):
+        for step in (1, 2, 3):
+            body = COUNTED.replace("%one = s32[] constant(1)", f"%one = s32[] constant({step})")
+            body = body.replace("constant(7)", f"constant({last})")
+            for direction, end in (("LT", last), ("LE", last + 1)):
+                program = read(entry.format(0, ""), body.replace("direction=LT", f"direction={direction}"))
+                assert total(program.operations, "flops") == len(range(0, end, step)) * once
     known = ', backend_config={"known_trip_count":{"n":"3"}}'
     assert total(read(entry.format(0, known), COUNTED).operations, "flops") == 3 * once
     unknown = read(entry.format(0, ""), COUNTED.replace("constant(7)", "add(%i.1, %i.1)"))
