@@ -17,7 +17,7 @@ CONFIG = DataConfig(segment_length=32, num_streams=2, validation_fraction=0.0, s
 def test_a_summary_counts_the_epochs_of_rows_that_are_partly_empty(tmp_path: Path):
     """Each row holds one document of 20 tokens and its end, and 11 positions without any."""
     path = tmp_path / "a.jsonl"
-    path.write_text(("".join(json.dumps({"text": "x" * 20}) + "\n" for _ in range(300))))
+    path.write_text("".join(json.dumps({"text": "x" * 20}) + "\n" for _ in range(300)))
     config = dataclasses.replace(CONFIG, corpus=str(path))
     [summary] = summarize(open_mixture(config, lambda: ""), ByteTokenizer(), 0, [100 * 32] * 6)
     assert (summary["documents"], summary["tokens"]) == (300, 300 * 21)

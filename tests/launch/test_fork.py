@@ -9,8 +9,10 @@ import jax
 import numpy as np
 import pytest
 
+from launch.presets import load_config
 from tests.launch.small_run import CONFIG, here, metrics, write_config, write_corpus
 from tests.launch.test_pretrain import assert_same_end, state_of, without_times
+from train.config.reading import make_config
 from train.run.folder import Run
 
 KEPT = ["--config.checkpoint.export=false", "--config.checkpoint.keep=9"]
@@ -52,6 +54,17 @@ def test_a_fork_with_all_is_the_parents_own_continuation_and_leaves_the_parent_a
     assert here("pretrain", f"--config={again}", "--config.train.num_steps=13") == 0
     assert metrics(again)[-1]["step"] == 13
     assert "fork" not in event(again)
+
+
+def test_a_fork_does_not_write_to_its_parents_checkpoints(tmp_path: Path):
+    """They may be in a place of their own, which a later start of the parent keeps."""
+    run = Run(tmp_path / "parent")
+    config = make_config({"checkpoint": {"dir": str(tmp_path / "checkpoints")}, "train": {"run_dir": str(run.folder)}})
+    run.save_config(config)
+    assert load_config(str(run.folder), {}).checkpoint.dir == str(tmp_path / "checkpoints")
+    fork = load_config(f"{run.folder}@8", {"train.run_dir": str(tmp_path / "fork")})
+    assert fork.train.init_from == f"{run.folder}@8"
+    assert Run.from_config(fork).checkpoints == Run(tmp_path / "fork").checkpoints
 
 
 def test_a_decay_branch_is_one_command_and_reads_on_where_its_parent_was(parent: Path, tmp_path: Path, capsys, caplog):
