@@ -51,7 +51,7 @@ def test_figures_are_over_all_tokens_ends_included_and_all_bytes(mask: bool):
     assert metrics.keys() == {"validation_loss", "validation_bits_per_byte", "validation_tokens"}
 
 
-def test_the_loss_is_that_of_each_token_and_the_end_after_the_token_before_a_document():
+def test_the_loss_is_that_of_each_token_and_the_end():
     config, tokenizer = config_for(), ByteTokenizer()
     text = "é漢 abc"
     tokens = [tokenizer.bos_id, *tokenizer.encode(text).tolist(), tokenizer.eos_id]
