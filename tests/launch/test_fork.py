@@ -14,6 +14,7 @@ from tests.launch.small_run import CONFIG, here, metrics, write_config, write_co
 from tests.launch.test_pretrain import assert_same_end, state_of, without_times
 from train.config.reading import make_config
 from train.run.folder import Run
+from train.run.ledger import write_ledger
 
 KEPT = ["--config.checkpoint.export=false", "--config.checkpoint.keep=9"]
 
@@ -65,6 +66,16 @@ def test_a_fork_does_not_write_to_its_parents_checkpoints(tmp_path: Path):
     fork = load_config(f"{run.folder}@8", {"train.run_dir": str(tmp_path / "fork")})
     assert fork.train.init_from == f"{run.folder}@8"
     assert Run.from_config(fork).checkpoints == Run(tmp_path / "fork").checkpoints
+
+
+def test_a_fork_leaves_out_what_its_parent_has_left_out(parent: Path, tmp_path: Path):
+    shutil.copytree(parent, tmp_path / "parent")
+    write_ledger(tmp_path / "parent" / "recovery.jsonl", [{"action": "skip", "batches": [10]}])
+    fork = tmp_path / "fork"
+    flags = [f"--config.train.run_dir={fork}", "--config.train.num_steps=10"]
+    assert here("pretrain", f"--config={tmp_path / 'parent'}@8", *flags) == 0
+    events = [json.loads(line) for line in (fork / "events.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["event"] == "skip"] == [10]
 
 
 def test_a_decay_branch_is_one_command_and_reads_on_where_its_parent_was(parent: Path, tmp_path: Path, capsys, caplog):

@@ -13,6 +13,7 @@ import pytest
 import train.loop
 from tests.launch.small_run import here, metrics, write_config
 from tests.launch.test_pretrain import assert_same_end, without_times
+from train.run.ledger import MOST_RETRIES
 
 FLAGS = ["--config.train.num_steps=10", "--config.checkpoint.export=false", "--config.data.validation_fraction=0"]
 
@@ -58,6 +59,8 @@ def test_after_an_error_of_a_device_the_same_steps_are_done_again(step, straight
     assert (rollback["step"], rollback["to"], rollback["action"]) == (step, back, "retry")
     assert f"step {step}: loss is nan; back to step {back}, to try its rows again" in capfd.readouterr().err
     assert rollback["seconds"]["lost"] > 0
+    # The steps up to the save are not lost.
+    assert (rollback["seconds"]["steps"] > 0) == (back > 0)
 
 
 def test_rows_that_stand_out_again_are_left_out_as_in_a_run_that_was_told_to(straight, tmp_path, monkeypatch):
@@ -102,6 +105,14 @@ def described(folder: Path, step: int) -> list[dict]:
     with contextlib.redirect_stdout(out):
         assert here("inspect", "data", folder, f"--step={step}", "--json") == 0
     return without_text(json.loads(out.getvalue())["rows"])
+
+
+def test_any_number_of_steps_may_be_tried_again_if_saves_are_between_them(tmp_path, monkeypatch):
+    tried = set()
+    poison(monkeypatch, lambda at, _: at not in tried and not tried.add(at))
+    flags = [f"--config.train.num_steps={MOST_RETRIES + 2}", "--config.checkpoint.every_steps=1"]
+    healed = run(tmp_path, "healed", *flags, "--config.evaluation.every_steps=99")
+    assert [event["step"] for event in events(healed, "rollback")] == list(range(1, MOST_RETRIES + 3))
 
 
 def test_what_cannot_be_healed_ends_with_status_2_and_its_last_good_state(tmp_path, monkeypatch, capfd):

@@ -26,15 +26,26 @@ class OneProcess:
         return np.array([sent])
 
 
-def in_flight(weight_of_b: Any) -> InFlight:
+class ThreeProcesses(OneProcess):
+    """The first waits for data, the second is slow, and the third was asked to stop."""
+
+    def read(self, sent: list[float]) -> np.ndarray:
+        return np.array([[0.0, 3.0, 4.0], [0.0, 1.0, 7.0], [1.0, 5.0, 6.0]]) @ np.eye(3, len(sent)) + [
+            0,
+            0,
+            0,
+            *sent[3:],
+        ]
+
+
+def in_flight(weight_of_b: Any = 1, agreement: Any = None) -> InFlight:
     config = make_config({"train": {"batch_size": 8, "num_steps": 100}}).resolved()
     unread: Any = None
     weights = {"a": 1, "b": weight_of_b}
     sources = [Source(name, unread, config.data, tuple(stages(weight))) for name, weight in weights.items()]
     inputs: Any = SimpleNamespace(config=config, mixture=Mixture(sources))
     detector = SpikeDetector(RecoveryConfig())
-    agreement: Any = OneProcess()
-    return InFlight(inputs, agreement, detector, 0, 1.0)
+    return InFlight(inputs, agreement or OneProcess(), detector, 0, 1.0)
 
 
 def finish(steps: InFlight, step: int, loss: float) -> dict[str, Any]:
@@ -59,3 +70,13 @@ def test_a_rise_of_the_loss_is_a_spike_unless_the_mixture_has_changed_at_this_st
                 finish(steps, jump, 6.0)
         else:
             assert finish(steps, jump, 6.0)["loss"] == 6.0
+
+
+def test_figures_of_all_processes_are_joined():
+    steps = in_flight(agreement=ThreeProcesses())
+    steps.add(1, {"loss": np.float32(3), "grad_norm": np.float32(1), "loss_weight": np.float32(4096)}, [0, 0, 0])
+    record, asked = steps.finish_oldest()
+    assert asked
+    assert record["data_wait_seconds"] == 5.0
+    assert (record["slowest_process"], record["slowest_process_seconds"]) == (1, 7.0)
+    assert record["slowest_process_data_wait_seconds"] == 1.0

@@ -3,6 +3,7 @@
 import pytest
 
 from train.devices.hardware import CHIPS, chip_of
+from train.planning.topology import GPUS
 
 # Dense bfloat16 products: FLOPs of a cycle of one unit, units (multiprocessors, or matrix units of a TPU), cycles/s.
 PEAKS = {
@@ -55,3 +56,11 @@ def test_each_of_jaxs_names_is_one_chip_and_other_names_are_none():
     assert len(set(kinds)) == len(kinds)
     assert all(chip_of(kind) == chip for chip in CHIPS.values() for kind in chip.device_kinds)
     assert chip_of("cpu") is None
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_the_compiler_plans_for_the_same_multiprocessors(name: str):
+    cores, units, *_, clock, _, _ = GPUS[name]
+    assert cores == PEAKS[name][1]
+    assert units in (64, 128)
+    assert PEAKS[name][2] <= clock * 1e9 <= 1.1 * PEAKS[name][2]
