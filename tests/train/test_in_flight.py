@@ -27,15 +27,10 @@ class OneProcess:
 
 
 class ThreeProcesses(OneProcess):
-    """The first waits for data, the second is slow, and the third was asked to stop."""
+    """The second is the slowest, and the third waits for data and was asked to stop."""
 
     def read(self, sent: list[float]) -> np.ndarray:
-        return np.array([[0.0, 3.0, 4.0], [0.0, 1.0, 7.0], [1.0, 5.0, 6.0]]) @ np.eye(3, len(sent)) + [
-            0,
-            0,
-            0,
-            *sent[3:],
-        ]
+        return np.array([[*report, *sent[3:]] for report in ([0, 3, 4], [0, 1, 7], [1, 5, 6])])
 
 
 def in_flight(weight_of_b: Any = 1, agreement: Any = None) -> InFlight:
