@@ -66,15 +66,15 @@ def copy_checkout(folder: Path) -> None:
     (folder / ".pytest_cache").symlink_to(ROOT / ".pytest_cache")
 
 
-def failure(folder: Path, tests: list[str]) -> str | None:
-    """Runs the tests in a copy until the first fails; returns the end of what they print, or None where all pass."""
+def failure(folder: Path, tests: list[str], seconds: float | None = None) -> str | None:
+    """Runs tests in a copy until the first fails or time is up; returns what they print last, or None if all pass."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
     try:
         done = subprocess.run(
-            command, cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)}, capture_output=True, timeout=SECONDS
+            command, cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)}, capture_output=True, timeout=seconds
         )
     except subprocess.TimeoutExpired:
-        return f"out of time after {SECONDS} s"
+        return f"out of time after {seconds} s"
     printed = done.stdout.decode()[-2000:]
     if done.returncode > 2:
         raise RuntimeError(f"pytest ended with {done.returncode}:\n{printed}")
@@ -88,7 +88,7 @@ def is_killed(mutation: Mutation) -> bool:
         copy_checkout(folder)
         file = folder / mutation.file
         file.write_text(file.read_text().replace(mutation.before, mutation.after))
-        return failure(folder, mutation.tests) is not None
+        return failure(folder, mutation.tests, SECONDS) is not None
 
 
 def main() -> int:
