@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ import time
 import tomllib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,16 +71,25 @@ def copy_checkout(folder: Path) -> None:
 def failure(folder: Path, tests: list[str], seconds: float | None = None) -> str | None:
     """Runs tests in a copy until the first fails or time is up; returns what they print last, or None if all pass."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
-    try:
-        done = subprocess.run(
-            command, cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)}, capture_output=True, timeout=seconds
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    with tempfile.TemporaryFile() as output:
+        tests_run = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True
         )
-    except subprocess.TimeoutExpired:
-        return f"out of time after {seconds} s"
-    printed = done.stdout.decode()[-2000:]
-    if done.returncode > 2:
-        raise RuntimeError(f"pytest ended with {done.returncode}:\n{printed}")
-    return printed if done.returncode else None
+        try:
+            status = tests_run.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return f"out of time after {seconds} s"
+        finally:
+            # What the tests have started ends with them.
+            with suppress(ProcessLookupError):
+                os.killpg(tests_run.pid, signal.SIGKILL)
+            tests_run.wait()
+        output.seek(0)
+        printed = output.read().decode()[-2000:]
+    if status > 2:
+        raise RuntimeError(f"pytest ended with {status}:\n{printed}")
+    return printed if status else None
 
 
 def is_killed(mutation: Mutation) -> bool:
