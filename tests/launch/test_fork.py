@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from launch.presets import load_config
-from tests.launch.small_run import CONFIG, here, metrics, write_config, write_corpus
+from tests.launch.small_run import CONFIG, back_to, here, metrics, write_config, write_corpus
 from tests.launch.test_pretrain import assert_same_end, state_of, without_times
 from train.config.reading import make_config
 from train.run.folder import Run
@@ -121,14 +121,14 @@ def test_a_fork_with_the_optimizer_reads_other_data_from_its_beginning(parent: P
 def test_a_fork_with_weights_alone_begins_at_step_0_with_its_parents_tokenizer(parent: Path, tmp_path: Path, capsys):
     write_corpus(tmp_path / "corpus.jsonl")
     config, fork = write_config(tmp_path, "fork"), tmp_path / "fork"
-    assert here("pretrain", f"--config={config}", f"--config.train.init_from={parent}@12", *KEPT,
+    assert here("pretrain", f"--config={config}", f"--config.train.init_from={parent}@8", *KEPT,
                 "--config.train.init_with=weights", "--config.train.num_steps=1", "--config.train.seed=7",
                 "--config.optimizer.name=lion", "--config.train.ema_decay=0.5",
                 "--config.optimizer.learning_rate=0") == 0  # fmt: skip
     assert [record["step"] for record in metrics(fork)] == [1]
     model = "tokenizer/tokenizer.model"
     assert (fork / model).read_bytes() == (parent / model).read_bytes()
-    state, theirs = state_of(fork, 1)[0], state_of(parent, 12)[0]
+    state, theirs = state_of(fork, 1)[0], state_of(back_to(8, parent, tmp_path / "earlier"), 8)[0]
     jax.tree.map(np.testing.assert_array_equal, state["weights"], theirs["weights"])
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), state["average"], theirs["weights"])
     assert event(fork)["fork"]["with"] == "weights"

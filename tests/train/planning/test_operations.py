@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from tests.peers import require
 from train.devices.hardware import CHIPS
 from train.planning.hlo import Array
-from train.planning.operations import Program, total, walked
+from train.planning.operations import Collective, Operation, Program, total, walked
 from train.planning.reader import read_program
 from train.planning.timeline import Timeline, timeline
 from train.planning.topology import topology_devices, without_jax_cache
@@ -281,6 +281,22 @@ def test_what_goes_between_slices_is_slow_and_counted_where_it_is_sent():
     assert (collective.kind, collective.axes, collective.group) == ("all-reduce", ("slice",), 2)
     assert (collective.payload_bytes, asynchronous(program)) == (40, [True])
     assert simulated(program).waiting == {("slice",): pytest.approx(40e-6)}
+
+
+@pytest.mark.parametrize(
+    ("axes", "together"), [((("slice",), ("fsdp",)), True), ((("fsdp",), ("fsdp",)), False)], ids=str
+)
+def test_traffic_waits_for_other_traffic_on_its_own_links_alone(axes: tuple, together: bool):
+    one, other = (Collective("permute", names, 2, "f32", 10**6, "") for names in axes)
+    operations = (
+        Operation("a", collective=one, asynchronous=True),
+        Operation("b", collective=other, asynchronous=True),
+        Operation("a-done", waits_for="a"),
+        Operation("b-done", waits_for="b"),
+    )
+    seconds = [1e6 / (1e6 if "slice" in names else 1e8) for names in axes]
+    expected = max(seconds) if together else sum(seconds)
+    assert simulated(Program(operations, frozenset(), 4, 0, ())).total == pytest.approx(expected)
 
 
 def test_copies_to_the_host_are_told_from_those_within_the_device():
