@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.benchmarks.mutations import read_table
+
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("model", "data", "train", "launch")
 MODULES = [ROOT / "settings.py", *(file for room in ROOMS for file in sorted((ROOT / room).rglob("*.py")))]
@@ -144,6 +146,11 @@ def test_no_function_is_longer_than_a_screen():
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 60, f"{file}:{node.lineno} {node.name}"
+
+
+def test_every_planted_fault_fits_the_code_and_its_tests_exist():
+    """`python -m tests.benchmarks.mutations` plants them, which takes minutes."""
+    assert [mutation for mutation in read_table() if mutation.problem()] == []
 
 
 def test_the_changelog_and_the_package_have_the_same_version():

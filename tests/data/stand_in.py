@@ -9,10 +9,10 @@ from data.tokenizer.tokenizer import Tokenizer
 
 
 class ByteTokenizer:
-    """Id 0 stands before and after a document; a byte b is id b + 1."""
+    """Id 257 stands before a document and id 0 after it; a byte b is id b + 1."""
 
-    eos_id = bos_id = 0
-    vocab_size = 257
+    eos_id, bos_id = 0, 257
+    vocab_size = 258
     fingerprint = "bytes"
     folder = Path("nowhere")
     encode_with_bos = Tokenizer.encode_with_bos

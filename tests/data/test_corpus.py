@@ -63,6 +63,18 @@ def test_every_line_is_in_one_chunk_and_trained_on_or_held_out(tmp_path_factory,
     assert set(training(corpus)).isdisjoint(held_out_of(corpus))
 
 
+def test_a_document_with_a_prompt_is_either_trained_on_or_held_out(tmp_path: Path):
+    config = dataclasses.replace(CONFIG, prompt_field="prompt", validation_fraction=0.5)
+    path = tmp_path / "a.jsonl"
+    pairs = [(f"question {i % 20}", f"answer {i // 20}") for i in range(200)]
+    path.write_text("".join(json.dumps({"prompt": prompt, "text": text}) + "\n" for prompt, text in pairs))
+    corpus = open_corpus(str(path), config)
+    trained = [(document.prompt, document.text) for chunk in corpus.chunks for document in corpus.documents(chunk)]
+    held_out = [(document.prompt, document.text) for document in corpus.held_out()]
+    assert sorted(trained + held_out) == sorted(pairs)
+    assert 50 < len(held_out) < 150
+
+
 @given(
     text=st.text(alphabet="aé漢🙂 \n\r", min_size=500, max_size=4000),
     chunk_bytes=st.integers(256, 3000),

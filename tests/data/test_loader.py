@@ -8,6 +8,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from data.config import DataConfig
@@ -129,13 +130,16 @@ def tokens(loader: Loader, v: int) -> list[int]:
     return make_segment(loader._streams[v].take(0)[1], CONFIG)["tokens"].tolist()
 
 
-def test_positions_of_other_processes_are_left_to_them():
+def test_positions_of_other_processes_are_gathered(monkeypatch):
     positions = np.full((4, 2, POSITION_SIZE), UNREAD)
     positions[1:3] = np.arange(-6, 18).reshape(2, 2, POSITION_SIZE)
     np.testing.assert_array_equal(gather_positions(positions), positions)
-    halves = np.stack([positions, np.where(positions == UNREAD, -(2**40), UNREAD)]).view(np.int32)
-    whole = np.where(positions == UNREAD, -(2**40), positions)
-    np.testing.assert_array_equal(halves.view(np.int64).max(axis=0), whole)
+    others = np.where(positions == UNREAD, -(2**40), UNREAD)
+    for order in ([0, 1], [1, 0]):
+        halves = np.stack([positions, others])[order].view(np.int32)
+        monkeypatch.setattr(multihost_utils, "process_allgather", lambda mine, halves=halves: halves)
+        whole = np.where(positions == UNREAD, -(2**40), positions)
+        np.testing.assert_array_equal(gather_positions(positions), whole)
 
 
 @pytest.mark.parametrize("number", [60, 61, 62, 63])

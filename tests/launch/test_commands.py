@@ -50,11 +50,14 @@ def evaluated(capsys, *arguments: object) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-def test_a_run_that_asked_for_a_kernel_is_evaluated_where_there_is_none(finished: Path, tmp_path: Path, capsys):
+@pytest.mark.parametrize(("field", "value"), [("attention_kernel", "cudnn"), ("compute_dtype", "bfloat16")])
+def test_a_run_is_evaluated_as_its_export_whatever_it_computed_with(
+    finished: Path, tmp_path: Path, capsys, field: str, value: str
+):
     elsewhere = tmp_path / "run"
     shutil.copytree(finished, elsewhere)
     config = json.loads((elsewhere / "config.json").read_text())
-    config["model"]["attention_kernel"] = "cudnn"
+    config["model"][field] = value
     (elsewhere / "config.json").write_text(json.dumps(config))
     assert evaluated(capsys, elsewhere)["loss"] == evaluated(capsys, finished)["loss"]
 

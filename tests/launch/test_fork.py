@@ -9,9 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from tests.launch.small_run import CONFIG, here, metrics, write_config, write_corpus
+from launch.presets import load_config
+from tests.launch.small_run import CONFIG, back_to, here, metrics, write_config, write_corpus
 from tests.launch.test_pretrain import assert_same_end, state_of, without_times
+from train.config.reading import make_config
 from train.run.folder import Run
+from train.run.ledger import write_ledger
 
 KEPT = ["--config.checkpoint.export=false", "--config.checkpoint.keep=9"]
 
@@ -52,6 +55,27 @@ def test_a_fork_with_all_is_the_parents_own_continuation_and_leaves_the_parent_a
     assert here("pretrain", f"--config={again}", "--config.train.num_steps=13") == 0
     assert metrics(again)[-1]["step"] == 13
     assert "fork" not in event(again)
+
+
+def test_a_fork_does_not_write_to_its_parents_checkpoints(tmp_path: Path):
+    """They may be in a place of their own, which a later start of the parent keeps."""
+    run = Run(tmp_path / "parent")
+    config = make_config({"checkpoint": {"dir": str(tmp_path / "checkpoints")}, "train": {"run_dir": str(run.folder)}})
+    run.save_config(config)
+    assert load_config(str(run.folder), {}).checkpoint.dir == str(tmp_path / "checkpoints")
+    fork = load_config(f"{run.folder}@8", {"train.run_dir": str(tmp_path / "fork")})
+    assert fork.train.init_from == f"{run.folder}@8"
+    assert Run.from_config(fork).checkpoints == Run(tmp_path / "fork").checkpoints
+
+
+def test_a_fork_leaves_out_what_its_parent_has_left_out(parent: Path, tmp_path: Path):
+    shutil.copytree(parent, tmp_path / "parent")
+    write_ledger(tmp_path / "parent" / "recovery.jsonl", [{"action": "skip", "batches": [10]}])
+    fork = tmp_path / "fork"
+    flags = [f"--config.train.run_dir={fork}", "--config.train.num_steps=10"]
+    assert here("pretrain", f"--config={tmp_path / 'parent'}@8", *flags) == 0
+    events = [json.loads(line) for line in (fork / "events.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["event"] == "skip"] == [10]
 
 
 def test_a_decay_branch_is_one_command_and_reads_on_where_its_parent_was(parent: Path, tmp_path: Path, capsys, caplog):
@@ -97,14 +121,14 @@ def test_a_fork_with_the_optimizer_reads_other_data_from_its_beginning(parent: P
 def test_a_fork_with_weights_alone_begins_at_step_0_with_its_parents_tokenizer(parent: Path, tmp_path: Path, capsys):
     write_corpus(tmp_path / "corpus.jsonl")
     config, fork = write_config(tmp_path, "fork"), tmp_path / "fork"
-    assert here("pretrain", f"--config={config}", f"--config.train.init_from={parent}@12", *KEPT,
+    assert here("pretrain", f"--config={config}", f"--config.train.init_from={parent}@8", *KEPT,
                 "--config.train.init_with=weights", "--config.train.num_steps=1", "--config.train.seed=7",
                 "--config.optimizer.name=lion", "--config.train.ema_decay=0.5",
                 "--config.optimizer.learning_rate=0") == 0  # fmt: skip
     assert [record["step"] for record in metrics(fork)] == [1]
     model = "tokenizer/tokenizer.model"
     assert (fork / model).read_bytes() == (parent / model).read_bytes()
-    state, theirs = state_of(fork, 1)[0], state_of(parent, 12)[0]
+    state, theirs = state_of(fork, 1)[0], state_of(back_to(8, parent, tmp_path / "earlier"), 8)[0]
     jax.tree.map(np.testing.assert_array_equal, state["weights"], theirs["weights"])
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), state["average"], theirs["weights"])
     assert event(fork)["fork"]["with"] == "weights"

@@ -103,6 +103,50 @@ def test_every_presets_export_has_the_names_and_shapes_of_its_class_at_full_size
     assert_same_shapes(model, name)
 
 
+# The values of the published config.json that decide what a model of these shapes computes.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "gpt2_124m": {"layer_norm_epsilon": 1e-5, "activation_function": "gelu_new", "n_positions": 1024}
+    | dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.1),
+    "llama2_7b": {"rope_theta": 10_000.0, "rms_norm_eps": 1e-5, "hidden_act": "silu", "max_position_embeddings": 4096},
+    "llama3_8b": {"rope_theta": 500_000.0, "rms_norm_eps": 1e-5, "hidden_act": "silu", "max_position_embeddings": 8192},
+    "qwen3_0_6b": {"rope_theta": 1_000_000.0, "rms_norm_eps": 1e-6, "hidden_act": "silu", "num_attention_heads": 16},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_presets_compute_what_the_published_model_does(name: str):
+    config = load_config(name, {}).resolved(32_000)
+    values = Interchange(config.model, config.data.segment_length).export_config(bos_id=0, eos_id=0)
+    assert {key: values[key] for key in PUBLISHED[name]} == PUBLISHED[name]
+
+
+# Tokens of a batch and of all; the schedule and its peak, warm-up and final share; β₁, β₂, ε, decay and clipping.
+RECIPES = {
+    "vaswani_base": (25_000, None, ("inverse_sqrt", 7e-4, 4000, None), (0.9, 0.98, 1e-9, 0.0, 0.0)),
+    "gpt2_124m": (0.5e6, None, ("cosine", 6e-4, 2000, 0.1), (0.9, 0.95, 1e-8, 0.1, 1.0)),
+    "gpt3_175b": (3.2e6, 300e9, ("cosine", 0.6e-4, 5760, 0.1), (0.9, 0.95, 1e-8, 0.1, 1.0)),
+    "llama2_7b": (4e6, 2e12, ("cosine", 3e-4, 2000, 0.1), (0.9, 0.95, 1e-5, 0.1, 1.0)),
+    "llama3_8b": (8e6, 15e12, ("cosine", 3e-4, 8000, 0.01), (0.9, 0.95, 1e-8, 0.1, 1.0)),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_published_recipes_are_those_of_their_papers(name: str):
+    config = load_config(name, {}).resolved(50_257)
+    tokens, of_all, (schedule, peak, warmup, final), (beta1, beta2, epsilon, decay, clip) = RECIPES[name]
+    length, optimizer = config.data.segment_length, config.optimizer
+    assert config.train.batch_size * length == pytest.approx(tokens, rel=0.06)
+    if of_all:
+        rows = sum(batch_size(config, step) for step in range(config.train.num_steps))
+        assert rows * length == pytest.approx(of_all, rel=0.02)
+    assert (optimizer.name, optimizer.schedule) == ("adamw", schedule)
+    assert optimizer.learning_rate == pytest.approx(peak, rel=0.01)
+    assert optimizer.steps_of_warmup(config.train.num_steps) in (warmup, warmup - 1)
+    assert final in (None, optimizer.final_fraction)
+    actual = (optimizer.beta1, optimizer.beta2, optimizer.epsilon, optimizer.weight_decay, optimizer.clip_norm)
+    assert actual == (beta1, beta2, epsilon, decay, clip)
+
+
 # The published recipes, at a size that a test can train.
 SHRUNK = {
     "model.num_layers": 2, "model.model_dim": 32, "model.num_heads": 4, "model.feedforward_dim": 128,

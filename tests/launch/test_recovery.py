@@ -13,6 +13,7 @@ import pytest
 import train.loop
 from tests.launch.small_run import here, metrics, write_config
 from tests.launch.test_pretrain import assert_same_end, without_times
+from train.run.ledger import MOST_RETRIES
 
 FLAGS = ["--config.train.num_steps=10", "--config.checkpoint.export=false", "--config.data.validation_fraction=0"]
 
@@ -58,6 +59,8 @@ def test_after_an_error_of_a_device_the_same_steps_are_done_again(step, straight
     assert (rollback["step"], rollback["to"], rollback["action"]) == (step, back, "retry")
     assert f"step {step}: loss is nan; back to step {back}, to try its rows again" in capfd.readouterr().err
     assert rollback["seconds"]["lost"] > 0
+    # The steps up to the save are not lost.
+    assert (rollback["seconds"]["steps"] > 0) == (back > 0)
 
 
 def test_rows_that_stand_out_again_are_left_out_as_in_a_run_that_was_told_to(straight, tmp_path, monkeypatch):
@@ -104,6 +107,14 @@ def described(folder: Path, step: int) -> list[dict]:
     return without_text(json.loads(out.getvalue())["rows"])
 
 
+def test_any_number_of_steps_may_be_tried_again_if_saves_are_between_them(tmp_path, monkeypatch):
+    tried = set()
+    poison(monkeypatch, lambda at, _: at not in tried and not tried.add(at))
+    flags = [f"--config.train.num_steps={MOST_RETRIES + 2}", "--config.checkpoint.every_steps=1"]
+    healed = run(tmp_path, "healed", *flags, "--config.evaluation.every_steps=99")
+    assert [event["step"] for event in events(healed, "rollback")] == list(range(1, MOST_RETRIES + 3))
+
+
 def test_what_cannot_be_healed_ends_with_status_2_and_its_last_good_state(tmp_path, monkeypatch, capfd):
     poison(monkeypatch, lambda at, _: at == 6)
     status = here("pretrain", f"--config={write_config(tmp_path)}", *FLAGS, "--config.recovery.max_skipped_batches=2")
@@ -133,6 +144,24 @@ def test_weights_that_are_no_numbers_are_not_saved(straight, tmp_path, monkeypat
     (rollback,) = events(healed, "rollback")
     assert (rollback["step"], rollback["to"]) == (8, 4)
     assert "are not finite" in rollback["problem"]
+
+
+def test_copies_that_differ_between_devices_are_not_saved(tmp_path, monkeypatch, capfd):
+    class Programs(train.loop.StepPrograms):
+        def __call__(self, step, state, batch):
+            state, metrics = super().__call__(step, state, batch)
+            if step == 8:
+                scale = state["weights"]["norm"]["scale"]
+                copies = [shard.data for shard in scale.addressable_shards]
+                copies[3] = jax.device_put(np.nextafter(copies[3], 2), copies[3].sharding)
+                changed = jax.make_array_from_single_device_arrays(scale.shape, scale.sharding, copies)
+                state["weights"]["norm"]["scale"] = changed
+            return state, metrics
+
+    monkeypatch.setattr(train.loop, "StepPrograms", Programs)
+    assert here("pretrain", f"--config={write_config(tmp_path)}", *FLAGS) == 1
+    assert "copies of weights.norm.scale differ between devices" in capfd.readouterr().err
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["4"]
 
 
 def test_where_the_last_rows_of_a_corpus_are_left_out_the_run_ends_before_them(tmp_path, monkeypatch):

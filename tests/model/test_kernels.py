@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
+import model.kernels
 from model.config import ModelConfig
 from model.context_parallel import zigzag_order
-from model.kernels import attention_over, choose_kernel
+from model.kernels import KernelChoice, attention_over, choose_kernel
 from model.sharding import UNSHARDED
 from tests.small import mesh_of, small_model
 from train.devices.rules import TRAINING
@@ -65,6 +66,26 @@ def test_splash_attention_is_plain_attention(changes: dict):
     plain = result_and_gradients(config_for("plain", **changes), mesh_of(), TRAINING, arrays)
     splash = result_and_gradients(config_for("splash", **changes), mesh_of(), TRAINING, arrays)
     assert_close(splash, plain, 2e-6)
+
+
+@pytest.mark.parametrize("shape", [{}, {"context": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 40}, {"num_kv_heads": 4}], ids=str)
+def test_what_cudnn_is_asked_for_is_plain_attention(shape: dict, changes: dict, monkeypatch):
+    """XLA's own attention stands in for cuDNN's, which only a GPU has."""
+    arrays = inputs(config_for("plain", **changes))
+    plain = result_and_gradients(config_for("plain", **changes), mesh_of(), TRAINING, arrays)
+    real = jax.nn.dot_product_attention
+    asked = []
+
+    def stand_in(*qkv, implementation: str, **options):
+        asked.append(implementation)
+        return real(*qkv, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    monkeypatch.setattr(model.kernels, "choose_kernel", lambda *_: KernelChoice("cudnn", ""))
+    cudnn = result_and_gradients(config_for("plain", **changes), mesh_of(**shape), TRAINING, arrays)
+    assert asked == ["cudnn"]
+    assert_close(cudnn, plain, 2e-6)
 
 
 def test_splash_attention_in_bfloat16_is_as_near_as_plain_attention_is():

@@ -59,6 +59,14 @@ def test_blocks_add_no_more_than_the_embedding_put_there():
         assert table["blocks.attention.output"].scale == table["blocks.feedforward.down"].scale == deviation / 4
 
 
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"scale_embeddings": True}], ids=str)
+def test_learned_positions_begin_at_half_of_the_embedded_tokens_deviation(changes: dict):
+    config = small_model(position="learned", max_positions=64, model_dim=64, **changes)
+    weights = flattened(initial_weights(config, 0))
+    tokens = float(np.std(weights["embedding.table"])) * (8 if config.scale_embeddings else 1)
+    assert float(np.std(weights["position.table"])) == pytest.approx(tokens / 2, rel=0.05)
+
+
 def test_the_vocabulary_is_padded_for_any_mesh_and_not_counted():
     config = small_model(vocab_size=300)
     assert parameter_table(config)["embedding.table"].shape == (384, 32)

@@ -1,11 +1,15 @@
 """Recognizes the folder of a run, even of one that was killed as it began."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+import train.prepare
 from data.errors import InputError
-from train.prepare import is_claimed
+from data.mixture import open_mixture
+from train.config.reading import make_config
+from train.prepare import is_claimed, train_run_tokenizer
 from train.run.folder import Run
 
 
@@ -28,3 +32,21 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="holds other things than a run"):
         is_claimed(Run(tmp_path))
+
+
+def test_the_tokenizer_learns_from_each_corpus_by_its_first_weight(tmp_path: Path, monkeypatch):
+    corpora = {}
+    for letter, weight in (("a", [[0, 3], [9, 1]]), ("b", 1), ("c", [[0, 0], [5, 1]])):
+        path = tmp_path / f"{letter}.jsonl"
+        path.write_text("".join(json.dumps({"text": f"{i} {letter * 80}"}) + "\n" for i in range(400)))
+        corpora[letter] = {"corpus": str(path), "weight": weight}
+    sizes: dict[str, int] = {}
+
+    def train_tokenizer(sample: list[str], *_: object) -> None:
+        for text in sample:
+            sizes[text[-1]] = sizes.get(text[-1], 0) + len(text)
+
+    monkeypatch.setattr(train.prepare, "train_tokenizer", train_tokenizer)
+    config = make_config({"data": {"corpus": corpora, "num_streams": 2}, "tokenizer": {"sample_bytes": 8000}})
+    train_run_tokenizer(config, open_mixture(config.resolved().data, lambda: ""), tmp_path)
+    assert sizes == {"a": pytest.approx(6000, abs=1), "b": pytest.approx(2000, abs=1)}

@@ -211,7 +211,8 @@ class _Reader:
         change = body[after.operands[counters[0]]] if after.opcode == "tuple" else after
         steps = [_constant(body, name) for name in change.operands] if change.opcode == "add" else []
         step = next((number for number in steps if number), 1)
-        return max(-(-abs(limit - (first or 0)) // abs(step)) + ("direction=LE" in compare.rest), 0)
+        distance = abs(limit - (first or 0)) + ("direction=LE" in compare.rest)
+        return -(-distance // abs(step))
 
 
 def _weight(operations: tuple[Operation, ...]) -> tuple[float, ...]:

@@ -418,6 +418,19 @@ def test_a_file_in_memory_is_one_like_others():
         memory.rm("/corpus", recursive=True)
 
 
+def test_a_file_that_becomes_shorter_while_it_is_read_is_not_taken_for_whole():
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    memory.pipe_file("/corpus/a.jsonl", CONTENT)
+    try:
+        with open_file(one("memory://corpus")) as stream:
+            stream.read(10)
+            memory.store["/corpus/a.jsonl"].truncate(len(CONTENT) - 1000)
+            with pytest.raises(BadText, match="has changed"):
+                stream.read()
+    finally:
+        memory.rm("/corpus", recursive=True)
+
+
 def test_protocols_that_are_unknown_or_need_a_package_are_said(monkeypatch):
     assert "Protocol not known: nonsense" in problem("nonsense://a/b.jsonl")
     assert "chained" in problem("s3://a::b.jsonl")

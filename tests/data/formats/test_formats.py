@@ -453,3 +453,13 @@ def test_a_fingerprint_follows_name_size_and_content(tmp_path: Path):
     assert len(fingerprint(other, False)) == 64
     with open_file(other, 150_000) as stream:
         assert stream.read(2) == b"\0x"
+
+
+@pytest.mark.parametrize(("whole", "places"), [(True, (0, 2**20, 3 * 2**20 - 1)), (False, (0, 3 * 2**20 - 1))])
+def test_a_fingerprint_sees_what_it_reads_of_a_file_of_several_blocks(tmp_path: Path, whole: bool, places):
+    content = bytes(3 * 2**20)
+    fingerprints = {fingerprint(written(tmp_path, "a.txt", content), whole)}
+    for place in places:
+        changed = content[:place] + b"x" + content[place + 1 :]
+        fingerprints.add(fingerprint(written(tmp_path, "a.txt", changed), whole))
+    assert len(fingerprints) == 1 + len(places)

@@ -313,3 +313,11 @@ def test_scalings_of_older_files_are_read():
 def test_choices_that_no_class_has_are_named(changes: dict, words: str):
     with pytest.raises(ValueError, match=re.escape(words)):
         family_of(a_model(changes))
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
+def test_a_key_that_is_missing_has_the_default_of_transformers(family: Family):
+    theirs = require("transformers").AutoConfig.for_model(family.model_type)
+    for key in (*family.keys, family.context):
+        if key.default is not None:
+            assert key.default == getattr(theirs, key.key), key.key

@@ -139,6 +139,16 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(two_steps, tmp
             restore(tmp_path / "copy")
 
 
+@pytest.mark.parametrize("item", ["weights", "optimizer"])
+def test_other_bits_in_any_item_are_seen_even_if_its_files_are_whole(two_steps, tmp_path, caplog, item: str):
+    shutil.copytree(two_steps[0], tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "2" / item)
+    shutil.copytree(tmp_path / "copy" / "1" / item, tmp_path / "copy" / "2" / item)
+    with jax.set_mesh(mesh_of()):
+        assert restore(tmp_path / "copy")[1]["of"] == 1
+    assert f"the checkpoint of step 2 is damaged ({item}." in caplog.text
+
+
 def test_a_save_after_a_restore_compiles_no_checksums_again(two_steps, tmp_path):
     shutil.copytree(two_steps[0], tmp_path / "copy")
     with jax.set_mesh(mesh_of(data=2, fsdp=2, tensor=2)):

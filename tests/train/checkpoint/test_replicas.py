@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from data.errors import Fault
 from tests.small import mesh_of
-from train.checkpoint.replicas import check_replicas
+from train.checkpoint.replicas import check_replicas, is_finite
 
 
 def put(mesh, spec, value: np.ndarray, wrong: dict[int, np.ndarray] | None = None) -> jax.Array:
@@ -54,3 +54,12 @@ def test_of_two_copies_that_differ_both_are_named_and_an_array_without_copies_is
         check_replicas({"weights": {"a": put(mesh, PartitionSpec("data"), VALUE)}})
         with pytest.raises(Fault, match="device 0 of process 0, device 1 of process 0"):
             check_replicas({"a": put(mesh, PartitionSpec(), value, {1: value + value})})
+
+
+@pytest.mark.parametrize("item", ["weights", "optimizer", "average"])
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf, -jnp.inf], ids=str)
+def test_a_single_number_that_is_not_finite_is_found_in_any_item(item: str, value: float):
+    state = {name: {"a": jnp.ones((2, 3)), "count": jnp.int32(1)} for name in ("weights", "optimizer", "average")}
+    assert is_finite(state)
+    state[item]["a"] = state[item]["a"].at[1, 2].set(value)
+    assert not is_finite(state)

@@ -5,6 +5,7 @@ import functools
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from tests.benchmarks.meshes import AXES, BOUNDS, FAMILIES, MIXED, Steps, config
 from tests.small import mesh_of, small_batch
 from train.config.reading import make_config
 from train.config.run_config import MeshConfig
-from train.devices.mesh import batch_sharding, make_mesh, mesh_shape
+from train.devices.mesh import batch_sharding, count_slices, make_mesh, mesh_shape
 from train.devices.mesh_checks import mesh_problems, rule_problems
 from train.step.optimizer import make_optimizer
 from train.step.state import abstract_state, make_state
@@ -109,6 +110,12 @@ def test_the_compiled_step_reuses_the_memory_of_its_state():
         memory = make_train_step(config, optimizer).lower(state, batch).compile().memory_analysis()
     size = sum(x.size // 8 * x.dtype.itemsize for x in jax.tree.leaves(state))
     assert memory.alias_size_in_bytes >= 0.95 * size
+
+
+def test_slices_are_counted_on_tpus_and_hosts_of_gpus_are_none():
+    for platform, expected in (("tpu", 3), ("gpu", 1), ("cpu", 1)):
+        devices = [SimpleNamespace(platform=platform, slice_index=i // 2) for i in range(6)]
+        assert count_slices(devices) == expected
 
 
 def test_minus_one_takes_all_other_devices():

@@ -4,12 +4,16 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from model.decoder import Decoder
 from tests.data.stand_in import ByteTokenizer
 from tests.small import mesh_of, small_model
 from train.config.reading import make_config
 from train.devices.mesh import one_device_mesh
+from train.devices.rules import TRAINING
 from train.evaluation.held_out import evaluate, gzip_bits_per_byte, make_evaluation_step
 from train.evaluation.results import combine, evaluation_metrics
 from train.run.folder import HeldOutDocument
@@ -45,6 +49,21 @@ def test_figures_are_over_all_tokens_ends_included_and_all_bytes(mask: bool):
     assert found.bits_per_byte == pytest.approx(found.loss * found.tokens / math.log(2) / size)
     metrics = evaluation_metrics({"": found})
     assert metrics.keys() == {"validation_loss", "validation_bits_per_byte", "validation_tokens"}
+
+
+def test_the_loss_is_that_of_each_token_and_the_end():
+    config, tokenizer = config_for(), ByteTokenizer()
+    text = "é漢 abc"
+    tokens = [tokenizer.bos_id, *tokenizer.encode(text).tolist(), tokenizer.eos_id]
+    found = evaluation(config, one_device_mesh(), [HeldOutDocument(text)])
+    with jax.set_mesh(one_device_mesh()):
+        decoder = Decoder(config.model, make_state(config, make_optimizer(config))["weights"], TRAINING)
+        inputs = jnp.array([tokens[:-1]])
+        x_BTD = decoder(inputs, jnp.arange(inputs.shape[1])[None], jnp.ones_like(inputs))
+        log_p = np.asarray(jax.nn.log_softmax(decoder.logits(x_BTD)))[0]
+    expected = -sum(log_p[range(len(tokens) - 1), tokens[1:]])
+    assert found.loss * found.tokens == pytest.approx(expected, rel=1e-5)
+    assert found.bits_per_byte == pytest.approx(expected / math.log(2) / len(text.encode()), rel=1e-5)
 
 
 def test_several_corpora_have_figures_of_their_own_and_in_all():

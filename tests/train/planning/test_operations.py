@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from tests.peers import require
 from train.devices.hardware import CHIPS
 from train.planning.hlo import Array
-from train.planning.operations import Program, total, walked
+from train.planning.operations import Collective, Operation, Program, total, walked
 from train.planning.reader import read_program
 from train.planning.timeline import Timeline, timeline
 from train.planning.topology import topology_devices, without_jax_cache
@@ -122,6 +122,13 @@ def test_a_loop_counts_from_its_first_to_its_last_trip():
     assert total(read(entry.format(2, ""), COUNTED).operations, "flops") == 5 * once
     in_twos = read(entry.format(0, ""), COUNTED.replace("%one = s32[] constant(1)", "%one = s32[] constant(2)"))
     assert total(in_twos.operations, "flops") == 4 * once
+    for last in range(6, 9):
+        for step in (1, 2, 3):
+            body = COUNTED.replace("%one = s32[] constant(1)", f"%one = s32[] constant({step})")
+            body = body.replace("constant(7)", f"constant({last})")
+            for direction, end in (("LT", last), ("LE", last + 1)):
+                program = read(entry.format(0, ""), body.replace("direction=LT", f"direction={direction}"))
+                assert total(program.operations, "flops") == len(range(0, end, step)) * once
     known = ', backend_config={"known_trip_count":{"n":"3"}}'
     assert total(read(entry.format(0, known), COUNTED).operations, "flops") == 3 * once
     unknown = read(entry.format(0, ""), COUNTED.replace("constant(7)", "add(%i.1, %i.1)"))
@@ -274,6 +281,22 @@ def test_what_goes_between_slices_is_slow_and_counted_where_it_is_sent():
     assert (collective.kind, collective.axes, collective.group) == ("all-reduce", ("slice",), 2)
     assert (collective.payload_bytes, asynchronous(program)) == (40, [True])
     assert simulated(program).waiting == {("slice",): pytest.approx(40e-6)}
+
+
+@pytest.mark.parametrize(
+    ("axes", "together"), [((("slice",), ("fsdp",)), True), ((("fsdp",), ("fsdp",)), False)], ids=str
+)
+def test_traffic_waits_for_other_traffic_on_its_own_links_alone(axes: tuple, together: bool):
+    one, other = (Collective("permute", names, 2, "f32", 10**6, "") for names in axes)
+    operations = (
+        Operation("a", collective=one, asynchronous=True),
+        Operation("b", collective=other, asynchronous=True),
+        Operation("a-done", waits_for="a"),
+        Operation("b-done", waits_for="b"),
+    )
+    seconds = [1e6 / (1e6 if "slice" in names else 1e8) for names in axes]
+    expected = max(seconds) if together else sum(seconds)
+    assert simulated(Program(operations, frozenset(), 4, 0, ())).total == pytest.approx(expected)
 
 
 def test_copies_to_the_host_are_told_from_those_within_the_device():

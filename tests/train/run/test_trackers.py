@@ -51,6 +51,23 @@ def test_numbers_go_to_tensorboard(tmp_path: Path):
     assert b"time" not in events
 
 
+def test_tensorboard_shows_each_step_once_over_all_starts(tmp_path: Path):
+    """It leaves out what earlier starts have written from the step on that a start names."""
+    require("tensorboardX")
+    from tensorboardX.proto.event_pb2 import Event
+
+    run = begin(tmp_path / "run")
+    log_steps(run, make_config({"train": {"tensorboard": True}}), 8, 9)
+    content = next((run.folder / "tensorboard").iterdir()).read_bytes()
+    events = []
+    while content:
+        (length,) = struct.unpack_from("<Q", content)  # a checksum of four bytes follows, and another one at the end
+        events.append(Event.FromString(content[12 : 12 + length]))
+        content = content[16 + length :]
+    assert [event.step for event in events if event.HasField("session_log")] == [9]
+    assert {event.step for event in events if event.HasField("summary")} == {9}
+
+
 def log_records(content: bytes) -> Iterator[bytes]:
     """Reads a file of Weights & Biases: a log like LevelDB's, in blocks of 32 KiB, after seven bytes of its own.
 

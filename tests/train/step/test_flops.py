@@ -34,6 +34,15 @@ def test_the_flops_formula_is_that_of_the_products_in_the_forward_pass_times_thr
     assert compiled == pytest.approx(expected, rel=0.1)
 
 
+@pytest.mark.parametrize("window", [None, 1, 100, 1000, 5000])
+def test_the_flops_formula_counts_the_keys_that_a_position_attends_to(window: int | None):
+    T = 1000
+    keys = sum(min(position + 1, window or T) for position in range(T)) / T
+    # A segment of one token has half a key by the formula, and the same matrices.
+    of_attention = flops_per_token(small_model(sliding_window=window), T) - flops_per_token(small_model(), 1)
+    assert of_attention / (12 * 2 * 4 * 8) == pytest.approx(keys - 0.5, rel=0.01)
+
+
 def test_the_peak_of_a_cpu_is_measured_and_says_so():
     flops, source = peak_flops("float32")
     assert flops > 1e9

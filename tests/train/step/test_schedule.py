@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from train.config.optimizer_config import OptimizerConfig
 from train.config.reading import make_config
 from train.step.schedule import accumulation_parts, batch_size, learning_rate
 
@@ -53,6 +54,11 @@ def test_left_out_steps_are_parts_of_the_run(schedule: str):
     assert found.argmax() == 10
     assert found[-1] == pytest.approx(0.1)
     assert found[0] > 0
+
+
+def test_warm_up_is_a_twentieth_of_the_run_and_at_most_2000_steps():
+    found = {num_steps: OptimizerConfig().steps_of_warmup(num_steps) for num_steps in (10, 100, 20_000, 40_000, 10**6)}
+    assert found == {10: 0, 100: 5, 20_000: 1000, 40_000: 2000, 10**6: 2000}
 
 
 def test_a_long_warm_up_leaves_the_rest_to_the_decay():

@@ -1,6 +1,7 @@
 """Outliers of the loss, and values that are not finite."""
 
 import math
+import statistics
 
 import pytest
 
@@ -53,6 +54,16 @@ def test_steps_without_a_trained_token_are_no_losses():
         detector.check(record(0.0, tokens=0.0))
     assert list(detector.history) == of([6.8] * 2)
     detector.check(record(6.9))
+
+
+@pytest.mark.parametrize("deviations", [5.0, 10.0])
+def test_deviations_are_those_of_a_normal_distribution(deviations: float):
+    normal = statistics.NormalDist(3.0, 0.1)
+    losses = of([normal.inv_cdf((i + 0.5) / 128) for i in range(128)])
+    config = RecoveryConfig(spike_deviations=deviations)
+    SpikeDetector(config, losses).check(record(3.0 + 0.95 * deviations * 0.1))
+    with pytest.raises(Anomaly):
+        SpikeDetector(config, losses).check(record(3.0 + 1.05 * deviations * 0.1))
 
 
 def test_losses_that_hardly_vary_may_rise_a_little():
