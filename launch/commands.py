@@ -64,6 +64,12 @@ class Parser(argparse.ArgumentParser):
         usage = " ".join(self.format_usage().split())
         raise InputError(f"{message.removeprefix('argument ')}\n  {usage}\n  all flags: {self.prog} --help")
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        # argparse drops a flag's value that is "--", as if it stood alone.
+        if action.option_strings and arg_strings == ["--"]:
+            return self._get_value(action, "--")
+        return super()._get_values(action, arg_strings)
+
     def read(self, words: Sequence[str]) -> argparse.Namespace:
         """Parses a command's words; fields that don't exist are left to the config, which reports all its problems."""
         flags = [flag for action in self.options for flag in action.option_strings]

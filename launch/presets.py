@@ -47,9 +47,7 @@ class Override(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
         assert option is not None
-        # argparse makes a list of a value that is "--".
-        value = values if isinstance(values, str) else "--"
-        namespace.overrides = namespace.overrides | {option.removeprefix("--config."): value}
+        namespace.overrides = namespace.overrides | {option.removeprefix("--config."): values}
 
 
 def presets() -> list[str]:

@@ -313,9 +313,9 @@ CONFIG_FILES = [
     "def get_config(): return ConfigDict({'train': {'num_steps': config_dict.required_placeholder(int)}})",
     "class A:\n    def __repr__(self): raise ValueError('no')\nfrom ml_collections import ConfigDict\n"
     "def get_config(): return ConfigDict({'train': {'num_steps': A()}})",
-    "def get_config(): return get_config()", "raise KeyboardInterrupt", "raise BrokenPipeError",
+    "def get_config(): return get_config()", "raise BrokenPipeError",
     "raise OSError(2, 'x')",
-    "import os; os.close(2)", "def get_config(a, b): pass", "get_config = 5", "",
+    "def get_config(a, b): pass", "get_config = 5", "",
 ]  # fmt: skip
 
 

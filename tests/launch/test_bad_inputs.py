@@ -112,6 +112,10 @@ TABLE = [
     ("over-long tokenizer", ["tokenize", "--config={config}", f"--to={{dir}}/{LONG}"], LONG),
     ("tokenizer to make and given", ["tokenize", "--config={config}", "--config.tokenizer.path={dir}", "--to={dir}/t"],
      "tokenizer.path = "),
+    ("a flag whose value is --", ["generate", "{run}", "--prompt=a", "--top_k=--"],
+     "--top_k: invalid int value: '--'"),
+    ("a number for what is JSON", ["pretrain", "--config=tiny", "--config.recovery.skips=-1"],
+     "recovery.skips is '-1'"),
     ("nothing to launch", ["launch", "local", "--processes=2"], "there is no command; give one after --"),
 ]  # fmt: skip
 
@@ -227,3 +231,10 @@ def test_an_outage_is_a_fault_that_a_new_start_may_mend(capsys):
     assert capsys.readouterr().err.startswith(
         "ziggurat: s3://texts/a.jsonl cannot be read after 5 tries (TimeoutError); start again"
     )
+
+
+def test_bad_inputs_drawn_at_random_are_refused_or_do_no_harm():
+    """`python -m tests.benchmarks.bad_inputs` draws hundreds."""
+    command = [sys.executable, "-m", "tests.benchmarks.bad_inputs", "40", "--seed=2"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -169,6 +169,8 @@ def parse_text(text: str, kinds: tuple[type, ...]) -> Any:
             inner = text[1:-1] if text.startswith("(") and text.endswith(")") else text
             first, second = map(int, inner.split(","))
             return first, second
+        if not {int, float} & set(kinds):
+            raise ValueError
         number = float(text)
         if int not in kinds and math.isfinite(number):
             return number
