@@ -96,21 +96,23 @@ def problems_of(group: str, config: Any) -> list[str]:
         elif isinstance(value, int) and field.metadata["bounds"]["at_most"] is None and value > MOST_INTEGER:
             problems.append(f"{group}.{field.name} is {value}; it must be at most {MOST_INTEGER}")
         if problem := text_problem(value, allows_nul=field.metadata["allows_nul"]):
-            problems.append(f"{group}.{field.name} {problem}")
+            problems.append(f"{group}.{field.name}{problem}")
     return problems
 
 
 def text_problem(value: Any, allows_nul: bool = False) -> str:
-    """Returns the problem of a text, or of a text anywhere in a mapping, as a clause; empty if there is none."""
+    """Returns where in a value a text cannot be used, and why, as in "['a'] is not valid UTF-8"; empty if nowhere."""
     if isinstance(value, str):
         if "\0" in value and not allows_nul:
-            return "holds a NUL character, which no name can have; leave it out"
-        return "" if value.encode(errors="ignore").decode() == value else "is not valid UTF-8"
+            return " holds a NUL character, which no name can have; leave it out"
+        return "" if value.encode(errors="ignore").decode() == value else " is not valid UTF-8"
+    inner: list[tuple[Any, Any]] = []
     if isinstance(value, Mapping):
-        value = (*value.keys(), *value.values())
-    elif not isinstance(value, list | tuple):
-        return ""
-    return next(filter(None, (text_problem(inner, allows_nul) for inner in value)), "")
+        inner = [*((key, key) for key in value), *value.items()]
+    elif isinstance(value, list | tuple):
+        inner = list(enumerate(value))
+    problems = ((key, text_problem(of_key, allows_nul)) for key, of_key in inner)
+    return next((f"[{key!r}]{problem}" for key, problem in problems if problem), "")
 
 
 def unused_problems(group: str, config: Any, unused: Mapping[str, str]) -> list[str]:

@@ -7,6 +7,8 @@ its cursor or retitle its window; in a script, a manifest or a model card, a lin
 import os
 import re
 
+from settings import text_problem
+
 HIDDEN = "…"
 # Control characters but tab and line feed, what ends lines or turns the direction of writing elsewhere, and halves of
 # surrogate pairs, which UTF-8 cannot hold.
@@ -47,19 +49,12 @@ def lacks_credentials(url: str) -> bool:
     return "://" in url and (f"//{HIDDEN}@" in url or url.endswith(f"?{HIDDEN}"))
 
 
-def text_problem(text: str) -> str:
-    """Returns why a text cannot be written or handed to another program; an empty text where it can."""
-    if re.search(r"[\ud800-\udfff]", text):
-        return "is not valid UTF-8"
-    return "has a character NUL" if "\0" in text else ""
-
-
 def name_problem(name: str) -> str:
     """Returns why a text cannot name a file, a folder or a job; an empty text where it can."""
     if not name:
         return "is empty; give a name"
     if problem := text_problem(name):
-        return problem
+        return problem.strip()
     if _UNPRINTABLE.search(name) or "\t" in name or "\n" in name:
         return "has a line end or another control character; give another name"
     if os.path.expanduser(name).startswith("~"):

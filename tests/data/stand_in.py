@@ -12,6 +12,7 @@ class ByteTokenizer:
     """Id 257 stands before a document and id 0 after it; a byte b is id b + 1."""
 
     eos_id, bos_id = 0, 257
+    stop_ids = (0,)
     vocab_size = 258
     fingerprint = "bytes"
     folder = Path("nowhere")

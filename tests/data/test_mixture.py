@@ -209,7 +209,7 @@ def test_what_is_wrong_with_all_corpora_is_said_at_once(folder: Path):
         ({"corpus": "x", "text_field": 3}, "text_field is 3"),
         ({"corpus": "x", "text_field": None}, "text_field is None"),
         ({"corpus": "x", "text_separator": "a\nb"}, "it must be one line"),
-        ({"corpus": "x", "text_separator": "\ud800"}, "text_separator is not valid UTF-8"),
+        ({"corpus": "x", "text_separator": "\ud800"}, "['text_separator'] is not valid UTF-8"),
     ],
 )
 def test_a_corpus_of_a_mixture_is_checked(values, words: str):

@@ -19,7 +19,7 @@ def test_a_summary_counts_the_epochs_of_rows_that_are_partly_empty(tmp_path: Pat
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": "x" * 20}) + "\n" for _ in range(300)))
     config = dataclasses.replace(CONFIG, corpus=str(path))
-    [summary] = summarize(open_mixture(config, lambda: ""), ByteTokenizer(), 0, [100 * 32] * 6)
+    [summary] = summarize(open_mixture(config, lambda: ""), ByteTokenizer(), 0, [(0, 6, 100 * 32)])
     assert (summary["documents"], summary["tokens"]) == (300, 300 * 21)
     assert summary["utilization"] == pytest.approx(21 / 32)
     assert summary["epochs"] == pytest.approx(2)

@@ -40,7 +40,7 @@ def in_flight(weight_of_b: Any = 1, agreement: Any = None) -> InFlight:
     sources = [Source(name, unread, config.data, tuple(stages(weight))) for name, weight in weights.items()]
     inputs: Any = SimpleNamespace(config=config, mixture=Mixture(sources))
     detector = SpikeDetector(RecoveryConfig())
-    return InFlight(inputs, agreement or OneProcess(), detector, 0, 1.0)
+    return InFlight(inputs, agreement or OneProcess(), detector, 0, 100, 1.0)
 
 
 def finish(steps: InFlight, step: int, loss: float) -> dict[str, Any]:

@@ -17,7 +17,9 @@ from train.run.trackers import Writer
 log = logging.getLogger("ziggurat")
 # What readers of metrics.jsonl rely on: the fields of every step, and those that are numbers.
 ALWAYS = {"loss", "loss_weight", "utilization", "tokens_per_second", "data_wait_seconds"}
-NUMBERS = (ALWAYS - {"loss"}) | {
+# Numbers that a step without a trained token lacks.
+OF_TRAINED_TOKENS = {"loss", "grad_norm"}
+NUMBERS = ALWAYS | {
     "grad_norm", "learning_rate", "peak_share", "memory_bytes", "slowest_process", "validation_loss",
     "validation_bits_per_byte",
 }  # fmt: skip
@@ -96,13 +98,13 @@ def _has_step(record: Record) -> bool:
 
 
 def _is_metrics(record: Record) -> bool:
-    numbers = (record[name] for name in NUMBERS & record.keys())
+    empty = OF_TRAINED_TOKENS if record.get("loss", 0) is None else set()
+    numbers = (record[name] for name in (NUMBERS - empty) & record.keys())
     by_corpus, tasks = record.get("validation_by_corpus", {}), record.get("tasks", {})
     return (
         _has_step(record)
         and record.keys() >= ALWAYS
         and all(map(is_number, numbers))
-        and (record["loss"] is None or is_number(record["loss"]))
         and is_moment(record.get("time", 0))
         and isinstance(tasks, dict)
         and isinstance(by_corpus, dict)
