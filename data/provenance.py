@@ -1,7 +1,7 @@
 """The origin of a batch: the documents of each row, by file, place and characters."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,25 +22,25 @@ SPLITS = ((".jsonl", ""), (".txt", ""))
 
 
 def rows_of_step(
-    streams: dict[int, MixedStream], batch_sizes: Sequence[int], step: int, skips: Mapping[int, int]
-) -> Iterator[tuple[int, int, list[SegmentPart]]]:
-    """Yields (row, corpus, parts) for every row of the batch of a step.
+    streams: dict[int, MixedStream], begin: int, step: int, batch_size: Callable[[int], int], skips: Mapping[int, int]
+) -> list[tuple[int, int, list[SegmentPart]]]:
+    """Returns (row, corpus, parts) for every row of the batch of a step; none if the run ends before it with a corpus.
 
     Args:
-        streams: all V streams, at the beginning of the first batch.
-        batch_sizes: the size B of each batch up to that of the step.
+        streams: all V streams, at the beginning of the batch of step `begin`.
+        batch_size: function from step to the size B of its batch.
         skips: number of batches skipped before a step's own, by step.
     """
-    for s, size in enumerate(batch_sizes, start=step + 1 - len(batch_sizes)):
-        each = size // len(streams)
+    for s in range(begin, step + 1):
+        each = batch_size(s) // len(streams)
         for stream in streams.values():
             for _ in range(each * skips.get(s, 0)):
                 stream.take(s)
-        for v, stream in streams.items():
-            for b in range(v * each, (v + 1) * each):
-                k, parts = stream.take(s)
-                if s == step:
-                    yield b, k, parts
+        rows = [(b, *stream.take(s)) for v, stream in streams.items() for b in range(v * each, (v + 1) * each)]
+        left = {k for stream in streams.values() for k, ended in enumerate(stream.ended) if not ended}
+        if len(left | {k for _, k, parts in rows if parts}) < len(next(iter(streams.values())).ended):
+            return []
+    return rows
 
 
 def describe_row(

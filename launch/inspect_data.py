@@ -9,6 +9,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -124,11 +125,13 @@ def batch_rows(data: RunData, number: int, only_row: int | None) -> list[dict[st
     if only_row is not None and not 0 <= only_row < batch_size(config, step):
         raise InputError(f"--row={only_row}: the batch has rows 0 to {batch_size(config, step) - 1}")
     begin, streams = streams_before(step, config, data.run, data.mixture, data.tokenizer)
-    sizes = [batch_size(config, s) for s in range(begin, step + 1)]
     skipped = skipped_batches(read_ledger(data.run.recovery)) or config.recovery.batches()
+    rows = rows_of_step(streams, begin, step, partial(batch_size, config), skips_by_step(skipped))
+    if not rows:
+        raise InputError(f"--step={number}: the run ends before it, with the last epoch (data.epochs) of a corpus")
     return [
         describe_row(data.mixture, data.tokenizer, row, corpus, parts)
-        for row, corpus, parts in rows_of_step(streams, sizes, step, skips_by_step(skipped))
+        for row, corpus, parts in rows
         if only_row in (None, row)
     ]
 

@@ -199,6 +199,12 @@ def test_a_run_ends_with_its_epochs_and_stays_finished(tmp_path: Path, capsys):
     assert sum(record["loss_weight"] for record in records) == 2 * trained
     assert here(*command) == 0
     assert metrics(tmp_path / "run") == records
+    capsys.readouterr()
+    assert any(row["parts"] for row in shown(capsys, tmp_path / "run", f"--step={len(records)}")["rows"])
+    far = ["--config.train.num_steps=1000000000", "--step=1000000000"]
+    for arguments in ([tmp_path / "run", f"--step={len(records) + 1}"], [*command[1:], *far]):
+        assert here("inspect", "data", *arguments) == 2
+        assert "the run ends before it, with the last epoch" in capsys.readouterr().err
 
 
 def test_a_bad_document_ends_the_run_with_its_checkpoint_or_is_left_out(tmp_path: Path, capsys, caplog):
