@@ -23,7 +23,7 @@ from train.display import Display, opening_lines
 from train.evaluations import Evaluations
 from train.in_flight import InFlight
 from train.planning.data_estimate import DataEstimate, estimate_data
-from train.prepare import prepare_run
+from train.prepare import leaving_no_copy, prepare_run
 from train.profiling import Profiler
 from train.run.events import Events, start_fields
 from train.run.folder import Run
@@ -68,6 +68,7 @@ def pretrain(config: Config) -> Run:
         display = Display(config.train.num_steps, config.train.log_every_steps, quiet, lambda: events.account.activity)
         stack.callback(display.close)
         signals = stack.enter_context(StopSignals(display.say))
+        stack.enter_context(leaving_no_copy(run))
         lease = Lease(run.lease)
         stack.callback(lease.release)
         inputs = prepare_run(config, run, lease)

@@ -3,7 +3,8 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,20 @@ def prepare_run(config: Config, run: Run, lease: Lease) -> RunInputs:
     fingerprints = mixture.fingerprints() | {"tokenizer": tokenizer.fingerprint}
     check_same_everywhere(fingerprints)
     return RunInputs(config, mixture, tokenizer, held_out, identity_of(config, mixture) | fingerprints, tasks)
+
+
+@contextmanager
+def leaving_no_copy(run: Run) -> Iterator[None]:
+    """Removes the copy of the default corpus, and its folders, if they were made within and the folder is no run's."""
+    made = [path for path in (run.snapshot, run.snapshot.parent, run.folder) if not os.path.exists(path)]
+    try:
+        yield
+    finally:
+        # Another start may have the lease, and read the copy.
+        if jax.process_index() == 0 and not any(map(os.path.exists, (run.config_file, run.lease))):
+            for path in made:
+                with suppress(OSError):
+                    path.rmdir() if path.is_dir() else path.unlink()
 
 
 def check_folder(config: Config, run: Run) -> None:
