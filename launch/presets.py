@@ -14,6 +14,7 @@ from typing import Any, cast
 from ml_collections import ConfigDict
 
 from data.errors import InputError
+from data.printable import printable_name
 from launch.arguments import one_line
 from settings import help_of, kind_of
 from train.config.config import NOT_KEPT, Config, config_fields
@@ -24,6 +25,7 @@ PRESETS = Path(__file__).parent / "configs"
 # Fields that run commands or code, or send a run's figures elsewhere. A run's folder is data that may come from
 # somebody else, so they are never taken from there.
 ASKED_FOR = ("train.on_event", "train.wandb", "evaluation.tasks", "evaluation.task_dir")
+MAX_ERROR = 2000  # characters of an error that are shown
 log = logging.getLogger("ziggurat")
 
 
@@ -73,24 +75,28 @@ def load_config(name: str, overrides: Mapping[str, str]) -> Config:
         get_config = runpy.run_path(str(file)).get("get_config")
         made = get_config() if get_config else None
         values = made.to_dict() if isinstance(made, ConfigDict) else None
-    except SyntaxError as error:
-        raise InputError(f"{error.filename or file}:{error.lineno or 1}: {error.msg}") from None
-    except (Exception, SystemExit) as error:  # whatever the user's own file raises
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
-        raise InputError(f"{file}:{lines[-1] if lines else 1}: {type(error).__name__}: {error_text(error)}") from None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever the user's own file raises, sys.exit() included
+        raise InputError(problem_of_file(file, error)) from None
     if get_config is None:
         raise InputError(f"{file}: it must define get_config() that returns a ConfigDict")
-    if values is None:
+    if not isinstance(values, dict):
         raise InputError(f"{file}: get_config() returns {type(made).__name__}; it must return a ConfigDict")
     return make_config(values, overrides)
 
 
-def error_text(error: BaseException) -> str:
-    """Returns the text of an error of a user's file, whose own class may fail to give one."""
+def problem_of_file(file: Path, error: BaseException) -> str:
+    """Returns one line with the line of a user's file that raised an error, and its type and text."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+    if isinstance(error, SyntaxError) and not lines:  # of the file itself
+        return f"{file}:{error.lineno or 1}: {error.msg}"
     try:
-        return str(error)
-    except Exception:
-        return "its text cannot be shown"
+        text = str(error)
+    except BaseException:  # whatever the error's own class raises
+        text = "its text cannot be shown"
+    text = printable_name(" ".join(f"{type(error).__name__}: {text}".split()))
+    return f"{file}:{lines[-1] if lines else 1}: {text[:MAX_ERROR]}{'…' * (len(text) > MAX_ERROR)}"
 
 
 def run_values(folder: Path, step: int | None, overrides: Mapping[str, str]) -> dict[str, dict[str, Any]]:

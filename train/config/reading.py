@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from data.errors import InputError
-from data.printable import name_problem
+from data.printable import name_problem, printable_name
 from train.config.config import Config, config_fields
 
 # Fields that may hold any text; all other texts are names.
@@ -35,12 +35,13 @@ def make_config(values: Mapping[str, Any], overrides: Mapping[str, str] | None =
     from_preset: dict[str, Any] = {}
     for group, fields in values.items():
         if group not in chosen:
-            problems.append(f"{group}: there is no such group{nearest(str(group), list(chosen))}")
-        elif not isinstance(fields, Mapping):
+            group = shown_name(group)
+            problems.append(f"{group}: there is no such group{nearest(group, list(chosen))}")
+        elif not isinstance(fields, dict):
             example = next(name for name in known if name.startswith(group + "."))
             problems.append(f"{group} is {shown(fields)}; it must hold fields, as in {example}")
         else:
-            from_preset |= {f"{group}.{name}": value for name, value in fields.items()}
+            from_preset |= {f"{group}.{shown_name(name)}": value for name, value in fields.items()}
     for source, parse in ((from_preset, check_value), (overrides or {}, parse_text)):
         for name, value in source.items():
             if name not in known:
@@ -96,9 +97,14 @@ def shown(value: Any) -> str:
     """Returns the repr of any value of a user, shortened."""
     try:
         text = repr(value)
-    except Exception as error:  # whatever the value's own type raises; or it is nested too deeply, or too long
+    except BaseException as error:  # whatever the value's own type raises; or it is nested too deeply, or too long
         return f"a {type(value).__name__} that cannot be shown ({type(error).__name__})"
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
+
+
+def shown_name(name: Any) -> str:
+    """Returns the name of a group or field as a user's file has it: any value, shown on one line."""
+    return printable_name(name)[:MAX_SHOWN] if type(name) is str else shown(name)
 
 
 def nearest(name: str, names: list[str]) -> str:
@@ -119,6 +125,7 @@ def _texts_in(value: Any) -> list[str]:
 PAIR = tuple[int, int]
 # Levels of a mapping, bits of a whole number, and characters of a wrong value that are shown.
 MAX_DEPTH, MAX_BITS, MAX_SHOWN = 16, 1024, 100
+PLAIN = (type(None), bool, int, float, str, list, tuple, dict)
 TOO_DEEP = f"nested at most {MAX_DEPTH} levels deep"
 
 
@@ -192,12 +199,14 @@ def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def check_values(value: Any, depth: int = 0) -> None:
-    """Raises ValueError if a value is nested too deeply, or is or holds a whole number that cannot be written."""
+    """Raises ValueError if a value is nested too deeply, or is or holds anything that JSON cannot hold."""
     if depth > MAX_DEPTH:
         raise ValueError(TOO_DEEP)
+    if type(value) not in PLAIN:
+        raise ValueError("made of texts, numbers, lists and mappings")
     if isinstance(value, int) and value.bit_length() > MAX_BITS:
         raise ValueError(f"a number of at most {MAX_BITS} bits")
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         value = [*value.keys(), *value.values()]
     for inner in value if isinstance(value, list | tuple) else ():
         check_values(inner, depth + 1)
