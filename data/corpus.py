@@ -37,6 +37,8 @@ PARTS_AT_ONCE = 8
 # Number of epochs whose order is cached: streams reach the next one at different times.
 CACHED_ORDERS = 4
 MAX_PROBLEMS = 10
+# A separator is looked for in this much text of this many files.
+SEPARATED_BYTES, SEPARATED_FILES = 2**22, 16
 # Below this number of files per stream, the footers of .parquet files are read for the chunks.
 FILES_PER_STREAM = 4
 
@@ -176,8 +178,8 @@ class Corpus:
         return (
             f"{self.field} has fewer chunks ({len(self.chunks)}) than data.num_streams = "
             f"{self._config.num_streams}, so documents come nearly in the order of the files, and only those of "
-            f"data.shuffle_window = {window:,} characters are shuffled together; store it uncompressed or in more "
-            "files (a .parquet in more row groups), or raise data.shuffle_window"
+            f"data.shuffle_window = {window:,} characters are shuffled together; store it uncompressed or in "
+            f"{self._config.num_streams} files or more (a .parquet in as many row groups), or raise data.shuffle_window"
         )
 
     def documents(self, chunk: Chunk, place: int = 0) -> Iterator[Document]:
@@ -236,34 +238,25 @@ class Corpus:
             yield from self._all(number, 0, file.size, last=file.size)
 
     def check(self) -> None:
-        """Reads a local corpus of moderate size once.
+        """Reads a local corpus of moderate size once, and of any corpus the beginnings of a few files with separators.
 
         Raises:
             InputError: some documents are damaged (names up to ten problems), or there are too few to train on.
         """
+        self._check_separator()
         if self.size > SMALL_CORPUS_BYTES or not all(map(is_local, self.files)):
             return
         problems: list[str] = []
-        separated: list[int] = []  # documents of each .txt with separators
         # Skipped documents are logged when they are read.
         for number, file in enumerate(self.files if self._config.on_bad_document == "error" else []):
             try:
-                documents = sum(1 for _ in self._all(number, 0, file.size, last=file.size))
-                if self._fields.separator is not None and formats.format_and_compression(file.name)[0] == ".txt":
-                    separated.append(documents)
+                deque(self._all(number, 0, file.size, last=file.size), maxlen=0)
             except InputError as error:
                 problems.append(str(error))
             if len(problems) == MAX_PROBLEMS:
                 break
         if problems:
             raise InputError("\n".join(problems))
-        if separated and max(separated) < 2:
-            log.warning(
-                "data.text_separator = %r separates nothing in %s: each .txt is one document; a separator is a whole "
-                "line, spaces included",
-                self._fields.separator,
-                self.field,
-            )
         # Streams that share chunks need a document each; other streams may have theirs in another epoch.
         least = self._config.num_streams if self.shared else 1
         number = sum(1 for _ in itertools.islice((d for c in self.chunks for d in self.documents(c)), least))
@@ -276,6 +269,22 @@ class Corpus:
             raise InputError(
                 f"{self.field} has {number} documents or pieces to train on, too few for data.num_streams = {least}; "
                 "lower data.num_streams (and train.batch_size), or give more text"
+            )
+
+    def _check_separator(self) -> None:
+        """Warns where no beginning of a few .txt files has a separator."""
+        texts = [file for file in self.files if formats.format_and_compression(file.name)[0] == ".txt"]
+        if self._fields.separator is None or not texts:
+            return
+        looked_at = texts[:SEPARATED_FILES]
+        if not any(formats.has_separator(file, self._fields.separator, SEPARATED_BYTES) for file in looked_at):
+            log.warning(
+                "data.text_separator = %r separates nothing in the first %d MiB of %d files of %s: where it never "
+                "does, a .txt is one document; a separator is a whole line, spaces included",
+                self._fields.separator,
+                SEPARATED_BYTES >> 20,
+                len(looked_at),
+                self.field,
             )
 
     def _all(self, number: int, begin: int, end: int, place: int = 0, last: int = 0) -> Iterator[Document]:

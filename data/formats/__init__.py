@@ -70,6 +70,15 @@ def read_documents(file: File, begin: int, end: int, fields: Fields, place: int 
                 yield from text.read_separated(stream, at, end, fields.separator)
 
 
+def has_separator(file: File, separator: str, size: int) -> bool:
+    """True if a line of the first `size` bytes of a .txt, decompressed, is the separator; False if it is damaged."""
+    try:
+        with open_text(file, format_and_compression(file.name)[1], 0, size) as stream:
+            return text.has_separator(stream, separator, size)
+    except BadText:
+        return False
+
+
 def line_number(file: File, offset: int) -> int:
     """Returns the number, from 1, of the line that begins at a byte of the text, which is read up to there."""
     with open_text(file, format_and_compression(file.name)[1], 0, offset) as stream:

@@ -67,6 +67,15 @@ def first_document(file: File, begin: int, end: int, separator: str) -> int:
     return end
 
 
+def has_separator(stream: BinaryIO, separator: str, size: int) -> bool:
+    """True if a line of the stream's first `size` bytes is the separator."""
+    while size > 0 and (line := stream.readline(size)):
+        if _without_end(line) == separator.encode():
+            return True
+        size -= len(line)
+    return False
+
+
 def read_separated(stream: BinaryIO, at: int, end: int | None, separator: str | None) -> Iterator[ReadResult]:
     """Yields (byte, document or problem) for each document that begins before `end`, if given.
 

@@ -177,18 +177,28 @@ def test_a_corpus_in_the_order_of_its_file_is_said(tmp_path: Path):
     lines = write_jsonl(tmp_path / "a.jsonl", texts).read_bytes()
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
     for config, problem in ((dataclasses.replace(CONFIG, shuffle_window=1000), True), (CONFIG, False)):
-        assert bool(open_corpus(str(tmp_path / "a.jsonl.gz"), config).order_problem()) is problem
+        said = open_corpus(str(tmp_path / "a.jsonl.gz"), config).order_problem()
+        assert (f"store it uncompressed or in {config.num_streams} files or more" in said) is bool(said) is problem
         assert not open_corpus(str(tmp_path / "a.jsonl"), config).order_problem()
 
 
 @pytest.mark.parametrize("separator", ["----", "--- ", "--"])
-def test_a_separator_that_is_in_no_line_is_said(tmp_path: Path, caplog, separator: str):
-    (tmp_path / "a.txt").write_text("\n---\n".join(f"text {i}" for i in range(100)))
+@pytest.mark.parametrize("small", [2**28, 0])
+def test_a_separator_that_is_in_no_line_is_said(tmp_path: Path, caplog, monkeypatch, separator: str, small: int):
+    """Of a corpus of any size, from a bounded part of it."""
+    monkeypatch.setattr(corpus_module, "SMALL_CORPUS_BYTES", small)
+    text = "\n---\n".join(f"text {i}" for i in range(100)).encode()
+    (tmp_path / "a.txt").write_bytes(b"one document")
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(text))
     config = dataclasses.replace(CONFIG, text_separator="---", num_streams=1, validation_fraction=0)
     open_corpus(str(tmp_path), config).check()
     assert not caplog.messages
+    for name in "cdefghij":
+        (tmp_path / f"{name}.txt").write_bytes(text + bytes(2**23))
+    READ_TOTALS.clear()
     open_corpus(str(tmp_path), dataclasses.replace(config, text_separator=separator)).check()
-    assert f"data.text_separator = {separator!r} separates nothing in data.corpus" in caplog.text
+    assert small or READ_TOTALS["bytes"] < 9 * 2**22
+    assert f"data.text_separator = {separator!r} separates nothing in the first 4 MiB of 10 files" in caplog.text
 
 
 @given(text=st.text())
