@@ -7,16 +7,22 @@ hundredth of a new process's time. Cases about what Python and JAX read as they 
 """
 
 import contextlib
+import gzip
+import io
 import json
+import lzma
 import os
 import random
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
+import tarfile
 import time
 import traceback
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -264,7 +270,10 @@ def bad_flag(chance: random.Random, good: Path) -> Case:
                              ["inspect", "data", *GOOD_CONFIG, "--summary"], ["plan", *GOOD_CONFIG],
                              ["launch", "slurm", "--output=new.sh", "--", "pretrain", *GOOD_CONFIG],
                              ["launch", "kubernetes", "--output=new.yaml", "--", "pretrain", *GOOD_CONFIG],
-                             ["presets"], ["completion", "bash"]])  # fmt: skip
+                             ["launch", "local", "--processes=1", "--restarts=0", "--", "presets"],
+                             ["inspect", "attention", "RUN", "--prompt=the cat", "--to=new.html"],
+                             ["inspect", "data", *GOOD_CONFIG, "--step=2"], ["report", "RUN", "--output=new.html"],
+                             ["presets"], ["completion", "bash"], ["doctor"]])  # fmt: skip
     command = named(command, RUN="run", WEIGHTS="run/export")
     name = next(n for n in (" ".join(command[:2]), command[0]) if n in commands())
     flags = [o.option_strings[-1] for o in Parser(name).options if not o.option_strings[-1].startswith("--config.")]
@@ -423,35 +432,186 @@ def bad_weights(chance: random.Random, good: Path) -> Case:
 
 def bad_corpus(chance: random.Random, good: Path) -> Case:
     """A corpus that is damaged, or of the wrong kind."""
-    suffix = chance.choice([".txt", ".jsonl", ".jsonl.gz", ".parquet", ".tsv", ".csv", ".jsonl.zst", ".jsonl.xz"])
-    data = chance.choice([*BYTES, (good / "corpus.jsonl").read_bytes(), compressed(good, suffix)])
-    way, damage = draw_damage(chance, good / "corpus.jsonl")
+    detail, write = chance.choice([bad_text, bad_text, compressed_wrongly, odd_parquet, odd_place])(chance, good)
 
-    def prepare(folder: Path) -> None:
-        (folder / f"bad{suffix}").write_bytes(data)
-        if suffix == ".jsonl":
-            shutil.copy(folder / "corpus.jsonl", folder / "bad.jsonl")
-            damage(folder / "bad.jsonl")
-
-    corpus = chance.choice([f"bad{suffix}", f"bad{suffix}", "b*", ".", "**"])
+    corpus = chance.choice(["bad", "bad", "bad/*", "bad/**", "."])
     command = chance.choice([
         ["inspect", "data", *GOOD_CONFIG, "--summary", f"--config.data.corpus={corpus}"],
+        ["inspect", "data", *GOOD_CONFIG, "--step=2", f"--config.data.corpus={corpus}"],
         ["tokenize", *GOOD_CONFIG, "--to=new", f"--config.data.corpus={corpus}"],
         ["evaluate", "run", f"--corpus={corpus}"],
         ["pretrain", *GOOD_CONFIG, "--config.train.run_dir=new", "--config.train.num_steps=2",
          f"--config.data.corpus={corpus}"],
     ])  # fmt: skip
-    detail = way if suffix == ".jsonl" else f"{data[:20]!r}"
-    return Case("corpus", f"{suffix}: {detail}", command, prepare, kept=["corpus.jsonl", "run"])
+    extra = chance.choice([[], [], ["--config.data.on_bad_document=skip"], ["--config.data.text_separator=x"]])
+
+    def prepare(folder: Path) -> None:
+        (folder / "bad").mkdir()
+        write(folder / "bad")
+
+    command = command if command[0] == "evaluate" else [*command, *extra]
+    return Case("corpus", f"{detail}, corpus={corpus}", command, prepare, kept=["corpus.jsonl", "run"])
 
 
-def compressed(good: Path, suffix: str) -> bytes:
-    """Returns the good corpus, compressed as the suffix says."""
-    import gzip
-    import lzma
+Writer = Callable[[Path], None]
 
-    data = (good / "corpus.jsonl").read_bytes()
-    return {".gz": gzip.compress, ".xz": lzma.compress}.get(Path(suffix).suffix, lambda data: data)(data)
+
+def bad_text(chance: random.Random, good: Path) -> tuple[str, Writer]:
+    """One file: odd bytes under any name, or the good corpus damaged."""
+    if chance.random() < 0.4:
+        way, damage = draw_damage(chance, good / "corpus.jsonl")
+
+        def damaged(folder: Path) -> None:
+            shutil.copy(good / "corpus.jsonl", folder / "a.jsonl")
+            damage(folder / "a.jsonl")
+
+        return f".jsonl: {way}", damaged
+    name = chance.choice(
+        ["a.txt", "a.jsonl", "a.jsonl.gz", "a.parquet", "a.tsv", "a.jsonl.zst", "a.jsonl.xz", "a.txt.xz"]
+    )
+    data = chance.choice([*BYTES, *ODD_TEXTS, (good / "corpus.jsonl").read_bytes()])
+    return f"{name}: {data[:20]!r}", lambda folder: void((folder / name).write_bytes(data))
+
+
+ODD_TEXTS = [
+    b'{"text": ' + DEEP.encode() + b"}\n", b'{"a": ' * 50_000 + b"1" + b"}" * 50_000, b"x" * 10**7,
+    b'{"text": "' + b"x " * 10**6 + b'"}\n', b'{"text": "' + b"\\u0041" * 10**5 + b'"}\n', b'{"text": "a"}' * 1000,
+    b'{"text": "a", "text": "b"}\n' * 50, b'{"text": ' + LONG.encode() + b"}\n", b'{"text": "a"}\r' * 50,
+    b'\xef\xbb\xbf{"text": "a"}\n' * 50, b'{"text": "\\u0000\\u0000"}\n' * 50, b'[{"text": "a"}]\n', b"\n" * 10**6,
+    b'{"text": "a"}\n\x00\x00\x00', "{\"text\": \"a\"}\n".encode("utf-16"), b"x\nx\nx\n" * 1000,
+    b"\xc2\x85\xe2\x80\xa8" * 99,
+]  # fmt: skip
+
+
+def compressed_wrongly(chance: random.Random, good: Path) -> tuple[str, Writer]:
+    """The good corpus compressed, and then cut, damaged, or put into another archive."""
+    pack = {".gz": gzip.compress, ".xz": lzma.compress}
+    suffix, inner = chance.choice(list(pack)), chance.choice(list(pack))
+    data = pack[suffix]((good / "corpus.jsonl").read_bytes())
+    way, at = chance.choice(["cut", "flipped", "twice", "archive", "zeros", "rest", "bomb", "many"]), chance.random()
+    match way:
+        case "cut":
+            data = data[: int(at * len(data))]
+        case "flipped":
+            flipped = bytearray(data)
+            flipped[int(at * len(data))] ^= 16
+            data = bytes(flipped)
+        case "twice":
+            data = pack[inner](data)
+        case "archive":
+            data = pack[suffix](archive(good / "corpus.jsonl", chance.choice(["tar", "zip"])))
+        case "zeros":
+            data += bytes(1000)
+        case "rest":
+            data += b"rest" * 100
+        case "bomb":
+            data = pack[suffix](bytes(10**8))
+        case "many":
+            data = pack[suffix](b"") * 10_000 + data
+    # As one document the zeros would be evaluated for long, and rightly.
+    ending = chance.choice([".jsonl", ".json"] if way == "bomb" else [".jsonl", ".txt", ".json"])
+    return f"{ending}{suffix}: {way} at {at:.2f}", lambda folder: void(
+        (folder / f"a{ending}{suffix}").write_bytes(data)
+    )
+
+
+def archive(path: Path, kind: str) -> bytes:
+    """Returns an archive of one file."""
+    out = io.BytesIO()
+    if kind == "zip":
+        with zipfile.ZipFile(out, "w") as zipped:
+            zipped.write(path, path.name)
+    else:
+        with tarfile.open(fileobj=out, mode="w") as tar:
+            tar.add(path, path.name)
+    return out.getvalue()
+
+
+def odd_parquet(chance: random.Random, good: Path) -> tuple[str, Writer]:
+    """A Parquet file of an odd schema, or with flipped bits."""
+    import pyarrow
+    from pyarrow import parquet
+
+    columns: dict[str, dict[str, Any]] = {
+        "numbers": {"text": [1, 2, 3]}, "lists": {"text": [["a"], []]}, "structs": {"text": [{"a": "b"}]},
+        "nulls": {"text": [None] * 50}, "some nulls": {"text": ["a", None] * 50},
+        "no rows": {"text": pyarrow.array([], "string")},
+        "no text": {"body": ["a"] * 50}, "no columns": {}, "binary": {"text": [b"\xff\xfe"] * 50},
+        "dictionary": {"text": pyarrow.array(["a", "b"] * 50).dictionary_encode()}, "empty texts": {"text": [""] * 50},
+        "other case": {"Text": ["a"] * 50}, "odd names": {"te\nxt": ["a"], "": ["b"], "\x1b[31m": ["c"]},
+        "large": {"text": pyarrow.array(["a b c"] * 50, "large_string")},
+        "view": {"text": pyarrow.array(["a"] * 50, "string_view")},
+        "nested name": {"text": [{"text": "a"}] * 50, "text.text": ["a"] * 50},
+        "many": {f"c{i}": ["a"] for i in range(2000)},
+        "invalid": {"text": pyarrow.Array.from_buffers(pyarrow.string(), 1, [
+            None, pyarrow.py_buffer(b"\0\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"\xff\xfe")])},
+        "good": {"text": [f"{i} some text" for i in range(200)]},
+    }  # fmt: skip
+    kind, rows = chance.choice(list(columns)), chance.choice([1, 7, 1000])
+    out = io.BytesIO()
+    parquet.write_table(
+        pyarrow.table(columns[kind]), out, row_group_size=rows, compression=chance.choice(["none", "zstd"])
+    )
+    data = bytearray(out.getvalue())
+    flips = chance.choice([0, 0, 1, 8])
+    # Not in the footer, where pyarrow itself aborts the process over some (docs/troubleshooting.md).
+    end = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    for _ in range(flips):
+        data[chance.randrange(end)] ^= 1 << chance.randrange(8)
+    cut = chance.choice([0, 0, 0, 9])
+    data = data[: len(data) - cut]
+    return f"parquet: {kind}, {flips} bits flipped, {cut} bytes cut", lambda folder: void(
+        (folder / "a.parquet").write_bytes(data)
+    )
+
+
+def odd_place(chance: random.Random, good: Path) -> tuple[str, Writer]:
+    """A folder with a link, a FIFO, a folder of a file's name, or odd names beside a good file."""
+    way = chance.choice([
+        "link to itself", "link to nothing", "link to /dev/zero", "a folder", "a FIFO", "link to a parent",
+        "link to a file", "only a FIFO", "a socket", "odd names", "no permission", "deep folders",
+    ])  # fmt: skip
+
+    def write(folder: Path) -> None:
+        text = (good / "corpus.jsonl").read_bytes()
+        if way != "only a FIFO":
+            (folder / "a.jsonl").write_bytes(text)
+        match way:
+            case "link to a parent":
+                (folder / "up").symlink_to("..")
+            case "link to a file":
+                (folder / "b.jsonl").symlink_to("a.jsonl")
+            case "only a FIFO":
+                os.mkfifo(folder / "b.jsonl")
+            case "a socket":
+                os.mknod(folder / "b.jsonl", stat.S_IFSOCK | 0o600)
+            case "odd names":
+                for name in (
+                    "b\n.jsonl",
+                    "\x1b[31m.jsonl",
+                    "\udcff.jsonl",
+                    "-c.jsonl",
+                    " .jsonl",
+                    "%j.jsonl",
+                    "[d].jsonl",
+                ):
+                    (folder / name).write_bytes(text)
+            case "no permission":
+                (folder / "b.jsonl").write_bytes(b"{")
+                (folder / "b.jsonl").chmod(0)
+            case "deep folders":
+                deep = folder.joinpath(*["d"] * 500)
+                deep.mkdir(parents=True)
+                (deep / "b.jsonl").write_bytes(text)
+            case _:
+                (folder / "b.jsonl").write_bytes(text)
+                do_damage(folder / "b.jsonl", way, b"", chance)
+
+    return f"place: {way}", write
+
+
+def void(_: Any) -> None:
+    """Takes the value of an expression, so that it can be a `Writer`."""
 
 
 def bad_environment(chance: random.Random, good: Path) -> Case:
