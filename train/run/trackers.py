@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -79,6 +80,20 @@ def missing_packages(config: Config) -> list[str]:
         f"train.{name} needs the package {package}: pip install -e '.[{name}]'"
         for name, package in PACKAGES.items()
         if getattr(config.train, name) and importlib.util.find_spec(package) is None
+    ]
+
+
+def foreign_settings(config: Config, run: Run) -> list[str]:
+    """Returns one line for each settings file of Weights & Biases in the run's folder.
+
+    The package reads the one in the folder that the command is started in: a run's folder that came from somebody else
+    could send the figures to any server.
+    """
+    files = [run.folder / name / "settings" for name in ("wandb", ".wandb")] if config.train.wandb else []
+    return [
+        f"{file}: a run's folder cannot say where figures go; remove it (variables as WANDB_BASE_URL set what it set)"
+        for file in files
+        if os.path.lexists(file)
     ]
 
 
