@@ -43,8 +43,9 @@ class WeightsAndBiases:
     def __init__(self, project: str, run: Run, config: Config):
         import wandb
 
-        # Standard output and error stay the run's own, and so does the command line, which may hold credentials.
-        settings = wandb.Settings(console="off", silent=True, x_disable_meta=True)
+        # Standard output and error stay the run's own, and so does the command line, which may hold credentials. A
+        # repository around the run's folder is not this code's.
+        settings = wandb.Settings(console="off", silent=True, x_disable_meta=True, disable_git=True)
         names: dict[str, Any] = {"project": project, "name": run.folder.name, "id": run_id(run), "dir": str(run.folder)}
         try:
             self._run = wandb.init(**names, resume="allow", config=asdict(public(config)), settings=settings)
@@ -84,16 +85,18 @@ def missing_packages(config: Config) -> list[str]:
 
 
 def foreign_settings(config: Config, run: Run) -> list[str]:
-    """Returns one line for each settings file of Weights & Biases in the run's folder.
+    """Returns one line for each settings file that Weights & Biases would read in the run's folder.
 
-    The package reads the one in the folder that the command is started in: a run's folder that came from somebody else
-    could send the figures to any server.
+    The package reads the one in the folder that the command is started in. In a run's folder that came from somebody
+    else it could send the figures to any server.
     """
-    files = [run.folder / name / "settings" for name in ("wandb", ".wandb")] if config.train.wandb else []
+    here = Path.cwd()
+    if not config.train.wandb or not here.is_relative_to(run.folder.resolve()):
+        return []
     return [
-        f"{file}: a run's folder cannot say where figures go; remove it (variables as WANDB_BASE_URL set what it set)"
-        for file in files
-        if os.path.lexists(file)
+        f"{file}: a run's folder cannot say where figures go; start from another folder, or remove it"
+        for name in ("wandb", ".wandb")
+        if os.path.lexists(file := here / name / "settings")
     ]
 
 
