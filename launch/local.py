@@ -131,7 +131,7 @@ def newest_step(folder: Path) -> int:
     if place and protocol(place):
         events = folder / "events.jsonl"
         saves = re.findall(
-            r'"event": "save", "step": (\d+)', events.read_text(errors="replace") if events.exists() else ""
+            r'"event": "save", "step": (\d+)', events.read_text(errors="replace") if events.is_file() else ""
         )
         return int(saves[-1]) if saves else 0
     checkpoints = Path(place or folder / "checkpoints")

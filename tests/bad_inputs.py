@@ -121,9 +121,10 @@ class Fuzzer:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def draw(self, chance: random.Random) -> Case:
-        """Draws a case."""
-        return chance.choice(KINDS)(chance, self.good)
+    def draw(self, chance: random.Random, kind: str | None = None) -> Case:
+        """Draws a case, of a kind by the name of its function, or of any."""
+        kinds = [draw for draw in KINDS if kind in (None, draw.__name__)]
+        return chance.choice(kinds)(chance, self.good)
 
 
 def import_commands() -> None:
@@ -253,6 +254,7 @@ OPENERS = [
     ["inspect", "loss", "WEIGHTS", "--prompt=the cat"], ["import", "WEIGHTS", "--to=new"],
     ["export", "WEIGHTS", "--format=gguf", "--to=new.gguf"], ["export", "WEIGHTS", "--format=hf", "--to=n"],
 ]  # fmt: skip
+RESUME = ["pretrain", "--config=run.py", "--config.train.num_steps=7", "--config.evaluation.every_steps=7"]
 USERS_FILES = ["corpus.jsonl", "run.py"]
 GOOD_CONFIG = ["--config=run.py"]
 
@@ -380,11 +382,23 @@ def do_damage(path: Path, way: str, data: bytes, chance: random.Random) -> None:
         case "link to nothing":
             path.symlink_to("/no/such/file")
         case "link to /dev/zero":
-            path.symlink_to("/dev/zero")
+            path.symlink_to(endless_device(path))
+        case "link to the user's corpus":
+            path.symlink_to(next(folder / "corpus.jsonl" for folder in path.parents if (folder / "run.py").exists()))
         case "a folder":
             path.mkdir()
         case "a FIFO":
             os.mkfifo(path)
+
+
+def endless_device(path: Path) -> str:
+    """Returns the path of a device like /dev/zero; for root, who could replace that, one that stands beside `path`."""
+    own = path.with_name(".zero")
+    if os.geteuid() == 0:
+        with contextlib.suppress(OSError):
+            os.mknod(own, stat.S_IFCHR | 0o666, os.makedev(1, 5))
+            return str(own)
+    return "/dev/zero"
 
 
 def changed(chance: random.Random, value: Any) -> Any:
@@ -413,10 +427,30 @@ def bad_run(chance: random.Random, good: Path) -> Case:
     own = [path for path in files if path.parent == run or path.parent.name == "tokenizer"]
     path = chance.choice(own if chance.random() < 0.7 else files)
     name, (way, damage) = path.relative_to(good), draw_damage(chance, path)
-    resume = ["pretrain", *GOOD_CONFIG, "--config.train.num_steps=7", "--config.evaluation.every_steps=7"]
-    command = named(chance.choice([*READERS, resume, resume]), RUN="run")
+    command = named(chance.choice([*READERS, RESUME, RESUME]), RUN="run")
     kept = [*USERS_FILES, *(["run/checkpoints"] if command[0] != "pretrain" else [])]
     return Case("run", f"{name}: {way}", command, lambda folder: damage(folder / name), kept=kept)
+
+
+# Files that a run reads or writes itself, and what may be there instead.
+RUN_FILES = ["config.json", "lease.json", "events.jsonl", "metrics.jsonl", "positions.jsonl", "recovery.jsonl",
+             "held_out.jsonl"]  # fmt: skip
+NO_FILES = ["link to itself", "link to nothing", "link to /dev/zero", "link to the user's corpus", "a folder",
+            "a FIFO"]  # fmt: skip
+
+
+def bad_run_file(chance: random.Random, good: Path) -> Case:
+    """A run in which something else is where one of its own files should be."""
+    name, way = chance.choice(RUN_FILES), chance.choice(NO_FILES)
+    command = named(chance.choice([*READERS[:4], RESUME, RESUME]), RUN="run")
+
+    def prepare(folder: Path) -> None:
+        path = folder / "run" / name
+        path.touch()
+        do_damage(path, way, b"", chance)
+
+    kept = [*USERS_FILES, *(["run/checkpoints"] if command[0] != "pretrain" else [])]
+    return Case("run file", f"{name}: {way}", command, prepare, kept=kept)
 
 
 def bad_weights(chance: random.Random, good: Path) -> Case:
@@ -635,5 +669,5 @@ def bad_environment(chance: random.Random, good: Path) -> Case:
     )
 
 
-KINDS = [bad_flag, bad_flag, bad_field, bad_field, bad_config_file, bad_run, bad_run, bad_weights, bad_weights,
-         bad_corpus, bad_corpus, bad_environment]  # fmt: skip
+KINDS = [bad_flag, bad_flag, bad_field, bad_field, bad_config_file, bad_run, bad_run, bad_run_file, bad_weights,
+         bad_weights, bad_corpus, bad_corpus, bad_environment]  # fmt: skip

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import IO, Any, TextIO, cast
 
 import jax
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -58,6 +58,31 @@ class Rate:
         return sum(end[column] for end in list(self._ends)[1:]) / max(self._ends[-1][0] - self._ends[0][0], 1e-9)
 
 
+class Unfailing:
+    """A stream of text, usually standard error, writes to which never fail.
+
+    A terminal that closes, a reader of a pipe that goes, or a full disk behind a log must not end a run. Rich would end
+    it: by the error itself, or by SystemExit where a pipe has no reader.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Writes a text if that is possible, and returns its length."""
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Hands on what has been written, if that is possible."""
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 class Display:
     """Shows a run as it trains: a live line on a terminal, or a plain line every few steps in a log.
 
@@ -70,7 +95,7 @@ class Display:
         self.every = every
         self.quiet = quiet
         self._activity = activity
-        self._console = Console(file=sys.stderr)
+        self._console = Console(file=cast(IO[str], Unfailing(sys.stderr)))
         self._live: Live | None = None
         self._step = 0
         self._said_empty = False
@@ -130,16 +155,13 @@ class Display:
 
     def say(self, text: str) -> None:
         """Prints lines that stay."""
-        # A terminal that closes, as SIGHUP is about to say, must not end the run before it has saved.
         if not self.quiet:
-            with suppress(OSError):
-                self._console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+            self._console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Restores the terminal."""
         if self._live:
-            with suppress(OSError):
-                self._live.stop()
+            self._live.stop()
 
 
 def opening_lines(inputs: RunInputs, estimate: DataEstimate, step: int, peak: str) -> list[str]:

@@ -31,7 +31,7 @@ from train.run.lease import Lease
 from train.run.ledger import inherited_entries, read_ledger, skipped_batches, write_ledger
 from train.run.run_name import split_name
 from train.run.storage import check_writable
-from train.run.trackers import missing_packages
+from train.run.trackers import foreign_settings, missing_packages
 
 # Tokens of a sample that no evaluation waits long for.
 LONG_SAMPLE = 1024
@@ -94,8 +94,9 @@ def check_folder(config: Config, run: Run) -> None:
     """Raises InputError if the folder cannot be used, or holds a run that this config would not continue."""
     if problem := why_not_writable(run.folder):
         raise InputError(f"train.run_dir = {run.folder}: {problem}; name another folder")
-    if missing := missing_packages(config):
-        raise InputError("\n".join(missing))
+    if problems := missing_packages(config) + foreign_settings(config, run):
+        raise InputError("\n".join(problems))
+    check_files(run)
     parent = folder_of_parent(config)
     if parent and os.path.realpath(parent.folder) == os.path.realpath(run.folder):
         raise InputError(
@@ -141,6 +142,16 @@ def check_folder(config: Config, run: Run) -> None:
         )
     if changes["warn"] and jax.process_index() == 0:
         log.warning("changed on resume:\n%s", table(changes["warn"]))
+
+
+def check_files(run: Run) -> None:
+    """Raises InputError if something else is where the run reads and writes its files.
+
+    The run would wait for a pipe, and write wherever a link leads in a folder that came from somebody else.
+    """
+    for path in (run.config_file, run.lease, run.events, run.metrics, run.positions, run.recovery, run.held_out):
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+            raise InputError(f"{path} is no file of the run itself but a link, a folder or a device; move it away")
 
 
 def check_nothing_is_gone(run: Run, last_step: int | None) -> None:

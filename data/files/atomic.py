@@ -24,10 +24,11 @@ ANOTHER_WRITER = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT}
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yields the path of an empty file to write. At the end it is synced to disk and renamed to `path`.
 
-    After an exception the file is removed, and what was at `path` stays. Missing parent folders are made. An OSError
-    names `path`.
+    A link at `path` is replaced, and what it leads to stays: a folder that came from somebody else may hold links to
+    anything. After an exception the file is removed, and what was at `path` stays. Missing parent folders are made. An
+    OSError names `path`.
     """
-    path = path.resolve()
+    path = path.absolute()
     with _partial(path, Path.touch) as partial:
         yield partial
         _sync(partial)

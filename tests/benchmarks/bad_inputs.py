@@ -19,12 +19,12 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-from tests.bad_inputs import Fuzzer, Outcome
+from tests.bad_inputs import KINDS, Fuzzer, Outcome
 
 
-def run_one(fuzzer: Fuzzer, number: int, seed: int) -> Outcome:
+def run_one(fuzzer: Fuzzer, number: int, seed: int, kind: str | None) -> Outcome:
     """Draws and runs case `number`; the same number and seed draw the same case."""
-    return fuzzer.run(fuzzer.draw(random.Random(f"{seed}/{number}")), number)
+    return fuzzer.run(fuzzer.draw(random.Random(f"{seed}/{number}"), kind), number)
 
 
 def main() -> int:
@@ -32,6 +32,7 @@ def main() -> int:
     parser.add_argument("count", nargs="?", type=int, default=600, help="how many inputs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="the number of one input")
+    parser.add_argument("--kind", choices=[kind.__name__ for kind in KINDS], help="draw inputs of this kind alone")
     arguments = parser.parse_args()
     numbers = range(arguments.count) if arguments.only is None else [arguments.only]
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -41,7 +42,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         fuzzer = Fuzzer(Path(folder).resolve())
         with ProcessPoolExecutor(os.cpu_count(), get_context("fork")) as pool:
-            outcomes = [pool.submit(run_one, fuzzer, number, arguments.seed) for number in numbers]
+            outcomes = [pool.submit(run_one, fuzzer, number, arguments.seed, arguments.kind) for number in numbers]
             for number, future in zip(numbers, outcomes, strict=True):
                 outcome = future.result()
                 endings[outcome.kind][outcome.status] += 1

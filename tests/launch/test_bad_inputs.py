@@ -178,7 +178,7 @@ def test_bad_input_is_named_and_nothing_is_overwritten(command, words, places, c
 def test_a_run_with_damaged_files_is_named(places, capsys):
     run = Path(places["run"])
     for file, content, words in (
-        ("config.json", b"{", "not JSON"),
+        ("config.json", b"{", "no JSON"),
         ("config.json", b"[]", "holds no settings"),
         ("config.json", b'{"model": {"depth": 3}}', "model.depth: there is no such field"),
         ("tokenizer/tokenizer.model", b"junk", "is damaged"),
@@ -239,8 +239,9 @@ def test_an_outage_is_a_fault_that_a_new_start_may_mend(capsys):
     )
 
 
-def test_bad_inputs_drawn_at_random_are_refused_or_do_no_harm():
+@pytest.mark.parametrize("draw", [["40", "--seed=2"], ["30", "--seed=1", "--kind=bad_run_file"]])
+def test_bad_inputs_drawn_at_random_are_refused_or_do_no_harm(draw: list[str]):
     """`python -m tests.benchmarks.bad_inputs` draws hundreds."""
-    command = [sys.executable, "-m", "tests.benchmarks.bad_inputs", "40", "--seed=2"]
+    command = [sys.executable, "-m", "tests.benchmarks.bad_inputs", *draw]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -3,19 +3,22 @@
 import json
 import shutil
 import tempfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import train.run.events
+import train.run.json_lines
 from data.errors import InputError
 from launch.page.report_page import make_page
 from launch.summary import summary
 from tests.launch.small_run import here, metrics
 from train.run.events import Events, read_events
-from train.run.folder import Run
+from train.run.folder import HeldOutDocument, Run
 from train.run.ledger import read_ledger
 from train.run.step_log import StepLog, read_positions
 
@@ -84,6 +87,39 @@ def test_a_run_goes_on_with_damaged_logs_and_makes_its_held_out_text_again(
     assert "events.jsonl:2 is damaged, and " in caplog.text
     for line in (run / "events.jsonl").read_bytes().splitlines()[len(BAD_LINES) + 1 :]:
         assert json.loads(line)["event"]
+
+
+def test_a_line_without_end_takes_little_memory_and_costs_no_other(tmp_path: Path, monkeypatch):
+    for module in (train.run.json_lines, train.run.events):
+        monkeypatch.setattr(module, "LARGEST_FILE" if module is train.run.json_lines else "LONGEST_TORN", 2**16)
+    path = tmp_path / "events.jsonl"
+    Events(path).write("start", step=0)
+    for ending in (b"\n", b"", b"}"):
+        with path.open("ab") as file:
+            file.write(b"\0" * 2**23 + ending)
+        tracemalloc.start()
+        Events(path).write("save", step=8)
+        events = [(event["event"], event["step"]) for event in read_events(path)]
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert events[-1] == ("save", 8)
+        assert events[0] == ("start", 0)
+        assert peak < 2**21
+    assert len(events) == 4
+
+
+@pytest.mark.parametrize("field", sorted(HeldOutDocument._fields))
+@given(value=BAD_VALUES)
+def test_a_held_out_document_with_a_bad_field_is_damaged(tmp_path_factory: pytest.TempPathFactory, field: str, value):
+    run = Run(tmp_path_factory.mktemp("run"))
+    good = HeldOutDocument("a text", "a prompt", "web")
+    run.save_held_out([good, good])
+    assert run.held_out_texts() == [good, good]
+    assume(field == "cut" or not isinstance(value, str))
+    with run.held_out.open("a") as file:
+        file.write(json.dumps({"text": "a"} | {field: value}) + "\n")
+    with pytest.raises(InputError, match=r"held_out.jsonl:3 is damaged; remove it"):
+        run.held_out_texts()
 
 
 @pytest.mark.parametrize("line", [*BAD_LINES, b'{"action": "skip", "batches": [0]}', b'{"batches": 5}'])

@@ -19,6 +19,7 @@ from train.config.config import NOT_KEPT, public
 from train.config.reading import make_config
 from train.run.events import Events
 from train.run.folder import Run
+from train.run.trackers import foreign_settings
 from train.weights.load import open_weights
 from train.weights.model_card import model_card
 
@@ -51,6 +52,34 @@ def test_a_fork_of_somebody_elses_run_runs_nothing_of_theirs(others: Path, tmp_p
     assert here("pretrain", f"--config={others}@8", f"--config.train.run_dir={tmp_path / 'mine'}",
                 "--config.checkpoint.export=false") == 0  # fmt: skip
     assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("place", ["wandb", ".wandb", "profile/wandb"])
+def test_no_runs_folder_says_where_figures_go(place: str, others: Path, monkeypatch, capsys):
+    settings_file = others / place / "settings"
+    settings_file.parent.mkdir(parents=True)
+    settings_file.write_text("[default]\nbase_url = http://127.0.0.1:9\n")
+    monkeypatch.chdir(settings_file.parent.parent)
+    assert here("pretrain", f"--config={others}", "--config.train.num_steps=13", "--config.train.wandb=mine") == 2
+    assert f"{settings_file}: a run's folder cannot say where figures go" in capsys.readouterr().err
+    monkeypatch.chdir(others.parent)
+    assert foreign_settings(make_config({"train": {"wandb": "mine"}}), Run(others)) == []
+
+
+@pytest.mark.parametrize("name", ["config.json", "lease.json", "metrics.jsonl", "events.jsonl", "held_out.jsonl"])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_link_in_a_runs_folder_changes_no_file_of_the_user(
+    name: str, is_there: bool, others: Path, tmp_path: Path, capsys
+):
+    mine = tmp_path / "mine"
+    if is_there:
+        shutil.copy(others / name if (others / name).exists() else others / "config.json", mine)
+    before = mine.read_bytes() if is_there else None
+    (others / name).unlink(missing_ok=True)
+    (others / name).symlink_to(mine)
+    assert here("pretrain", f"--config={others}", "--config.train.num_steps=13") == 2
+    assert f"{others / name}" in capsys.readouterr().err
+    assert (mine.read_bytes() if mine.exists() else None) == before
 
 
 def test_a_config_file_is_named_as_one(others: Path):

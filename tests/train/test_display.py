@@ -1,6 +1,10 @@
 """The display of a run's progress, for terminals and logs, and its rate."""
 
+import errno
 import io
+import os
+import sys
+import threading
 
 import pytest
 from hypothesis import given
@@ -74,6 +78,37 @@ def test_a_live_line_has_the_figures_that_fit_and_names_a_pause(width: int, acti
     present = [figure in line for figure in figures]
     assert present == sorted(present, reverse=True)
     assert present.count(True) >= sum(width >= columns for columns in (25, 40, 60))
+
+
+class Closed(io.StringIO):
+    """A terminal or pipe that gives this error."""
+
+    def __init__(self, error: OSError):
+        super().__init__()
+        self.error = error
+        self.redrawn = threading.Semaphore(0)  # counts the tries of the thread that redraws the live line
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str = "") -> int:
+        if threading.current_thread() is not threading.main_thread():
+            self.redrawn.release()
+        raise self.error
+
+    flush = write  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EPIPE, errno.ENOSPC])
+def test_standard_error_that_cannot_be_written_ends_nothing(number: int, monkeypatch):
+    stream = Closed(OSError(number, os.strerror(number)))
+    monkeypatch.setattr(sys, "stderr", stream)
+    display = Display(40, 10, quiet=False)
+    display.begin(0)
+    display.step(RECORD, 90.0)
+    display.say("a line")
+    assert all(stream.redrawn.acquire(timeout=10) for _ in range(9))
+    display.close()
 
 
 def test_a_step_without_a_trained_token_is_explained_once():

@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 
+from data.files.json_file import parse_json
 from data.printable import without_credentials
 from train.config.config import Config, to_json
 from train.run.goodput import TimeAccount
@@ -30,6 +31,8 @@ log = logging.getLogger("ziggurat")
 PACKAGES = ("ziggurat", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "sentencepiece", "numpy")
 # Seconds that the process waits for the hook as it ends.
 HOOK_PATIENCE = 10.0
+# Bytes at the end of the log within which a torn line is looked for.
+LONGEST_TORN = 2**20
 # The events that others rely on for their step and seconds.
 TIMED = {"start", "save", "stop", "end"}
 
@@ -57,15 +60,20 @@ class Events:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         line = without_credentials(json.dumps({"time": now} | fields))
         with storage_errors("an event", self._path), self._path.open("a+b") as file:
-            file.seek(max(file.tell() - 1, 0))
+            end = file.tell()
+            file.seek(max(end - 1, 0))
             if file.read(1) not in (b"", b"\n"):  # A kill has torn the last line.
-                file.seek(0)
-                *_, torn = file.read().rpartition(b"\n")
+                file.seek(max(end - LONGEST_TORN, 0))
+                _, begin, torn = file.read().rpartition(b"\n")
                 try:
-                    json.loads(torn)
-                    line = f"\n{line}"
+                    parse_json(torn.decode())
+                    is_torn = False
                 except ValueError:
-                    file.truncate(file.tell() - len(torn))
+                    is_torn = bool(begin) or len(torn) == end
+                if is_torn:
+                    file.truncate(end - len(torn))
+                else:
+                    line = f"\n{line}"
             file.write((line + "\n").encode())
             file.flush()
             os.fsync(file.fileno())

@@ -81,4 +81,4 @@ class Run:
 
 def _is_document(record: Record) -> bool:
     texts = all(isinstance(text, str) for text in record.values())
-    return texts and "text" in record and record.keys() <= set(HeldOutDocument._fields)
+    return texts and {"text"} <= record.keys() <= {"text", "prompt", "corpus"}

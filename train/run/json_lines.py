@@ -2,12 +2,13 @@
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from data.errors import InputError
-from data.files.json_file import DEEPEST, parse_json
+from data.files.json_file import DEEPEST, LARGEST_FILE, parse_json
 
 log = logging.getLogger("ziggurat")
 Record = dict[str, Any]
@@ -58,11 +59,18 @@ def read_whole(path: Path, is_good: Callable[[Record], bool], remedy: str) -> li
 
 
 def _lines(path: Path, is_good: Callable[[Record], bool]) -> Iterator[tuple[int, str, Record | None]]:
-    """Yields (number, line, record or None if it is damaged) of all lines."""
-    if not path.is_file():
+    """Yields (number, line, record or None if it is damaged) of all lines.
+
+    What is no file counts as one damaged line, and a line longer than `LARGEST_FILE` as several.
+    """
+    if not os.path.lexists(path):
         return
-    with path.open(encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-        for number, line in enumerate(file, 1):
+    if not path.is_file():  # A pipe would be waited for, and a device may have no end.
+        yield 1, "\n", None
+        return
+    with path.open("rb") as file:
+        for number, piece in enumerate(iter(lambda: file.readline(LARGEST_FILE), b""), 1):
+            line = piece.decode(errors="surrogateescape")
             record = None
             try:
                 if not line.isascii():

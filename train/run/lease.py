@@ -21,7 +21,7 @@ from typing import Any
 
 from data.errors import InputError
 from data.files.atomic import atomic_file
-from data.files.json_file import parse_json
+from data.files.json_file import parse_json, read_small_file
 
 log = logging.getLogger("ziggurat")
 BEAT_SECONDS = 5.0
@@ -48,7 +48,7 @@ class Lease:
         tries = 0
         while not create(self._path, self._entry(0)):
             with suppress(FileNotFoundError):  # It was released.
-                before = self._path.read_bytes()
+                before = read_small_file(self._path)
                 self.last_beat = self._path.stat().st_mtime
                 self._wait_for_death(before, sleep)
                 if self._replace(before, is_last=tries == MISSING_BEATS):
@@ -68,7 +68,7 @@ class Lease:
         except FileExistsError:
             return False
         try:
-            is_unchanged = self._path.read_bytes() == before
+            is_unchanged = read_small_file(self._path) == before
             if is_unchanged:
                 self._write(0)
             return is_unchanged
@@ -84,7 +84,7 @@ class Lease:
         log.info("%s may still write to %s; waiting %.0f s for a sign of life", who, run, MISSING_BEATS * BEAT_SECONDS)
         for _ in range(MISSING_BEATS):
             sleep(BEAT_SECONDS)
-            if (now := self._path.read_bytes()) != before:
+            if (now := read_small_file(self._path)) != before:
                 who = name_of(parse_lease(now))
                 raise InputError(
                     f"{run} is being written to by {who}; end that one, or start another run with "
@@ -178,8 +178,8 @@ def hidden(path: Path, name: str) -> Path:
 
 def read_lease(path: Path) -> dict[str, Any] | None:
     """Returns the holder's entry, or None if nobody holds the lease, or it is damaged."""
-    with suppress(FileNotFoundError):
-        return parse_lease(path.read_bytes())
+    with suppress(FileNotFoundError, InputError):
+        return parse_lease(read_small_file(path))
     return None
 
 

@@ -1,10 +1,10 @@
 """Names of runs, RUN or RUN@STEP, and the config that a run has saved. Works without JAX."""
 
-import json
 import os
 from pathlib import Path
 
 from data.errors import InputError
+from data.files.json_file import read_json
 from train.config.config import Config
 from train.config.reading import make_config
 
@@ -27,14 +27,9 @@ def read_config(folder: Path) -> Config:
     file = folder / CONFIG_FILE
     if not folder.exists():
         raise InputError(f"{folder}: there is no such folder; give a run's folder or exported weights")
-    if not file.is_file():
+    if not os.path.lexists(file):
         raise InputError(f"{folder} has no config.json: it is neither a run nor exported weights")
-    try:
-        values = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{file}: holds no settings")
+    values = read_json(file)
     try:
         return make_config(values)
     except InputError as error:

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -42,8 +43,9 @@ class WeightsAndBiases:
     def __init__(self, project: str, run: Run, config: Config):
         import wandb
 
-        # Standard output and error stay the run's own, and so does the command line, which may hold credentials.
-        settings = wandb.Settings(console="off", silent=True, x_disable_meta=True)
+        # Standard output and error stay the run's own, and so does the command line, which may hold credentials. A
+        # repository around the run's folder is not this code's.
+        settings = wandb.Settings(console="off", silent=True, x_disable_meta=True, disable_git=True)
         names: dict[str, Any] = {"project": project, "name": run.folder.name, "id": run_id(run), "dir": str(run.folder)}
         try:
             self._run = wandb.init(**names, resume="allow", config=asdict(public(config)), settings=settings)
@@ -79,6 +81,22 @@ def missing_packages(config: Config) -> list[str]:
         f"train.{name} needs the package {package}: pip install -e '.[{name}]'"
         for name, package in PACKAGES.items()
         if getattr(config.train, name) and importlib.util.find_spec(package) is None
+    ]
+
+
+def foreign_settings(config: Config, run: Run) -> list[str]:
+    """Returns one line for each settings file that Weights & Biases would read in the run's folder.
+
+    The package reads the one in the folder that the command is started in. In a run's folder that came from somebody
+    else it could send the figures to any server.
+    """
+    here = Path.cwd()
+    if not config.train.wandb or not here.is_relative_to(run.folder.resolve()):
+        return []
+    return [
+        f"{file}: a run's folder cannot say where figures go; start from another folder, or remove it"
+        for name in ("wandb", ".wandb")
+        if os.path.lexists(file := here / name / "settings")
     ]
 
 

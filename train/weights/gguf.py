@@ -3,6 +3,7 @@
 import importlib
 import logging
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,8 @@ def check_gguf_file(file: Path) -> None:
     """Raises InputError if the file is not GGUF, cannot be written, or the package for it is missing."""
     if file.is_dir():
         raise InputError(f"{file} is a folder; name a file for the export")
-    if file.exists():
-        with file.open("rb") as stream:
-            if stream.read(len(MAGIC)) != MAGIC:
-                raise InputError(f"{file} is something else than a GGUF file; name a new file")
+    if os.path.lexists(file) and not (file.is_file() and _begins_with_magic(file)):
+        raise InputError(f"{file} is something else than a GGUF file; name a new file")
     if problem := why_not_writable(file.parent):
         raise InputError(f"{file}: {problem}; name another file")
     _library()
@@ -62,7 +61,6 @@ def write_gguf(file: Path, weights: WeightSource, dtype: str = "f32") -> None:
     if dtype == "q8_0" and (num_f16 := list(types.values()).count(f16)):
         log.warning("%d matrices have rows that do not divide by %d; they are f16", num_f16, Q8_BLOCK)
 
-    file = file.resolve()
     with atomic_file(file) as partial:
         check_free_space(partial.parent, sum(sizes.values()))
         writer = library.GGUFWriter(partial, model.architecture.name)
@@ -95,6 +93,11 @@ def write_gguf(file: Path, weights: WeightSource, dtype: str = "f32") -> None:
             raise StorageError(f"{file} cannot be written: {error}") from None
         finally:
             writer.close()
+
+
+def _begins_with_magic(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(len(MAGIC)) == MAGIC
 
 
 def _exported(weights: WeightSource) -> GGUFExport:

@@ -167,3 +167,17 @@ def test_the_error_of_a_full_disk_names_the_path(tmp_path: Path, atomic, monkeyp
 def test_errors_of_other_files_keep_their_names(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="other"), atomic_file(tmp_path / "made"):
         (tmp_path / "other").read_text()
+
+
+@pytest.mark.parametrize("to", ["mine", "nowhere", "link", "folder"])
+def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path: Path, to: str):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(to)
+    with atomic_file(tmp_path / "link") as partial:
+        partial.write_text("new")
+    assert not (tmp_path / "link").is_symlink()
+    assert (tmp_path / "link").read_text() == "new"
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert names(tmp_path) == {"folder", "link", "mine"}
+    assert not names(tmp_path / "folder")

@@ -146,7 +146,7 @@ def test_a_page_can_be_made_at_any_moment(tmp_path: Path):
     assert "75.0% of rows; 50.0% of rows from step 100" in page
     assert "&lt;code&gt;" in page
     (tmp_path / "e" / "config.json").write_text("{}x")
-    with pytest.raises(InputError, match="not JSON"):
+    with pytest.raises(InputError, match="no JSON"):
         make_page(Run(tmp_path / "e"))
 
 
