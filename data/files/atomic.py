@@ -100,7 +100,8 @@ def _partial(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         _clear(path)
         make(new)
-        with _open(new) as descriptor:
+        # NFS locks a file exclusively only for those who may write to it.
+        with _open(new, os.O_RDONLY if new.is_dir() else os.O_RDWR) as descriptor:
             # Some network file systems have no locks. There, what a kill leaves stays.
             with suppress(OSError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -165,8 +166,8 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDONLY)
+def _open(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
+    descriptor = os.open(path, flags)
     try:
         yield descriptor
     finally:

@@ -1,9 +1,7 @@
 """Makes a config from the values of a preset, a file or a run, and from flags."""
 
-import collections
 import dataclasses
 import difflib
-import json
 import math
 import types
 import typing
@@ -11,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from data.errors import InputError
+from data.files.json_file import parse_json
 from data.printable import name_problem
 from train.config.config import Config, config_fields
 
@@ -38,7 +37,7 @@ def make_config(values: Mapping[str, Any], overrides: Mapping[str, str] | None =
             problems.append(f"{group}: there is no such group{nearest(str(group), list(chosen))}")
         elif not isinstance(fields, Mapping):
             example = next(name for name in known if name.startswith(group + "."))
-            problems.append(f"{group} is {shown(fields)}; it must hold fields, as in {example}")
+            problems.append(f"{group} is {short_repr(fields)}; it must hold fields, as in {example}")
         else:
             from_preset |= {f"{group}.{name}": value for name, value in fields.items()}
     for source, parse in ((from_preset, check_value), (overrides or {}, parse_text)):
@@ -50,7 +49,7 @@ def make_config(values: Mapping[str, Any], overrides: Mapping[str, str] | None =
             try:
                 chosen[group][field] = parse(value, types_of(known[name]))
             except ValueError as error:
-                problems.append(f"{name} is {shown(value)}; it must be {error}")
+                problems.append(f"{name} is {short_repr(value)}; it must be {error}")
 
     config = Config(**{group: kind(**chosen[group]) for group, kind in kinds.items()})
     problems += config_problems(config)
@@ -92,7 +91,7 @@ def divisors(number: int) -> list[int]:
     return sorted({*small, *(number // d for d in small)})
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """Returns the repr of any value of a user, shortened."""
     try:
         text = repr(value)
@@ -119,7 +118,6 @@ def _texts_in(value: Any) -> list[str]:
 PAIR = tuple[int, int]
 # Levels of a mapping, bits of a whole number, and characters of a wrong value that are shown.
 MAX_DEPTH, MAX_BITS, MAX_SHOWN = 16, 1024, 100
-TOO_DEEP = f"nested at most {MAX_DEPTH} levels deep"
 
 
 def types_of(field: dataclasses.Field) -> tuple[type, ...]:
@@ -153,9 +151,7 @@ def parse_text(text: str, kinds: tuple[type, ...]) -> Any:
         return None
     if dict in kinds and text.startswith("{"):
         try:
-            value = json.loads(text, object_pairs_hook=unique_names)
-        except RecursionError:
-            raise ValueError(TOO_DEEP) from None
+            value = parse_json(text)
         except ValueError as error:
             raise ValueError(f"JSON where it begins with {{: {error}") from None
         check_values(value)
@@ -183,18 +179,10 @@ def parse_text(text: str, kinds: tuple[type, ...]) -> Any:
     raise ValueError(_kinds_text(kinds))
 
 
-def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns an object of JSON, or raises ValueError if two of its values have one name."""
-    for name, count in collections.Counter(name for name, _ in pairs).items():
-        if count > 1:
-            raise ValueError(f"the name {name!r} stands there {count} times")
-    return dict(pairs)
-
-
 def check_values(value: Any, depth: int = 0) -> None:
     """Raises ValueError if a value is nested too deeply, or is or holds a whole number that cannot be written."""
     if depth > MAX_DEPTH:
-        raise ValueError(TOO_DEEP)
+        raise ValueError(f"nested at most {MAX_DEPTH} levels deep")
     if isinstance(value, int) and value.bit_length() > MAX_BITS:
         raise ValueError(f"a number of at most {MAX_BITS} bits")
     if isinstance(value, Mapping):
