@@ -87,13 +87,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 "another tokenizer"
             )
         config = _read(folder / CONFIG_FILE)
-        spaces = {step["add_prefix_space"] for step in self.steps("pre_tokenizer") if step["type"] == "ByteLevel"}
-        asked, kind = config.get("add_prefix_space"), config.get("tokenizer_class", FROM_JSON_ALONE)
-        if isinstance(asked, bool) and spaces - {asked} and kind != FROM_JSON_ALONE:
-            raise InputError(
-                f"{folder / CONFIG_FILE} says add_prefix_space = {asked}, and {JSON_FILE} does not; save the tokenizer "
-                "again with Transformers"
-            )
+        self._check_space(config)
         self.eos_id = self._find_eos()
         # The token that its post-processor puts before a text, as in Llama and Gemma.
         encoded = self._model.encode("a")
@@ -113,6 +107,16 @@ class HuggingFaceTokenizer(Tokenizer):
         if template.is_file():
             self.chat_template = read_small_file(template).decode(errors="replace")
         self.adds_space = b"".join(map(self.token_bytes, self.encode("a"))) == b" a"
+
+    def _check_space(self, config: Mapping[str, Any]) -> None:
+        """Raises InputError if `tokenizer_config.json` and `tokenizer.json` disagree about a space before a text."""
+        spaces = {step["add_prefix_space"] for step in self.steps("pre_tokenizer") if step["type"] == "ByteLevel"}
+        asked, kind = config.get("add_prefix_space"), config.get("tokenizer_class", FROM_JSON_ALONE)
+        if isinstance(asked, bool) and spaces - {asked} and kind != FROM_JSON_ALONE:
+            raise InputError(
+                f"{self.folder / CONFIG_FILE} says add_prefix_space = {asked}, and {JSON_FILE} does not; save the "
+                "tokenizer again with Transformers"
+            )
 
     def _add_tokens(self) -> list[tuple[int, str]]:
         """Adds the tokens that only `tokenizer_config.json` or `added_tokens.json` names; returns them."""
