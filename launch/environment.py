@@ -1,6 +1,7 @@
 """Variables of the environment that keep JAX from starting: checked before a command, or after one has failed."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -26,7 +27,8 @@ def check_environment(environment: Mapping[str, str]) -> None:
 
 def environment_problem(failure: BaseException) -> tuple[int, str]:
     """Returns the exit status and text of a failure if JAX cannot start; (1, "") where it can."""
-    given = [f"{name}={value}" for name, value in os.environ.items() if name.startswith("JAX_")]
+    # JAX_ENABLE_X64 is this project's own setting.
+    given = [f"{name}={value}" for name, value in os.environ.items() if re.match("JAX_(?!ENABLE_X64)", name)]
     try:
         import jax
 

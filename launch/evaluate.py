@@ -7,7 +7,7 @@ import argparse
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from data.errors import InputError
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from train.evaluation.results import TaskResult
     from train.run.folder import HeldOutDocument
     from train.weights.load import Trained
-
 
 log = logging.getLogger("ziggurat")
 # Attention over a row takes memory by the square of its length; rows of weights from elsewhere are at most so long.
@@ -64,22 +63,17 @@ def run(arguments: argparse.Namespace) -> int:
     scores: list[TaskResult] = []
     with jax.set_mesh(one_device_mesh()):
         trained = load_trained(arguments.model)
-        config = trained.config
-        if not trained.step:
-            config = bounded(config)
         if trained.step is not None:
             figures["step"] = trained.step
         if tasks is None or arguments.corpus is not None:
             texts = texts_of(arguments, trained)
-            if not trained.step and config.data.segment_length > SHORT_ROW:
-                tokens = max(len(trained.tokenizer.encode(text.prompt + text.text)) for text in texts) + 2
-                config = bounded(config, max(SHORT_ROW, 1 << (tokens - 1).bit_length()))
+            config = with_bounded_rows(trained, texts)
             results = evaluate(make_evaluation_step(config), trained.weights, texts, trained.tokenizer, config)
             figures |= dataclasses.asdict(combine(results.values())) | {"gzip_bits_per_byte": gzip_bits_per_byte(texts)}
             if len(results) > 1:
                 by_corpus = {name: dataclasses.asdict(result) for name, result in results.items()}
         if tasks is not None:
-            scores = tasks.of_model(config, trained.tokenizer, errors=True)(trained.weights)
+            scores = tasks.of_model(with_bounded_rows(trained), trained.tokenizer, errors=True)(trained.weights)
     if not arguments.json:
         print(as_text(figures, by_corpus, scores))
         return 0
@@ -92,13 +86,18 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def bounded(config: "ResolvedConfig", longest: int = LONGEST_ROW) -> "ResolvedConfig":
-    """Returns the settings of imported weights with rows that fit into memory, whatever context their files give."""
-    context = config.data.segment_length
-    if context <= SHORT_ROW:
+def with_bounded_rows(trained: "Trained", texts: "Sequence[HeldOutDocument]" = ()) -> "ResolvedConfig":
+    """Returns the settings of a model; weights from elsewhere get rows that fit into memory, whatever their context.
+
+    The rows are as long as the longest of the texts needs; without texts, as the context or LONGEST_ROW allows.
+    """
+    config, context = trained.config, trained.config.data.segment_length
+    if trained.step or context <= SHORT_ROW:
         return config
-    length = min(context, longest, LONGEST_ROW)
-    if longest == LONGEST_ROW < context:
+    # A token before each text and one after it.
+    needed = max((len(trained.tokenizer.encode(t.prompt + t.text)) + 2 for t in texts), default=context)
+    length = min(context, LONGEST_ROW, max(SHORT_ROW, 1 << (needed - 1).bit_length()))
+    if length < min(needed, context):
         log.warning("the context is %d tokens; evaluated in windows of at most %d", context, LONGEST_ROW)
     rows = min(config.train.batch_size, max(1, LONGEST_ROW // length))
     data = dataclasses.replace(config.data, segment_length=length, num_streams=rows)

@@ -12,10 +12,11 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from data.errors import InputError
+from data.files.json_file import LARGEST_FILE
 from launch.arguments import add_model, one_line, text, too_small
 
 if TYPE_CHECKING:
@@ -169,13 +170,15 @@ def flag_problems(arguments: argparse.Namespace) -> list[str]:
 
 def read_prompts(file: str) -> list[dict[str, Any]]:
     """Returns the objects of a JSONL file or of standard input. Raises InputError naming lines without a prompt."""
-    if file == "-":
-        name, content = "standard input", sys.stdin.buffer.read()
-    else:
-        try:
-            name, content = file, Path(file).read_bytes()
-        except OSError as error:
-            raise InputError(f"--prompts={file} cannot be read: {error.strerror}") from None
+    name = "standard input" if file == "-" else file
+    try:
+        # A pipe or a device may have no end.
+        with nullcontext(sys.stdin.buffer) if file == "-" else open(file, "rb") as stream:
+            content = stream.read(LARGEST_FILE + 1)
+    except OSError as error:
+        raise InputError(f"--prompts={file} cannot be read: {error.strerror}") from None
+    if len(content) > LARGEST_FILE:
+        raise InputError(f"--prompts={file} has more than {LARGEST_FILE:,} bytes; give the prompts in parts")
     prompts: list[dict[str, Any]] = []
     problems = []
     for number, line in enumerate(content.splitlines(), 1):

@@ -1,14 +1,13 @@
 """The lines that `ziggurat pretrain` prints at the end of a finished run."""
 
 import shlex
-import statistics
 
 from train.evaluation.held_out import gzip_bits_per_byte
 from train.planning.data_estimate import WHOLE_RUN, has_end
 from train.run.events import read_events
 from train.run.folder import Run
 from train.run.goodput import goodput, shares
-from train.run.step_log import read_metrics
+from train.run.step_log import held_out_figure, median_rate, read_metrics
 
 
 def summary(run: Run, program: str) -> str:
@@ -21,7 +20,7 @@ def summary(run: Run, program: str) -> str:
     if steps < config.train.num_steps:
         first += f" of {config.train.num_steps}, where its corpus ended"
     if records:
-        rate = statistics.median_high([r["tokens_per_second"] for r in records if r["loss_weight"]] or [0.0])
+        rate = median_rate(records)
         first += f", {rate:,.0f} tokens/s"
     lines = [first]
     if records and steps < WHOLE_RUN * config.train.num_steps and has_end(config.optimizer):
@@ -30,8 +29,7 @@ def summary(run: Run, program: str) -> str:
             f"learning rate   still {rate_left:.0%} of its peak; a run of --config.train.num_steps={steps} lets it fall"
         )
     if evaluated and held_out:
-        # Versions up to 0.7 named the figure of all texts as those of the evaluations before.
-        bits = evaluated[-1].get("held_out_bits_per_byte", evaluated[-1]["validation_bits_per_byte"])
+        bits = held_out_figure(evaluated[-1], "bits_per_byte")
         lines.append(f"held-out text   {bits:.3f} bits a byte; gzip -9 needs {gzip_bits_per_byte(held_out):.3f}")
     if empty := sum(record["loss"] is None for record in records):
         lines.append(f"no token         trained on in {empty:,} steps: prompts are longer than a row")

@@ -3,10 +3,9 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -219,7 +218,7 @@ def open_run_mixture(config: Config, run: Run) -> Mixture:
             snapshot_stdlib(run.snapshot)
 
     def stdlib() -> str:
-        make_once(run.snapshot, make)
+        on_first_process(lambda: None if run.snapshot.exists() else make())
         return str(run.snapshot)
 
     return open_mixture(config.resolved().data, stdlib, leave_out=run.folder)
@@ -302,8 +301,3 @@ def has_held_out(config: Config, run: Run) -> bool:
 def save_held_out(config: Config, run: Run, mixture: Mixture) -> None:
     """Chooses the held-out documents and writes them to the run's folder."""
     run.save_held_out(choose_held_out(mixture, config.evaluation.max_bytes))
-
-
-def make_once(path: Path, make: Callable[[], Any]) -> None:
-    """Calls `make` on process 0 unless the path exists; the other processes wait."""
-    on_first_process(lambda: None if path.exists() else make())

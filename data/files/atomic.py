@@ -54,7 +54,7 @@ def atomic_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
         raise InputError(f"{folder} is a mount point, which cannot be replaced as a whole; name a folder within it")
     if any(map(_is_locked, unfinished(folder))):
         raise InputError(f"{folder} is being written by another process; wait for it, or name another folder")
-    before, old = _identity(folder), _hidden(folder, "old")
+    before, old = _identity(folder), hidden(folder, secrets.token_hex(4), "old")
     with _partial(folder, Path.mkdir) as partial:
         yield partial
         for path in (*partial.rglob("*"), partial):
@@ -75,10 +75,35 @@ def atomic_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def create_file(path: Path, content: bytes) -> bool:
+    """Creates a file, whole at once and on disk; False if it exists. Of several processes, one succeeds."""
+    new = hidden(path, secrets.token_hex(4), "new")
+    try:
+        new.write_bytes(content)
+        _sync(new)
+        try:
+            os.link(new, path)
+        except FileExistsError:
+            return False
+        except OSError:  # Some file systems have no links.
+            with suppress(FileExistsError), path.open("xb") as file:
+                file.write(content)
+                return True
+            return False
+    finally:
+        new.unlink(missing_ok=True)
+    return True
+
+
 def check_new(folder: Path) -> None:
     """Raises InputError unless a folder is empty, or not there."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"{folder} is there already; name a new folder")
+
+
+def hidden(path: Path, token: str, kind: str) -> Path:
+    """Returns the path of a file or folder that serves to write another: kind "new", "partial" or "old"."""
+    return path.with_name(f".{path.name}.{token}.ziggurat-{kind}")
 
 
 def unfinished(path: Path) -> list[Path]:
@@ -95,13 +120,14 @@ def _partial(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
 
     An OSError of writing it names `path`; that of a full disk names no file.
     """
-    partial = _hidden(path, "partial")
+    partial = hidden(path, secrets.token_hex(4), "partial")
     new = partial.with_suffix(".ziggurat-new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _clear(path)
         make(new)
-        with _open(new) as descriptor:
+        # NFS locks a file exclusively only for those who may write to it.
+        with _open(new, os.O_RDONLY if new.is_dir() else os.O_RDWR) as descriptor:
             # Some network file systems have no locks. There, what a kill leaves stays.
             with suppress(OSError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -123,10 +149,6 @@ def _clear(path: Path) -> None:
             left.rename(path)
         elif left.suffix != ".ziggurat-new" and _is_locked(left) is False:
             _remove(left)
-
-
-def _hidden(path: Path, kind: str) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.ziggurat-{kind}")
 
 
 def _remove(path: Path) -> None:
@@ -166,8 +188,8 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDONLY)
+def _open(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
+    descriptor = os.open(path, flags)
     try:
         yield descriptor
     finally:

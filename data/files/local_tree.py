@@ -2,7 +2,7 @@
 
 A folder that is linked is read as a folder is, but one that is reached in several ways counts once: so no document is
 listed twice, and links that lead back end. Names that begin with a dot are found only by a part of the pattern that
-begins with one. May import `data.errors`.
+begins with one.
 """
 
 import errno

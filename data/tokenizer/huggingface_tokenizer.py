@@ -29,6 +29,8 @@ GENERATION_FILE = "generation_config.json"
 # Other files that may hold the id of the EOS token.
 MODEL_CONFIG_FILES = (GENERATION_FILE, "config.json")
 MOST_IDS = 2**23
+# The class of Transformers that takes all of its pre-tokenizer from `tokenizer.json`.
+FROM_JSON_ALONE = "PreTrainedTokenizerFast"
 STEP_LISTS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
@@ -84,6 +86,8 @@ class HuggingFaceTokenizer(Tokenizer):
                 f"{folder / JSON_FILE} is neither byte-level nor has it byte fallback, so it would lose text; take "
                 "another tokenizer"
             )
+        config = _read(folder / CONFIG_FILE)
+        self._check_space(config)
         self.eos_id = self._find_eos()
         # The token that its post-processor puts before a text, as in Llama and Gemma.
         encoded = self._model.encode("a")
@@ -98,11 +102,21 @@ class HuggingFaceTokenizer(Tokenizer):
             name: value for name, value in _read(folder / "config.json").items() if name == "eos_token_id" and value
         }
         template = folder / TEMPLATE_FILE
-        named = _read(folder / CONFIG_FILE).get("chat_template")
+        named = config.get("chat_template")
         self.chat_template = named if isinstance(named, str) else None
         if template.is_file():
             self.chat_template = read_small_file(template).decode(errors="replace")
         self.adds_space = b"".join(map(self.token_bytes, self.encode("a"))) == b" a"
+
+    def _check_space(self, config: Mapping[str, Any]) -> None:
+        """Raises InputError if `tokenizer_config.json` and `tokenizer.json` disagree about a space before a text."""
+        spaces = {step["add_prefix_space"] for step in self.steps("pre_tokenizer") if step["type"] == "ByteLevel"}
+        asked, kind = config.get("add_prefix_space"), config.get("tokenizer_class", FROM_JSON_ALONE)
+        if isinstance(asked, bool) and spaces - {asked} and kind != FROM_JSON_ALONE:
+            raise InputError(
+                f"{self.folder / CONFIG_FILE} says add_prefix_space = {asked}, and {JSON_FILE} does not; save the "
+                "tokenizer again with Transformers"
+            )
 
     def _add_tokens(self) -> list[tuple[int, str]]:
         """Adds the tokens that only `tokenizer_config.json` or `added_tokens.json` names; returns them."""

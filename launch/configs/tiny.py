@@ -11,8 +11,8 @@ def get_config() -> ConfigDict:
     """Returns the fields that differ from the defaults."""
     config = ConfigDict()
     config.model = {"num_layers": 4, "model_dim": 256, "num_heads": 4, "num_kv_heads": 2}
-    # The best of trials of 300 and 1000 steps; `python -m tests.benchmarks.learning` compares it with AdamW.
     config.data = {"corpus": "stdlib"}
+    # The best of trials of 300 and 1000 steps; `python -m tests.benchmarks.learning` compares it with AdamW.
     config.optimizer = {
         "name": "muon",
         "learning_rate": 4e-3,

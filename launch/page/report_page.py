@@ -21,7 +21,7 @@ from train.run.events import read_events
 from train.run.folder import Run
 from train.run.goodput import duration, goodput
 from train.run.lease import BEAT_SECONDS, MISSING_BEATS
-from train.run.step_log import read_metrics, scalars
+from train.run.step_log import held_out_figure, median_rate, read_metrics, scalars
 from train.step.schedule import rows_between
 
 # By this comment a later report recognizes a page that it may replace.
@@ -113,14 +113,11 @@ def key_figures(config: Config, run: Run, records: Records, events: Sequence[his
             # Only at a run's end there is a figure of all texts.
             texts = loop_documents(texts, config)
         gzip = f"; gzip -9 needs {gzip_bits_per_byte(texts):.3f}" if texts else ""
-        # Versions up to 0.7 named the figure of all texts as those before.
-        bits = last.get("held_out_bits_per_byte", last["validation_bits_per_byte"])
-        figures.append(("held-out text", f"{bits:.3f}", f"bits a byte{gzip}"))
+        figures.append(("held-out text", f"{held_out_figure(last, 'bits_per_byte'):.3f}", f"bits a byte{gzip}"))
     if records:
         peaks = [record["peak_share"] for record in records if "peak_share" in record]
         share = f"{statistics.median_high(peaks):.1%} of the peak, " if peaks else ""
-        rate = statistics.median_high([r["tokens_per_second"] for r in records if r["loss_weight"]] or [0.0])
-        figures.append(("throughput", f"{rate:,.0f}", f"tokens/s, {share}median"))
+        figures.append(("throughput", f"{median_rate(records):,.0f}", f"tokens/s, {share}median"))
     if spent := goodput(events):
         total = sum(spent.values())
         figures.append(("goodput", f"{spent['steps'] / max(total, 1e-9):.0%}", f"of {duration(total)}"))

@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import jax
 import ml_dtypes
@@ -13,17 +15,21 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from data.config import DataConfig
 from data.errors import InputError
 from data.tokenizer.folder import load_tokenizer
 from data.tokenizer.tokenizer import END_OF_TEXT
+from launch.evaluate import with_bounded_rows
+from model.config import ModelConfig
 from tests.launch.small_run import ROOT, here, metrics, write_config
 from tests.peers import require
+from train.config.config import Config
 from train.devices.mesh import one_device_mesh
 from train.evaluation.held_out import gzip_bits_per_byte
 from train.evaluation.inspection import inspect_positions
-from train.run.folder import Run
+from train.run.folder import HeldOutDocument, Run
 from train.weights.huggingface import exported_step
-from train.weights.load import load_trained
+from train.weights.load import Trained, load_trained
 
 
 def test_help_lists_the_commands_and_imports_no_jax():
@@ -158,6 +164,26 @@ def test_exported_weights_evaluate_as_the_run_does(finished: Path, tmp_path: Pat
     capsys.readouterr()
     assert {path.name for path in tmp_path.iterdir()} == {"weights", "weights.old", "weights.partial"}
     assert evaluated(capsys, tmp_path / "weights", f"--corpus={corpus}")["loss"] != weights["loss"]
+
+
+@pytest.mark.parametrize(
+    ("context", "tokens", "length"),
+    [
+        (512, [9000], 512), (131_072, [10, 5], 1024), (131_072, [10, 1022], 1024), (131_072, [1023, 5], 2048),
+        (3000, [2500], 3000), (131_072, [9000], 4096), (131_072, [], 4096),
+    ],
+)  # fmt: skip
+def test_rows_of_weights_from_elsewhere_are_as_long_as_their_texts_need(
+    context: int, tokens: list[int], length: int, caplog
+):
+    config = Config(model=ModelConfig(vocab_size=300), data=DataConfig(segment_length=context)).resolved()
+    trained = Trained(config, weights=None, tokenizer=cast(Any, SimpleNamespace(encode=list)))
+    texts = [HeldOutDocument("a" * count) for count in tokens]
+    bounded = with_bounded_rows(trained, texts)
+    assert bounded.data.segment_length == length
+    assert bounded.train.batch_size * length <= max(4096, 512 * config.train.batch_size)
+    assert ("windows of at most 4096" in caplog.text) == (length == 4096)
+    assert with_bounded_rows(trained._replace(step=8), texts) == config
 
 
 def test_weights_that_were_rounded_to_bfloat16_are_read(finished: Path, tmp_path: Path, capsys):

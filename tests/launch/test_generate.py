@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
+import launch.generate
+from data.errors import InputError
 from tests.launch.small_run import here
 
 PROMPTS = ["the cat", "a dog sees my", "", "one fish likes the bird. my cat"]
@@ -89,6 +91,12 @@ def test_all_that_is_wrong_is_told_at_once(flags: list, words: list, finished: P
     assert captured.out == ""
     for word in words:
         assert word in captured.err + caplog.text
+
+
+def test_prompts_without_an_end_are_refused(monkeypatch):
+    monkeypatch.setattr(launch.generate, "LARGEST_FILE", 100)
+    with pytest.raises(InputError, match="more than 100 bytes"):
+        launch.generate.read_prompts("/dev/zero")
 
 
 def test_prompts_come_from_standard_input(finished: Path, capsys, monkeypatch):

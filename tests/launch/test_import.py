@@ -187,6 +187,15 @@ def test_the_card_describes_the_run(finished: Path):
     assert f"| fingerprint of the data | {data[:12]} |" in card
 
 
+def test_the_card_describes_the_weights_of_its_step(finished: Path, tmp_path: Path):
+    assert here("export", f"{finished}@8", "--format=hf", f"--to={tmp_path / 'weights'}") == 0
+    card = (tmp_path / "weights" / "README.md").read_text()
+    assert "8 steps, 2,048 tokens, padding included" in card
+    of_step = next(record for record in metrics(finished) if record["step"] == 8)
+    assert ("held-out text" in card) == ("validation_loss" in of_step)
+    assert f"{metrics(finished)[-1]['held_out_bits_per_byte']:.4f} bits a byte" not in card
+
+
 def test_a_refused_import_names_its_problem_and_writes_nothing(finished: Path, imported: Path, tmp_path: Path, capsys):
     export, to = finished / "export", tmp_path / "run"
 

@@ -1,9 +1,7 @@
 """Makes a config from the values of a preset, a file or a run, and from flags."""
 
-import collections
 import dataclasses
 import difflib
-import json
 import math
 import types
 import typing
@@ -11,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from data.errors import InputError
+from data.files.json_file import parse_json
 from data.printable import name_problem, printable_name
 from train.config.config import Config, config_fields
 
@@ -39,7 +38,7 @@ def make_config(values: Mapping[str, Any], overrides: Mapping[str, str] | None =
             problems.append(f"{group}: there is no such group{nearest(group, list(chosen))}")
         elif not isinstance(fields, dict):
             example = next(name for name in known if name.startswith(group + "."))
-            problems.append(f"{group} is {shown(fields)}; it must hold fields, as in {example}")
+            problems.append(f"{group} is {short_repr(fields)}; it must hold fields, as in {example}")
         else:
             from_preset |= {f"{group}.{shown_name(name)}": value for name, value in fields.items()}
     for source, parse in ((from_preset, check_value), (overrides or {}, parse_text)):
@@ -51,7 +50,7 @@ def make_config(values: Mapping[str, Any], overrides: Mapping[str, str] | None =
             try:
                 chosen[group][field] = parse(value, types_of(known[name]))
             except ValueError as error:
-                problems.append(f"{name} is {shown(value)}; it must be {error}")
+                problems.append(f"{name} is {short_repr(value)}; it must be {error}")
 
     config = Config(**{group: kind(**chosen[group]) for group, kind in kinds.items()})
     problems += config_problems(config)
@@ -93,7 +92,7 @@ def divisors(number: int) -> list[int]:
     return sorted({*small, *(number // d for d in small)})
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """Returns the repr of any value of a user, shortened."""
     try:
         text = repr(value)
@@ -104,7 +103,7 @@ def shown(value: Any) -> str:
 
 def shown_name(name: Any) -> str:
     """Returns the name of a group or field as a user's file has it: any value, shown on one line."""
-    return printable_name(name)[:MAX_SHOWN] if type(name) is str else shown(name)
+    return printable_name(name)[:MAX_SHOWN] if type(name) is str else short_repr(name)
 
 
 def nearest(name: str, names: list[str]) -> str:
@@ -126,7 +125,6 @@ PAIR = tuple[int, int]
 # Levels of a mapping, bits of a whole number, and characters of a wrong value that are shown.
 MAX_DEPTH, MAX_BITS, MAX_SHOWN = 16, 1024, 100
 PLAIN = (type(None), bool, int, float, str, list, tuple, dict)
-TOO_DEEP = f"nested at most {MAX_DEPTH} levels deep"
 
 
 def types_of(field: dataclasses.Field) -> tuple[type, ...]:
@@ -160,9 +158,7 @@ def parse_text(text: str, kinds: tuple[type, ...]) -> Any:
         return None
     if dict in kinds and text.startswith("{"):
         try:
-            value = json.loads(text, object_pairs_hook=unique_names)
-        except RecursionError:
-            raise ValueError(TOO_DEEP) from None
+            value = parse_json(text)
         except ValueError as error:
             raise ValueError(f"JSON where it begins with {{: {error}") from None
         check_values(value)
@@ -190,18 +186,10 @@ def parse_text(text: str, kinds: tuple[type, ...]) -> Any:
     raise ValueError(_kinds_text(kinds))
 
 
-def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns an object of JSON, or raises ValueError if two of its values have one name."""
-    for name, count in collections.Counter(name for name, _ in pairs).items():
-        if count > 1:
-            raise ValueError(f"the name {name!r} stands there {count} times")
-    return dict(pairs)
-
-
 def check_values(value: Any, depth: int = 0) -> None:
     """Raises ValueError if a value is nested too deeply, or is or holds anything that JSON cannot hold."""
     if depth > MAX_DEPTH:
-        raise ValueError(TOO_DEEP)
+        raise ValueError(f"nested at most {MAX_DEPTH} levels deep")
     if type(value) not in PLAIN:
         raise ValueError("made of texts, numbers, lists and mappings")
     if isinstance(value, int) and value.bit_length() > MAX_BITS:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import os
-import secrets
 import socket
 import sys
 import threading
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import InputError
-from data.files.atomic import atomic_file
+from data.files.atomic import atomic_file, create_file, hidden
 from data.files.json_file import parse_json, read_small_file
 
 log = logging.getLogger("ziggurat")
@@ -46,7 +45,7 @@ class Lease:
         self._is_new = not self._path.parent.exists()
         self._path.parent.mkdir(parents=True, exist_ok=True)
         tries = 0
-        while not create(self._path, self._entry(0)):
+        while not create_file(self._path, self._entry(0)):
             with suppress(FileNotFoundError):  # It was released.
                 before = read_small_file(self._path)
                 self.last_beat = self._path.stat().st_mtime
@@ -60,7 +59,7 @@ class Lease:
     def _replace(self, before: bytes, is_last: bool) -> bool:
         """Replaces a dead holder's lease; False if another start does, or has done so."""
         # Of all that saw this lease, one creates this file, and looks at the lease again.
-        claim = hidden(self._path, hashlib.sha256(before).hexdigest()[:16])
+        claim = hidden(self._path, hashlib.sha256(before).hexdigest()[:16], "new")
         if is_last:  # It was killed meanwhile.
             claim.unlink(missing_ok=True)
         try:
@@ -147,33 +146,6 @@ def pid_system() -> str | None:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     return None
-
-
-def create(path: Path, content: bytes) -> bool:
-    """Creates a file, whole at once and on disk; False if it exists. Of several processes, one succeeds."""
-    new = hidden(path, secrets.token_hex(4))
-    try:
-        with new.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(new, path)
-        except FileExistsError:
-            return False
-        except OSError:  # Some file systems have no links.
-            with suppress(FileExistsError), path.open("xb") as file:
-                file.write(content)
-                return True
-            return False
-    finally:
-        new.unlink(missing_ok=True)
-    return True
-
-
-def hidden(path: Path, name: str) -> Path:
-    """Returns the path of a file of this name that serves to write another, and is not taken for a user's."""
-    return path.with_name(f".{path.name}.{name}.ziggurat-new")
 
 
 def read_lease(path: Path) -> dict[str, Any] | None:

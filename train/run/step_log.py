@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,19 @@ def scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 def read_metrics(path: Path) -> list[Record]:
     """Returns the lines of metrics.jsonl that are not damaged; none if there is no file."""
     return [record for _, record in read_log(path, _is_metrics)]
+
+
+def held_out_figure(record: Mapping[str, Any], name: str) -> float:
+    """Returns a figure of an evaluation on all held-out documents, or on those of the loop where that is all there is.
+
+    Versions up to 0.7 named both alike.
+    """
+    return float(record.get(f"held_out_{name}", record[f"validation_{name}"]))
+
+
+def median_rate(records: Sequence[Mapping[str, Any]]) -> float:
+    """Returns the median of the tokens a second of steps that were not passed over; 0 without any."""
+    return statistics.median_high([r["tokens_per_second"] for r in records if r["loss_weight"]] or [0.0])
 
 
 def read_positions(path: Path, shape: tuple[int, ...]) -> list[Record]:

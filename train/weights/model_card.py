@@ -10,7 +10,7 @@ from model.parameters import count_parameters
 from train.config.config import public
 from train.run.events import read_events
 from train.run.folder import Run
-from train.run.step_log import read_metrics
+from train.run.step_log import held_out_figure, read_metrics
 from train.step.schedule import rows_between
 from train.weights.weight_source import WeightSource
 
@@ -82,9 +82,7 @@ def _training(run: Run, step: int) -> dict[str, Any]:
     if origin := config.train.init_from:
         facts["begun with"] = f"{origin} ({config.train.init_with})"
     for record in read_metrics(run.metrics):
-        # Versions up to 0.7 named the figures of all texts as those of the evaluations before.
-        texts = "held_out" if "held_out_loss" in record else "validation"
-        if record["step"] == step and {f"{texts}_loss", f"{texts}_bits_per_byte"} <= record.keys():
-            bits, loss = record[f"{texts}_bits_per_byte"], record[f"{texts}_loss"]
+        if record["step"] == step and {"validation_loss", "validation_bits_per_byte"} <= record.keys():
+            bits, loss = held_out_figure(record, "bits_per_byte"), held_out_figure(record, "loss")
             facts["held-out text"] = f"{bits:.4f} bits a byte, loss {loss:.4f} nats a token"
     return facts

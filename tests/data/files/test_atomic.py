@@ -114,6 +114,24 @@ def test_of_two_writers_that_do_not_see_each_other_one_is_whole_and_the_other_is
         assert {file.name: file.read_text() for file in path.iterdir()} == {"1": "ab"[first], "2": "ab"[first]}
 
 
+def test_a_file_on_nfs_is_left_alone_while_it_is_written(tmp_path: Path, monkeypatch):
+    flock = fcntl.flock
+
+    def nfs_flock(descriptor: int, operation: int) -> None:
+        writes = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
+        if operation & fcntl.LOCK_EX and not writes:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", nfs_flock)
+    with atomic_file(tmp_path / "made") as first:
+        first.write_text("first")
+        with atomic_file(tmp_path / "made") as second:
+            second.write_text("second")
+    assert (tmp_path / "made").read_text() == "first"
+    assert names(tmp_path) == {"made"}
+
+
 def test_a_kill_before_the_rename_leaves_the_old_folder(tmp_path: Path):
     folder = tmp_path / "folder"
     with atomic_folder(folder) as partial:

@@ -2,6 +2,7 @@
 
 import json
 import unicodedata
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -197,6 +198,20 @@ def test_the_end_of_a_document_may_be_named_by_the_models_config(folders, loaded
     for damaged in ("{", "[]"):
         (folder / "tokenizer_config.json").write_text(damaged)
         with pytest.raises(InputError, match=r"tokenizer_config\.json is damaged"):
+            load_tokenizer(folder)
+
+
+def test_a_space_before_a_text_that_two_files_disagree_about_is_refused(folders, tmp_path: Path):
+    folder = others.write(tmp_path, json.loads((folders["gpt2"] / "tokenizer.json").read_text()), others.EOS)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    for asked, kind, is_refused in (
+        (True, "GPT2Tokenizer", True),
+        (False, "GPT2Tokenizer", False),
+        (True, "PreTrainedTokenizerFast", False),
+    ):
+        settings = config | {"add_prefix_space": asked, "tokenizer_class": kind}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        with pytest.raises(InputError, match="add_prefix_space = True") if is_refused else nullcontext():
             load_tokenizer(folder)
 
 

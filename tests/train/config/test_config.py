@@ -207,14 +207,14 @@ def test_what_is_nested_deeply_is_refused_from_a_flag_and_from_a_file(depth: int
     ):
         (problem,) = problems(values, flags)
         assert problem.startswith("mesh.rules is ")
-        assert problem.endswith("; it must be nested at most 16 levels deep")
+        assert problem.endswith(("; it must be nested at most 16 levels deep", ": nested too deeply"))
         assert len(problem) < 300
 
 
 def test_two_values_of_one_name_and_numbers_of_many_digits_in_a_flag_are_named():
     for text, words in (
-        ('{"a": ["fsdp"], "a": []}', "the name 'a' stands there 2 times"),
-        ('{"a": {"b": 1, "b": 2}}', "the name 'b' stands there 2 times"),
+        ('{"a": ["fsdp"], "a": []}', "'a' is there twice"),
+        ('{"a": {"b": 1, "b": 2}}', "'b' is there twice"),
         (f'{{"a": {"9" * 5000}}}', "JSON where it begins with {"),
         (f'{{"a": {"9" * 4000}}}', "a number of at most 1024 bits"),
     ):

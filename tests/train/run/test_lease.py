@@ -13,6 +13,7 @@ import pytest
 
 import train.run.lease
 from data.errors import InputError
+from data.files.atomic import hidden
 from tests.launch.small_run import ROOT
 from train.run.lease import Lease, read_lease
 
@@ -180,7 +181,7 @@ def disk_is_full(_: int) -> None:
 def test_a_start_that_was_killed_while_it_took_the_lease_does_not_keep_it(tmp_path: Path):
     path = tmp_path / "lease.json"
     entry(path)
-    [name] = {train.run.lease.hidden(path, hashlib.sha256(path.read_bytes()).hexdigest()[:16])}
+    [name] = {hidden(path, hashlib.sha256(path.read_bytes()).hexdigest()[:16], "new")}
     name.touch()
     lease = Lease(path)
     lease.take(lambda _: None)
