@@ -227,8 +227,7 @@ def _import_config(family: Family, hf_config: Mapping[str, Any]) -> ResolvedMode
 
 
 def _is_own(name: str, value: Any) -> bool:
-    return (
-        name == OWN_CONTEXT
-        or name in OWN_FIELDS
+    return name == OWN_CONTEXT or (
+        name in OWN_FIELDS
         and (value in choices_of(ModelConfig, "position") if name == "position" else isinstance(value, bool))
     )
