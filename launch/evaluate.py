@@ -72,7 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
         if tasks is None or arguments.corpus is not None:
             texts = texts_of(arguments, trained)
             if not trained.step and config.data.segment_length > SHORT_ROW:
-                tokens = max(len(trained.tokenizer.encode(text.prompt + text.text)) for text in texts) + 2
+                tokens = max(len(trained.tokenizer.encode(text.prompt + text.text)) for text in texts)
+                tokens += len(trained.tokenizer.bos_ids) + 1
                 config = bounded(config, max(SHORT_ROW, 1 << (tokens - 1).bit_length()))
             results = evaluate(make_evaluation_step(config), trained.weights, texts, trained.tokenizer, config)
             figures |= dataclasses.asdict(combine(results.values())) | {"gzip_bits_per_byte": gzip_bits_per_byte(texts)}

@@ -85,13 +85,12 @@ class HuggingFaceTokenizer(Tokenizer):
                 "another tokenizer"
             )
         self.eos_id = self._find_eos()
-        # The token that its post-processor puts before a text, as in Llama and Gemma.
+        # The tokens that its post-processor puts before a text, as in Llama and Gemma.
         encoded = self._model.encode("a")
-        self.bos_id = encoded.ids[0] if encoded.special_tokens_mask[:1] == [1] else self.eos_id
-        if not 0 <= self.bos_id < self.vocab_size:
-            raise InputError(
-                f"{folder / JSON_FILE}: its post-processor puts the unknown id {self.bos_id} before a text"
-            )
+        num_before = next((i for i, special in enumerate(encoded.special_tokens_mask) if not special), 0)
+        self.bos_ids = encoded.ids[:num_before] or [self.eos_id]
+        if unknown := [i for i in self.bos_ids if not 0 <= i < self.vocab_size]:
+            raise InputError(f"{folder / JSON_FILE}: its post-processor puts the unknown id {unknown[0]} before a text")
         identity = f"\0{self.eos_id}" + (json.dumps(added) if added else "")
         self.fingerprint = hashlib.sha256(content + identity.encode()).hexdigest()
         self.generation_config = _read(folder / GENERATION_FILE) or {
