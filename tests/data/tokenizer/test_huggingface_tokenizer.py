@@ -83,6 +83,26 @@ def test_a_text_begins_as_its_tokenizer_says_or_else_after_the_end_of_another(lo
     assert theirs[kind](text)["input_ids"] == tokenizer.encode_with_bos(text)[kind in ("gpt2", "qwen") :]
 
 
+@pytest.mark.parametrize("of_file", [False, True])
+@pytest.mark.parametrize("of_config", [None, False, True])
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "CodeGenTokenizerFast", "PreTrainedTokenizerFast"])
+def test_a_space_comes_before_a_text_where_the_class_puts_one(tmp_path: Path, name: str, of_config, of_file: bool):
+    settings = copy.deepcopy(others.byte_level("gpt2"))
+    settings["pre_tokenizer"]["add_prefix_space"] = of_file
+    folder = others.write(tmp_path / "theirs", settings, others.EOS)
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | {"tokenizer_class": name}
+    config |= {} if of_config is None else {"add_prefix_space": of_config}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(folder)
+    copied = write_tokenizer(tokenizer.files(), tmp_path / "copy")
+    assert copied.fingerprint == tokenizer.fingerprint
+    theirs = require("transformers").AutoTokenizer.from_pretrained(folder)
+    for text in ("the cat", " the cat", "", "a <think>b"):
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.encode(text).tolist() == copied.encode(text).tolist() == ids
+    assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
+
+
 @given(st.data())
 def test_what_stands_before_a_text_is_what_its_template_puts_there(tmp_path_factory, data):
     """Any tokens: pieces, added ones, special or not, in any number; what the template puts behind a text is left."""
