@@ -175,7 +175,7 @@ class MixedStream:
 def open_streams(
     mixture: Mixture,
     tokenize: Tokenize,
-    bos_id: int,
+    bos_ids: Sequence[int],
     eos_id: int,
     seed: int,
     streams: Sequence[int],
@@ -186,5 +186,5 @@ def open_streams(
     for k, source in enumerate(mixture.sources):
         starts = {v: StreamPosition(*positions[v, k, :-1].tolist()) for v in streams}
         for v, reader in open_readers(source.corpus, source.config, seed, starts).items():
-            rows[v].append(Stream(reader, tokenize, bos_id, eos_id, source.config, v).rows(starts[v]))
+            rows[v].append(Stream(reader, tokenize, bos_ids, eos_id, source.config, v).rows(starts[v]))
     return {v: MixedStream(mixture, rows[v], positions[v]) for v in streams}

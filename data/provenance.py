@@ -63,7 +63,10 @@ def _describe_part(corpus: Corpus, tokenizer: Tokenizer, part: SegmentPart) -> d
     document = pairs.document
     file = corpus.files[document.file]
     tokens = pairs.targets[: len(pairs.targets) - document.ends]
-    sizes = np.cumsum([0, *(len(tokenizer.token_bytes(int(token))) for token in tokens[:end])])
+    # The first of `bos_ids` is an input alone.
+    before = len(tokenizer.bos_ids) - 1
+    lengths = [0 if i < before else len(tokenizer.token_bytes(token)) for i, token in enumerate(tokens[:end].tolist())]
+    sizes = np.cumsum([0, *lengths])
     whole = document.prompt + document.text
     encoded = whole.encode()
     if tokenizer.adds_space:
@@ -154,7 +157,7 @@ def _sample(corpus: Corpus, tokenizer: Tokenizer, seed: int, sample_bytes: int) 
         for document in corpus.documents(chunk):
             prompt = tokenizer.encode(document.prompt)
             tokens = np.concatenate([prompt, tokenizer.encode(document.text)])
-            documents.append(make_pairs(tokens, tokenizer.bos_id, tokenizer.eos_id, document.ends))
+            documents.append(make_pairs(tokens, tokenizer.bos_ids, tokenizer.eos_id, document.ends))
             size += len((document.prompt + document.text).encode())
             if size >= sample_bytes and not splits:
                 break

@@ -45,18 +45,22 @@ class SegmentPart(NamedTuple):
 
 def make_pairs(
     tokens: np.ndarray,
-    bos_id: int,
+    bos_ids: Sequence[int],
     eos_id: int,
     ends: bool = True,
     first_pair: int = 0,
     prompt_length: int = 0,
     document: Any = None,
 ) -> DocumentPairs:
-    """Makes the pairs of a document's tokens, int32 [n], of which the first `prompt_length` are not trained on."""
-    around = np.empty(len(tokens) + 2, np.int32)
-    around[0], around[1:-1], around[-1] = bos_id, tokens, eos_id
+    """Makes the pairs of a document's tokens, int32 [n], of which the first `prompt_length` are not trained on.
+
+    Nor are `bos_ids`, which come before them, at least one.
+    """
+    before = len(bos_ids)
+    around = np.empty(before + len(tokens) + 1, np.int32)
+    around[:before], around[before:-1], around[-1] = bos_ids, tokens, eos_id
     last = len(around) if ends else len(around) - 1
-    return DocumentPairs(around[: last - 1], around[1:last], prompt_length, first_pair, document)
+    return DocumentPairs(around[: last - 1], around[1:last], before - 1 + prompt_length, first_pair, document)
 
 
 def concatenate(documents: Iterable[DocumentPairs], config: DataConfig) -> Iterator[tuple[list[SegmentPart], int]]:

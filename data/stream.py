@@ -159,7 +159,7 @@ class Stream:
 
     reader: WindowReader
     tokenize: Tokenize
-    bos_id: int
+    bos_ids: Sequence[int]
     eos_id: int
     config: ResolvedDataConfig
     v: int
@@ -193,7 +193,7 @@ class Stream:
         for document in documents:
             prompt = next(tokens) if document.prompt else np.empty(0, np.int32)
             ids = np.concatenate([prompt, next(tokens)])
-            yield make_pairs(ids, self.bos_id, self.eos_id, document.ends, first, len(prompt), document)
+            yield make_pairs(ids, self.bos_ids, self.eos_id, document.ends, first, len(prompt), document)
             first = 0
 
     def _concatenated(self, position: StreamPosition) -> Rows:

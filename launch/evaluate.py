@@ -94,8 +94,9 @@ def with_bounded_rows(trained: "Trained", texts: "Sequence[HeldOutDocument]" = (
     config, context = trained.config, trained.config.data.segment_length
     if trained.step or context <= SHORT_ROW:
         return config
-    # A token before each text and one after it.
-    needed = max((len(trained.tokenizer.encode(t.prompt + t.text)) + 2 for t in texts), default=context)
+    # Tokens before each text and one after it.
+    around = len(trained.tokenizer.bos_ids) + 1
+    needed = max((len(trained.tokenizer.encode(t.prompt + t.text)) + around for t in texts), default=context)
     length = min(context, LONGEST_ROW, max(SHORT_ROW, 1 << (needed - 1).bit_length()))
     if length < min(needed, context):
         log.warning("the context is %d tokens; evaluated in windows of at most %d", context, LONGEST_ROW)

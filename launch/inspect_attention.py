@@ -33,10 +33,11 @@ def run(arguments: argparse.Namespace) -> int:
         tokens = trained.tokenizer.encode_with_bos(arguments.prompt)
         most = min(config.data.segment_length, max_tokens(config.model.num_layers, config.model.num_heads))
         if len(tokens) > most:
+            before = len(trained.tokenizer.bos_ids)
             raise InputError(
-                f"--prompt has {len(tokens) - 1} tokens; the model sees {config.data.segment_length} at once, of which "
-                f"one precedes every text, and of its {config.model.num_layers} × {config.model.num_heads} heads a "
-                f"page shows {most}; give {most - 1} at most"
+                f"--prompt has {len(tokens) - before} tokens; the model sees {config.data.segment_length} at once, "
+                f"with the {before} before every text, and of its {config.model.num_layers} × "
+                f"{config.model.num_heads} heads a page shows {most}; give {most - before} at most"
             )
         weights_LHTT = attention_maps(config, trained.weights, tokens)
     texts = [token_text(trained.tokenizer, token) for token in tokens]

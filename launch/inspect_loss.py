@@ -32,9 +32,10 @@ def run(arguments: argparse.Namespace) -> int:
     with jax.set_mesh(one_device_mesh()):
         trained = load_trained(arguments.model)
         tokens, context = trained.tokenizer.encode(arguments.prompt), trained.config.data.segment_length
-        if len(tokens) >= context:
+        before = len(trained.tokenizer.bos_ids)
+        if before + len(tokens) > context:
             raise InputError(
-                f"--prompt has {len(tokens)} tokens; the model sees {context}, of which one precedes every text"
+                f"--prompt has {len(tokens)} tokens; the model sees {context}, with the {before} before every text"
             )
         positions = inspect_positions(trained.config, trained.weights, trained.tokenizer, tokens, BEST)
     losses = [position["loss"] for position in positions if position["loss"] is not None]

@@ -140,7 +140,7 @@ def streams_before(
         positions = np.array(before[-1]["positions"], np.int64)
     numbers = range(config.num_streams)
     return begin, open_streams(
-        mixture, tokenizer.encode_all, tokenizer.bos_id, tokenizer.eos_id, config.train.seed, numbers, positions
+        mixture, tokenizer.encode_all, tokenizer.bos_ids, tokenizer.eos_id, config.train.seed, numbers, positions
     )
 
 

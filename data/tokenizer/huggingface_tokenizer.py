@@ -28,6 +28,9 @@ ADDED_FILE = "added_tokens.json"
 GENERATION_FILE = "generation_config.json"
 # Other files that may hold the id of the EOS token.
 MODEL_CONFIG_FILES = (GENERATION_FILE, "config.json")
+# Classes of Transformers that take this setting of `tokenizer_config.json` before that of GPT-2's pre-tokenizer.
+PREFIX_SPACE = "add_prefix_space"
+PREFIX_SPACE_CLASSES = {"GPT2Tokenizer", "GPT2TokenizerFast", "CodeGenTokenizer", "CodeGenTokenizerFast"}
 MOST_IDS = 2**23
 # The class of Transformers that takes all of its pre-tokenizer from `tokenizer.json`.
 FROM_JSON_ALONE = "PreTrainedTokenizerFast"
@@ -59,6 +62,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 raise
             raise InputError(f"{folder / JSON_FILE} is damaged, or no tokenizer ({error}); restore it") from None
         added = self._add_tokens()
+        prefix_space = self._set_prefix_space()
         # The merges take most memory of the file; they are read again when they are needed.
         for large in ("vocab", "merges"):
             self.settings["model"].pop(large, None)
@@ -89,14 +93,13 @@ class HuggingFaceTokenizer(Tokenizer):
         config = _read(folder / CONFIG_FILE)
         self._check_space(config)
         self.eos_id = self._find_eos()
-        # The token that its post-processor puts before a text, as in Llama and Gemma.
+        # The tokens that its post-processor puts before a text, as in Llama and Gemma.
         encoded = self._model.encode("a")
-        self.bos_id = encoded.ids[0] if encoded.special_tokens_mask[:1] == [1] else self.eos_id
-        if not 0 <= self.bos_id < self.vocab_size:
-            raise InputError(
-                f"{folder / JSON_FILE}: its post-processor puts the unknown id {self.bos_id} before a text"
-            )
-        identity = f"\0{self.eos_id}" + (json.dumps(added) if added else "")
+        num_before = next((i for i, special in enumerate(encoded.special_tokens_mask) if not special), 0)
+        self.bos_ids = encoded.ids[:num_before] or [self.eos_id]
+        if unknown := [i for i in self.bos_ids if not 0 <= i < self.vocab_size]:
+            raise InputError(f"{folder / JSON_FILE}: its post-processor puts the unknown id {unknown[0]} before a text")
+        identity = f"\0{self.eos_id}" + (json.dumps(added) if added else "") + prefix_space
         self.fingerprint = hashlib.sha256(content + identity.encode()).hexdigest()
         self.generation_config = _read(folder / GENERATION_FILE) or {
             name: value for name, value in _read(folder / "config.json").items() if name == "eos_token_id" and value
@@ -140,6 +143,17 @@ class HuggingFaceTokenizer(Tokenizer):
                 )
             added.append((token["id"], text))
         return added
+
+    def _set_prefix_space(self) -> str:
+        """Puts a space before a text, or none, as the class does; returns what this changes of `tokenizer.json`."""
+        config, step = _read(self.folder / CONFIG_FILE), self.settings.get("pre_tokenizer") or {}
+        wanted = bool(config.get(PREFIX_SPACE))
+        takes = config.get("tokenizer_class") in PREFIX_SPACE_CLASSES and step.get("type") == "ByteLevel"
+        if not takes or step[PREFIX_SPACE] == wanted:
+            return ""
+        step[PREFIX_SPACE] = wanted
+        self._model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(wanted, use_regex=step.get("use_regex", True))
+        return f"{PREFIX_SPACE}={wanted}"
 
     def _find_eos(self) -> int:
         if (named := _eos_token(_read(self.folder / CONFIG_FILE))) is not None:

@@ -35,7 +35,8 @@ class SentencePieceTokenizer(Tokenizer):
         self.pieces = [self._model.IdToPiece(i) for i in range(self.vocab_size)]
         if not {END_OF_TEXT, *ESCAPES.values()} <= set(self.pieces):
             raise ValueError("a SentencePiece model, but not ours")
-        self.eos_id = self.bos_id = self.pieces.index(END_OF_TEXT)
+        self.eos_id = self.pieces.index(END_OF_TEXT)
+        self.bos_ids = [self.eos_id]
 
     def scores(self) -> list[float]:
         """The score of each id; of all pairs that form a piece, the one with the highest score is merged first."""

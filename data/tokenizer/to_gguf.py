@@ -40,11 +40,13 @@ def gguf_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     Raises:
         InputError: llama.cpp would compute other ids.
     """
+    if len(tokenizer.bos_ids) > 1:
+        raise _refused(tokenizer, "puts several tokens before a text")
     num_unused = vocab_size - tokenizer.vocab_size
     kinds = [*tokenizer.token_kinds, *["unused"] * num_unused]
     texts = [*tokenizer.pieces, *[""] * num_unused]
     metadata: dict[str, Any] = {
-        "bos_token_id": tokenizer.bos_id,
+        "bos_token_id": tokenizer.bos_ids[0],
         "eos_token_id": tokenizer.eos_id,
         "add_bos_token": True,
         "add_eos_token": False,

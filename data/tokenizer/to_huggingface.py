@@ -37,7 +37,7 @@ def write_huggingface_tokenizer(tokenizer: Tokenizer, folder: Path, context: int
         ],
         "normalizer": None,
         "pre_tokenizer": None,
-        "post_processor": bos_post_processor(END_OF_TEXT, tokenizer.bos_id),
+        "post_processor": bos_post_processor(END_OF_TEXT, tokenizer.eos_id),
         "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
         "model": {
             "type": "BPE",

@@ -39,7 +39,7 @@ class Tokenizer(ABC):
         folder: folder that it was read from.
         eos_id: id of the token that ends a document.
         generation_config: what the makers of the weights say of generation, which exports keep.
-        bos_id: id of the token before a document: the tokenizer's own, or else `eos_id`.
+        bos_ids: ids of the tokens before a document, at least one: the tokenizer's own, or else `eos_id`.
         fingerprint: SHA-256 (hex) of everything that its ids follow from.
         pieces: the text of each id as its file writes it.
         adds_space: true if a text is encoded as if a space preceded it; never for our own.
@@ -48,7 +48,7 @@ class Tokenizer(ABC):
     folder: Path
     vocab_size: int
     eos_id: int
-    bos_id: int
+    bos_ids: list[int]
     fingerprint: str
     pieces: list[str]
     adds_space: bool = False
@@ -67,8 +67,8 @@ class Tokenizer(ABC):
         """Returns the files that recreate the tokenizer in another folder, by name; the identifying one comes last."""
 
     def encode_with_bos(self, text: str) -> list[int]:
-        """Returns `bos_id` and the ids of a text, as a model sees the beginning of a document."""
-        return [self.bos_id, *self.encode(text).tolist()]
+        """Returns `bos_ids` and the ids of a text, as a model sees the beginning of a document."""
+        return [*self.bos_ids, *self.encode(text).tolist()]
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:

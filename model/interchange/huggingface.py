@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from model.config import ModelConfig, ResolvedModelConfig
+from model.interchange.config_keys import parse
 from model.interchange.family import Family
 from model.interchange.gemma import GEMMA
 from model.interchange.gpt import GPT1, GPT2
@@ -23,6 +24,8 @@ FAMILIES = (GEMMA, LLAMA, MISTRAL, QWEN3, GPT2, GPT1)
 # The key in config.json for fields that widening changes.
 OWN_KEY = "ziggurat"
 OWN_FIELDS = ("position", "attention_bias", "feedforward_bias", "scale_embeddings", "tie_embeddings")
+# What else it may hold: the context, where config.json gives the model another number of positions.
+OWN_CONTEXT = "segment_length"
 UNEMBEDDING = "lm_head.weight"
 # Relative rounding error of a bfloat16 file.
 BFLOAT16_RTOL = 2**-7
@@ -56,6 +59,10 @@ class Interchange:
         self.family = family_of(config)
         self.widened = self.family.widened(config, context)
         self.num_positions = self.widened.max_positions or context
+        if config.rope_scaling == "yarn":
+            # Older versions of Transformers take this number, divided by the original one, as the factor.
+            assert config.rope_original_context is not None
+            self.num_positions = round(config.rope_factor * config.rope_original_context)
         self.tensor_map = TensorMap(self.widened, self.family.tensors)
         self._own_parameters = parameter_table(config).keys()
         self._embedding_scale = np.float32(math.sqrt(config.model_dim))
@@ -77,16 +84,19 @@ class Interchange:
                 f"model_type is {other!r}, of another class than {family.architecture}; correct one of them"
             )
         config = _import_config(family, hf_config)
-        context = family.context.read(hf_config)
-        if context < 1:
-            raise ValueError(f"{family.context.key} is {context}; it must be at least 1")
+        context = parse(hf_config.get(OWN_KEY, {}), OWN_CONTEXT, int, family.context.read(hf_config))
+        if not 1 <= context <= (config.max_positions or context):
+            most = f" and at most {config.max_positions}" if config.max_positions else ""
+            name = OWN_CONTEXT if OWN_CONTEXT in hf_config.get(OWN_KEY, {}) else family.context.key
+            raise ValueError(f"{name} is {context}; it must be at least 1{most}")
         return cls(config, context)
 
     @property
     def own_fields(self) -> dict[str, Any]:
-        """Fields in which the model differs from its widened form."""
+        """Fields in which the model differs from its widened form, and its context if that differs."""
         values = {name: getattr(self.config, name) for name in OWN_FIELDS}
-        return {name: value for name, value in values.items() if value != getattr(self.widened, name)}
+        own = {name: value for name, value in values.items() if value != getattr(self.widened, name)}
+        return own | ({OWN_CONTEXT: self.context} if self.context != self.num_positions else {})
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -206,8 +216,8 @@ def _import_config(family: Family, hf_config: Mapping[str, Any]) -> ResolvedMode
         raise ValueError("layer_types says full_attention in all layers, and there is a sliding_window; leave out one")
     own = hf_config.get(OWN_KEY, {})
     if not isinstance(own, Mapping) or not all(_is_own(name, value) for name, value in own.items()):
-        raise ValueError(f"{OWN_KEY} is {own!r}; it may hold {', '.join(OWN_FIELDS)}")
-    fields |= own
+        raise ValueError(f"{OWN_KEY} is {own!r}; it may hold {', '.join(OWN_FIELDS)}, {OWN_CONTEXT}")
+    fields |= {name: value for name, value in own.items() if name != OWN_CONTEXT}
     if fields.get("position") == "learned":
         fields["max_positions"] = family.context.read(hf_config)
     config = ResolvedModelConfig(compute_dtype="float32", **fields)
@@ -217,6 +227,7 @@ def _import_config(family: Family, hf_config: Mapping[str, Any]) -> ResolvedMode
 
 
 def _is_own(name: str, value: Any) -> bool:
-    return name in OWN_FIELDS and (
-        value in choices_of(ModelConfig, "position") if name == "position" else isinstance(value, bool)
+    return name == OWN_CONTEXT or (
+        name in OWN_FIELDS
+        and (value in choices_of(ModelConfig, "position") if name == "position" else isinstance(value, bool))
     )

@@ -275,7 +275,7 @@ def check_equal_work(corpus: Path, texts: Sequence[str], tokenizer: Tokenizer, r
     """Raw ids, ours and those in Grain's rows are the same, and its rows are ours, for documents in the same order."""
     ids = [tokenizer.encode(text) for text in texts]
     assert [found.tolist() for found in ids] == raw.Encode(list(texts), num_threads=1)
-    ours = list(segment_documents([make_pairs(found, tokenizer.bos_id, tokenizer.eos_id) for found in ids], CONFIG))
+    ours = list(segment_documents([make_pairs(found, tokenizer.bos_ids, tokenizer.eos_id) for found in ids], CONFIG))
     theirs = list(grain_rows(grain.MapDataset.source(Lines(corpus))[: len(texts)], tokenizer))
     for row, other in zip(ours, theirs, strict=True):
         assert row.keys() == other.keys()

@@ -11,7 +11,7 @@ from data.tokenizer.tokenizer import Tokenizer
 class ByteTokenizer:
     """Id 257 stands before a document and id 0 after it; a byte b is id b + 1."""
 
-    eos_id, bos_id = 0, 257
+    eos_id, bos_ids = 0, [257]
     stop_ids = (0,)
     vocab_size = 258
     fingerprint = "bytes"

@@ -66,7 +66,7 @@ def test_devices_workers_and_prefetch_change_nothing(made):
 def test_a_document_stands_between_the_two_tokens_of_its_tokenizer(made):
     mixture, tokenizer = made
     between = copy.copy(tokenizer)
-    between.bos_id, between.eos_id = 998, 999
+    between.bos_ids, between.eos_id = [998], 999
     large = [512]
     [(expected, _)], [(batch, _)] = (take(loader(of, sizes=large), 1) for of in (made, (mixture, between)))
     for name, token in (("tokens", 998), ("targets", 999)):

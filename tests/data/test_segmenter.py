@@ -16,7 +16,7 @@ documents = st.lists(st.lists(st.integers(1, 99), max_size=30), max_size=12)
 
 
 def pairs_of(*documents: list[int]) -> list[DocumentPairs]:
-    return [make_pairs(np.array(document, np.int32), E, E) for document in documents]
+    return [make_pairs(np.array(document, np.int32), [E], E) for document in documents]
 
 
 def trained(rows: list[list[SegmentPart]], config: DataConfig) -> list[tuple[int, int]]:
@@ -29,12 +29,19 @@ def trained(rows: list[list[SegmentPart]], config: DataConfig) -> list[tuple[int
 
 
 def test_a_document_is_pairs_from_the_token_before_it_to_the_end_token():
-    pairs = make_pairs(np.array([5, 6, 7]), B, E)
+    pairs = make_pairs(np.array([5, 6, 7]), [B], E)
     assert pairs.inputs.tolist() == [B, 5, 6, 7]
     assert pairs.targets.tolist() == [5, 6, 7, E]
-    open_end = make_pairs(np.array([5, 6, 7]), B, E, ends=False)
+    open_end = make_pairs(np.array([5, 6, 7]), [B], E, ends=False)
     assert open_end.inputs.tolist() == [B, 5, 6]
     assert open_end.targets.tolist() == [5, 6, 7]
+
+
+def test_of_several_tokens_before_a_document_none_is_a_target_that_is_trained_on():
+    pairs = make_pairs(np.array([5, 6, 7]), [B, 3], E, prompt_length=1)
+    assert pairs.inputs.tolist() == [B, 3, 5, 6, 7]
+    assert pairs.targets.tolist() == [3, 5, 6, 7, E]
+    assert pairs.prompt_length == 2
 
 
 def test_rows_of_an_example_masked():
@@ -129,7 +136,7 @@ def test_packing_puts_each_document_where_least_is_left():
 
 def test_a_prompt_is_seen_and_not_trained_on():
     config = DataConfig(segment_length=4)
-    pairs = make_pairs(np.array([1, 2, 3, 4, 5]), E, E, prompt_length=2)
+    pairs = make_pairs(np.array([1, 2, 3, 4, 5]), [E], E, prompt_length=2)
     rows = [make_segment(parts, config) for parts, _ in concatenate([pairs], config)]
     assert [row["targets"].tolist() for row in rows] == [[1, 2, 3, 4], [5, E, 0, 0]]
     assert [row["loss_weights"].tolist() for row in rows] == [[0, 0, 1, 1], [1, 1, 0, 0]]

@@ -66,7 +66,7 @@ def corpus(request, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 def stream(corpus: Corpus, v: int, position=BEGINNING, seed: int = 0, config: DataConfig = CONFIG) -> Rows:
     reader = open_readers(corpus, config, seed, {v: position})[v]
-    return Stream(reader, tokenize, ByteTokenizer.bos_id, ByteTokenizer.eos_id, config, v).rows(position)
+    return Stream(reader, tokenize, ByteTokenizer.bos_ids, ByteTokenizer.eos_id, config, v).rows(position)
 
 
 def epoch_of(corpus: Corpus, config: DataConfig, v: int, epoch: int) -> list[list[SegmentPart]]:
@@ -187,7 +187,7 @@ def test_streams_that_share_a_file_read_it_once_and_tokenize_only_their_own(tmp_
 
     config = dataclasses.replace(CONFIG, epochs=1)
     readers = open_readers(corpus, config, 0, {0: BEGINNING, 2: BEGINNING})
-    streams = [Stream(readers[v], counting, 0, 0, config, v).rows() for v in (0, 2)]
+    streams = [Stream(readers[v], counting, [0], 0, config, v).rows() for v in (0, 2)]
     for _ in itertools.zip_longest(*streams):
         pass
     assert len(read) == 1

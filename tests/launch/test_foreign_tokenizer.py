@@ -1,19 +1,26 @@
 """A run on somebody else's tokenizer, from its text to its export."""
 
+import copy
 import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from data.tokenizer.folder import load_tokenizer
 from data.tokenizer.huggingface_tokenizer import HuggingFaceTokenizer
 from data.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
 from data.tokenizer.training import train_tokenizer
+from model.decoder import Decoder
 from tests.data import others
 from tests.launch.small_run import here, metrics, write_config
 from tests.llama_cpp import LlamaCpp
 from tests.peers import require
+from train.devices.mesh import one_device_mesh
 from train.evaluation.inspection import token_text
+from train.weights.load import load_trained
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +64,47 @@ def test_it_goes_into_a_gguf_file(run: Path, tmp_path: Path, capsys):
     assert "is something else than a GGUF file" in capsys.readouterr().err
     text = "the cat sees  a dog.\n\n    my bird"
     assert LlamaCpp(file).tokenize(text) == load_tokenizer(run / "tokenizer").encode(text).tolist()
+
+
+def test_all_tokens_that_its_template_puts_before_a_text_come_there_and_are_not_counted(tmp_path: Path, capsys):
+    config, settings = write_config(tmp_path), copy.deepcopy(others.byte_level("llama3"))
+    template = settings["post_processor"]["processors"][1]
+    # <think>, which is no special token, has a text of its own.
+    template["single"].insert(1, {"SpecialToken": {"id": "<think>", "type_id": 0}})
+    template["special_tokens"]["<think>"] = {"id": "<think>", "ids": [600], "tokens": ["<think>"]}
+    folder = others.write(tmp_path / "tokenizer", settings, others.EOS)
+    flags = [f"--config={config}", f"--config.tokenizer.path={folder}", "--config.train.num_steps=2"]
+    assert here("pretrain", *flags) == 0
+    run, text = tmp_path / "run", "the cat sees a dog."
+    (tmp_path / "one.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    with jax.set_mesh(one_device_mesh()):
+        trained = load_trained(str(run))
+    ids = trained.tokenizer.encode(text).tolist()
+    weights = jax.tree.map(jnp.asarray, jax.device_get(trained.weights))
+    inputs = jnp.array([[0, 600, *ids]])
+    decoder = Decoder(trained.config.model, weights)
+    log_p_TV = jax.nn.log_softmax(decoder.logits(decoder(inputs, jnp.arange(inputs.size)[None], inputs * 0 + 1)))[0]
+    expected = [-float(log_p_TV[t + 1, token]) for t, token in enumerate([*ids, 1])]
+
+    capsys.readouterr()
+    assert here("evaluate", run, f"--corpus={tmp_path / 'one.jsonl'}", "--json") == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["tokens"] == len(ids) + 1
+    assert figures["loss"] == pytest.approx(np.mean(expected), rel=1e-5)
+    assert here("inspect", "loss", run, f"--prompt={text}", "--json") == 0
+    positions = json.loads(capsys.readouterr().out)["positions"]
+    assert [row["loss"] for row in positions[:-1]] == pytest.approx(expected[:-1], rel=1e-4)
+    assert here("generate", run, f"--prompt={text}", "--greedy", "--max_new_tokens=1") == 0
+    first = trained.tokenizer.decode([int(log_p_TV[-1, :601].argmax())])
+    assert capsys.readouterr().out == text + first
+    assert here("inspect", "data", run, "--step=1", "--json") == 0
+    parts = [part for row in json.loads(capsys.readouterr().out)["rows"] for part in row["parts"]]
+    beginnings = [part for part in parts if part["characters"][0] == 0 and not part["end"]]
+    assert beginnings
+    for part in beginnings:
+        document = json.loads((tmp_path / "corpus.jsonl").read_bytes()[part["byte"] :].splitlines()[0])["text"]
+        read = trained.tokenizer.encode(document)[: part["tokens"] - 1]
+        assert part["text"] == trained.tokenizer.decode(read)
 
 
 @pytest.mark.parametrize("prompts", [False, True])

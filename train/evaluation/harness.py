@@ -232,7 +232,8 @@ class HarnessModel(LM):
         Spaces at the context's end, and a token across the border, belong to the continuation.
         """
         tokens = self.tokenizer.encode_with_bos(context + continuation)
-        cut = max(min(len(self.tokenizer.encode_with_bos(context.rstrip())), len(tokens) - 1), 1)
+        before = self.tokenizer.encode_with_bos(context.rstrip())
+        cut = max(min(len(before), len(tokens) - 1), len(self.tokenizer.bos_ids))
         return tokens[:cut], tokens[cut:]
 
     def scores(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:

@@ -47,7 +47,7 @@ def evaluate(
     def pairs(text: HeldOutDocument) -> DocumentPairs:
         prompt = tokenizer.encode(text.prompt)
         tokens = np.concatenate([prompt, tokenizer.encode(text.text)])
-        return make_pairs(tokens, tokenizer.bos_id, tokenizer.eos_id, not text.cut, len(prompt))
+        return make_pairs(tokens, tokenizer.bos_ids, tokenizer.eos_id, not text.cut, len(prompt))
 
     results = {}
     for name, group in by_corpus(texts).items():

@@ -56,7 +56,8 @@ def inspect_positions(
         n + 1 rows with "position" from 0, "input" and "target" (texts), "loss" in nats, and the "best" predictions,
         each with "token" and "probability". The first input precedes every text; the last row has no target.
     """
-    inputs = np.array([tokenizer.bos_id, *tokens], np.int32)
+    before = len(tokenizer.bos_ids) - 1
+    inputs = np.array([*tokenizer.bos_ids, *tokens], np.int32)
 
     @jax.jit
     def log_probabilities(weights: Any, tokens_BT: jax.Array) -> jax.Array:
@@ -65,17 +66,17 @@ def inspect_positions(
         x_BTD = decoder(tokens_BT, positions_BT, jnp.ones_like(tokens_BT))
         return jax.nn.log_softmax(decoder.logits(x_BTD))[0]
 
-    log_p_TV = np.asarray(log_probabilities(weights, inputs[None]))
+    log_p_TV = np.asarray(log_probabilities(weights, inputs[None]))[before:]
     order_TV = np.argsort(-log_p_TV, axis=1)[:, :best]
 
     text = partial(token_text, tokenizer)
     return [
         {
             "position": t,
-            "input": text(int(inputs[t])),
+            "input": text(int(inputs[before + t])),
             "target": text(int(tokens[t])) if t < len(tokens) else None,
             "loss": -float(log_p_TV[t, tokens[t]]) if t < len(tokens) else None,
             "best": [{"token": text(int(v)), "probability": math.exp(log_p_TV[t, v])} for v in order_TV[t]],
         }
-        for t in range(len(inputs))
+        for t in range(len(tokens) + 1)
     ]

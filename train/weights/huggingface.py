@@ -54,9 +54,9 @@ def write_huggingface(folder: Path, weights: WeightSource, dtype: str = "float32
         shapes = model.shapes
         check_free_space(partial.parent, sum(map(math.prod, shapes.values())) * EXPORT_DTYPES[dtype].itemsize)
         stops = tokenizer.stop_ids if len(tokenizer.stop_ids) > 1 else tokenizer.eos_id
-        special: dict[str, Any] = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops}
+        special: dict[str, Any] = {"bos_token_id": tokenizer.bos_ids[0], "eos_token_id": stops}
         special |= {name: value for name, value in tokenizer.generation_config.items() if value is not None}
-        hf_config = model.export_config(tokenizer.bos_id, tokenizer.eos_id, dtype) | {STEP_KEY: weights.step}
+        hf_config = model.export_config(tokenizer.bos_ids[0], tokenizer.eos_id, dtype) | {STEP_KEY: weights.step}
         hf_config |= {name: special[name] for name in ("eos_token_id", "pad_token_id") if name in special}
         write_huggingface_tokenizer(tokenizer, partial, weights.context)
         for name, values in (("config.json", hf_config), ("generation_config.json", special)):

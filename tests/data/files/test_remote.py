@@ -458,7 +458,7 @@ def test_streams_are_those_of_local_files_and_resume_with_little_read(server, re
     def rows(where: str, number: int, begin: np.ndarray | None = None) -> tuple[list[list[Any]], np.ndarray]:
         mixture = open_mixture(dataclasses.replace(config, corpus=where), lambda: "")
         positions = initial_positions(mixture, 2) if begin is None else begin
-        streams = open_streams(mixture, tokenize, 0, 0, 0, range(2), positions)
+        streams = open_streams(mixture, tokenize, [0], 0, 0, range(2), positions)
         found = []
         for step in range(number):
             if server == "http":

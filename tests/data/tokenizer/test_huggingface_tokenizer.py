@@ -1,5 +1,6 @@
 """Other people's tokenizers give the ids that Transformers gives, and their text comes back."""
 
+import copy
 import json
 import unicodedata
 from contextlib import nullcontext
@@ -77,10 +78,53 @@ def test_the_ids_are_those_of_transformers_and_the_text_comes_back(loaded, their
 def test_a_text_begins_as_its_tokenizer_says_or_else_after_the_end_of_another(loaded, theirs, kind: str):
     tokenizer, text = loaded[kind], "the cat"
     before = {"llama3": "<|begin|>", "llama2": "<s>", "gemma": "<s>"}.get(kind, others.EOS)
-    assert tokenizer.pieces[tokenizer.bos_id] == before
-    assert tokenizer.encode_with_bos(text) == [tokenizer.bos_id, *tokenizer.encode(text)]
-    assert tokenizer.encode_with_bos("") == [tokenizer.bos_id]
+    assert [tokenizer.pieces[i] for i in tokenizer.bos_ids] == [before]
+    assert tokenizer.encode_with_bos(text) == [*tokenizer.bos_ids, *tokenizer.encode(text)]
+    assert tokenizer.encode_with_bos("") == tokenizer.bos_ids
     assert theirs[kind](text)["input_ids"] == tokenizer.encode_with_bos(text)[kind in ("gpt2", "qwen") :]
+
+
+@pytest.mark.parametrize("of_file", [False, True])
+@pytest.mark.parametrize("of_config", [None, False, True])
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "CodeGenTokenizerFast", "PreTrainedTokenizerFast"])
+def test_a_space_comes_before_a_text_where_the_class_puts_one(tmp_path: Path, name: str, of_config, of_file: bool):
+    settings = copy.deepcopy(others.byte_level("gpt2"))
+    settings["pre_tokenizer"]["add_prefix_space"] = of_file
+    folder = others.write(tmp_path / "theirs", settings, others.EOS)
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | {"tokenizer_class": name}
+    config |= {} if of_config is None else {"add_prefix_space": of_config}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(folder)
+    copied = write_tokenizer(tokenizer.files(), tmp_path / "copy")
+    assert copied.fingerprint == tokenizer.fingerprint
+    theirs = require("transformers").AutoTokenizer.from_pretrained(folder)
+    for text in ("the cat", " the cat", "", "a <think>b"):
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.encode(text).tolist() == copied.encode(text).tolist() == ids
+    assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
+
+
+@given(st.data())
+def test_what_stands_before_a_text_is_what_its_template_puts_there(tmp_path_factory, data):
+    """Any tokens: pieces, added ones, special or not, in any number; what the template puts behind a text is left."""
+    settings = copy.deepcopy(others.byte_level("gpt2"))
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    settings["added_tokens"] += [{"id": 601 + i, "content": f"<{i}>", "special": bool(i), **flags} for i in range(2)]
+    ids = {"<0>": 601, "<1>": 602, "<|begin|>": 0, "<|endoftext|>": 1, "a": settings["model"]["vocab"]["a"]}
+    before, behind = (data.draw(st.lists(st.sampled_from(sorted(ids)), max_size=3)) for _ in range(2))
+    special = lambda names: [{"SpecialToken": {"id": name, "type_id": 0}} for name in names]
+    single = [*special(before), {"Sequence": {"id": "A", "type_id": 0}}, *special(behind)]
+    settings["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {name: {"id": name, "ids": [i], "tokens": [name]} for name, i in ids.items()},
+    }
+    folder = others.write(tmp_path_factory.mktemp("template"), settings, others.EOS)
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.bos_ids == ([ids[name] for name in before] or [tokenizer.eos_id])
+    theirs = require("transformers").AutoTokenizer.from_pretrained(folder)("the cat")["input_ids"]
+    assert [*(tokenizer.bos_ids if before else []), *tokenizer.encode("the cat")] == theirs[: len(theirs) - len(behind)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -143,7 +187,7 @@ def test_ours_is_chosen_where_it_is_and_theirs_beside_another_sentencepiece_mode
     for text in NASTY:
         np.testing.assert_array_equal(alone.encode(text), ours.encode(text))
         assert alone.decode(alone.encode(text)) == text
-    assert alone.bos_id == alone.eos_id == ours.bos_id == ours.eos_id
+    assert alone.bos_ids == [alone.eos_id] == ours.bos_ids == [ours.eos_id]
     foreign = (tmp_path / "foreign").resolve()
     others.write(foreign, json.loads((folders["gpt2"] / "tokenizer.json").read_text()), others.EOS)
     (foreign / "tokenizer.model").write_bytes(ANOTHER)

@@ -271,6 +271,28 @@ def test_rotary_scalings_are_written_where_older_versions_look_for_them():
     assert Interchange(a_model({}), CONTEXT).export_config(bos_id=0, eos_id=0)["rope_scaling"] is None
 
 
+@pytest.mark.parametrize("original", [4, 8, 16])
+def test_yarns_positions_are_its_factor_times_the_original_ones_whatever_the_segment(original: int):
+    """Transformers 4.55 takes their ratio as the factor, and leaves out the factor that the file gives."""
+    config = a_model(YARN | {"rope_original_context": original})
+    theirs = Interchange(config, CONTEXT).export_config(bos_id=0, eos_id=0)
+    ratio = theirs["max_position_embeddings"] / theirs["rope_scaling"]["original_max_position_embeddings"]
+    assert ratio == theirs["rope_scaling"]["factor"] == 4
+    assert_comes_back(config, small_weights(config))
+    assert_same_logits(config, small_weights(config))
+
+
+@pytest.mark.parametrize("context", [12, CONTEXT])
+def test_the_context_comes_back_where_the_table_of_positions_is_longer(context: int):
+    theirs = Interchange(a_model(GPT), context).export_config(bos_id=0, eos_id=0)
+    assert theirs["n_positions"] == CONTEXT
+    model = Interchange.from_config(theirs)
+    assert (model.context, model.config.max_positions) == (context, CONTEXT)
+    for wrong in (0, CONTEXT + 1, "x", 1.5):
+        with pytest.raises(ValueError, match="segment_length is .*; it must be"):
+            Interchange.from_config(theirs | {"ziggurat": {"segment_length": wrong}})
+
+
 def test_tensors_that_only_widen_the_model_must_equal_their_fillings():
     config = a_model(FIXED)
     values, theirs = theirs_of(config, random_weights(config))

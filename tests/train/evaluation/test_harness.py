@@ -106,7 +106,7 @@ def test_a_continuation_ends_before_its_first_stop_string():
 def test_what_stands_before_a_text_is_never_scored():
     with jax.set_mesh(one_device_mesh()):
         model = adapter()
-        before = [model.tokenizer.bos_id]
+        before = model.tokenizer.bos_ids
         assert model.pair("", "") == (before, [])
         assert model.pair("", "a") == (before, model.tokenizer.encode("a").tolist())
         assert model.pair(" ", "a") == (before, model.tokenizer.encode(" a").tolist())

@@ -54,7 +54,7 @@ def test_figures_are_over_all_tokens_ends_included_and_all_bytes(mask: bool):
 def test_the_loss_is_that_of_each_token_and_the_end():
     config, tokenizer = config_for(), ByteTokenizer()
     text = "é漢 abc"
-    tokens = [tokenizer.bos_id, *tokenizer.encode(text).tolist(), tokenizer.eos_id]
+    tokens = [*tokenizer.bos_ids, *tokenizer.encode(text).tolist(), tokenizer.eos_id]
     found = evaluation(config, one_device_mesh(), [HeldOutDocument(text)])
     with jax.set_mesh(one_device_mesh()):
         decoder = Decoder(config.model, make_state(config, make_optimizer(config))["weights"], TRAINING)

@@ -1,5 +1,6 @@
 """llama.cpp computes what we compute from a GGUF file, and finds the same tokens in a text (C7)."""
 
+import copy
 import difflib
 import functools
 import shutil
@@ -18,6 +19,7 @@ from data.errors import InputError, StorageError
 from data.files.atomic import unfinished
 from data.tokenizer.folder import load_tokenizer
 from data.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
+from data.tokenizer.to_gguf import gguf_metadata
 from data.tokenizer.tokenizer import Tokenizer
 from data.tokenizer.training import train_tokenizer
 from model.config import ModelConfig
@@ -242,6 +244,14 @@ def test_tokenizers_that_llama_cpp_has_no_name_for_are_refused(tokenizer, tmp_pa
         with pytest.raises(InputError, match=f"cannot go into a GGUF file: it {words}"):
             write_gguf(tmp_path / "model.gguf", WeightSource(model_of(foreign, {}), CONTEXT, foreign, never))
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]
+
+
+def test_several_tokens_before_a_text_are_refused(tokenizer):
+    """llama.cpp would put only the first there."""
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.bos_ids = [0, 1]
+    with pytest.raises(InputError, match="it puts several tokens before a text; export --format=hf"):
+        gguf_metadata(tokenizer, tokenizer.vocab_size)
 
 
 def test_a_file_appears_whole_and_replaces_only_its_like(tokenizer, tmp_path: Path, monkeypatch):
