@@ -1,6 +1,7 @@
 """What all tests share: eight virtual CPU devices, compiled programs, and the same examples each time."""
 
 import os
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -17,6 +18,9 @@ flags = ["--xla_force_host_platform_device_count=8", "--xla_cpu_parallel_codegen
 if jaxlib.version.__version_info__ < (0, 11):
     flags.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()
+
+# A shell ignores Ctrl-C in what it starts in the background, and so would all processes that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("suite")

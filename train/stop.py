@@ -1,6 +1,7 @@
 """Stopping early: a signal asks, all processes agree, and the run saves and exits.
 
-A process that was asked to stop exits with status 75 (EX_TEMPFAIL of sysexits.h): start it again at once.
+A process that was asked to stop exits with status 75 (EX_TEMPFAIL of sysexits.h): start it again at once. Only Ctrl-C
+before training gives 130, as in other commands.
 """
 
 import faulthandler
@@ -78,7 +79,9 @@ class StopSignals:
                 leave_closed_terminal()
             if self.asked or not self.noted:
                 print(f"ziggurat: {name}: ended at once; the same command resumes", file=sys.stderr, flush=True)
-                os._exit(PREEMPTED)
+                # A scheduler's signal asks for another start, a user's Ctrl-C for none.
+                is_interrupt = received[0] == signal.SIGINT and not self.asked
+                os._exit(128 + signal.SIGINT if is_interrupt else PREEMPTED)
             self.asked = True
             self._say(f"{name}: stopping after this step; a second one ends it at once")
 

@@ -9,7 +9,8 @@ Llama 2 puts a space before it), so decoding returns the normalized text.
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,23 @@ MODEL_CONFIG_FILES = (GENERATION_FILE, "config.json")
 PREFIX_SPACE = "add_prefix_space"
 PREFIX_SPACE_CLASSES = {"GPT2Tokenizer", "GPT2TokenizerFast", "CodeGenTokenizer", "CodeGenTokenizerFast"}
 MOST_IDS = 2**23
+# Characters that a normalizer's replacements may make of one.
+MOST_GROWTH = 256
 # The class of Transformers that takes all of its pre-tokenizer from `tokenizer.json`.
 FROM_JSON_ALONE = "PreTrainedTokenizerFast"
 STEP_LISTS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+@contextmanager
+def _faults_of(file: Path) -> Iterator[None]:
+    """Raises InputError for what the library says about a file, also in a panic, which is no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
+            raise
+        raise InputError(f"{file} is damaged, or no tokenizer ({error}); restore it") from None
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -53,14 +67,10 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, folder: Path):
         self.folder = folder
         content = read_small_file(folder / JSON_FILE)
-        try:
+        with _faults_of(folder / JSON_FILE):
             self.settings = parse_json(content.decode())
             self._model = tokenizers.Tokenizer.from_buffer(content)
-        except BaseException as error:
-            # A panic of the library is no Exception.
-            if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
-                raise
-            raise InputError(f"{folder / JSON_FILE} is damaged, or no tokenizer ({error}); restore it") from None
+        self._check_growth()
         added = self._add_tokens()
         prefix_space = self._set_prefix_space()
         # The merges take most memory of the file; they are read again when they are needed.
@@ -94,7 +104,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self._check_space(config)
         self.eos_id = self._find_eos()
         # The tokens that its post-processor puts before a text, as in Llama and Gemma.
-        encoded = self._model.encode("a")
+        with _faults_of(folder / JSON_FILE):
+            encoded = self._model.encode("a")
         num_before = next((i for i, special in enumerate(encoded.special_tokens_mask) if not special), 0)
         self.bos_ids = encoded.ids[:num_before] or [self.eos_id]
         if unknown := [i for i in self.bos_ids if not 0 <= i < self.vocab_size]:
@@ -110,6 +121,19 @@ class HuggingFaceTokenizer(Tokenizer):
         if template.is_file():
             self.chat_template = read_small_file(template).decode(errors="replace")
         self.adds_space = b"".join(map(self.token_bytes, self.encode("a"))) == b" a"
+
+    def _check_growth(self) -> None:
+        """Raises InputError if the normalizer can make a text too long for the memory."""
+        growth = 1.0
+        for step in self.steps("normalizer"):
+            if step["type"] == "Replace":
+                # A regular expression may match every character, or between any two.
+                growth *= max(1, len(step["content"]) / (len(step["pattern"].get("String", "")) or 1))
+        if growth > MOST_GROWTH:
+            raise InputError(
+                f"{self.folder / JSON_FILE}: its normalizer can make a text {growth:,.0f} times as long; take another "
+                "tokenizer"
+            )
 
     def _check_space(self, config: Mapping[str, Any]) -> None:
         """Raises InputError if `tokenizer_config.json` and `tokenizer.json` disagree about a space before a text."""
@@ -201,7 +225,8 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode(self, text: str) -> np.ndarray:
         text.encode()  # raises ValueError for lone surrogates
         # A batch of one, because that skips the offsets of tokens.
-        return np.array(self._model.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.int32)
+        with _faults_of(self.folder / JSON_FILE):
+            return np.array(self._model.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids that begin a text, without the space that was put before it."""

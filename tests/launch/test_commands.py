@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -19,15 +20,20 @@ from data.config import DataConfig
 from data.errors import InputError
 from data.tokenizer.folder import load_tokenizer
 from data.tokenizer.tokenizer import END_OF_TEXT
+from data.tokenizer.training import train_tokenizer
 from launch.evaluate import with_bounded_rows
 from model.config import ModelConfig
+from tests.data.texts import code
 from tests.launch.small_run import ROOT, here, metrics, write_config
 from tests.peers import require
+from train.checkpoint.checkpoint import Checkpoints
 from train.config.config import Config
 from train.devices.mesh import one_device_mesh
 from train.evaluation.held_out import gzip_bits_per_byte
 from train.evaluation.inspection import inspect_positions
 from train.run.folder import HeldOutDocument, Run
+from train.step.optimizer import make_optimizer
+from train.step.state import abstract_state
 from train.weights.huggingface import exported_step
 from train.weights.load import Trained, load_trained
 
@@ -72,6 +78,49 @@ def test_weights_that_are_loaded_outside_a_mesh_ask_for_one(finished: Path):
     for where in (finished, finished / "export"):
         with pytest.raises(InputError, match="with jax.set_mesh"):
             load_trained(str(where))
+
+
+def test_weights_of_a_run_that_are_no_numbers_are_refused_by_name(finished: Path, tmp_path: Path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    config = Run.load(run)[1].resolved(load_tokenizer(run / "tokenizer").vocab_size)
+    checkpoints = Checkpoints(run / "checkpoints")
+    with jax.set_mesh(one_device_mesh()):
+        state, progress = checkpoints.restore_step(12, abstract_state(config, make_optimizer(config)))
+        up = state["weights"]["blocks"]["feedforward"]["up"]
+        state["weights"]["blocks"]["feedforward"]["up"] = up * np.nan
+        del progress["checksums"]
+        checkpoints.save(state | {"step": state["step"] + 1}, progress)
+        checkpoints.wait()
+    checkpoints.close()
+    for command in (
+        ["generate", run, "--prompt=a"],
+        ["evaluate", run, "--json"],
+        ["inspect", "loss", run, "--prompt=a"],
+        ["export", run, "--format=hf", f"--to={tmp_path / 'out'}"],
+    ):
+        assert here(*command) == 2
+        out, err = capsys.readouterr()
+        assert re.search(r"feedforward\.up|up_proj", err), err
+        assert "NaN or infinite values" in err
+        assert not out
+    assert evaluated(capsys, f"{run}@12")["step"] == 12
+
+
+def test_a_run_with_another_tokenizer_than_it_was_trained_with_is_refused(finished: Path, tmp_path: Path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "tokenizer")
+    # Of as many pieces, so that every id has a row of the embedding.
+    train_tokenizer([text.upper() for text in code()[:20]], 400, run / "tokenizer")
+    for command in (
+        ["generate", run, "--prompt=a"],
+        ["evaluate", run],
+        ["inspect", "embedding", run, "--word=a"],
+        ["export", run, "--format=hf", f"--to={tmp_path / 'out'}"],
+    ):
+        assert here(*command) == 2
+        assert f"{run / 'tokenizer'} is not the tokenizer that the run was trained with" in capsys.readouterr().err
 
 
 def test_a_run_evaluates_to_the_figures_of_its_last_step(finished: Path, capsys):
@@ -177,7 +226,7 @@ def test_rows_of_weights_from_elsewhere_are_as_long_as_their_texts_need(
     context: int, tokens: list[int], length: int, caplog
 ):
     config = Config(model=ModelConfig(vocab_size=300), data=DataConfig(segment_length=context)).resolved()
-    trained = Trained(config, weights=None, tokenizer=cast(Any, SimpleNamespace(encode=list)))
+    trained = Trained(config, weights=None, tokenizer=cast(Any, SimpleNamespace(encode=list, bos_ids=[0])))
     texts = [HeldOutDocument("a" * count) for count in tokens]
     bounded = with_bounded_rows(trained, texts)
     assert bounded.data.segment_length == length

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import pytest
 
 import launch.generate
 from data.errors import InputError
+from data.tokenizer.folder import load_tokenizer
 from tests.launch.small_run import here
 
 PROMPTS = ["the cat", "a dog sees my", "", "one fish likes the bird. my cat"]
@@ -54,6 +56,20 @@ def test_a_text_ends_before_the_stop_string(finished: Path, tmp_path: Path, caps
             assert line["tokens"] <= whole["tokens"]
         else:
             assert line == whole
+
+
+def test_a_text_ends_at_every_token_that_the_weights_name(finished: Path, tmp_path: Path, capsys):
+    shutil.copytree(finished / "export", tmp_path / "weights")
+    (tmp_path / "weights" / "tokenizer.model").unlink()  # which names one such token
+    flags = (tmp_path / "weights", f"--prompts={write_prompts(tmp_path)}", "--greedy", "--max_new_tokens=20")
+    free = lines(capsys, *flags)[0]
+    tokenizer = load_tokenizer(tmp_path / "weights")
+    ids = tokenizer.encode(PROMPTS[0] + free["text"]).tolist()[len(tokenizer.encode(PROMPTS[0])) :]
+    place = next(i for i, token in enumerate(ids) if i > 2 and token not in ids[:i])
+    file = tmp_path / "weights" / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": [tokenizer.eos_id, ids[place]]}))
+    found = lines(capsys, *flags)[0]
+    assert (found["text"], found["ended"]) == (tokenizer.decode(ids[:place]), "eos")
 
 
 def test_devices_share_a_model_and_give_the_same_text(finished: Path, capsys):

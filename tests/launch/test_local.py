@@ -15,7 +15,7 @@ import pytest
 
 from data.errors import InputError
 from launch.local import Exit, add_arguments, free_port, newest_step, process_environment, run, run_processes, supervise
-from tests.launch.small_run import ROOT, command, environment, write_config
+from tests.launch.small_run import ROOT, command, environment, write_config, ziggurat
 
 
 def environments(number: int) -> list[dict[str, str]]:
@@ -220,6 +220,27 @@ def test_a_second_signal_ends_at_once(tmp_path: Path):
         assert "ended at once" in run.stderr.read()
     finally:
         run.kill()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGHUP, 75)])
+def test_a_signal_before_training_ends_at_once_and_the_same_command_begins_again(
+    tmp_path: Path, number: signal.Signals, status: int
+):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        pytest.skip("nohup ignores it")
+    arguments = ("pretrain", f"--config={write_config(tmp_path)}", "--config.train.num_steps=1")
+    run = command(*arguments, stderr=subprocess.PIPE)
+    try:
+        assert run.stderr is not None
+        assert any("training a tokenizer" in line for line in run.stderr)
+        run.send_signal(number)
+        assert run.wait(30) == status
+        assert run.stderr.read().splitlines()[-1] == f"ziggurat: {number.name}: ended at once; the same command resumes"
+    finally:
+        run.kill()
+    again = ziggurat(*arguments)
+    assert again.returncode == 0, again.stderr
+    assert "waiting" not in again.stderr
 
 
 def test_a_run_whose_data_stalls_shows_its_threads_and_ends(tmp_path: Path):

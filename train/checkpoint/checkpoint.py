@@ -174,13 +174,18 @@ class Checkpoints:
         for candidate in self._candidates(lambda: sorted(self._manager.all_steps()), step):
             place = self.folder / str(candidate)
             try:
-                progress = json.loads((place / "progress" / "metadata").read_text())
-                check_progress_digest(progress)
+                progress = self.progress(candidate)
                 item = "average" if "average" in progress["checksums"] else "weights"
                 return candidate, CheckpointReader(place / item, flattened(progress["checksums"][item]), parameters)
             except DAMAGE_ERRORS as error:
                 self._warn(candidate, str(error))
         raise InputError(f"{self.folder} holds no checkpoint that can be read")
+
+    def progress(self, step: int) -> dict[str, Any]:
+        """Returns what was saved beside the state of a step. One of `DAMAGE_ERRORS` if it is damaged."""
+        progress: dict[str, Any] = json.loads((self.folder / str(step) / "progress" / "metadata").read_text())
+        check_progress_digest(progress)
+        return progress
 
     def _candidates(self, list_steps: Callable[[], list[int]], step: int | None) -> Iterator[int]:
         """Yields the steps to try: the given one, or the newest that has not been tried, as listed after each try.

@@ -1,16 +1,19 @@
 """Loads the weights of a run, a checkpoint or an export, and exports those of a checkpoint."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from data.config import DataConfig
 from data.errors import InputError
 from data.tokenizer.folder import load_tokenizer
 from data.tokenizer.tokenizer import Tokenizer
 from model.parameters import parameter_table
+from model.trees import flattened
 from train.checkpoint.checkpoint import Checkpoints
 from train.config.config import Config, ResolvedConfig
 from train.config.run_config import MeshConfig
@@ -52,7 +55,11 @@ def load_trained(where: str) -> Trained:
     check_sharing(config.model)
     checkpoints = Checkpoints(run.checkpoints)
     step, weights = checkpoints.restore_weights(abstract_weights(config), step)
+    check_tokenizer(tokenizer, checkpoints.progress(step))
     checkpoints.close()
+    for name, array in flattened(weights).items():
+        if not jnp.isfinite(array).all():
+            raise InputError(f"{run.checkpoints}: step {step}: {name} has NaN or infinite values; take another step")
     return Trained(config, weights, tokenizer, run, step)
 
 
@@ -66,6 +73,7 @@ def open_weights(where: str) -> WeightSource:
     run, config, tokenizer = open_run(folder)
     checkpoints = Checkpoints(run.checkpoints)
     step, read = checkpoints.open_weights(parameter_table(config.model), step)
+    check_tokenizer(tokenizer, checkpoints.progress(step))
     checkpoints.close()
     return WeightSource(config.model, config.data.segment_length, tokenizer, read, step)
 
@@ -85,6 +93,14 @@ def open_run(folder: Path) -> tuple[Run, ResolvedConfig, Tokenizer]:
     config = config.resolved(tokenizer.vocab_size)
     model = dataclasses.replace(config.model, compute_dtype="float32", attention_kernel="auto")
     return run, dataclasses.replace(config, model=model, mesh=MeshConfig()), tokenizer
+
+
+def check_tokenizer(tokenizer: Tokenizer, progress: Mapping[str, Any]) -> None:
+    """Raises InputError if a run's tokenizer is not the one with which the checkpoint of this progress was trained."""
+    if progress["identity"].get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
+        raise InputError(
+            f"{tokenizer.folder} is not the tokenizer that the run was trained with; restore it from a copy"
+        )
 
 
 def export_run(run: Run, config: ResolvedConfig, checkpoints: Checkpoints, tokenizer: Tokenizer, step: int) -> None:

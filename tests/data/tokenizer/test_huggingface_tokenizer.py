@@ -249,8 +249,8 @@ def test_a_space_before_a_text_that_two_files_disagree_about_is_refused(folders,
     folder = others.write(tmp_path, json.loads((folders["gpt2"] / "tokenizer.json").read_text()), others.EOS)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     for asked, kind, is_refused in (
-        (True, "GPT2Tokenizer", True),
-        (False, "GPT2Tokenizer", False),
+        (True, "Qwen2Tokenizer", True),
+        (False, "Qwen2Tokenizer", False),
         (True, "PreTrainedTokenizerFast", False),
     ):
         settings = config | {"add_prefix_space": asked, "tokenizer_class": kind}
@@ -286,3 +286,31 @@ def test_damaged_and_lossy_files_are_named(folders, tmp_path: Path):
         others.write(tmp_path, lossy, others.EOS)
         with pytest.raises(InputError, match="neither byte-level nor has it byte fallback"):
             load_tokenizer(tmp_path)
+
+
+def test_ids_that_would_fill_the_memory_are_refused(folders, tmp_path: Path):
+    settings = json.loads((folders["gpt2"] / "tokenizer.json").read_text())
+    settings["model"]["vocab"]["<far>"] = 2**23
+    others.write(tmp_path, settings, others.EOS)
+    with pytest.raises(InputError, match="has the id 8,388,608; at most 8,388,608 ids are read"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("pattern", [{"String": "a"}, {"Regex": "a"}])
+def test_a_normalizer_that_can_fill_the_memory_is_refused(folders, tmp_path: Path, pattern):
+    settings = json.loads((folders["gpt2"] / "tokenizer.json").read_text())
+    step = {"type": "Replace", "pattern": pattern, "content": "a" * 100}
+    settings["normalizer"] = step
+    load_tokenizer(others.write(tmp_path, settings, others.EOS))
+    settings["normalizer"] = {"type": "Sequence", "normalizers": [step] * 6}
+    others.write(tmp_path, settings, others.EOS)
+    with pytest.raises(InputError, match="normalizer can make a text 1,000,000,000,000 times as long"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_panic_of_the_library_is_a_line_that_names_the_file(folders, tmp_path: Path):
+    settings = json.loads((folders["gpt2"] / "tokenizer.json").read_text())
+    settings["normalizer"] = {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "b"}
+    tokenizer = load_tokenizer(others.write(tmp_path, settings, others.EOS))
+    with pytest.raises(InputError, match=rf"{tmp_path / 'tokenizer.json'} is damaged, or no tokenizer \(.*retry-limit"):
+        tokenizer.encode("a" * 40 + "!")

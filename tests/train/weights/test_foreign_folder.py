@@ -107,6 +107,14 @@ def test_a_class_and_a_type_that_contradict_each_other_are_refused(folder):
         open_huggingface(folder)
 
 
+def test_full_attention_in_all_layers_beside_a_window_is_refused(folder):
+    edit(folder / "config.json", model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=5)
+    assert open_huggingface(folder).config.sliding_window == 5
+    edit(folder / "config.json", layer_types=["full_attention"] * 2)
+    with pytest.raises(InputError, match="full_attention in all layers, and there is a sliding_window"):
+        open_huggingface(folder)
+
+
 def test_byte_pieces_without_byte_fallback_are_refused(folder):
     (folder / "tokenizer.model").unlink()
     model = json.loads((folder / "tokenizer.json").read_text())["model"] | {"byte_fallback": False}

@@ -318,6 +318,22 @@ def test_values_too_large_for_f16_are_refused(tokenizer, tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("value", "dtype", "problem"),
+    [(np.nan, "f32", "has NaN or infinite values"), (np.inf, "q8_0", "has NaN or infinite values"),
+     (3.4e38, "bf16", "has values too large for bf16")],
+)  # fmt: skip
+def test_values_that_the_file_cannot_hold_are_refused_by_name(tokenizer, tmp_path: Path, value, dtype, problem):
+    config = model_of(tokenizer, {})
+    weights = weights_of(config)
+    table = np.array(weights["embedding"]["table"])
+    table[3, 2] = value
+    weights["embedding"]["table"] = table
+    with pytest.raises(InputError, match=rf"token_embd\.weight {problem}"):
+        write(tmp_path / "model.gguf", config, weights, tokenizer, dtype)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_missing_package_is_named(tokenizer, tmp_path: Path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(InputError, match=r"pip install -e '\.\[gguf\]'"):
