@@ -88,13 +88,14 @@ def problems_of(group: str, config: Any) -> list[str]:
         value = getattr(config, field.name)
         if value is None:
             continue
+        shown = f"{value:.6g}" if isinstance(value, int) and value > MOST_INTEGER else value
         choices = field.metadata["choices"]
         if choices and value not in choices:
             problems.append(f"{group}.{field.name} is {value!r}; it must be one of {', '.join(choices)}")
         elif not all(bound is None or WITHIN[name](value, bound) for name, bound in field.metadata["bounds"].items()):
-            problems.append(f"{group}.{field.name} is {value}; it must be {bounds_text(field)}")
+            problems.append(f"{group}.{field.name} is {shown}; it must be {bounds_text(field)}")
         elif isinstance(value, int) and field.metadata["bounds"]["at_most"] is None and value > MOST_INTEGER:
-            problems.append(f"{group}.{field.name} is {value}; it must be at most {MOST_INTEGER}")
+            problems.append(f"{group}.{field.name} is {shown}; it must be at most {MOST_INTEGER}")
         if problem := text_problem(value, allows_nul=field.metadata["allows_nul"]):
             problems.append(f"{group}.{field.name}{problem}")
     return problems
