@@ -88,7 +88,7 @@ def problems_of(group: str, config: Any) -> list[str]:
         value = getattr(config, field.name)
         if value is None:
             continue
-        shown = f"{value:.6g}" if isinstance(value, int) and value > MOST_INTEGER else value
+        shown = f"{value:.6g}" if isinstance(value, int) and value > 2**63 else value
         choices = field.metadata["choices"]
         if choices and value not in choices:
             problems.append(f"{group}.{field.name} is {value!r}; it must be one of {', '.join(choices)}")

@@ -182,7 +182,7 @@ class Checkpoints:
         raise InputError(f"{self.folder} holds no checkpoint that can be read")
 
     def progress(self, step: int) -> dict[str, Any]:
-        """Returns what was saved beside the state of a step. Raises one of `DAMAGE_ERRORS` if it is damaged."""
+        """Returns what was saved with the state of a step. Raises one of `DAMAGE_ERRORS` if it is damaged."""
         progress: dict[str, Any] = json.loads((self.folder / str(step) / "progress" / "metadata").read_text())
         check_progress_digest(progress)
         return progress
