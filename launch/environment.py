@@ -29,15 +29,23 @@ def environment_problem(failure: BaseException) -> tuple[int, str]:
     """Returns the exit status and text of a failure if JAX cannot start; (1, "") where it can."""
     # JAX_ENABLE_X64 is this project's own setting.
     given = [f"{name}={value}" for name, value in os.environ.items() if re.match("JAX_(?!ENABLE_X64)", name)]
+    error = failure if "Unable to initialize backend" in str(failure) else _failure_of_jax()
+    if error is None:
+        return 1, ""
+    # The first failure says why: an import that has failed fails in another way when it is repeated.
+    reason = (f"{failure}\n{error}".strip().splitlines() or ["a library of that platform is missing"])[0]
+    text = f"JAX cannot start with {' '.join(given) or 'the devices of this machine'}: {reason}"
+    if isinstance(error, RuntimeError) and "known backends" not in reason:
+        return 1, f"{text}; start again once its devices answer"
+    return 2, f"{text}; give the variable another value, or unset it"
+
+
+def _failure_of_jax() -> Exception | None:
+    # Where JAX has found one of several platforms, it fails only the first time.
     try:
         import jax
 
         jax.devices()
     except Exception as error:  # a plugin may fail in any way
-        # The first failure says why: an import that has failed fails in another way when it is repeated.
-        reason = (f"{failure}\n{error}".strip().splitlines() or ["a library of that platform is missing"])[0]
-        text = f"JAX cannot start with {' '.join(given) or 'the devices of this machine'}: {reason}"
-        if isinstance(error, RuntimeError) and "known backends" not in reason:
-            return 1, f"{text}; start again once its devices answer"
-        return 2, f"{text}; give the variable another value, or unset it"
-    return 1, ""
+        return error
+    return None

@@ -64,6 +64,7 @@ def test_a_stream_that_is_closed_or_full_has_one_line_at_most(line: str, status:
     ("variables", "words"),
     [
         ({"JAX_PLATFORMS": "foo"}, "JAX cannot start with"),
+        ({"JAX_PLATFORMS": "cpu,foo"}, "JAX cannot start with"),
         ({"JAX_NUM_CPU_DEVICES": "x"}, "Invalid value"),
         ({"XLA_FLAGS": "--x"}, "XLA_FLAGS=--x: Unknown flag"),
     ],
