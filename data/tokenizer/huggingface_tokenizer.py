@@ -172,7 +172,7 @@ class HuggingFaceTokenizer(Tokenizer):
         """Puts a space before a text, or none, as the class does; returns what this changes of `tokenizer.json`."""
         config, step = _read(self.folder / CONFIG_FILE), self.settings.get("pre_tokenizer") or {}
         wanted = bool(config.get(PREFIX_SPACE))
-        takes = config.get("tokenizer_class") in PREFIX_SPACE_CLASSES and step.get("type") == "ByteLevel"
+        takes = str(config.get("tokenizer_class")) in PREFIX_SPACE_CLASSES and step.get("type") == "ByteLevel"
         if not takes or step[PREFIX_SPACE] == wanted:
             return ""
         step[PREFIX_SPACE] = wanted

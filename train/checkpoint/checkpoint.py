@@ -16,6 +16,7 @@ import math
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -44,6 +45,13 @@ DAMAGE_ERRORS = (ValueError, KeyError, TypeError, AttributeError, OSError, Recur
 MOST_TRIES = 20
 # A layer with at least this many bytes on a device is stored as a chunk of its own.
 LAYER_CHUNK_BYTES = 2**18
+
+
+def check_regular(place: epath.Path) -> None:
+    """Raises ValueError if a checkpoint on this machine has a pipe or a device, which may be read without end."""
+    for path in () if is_remote(place) else Path(place).rglob("*"):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise ValueError(f"{path.name} is no file")
 
 
 def save_arguments(item: str, tree: Any) -> Any:
@@ -183,6 +191,7 @@ class Checkpoints:
 
     def progress(self, step: int) -> dict[str, Any]:
         """Returns what was saved with the state of a step. Raises one of `DAMAGE_ERRORS` if it is damaged."""
+        check_regular(self.folder / str(step))
         progress: dict[str, Any] = json.loads((self.folder / str(step) / "progress" / "metadata").read_text())
         check_progress_digest(progress)
         return progress
@@ -240,6 +249,7 @@ class Checkpoints:
         damage = ""
         try:
             place = self._manager.directory / str(step)
+            check_regular(place)
             progress = self._reader.restore(place, ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
             check_progress_digest(progress)
             abstract = wanted("average" in progress["checksums"])

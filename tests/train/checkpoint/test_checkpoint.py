@@ -184,6 +184,11 @@ def changed(*replaced: bytes):
     return change
 
 
+def in_place_of(file: Path, other: str) -> None:
+    file.unlink()
+    file.symlink_to(other)
+
+
 DAMAGES = {
     "truncated": cut,
     "no weights": lambda folder: shutil.rmtree(folder / "weights"),
@@ -193,6 +198,7 @@ DAMAGES = {
     "empty": changed(b""),
     "other JSON": changed(b"[]"),
     "nothing in it": changed(b"{}"),
+    "a device": lambda folder: in_place_of(folder / "optimizer" / "_METADATA", "/dev/zero"),
     "another position": changed(b"[[1, 2, 3, 4]]", b"[[1, 2, 3, 5]]"),
 }
 
