@@ -97,7 +97,8 @@ def open_run(folder: Path) -> tuple[Run, ResolvedConfig, Tokenizer]:
 
 def check_tokenizer(tokenizer: Tokenizer, progress: Mapping[str, Any]) -> None:
     """Raises InputError if a run's tokenizer is not the one with which the checkpoint of this progress was trained."""
-    if progress["identity"].get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
+    # Imported weights have no progress.
+    if progress.get("identity", {}).get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
         raise InputError(
             f"{tokenizer.folder} is not the tokenizer that the run was trained with; restore it from a copy"
         )
