@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from launch.cli import HUGE_PAGES
+from launch.cli import STEP_MEMORY
 from train.config.config import Config
 from train.config.reading import make_config
 
@@ -201,7 +201,7 @@ def compete(side: str, config: Config) -> None:
 
 def contest(dtypes: list[str], turns: int) -> dict[tuple[str, str], np.ndarray]:
     """(side, dtype) → a row a counted step: seconds, CPU seconds, FLOP/s of a product."""
-    environment = os.environ | {"GLIBC_TUNABLES": HUGE_PAGES}
+    environment = os.environ | {"GLIBC_TUNABLES": STEP_MEMORY}
     processes = {}
     for dtype in dtypes:
         for side in SIDES:

@@ -2,12 +2,14 @@
 
 import json
 import os
+import platform
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from launch.cli import prepare_process
+from launch.cli import STEP_MEMORY, prepare_process
 from launch.plan_text import plan_text, seconds_text
 from tests.launch.small_run import here, write_config
 from tests.peers import require
@@ -114,8 +116,8 @@ def test_compilers_for_absent_accelerators_are_left_alone_by_other_commands(monk
     assert platforms(("no-such-device*",), "tpu,cpu") == "tpu,cpu"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked of Linux's C library")
-def test_only_commands_that_run_training_steps_start_again_with_huge_pages(monkeypatch):
+@pytest.mark.skipif(sys.platform != "linux", reason="the tunables are those of glibc")
+def test_only_commands_that_run_training_steps_start_again_with_the_memory_settings(monkeypatch):
     started: list[list[str]] = []
     monkeypatch.setattr(os, "execv", lambda program, command: started.append(command))
     for argv, files, own in (
@@ -126,3 +128,19 @@ def test_only_commands_that_run_training_steps_start_again_with_huge_pages(monke
         monkeypatch.setattr(os, "environ", dict(own))
         prepare_process(argv)
         assert len(started) == 1
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the tunables are those of glibc")
+def test_freed_memory_stays_in_a_process_that_trains():
+    script = """
+import resource, numpy
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+numpy.ones(2**25)
+before = faults()
+numpy.ones(2**25)
+print(faults() - before)
+"""
+    environment = os.environ | {"GLIBC_TUNABLES": STEP_MEMORY}
+    count = subprocess.check_output([sys.executable, "-c", script], env=environment)
+    # A new 256 MB have 128 large pages.
+    assert int(count) < 16
