@@ -12,7 +12,7 @@ from launch.exit_status import finish_output, report_error
 from launch.library_errors import short_library_errors
 from launch.streams import ShownFormatter, insistent_interrupts, prepare_streams
 
-# glibc's tunables for training steps on CPUs. XLA allocates a step's temporary memory anew each time, and Linux zeroes
+# glibc's tunables for training steps on CPUs. XLA allocates temporary memory again in each step, and Linux zeroes
 # each page that comes back to a process: here freed memory stays in the process, in one heap of large pages.
 STEP_MEMORY = ":".join(
     f"glibc.malloc.{setting}" for setting in ("hugetlb=1", "arena_max=1", "mmap_max=0", f"trim_threshold={2**34}")
