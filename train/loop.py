@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from data.errors import StorageError
 from data.loader import LoadedBatch, Loader, corpus_has_ended, gather_positions, look_ahead
+from data.mixture import Mixture
 from train.checkpoint.checkpoint import Checkpoints
 from train.config.config import Config
 from train.data_identity import RunInputs, data_fingerprint, first_step
@@ -45,6 +47,9 @@ from train.stop import Stopped, StopSignals, reset_watchdog
 from train.weights.huggingface import check_export_folder, exported_step, why_no_export
 from train.weights.load import export_run
 
+# Bytes of text from which the size of a tokenizer is likely what was asked for, and its training takes a while.
+MUCH_TEXT = 2**20
+
 
 def pretrain(config: Config) -> Run:
     """Trains to `train.num_steps` or to the end of `data.epochs`, from the newest checkpoint in `train.run_dir` if any.
@@ -60,7 +65,9 @@ def pretrain(config: Config) -> Run:
     exports = config.checkpoint.export and why_no_export(config.model) is None
     if exports:
         check_export_folder(run.export)
-    mesh = make_mesh(config.resolved(config.tokenizer.vocab_size))
+    asked = config.resolved(config.tokenizer.vocab_size)
+    mesh = make_mesh(asked)
+    programs = StepPrograms(asked, make_optimizer(asked))
 
     with ExitStack() as stack:
         # ── Prepare: the run's folder, corpus, tokenizer and held-out documents ──
@@ -71,7 +78,7 @@ def pretrain(config: Config) -> Run:
         stack.enter_context(leaving_no_copy(run))
         lease = Lease(run.lease)
         stack.callback(lease.release)
-        inputs = prepare_run(config, run, lease)
+        inputs = prepare_run(config, run, lease, lambda mixture: compile_ahead(programs, mesh, mixture))
         stack.enter_context(jax.set_mesh(mesh))
         stack.callback(events.close)
         stack.callback(faulthandler.cancel_dump_traceback_later)
@@ -80,7 +87,7 @@ def pretrain(config: Config) -> Run:
         # ── Restore: the newest checkpoint, or a first state ──
         checkpoints = Checkpoints(run.checkpoints, inputs.config.checkpoint)
         stack.callback(checkpoints.close)
-        training = Training(run, inputs, display, checkpoints, signals, events)
+        training = Training(run, inputs, display, checkpoints, signals, events, programs)
         on_first_process(lambda: run.save_config(inputs.config))
 
         # ── Train ──
@@ -101,6 +108,19 @@ def pretrain(config: Config) -> Run:
         if first_step < training.step:
             events.write("end", step=training.step)
     return run
+
+
+def compile_ahead(programs: StepPrograms, mesh: Mesh, mixture: Mixture) -> None:
+    """Begins to compile the first step while a tokenizer is trained on much text, on a CPU.
+
+    The program is wasted if the tokenizer has another size than the config asks for, as it has with little text. On
+    other devices compiling takes minutes, for which a process that meets an error in between would have to wait.
+    """
+    config = programs.config
+    trains_tokenizer = config.tokenizer.path is None and config.train.init_from is None
+    is_much = sum(source.corpus.size for source in mixture.sources) >= MUCH_TEXT
+    if trains_tokenizer and is_much and jax.default_backend() == "cpu" and jax.process_count() == 1:
+        programs.compile_first(mesh)
 
 
 @contextmanager
@@ -129,6 +149,7 @@ class Training:
         state: the state of training after `step` steps.
         step: number of steps that are done.
         positions: positions in the data after `step` steps, of the streams that this process reads.
+        programs: the programs of the steps, made again if they are for another config.
     """
 
     run: Run
@@ -137,11 +158,13 @@ class Training:
     checkpoints: Checkpoints
     signals: StopSignals
     events: Events
+    programs: StepPrograms
 
     def __post_init__(self) -> None:
         self.config = self.inputs.config
         self.optimizer = make_optimizer(self.config)
-        self.programs = StepPrograms(self.config, self.optimizer)
+        if self.programs.config != self.config:
+            self.programs = StepPrograms(self.config, self.optimizer)
         self.evaluations = Evaluations(self.inputs)
         self.agreement = Agreement()
         self.restore()
