@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,9 +44,9 @@ class Curve:
             point = (step - 1) * len(self._sums) // self._num_steps
             self._sums[point] += loss
             self._counts[point] += 1
-        loss = record.get("validation_loss")
-        if loss and math.isfinite(loss):
-            self._bits = record["validation_bits_per_byte"] / loss
+        loss, bits = record.get("validation_loss"), record.get("validation_bits_per_byte")
+        if loss and bits and math.isfinite(loss):
+            self._bits = bits / loss
             self._held_out[step] = loss
 
     def draw(self, width: int, height: int, step: int) -> list[Text]:
@@ -54,48 +54,39 @@ class Curve:
 
         The columns of the curve stand for all steps of the run. Right of it are the levels and the newest evaluation.
         """
-        held_out = sorted(list(self._held_out.items()))
         scale = self._bits or 1.0
-        labels = dict(self.levels) if held_out else {}
-        if held_out:
-            labels["held out"] = held_out[-1][1] * scale
-        right = max((len(f" {name} {bits:.3f}") for name, bits in labels.items()), default=0)
+        held_out = [(step, loss * scale) for step, loss in sorted(self._held_out.items())]
+        levels = dict(self.levels) if held_out else {}
+        labels = levels | ({"held out": held_out[-1][1]} if held_out else {})
+        right = max((len(f" {name} {bits:.3f}") for name, bits in labels.items()), default=len(" 100%"))
         columns, rows = width - LEFT - right, height - 2
         done = step / self._num_steps
         progress = Text(f"{' ' * LEFT}{bar(done, columns)} {done:.0%}")
         x, y = self._points(2 * columns)
         if not len(x):
             return [progress]
-        shown = [*(y * scale), *labels.values(), *(loss * scale for _, loss in held_out)]
+        shown = [*(y * scale), *levels.values(), *(bits for _, bits in held_out)]
         low, high = min(shown), max(shown)
 
-        def row(bits: float, rows: int) -> int:
+        def row(bits: float, rows: int = rows) -> int:
             return round((high - bits) / max(high - low, 1e-9) * (rows - 1))
 
         cells = np.full((rows, columns), " ")
-        for bits in self.levels.values() if held_out else ():
-            cells[row(bits, rows)] = LEVEL
-        dots = np.zeros((4 * rows, 2 * columns), bool)
-        before = None
-        for at, loss in zip(x, y, strict=True):
-            now = row(loss * scale, 4 * rows)
-            begin = now if before is None else before
-            dots[min(begin, now) : max(begin, now) + 1, at] = True
-            before = now
-        codes = (dots.reshape(rows, 4, columns, 2) * np.array(DOTS)[:, None]).sum(axis=(1, 3))
-        cells = np.where(codes, (codes + BRAILLE).astype(np.uint32).view("<U1").reshape(codes.shape), cells)
-        for step, loss in held_out:
-            cells[row(loss * scale, rows), (step - 1) * columns // self._num_steps] = MARK
-        places = label_rows({name: row(bits, rows) for name, bits in labels.items()}, labels, rows)
-        title = "bits a byte" if held_out else "loss"
-        lines = [Text.assemble((f"{title}:  ⠒ training", "cyan"), (f"  {MARK} held-out text" * bool(held_out), "yellow"))]
+        for bits in levels.values():
+            cells[row(bits)] = LEVEL
+        draw_line(cells, x, [row(loss * scale, 4 * rows) for loss in y])
+        for at, bits in held_out:
+            cells[row(bits), (at - 1) * columns // self._num_steps] = MARK
+        title = f"bits a byte:  ⠒ training  {MARK} held-out text" if held_out else "loss of the training rows"
+        places = label_rows({name: row(bits) for name, bits in labels.items()}, labels, rows)
         ends = {0: f"{high:.2f}", rows - 1: f"{low:.2f}"}
+        lines = [Text(title, "dim")]
         for i, line in enumerate(cells):
-            text = Text(ends.get(i, "").rjust(LEFT - 1) + " ", no_wrap=True)
+            text = Text(ends.get(i, "")[: LEFT - 1].rjust(LEFT - 1) + " ")
             for char, same in itertools.groupby(line):
                 text.append("".join(same), STYLES.get(str(char), "cyan"))
-            if i in places:
-                text.append(f" {places[i]} {labels[places[i]]:.3f}", "bold" if places[i] == "held out" else "dim")
+            if name := places.get(i):
+                text.append(f" {name} {labels[name]:.3f}", "dim" if name in levels else "bold")
             lines.append(text)
         return [*lines, progress]
 
@@ -115,6 +106,17 @@ def bar(done: float, columns: int) -> str:
     """Returns a bar of so many columns, filled by a share from 0 to 1."""
     filled = int(columns * done)
     return "█" * filled + "·" * (columns - filled)
+
+
+def draw_line(cells: np.ndarray, columns: Sequence[int], rows: Sequence[int]) -> None:
+    """Draws a line into characters [R, C] from its dots, given in neighbouring columns of 2C and rows of 4R."""
+    R, C = cells.shape
+    dots = np.zeros((4 * R, 2 * C), bool)
+    for x, before, y in zip(columns, [rows[0], *rows], rows, strict=False):
+        dots[min(before, y) : max(before, y) + 1, x] = True
+    codes = (dots.reshape(R, 4, C, 2) * np.array(DOTS)[:, None]).sum(axis=(1, 3))
+    for i, j in zip(*np.nonzero(codes), strict=True):
+        cells[i, j] = chr(BRAILLE + codes[i, j])
 
 
 def label_rows(wanted: Mapping[str, int], values: Mapping[str, float], rows: int) -> dict[int, str]:

@@ -96,7 +96,7 @@ class Unfailing:
 class Display:
     """Shows a run as it trains: a live view on a terminal, or a plain line every few steps in a log.
 
-    The live view is drawn several times a second for the terminal's present size: a line with as many figures as fit,
+    The live view is drawn twice a second for the terminal's present size: a line with as many figures as fit,
     and where there is room the curve of the run. In a pause it names the `activity` of the run's time account.
 
     Attributes:
@@ -119,7 +119,7 @@ class Display:
         self._drawn: list[int] = []  # columns of the lines that were drawn last
 
     def begin(self, step: int, in_background: Callable[[], None] = lambda: None) -> None:
-        """Begins the live view, on a terminal, after `step` steps, and calls a function in a thread for what it needs."""
+        """Begins the live view, on a terminal, after `step` steps, and calls a function in a thread beside the run."""
         self._step = step
         console = self._console
         is_live = console.is_terminal and not console.is_dumb_terminal and console.encoding.startswith("utf")
@@ -127,8 +127,8 @@ class Display:
             return
         root = logging.getLogger()
         self._log_handlers = [h for h in root.handlers if getattr(h, "stream", None) is sys.stderr]  # type: ignore[misc]
-        self._live = Live(self, console=console, refresh_per_second=4)
-        self._live.start()
+        self._live = Live(self, console=console, refresh_per_second=2)
+        self._live.start(refresh=True)
         self._use_standard_error()  # which is now Rich's, so that log lines come above the live view
 
         def run() -> None:

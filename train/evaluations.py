@@ -1,14 +1,19 @@
 """Evaluations during a run: when they are due, on held-out documents and on tasks."""
 
+import gzip
 from functools import partial
 from typing import Any
 
 from train.data_identity import RunInputs
-from train.evaluation.documents import loop_documents
+from train.evaluation.documents import loop_documents, take_bytes
+from train.evaluation.five_gram import five_gram_bits_per_byte
 from train.evaluation.held_out import evaluate, make_evaluation_step, sample_text
 from train.evaluation.results import Evaluation, evaluation_metrics, task_metrics
 from train.run.folder import HeldOutDocument
 from train.stop import reset_watchdog
+
+# Bytes of training text, from the beginnings of all corpora, that the 5-gram model of `references` counts.
+COUNTED_BYTES = 2**22
 
 
 class Evaluations:
@@ -16,6 +21,7 @@ class Evaluations:
 
     def __init__(self, inputs: RunInputs):
         self._config = inputs.config
+        self._mixture = inputs.mixture
         self._tokenizer = inputs.tokenizer
         self._step = make_evaluation_step(self._config)
         alive = partial(reset_watchdog, self._config)
@@ -42,6 +48,23 @@ class Evaluations:
         if self._on_tasks and self._tasks_are_due(step, last_step):
             fields |= task_metrics(self._on_tasks(weights))
         return fields
+
+    def references(self) -> dict[str, float]:
+        """Returns the bits a byte of the loop's text by gzip -9, as one file, and by a 5-gram model of bytes.
+
+        It runs beside the training, and reads COUNTED_BYTES of its text.
+        """
+        if not self._loop_documents:
+            return {}
+        text = "".join(document.text for document in self._loop_documents).encode()
+        counted: list[HeldOutDocument] = []
+        for source in self._mixture.sources:
+            texts = source.corpus.training_texts(self._config.train.seed)
+            counted += take_bytes(map(HeldOutDocument, texts), COUNTED_BYTES // len(self._mixture.sources))
+        return {
+            "gzip -9": 8 * len(gzip.compress(text, 9)) / len(text),
+            "5-gram": five_gram_bits_per_byte(counted, self._loop_documents),
+        }
 
     def _evaluate(self, weights: Any, documents: list[HeldOutDocument]) -> dict[str, Evaluation]:
         return evaluate(self._step, weights, documents, self._tokenizer, self._config)

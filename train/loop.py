@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import numpy as np
@@ -29,7 +30,7 @@ from train.run.events import Events, start_fields
 from train.run.folder import Run
 from train.run.lease import Lease
 from train.run.ledger import SKIP, Ledger
-from train.run.step_log import StepLog
+from train.run.step_log import StepLog, read_metrics
 from train.run.storage import storage_errors
 from train.run.trackers import open_writers
 from train.saving import Saver
@@ -169,7 +170,7 @@ class Training:
         self.expected_end = estimate.last_step
         for line in opening_lines(self.inputs, estimate, self.step, source):
             self.display.say(line)
-        self.display.begin(self.step)
+        self.display.begin(self.step, partial(self.draw_past, self.step))
         while True:
             try:
                 self.train()
@@ -181,6 +182,13 @@ class Training:
             self.display.say(f"batches skipped in all: {len(self.ledger.skipped)} (recovery.jsonl)")
         if num_skipped := self.inputs.mixture.skipped:
             self.display.say(f"{num_skipped} documents could not be read and were skipped")
+
+    def draw_past(self, step: int) -> None:
+        """Adds to the display's curve what it is compared with, and the steps up to `step`, from before this start."""
+        self.display.curve.levels = self.evaluations.references()
+        for record in read_metrics(self.run.metrics):
+            if record["step"] <= step:
+                self.display.curve.add(record)
 
     def roll_back(self, anomaly: Anomaly) -> None:
         """Restores the last save, to try the same rows again or to skip them. InputError if the budget is spent."""
