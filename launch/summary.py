@@ -62,18 +62,17 @@ def summary(run: Run, program: str) -> str:
 def what_it_learned(evaluated: Mapping[str, Any], gzip_bits: float, vocab_size: int) -> list[str]:
     """Returns the figures of the last evaluation in plain words."""
     bits = held_out_figure(evaluated, "bits_per_byte")
-    verdict = "it knows such text better than the compressor"
+    verdict = "it knows such text better than that compressor does"
     if bits >= gzip_bits:
         verdict = "the compressor still does better, so it needs more steps or more text"
     lines = [
         "what it learned, measured on text that it was not trained on:",
-        f"  with its predictions a byte of that text takes {bits:.2f} bits instead of 8, and with gzip -9 "
-        f"{gzip_bits:.2f}: {verdict}",
+        f"  with its predictions a byte takes {bits:.2f} bits instead of 8 (gzip -9: {gzip_bits:.2f});",
+        f"  {verdict}",
     ]
     if "validation_accuracy" in evaluated:
         accuracy, tokens = (held_out_figure(evaluated, name) for name in ("accuracy", "tokens"))
         lines.append(
-            f"  of {vocab_size:,} possible tokens, its first guess was the one that follows in {accuracy:.0%} of "
-            f"{tokens:,.0f} places"
+            f"  its first guess, out of {vocab_size:,} tokens, was right in {accuracy:.0%} of {tokens:,.0f} places"
         )
     return lines
