@@ -19,10 +19,10 @@ from data.mixture import Mixture, Source, corpus_field
 from data.printable import printable
 from model.kernels import choose_kernel
 from model.parameters import count_parameters
-from train.curve import Curve, bar
 from train.data_identity import RunInputs
 from train.devices.rules import training_layout
 from train.planning.data_estimate import DataEstimate
+from train.run.curve import Curve, bar
 from train.run.goodput import duration
 from train.step.schedule import batch_size
 from train.weights.huggingface import why_no_export

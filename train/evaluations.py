@@ -1,8 +1,13 @@
 """Evaluations during a run: when they are due, on held-out documents and on tasks."""
 
 import gzip
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
+
+import jax
 
 from train.data_identity import RunInputs
 from train.evaluation.documents import loop_documents, take_bytes
@@ -25,12 +30,36 @@ class Evaluations:
         self._tokenizer = inputs.tokenizer
         self._step = make_evaluation_step(self._config)
         alive = partial(reset_watchdog, self._config)
+        self._is_compiled = False
         self._on_tasks = inputs.tasks.of_model(self._config, self._tokenizer, alive) if inputs.tasks else None
 
     def use(self, held_out: list[HeldOutDocument]) -> None:
         """Evaluates on some of these documents from now on, always the same, and also on all of them at the end."""
         self._held_out = held_out
         self._loop_documents = loop_documents(held_out, self._config)
+
+    @contextmanager
+    def compiled_beside(self, weights: Any) -> Iterator[None]:
+        """Compiles the evaluations on held-out text in a thread while the caller compiles another program.
+
+        Compilers keep a single core busy for most of their time. On several processes, whose programs would have to be
+        dispatched in the same order, and after the first call it does nothing.
+        """
+        if self._is_compiled or jax.process_count() > 1 or not self._loop_documents:
+            yield
+            return
+        self._is_compiled = True
+        mesh = jax.sharding.get_mesh()
+
+        def run() -> None:
+            with jax.set_mesh(mesh):  # which each thread has for itself
+                self._evaluate(weights, self._loop_documents[:1])
+                sample_text(self._config, self._tokenizer, weights)
+
+        with ThreadPoolExecutor(1) as threads:
+            compiled = threads.submit(run)
+            yield
+            compiled.result()
 
     def are_due(self, step: int, last_step: int) -> bool:
         """True if any evaluation follows a step."""

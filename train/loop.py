@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -301,7 +302,8 @@ class Training:
         if not is_empty and not self.programs.has(self.step):
             # No step is in flight now, so this does not count as the time of any.
             self.events.account.switch_to("compile")
-            self.programs.compiled(self.step, self.state, loaded.batch)
+            with self.evaluations.compiled_beside(self.evaluated_weights()):
+                self.programs.compiled(self.step, self.state, loaded.batch)
             self.events.account.switch_to("steps")
             in_flight.rate.start()
         begun = time.perf_counter()
@@ -313,6 +315,10 @@ class Training:
             else:
                 self.state, metrics = self.programs(self.step, self.state, loaded.batch)
         in_flight.add(self.step, metrics, [self.signals.asked, waited, waited + time.perf_counter() - begun])
+
+    def evaluated_weights(self) -> Any:
+        """Returns the moving average of the weights, or the weights where there is none."""
+        return self.state.get("average", self.state["weights"])
 
     def log_finished(
         self, in_flight: InFlight, pauses: bool, last_step: int, profiler: Profiler, step_log: StepLog | None
@@ -331,8 +337,7 @@ class Training:
                 in_flight.rate.start()
             if evaluates and not in_flight and not stop_asked:
                 self.events.account.switch_to("evaluation")
-                evaluated = self.state.get("average", self.state["weights"])
-                fields = self.evaluations.run(self.step, last_step, evaluated)
+                fields = self.evaluations.run(self.step, last_step, self.evaluated_weights())
                 self.display.evaluation({"step": self.step} | fields)
                 self.events.account.switch_to("steps")
                 in_flight.rate.start()

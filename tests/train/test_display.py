@@ -132,10 +132,12 @@ def test_log_lines_come_above_the_view_and_what_runs_beside_it_may_fail(monkeypa
     monkeypatch.setenv("TERM", "xterm")
     handler = logging.StreamHandler()
     logging.getLogger().addHandler(handler)
-    has_run = threading.Event()
+    threads: list[threading.Thread] = []
+    unhandled: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", unhandled.append)
 
     def fail() -> None:
-        has_run.set()
+        threads.append(threading.current_thread())
         raise ValueError("from a thread")
 
     try:
@@ -143,16 +145,18 @@ def test_log_lines_come_above_the_view_and_what_runs_beside_it_may_fail(monkeypa
         display._console._force_terminal = True
         monkeypatch.setattr(Console, "encoding", "utf-8")
         display.begin(0, fail)
-        assert has_run.wait(10)
         assert handler.stream is not stream
         logging.getLogger().warning("a warning")
         display.close()
         assert handler.stream is stream
+        for thread in threads:
+            thread.join(10)
     finally:
         logging.getLogger().removeHandler(handler)
     # The line is erased before, and drawn again after.
     assert "\x1b[2Ka warning\nstep 0/40" in stream.getvalue()
-    assert "from a thread" not in stream.getvalue()
+    assert len(threads) == 1
+    assert not unhandled
 
 
 @pytest.mark.parametrize(("encoding", "term"), [("ascii", "xterm"), ("utf-8", "dumb")])

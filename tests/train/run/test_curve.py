@@ -1,9 +1,9 @@
 """The curve of a run for a terminal."""
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from train.curve import BRAILLE, LEFT, LEVEL, MARK, Curve, label_rows
+from train.run.curve import BRAILLE, LEFT, LEVEL, MARK, Curve, label_rows
 
 LOSSES = st.floats(0, 1e4) | st.sampled_from([float("nan"), float("inf"), None])
 
@@ -35,6 +35,7 @@ def dotted(line, column: int) -> bool:
     st.integers(50, 200),
     st.integers(6, 30),
 )
+@example({1: 0.0}, {1: 200.0}, {}, 50, 6)
 def test_a_curve_of_any_figures_fits_into_its_room(losses, evaluations, levels, width, height):
     curve = curve_of(losses, 3000, evaluations)
     curve.levels = levels
