@@ -1,9 +1,7 @@
 """Evaluations during a run: when they are due, on held-out documents and on tasks."""
 
 import gzip
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -30,7 +28,7 @@ class Evaluations:
         self._tokenizer = inputs.tokenizer
         self._step = make_evaluation_step(self._config)
         alive = partial(reset_watchdog, self._config)
-        self._is_compiled = False
+        self._ahead: Future[None] | None = None
         self._on_tasks = inputs.tasks.of_model(self._config, self._tokenizer, alive) if inputs.tasks else None
 
     def use(self, held_out: list[HeldOutDocument]) -> None:
@@ -38,17 +36,14 @@ class Evaluations:
         self._held_out = held_out
         self._loop_documents = loop_documents(held_out, self._config)
 
-    @contextmanager
-    def compiled_beside(self, weights: Any) -> Iterator[None]:
-        """Compiles the evaluations on held-out text in a thread while the caller compiles another program.
+    def compile_ahead(self, weights: Any) -> None:
+        """Begins to compile the evaluations on held-out text in another thread, on a CPU; `wait` waits for it.
 
-        Compilers keep a single core busy for most of their time. On several processes, whose programs would have to be
-        dispatched in the same order, and after the first call it does nothing.
+        A compiler keeps one core busy for most of its time. On several processes the programs would have to be
+        dispatched in the same order as all others.
         """
-        if self._is_compiled or jax.process_count() > 1 or not self._loop_documents:
-            yield
+        if jax.default_backend() != "cpu" or jax.process_count() > 1 or not self._loop_documents:
             return
-        self._is_compiled = True
         mesh = jax.sharding.get_mesh()
 
         def run() -> None:
@@ -56,10 +51,20 @@ class Evaluations:
                 self._evaluate(weights, self._loop_documents[:1])
                 sample_text(self._config, self._tokenizer, weights)
 
-        with ThreadPoolExecutor(1) as threads:
-            compiled = threads.submit(run)
-            yield
-            compiled.result()
+        executor = ThreadPoolExecutor(1)
+        self._ahead = executor.submit(run)
+        executor.shutdown(wait=False)
+
+    @property
+    def are_compiling(self) -> bool:
+        """True from `compile_ahead` to `wait`: the weights are in use."""
+        return self._ahead is not None
+
+    def wait(self) -> None:
+        """Waits for `compile_ahead`, and raises its error."""
+        if self._ahead:
+            self._ahead.result()
+        self._ahead = None
 
     def are_due(self, step: int, last_step: int) -> bool:
         """True if any evaluation follows a step."""

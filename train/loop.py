@@ -164,6 +164,7 @@ class Training:
         peak, source = peak_flops(self.config.model.compute_dtype)
         # The share of the devices' peak that one token a second is.
         self.flops_share = flops_per_token(self.config.model, self.config.data.segment_length) / peak
+        self.evaluations.compile_ahead(self.evaluated_weights())
         estimate = DataEstimate({}, self.config.train.num_steps)
         if jax.process_index() == 0:  # which alone shows it
             begin = first_step(self.config)
@@ -299,11 +300,12 @@ class Training:
         self, loaded: LoadedBatch, is_empty: bool, waited: float, in_flight: InFlight, profiler: Profiler
     ) -> None:
         """Gives the step to the devices, after its program was compiled. An empty batch changes no weight."""
-        if not is_empty and not self.programs.has(self.step):
+        if (not is_empty and not self.programs.has(self.step)) or self.evaluations.are_compiling:
             # No step is in flight now, so this does not count as the time of any.
             self.events.account.switch_to("compile")
-            with self.evaluations.compiled_beside(self.evaluated_weights()):
+            if not is_empty:
                 self.programs.compiled(self.step, self.state, loaded.batch)
+            self.evaluations.wait()
             self.events.account.switch_to("steps")
             in_flight.rate.start()
         begun = time.perf_counter()

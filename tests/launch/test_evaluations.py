@@ -31,9 +31,7 @@ def evaluations(finished: Path) -> Evaluations:
     return evaluations
 
 
-def test_evaluations_compile_nothing_after_they_were_compiled_beside_another_program(
-    finished: Path, evaluations: Evaluations
-):
+def test_evaluations_that_were_compiled_ahead_compile_nothing(finished: Path, evaluations: Evaluations):
     compiled: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, seconds, **_: compiled.append(event) if event == COMPILED else None
@@ -42,20 +40,22 @@ def test_evaluations_compile_nothing_after_they_were_compiled_beside_another_pro
     with jax.set_mesh(one_device_mesh()):
         weights = load_trained(str(finished)).weights
         compiled.clear()
-        with evaluations.compiled_beside(weights):
-            pass
+        evaluations.compile_ahead(weights)
+        assert evaluations.are_compiling
+        evaluations.wait()
+        assert not evaluations.are_compiling
         assert compiled
         compiled.clear()
-        with evaluations.compiled_beside(weights):
-            pass
         fields = evaluations.run(1, 12, weights)
     assert fields["sample"]
     assert not compiled
 
 
 def test_an_error_in_the_programs_of_evaluations_ends_the_run(evaluations: Evaluations):
-    with jax.set_mesh(one_device_mesh()), pytest.raises(TypeError), evaluations.compiled_beside(None):
-        pass
+    with jax.set_mesh(one_device_mesh()):
+        evaluations.compile_ahead(None)
+    with pytest.raises(TypeError):
+        evaluations.wait()
 
 
 def test_the_curve_begins_with_the_steps_before_and_what_the_run_is_compared_with(
