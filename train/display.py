@@ -1,4 +1,4 @@
-"""What a run shows as it trains: a live view on a terminal, and lines in a log."""
+"""The live view of a run on a terminal, and its lines in a log."""
 
 import collections
 import logging
