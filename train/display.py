@@ -119,7 +119,7 @@ class Display:
         self._drawn: list[int] = []  # columns of the lines that were drawn last
 
     def begin(self, step: int, in_background: Callable[[], None] = lambda: None) -> None:
-        """Begins the live view, on a terminal, after `step` steps, and calls a function in a thread beside the run."""
+        """Begins the live view, on a terminal, after `step` steps, and calls a function in a thread."""
         self._step = step
         console = self._console
         is_live = console.is_terminal and not console.is_dumb_terminal and console.encoding.startswith("utf")

@@ -86,7 +86,7 @@ class Evaluations:
     def references(self) -> dict[str, float]:
         """Returns the bits a byte of the loop's text by gzip -9, as one file, and by a 5-gram model of bytes.
 
-        It runs beside the training, and reads COUNTED_BYTES of its text.
+        It runs during the training, and reads COUNTED_BYTES of its text.
         """
         if not self._loop_documents:
             return {}

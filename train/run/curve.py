@@ -103,7 +103,7 @@ class Curve:
 
 
 def bar(done: float, columns: int) -> str:
-    """Returns a bar of so many columns, filled by a share from 0 to 1."""
+    """Returns a bar of a number of columns, filled by a share from 0 to 1."""
     filled = int(columns * done)
     return "█" * filled + "·" * (columns - filled)
 
