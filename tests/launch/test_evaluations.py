@@ -15,6 +15,7 @@ from train.evaluation.documents import loop_documents
 from train.evaluations import Evaluations
 from train.loop import Training
 from train.prepare import open_run_mixture
+from train.run.curve import BRAILLE, LEFT
 from train.run.folder import Run
 from train.weights.load import load_trained
 
@@ -67,8 +68,9 @@ def test_the_curve_begins_with_the_steps_before_and_what_the_run_is_compared_wit
     assert display.curve.levels.keys() == {"gzip -9", "5-gram"}
     assert display.curve.levels["gzip -9"] == 8 * len(gzip.compress(text, 9)) / len(text)
     assert 0 < display.curve.levels["5-gram"] < 8
-    *_, last, progress = display.curve.draw(80, 20, 8)
-    assert "held out" in "".join(line.plain for line in display.curve.draw(80, 20, 8))
-    columns = len(progress.plain) - len(" 67%")
-    assert progress.plain.endswith(" 67%")
-    assert len(last.plain[:columns].rstrip()) <= 0.7 * columns + 6
+    display.curve.levels = {}
+    _, *lines, progress = display.curve.draw(80, 20, 8)
+    done, columns = progress.plain.count("█"), progress.plain.count("█") + progress.plain.count("·")
+    dots = [i - LEFT for line in lines for i, char in enumerate(line.plain) if char > chr(BRAILLE)]
+    assert done == 8 * columns // 12
+    assert 0 == min(dots) < done - 6 <= max(dots) <= done

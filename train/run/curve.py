@@ -108,7 +108,7 @@ def bar(done: float, columns: int) -> str:
     return "█" * filled + "·" * (columns - filled)
 
 
-def draw_line(cells: np.ndarray, columns: Sequence[int], rows: Sequence[int]) -> None:
+def draw_line(cells: np.ndarray, columns: np.ndarray, rows: Sequence[int]) -> None:
     """Draws a line into characters [R, C] from its dots, given in neighbouring columns of 2C and rows of 4R."""
     R, C = cells.shape
     dots = np.zeros((4 * R, 2 * C), bool)
