@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,7 +33,7 @@ from train.run.events import Events, start_fields
 from train.run.folder import Run
 from train.run.lease import Lease
 from train.run.ledger import SKIP, Ledger
-from train.run.step_log import StepLog
+from train.run.step_log import StepLog, read_metrics
 from train.run.storage import storage_errors
 from train.run.trackers import open_writers
 from train.saving import Saver
@@ -185,6 +187,7 @@ class Training:
         peak, source = peak_flops(self.config.model.compute_dtype)
         # The share of the devices' peak that one token a second is.
         self.flops_share = flops_per_token(self.config.model, self.config.data.segment_length) / peak
+        self.evaluations.compile_ahead(self.evaluated_weights())
         estimate = DataEstimate({}, self.config.train.num_steps)
         if jax.process_index() == 0:  # which alone shows it
             begin = first_step(self.config)
@@ -192,7 +195,7 @@ class Training:
         self.expected_end = estimate.last_step
         for line in opening_lines(self.inputs, estimate, self.step, source):
             self.display.say(line)
-        self.display.begin(self.step)
+        self.display.begin(self.step, partial(self.draw_past, self.step))
         while True:
             try:
                 self.train()
@@ -204,6 +207,13 @@ class Training:
             self.display.say(f"batches skipped in all: {len(self.ledger.skipped)} (recovery.jsonl)")
         if num_skipped := self.inputs.mixture.skipped:
             self.display.say(f"{num_skipped} documents could not be read and were skipped")
+
+    def draw_past(self, step: int) -> None:
+        """Adds to the display's curve what it is compared with, and the steps up to `step`, from before this start."""
+        self.display.curve.levels = self.evaluations.references()
+        for record in read_metrics(self.run.metrics):
+            if record["step"] <= step:
+                self.display.curve.add(record)
 
     def roll_back(self, anomaly: Anomaly) -> None:
         """Restores the last save, to try the same rows again or to skip them. InputError if the budget is spent."""
@@ -313,10 +323,12 @@ class Training:
         self, loaded: LoadedBatch, is_empty: bool, waited: float, in_flight: InFlight, profiler: Profiler
     ) -> None:
         """Gives the step to the devices, after its program was compiled. An empty batch changes no weight."""
-        if not is_empty and not self.programs.has(self.step):
+        if (not is_empty and not self.programs.has(self.step)) or self.evaluations.are_compiling:
             # No step is in flight now, so this does not count as the time of any.
             self.events.account.switch_to("compile")
-            self.programs.compiled(self.step, self.state, loaded.batch)
+            if not is_empty:
+                self.programs.compiled(self.step, self.state, loaded.batch)
+            self.evaluations.wait()
             self.events.account.switch_to("steps")
             in_flight.rate.start()
         begun = time.perf_counter()
@@ -328,6 +340,10 @@ class Training:
             else:
                 self.state, metrics = self.programs(self.step, self.state, loaded.batch)
         in_flight.add(self.step, metrics, [self.signals.asked, waited, waited + time.perf_counter() - begun])
+
+    def evaluated_weights(self) -> Any:
+        """Returns the moving average of the weights, or the weights where there is none."""
+        return self.state.get("average", self.state["weights"])
 
     def log_finished(
         self, in_flight: InFlight, pauses: bool, last_step: int, profiler: Profiler, step_log: StepLog | None
@@ -346,8 +362,7 @@ class Training:
                 in_flight.rate.start()
             if evaluates and not in_flight and not stop_asked:
                 self.events.account.switch_to("evaluation")
-                evaluated = self.state.get("average", self.state["weights"])
-                fields = self.evaluations.run(self.step, last_step, evaluated)
+                fields = self.evaluations.run(self.step, last_step, self.evaluated_weights())
                 self.display.evaluation({"step": self.step} | fields)
                 self.events.account.switch_to("steps")
                 in_flight.rate.start()

@@ -85,7 +85,7 @@ def test_the_same_command_on_a_finished_run_says_so_and_changes_nothing(finished
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if "config.json" not in path.name}
     assert here("pretrain", f"--config={finished.parent / 'run.py'}") == 0
     out = capsys.readouterr().out
-    for words in ("is finished", "gzip -9 needs", "goodput  ", "ziggurat generate", "run_dir=FOLDER", "sample:"):
+    for words in ("is finished", "gzip -9 needs", "goodput  ", "what it learned", "ziggurat generate", "sample:"):
         assert words in out
     after = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if "config.json" not in path.name}
     assert {path: time for path, time in after.items() if path.is_file()} == {
