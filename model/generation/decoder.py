@@ -75,6 +75,7 @@ class CachedDecoder(nnx.Module):
         return self.unembedding(x_BTD, self.embedding.table[...])
 
 
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def empty_cache(config: ResolvedModelConfig, batch: int, context: int, layout: Layout = UNSHARDED) -> list[Cache]:
     """Returns room for the keys and values of `context` positions in every layer, each [B, K, S, C]."""
     shape = (batch, config.num_kv_heads, context, config.head_dim)

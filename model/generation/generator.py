@@ -68,11 +68,13 @@ class Generator:
         context: int,
         eos_id: int | Sequence[int],
         layout: Layout = UNSHARDED,
+        int8: bool = False,
     ):
         # A kernel that was asked for in training may not take the lengths of prompts.
         self.config = dataclasses.replace(config, attention_kernel="auto")
-        self.layout = layout
-        self.weights = decoding_weights(config, weights)
+        # On one device nothing is sharded, and reshapes need no rules for sharded axes.
+        self.layout = layout if jax.sharding.get_abstract_mesh().size > 1 else UNSHARDED
+        self.weights = decoding_weights(config, weights, int8)
         self.context = context
         self.eos_ids = np.atleast_1d(np.array(eos_id, np.int32))
 
