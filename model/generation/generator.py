@@ -17,7 +17,16 @@ import numpy as np
 
 from model.config import ResolvedModelConfig
 from model.generation.decoder import empty_cache
-from model.generation.programs import NO_TOKEN, DecodeState, RowState, SampledModel, decode_steps, insert_row, prefill
+from model.generation.programs import (
+    NO_TOKEN,
+    STEPS_PER_CALL,
+    DecodeState,
+    RowState,
+    SampledModel,
+    decode_steps,
+    insert_row,
+    prefill,
+)
 from model.generation.sampling import Sampling
 from model.generation.weights import decoding_weights
 from model.sharding import UNSHARDED, Layout
@@ -127,7 +136,7 @@ class Scheduler:
         needed = max(next_power_of_two(longest), round_up(longest + self.max_new_tokens))
         self.capacity = min(needed, self.generator.context)
         config, layout = self.generator.config, self.generator.layout
-        cache = empty_cache(config, len(self.slots), self.capacity, layout)
+        cache = empty_cache(config, len(self.slots), self.capacity + STEPS_PER_CALL, layout)
         self.state = DecodeState(cache, self._seen_tokens(self.slots))
         self.model = SampledModel(config, layout, self.sampling, self.generator.weights, np.int32(self.seed))
 
@@ -143,10 +152,15 @@ class Scheduler:
 
     def admit(self) -> Iterator[TokenDelta]:
         """Prefills free slots with waiting requests, and full ones with the newer half of their context."""
+        import os
+        if os.environ.get("AHEAD"):
+            while begun := [(slot, self._prefill(request, slot)) for slot in range(len(self.slots)) if (request := self._to_prefill(slot))]:
+                for slot, token_1 in begun:
+                    yield from self._deliver(slot, np.asarray(token_1).tolist())
+            return
         for slot in range(len(self.slots)):
             while request := self._to_prefill(slot):
-                self.slots[slot] = request
-                yield from self._deliver(slot, self._prefill(request, slot))
+                yield from self._deliver(slot, np.asarray(self._prefill(request, slot)).tolist())
 
     def collect(self, tokens_BN: np.ndarray) -> Iterator[TokenDelta]:
         """Yields the tokens [B, N] of decode steps, and frees the slots of requests that have ended."""
@@ -165,13 +179,14 @@ class Scheduler:
         request.window = request.window[-max(self.generator.context // 2, 1) :]
         return request
 
-    def _prefill(self, request: Request, slot: int) -> list[int]:
+    def _prefill(self, request: Request, slot: int) -> jax.Array:
+        self.slots[slot] = request
         length = request.cache_length = len(request.window)
         T = min(next_power_of_two(length), self.generator.context)
         tokens_1T = np.array([request.window + [0] * (T - length)], np.int32)
         token_1, row = prefill(self.model, _row_state([request]), tokens_1T, self._seen_tokens([request]))
         self.state = insert_row(self.state, row, slot)
-        return np.asarray(token_1).tolist()
+        return token_1
 
     def _deliver(self, slot: int, tokens: list[int]) -> Iterator[TokenDelta]:
         request = self.slots[slot]
