@@ -18,6 +18,7 @@ from flax import nnx
 
 from model.backend import platform
 from model.config import ResolvedModelConfig
+from model.cpu import computed_once
 from model.embedding import embedding_lookup
 from model.sharding import Layout
 
@@ -37,7 +38,8 @@ class Position(nnx.Module):
         """Returns the embedded tokens [B, T, D] with positions added, and the rotation."""
         match self.config.position:
             case "rope":
-                return x_BTD, rope_rotation(self.config, positions_BT)
+                rotation = rope_rotation(self.config, positions_BT)
+                return x_BTD, jax.tree.map(computed_once, rotation) if platform() == "cpu" else rotation
             case "sinusoidal":
                 added = sinusoids(positions_BT, x_BTD.shape[-1]).astype(x_BTD.dtype)
                 return x_BTD + self.layout.reshard(added, "batch", "sequence", None), None
