@@ -75,9 +75,7 @@ def attend_to_parts(
     """Returns `attend` over keys, values and masks that are in several arrays, without concatenating the keys."""
     pairs = zip(keys, masks, strict=True)
     scores = [_scores(q_BHTC, k_BKSC, mask_B1TS, softcap) for k_BKSC, mask_B1TS in pairs]
-    largest = jnp.max(
-        jnp.concatenate([jnp.max(part, axis=-1, keepdims=True) for part in scores], -1), -1, keepdims=True
-    )
+    largest = functools.reduce(jnp.maximum, [jnp.max(part, axis=-1, keepdims=True) for part in scores])
     weights = [jnp.exp(part - largest) for part in scores]
     total = sum(jnp.sum(part, axis=-1, keepdims=True) for part in weights)
     sums = [

@@ -8,3 +8,9 @@ def platform() -> str:
     device = jax.sharding.get_abstract_mesh().abstract_device
     name: str = jax.default_backend() if device is None else device.platform
     return "gpu" if name == "cuda" else name
+
+
+def on_one_cpu() -> bool:
+    """Returns True where the ambient mesh is a single CPU."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.size == 1 and mesh.abstract_device is not None and platform() == "cpu"

@@ -6,6 +6,7 @@ that a plan for another platform chooses as that platform would.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,10 +14,11 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from model.attention import Attend, attend, causal_mask
-from model.backend import platform
+from model.backend import on_one_cpu, platform
 from model.collectives import gather_keys
 from model.config import ResolvedModelConfig
 from model.context_parallel import all_positions, zigzag_order
+from model.cpu import attend_in_blocks
 from model.dropout import DropoutKeys
 from model.sharding import Layout
 
@@ -87,6 +89,9 @@ def attention_over(config: ResolvedModelConfig, layout: Layout, segment_ids_BT: 
 
     def plain(q_BHTC: jax.Array, k_BKTC: jax.Array, v_BKTC: jax.Array, keys_B: DropoutKeys) -> jax.Array:
         k_BKSC, v_BKSC = gather_keys(k_BKTC, layout), gather_keys(v_BKTC, layout)
+        if on_one_cpu() and not config.attention_dropout:
+            softcapped = partial(attend, softcap=config.attention_softcap)
+            return attend_in_blocks(softcapped, q_BHTC, k_BKSC, v_BKSC, mask_B1TS)
         return attend(q_BHTC, k_BKSC, v_BKSC, mask_B1TS, config.attention_softcap, config.attention_dropout, keys_B)
 
     return plain

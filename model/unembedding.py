@@ -41,5 +41,7 @@ def logits(x_BTD: jax.Array, matrix_DV: jax.Array, vocab_size: int) -> jax.Array
 
 def mask_padding(scores_BTV: jax.Array, vocab_size: int) -> jax.Array:
     """Returns the scores with the lowest number in the columns that pad the vocabulary."""
+    if scores_BTV.shape[-1] == vocab_size:
+        return scores_BTV
     real_V = jnp.arange(scores_BTV.shape[-1]) < vocab_size
     return jnp.where(real_V, scores_BTV, jnp.finfo(jnp.float32).min)

@@ -1,13 +1,14 @@
-"""The training step beside PyTorch's: tokens a second of one Llama-like model, batch and optimizer on this machine.
+"""The training step beside PyTorch's: tokens a second of two Llama-like models on this machine.
 
-    python -m tests.benchmarks.train_step [--dtype=float32] [--turns=4]
+    python -m tests.benchmarks.train_step [--model=33.6M] [--dtype=float32] [--turns=4]
 
-The peer is the plain PyTorch model below, eager and compiled, with fused AdamW; bfloat16 is autocast there, and
-compute_dtype here. Each contestant has a process of its own (one library's threads slow the other's in the same one)
-with the same memory settings; they take turns, and each figure is the median of a contestant's steps. The first step of
-a turn does not count: while the others had theirs, the machine may have taken memory back. A side's peak is the best
-matrix product that its own library does in that dtype. "cores" are those a contestant had on average: CPU
-seconds of a step by its seconds. The last line is one JSON object.
+Model, batch and optimizer (AdamW) are the same on both sides: 33.6 million parameters and 4,096 tokens a step, or the
+shapes of the preset `tiny`. The peer is the plain PyTorch model below, eager and compiled, with fused AdamW; bfloat16
+is autocast there, and compute_dtype here. Each contestant has a process of its own (one library's threads slow the
+other's in the same one) with the same memory settings; they take turns, and each figure is the median of a
+contestant's steps. The first step of a turn does not count: while the others had theirs, the machine may have taken
+memory back. A side's peak is the best matrix product that its own library does in that dtype. "cores" are those a
+contestant had on average: CPU seconds of a step by its seconds. The last line is one JSON object.
 """
 
 import argparse
@@ -23,6 +24,8 @@ from typing import Any
 import numpy as np
 
 from launch.cli import STEP_MEMORY
+from launch.configs import tiny
+from launch.doctor import processor
 from train.config.config import Config
 from train.config.reading import make_config
 
@@ -31,16 +34,23 @@ SIDES = ("ziggurat", "torch eager", "torch compiled")
 # Rows, summed, columns: square, and the products of a feed-forward layer of the model below.
 PEAK_SHAPES = ((2048, 2048, 2048), (4096, 512, 2048), (4096, 2048, 512))
 TURNS, STEPS, PEAK_REPEATS = 4, 3, 3
+MODELS = ("33.6M", "tiny")
 
 
-def config_of(dtype: str) -> Config:
-    """The contest: 33.6 million parameters, 4,096 tokens a step."""
-    model = {"model_dim": 512, "num_layers": 6, "num_heads": 8, "feedforward_dim": 2048, "compute_dtype": dtype}
+def config_of(model: str, dtype: str) -> Config:
+    """The contest."""
+    if model == "tiny":
+        preset = tiny.get_config().to_dict()
+        shapes = {"vocab_size": 4096} | preset["model"]
+        segment_length, batch_size = preset["data"].get("segment_length", 256), preset["train"]["batch_size"]
+    else:
+        shapes = {"model_dim": 512, "num_layers": 6, "num_heads": 8, "feedforward_dim": 2048, "vocab_size": 8192}
+        segment_length, batch_size = 512, 8
     return make_config(
         {
-            "model": model | {"vocab_size": 8192},
-            "data": {"segment_length": 512},
-            "train": {"batch_size": 8},
+            "model": shapes | {"compute_dtype": dtype},
+            "data": {"segment_length": segment_length},
+            "train": {"batch_size": batch_size},
             "optimizer": {"clip_norm": 0.0},
         }
     ).resolved()
@@ -118,6 +128,7 @@ def pytorch(config: Config, compiled: bool) -> tuple[Callable[[], float], Callab
 
     m, T = config.model, config.data.segment_length
     assert m.head_dim
+    assert m.num_kv_heads
     assert m.feedforward_dim
     assert m.vocab_size
     frequencies = m.rope_base ** (-torch.arange(0, m.head_dim, 2) / m.head_dim)
@@ -132,19 +143,19 @@ def pytorch(config: Config, compiled: bool) -> tuple[Callable[[], float], Callab
         def __init__(self) -> None:
             super().__init__()
             self.norms = nn.ModuleList(nn.RMSNorm(m.model_dim, eps=m.norm_epsilon) for _ in range(2))
-            self.query, self.key, self.value, self.output = (
-                nn.Linear(m.model_dim, m.model_dim, bias=False) for _ in range(4)
-            )
+            self.query, self.output = (nn.Linear(m.model_dim, m.model_dim, bias=False) for _ in range(2))
+            self.key, self.value = (nn.Linear(m.model_dim, m.num_kv_heads * m.head_dim, bias=False) for _ in range(2))
             self.gate, self.up = (nn.Linear(m.model_dim, m.feedforward_dim, bias=False) for _ in range(2))
             self.down = nn.Linear(m.feedforward_dim, m.model_dim, bias=False)
 
         def forward(self, x: Any) -> Any:
             y = self.norms[0](x)
             q, k, v = (
-                part(y).unflatten(-1, (m.num_heads, m.head_dim)).transpose(1, 2)
-                for part in (self.query, self.key, self.value)
+                part(y).unflatten(-1, (-1, m.head_dim)).transpose(1, 2) for part in (self.query, self.key, self.value)
             )
-            y = functional.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
+            y = functional.scaled_dot_product_attention(
+                rotate(q), rotate(k), v, is_causal=True, enable_gqa=m.num_kv_heads < m.num_heads
+            )
             x = x + self.output(y.transpose(1, 2).flatten(2))
             y = self.norms[1](x)
             return x + self.down(functional.silu(self.gate(y)) * self.up(y))
@@ -199,80 +210,88 @@ def compete(side: str, config: Config) -> None:
         print(json.dumps(turn), flush=True)
 
 
-def contest(dtypes: list[str], turns: int) -> dict[tuple[str, str], np.ndarray]:
-    """(side, dtype) → a row a counted step: seconds, CPU seconds, FLOP/s of a product."""
+def contest(model: str, dtype: str, turns: int) -> dict[str, np.ndarray]:
+    """Side → a row a counted step: seconds, CPU seconds, FLOP/s of a product."""
     environment = os.environ | {"GLIBC_TUNABLES": STEP_MEMORY}
     processes = {}
-    for dtype in dtypes:
-        for side in SIDES:
-            command = [sys.executable, "-m", "tests.benchmarks.train_step", "--dtype", dtype, "--side", side]
-            processes[side, dtype] = subprocess.Popen(
-                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-            )
-    found: dict[tuple[str, str], list[list[list[float]]]] = {name: [] for name in processes}
+    for side in SIDES:
+        command = [sys.executable, "-m", "tests.benchmarks.train_step", "--model", model, "--dtype", dtype]
+        processes[side] = subprocess.Popen(
+            [*command, "--side", side],
+            env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+        )  # fmt: skip
+    found: dict[str, list[list[list[float]]]] = {side: [] for side in processes}
     for _ in range(turns + 1):
-        for name, process in processes.items():
+        for side, process in processes.items():
             assert process.stdin
             assert process.stdout
             process.stdin.write("turn\n")
-            found[name].append(json.loads(process.stdout.readline()))
+            found[side].append(json.loads(process.stdout.readline()))
     for process in processes.values():
         process.communicate()
     # The first turn compiles.
-    return {name: np.concatenate(of_side[1:]) for name, of_side in found.items()}
+    return {side: np.concatenate(of_side[1:]) for side, of_side in found.items()}
+
+
+def report(model: str, dtype: str, results: dict[str, np.ndarray]) -> dict[str, float]:
+    """Prints the table of a contest and returns its figures."""
+    # Imported here, so that no contestant of PyTorch has JAX's threads.
+    from train.step.flops import flops_per_token
+
+    config = config_of(model, dtype)
+    tokens = config.train.batch_size * config.data.segment_length
+    flops = flops_per_token(config.model, config.data.segment_length)
+    medians = {side: np.median(rows, axis=0) for side, rows in results.items()}
+    rates = {side: tokens / medians[side][0] for side in SIDES}
+    peaks = {side: results[side][:, 2].max() for side in SIDES}
+    peaks |= dict.fromkeys(SIDES[1:], max(peaks[side] for side in SIDES[1:]))
+    figures: dict[str, float] = {}
+    columns = ("tokens/s", "slowest", "fastest", "ours/its", "CPU s", "cores", "peak GF/s", "of peak")
+    print(f"{model + ' ' + dtype:24}" + "".join(f"{column:>10}" for column in columns))
+    for side in SIDES:
+        seconds, cpu_seconds, _ = medians[side]
+        ratio, share = rates["ziggurat"] / rates[side], rates[side] * flops / peaks[side]
+        slowest, fastest = tokens / results[side][:, 0].max(), tokens / results[side][:, 0].min()
+        print(
+            f"{side:24}{rates[side]:10,.0f}{slowest:10,.0f}{fastest:10,.0f}{ratio:10.2f}"
+            f"{cpu_seconds:10.2f}{cpu_seconds / seconds:10.2f}{peaks[side] / 1e9:10,.0f}{share:10.0%}"
+        )
+        if side == "ziggurat":
+            figures[f"peak_share_{dtype}"] = share
+        else:
+            kind = side.removeprefix("torch ")
+            figures[f"ratio_{dtype}_{kind}"] = ratio
+            figures[f"cpu_ratio_{dtype}_{kind}"] = cpu_seconds / medians["ziggurat"][1]
+            figures[f"torch_peak_share_{dtype}_{kind}"] = share
+        name = f"{side} {dtype}".replace(" ", "_")
+        figures[f"tokens_per_second_{name}"] = rates[side]
+        figures[f"peak_gflops_{name}"] = peaks[side] / 1e9
+    return figures
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, help="only this one [both]")
     parser.add_argument("--dtype", choices=DTYPES, help="only this one [both]")
     parser.add_argument("--turns", type=int, default=TURNS, help="that count, after the first [%(default)s]")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
-        return compete(arguments.side, config_of(arguments.dtype))
+        return compete(arguments.side, config_of(arguments.model, arguments.dtype))
 
-    # Imported here, so that no contestant of PyTorch has JAX's threads.
-    from train.step.flops import flops_per_token
-
-    dtypes = [arguments.dtype] if arguments.dtype else list(DTYPES)
-    results = contest(dtypes, arguments.turns)
     cores = os.cpu_count() or 1
-    figures: dict[str, Any] = {"turns": arguments.turns, "cores": cores}
-    columns = ("tokens/s", "slowest", "fastest", "ours/its", "CPU s", "cores", "peak GF/s", "of peak")
-    print(f"{'':24}" + "".join(f"{column:>10}" for column in columns))
-    for dtype in dtypes:
-        config = config_of(dtype)
-        tokens = config.train.batch_size * config.data.segment_length
-        flops = flops_per_token(config.model, config.data.segment_length)
-        medians = {side: np.median(results[side, dtype], axis=0) for side in SIDES}
-        rates = {side: tokens / medians[side][0] for side in SIDES}
-        peaks = {side: results[side, dtype][:, 2].max() for side in SIDES}
-        peaks |= dict.fromkeys(SIDES[1:], max(peaks[side] for side in SIDES[1:]))
-        for side in SIDES:
-            seconds, cpu_seconds, _ = medians[side]
-            ratio, share = rates["ziggurat"] / rates[side], rates[side] * flops / peaks[side]
-            slowest, fastest = tokens / results[side, dtype][:, 0].max(), tokens / results[side, dtype][:, 0].min()
-            print(
-                f"{side + ' ' + dtype:24}{rates[side]:10,.0f}{slowest:10,.0f}{fastest:10,.0f}{ratio:10.2f}"
-                f"{cpu_seconds:10.2f}{cpu_seconds / seconds:10.2f}{peaks[side] / 1e9:10,.0f}{share:10.0%}"
-            )
-            if side == "ziggurat":
-                figures[f"peak_share_{dtype}"] = share
-            else:
-                kind = side.removeprefix("torch ")
-                figures[f"ratio_{dtype}_{kind}"] = ratio
-                figures[f"cpu_ratio_{dtype}_{kind}"] = cpu_seconds / medians["ziggurat"][1]
-                figures[f"torch_peak_share_{dtype}_{kind}"] = share
-            name = f"{side} {dtype}".replace(" ", "_")
-            figures[f"tokens_per_second_{name}"] = rates[side]
-            figures[f"peak_gflops_{name}"] = peaks[side] / 1e9
-        # What no step of ours on this processor can exceed, its products being XLA's.
-        ceiling = figures[f"ratio_{dtype}_compiled"] / figures[f"peak_share_{dtype}"]
-        figures[f"ceiling_{dtype}"] = ceiling
-        print(f"{'':24}a step of products alone, at our peak, would be {ceiling:.2f} times as fast as compiled PyTorch")
-    if any(np.median(rows[:, 1] / rows[:, 0]) < 0.8 * cores for rows in results.values()):
-        print("Some contestants did not have all cores: other work on this machine makes these figures unfit to quote.")
-    print(json.dumps({name: float(f"{figure:.5g}") for name, figure in figures.items()}))
+    figures: dict[str, Any] = {"turns": arguments.turns, "cores": cores, "processor": processor()}
+    busy_cores = float(cores)
+    for model in [arguments.model] if arguments.model else MODELS:
+        for dtype in [arguments.dtype] if arguments.dtype else DTYPES:
+            results = contest(model, dtype, arguments.turns)
+            seconds, cpu_seconds, _ = results["torch compiled"].T
+            busy_cores = min(busy_cores, np.median(cpu_seconds / seconds))
+            prefix = "" if model == MODELS[0] else f"{model}_"
+            figures |= {f"{prefix}{name}": float(f"{x:.5g}") for name, x in report(model, dtype, results).items()}
+    if busy_cores < 0.8 * cores:
+        print("Compiled PyTorch did not have all cores: other work on this machine makes these figures unfit to quote.")
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
+import model.cpu
 import model.kernels
 from model.config import ModelConfig
 from model.context_parallel import zigzag_order
 from model.kernels import KernelChoice, attention_over, choose_kernel
 from model.sharding import UNSHARDED
 from tests.small import mesh_of, small_model
+from train.devices.mesh import one_device_mesh
 from train.devices.rules import TRAINING
 
 T = 256
@@ -187,3 +189,22 @@ def test_cudnn_is_refused_where_there_is_no_gpu(mesh):
         pytest.raises(ValueError, match="none for"),
     ):
         choose_kernel(config, UNSHARDED, 256)
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+def test_on_one_cpu_plain_attention_in_blocks_is_that_of_the_whole(changes: dict, monkeypatch):
+    config = config_for("plain", **changes)
+    arrays = inputs(config)
+
+    def both() -> list[np.ndarray]:
+        return result_and_gradients(config, one_device_mesh(), UNSHARDED, arrays)
+
+    with jax.set_mesh(one_device_mesh()):
+        monkeypatch.setattr(model.cpu, "LEAST_BLOCK", 64)
+        attention = attention_over(config, UNSHARDED, arrays[4])
+        jaxpr = jax.make_jaxpr(lambda q, k, v: attention(q, k, v, None))(*map(jnp.asarray, arrays[:3]))
+    assert f"{T // 4},{T // 2}]" in str(jaxpr)
+    assert f"{T},{T}]" not in str(jaxpr).split("dot_general", 1)[1]
+    in_blocks = both()
+    monkeypatch.setattr(model.cpu, "LEAST_BLOCK", T)
+    assert_close(in_blocks, both(), 2e-6)

@@ -11,6 +11,7 @@ from model.interchange.rope import rope_to_huggingface
 from model.position import frequencies, rope_rotation, rotate, sinusoids
 from tests.peers import require
 from tests.small import small_model, small_weights
+from train.devices.mesh import one_device_mesh
 
 
 def test_a_product_of_query_and_key_depends_on_their_distance_alone():
@@ -115,3 +116,12 @@ def test_every_learned_position_that_is_used_is_trained():
     loss = lambda weights: jnp.sum(jnp.sin(Decoder(config, weights)(tokens, jnp.array([[0, 1, 5]]), one)))
     gradient = jax.grad(loss)(small_weights(config))["position"]["table"]
     assert (np.abs(gradient).max(axis=1) > 0).tolist() == [True, True, False, False, False, True, False, False]
+
+
+def test_a_cpu_computes_sines_and_cosines_once_for_all_layers():
+    config = small_model(num_layers=3)
+    ids = jnp.zeros((2, 16), jnp.int32)
+    with jax.set_mesh(one_device_mesh()):
+        decoder = jax.jit(lambda weights, ids: Decoder(config, weights)(ids, ids, ids))
+        text = decoder.lower(small_weights(config), ids).compile().as_text()
+    assert (text.count(" cosine("), text.count(" sine(")) == (1, 1)
