@@ -60,7 +60,7 @@ class CachedDecoder(nnx.Module):
         Args:
             i: the number of tokens in `recent`.
             lengths_B: the number of tokens of each row in `cache`.
-            cache: keys and values of S positions, from earlier calls. They stay as they are: in a loop, XLA would copy
+            cache: keys and values of S positions, from earlier calls; N more than a row may have. They stay as they are: in a loop, XLA would copy
                 an array that it both reads and extends.
             recent: those of this call, with room for N, in all rows at the same place.
         """
@@ -88,7 +88,9 @@ class CachedDecoder(nnx.Module):
                 )[:, :, :1]
             return attend_to_parts(q, keys, values, masks, self.config.attention_softcap)
 
-        return self._vectors(tokens_B1, (lengths_B + i)[:, None], attention), extended
+        # Rows that have ended stay within a table of positions.
+        positions_B = jnp.minimum(lengths_B + i, S - N - 1)
+        return self._vectors(tokens_B1, positions_B[:, None], attention), extended
 
     def _vectors(self, tokens_BT: jax.Array, positions_BT: jax.Array, attention: Callable[..., jax.Array]) -> jax.Array:
         """Returns the vectors [B, T, D]; `attention` takes the number of the layer before what an Attend takes."""
