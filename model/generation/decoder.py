@@ -60,8 +60,8 @@ class CachedDecoder(nnx.Module):
         Args:
             i: the number of tokens in `recent`.
             lengths_B: the number of tokens of each row in `cache`.
-            cache: keys and values of S positions, from earlier calls; N more than a row may have. They stay as they are: in a loop, XLA would copy
-                an array that it both reads and extends.
+            cache: keys and values of S positions, N more than a row may have, from earlier calls. They stay as they
+                are: in a loop, XLA would copy an array that it both reads and extends.
             recent: those of this call, with room for N, in all rows at the same place.
         """
         S, N = cache[0]["value"].shape[2], recent[0]["value"].shape[2]

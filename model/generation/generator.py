@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from model.backend import platform
 from model.config import ResolvedModelConfig
 from model.generation.decoder import empty_cache
 from model.generation.programs import (
@@ -67,6 +68,7 @@ class Generator:
     Args:
         weights: the nested dictionary of weights, which is copied (see `decoding_weights`).
         context: the number of positions that the model sees at most.
+        int8: products are of whole numbers (`model.cpu.int8_product`); on one CPU alone.
     """
 
     def __init__(
@@ -79,10 +81,12 @@ class Generator:
         layout: Layout = UNSHARDED,
         int8: bool = False,
     ):
+        num_devices = jax.sharding.get_abstract_mesh().size
+        assert not int8 or (platform() == "cpu" and num_devices <= 1)
         # A kernel that was asked for in training may not take the lengths of prompts.
         self.config = dataclasses.replace(config, attention_kernel="auto")
         # On one device nothing is sharded, and reshapes need no rules for sharded axes.
-        self.layout = layout if jax.sharding.get_abstract_mesh().size > 1 else UNSHARDED
+        self.layout = layout if num_devices > 1 else UNSHARDED
         self.weights = decoding_weights(config, weights, int8)
         self.context = context
         self.eos_ids = np.atleast_1d(np.array(eos_id, np.int32))
@@ -153,8 +157,13 @@ class Scheduler:
     def admit(self) -> Iterator[TokenDelta]:
         """Prefills free slots with waiting requests, and full ones with the newer half of their context."""
         import os
+
         if os.environ.get("AHEAD"):
-            while begun := [(slot, self._prefill(request, slot)) for slot in range(len(self.slots)) if (request := self._to_prefill(slot))]:
+            while begun := [
+                (slot, self._prefill(request, slot))
+                for slot in range(len(self.slots))
+                if (request := self._to_prefill(slot))
+            ]:
                 for slot, token_1 in begun:
                     yield from self._deliver(slot, np.asarray(token_1).tolist())
             return
