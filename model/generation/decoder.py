@@ -80,12 +80,6 @@ class CachedDecoder(nnx.Module):
             extended.append(new)
             parts = cache[layer], new
             keys, values = [part["key"].swapaxes(2, 3) for part in parts], [part["value"] for part in parts]
-            import os
-
-            if os.environ.get("TWO"):
-                return attend_to_parts(
-                    jnp.concatenate([q, q], axis=2), keys, values, masks, self.config.attention_softcap
-                )[:, :, :1]
             return attend_to_parts(q, keys, values, masks, self.config.attention_softcap)
 
         # Rows that have ended stay within a table of positions.

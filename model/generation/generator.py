@@ -156,20 +156,10 @@ class Scheduler:
 
     def admit(self) -> Iterator[TokenDelta]:
         """Prefills free slots with waiting requests, and full ones with the newer half of their context."""
-        import os
-
-        if os.environ.get("AHEAD"):
-            while begun := [
-                (slot, self._prefill(request, slot))
-                for slot in range(len(self.slots))
-                if (request := self._to_prefill(slot))
-            ]:
-                for slot, token_1 in begun:
-                    yield from self._deliver(slot, np.asarray(token_1).tolist())
-            return
         for slot in range(len(self.slots)):
             while request := self._to_prefill(slot):
-                yield from self._deliver(slot, np.asarray(self._prefill(request, slot)).tolist())
+                self.slots[slot] = request
+                yield from self._deliver(slot, self._prefill(request, slot))
 
     def collect(self, tokens_BN: np.ndarray) -> Iterator[TokenDelta]:
         """Yields the tokens [B, N] of decode steps, and frees the slots of requests that have ended."""
@@ -188,14 +178,13 @@ class Scheduler:
         request.window = request.window[-max(self.generator.context // 2, 1) :]
         return request
 
-    def _prefill(self, request: Request, slot: int) -> jax.Array:
-        self.slots[slot] = request
+    def _prefill(self, request: Request, slot: int) -> list[int]:
         length = request.cache_length = len(request.window)
         T = min(next_power_of_two(length), self.generator.context)
         tokens_1T = np.array([request.window + [0] * (T - length)], np.int32)
         token_1, row = prefill(self.model, _row_state([request]), tokens_1T, self._seen_tokens([request]))
         self.state = insert_row(self.state, row, slot)
-        return token_1
+        return np.asarray(token_1).tolist()
 
     def _deliver(self, slot: int, tokens: list[int]) -> Iterator[TokenDelta]:
         request = self.slots[slot]
