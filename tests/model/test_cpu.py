@@ -40,6 +40,7 @@ def test_products_in_8_bits_are_close_for_rows_and_columns_of_any_size():
     x *= np.geomspace(1e-3, 1e3, 40, dtype=np.float32)[:, None]
     weight *= np.array([0, 1e-3, 1, 1e3, 1e6], np.float32)[:, None]
     actual = int8_product("btd,fd->btf", x, *quantized(jnp.asarray(weight), 1))
+    assert np.all(np.asarray(quantized(jnp.asarray(weight), 1)[1]) > 0)
     size = np.linalg.norm(x, axis=2)[:, :, None] * np.linalg.norm(weight, axis=1)
     assert np.all(np.abs(actual - np.einsum("btd,fd->btf", x, weight)) <= 0.01 * size)
 

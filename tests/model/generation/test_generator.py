@@ -68,7 +68,7 @@ def check_greedy(config: ModelConfig, prompt: list[int], actual: list[int], tole
     ("changes", "tolerance"),
     [
         ({}, 2e-5),
-        ({"compute_dtype": "bfloat16", "position": "learned", "max_positions": 16}, 0.1),
+        ({"compute_dtype": "bfloat16", "position": "learned", "max_positions": CONTEXT}, 0.1),
     ],
 )
 def test_greedy_rows_follow_the_full_pass_and_slide_past_the_context(changes: dict, tolerance: float):
