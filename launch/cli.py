@@ -20,8 +20,8 @@ STEP_MEMORY = ":".join(
 )
 # Names in Linux's /dev of NVIDIA's accelerators (dxg: under WSL), TPUs and AMD's.
 ACCELERATORS = ("nvidia[0-9]*", "dxg", "accel*", "vfio/[0-9]*", "kfd")
-# `plan` times the step that `pretrain` will run.
-RUNS_TRAINING_STEPS = ("pretrain", "plan")
+# `plan` times the step that `pretrain` will run; a prefill is a forward pass.
+RUNS_STEPS = ("pretrain", "plan", "generate")
 WITHOUT_JAX = ("presets", "completion", "launch", "report")
 
 log = logging.getLogger("ziggurat")
@@ -103,7 +103,7 @@ def prepare_process(argv: Sequence[str]) -> None:
     is_slow = False
     if sys.platform == "linux" and not any(file for name in ACCELERATORS for file in Path("/dev").glob(name)):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        is_slow = bool(argv) and argv[0] in RUNS_TRAINING_STEPS and "GLIBC_TUNABLES" not in os.environ
+        is_slow = bool(argv) and argv[0] in RUNS_STEPS and "GLIBC_TUNABLES" not in os.environ
     if is_slow:
         os.environ["GLIBC_TUNABLES"] = STEP_MEMORY
     if is_slow or options:

@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, metavar="X", help="divides the logits before drawing [1.0]")
     help = "above 1: tokens of the prompt and of the text so far become less likely [1.0]"
     parser.add_argument("--repetition_penalty", type=float, default=1.0, metavar="X", help=help)
+    parser.add_argument("--int8", action="store_true", help="multiply in 8 bits: faster on a CPU, a little less exact")
     parser.add_argument("--seed", type=int, metavar="N", help="the same seed draws the same tokens [0]")
     for axis, shared in (("tensor", "heads and widths"), ("fsdp", "weights as they are stored")):
         help = f"share {shared} among N devices; -1: among the rest [1]"
@@ -67,7 +68,10 @@ def run(arguments: argparse.Namespace) -> int:
     top_k = 40 if arguments.top_k is None else arguments.top_k
     drawn = Sampling(temperature=arguments.temperature or 1.0, top_k=top_k, top_p=arguments.top_p or 1.0)
     sampling = GREEDY if arguments.greedy else drawn
-    with jax.set_mesh(generation_mesh(MeshConfig(tensor=arguments.tensor, fsdp=arguments.fsdp))):
+    mesh = generation_mesh(MeshConfig(tensor=arguments.tensor, fsdp=arguments.fsdp))
+    if arguments.int8 and (mesh.size > 1 or mesh.devices.flat[0].platform != "cpu"):
+        raise InputError("--int8 is for one CPU; leave it out on other devices and with --mesh.tensor or --mesh.fsdp")
+    with jax.set_mesh(mesh):
         trained = load_trained(arguments.model)
         tokenizer = trained.tokenizer
         context = trained.config.data.segment_length
@@ -75,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
         if too_long := sum(len(prompt) - 1 > context for prompt in prompts):
             which = "the prompt has" if arguments.prompts is None else f"{too_long} of {len(prompts)} prompts have"
             log.warning("%s more than %d tokens; the model sees the last %d", which, context, context)
-        generator = make_generator(trained.config, trained.weights, tokenizer)
+        generator = make_generator(trained.config, trained.weights, tokenizer, int8=arguments.int8)
         # Frees these weights: the generator has its own copy.
         del trained
         parts = continuations(

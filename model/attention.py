@@ -5,8 +5,9 @@ K = H is multi-head attention, fewer are grouped-query attention (Ainslie et al.
 multi-query attention (Shazeer 2019, arXiv:1911.02150).
 """
 
+import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -62,6 +63,26 @@ def attend(
     kept = dropout(weights.astype(v_BKSC.dtype), dropout_rate, keys_B)
     values = product("bkgts,bksc->bkgtc", kept, v_BKSC, dtype=jnp.float32)
     return join_axis((values / jnp.sum(weights, axis=-1, keepdims=True)).astype(v_BKSC.dtype), 1)
+
+
+def attend_to_parts(
+    q_BHTC: jax.Array,
+    keys: Sequence[jax.Array],
+    values: Sequence[jax.Array],
+    masks: Sequence[jax.Array],
+    softcap: float | None = None,
+) -> jax.Array:
+    """Returns `attend` over keys, values and masks that are in several arrays, without concatenating the keys."""
+    pairs = zip(keys, masks, strict=True)
+    scores = [_scores(q_BHTC, k_BKSC, mask_B1TS, softcap) for k_BKSC, mask_B1TS in pairs]
+    largest = functools.reduce(jnp.maximum, [jnp.max(part, axis=-1, keepdims=True) for part in scores])
+    weights = [jnp.exp(part - largest) for part in scores]
+    total = sum(jnp.sum(part, axis=-1, keepdims=True) for part in weights)
+    sums = [
+        product("bkgts,bksc->bkgtc", part.astype(v_BKSC.dtype), v_BKSC, dtype=jnp.float32)
+        for part, v_BKSC in zip(weights, values, strict=True)
+    ]
+    return join_axis((sum(sums) / total).astype(values[0].dtype), 1)
 
 
 def attention_weights(

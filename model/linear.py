@@ -41,15 +41,18 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x to y, which is named "product" for remat policies."""
-        weight = gather_weight(self.weight[...].astype(x.dtype), self.layout, *self.axes)
-        if self.sums_over:
-            sums_BTD = self.multiply(self.equation, x, weight, partial_sums(self.layout, self.sums_over))
-            y = scatter_time(sums_BTD, self.layout)
-        else:
-            y = self.multiply(self.equation, x, weight)
+        y = self.product(x)
         if self.bias is not None:
             x_letters, weight_letters, y_letters = self.equation.replace("->", ",").split(",")
             outputs = set(weight_letters) - set(x_letters)
             shape = tuple(slice(None) if letter in outputs else None for letter in y_letters)
             y = y + self.bias[...].astype(x.dtype)[shape]
         return checkpoint_name(y, "product")
+
+    def product(self, x: jax.Array) -> jax.Array:
+        """Returns the product with the weight alone."""
+        weight = gather_weight(self.weight[...].astype(x.dtype), self.layout, *self.axes)
+        if not self.sums_over:
+            return self.multiply(self.equation, x, weight)
+        sums_BTD = self.multiply(self.equation, x, weight, partial_sums(self.layout, self.sums_over))
+        return scatter_time(sums_BTD, self.layout)

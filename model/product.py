@@ -1,8 +1,7 @@
 """The product of activations with a weight, accumulated in float32 forward and backward.
 
-By default XLA's CPU products of bfloat16 accumulate in bfloat16, at half the speed, and the gradient of a weight
-transposes the wider of its two operands. Here the backward pass states its products as the forward pass does, and puts
-the narrower operand first. Gradients are rounded to the compute dtype, so that reductions move no more bytes.
+By default XLA's CPU products of bfloat16 accumulate in bfloat16, at half the speed. Here the backward pass states its
+products as the forward pass does. Gradients are rounded to the compute dtype, so that reductions move no more bytes.
 """
 
 from functools import partial

@@ -1,6 +1,6 @@
 """The decoder as it generates: new tokens attend to a cache of earlier keys and values."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from model.attention import attend, visible
+from model.attention import attend_to_parts, visible
 from model.backend import platform
 from model.config import ResolvedModelConfig
 from model.cpu import ColumnLinear, ColumnUnembedding
@@ -21,7 +21,7 @@ from model.position import Position
 from model.sharding import UNSHARDED, Layout
 from model.unembedding import Unembedding
 
-# The keys and values of a layer: "key", "value" [B, K, S, C].
+# The keys and values of a layer: "key" [B, K, C, S], as the product with a query reads them, and "value" [B, K, S, C].
 Cache = dict[str, jax.Array]
 
 
@@ -40,44 +40,80 @@ class CachedDecoder(nnx.Module):
         self.norm = final_norm(config, weights)
         self.unembedding = unembedding(config, weights.get("unembedding"), layout)
 
-    def __call__(self, tokens_BT: jax.Array, starts_B: jax.Array, cache: list[Cache]) -> tuple[jax.Array, list[Cache]]:
-        """Returns the vectors [B, T, D] of T more tokens a row, and the cache with their keys and values.
+    def prefill(self, tokens_BT: jax.Array) -> tuple[jax.Array, list[Cache]]:
+        """Returns the vectors [B, T, D] of rows that are a document each, and their keys and values."""
+        attention = attention_over(self.config, self.layout, jnp.ones_like(tokens_BT))
+        cache = []
 
-        Args:
-            tokens_BT: int32 ids; a row is one document.
-            starts_B: int32, the position of each row's first token.
-            cache: keys and values of each layer. With S = T nothing comes before the tokens.
-        """
-        T, S = tokens_BT.shape[1], cache[0]["key"].shape[2]
-        positions_BT = starts_B[:, None] + jnp.arange(T)
-        if S == T:
-            attention = attention_over(self.config, self.layout, jnp.ones_like(tokens_BT))
-        else:
-            distance_B1TS = positions_BT[:, None, :, None] - jnp.arange(S)
-            mask_B1TS = visible(distance_B1TS, self.config.sliding_window)
-            attention = lambda q, k, v, keys_B: attend(q, k, v, mask_B1TS, self.config.attention_softcap)
-        write = jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=1))
-        extended = []
-
-        def cached_attention(earlier: Cache, q: jax.Array, k: jax.Array, v: jax.Array, keys_B: None) -> jax.Array:
-            k = write(earlier["key"], k, starts_B)
-            v = write(earlier["value"], v, starts_B)
-            extended.append({"key": k, "value": v})
+        def remember(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, keys_B: None) -> jax.Array:
+            cache.append({"key": k.swapaxes(2, 3), "value": v})
             return attention(q, k, v, keys_B)
 
+        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        return self._vectors(tokens_BT, positions_BT, remember), cache
+
+    def step(
+        self, tokens_B1: jax.Array, i: jax.Array, lengths_B: jax.Array, cache: list[Cache], recent: list[Cache]
+    ) -> tuple[jax.Array, list[Cache]]:
+        """Returns the vectors [B, 1, D] of one more token a row, and `recent` with its keys and values.
+
+        Args:
+            i: the number of tokens in `recent`.
+            lengths_B: the number of tokens of each row in `cache`.
+            cache: keys and values of S positions, N more than a row may have, from earlier calls. They stay as they
+                are: in a loop, XLA would copy an array that it both reads and extends.
+            recent: those of this call, with room for N, in all rows at the same place.
+        """
+        S, N = cache[0]["value"].shape[2], recent[0]["value"].shape[2]
+        earlier_BS, new_N = jnp.arange(S) - lengths_B[:, None], jnp.arange(N)
+        mask_BS = (earlier_BS < 0) & visible(i - earlier_BS, self.config.sliding_window)
+        mask_BN = jnp.broadcast_to(visible(i - new_N, self.config.sliding_window), (len(lengths_B), N))
+        masks = [mask[:, None, None] for mask in (mask_BS, mask_BN)]
+        extended = []
+
+        def attention(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, keys_B: None) -> jax.Array:
+            write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i)
+            new = {
+                "key": write(recent[layer]["key"], k.swapaxes(2, 3), axis=3),
+                "value": write(recent[layer]["value"], v, axis=2),
+            }
+            extended.append(new)
+            parts = cache[layer], new
+            keys, values = [part["key"].swapaxes(2, 3) for part in parts], [part["value"] for part in parts]
+            return attend_to_parts(q, keys, values, masks, self.config.attention_softcap)
+
+        # Rows that have ended stay within a table of positions.
+        positions_B = jnp.minimum(lengths_B + i, S - N - 1)
+        return self._vectors(tokens_B1, positions_B[:, None], attention), extended
+
+    def _vectors(self, tokens_BT: jax.Array, positions_BT: jax.Array, attention: Callable[..., jax.Array]) -> jax.Array:
+        """Returns the vectors [B, T, D]; `attention` takes the number of the layer before what an Attend takes."""
         x_BTD, rotation = self.position(self.embedding(tokens_BT), positions_BT)
-        for block, earlier in zip(self.blocks, cache, strict=True):
-            x_BTD = block(x_BTD, rotation, partial(cached_attention, earlier))
-        return x_BTD if self.norm is None else self.norm(x_BTD), extended
+        for layer, block in enumerate(self.blocks):
+            x_BTD = block(x_BTD, rotation, partial(attention, layer))
+        return x_BTD if self.norm is None else self.norm(x_BTD)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Returns the scores [B, T, V] of every token as the next one, float32."""
         return self.unembedding(x_BTD, self.embedding.table[...])
 
 
-def empty_cache(config: ResolvedModelConfig, batch: int, context: int, layout: Layout = UNSHARDED) -> list[Cache]:
-    """Returns room for the keys and values of `context` positions in every layer, each [B, K, S, C]."""
-    shape = (batch, config.num_kv_heads, context, config.head_dim)
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def empty_cache(config: ResolvedModelConfig, batch: int, length: int, layout: Layout = UNSHARDED) -> list[Cache]:
+    """Returns room for the keys and values of `length` positions in every layer."""
+    B, K, C = batch, config.num_kv_heads, config.head_dim
     sharding = layout.out_sharding("batch", "kv_heads", None, None)
-    zeros = lambda: jnp.zeros(shape, config.compute_dtype, out_sharding=sharding)
-    return [{"key": zeros(), "value": zeros()} for _ in range(config.num_layers)]
+    zeros = lambda *shape: jnp.zeros(shape, config.compute_dtype, out_sharding=sharding)
+    return [{"key": zeros(B, K, C, length), "value": zeros(B, K, length, C)} for _ in range(config.num_layers)]
+
+
+def extended_cache(cache: list[Cache], recent: list[Cache], lengths_B: jax.Array) -> list[Cache]:
+    """Returns the cache with each row's recent keys and values behind those that it has; there must be room for all."""
+    write = lambda axis: jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=axis))
+    return [
+        {
+            "key": write(2)(earlier["key"], new["key"], lengths_B),
+            "value": write(1)(earlier["value"], new["value"], lengths_B),
+        }
+        for earlier, new in zip(cache, recent, strict=True)
+    ]

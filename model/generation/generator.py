@@ -15,9 +15,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from model.backend import platform
 from model.config import ResolvedModelConfig
 from model.generation.decoder import empty_cache
-from model.generation.programs import NO_TOKEN, DecodeState, RowState, SampledModel, decode_steps, insert_row, prefill
+from model.generation.programs import (
+    NO_TOKEN,
+    STEPS_PER_CALL,
+    DecodeState,
+    RowState,
+    SampledModel,
+    decode_steps,
+    insert_row,
+    prefill,
+)
 from model.generation.sampling import Sampling
 from model.generation.weights import decoding_weights
 from model.sharding import UNSHARDED, Layout
@@ -58,6 +68,7 @@ class Generator:
     Args:
         weights: the nested dictionary of weights, which is copied (see `decoding_weights`).
         context: the number of positions that the model sees at most.
+        int8: products are of whole numbers (`model.cpu.int8_product`); on one CPU alone.
     """
 
     def __init__(
@@ -68,11 +79,15 @@ class Generator:
         context: int,
         eos_id: int | Sequence[int],
         layout: Layout = UNSHARDED,
+        int8: bool = False,
     ):
+        num_devices = jax.sharding.get_abstract_mesh().size
+        assert not int8 or (platform() == "cpu" and num_devices <= 1)
         # A kernel that was asked for in training may not take the lengths of prompts.
         self.config = dataclasses.replace(config, attention_kernel="auto")
-        self.layout = layout
-        self.weights = decoding_weights(config, weights)
+        # On one device nothing is sharded, and reshapes need no rules for sharded axes.
+        self.layout = layout if num_devices > 1 else UNSHARDED
+        self.weights = decoding_weights(config, weights, int8)
         self.context = context
         self.eos_ids = np.atleast_1d(np.array(eos_id, np.int32))
 
@@ -125,7 +140,7 @@ class Scheduler:
         needed = max(next_power_of_two(longest), round_up(longest + self.max_new_tokens))
         self.capacity = min(needed, self.generator.context)
         config, layout = self.generator.config, self.generator.layout
-        cache = empty_cache(config, len(self.slots), self.capacity, layout)
+        cache = empty_cache(config, len(self.slots), self.capacity + STEPS_PER_CALL, layout)
         self.state = DecodeState(cache, self._seen_tokens(self.slots))
         self.model = SampledModel(config, layout, self.sampling, self.generator.weights, np.int32(self.seed))
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from model.config import ResolvedModelConfig
-from model.generation.decoder import Cache, CachedDecoder, empty_cache
+from model.generation.decoder import Cache, CachedDecoder, empty_cache, extended_cache
 from model.generation.sampling import Sampling, sample
 from model.sharding import Layout
 
@@ -51,6 +51,7 @@ class DecodeState(NamedTuple):
     """The arrays that stay on the devices between calls.
 
     Attributes:
+        cache: STEPS_PER_CALL positions longer than a row may become, which is where a full row's last call writes.
         seen_BV: True for tokens of a row's prompt or continuation; None without a repetition penalty.
     """
 
@@ -72,8 +73,7 @@ def prefill(
         The token [1], and the row's state, with a cache of T positions.
     """
     decoder = CachedDecoder(model.config, model.weights, model.layout)
-    empty = empty_cache(model.config, 1, tokens_1T.shape[1], model.layout)
-    x_1TD, cache = decoder(tokens_1T, jnp.zeros(1, jnp.int32), empty)
+    x_1TD, cache = decoder.prefill(tokens_1T)
     x_11D = jax.lax.dynamic_slice_in_dim(x_1TD, row.cache_length[0] - 1, 1, axis=1)
     seen_1V = None if seen_1V is None else model.layout.reshard(seen_1V, "batch", None)
     token_1 = sample_next(model, decoder, x_11D, row, seen_1V)
@@ -98,28 +98,32 @@ def decode_steps(
         Token ids [B, STEPS_PER_CALL], NO_TOKEN where a row has drawn none, and the state.
     """
     decoder = CachedDecoder(model.config, model.weights, model.layout)
-    S = state.cache[0]["key"].shape[2]
-    is_active = lambda rows: (rows.token != NO_TOKEN) & (rows.cache_length < S)
+    capacity = state.cache[0]["value"].shape[2] - STEPS_PER_CALL
+    lengths_B = rows.cache_length
+    is_active = lambda rows: (rows.token != NO_TOKEN) & (rows.cache_length < capacity)
 
     def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        i, rows, state, tokens_BN = carry
+        i, rows, recent, seen_BV, tokens_BN = carry
         active_B = is_active(rows)
-        x_B1D, cache = decoder(jnp.where(active_B, rows.token, 0)[:, None], rows.cache_length, state.cache)
-        token_B = jnp.where(active_B, sample_next(model, decoder, x_B1D, rows, state.seen_BV), NO_TOKEN)
+        tokens_B1 = jnp.where(active_B, rows.token, 0)[:, None]
+        x_B1D, recent = decoder.step(tokens_B1, i, lengths_B, state.cache, recent)
+        token_B = jnp.where(active_B, sample_next(model, decoder, x_B1D, rows, seen_BV), NO_TOKEN)
         num_drawn_B = rows.num_drawn + active_B
         ended_B = jnp.any(token_B[:, None] == eos_ids_K, axis=1) | (num_drawn_B >= max_new_tokens)
         next_B = jnp.where(active_B, jnp.where(ended_B, NO_TOKEN, token_B), rows.token)
         rows = RowState(next_B, rows.cache_length + active_B, rows.prompt_index, num_drawn_B)
         tokens_BN = jax.lax.dynamic_update_slice(tokens_BN, token_B[:, None], (0, i))
-        return i + 1, rows, DecodeState(cache, mark_seen(state.seen_BV, token_B)), tokens_BN
+        return i + 1, rows, recent, mark_seen(seen_BV, token_B), tokens_BN
 
     def any_active(carry: tuple[Any, ...]) -> jax.Array:
         i, rows, *_ = carry
         return (i < STEPS_PER_CALL) & jnp.any(is_active(rows))
 
     tokens_BN = jnp.full((len(rows.token), STEPS_PER_CALL), NO_TOKEN, jnp.int32)
-    _, _, state, tokens_BN = jax.lax.while_loop(any_active, step, (jnp.int32(0), rows, state, tokens_BN))
-    return tokens_BN, state
+    recent = empty_cache(model.config, len(rows.token), STEPS_PER_CALL, model.layout)
+    first = jnp.int32(0), rows, recent, state.seen_BV, tokens_BN
+    _, _, recent, seen_BV, tokens_BN = jax.lax.while_loop(any_active, step, first)
+    return tokens_BN, DecodeState(extended_cache(state.cache, recent, lengths_B), seen_BV)
 
 
 def sample_next(

@@ -2,17 +2,19 @@
 
     python -m tests.benchmarks.generate
 
-A model of 40 M random parameters continues the same prompts greedily, in float32 with a float32 cache, on the CPU with
-the same number of threads, one prompt at a time and eight at once. Prefill is timed to the first token; decoding is
-what NEW tokens take beyond that. The programs take turns, and the median of the rounds counts. llama.cpp (xllamacpp) is
-left out where it is not installed. Beside them are the matrix products of a prefill alone, by XLA for one prompt after
-another, as ours reads them, and by PyTorch for all at once, as Transformers does. The last line is one JSON object.
+A model of 40 M random parameters continues the same prompts greedily, in float32 and with 8-bit weights (ours in int8,
+llama.cpp's in q8_0), with a float32 cache, on the CPU with the same number of threads, one prompt at a time and eight
+at once. Prefill is timed to the first token; decoding is what NEW tokens take beyond that. The programs take turns, and
+the median of the rounds counts. llama.cpp (xllamacpp) is left out where it is not installed. Beside them are the matrix
+products of a prefill alone, in float32, by XLA for one prompt after another, as ours reads them, and by PyTorch for all
+at once, as Transformers does. All have the memory settings of `ziggurat generate`. The last line is one JSON object.
 """
 
 import importlib.util
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,8 +27,8 @@ import numpy as np
 import torch
 import transformers
 
-from data.tokenizer.tokenizer import Tokenizer
 from data.tokenizer.training import train_tokenizer
+from launch.cli import STEP_MEMORY
 from model.config import ModelConfig
 from model.generation.generator import Generator
 from model.generation.sampling import GREEDY
@@ -40,16 +42,21 @@ from train.weights.huggingface import write_huggingface
 from train.weights.weight_source import WeightSource
 
 THREADS = 2
-PROMPT, NEW, BATCHES, ROUNDS, CONTEXT = 256, 64, (1, 8), 5, 512
+PROMPT, NEW, BATCHES, ROUNDS, CONTEXT = 256, 64, (1, 8), 3, 512
 MODEL = {"num_layers": 12, "model_dim": 512, "num_heads": 8, "feedforward_dim": 1408, "compute_dtype": "float32"}
+
+# Ours → the programs that it is compared with.
+COMPARED = {
+    "ziggurat": {"transformers", "llama.cpp", "XLA's products", "torch's products"},
+    "ziggurat int8": {"ziggurat", "transformers", "llama.cpp q8_0"},
+}
 
 # Continues prompts of the same length by so many tokens each.
 Continue = Callable[[list[list[int]], int], list[list[int]]]
 
 
-def ours(config: ModelConfig, tokenizer: Tokenizer) -> Continue:
-    weights = jax.jit(lambda: initial_weights(config, 0, GENERATION))()
-    generator = Generator(config, weights, context=CONTEXT, eos_id=-1, layout=GENERATION)
+def ours(config: ModelConfig, weights: Any, int8: bool) -> Continue:
+    generator = Generator(config, weights, context=CONTEXT, eos_id=-1, layout=GENERATION, int8=int8)
 
     def go(prompts: list[list[int]], new: int) -> list[list[int]]:
         found: list[list[int]] = [[] for _ in prompts]
@@ -93,10 +100,8 @@ def seconds(go: Continue, prompts: list[list[int]], new: int) -> float:
 
 
 def measure(programs: dict[str, Continue], prompts: list[list[int]]) -> dict[str, dict[str, float]]:
-    """By program: tokens a second of "prefill" and "decode", and the part of its tokens that are as ours."""
+    """By program: tokens a second of "prefill" and "decode", and the part of its tokens that are ours in float32."""
     first = {name: go(prompts, NEW) for name, go in programs.items()}
-    for go in programs.values():
-        go(prompts, 1)
     took: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
     for _ in range(ROUNDS):
         for name, go in programs.items():
@@ -149,6 +154,9 @@ def measure_products(config: ModelConfig, batch: int) -> dict[str, float]:
 
 
 def main() -> None:
+    if os.environ.get("GLIBC_TUNABLES") != STEP_MEMORY:
+        os.environ["GLIBC_TUNABLES"] = STEP_MEMORY
+        os.execv(sys.executable, sys.orig_argv)
     # JAX takes as many threads as there are processors when it first starts.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
     jax.config.update("jax_platforms", "cpu")
@@ -157,30 +165,32 @@ def main() -> None:
         sources = sorted(Path(__file__).parent.parent.parent.glob("*/*.py"))
         tokenizer = train_tokenizer([file.read_text() for file in sources], 2048, folder / "tokenizer")
         config = ModelConfig(**MODEL).resolved(tokenizer.vocab_size)
-        weights = jax.device_get(jax.jit(lambda: initial_weights(config, 0, GENERATION))())
-        source = WeightSource(config, CONTEXT, tokenizer, reader_of(weights))
+        weights = jax.jit(lambda: initial_weights(config, 0, GENERATION))()
+        source = WeightSource(config, CONTEXT, tokenizer, reader_of(jax.device_get(weights)))
         write_huggingface(folder / "hf", source)
-        llama_cpp = importlib.util.find_spec("xllamacpp") is not None
-        if llama_cpp:
-            write_gguf(folder / "f32.gguf", source)
-        programs = {"ziggurat": ours(config, tokenizer), "transformers": of_transformers(folder / "hf")}
+        programs = {"ziggurat": ours(config, weights, False), "transformers": of_transformers(folder / "hf")}
+        programs["ziggurat int8"] = ours(config, weights, True)
+        of_dtype = {"f32": "llama.cpp", "q8_0": "llama.cpp q8_0"} if importlib.util.find_spec("xllamacpp") else {}
+        for dtype in of_dtype:
+            write_gguf(folder / f"{dtype}.gguf", source, dtype)
         print(f"{count_parameters(config):,} parameters, {PROMPT} tokens a prompt, {NEW} new, {THREADS} threads")
-        print(f"{'tokens/s':14} {'batch':>5} {'prefill':>9} {'decode':>9}   as ours")
+        print(f"{'tokens/s':16} {'batch':>5} {'prefill':>9} {'decode':>9}   as float32")
         random, results = np.random.default_rng(0), {}
         for batch in BATCHES:
             prompts = random.integers(3, config.vocab_size, (batch, PROMPT)).tolist()
-            of_batch = {"llama.cpp": of_llama_cpp(folder / "f32.gguf", batch)} if llama_cpp else {}
+            of_batch = {name: of_llama_cpp(folder / f"{dtype}.gguf", batch) for dtype, name in of_dtype.items()}
             found = measure(programs | of_batch, prompts)
             for name, of in found.items():
-                print(f"{name:14} {batch:5} {of['prefill']:9.1f} {of['decode']:9.1f}   {of['same_tokens']:.0%}")
+                print(f"{name:16} {batch:5} {of['prefill']:9.1f} {of['decode']:9.1f}   {of['same_tokens']:.0%}")
             for name, rate in measure_products(config, batch).items():
-                print(f"{name:16} {batch:3} {rate:9.1f}")
+                print(f"{name:16} {batch:5} {rate:9.1f}", flush=True)
                 found[name] = {"prefill": rate}
             results[f"batch_{batch}"] = found
         for found in results.values():
-            for peer in set(found) - {"ziggurat"}:
-                for what in found[peer].keys() & {"prefill", "decode"}:
-                    found["ziggurat"][f"{what}_of_{peer}"] = found["ziggurat"][what] / found[peer][what]
+            for ours_name, peers in COMPARED.items():
+                for peer in found.keys() & peers:
+                    for what in found[peer].keys() & {"prefill", "decode"}:
+                        found[ours_name][f"{what}_of_{peer}"] = found[ours_name][what] / found[peer][what]
         print(json.dumps(results))
 
 

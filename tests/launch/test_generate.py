@@ -80,6 +80,13 @@ def test_devices_share_a_model_and_give_the_same_text(finished: Path, capsys):
     assert texts[0] == texts[1]
 
 
+def test_in_8_bits_a_text_is_as_long_and_begins_with_its_prompt(finished: Path, tmp_path: Path, capsys):
+    flags = (f"--prompts={write_prompts(tmp_path)}", "--greedy", "--max_new_tokens=6")
+    assert [line["tokens"] for line in lines(capsys, finished, "--int8", *flags)] == [
+        line["tokens"] for line in lines(capsys, finished, *flags)
+    ]
+
+
 BAD = [
     (["--prompt=a", "--top_p=0", "--stop=", "--repetition_penalty=-1", "--batch_size=2"],
      ["--top_p=0.0 must be", "--stop is empty", "--repetition_penalty=-1.0", "--batch_size has no effect"]),
@@ -93,6 +100,7 @@ BAD = [
     (["--prompt=a", "--mesh.tensor=8"], ["model.num_kv_heads = 4 cannot be shared by mesh.tensor = 8; nearest size"]),
     (["--prompt=a", "--mesh.tensor=9"], ["mesh.tensor × mesh.fsdp = 9, but there are 8 devices"]),
     (["--prompt=a", "--mesh.tensor=-1", "--mesh.fsdp=-1"], ["are both -1"]),
+    (["--prompt=a", "--int8", "--mesh.tensor=2"], ["--int8 is for one CPU"]),
     (["--prompt=a", "--mesh.tensor=0"], ["--mesh.tensor=0 must be at least 1"]),
 ]  # fmt: skip
 

@@ -117,7 +117,7 @@ def test_compilers_for_absent_accelerators_are_left_alone_by_other_commands(monk
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the tunables are those of glibc")
-def test_only_commands_that_run_training_steps_start_again_with_the_memory_settings(monkeypatch):
+def test_only_commands_that_run_steps_start_again_with_the_memory_settings(monkeypatch):
     started: list[list[str]] = []
     monkeypatch.setattr(os, "execv", lambda program, command: started.append(command))
     for argv, files, own in (

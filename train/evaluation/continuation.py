@@ -61,11 +61,12 @@ class TextStream:
         return text[:cut]
 
 
-def make_generator(config: ResolvedConfig, weights: Any, tokenizer: Tokenizer) -> Generator:
-    """Makes the generator of a run or of exported weights, on the ambient mesh."""
+def make_generator(config: ResolvedConfig, weights: Any, tokenizer: Tokenizer, int8: bool = False) -> Generator:
+    """Makes the generator of a run or of exported weights, on the ambient mesh; `int8` is for one CPU."""
     # Ids without text in the tokenizer are never sampled.
     model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
-    return Generator(model, weights, context=config.data.segment_length, eos_id=tokenizer.stop_ids, layout=GENERATION)
+    context, eos_id = config.data.segment_length, tokenizer.stop_ids
+    return Generator(model, weights, context=context, eos_id=eos_id, layout=GENERATION, int8=int8)
 
 
 def continuations(

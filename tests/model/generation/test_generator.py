@@ -11,9 +11,13 @@ import model.generation.decoder
 import model.generation.weights
 from model.config import ModelConfig
 from model.decoder import Decoder
+from model.generation.decoder import empty_cache
 from model.generation.generator import Generator, round_up
+from model.generation.programs import DecodeState, RowState, SampledModel, decode_steps
 from model.generation.sampling import GREEDY, Sampling
+from model.generation.weights import decoding_weights
 from model.parameters import parameter_table
+from model.sharding import UNSHARDED
 from model.trees import flattened, nested
 from tests.small import VOCAB_SIZE, mesh_of, small_batch, small_model, small_weights
 from train.devices.rules import GENERATION
@@ -24,8 +28,8 @@ CONTEXT = 12
 PROMPTS = [[1, 2, 3, 4, 5], small_batch(1)["tokens"][0][:7].tolist(), [4] * CONTEXT, list(range(9)), [11] * 6]
 
 
-def generator(config: ModelConfig, *, eos_id: int = NO_EOS, context: int = CONTEXT) -> Generator:
-    return Generator(config, small_weights(config), context=context, eos_id=eos_id)
+def generator(config: ModelConfig, *, eos_id: int = NO_EOS, context: int = CONTEXT, int8: bool = False) -> Generator:
+    return Generator(config, small_weights(config), context=context, eos_id=eos_id, int8=int8)
 
 
 def generated(generator: Generator, prompts: list, sampling: Sampling = GREEDY, new: int = 30, **how) -> list:
@@ -64,7 +68,7 @@ def check_greedy(config: ModelConfig, prompt: list[int], actual: list[int], tole
     ("changes", "tolerance"),
     [
         ({}, 2e-5),
-        ({"compute_dtype": "bfloat16", "position": "learned", "max_positions": 16}, 0.1),
+        ({"compute_dtype": "bfloat16", "position": "learned", "max_positions": CONTEXT}, 0.1),
     ],
 )
 def test_greedy_rows_follow_the_full_pass_and_slide_past_the_context(changes: dict, tolerance: float):
@@ -84,6 +88,29 @@ def test_a_row_gives_the_tokens_that_it_gives_alone_in_any_batch():
     assert generated(rows, PROMPTS[:2], sampling, new=20, seed=8) != alone[:2]
     # The same prompt twice is continued in two ways.
     assert len({tuple(tokens) for tokens, _ in generated(rows, [[1]] * 3, sampling, seed=7)}) == 3
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_in_8_bits_tokens_are_likely_ones_and_every_row_is_alone(tied: bool):
+    config = small_model(tie_embeddings=tied, attention_bias=True)
+    model = generator(config, int8=True)
+    matrices = [weight for weight in jax.tree.leaves(model.weights) if weight.dtype == np.int8]
+    assert len(matrices) == 7 * config.num_layers + 1
+    rows = generated(model, PROMPTS, batch_size=4)
+    for prompt, (tokens, _) in zip(PROMPTS, rows, strict=True):
+        check_greedy(config, prompt, tokens, 0.1)
+    assert generated(model, PROMPTS) == rows
+
+
+def test_the_loop_of_decode_steps_reads_the_cache_and_does_not_carry_it():
+    # XLA would copy a cache that each step both reads and extends.
+    config, rows = small_model(), RowState(*np.ones((4, 2), np.int32))
+    model = SampledModel(config, UNSHARDED, GREEDY, decoding_weights(config, small_weights(config)), 0)
+    state = DecodeState(empty_cache(config, 2, 40), None)
+    jaxpr = jax.make_jaxpr(decode_steps)(model, rows, state, jnp.array([NO_EOS]), 9).eqns[0].params["jaxpr"].jaxpr
+    [loop] = [equation for equation in jaxpr.eqns if equation.primitive.name == "while"]
+    assert not [result for result in loop.outvars if 40 in result.aval.shape]
+    assert [result for result in jaxpr.outvars if 40 in result.aval.shape]
 
 
 def test_a_row_ends_before_eos_and_after_the_limit_and_gives_its_slot_to_the_next():
