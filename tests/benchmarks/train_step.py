@@ -286,7 +286,7 @@ def main() -> None:
         for dtype in [arguments.dtype] if arguments.dtype else DTYPES:
             results = contest(model, dtype, arguments.turns)
             seconds, cpu_seconds, _ = results["torch compiled"].T
-            busy_cores = min(busy_cores, np.median(cpu_seconds / seconds))
+            busy_cores = min(busy_cores, float(np.median(cpu_seconds / seconds)))
             prefix = "" if model == MODELS[0] else f"{model}_"
             figures |= {f"{prefix}{name}": float(f"{x:.5g}") for name, x in report(model, dtype, results).items()}
     if busy_cores < 0.8 * cores:
