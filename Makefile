@@ -3,7 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# pip shows what it does on a terminal. Python compiles a module when it is first imported, which is a tenth of them.
+PIP = $(BIN)/python -m pip install $$([ -t 2 ] || echo --quiet) --disable-pip-version-check --no-compile -c constraints.txt
 # JAX's CUDA libraries, where there is an NVIDIA GPU.
 EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda)
 INPUTS := pyproject.toml constraints.txt
@@ -47,9 +48,10 @@ $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "$(PYTHON) cannot make a venv: install its venv package (Debian: apt install python3-venv)"; exit 2; }
 
 $(VENV)/base: $(INPUTS) | $(VENV)/bin/python
-	$(PIP) -e .$(EXTRA:%=[%])
+	@echo "installing JAX and what goes with it into $(VENV): $(or $(EXTRA:cuda=several GB),about 180 MB) to download"
+	@$(PIP) -e .$(EXTRA:%=[%])
 	@touch $@
 
 $(VENV)/test: $(VENV)/base
-	$(PIP) -e .[test]
+	@$(PIP) -e .[test]
 	@touch $@

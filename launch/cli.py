@@ -10,9 +10,10 @@ from pathlib import Path
 from data.errors import InputError
 from launch.exit_status import finish_output, report_error
 from launch.library_errors import short_library_errors
+from launch.program_cache import keep_programs
 from launch.streams import ShownFormatter, insistent_interrupts, prepare_streams
 
-# glibc's tunables for training steps on CPUs. XLA allocates a step's temporary memory anew each time, and Linux zeroes
+# glibc's tunables for training steps on CPUs. XLA allocates temporary memory again in each step, and Linux zeroes
 # each page that comes back to a process: here freed memory stays in the process, in one heap of large pages.
 STEP_MEMORY = ":".join(
     f"glibc.malloc.{setting}" for setting in ("hugetlb=1", "arena_max=1", "mmap_max=0", f"trim_threshold={2**34}")
@@ -91,9 +92,12 @@ def prepare_process(argv: Sequence[str]) -> None:
     JAX would look for accelerators where the compilers for `ziggurat plan` are installed, and print why each of their
     plugins cannot start. Training steps are a third faster with `STEP_MEMORY`; the C library reads these tunables
     only as a process starts, so the process replaces itself. A user's JAX_PLATFORMS or GLIBC_TUNABLES is kept.
-    On every machine JAX computes with 32 bits, for which the programs are written.
+    On every machine JAX computes with 32 bits, for which the programs are written, and keeps compiled programs.
     """
     os.environ["JAX_ENABLE_X64"] = "0"
+    # Processes that `launch local` starts decide for themselves.
+    if argv and argv[0] not in WITHOUT_JAX:
+        keep_programs(os.environ)
     # Python takes the encoding of files from the locale, and reads this option only as it starts.
     options = [] if sys.getfilesystemencoding() == "utf-8" else ["-X", "utf8"]
     is_slow = False

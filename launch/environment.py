@@ -7,9 +7,12 @@ import sys
 from collections.abc import Mapping
 
 from data.errors import InputError
+from launch.program_cache import LEAST_SECONDS
 
 # Flags that need no check, since this project sets them.
 OUR_XLA_FLAGS = "--xla_force_host_platform_device_count="
+# Those that this project makes in its own processes.
+OUR_JAX_SETTINGS = f"JAX_(ENABLE_X64|COMPILATION_CACHE_DIR|PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS={LEAST_SECONDS}$)"
 START_XLA = "from jaxlib import xla_client; xla_client.make_cpu_client()"
 
 
@@ -27,8 +30,8 @@ def check_environment(environment: Mapping[str, str]) -> None:
 
 def environment_problem(failure: BaseException) -> tuple[int, str]:
     """Returns the exit status and text of a failure if JAX cannot start; (1, "") where it can."""
-    # JAX_ENABLE_X64 is this project's own setting.
-    given = [f"{name}={value}" for name, value in os.environ.items() if re.match("JAX_(?!ENABLE_X64)", name)]
+    given = [f"{name}={value}" for name, value in os.environ.items()]
+    given = [setting for setting in given if re.match("JAX_", setting) and not re.match(OUR_JAX_SETTINGS, setting)]
     error = failure if "Unable to initialize backend" in str(failure) else _failure_of_jax()
     if error is None:
         return 1, ""

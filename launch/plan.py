@@ -15,13 +15,13 @@ import os
 import signal
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from data.errors import InputError
 from launch.arguments import add_json, one_line
 from launch.plan_text import mesh_text, plan_text
 from launch.presets import add_config_arguments, load_config
+from launch.program_cache import cache_folder
 from train.config.config import ResolvedConfig
 
 log = logging.getLogger("ziggurat")
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     # Python's own handler of Ctrl-C would first wait for the compiler, for minutes perhaps.
     handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        compilation = compile_step(config, mesh, cache_folder())
+        compilation = compile_step(config, mesh, cache_folder(os.environ))
     finally:
         signal.signal(signal.SIGINT, handler)
     if arguments.topology is None:
@@ -142,10 +142,3 @@ def search(arguments: argparse.Namespace, config: ResolvedConfig, devices: Seque
     if plans and plans[0].fits:
         print("\n" + plan_text(plans[0], arguments.config))
     return 0
-
-
-def cache_folder() -> Path:
-    """Returns the folder of compiled programs of topologies: JAX_COMPILATION_CACHE_DIR, or the user's cache."""
-    if folder := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        return Path(folder) / "ziggurat"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ziggurat"

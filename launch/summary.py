@@ -1,6 +1,8 @@
 """The lines that `ziggurat pretrain` prints at the end of a finished run."""
 
 import shlex
+from collections.abc import Mapping
+from typing import Any
 
 from train.evaluation.held_out import gzip_bits_per_byte
 from train.planning.data_estimate import WHOLE_RUN, has_end
@@ -38,13 +40,39 @@ def summary(run: Run, program: str) -> str:
     lines.append(f"checkpoints     {run.checkpoints}")
     if run.export.exists():
         lines.append(f"weights         {run.export}")
+    if evaluated and held_out:
+        lines += what_it_learned(evaluated[-1], gzip_bits_per_byte(held_out), config.resolved().model.vocab_size)
     if evaluated:
         lines += ["sample:", *("  " + line for line in evaluated[-1]["sample"].splitlines())]
-    model = run.export if run.export.exists() else run.folder
+    model = shlex.quote(str(run.export if run.export.exists() else run.folder))
+    folder = shlex.quote(str(run.folder))
     lines += [
         "to continue a prompt:",
-        f"  {program} generate {shlex.quote(str(model))} --prompt={shlex.quote(config.evaluation.prompt)}",
-        "to start another run:",
-        f"  {program} pretrain --config=NAME --config.train.run_dir=FOLDER",
+        f"  {program} generate {model} --prompt={shlex.quote(config.evaluation.prompt)}",
+        "to see the run as a page:",
+        f"  {program} report {folder}",
+        "to train the same model on your own text, a file or a folder:",
+        f"  {program} pretrain --config={folder} --config.data.corpus=TEXT --config.train.run_dir=FOLDER",
+        "to see what a model with twice the layers takes on this machine:",
+        f"  {program} plan --config={folder} --config.model.num_layers={2 * config.model.num_layers}",
     ]
     return "\n".join(lines)
+
+
+def what_it_learned(evaluated: Mapping[str, Any], gzip_bits: float, vocab_size: int) -> list[str]:
+    """Returns the figures of the last evaluation in plain words."""
+    bits = held_out_figure(evaluated, "bits_per_byte")
+    verdict = "it knows such text better than that compressor does"
+    if bits >= gzip_bits:
+        verdict = "the compressor still does better, so it needs more steps or more text"
+    lines = [
+        "what it learned, measured on text that it was not trained on:",
+        f"  with its predictions a byte takes {bits:.2f} bits instead of 8 (gzip -9: {gzip_bits:.2f});",
+        f"  {verdict}",
+    ]
+    if "validation_accuracy" in evaluated:
+        accuracy, tokens = (held_out_figure(evaluated, name) for name in ("accuracy", "tokens"))
+        lines.append(
+            f"  its first guess, out of {vocab_size:,} tokens, was right in {accuracy:.0%} of {tokens:,.0f} places"
+        )
+    return lines

@@ -34,9 +34,11 @@ def scan_layers(layer: Any, x: Any, stacked: Any) -> tuple[Any, Any]:
     num_layers = len(jax.tree.leaves(stacked)[0])
     if not on_one_cpu() or num_layers > MOST_UNROLLED:
         return jax.lax.scan(layer, x, stacked)
+    # Unlike the gradient of an index, that of a split is a single copy.
+    split = jax.tree.map(lambda leaf: jax.lax.split(leaf, (1,) * num_layers), stacked)
     results = []
     for number in range(num_layers):
-        x, result = layer(x, jax.tree.map(lambda leaf, number=number: leaf[number], stacked))
+        x, result = layer(x, jax.tree.map(lambda _, parts, number=number: parts[number][0], stacked, split))
         results.append(result)
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
 

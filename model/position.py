@@ -9,7 +9,7 @@
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -102,14 +102,18 @@ def rotate(x_BHTC: jax.Array, rotation: Rotation) -> jax.Array:
     cosine, sine = rotation
     if platform() == "tpu":
         return _rotate_by_product(x_BHTC, cosine, sine)
+    # XLA's CPU compiler is slow to differentiate the concatenation, and fast to rotate the gradient back.
+    return (_rotate_on_cpu if platform() == "cpu" else _rotate_halves)(x_BHTC, cosine, sine)
+
+
+def _rotate_halves(x_BHTC: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:
     half = x_BHTC.shape[-1] // 2
     first, second = x_BHTC[..., :half].astype(jnp.float32), x_BHTC[..., half:].astype(jnp.float32)
     rotated = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
     return rotated.astype(x_BHTC.dtype)
 
 
-@jax.custom_vjp
-def _rotate_by_product(x_BHTC: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:
+def _product_with_swapped(x_BHTC: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:
     """Rotates on a TPU, whose vector unit is slow to split heads: the matrix unit swaps the halves, exactly."""
     C, f32 = x_BHTC.shape[-1], jnp.float32
     swap_CC = jnp.asarray(np.roll(np.eye(C), C // 2, axis=1), x_BHTC.dtype)
@@ -119,8 +123,15 @@ def _rotate_by_product(x_BHTC: jax.Array, cosine: jax.Array, sine: jax.Array) ->
     return (x_BHTC.astype(f32) * cosines + swapped * sines).astype(x_BHTC.dtype)
 
 
-_rotate_by_product.defvjp(
-    lambda x_BHTC, cosine, sine: (_rotate_by_product(x_BHTC, cosine, sine), (cosine, sine)),
-    # The gradient is rotated back.
-    lambda rotation, gradient: (_rotate_by_product(gradient, rotation[0], -rotation[1]), None, None),
-)
+def _rotating_gradients_back(rotate: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    # A rotation's gradient is the gradient, rotated by the opposite angle.
+    rotate = jax.custom_vjp(rotate)
+    rotate.defvjp(
+        lambda x_BHTC, cosine, sine: (rotate(x_BHTC, cosine, sine), (cosine, sine)),
+        lambda rotation, gradient: (rotate(gradient, rotation[0], -rotation[1]), None, None),
+    )
+    return rotate
+
+
+_rotate_by_product = _rotating_gradients_back(_product_with_swapped)
+_rotate_on_cpu = _rotating_gradients_back(_rotate_halves)

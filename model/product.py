@@ -41,7 +41,7 @@ def _einsum_on_cpu(equation: str, x: jax.Array, y: jax.Array, out_sharding: Part
 
     Its kernels want the summed axes of the left operand last, and a copy that changes the last axis is slow. Where no
     operand has them last (the gradient of a weight), the left one is the narrower, even if the result must then be
-    transposed; `jnp.einsum` would choose by the order of the result alone.
+    transposed. `jnp.einsum` would choose by the order of the result alone.
     """
     x_letters, y_letters, z_letters = equation.replace("->", ",").split(",")
     batch = "".join(letter for letter in z_letters if letter in x_letters and letter in y_letters)

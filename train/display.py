@@ -1,7 +1,9 @@
-"""The live line of a run on a terminal, and its lines in a log."""
+"""The live view of a run on a terminal, and its lines in a log."""
 
 import collections
+import logging
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -10,6 +12,7 @@ from typing import IO, Any, TextIO, cast
 import jax
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
+from rich.segment import ControlType, Segment
 from rich.text import Text
 
 from data.mixture import Mixture, Source, corpus_field
@@ -19,14 +22,21 @@ from model.parameters import count_parameters
 from train.data_identity import RunInputs
 from train.devices.rules import training_layout
 from train.planning.data_estimate import DataEstimate
+from train.run.curve import Curve, bar
 from train.run.goodput import duration
 from train.step.schedule import batch_size
 from train.weights.huggingface import why_no_export
 
-# Activity of the time account → its name in the live line. Others are too short to be named.
+# Activity of the time account → its name in the live view. Others are too short to be named.
 PAUSES = {"compile": "compiling", "evaluation": "evaluating", "checkpoint": "saving"}
-# Columns of the live line's bar: it gets the room that the figures leave.
+# Columns of a bar without a curve: it gets the room that the figures leave.
 LEAST_BAR, MOST_BAR = 10, 30
+# Columns and lines of the curve, and lines of the terminal that are left to other text.
+LEAST_WIDTH, MOST_WIDTH = 50, 120
+LEAST_CURVE, MOST_CURVE = 6, 16
+OTHER_LINES = 12
+# Lines of a sample on a terminal.
+SAMPLE_LINES = 2
 
 
 class Rate:
@@ -84,46 +94,91 @@ class Unfailing:
 
 
 class Display:
-    """Shows a run as it trains: a live line on a terminal, or a plain line every few steps in a log.
+    """Shows a run as it trains: a live view on a terminal, or a plain line every few steps in a log.
 
-    The live line is redrawn several times a second for the terminal's present width, with as many figures as fit. In a
-    pause it names the `activity` of the run's time account.
+    The live view is drawn twice a second for the terminal's present size: a line with as many figures as fit,
+    and where there is room the curve of the run. In a pause it names the `activity` of the run's time account.
+
+    Attributes:
+        curve: the figures so far; any thread may add to it.
     """
 
     def __init__(self, num_steps: int, every: int, quiet: bool, activity: Callable[[], str] = lambda: "steps"):
         self.num_steps = num_steps
         self.every = every
         self.quiet = quiet
+        self.curve = Curve(num_steps)
         self._activity = activity
         self._console = Console(file=cast(IO[str], Unfailing(sys.stderr)))
         self._live: Live | None = None
+        self._log_handlers: list[logging.StreamHandler] = []
         self._step = 0
+        self._pause, self._pause_begun = "", 0.0
         self._said_empty = False
         self._figures: list[str] = []
+        self._drawn: list[int] = []  # columns of the lines that were drawn last
 
-    def begin(self, step: int) -> None:
-        """Begins the live line, on a terminal, after `step` steps."""
+    def begin(self, step: int, in_background: Callable[[], None] = lambda: None) -> None:
+        """Begins the live view, on a terminal, after `step` steps, and calls a function in a thread."""
         self._step = step
-        if self._console.is_terminal and not self.quiet and self._live is None:
-            self._live = Live(self, console=self._console, refresh_per_second=4, transient=True)
-            self._live.start()
+        console = self._console
+        is_live = console.is_terminal and not console.is_dumb_terminal and console.encoding.startswith("utf")
+        if not is_live or self.quiet or self._live is not None:
+            return
+        root = logging.getLogger()
+        self._log_handlers = [h for h in root.handlers if getattr(h, "stream", None) is sys.stderr]  # type: ignore[misc]
+        self._live = Live(self, console=console, refresh_per_second=2)
+        self._live.start(refresh=True)
+        self._use_standard_error()  # which is now Rich's, so that log lines come above the live view
+
+        def run() -> None:
+            with suppress(Exception):  # The run goes on without it.
+                in_background()
+
+        threading.Thread(target=run, name="display", daemon=True).start()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width, height = options.max_width, console.size.height
+        try:
+            lines = self._lines(width, height)
+        except Exception as error:  # A view must not end the run that it shows.
+            lines = [Text(f"step {self._step}/{self.num_steps}  (no view: {type(error).__name__}: {error})")]
+        # A terminal that has become narrower has wrapped the lines on it, so Rich would leave some of them.
+        wrapped = sum(max(columns - 1, 0) // max(width, 1) for columns in self._drawn)
+        if wrapped and self._live:
+            yield Segment(f"\x1b[{wrapped}A\x1b[J", None, [(ControlType.CURSOR_UP, wrapped)])
+        self._drawn = [min(line.cell_len, width) for line in lines]
+        for line in lines:
+            line.no_wrap, line.overflow = True, "ellipsis"
+            yield line
+
+    def _lines(self, width: int, height: int) -> list[Text]:
+        """Returns the live view: figures, and where there is room the curve above a bar of the same length."""
         line = f"step {self._step}/{self.num_steps}"
-        for figure in filter(None, (PAUSES.get(self._activity(), ""), *self._figures)):
-            if len(line) + 2 + len(figure) >= options.max_width:
+        for figure in filter(None, (self._pause_text(), *self._figures)):
+            if len(line) + 2 + len(figure) >= width:
                 break
             line += f"  {figure}"
-        room = min(options.max_width - len(line) - 2, MOST_BAR)
-        done = room * self._step // self.num_steps
-        bar = f"{'█' * done}{'·' * (room - done)} " if room >= LEAST_BAR else ""
-        yield Text(bar + line, no_wrap=True, overflow="ellipsis")
+        rows = min(height - OTHER_LINES, MOST_CURVE)
+        if width >= LEAST_WIDTH and rows >= LEAST_CURVE:
+            return [Text(line), *self.curve.draw(min(width - 1, MOST_WIDTH), rows, self._step)]
+        room = min(width - len(line) - 3, MOST_BAR)
+        return [Text(f"{line}  {bar(self._step / self.num_steps, room)}" if room >= LEAST_BAR else line)]
+
+    def _pause_text(self) -> str:
+        """Returns the name of the present pause and its seconds."""
+        now, pause = time.monotonic(), PAUSES.get(self._activity(), "")
+        if pause != self._pause:
+            self._pause, self._pause_begun = pause, now
+        seconds = round(now - self._pause_begun)
+        return f"{pause} {seconds} s" if pause and seconds else pause
 
     def step(self, record: dict[str, Any], seconds_left: float) -> None:
         """Shows one finished step."""
         if self.quiet:
             return
         self._step = step = record["step"]
+        self.curve.add(record)
         loss = "no token trained on" if record["loss"] is None else f"loss {record['loss']:.4f}"
         rate = f"{record['tokens_per_second']:,.0f} tokens/s"
         share = f"{record['peak_share']:.0%} of peak"
@@ -142,16 +197,27 @@ class Display:
     def evaluation(self, record: dict[str, Any]) -> None:
         """Shows the results of an evaluation on held-out text, with a sample, and on tasks."""
         if "sample" in record:
+            self.curve.add(record)
             bits = record["validation_bits_per_byte"]
             loss = record["validation_loss"]
             whole = ""
             if "held_out_bits_per_byte" in record:
                 whole = f"; all held-out documents: {record['held_out_bits_per_byte']:.3f} bits a byte"
             self.say(f"step {record['step']}  held-out: {bits:.3f} bits a byte, loss {loss:.4f}{whole}; sample:")
-            self.say("\n".join("    " + line for line in record["sample"].splitlines()))
+            self.say("\n".join("    " + line for line in self._sample_lines(record["sample"])))
         for task, values in record.get("tasks", {}).items():
             results = ", ".join(f"{metric} {value:.4f}" for metric, value in values.items())
             self.say(f"step {record['step']}  {task}: {results}")
+
+    def _sample_lines(self, sample: str) -> list[str]:
+        """Returns the lines of a sample; above a live view few, filled to the width of the terminal."""
+        lines = sample.splitlines()
+        if not self._live:
+            return lines
+        text = " ↵ ".join(words for line in lines if (words := " ".join(line.split())))
+        wrapped = Text(printable(text)).wrap(self._console, max(self._console.width - 6, 1))
+        shown = [line.plain.rstrip() for line in wrapped[:SAMPLE_LINES]]
+        return shown if len(shown) == len(wrapped) else [*shown[:-1], f"{shown[-1]} …"]
 
     def say(self, text: str) -> None:
         """Prints lines that stay."""
@@ -159,9 +225,15 @@ class Display:
             self._console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Restores the terminal."""
+        """Ends the live view, whose last state stays, and restores the terminal."""
         if self._live:
+            self._activity = lambda: "steps"
             self._live.stop()
+            self._use_standard_error()
+
+    def _use_standard_error(self) -> None:
+        for handler in self._log_handlers:
+            handler.setStream(sys.stderr)
 
 
 def opening_lines(inputs: RunInputs, estimate: DataEstimate, step: int, peak: str) -> list[str]:

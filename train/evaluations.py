@@ -1,14 +1,22 @@
 """Evaluations during a run: when they are due, on held-out documents and on tasks."""
 
+import gzip
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+import jax
+
 from train.data_identity import RunInputs
-from train.evaluation.documents import loop_documents
+from train.evaluation.documents import loop_documents, take_bytes
+from train.evaluation.five_gram import five_gram_bits_per_byte
 from train.evaluation.held_out import evaluate, make_evaluation_step, sample_text
 from train.evaluation.results import Evaluation, evaluation_metrics, task_metrics
 from train.run.folder import HeldOutDocument
 from train.stop import reset_watchdog
+
+# Bytes of training text, from the beginnings of all corpora, that the 5-gram model of `references` counts.
+COUNTED_BYTES = 2**22
 
 
 class Evaluations:
@@ -16,15 +24,47 @@ class Evaluations:
 
     def __init__(self, inputs: RunInputs):
         self._config = inputs.config
+        self._mixture = inputs.mixture
         self._tokenizer = inputs.tokenizer
         self._step = make_evaluation_step(self._config)
         alive = partial(reset_watchdog, self._config)
+        self._ahead: Future[None] | None = None
         self._on_tasks = inputs.tasks.of_model(self._config, self._tokenizer, alive) if inputs.tasks else None
 
     def use(self, held_out: list[HeldOutDocument]) -> None:
         """Evaluates on some of these documents from now on, always the same, and also on all of them at the end."""
         self._held_out = held_out
         self._loop_documents = loop_documents(held_out, self._config)
+
+    def compile_ahead(self, weights: Any) -> None:
+        """Begins to compile the evaluations on held-out text in another thread, on a CPU; `wait` waits for it.
+
+        A compiler keeps one core busy for most of its time. On several processes the programs would have to be
+        dispatched in the same order as all others.
+        """
+        if jax.default_backend() != "cpu" or jax.process_count() > 1 or not self._loop_documents:
+            return
+        mesh = jax.sharding.get_mesh()
+
+        def run() -> None:
+            with jax.set_mesh(mesh):  # which each thread has for itself
+                self._evaluate(weights, self._loop_documents[:1])
+                sample_text(self._config, self._tokenizer, weights)
+
+        executor = ThreadPoolExecutor(1)
+        self._ahead = executor.submit(run)
+        executor.shutdown(wait=False)
+
+    @property
+    def are_compiling(self) -> bool:
+        """True from `compile_ahead` to `wait`: the weights are in use."""
+        return self._ahead is not None
+
+    def wait(self) -> None:
+        """Waits for `compile_ahead`, and raises its error."""
+        if self._ahead:
+            self._ahead.result()
+        self._ahead = None
 
     def are_due(self, step: int, last_step: int) -> bool:
         """True if any evaluation follows a step."""
@@ -42,6 +82,23 @@ class Evaluations:
         if self._on_tasks and self._tasks_are_due(step, last_step):
             fields |= task_metrics(self._on_tasks(weights))
         return fields
+
+    def references(self) -> dict[str, float]:
+        """Returns the bits a byte of the loop's text by gzip -9, as one file, and by a 5-gram model of bytes.
+
+        It runs during the training, and reads COUNTED_BYTES of its text.
+        """
+        if not self._loop_documents:
+            return {}
+        text = "".join(document.text for document in self._loop_documents).encode()
+        counted: list[HeldOutDocument] = []
+        for source in self._mixture.sources:
+            texts = source.corpus.training_texts(self._config.train.seed)
+            counted += take_bytes(map(HeldOutDocument, texts), COUNTED_BYTES // len(self._mixture.sources))
+        return {
+            "gzip -9": 8 * len(gzip.compress(text, 9)) / len(text),
+            "5-gram": five_gram_bits_per_byte(counted, self._loop_documents),
+        }
 
     def _evaluate(self, weights: Any, documents: list[HeldOutDocument]) -> dict[str, Evaluation]:
         return evaluate(self._step, weights, documents, self._tokenizer, self._config)

@@ -6,12 +6,16 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from data.errors import StorageError
 from data.loader import LoadedBatch, Loader, corpus_has_ended, gather_positions, look_ahead
+from data.mixture import Mixture
 from train.checkpoint.checkpoint import Checkpoints
 from train.config.config import Config
 from train.data_identity import RunInputs, data_fingerprint, first_step
@@ -29,7 +33,7 @@ from train.run.events import Events, start_fields
 from train.run.folder import Run
 from train.run.lease import Lease
 from train.run.ledger import SKIP, Ledger
-from train.run.step_log import StepLog
+from train.run.step_log import StepLog, read_metrics
 from train.run.storage import storage_errors
 from train.run.trackers import open_writers
 from train.saving import Saver
@@ -44,6 +48,9 @@ from train.step.watch import compact
 from train.stop import Stopped, StopSignals, reset_watchdog
 from train.weights.huggingface import check_export_folder, exported_step, why_no_export
 from train.weights.load import export_run
+
+# Bytes of text from which the size of a tokenizer is likely what was asked for, and its training takes a while.
+MUCH_TEXT = 2**20
 
 
 def pretrain(config: Config) -> Run:
@@ -60,7 +67,9 @@ def pretrain(config: Config) -> Run:
     exports = config.checkpoint.export and why_no_export(config.model) is None
     if exports:
         check_export_folder(run.export)
-    mesh = make_mesh(config.resolved(config.tokenizer.vocab_size))
+    asked = config.resolved(config.tokenizer.vocab_size)
+    mesh = make_mesh(asked)
+    programs = StepPrograms(asked, make_optimizer(asked))
 
     with ExitStack() as stack:
         # ── Prepare: the run's folder, corpus, tokenizer and held-out documents ──
@@ -71,7 +80,7 @@ def pretrain(config: Config) -> Run:
         stack.enter_context(leaving_no_copy(run))
         lease = Lease(run.lease)
         stack.callback(lease.release)
-        inputs = prepare_run(config, run, lease)
+        inputs = prepare_run(config, run, lease, lambda mixture: compile_ahead(programs, mesh, mixture))
         stack.enter_context(jax.set_mesh(mesh))
         stack.callback(events.close)
         stack.callback(faulthandler.cancel_dump_traceback_later)
@@ -80,7 +89,7 @@ def pretrain(config: Config) -> Run:
         # ── Restore: the newest checkpoint, or a first state ──
         checkpoints = Checkpoints(run.checkpoints, inputs.config.checkpoint)
         stack.callback(checkpoints.close)
-        training = Training(run, inputs, display, checkpoints, signals, events)
+        training = Training(run, inputs, display, checkpoints, signals, events, programs)
         on_first_process(lambda: run.save_config(inputs.config))
 
         # ── Train ──
@@ -101,6 +110,19 @@ def pretrain(config: Config) -> Run:
         if first_step < training.step:
             events.write("end", step=training.step)
     return run
+
+
+def compile_ahead(programs: StepPrograms, mesh: Mesh, mixture: Mixture) -> None:
+    """Begins to compile the first step while a tokenizer is trained on much text, on a CPU.
+
+    The program is wasted if the tokenizer has another size than the config asks for, as it has with little text. On
+    other devices compiling takes minutes, for which a process that meets an error in between would have to wait.
+    """
+    config = programs.config
+    trains_tokenizer = config.tokenizer.path is None and config.train.init_from is None
+    is_much = sum(source.corpus.size for source in mixture.sources) >= MUCH_TEXT
+    if trains_tokenizer and is_much and jax.default_backend() == "cpu" and jax.process_count() == 1:
+        programs.compile_first(mesh)
 
 
 @contextmanager
@@ -129,6 +151,7 @@ class Training:
         state: the state of training after `step` steps.
         step: number of steps that are done.
         positions: positions in the data after `step` steps, of the streams that this process reads.
+        programs: the programs of the steps, made again if they are for another config.
     """
 
     run: Run
@@ -137,11 +160,13 @@ class Training:
     checkpoints: Checkpoints
     signals: StopSignals
     events: Events
+    programs: StepPrograms
 
     def __post_init__(self) -> None:
         self.config = self.inputs.config
         self.optimizer = make_optimizer(self.config)
-        self.programs = StepPrograms(self.config, self.optimizer)
+        if self.programs.config != self.config:
+            self.programs = StepPrograms(self.config, self.optimizer)
         self.evaluations = Evaluations(self.inputs)
         self.agreement = Agreement()
         self.restore()
@@ -162,6 +187,7 @@ class Training:
         peak, source = peak_flops(self.config.model.compute_dtype)
         # The share of the devices' peak that one token a second is.
         self.flops_share = flops_per_token(self.config.model, self.config.data.segment_length) / peak
+        self.evaluations.compile_ahead(self.evaluated_weights())
         estimate = DataEstimate({}, self.config.train.num_steps)
         if jax.process_index() == 0:  # which alone shows it
             begin = first_step(self.config)
@@ -169,7 +195,7 @@ class Training:
         self.expected_end = estimate.last_step
         for line in opening_lines(self.inputs, estimate, self.step, source):
             self.display.say(line)
-        self.display.begin(self.step)
+        self.display.begin(self.step, partial(self.draw_past, self.step))
         while True:
             try:
                 self.train()
@@ -181,6 +207,13 @@ class Training:
             self.display.say(f"batches skipped in all: {len(self.ledger.skipped)} (recovery.jsonl)")
         if num_skipped := self.inputs.mixture.skipped:
             self.display.say(f"{num_skipped} documents could not be read and were skipped")
+
+    def draw_past(self, step: int) -> None:
+        """Adds to the display's curve what it is compared with, and the steps up to `step`, from before this start."""
+        self.display.curve.levels = self.evaluations.references()
+        for record in read_metrics(self.run.metrics):
+            if record["step"] <= step:
+                self.display.curve.add(record)
 
     def roll_back(self, anomaly: Anomaly) -> None:
         """Restores the last save, to try the same rows again or to skip them. InputError if the budget is spent."""
@@ -290,10 +323,12 @@ class Training:
         self, loaded: LoadedBatch, is_empty: bool, waited: float, in_flight: InFlight, profiler: Profiler
     ) -> None:
         """Gives the step to the devices, after its program was compiled. An empty batch changes no weight."""
-        if not is_empty and not self.programs.has(self.step):
+        if (not is_empty and not self.programs.has(self.step)) or self.evaluations.are_compiling:
             # No step is in flight now, so this does not count as the time of any.
             self.events.account.switch_to("compile")
-            self.programs.compiled(self.step, self.state, loaded.batch)
+            if not is_empty:
+                self.programs.compiled(self.step, self.state, loaded.batch)
+            self.evaluations.wait()
             self.events.account.switch_to("steps")
             in_flight.rate.start()
         begun = time.perf_counter()
@@ -305,6 +340,10 @@ class Training:
             else:
                 self.state, metrics = self.programs(self.step, self.state, loaded.batch)
         in_flight.add(self.step, metrics, [self.signals.asked, waited, waited + time.perf_counter() - begun])
+
+    def evaluated_weights(self) -> Any:
+        """Returns the moving average of the weights, or the weights where there is none."""
+        return self.state.get("average", self.state["weights"])
 
     def log_finished(
         self, in_flight: InFlight, pauses: bool, last_step: int, profiler: Profiler, step_log: StepLog | None
@@ -323,8 +362,7 @@ class Training:
                 in_flight.rate.start()
             if evaluates and not in_flight and not stop_asked:
                 self.events.account.switch_to("evaluation")
-                evaluated = self.state.get("average", self.state["weights"])
-                fields = self.evaluations.run(self.step, last_step, evaluated)
+                fields = self.evaluations.run(self.step, last_step, self.evaluated_weights())
                 self.display.evaluation({"step": self.step} | fields)
                 self.events.account.switch_to("steps")
                 in_flight.rate.start()

@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -36,8 +36,12 @@ from train.run.trackers import foreign_settings, missing_packages
 LONG_SAMPLE = 1024
 
 
-def prepare_run(config: Config, run: Run, lease: Lease) -> RunInputs:
+def prepare_run(
+    config: Config, run: Run, lease: Lease, when_new: Callable[[Mixture], object] = lambda _: None
+) -> RunInputs:
     """Takes the lease, and makes or finds everything that the first step needs. All processes call it together.
+
+    Calls `when_new` with the corpora of a new run before what takes long: its tokenizer and its held-out documents.
 
     Raises InputError if the folder is not a run's, or config, corpus or tokenizer do not fit it or each other.
     """
@@ -54,6 +58,7 @@ def prepare_run(config: Config, run: Run, lease: Lease) -> RunInputs:
             check_fork(config)
     on_first_process(lease.take)
     if is_new:
+        when_new(mixture)
         on_first_process(lambda: claim(config, run, mixture))
     tokenizer = run_tokenizer(config, run, mixture)
     config = config.resolved(tokenizer.vocab_size)

@@ -12,6 +12,7 @@ What is read of each row goes to FILE at once. The last line is one JSON object.
 import argparse
 import json
 import math
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +20,9 @@ from typing import Any
 
 import jax
 
-from launch.plan import cache_folder
 from launch.plan_text import mesh_text
 from launch.presets import load_config
+from launch.program_cache import cache_folder
 from train.devices.hardware import with_usable_memory
 from train.devices.mesh import make_mesh
 from train.planning.compilation import compile_step
@@ -108,7 +109,7 @@ def figures_of(row: Row) -> dict[str, Any]:
     mesh = make_mesh(config, topology_devices(row.topology))
     chip = with_usable_memory(parse_topology(row.topology)[0])
     start = time.perf_counter()
-    compilation = compile_step(config, mesh, cache_folder())
+    compilation = compile_step(config, mesh, cache_folder(os.environ))
     plan = make_plan(config, mesh, chip, compilation, row.topology)
     found: dict[str, Any] = {
         "mesh": mesh_text(plan.mesh), "remat": plan.remat_policy, "fits": plan.fits,

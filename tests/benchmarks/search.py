@@ -10,6 +10,7 @@ candidate of a small model on v5e:2x2 instead, and compares the search's choice.
 
 import argparse
 import json
+import os
 import random
 import statistics
 from collections.abc import Sequence
@@ -18,9 +19,9 @@ from typing import Any
 
 import jax
 
-from launch.plan import cache_folder
 from launch.plan_search import candidate_text
 from launch.presets import load_config
+from launch.program_cache import cache_folder
 from train.config.config import Config
 from train.devices.hardware import Chip, with_usable_memory
 from train.devices.mesh import make_mesh
@@ -61,7 +62,7 @@ def compiled(preset: str, topology: str, texts: dict[str, str], candidate: Candi
     """The plan of a candidate."""
     config = resolved(preset, texts | candidate.changes)
     mesh = make_mesh(config, devices)
-    return make_plan(config, mesh, chip, compile_step(config, mesh, cache_folder()), topology)
+    return make_plan(config, mesh, chip, compile_step(config, mesh, cache_folder(os.environ)), topology)
 
 
 def errors(name: str, programs: int, seed: int, to: Path | None) -> dict[str, Any]:

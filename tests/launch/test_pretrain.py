@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 import random
 import shutil
 import signal
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import train.loop
 from data.tokenizer.folder import load_tokenizer
 from tests.launch.small_run import back_to, command, here, metrics, write_config, ziggurat
 from train.checkpoint.checkpoint import Checkpoints
@@ -21,6 +23,7 @@ from train.devices.mesh import one_device_mesh
 from train.run.folder import Run
 from train.step.optimizer import make_optimizer
 from train.step.state import abstract_state
+from train.step.step import StepPrograms
 from train.weights.huggingface import exported_step
 
 
@@ -82,7 +85,7 @@ def test_the_same_command_on_a_finished_run_says_so_and_changes_nothing(finished
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if "config.json" not in path.name}
     assert here("pretrain", f"--config={finished.parent / 'run.py'}") == 0
     out = capsys.readouterr().out
-    for words in ("is finished", "gzip -9 needs", "goodput  ", "ziggurat generate", "run_dir=FOLDER", "sample:"):
+    for words in ("is finished", "gzip -9 needs", "goodput  ", "what it learned", "ziggurat generate", "sample:"):
         assert words in out
     after = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if "config.json" not in path.name}
     assert {path: time for path, time in after.items() if path.is_file()} == {
@@ -190,6 +193,23 @@ def test_a_run_is_watched_and_traced_and_trains_as_it_would_have(finished: Path,
                 "--config.train.num_steps=13", "--config.checkpoint.export=false") == 0  # fmt: skip
     assert "train.profile_steps = (9, 11): the run has done 12 steps, so nothing is traced" in caplog.text
     assert not (run / "profile").exists()
+
+
+def test_the_first_step_is_compiled_once_while_the_tokenizer_is_trained(tmp_path: Path, monkeypatch, caplog):
+    compile_first, had_tokenizer = StepPrograms.compile_first, []
+
+    def noted(*arguments: object) -> None:
+        had_tokenizer.append((tmp_path / "run" / "tokenizer").exists())
+        compile_first(*arguments)
+
+    monkeypatch.setattr(StepPrograms, "compile_first", noted)
+    monkeypatch.setattr(train.loop, "MUCH_TEXT", 2**16)
+    caplog.set_level(logging.DEBUG, "jax._src.dispatch")
+    # A vocabulary that this small corpus supports.
+    flags = ["--config.tokenizer.vocab_size=320", "--config.train.num_steps=1"]
+    assert here("pretrain", f"--config={write_config(tmp_path)}", *flags) == 0
+    assert had_tokenizer == [False]
+    assert caplog.text.count("Finished XLA compilation of jit(train_step)") == 1
 
 
 def test_a_start_without_a_checkpoint_is_made_anew(finished: Path, tmp_path: Path):

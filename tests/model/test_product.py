@@ -13,11 +13,7 @@ from train.devices.mesh import one_device_mesh
 SIZES = dict(zip("btsdhckgfv", (2, 3, 5, 8, 2, 4, 2, 3, 6, 7), strict=True))
 
 
-def on_one_cpu(equation: str, x: np.ndarray, y: np.ndarray) -> jax.Array:
-    with jax.set_mesh(one_device_mesh()):
-        return jax.jit(partial(einsum, equation, out_sharding=None))(jnp.asarray(x), jnp.asarray(y))
-
-
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "equation",
     [
@@ -26,11 +22,15 @@ def on_one_cpu(equation: str, x: np.ndarray, y: np.ndarray) -> jax.Array:
         "btv,dv->btd", "btd,btv->dv",
     ],
 )  # fmt: skip
-def test_a_product_on_one_cpu_is_that_of_numpy(equation: str):
+def test_a_product_on_one_cpu_is_that_of_numpy(equation: str, dtype: str):
     random = np.random.default_rng(0)
     shapes = [[SIZES[letter] for letter in letters] for letters in equation.split("->")[0].split(",")]
-    x, y = (random.normal(size=shape).astype(np.float32) for shape in shapes)
-    np.testing.assert_allclose(on_one_cpu(equation, x, y), np.einsum(equation, x, y), rtol=1e-5, atol=1e-5)
+    # Whole numbers, so that both dtypes are exact.
+    x, y = (random.integers(-9, 10, shape).astype(dtype) for shape in shapes)
+    with jax.set_mesh(one_device_mesh()):
+        z = jax.jit(partial(einsum, equation, out_sharding=None))(jnp.asarray(x), jnp.asarray(y))
+    assert z.dtype == jnp.float32
+    np.testing.assert_array_equal(z, np.einsum(equation, x.astype(np.float32), y.astype(np.float32)))
 
 
 @pytest.mark.parametrize("equation", ["btf,btd->fd", "btd,btf->df"])

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import logging
 import os
 import sys
 import threading
@@ -9,6 +10,7 @@ import threading
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.cells import cell_len
 from rich.console import Console
 
 from train.display import Display, Rate
@@ -58,15 +60,116 @@ def test_a_log_has_plain_lines_every_few_steps():
     assert lines[3:] == ["    def f():", "      pass"]
 
 
-def test_a_terminal_has_a_live_line_and_other_processes_show_nothing():
+def test_a_terminal_has_a_live_view_and_other_processes_show_nothing():
     assert "█" in shown(terminal=True)
     assert shown(terminal=False, quiet=True) == ""
 
 
-@given(st.integers(1, 200), st.sampled_from(["steps", "data", "compile", "evaluation", "checkpoint"]))
-def test_a_live_line_has_the_figures_that_fit_and_names_a_pause(width: int, activity: str):
+def view(width: int, height: int, activity: str = "steps", **changes: object) -> list[str]:
+    """The lines of a live view after step 10 of 40 and an evaluation."""
     display = Display(40, 10, quiet=False, activity=lambda: activity)
-    display._console = Console(file=io.StringIO(), force_terminal=True, width=width)
+    display._console = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=width, height=height)
+    display.curve.levels = {"gzip -9": 1.9}
+    display.step(RECORD, 90.0)
+    display.curve.add({"step": 10, "validation_loss": 3.0, "validation_bits_per_byte": 1.5})
+    for name, value in changes.items():
+        setattr(display, name, value)
+    with display._console.capture() as captured:
+        display._console.print(display)
+    return captured.get().splitlines()
+
+
+def test_a_large_terminal_also_has_the_curve_and_leaves_room_for_other_lines():
+    lines = view(80, 24)
+    assert len(lines) == 13
+    assert lines[0] == "step 10/40  loss 2.5000  ETA 1 min 30 s  1,234 tokens/s  data wait 0.25 s"
+    assert any("gzip -9 1.900" in line for line in lines)
+    assert any("held out 1.500" in line for line in lines)
+    assert lines[-1].endswith("· 25%")
+    assert all(len(line) <= 80 for line in lines)
+    assert [len(view(width, height)) for width, height in ((49, 24), (80, 17), (80, 18), (200, 90))] == [1, 1, 7, 17]
+
+
+def test_a_view_that_fails_ends_nothing():
+    class Failing:
+        def draw(self, width: int, height: int, step: int) -> list:
+            raise ZeroDivisionError("no scale")
+
+    assert view(80, 24, curve=Failing()) == ["step 10/40  (no view: ZeroDivisionError: no scale)"]
+
+
+def test_a_terminal_that_became_narrower_is_cleared_of_its_wrapped_lines():
+    display = Display(40, 10, quiet=False)
+    display._console = Console(file=io.StringIO(), force_terminal=True, width=40, height=24)
+    display.begin(0)
+    display._drawn = [100, 40, 41]
+    with display._console.capture() as captured:
+        display._console.print(display)
+    display.close()
+    assert "\x1b[3A\x1b[J" in captured.get()
+
+
+def test_a_sample_on_a_terminal_fills_two_lines():
+    out = io.StringIO()
+    display = Display(40, 10, quiet=False)
+    display._console = Console(file=out, force_terminal=True, width=40, height=10)
+    display.begin(0)
+    sample = "def f():\n\n    pass  # 漢字漢字漢字漢字漢字漢字漢字漢字漢字漢字漢字漢字漢字漢字漢字漢字漢字漢字\n"
+    lines = display._sample_lines(sample)
+    short = display._sample_lines("a\n  b\n")
+    display.close()
+    assert len(lines) == 2
+    assert lines[0] == "def f(): ↵ pass #"
+    assert lines[1].endswith(" …")
+    assert cell_len("    " + lines[1]) <= 40
+    assert short == ["a ↵ b"]
+
+
+def test_log_lines_come_above_the_view_and_what_runs_beside_it_may_fail(monkeypatch):
+    stream = io.StringIO()
+    stream.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("TERM", "xterm")
+    handler = logging.StreamHandler()
+    logging.getLogger().addHandler(handler)
+    threads: list[threading.Thread] = []
+    unhandled: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", unhandled.append)
+
+    def fail() -> None:
+        threads.append(threading.current_thread())
+        raise ValueError("from a thread")
+
+    try:
+        display = Display(40, 10, quiet=False)
+        display._console._force_terminal = True
+        monkeypatch.setattr(Console, "encoding", "utf-8")
+        display.begin(0, fail)
+        assert handler.stream is not stream
+        logging.getLogger().warning("a warning")
+        display.close()
+        assert handler.stream is stream
+        for thread in threads:
+            thread.join(10)
+    finally:
+        logging.getLogger().removeHandler(handler)
+    # The line is erased before, and drawn again after.
+    assert "\x1b[2Ka warning\nstep 0/40" in stream.getvalue()
+    assert len(threads) == 1
+    assert not unhandled
+
+
+@pytest.mark.parametrize(("encoding", "term"), [("ascii", "xterm"), ("utf-8", "dumb")])
+def test_a_terminal_that_cannot_show_the_view_gets_plain_lines(encoding: str, term: str, monkeypatch):
+    monkeypatch.setenv("TERM", term)
+    monkeypatch.setattr(Console, "encoding", encoding)
+    assert shown(terminal=True) == shown(terminal=False)
+
+
+@given(st.integers(1, 200), st.sampled_from(["steps", "data", "compile", "evaluation", "checkpoint"]))
+def test_the_line_of_a_view_has_the_figures_that_fit_and_names_a_pause(width: int, activity: str):
+    display = Display(40, 10, quiet=False, activity=lambda: activity)
+    display._console = Console(file=io.StringIO(), force_terminal=True, width=width, height=10)
     display.step(RECORD, 90.0)
     with display._console.capture() as captured:
         display._console.print(display)
@@ -107,7 +210,7 @@ def test_standard_error_that_cannot_be_written_ends_nothing(number: int, monkeyp
     display.begin(0)
     display.step(RECORD, 90.0)
     display.say("a line")
-    assert all(stream.redrawn.acquire(timeout=10) for _ in range(9))
+    assert all(stream.redrawn.acquire(timeout=10) for _ in range(3))
     display.close()
 
 

@@ -25,6 +25,18 @@ def compiler_options() -> dict[str, bool | str] | None:
     return OPTIONS.get(platform())
 
 
+def one_time_options() -> dict[str, bool | str | int] | None:
+    """Returns the `compiler_options` of a program that runs once.
+
+    On CPUs LLVM takes 5 s to unroll the random numbers of 5 million initial weights, and 1.5 s at this level. Integers
+    and single products have the same bits.
+    """
+    # Tests switch off all optimizations, which is faster still.
+    if platform() == "cpu" and not jax.config.read("jax_disable_most_optimizations"):
+        return {"xla_backend_optimization_level": 1}
+    return None
+
+
 def sum_loss_weights(batch: Mapping[str, jax.Array]) -> tuple[Mapping[str, jax.Array], jax.Array]:
     """Returns the batch and the sum of its loss weights, without a deadlock on CPU devices.
 

@@ -26,17 +26,14 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from data.errors import InputError
 from data.tokenizer.tokenizer import Tokenizer
-from model.context_parallel import to_zigzag
-from model.decoder import Decoder
 from model.generation.sampling import Sampling
-from model.loss import predictions
 from train.config.config import ResolvedConfig
 from train.config.reading import nearest
 from train.devices.mesh import batch_sharding
 from train.devices.rules import training_layout
 from train.devices.xla import compiler_options
 from train.evaluation.continuation import continuations, make_generator
-from train.evaluation.held_out import Batch, put_on_devices, stack_rows
+from train.evaluation.held_out import Batch, predicted, put_on_devices, stack_rows
 from train.evaluation.results import TaskResult
 
 log = logging.getLogger("ziggurat")
@@ -178,15 +175,12 @@ def make_scoring_step(config: ResolvedConfig) -> Callable[[Any, Batch], tuple[ja
     The targets of a row are where `loss_weights` is not zero. Every process gets all results.
     """
     # The run's own kernel may not support short rows.
-    model = dataclasses.replace(config.model, attention_kernel="auto")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention_kernel="auto"))
     layout = training_layout(config.mesh)
 
     def scoring_step(weights: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        batch = {name: to_zigzag(x, layout) for name, x in batch.items()}
-        decoder = Decoder(model, weights, layout)
-        x_BTD = decoder(batch["tokens"], batch["positions"], batch["segment_ids"])
-        log_p, is_first = predictions(x_BTD, decoder.unembedding_matrix(), batch["targets"], model, layout)
-        counts = batch["loss_weights"] > 0
+        log_p, is_first, loss_weights = predicted(config, weights, batch)
+        counts = loss_weights > 0
         scores, greedy = jnp.sum(jnp.where(counts, log_p, 0.0), axis=1), jnp.all(is_first | ~counts, axis=1)
         return layout.reshard(scores, None), layout.reshard(greedy, None)
 

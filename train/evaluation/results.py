@@ -12,6 +12,7 @@ class Evaluation:
 
     loss: float  # cross-entropy in nats a token
     bits_per_byte: float  # summed loss in bits divided by the UTF-8 bytes of the text
+    accuracy: float  # share of the tokens to which the model gave the highest probability
     tokens: int  # that were predicted
     bytes: int  # of the text in UTF-8
     documents: int
@@ -23,7 +24,9 @@ def combine(results: Iterable[Evaluation]) -> Evaluation:
     tokens = sum(result.tokens for result in results)
     size = sum(result.bytes for result in results)
     nats = sum(result.loss * result.tokens for result in results)
-    return Evaluation(nats / tokens, nats / math.log(2) / size, tokens, size, sum(r.documents for r in results))
+    right = sum(result.accuracy * result.tokens for result in results)
+    documents = sum(result.documents for result in results)
+    return Evaluation(nats / tokens, nats / math.log(2) / size, right / tokens, tokens, size, documents)
 
 
 def evaluation_metrics(by_corpus: Mapping[str, Evaluation], texts: str = "validation") -> dict[str, Any]:
@@ -33,7 +36,7 @@ def evaluation_metrics(by_corpus: Mapping[str, Evaluation], texts: str = "valida
     """
 
     def fields(result: Evaluation) -> dict[str, float]:
-        return {f"{texts}_{name}": asdict(result)[name] for name in ("loss", "bits_per_byte", "tokens")}
+        return {f"{texts}_{name}": asdict(result)[name] for name in ("loss", "bits_per_byte", "accuracy", "tokens")}
 
     metrics: dict[str, Any] = fields(combine(by_corpus.values()))
     if len(by_corpus) > 1:

@@ -15,19 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from data.errors import InputError
 from data.files.atomic import atomic_file
 from train.config.config import ResolvedConfig
-from train.devices.mesh import batch_sharding
-from train.devices.rules import training_layout
 from train.devices.xla import compiler_options
 from train.planning.topology import without_jax_cache
 from train.step.optimizer import make_optimizer
 from train.step.state import abstract_state
-from train.step.step import make_train_step
+from train.step.step import abstract_batch, make_train_step
 
 log = logging.getLogger("ziggurat")
 
@@ -47,14 +44,6 @@ class Compilation:
     executable: Any = field(default=None, compare=False)  # None if read from a cache, or if its devices are not local
 
 
-def abstract_batch(config: ResolvedConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns shapes, dtypes and shardings of a full batch, [B, T] each."""
-    sharding = batch_sharding(mesh, training_layout(config.mesh))
-    shape = (config.train.batch_size, config.data.segment_length)
-    dtypes = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), jnp.int32) | {"loss_weights": jnp.float32}
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
-
-
 def compile_step(config: ResolvedConfig, mesh: Mesh, cache: Path | None = None) -> Compilation:
     """Compiles the function that `pretrain` jits, for the full batch. Raises InputError if the compiler cannot make it.
 
@@ -66,7 +55,7 @@ def compile_step(config: ResolvedConfig, mesh: Mesh, cache: Path | None = None) 
         start = time.perf_counter()
         optimizer = make_optimizer(config)
         step: Any = make_train_step(config, optimizer)
-        lowered = step.lower(abstract_state(config, optimizer), abstract_batch(config, mesh))
+        lowered = step.lower(abstract_state(config, optimizer), abstract_batch(config, mesh, config.train.batch_size))
         lowering = time.perf_counter() - start
         if is_local:
             hits = len(_cache_hits())

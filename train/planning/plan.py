@@ -15,7 +15,7 @@ from model.kernels import choose_kernel
 from train.config.config import ResolvedConfig
 from train.devices.hardware import Chip
 from train.devices.rules import training_layout
-from train.planning.compilation import Compilation, abstract_batch
+from train.planning.compilation import Compilation
 from train.planning.operations import Program, total, walked
 from train.planning.reader import read_program
 from train.planning.timeline import Bandwidth, Timeline, own_seconds, timeline
@@ -24,6 +24,7 @@ from train.step.flops import flops_per_token
 from train.step.optimizer import make_optimizer
 from train.step.schedule import rows_between
 from train.step.state import abstract_state
+from train.step.step import abstract_batch
 
 ROOFLINE = "a roofline: each operation at the peak of FLOPs or of memory bandwidth, so no kernel is slower than that"
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -127,7 +128,7 @@ def argument_bytes(config: ResolvedConfig, mesh: Mesh) -> dict[str, int]:
     with jax.set_mesh(mesh):
         state = abstract_state(config, make_optimizer(config))
     arguments: dict[str, Any] = {name: state[name] for name in ("weights", "optimizer", "average") if name in state}
-    arguments["batch"] = abstract_batch(config, mesh)
+    arguments["batch"] = abstract_batch(config, mesh, config.train.batch_size)
 
     def shard_bytes(x: jax.ShapeDtypeStruct) -> int:
         assert x.sharding is not None

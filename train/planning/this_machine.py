@@ -11,10 +11,10 @@ from jax.sharding import Mesh
 
 from train.config.config import ResolvedConfig
 from train.devices.hardware import Chip, chip_of
-from train.planning.compilation import abstract_batch
 from train.step.flops import least_seconds, peak_flops
 from train.step.optimizer import make_optimizer
 from train.step.state import make_state
+from train.step.step import abstract_batch
 
 MOVED_BYTES = 2**28
 MOST_STEPS = 10
@@ -76,7 +76,7 @@ def measured_step(config: ResolvedConfig, mesh: Mesh, executable: Any) -> float:
     with jax.set_mesh(mesh):
         batch = {
             name: jax.device_put(arrays[name].astype(x.dtype), x.sharding)
-            for name, x in abstract_batch(config, mesh).items()
+            for name, x in abstract_batch(config, mesh, config.train.batch_size).items()
         }
         state = make_state(config, make_optimizer(config))
 

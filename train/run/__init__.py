@@ -6,5 +6,6 @@ Words of this room:
 - events: the audit log, which records starts, saves, faults and everything else apart from steps.
 - step log: a file with one line a step, as metrics.jsonl and positions.jsonl are.
 - time account, goodput: the seconds of a start by activity; the share of a run's time in steps that count.
+- curve: the losses of a run over all its steps, drawn for a terminal.
 - tracker: a service or program that shows the numbers of steps, as TensorBoard does.
 """

@@ -22,7 +22,7 @@ ALWAYS = {"loss", "loss_weight", "utilization", "tokens_per_second", "data_wait_
 OF_TRAINED_TOKENS = {"loss", "grad_norm"}
 NUMBERS = ALWAYS | {
     "grad_norm", "learning_rate", "peak_share", "memory_bytes", "slowest_process", "validation_loss",
-    "validation_bits_per_byte",
+    "validation_bits_per_byte", "validation_accuracy", "held_out_bits_per_byte", "held_out_accuracy", "held_out_tokens",
 }  # fmt: skip
 
 

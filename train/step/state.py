@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from model.parameters import initial_weights
 from train.config.config import ResolvedConfig
 from train.devices.rules import training_layout
+from train.devices.xla import one_time_options
 
 State = dict[str, Any]
 # A nested dictionary of arrays by parameter name: weights, gradients, updates or moments.
@@ -22,7 +23,7 @@ Weights = dict[str, Any]
 
 def make_state(config: ResolvedConfig, optimizer: optax.GradientTransformation) -> State:
     """Returns the state before the first step on the ambient mesh, with the same bits on every mesh of a platform."""
-    return jax.jit(lambda: _state(config, optimizer))()
+    return jax.jit(lambda: _state(config, optimizer), compiler_options=one_time_options())()
 
 
 def abstract_state(config: ResolvedConfig, optimizer: optax.GradientTransformation) -> State:

@@ -1,12 +1,14 @@
 """The training step: one optimizer update over one global batch."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import cached_property, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from model.context_parallel import to_zigzag
 from model.decoder import Decoder
@@ -14,10 +16,11 @@ from model.dropout import DropoutKeys, row_keys
 from model.loss import Losses, summed_losses
 from model.sharding import Layout
 from train.config.config import ResolvedConfig
+from train.devices.mesh import batch_sharding
 from train.devices.rules import training_layout
 from train.devices.xla import compiler_options, sum_loss_weights
 from train.step.schedule import accumulation_parts, batch_size, learning_rate
-from train.step.state import State, Weights
+from train.step.state import State, Weights, abstract_state
 from train.step.watch import watch
 
 Batch = Mapping[str, jax.Array]
@@ -123,6 +126,14 @@ def skip_step(config: ResolvedConfig, state: State) -> tuple[State, Metrics]:
     return state | after, dict.fromkeys(("loss", "grad_norm", "loss_weight"), 0 * rate) | {"learning_rate": rate}
 
 
+def abstract_batch(config: ResolvedConfig, mesh: Mesh, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shapes, dtypes and shardings of a batch, [rows, T] each."""
+    sharding = batch_sharding(mesh, training_layout(config.mesh))
+    dtypes = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), jnp.int32) | {"loss_weights": jnp.float32}
+    shape = (rows, config.data.segment_length)
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
+
+
 class StepPrograms:
     """The compiled programs of a run's steps: one for each batch size, with and without watching.
 
@@ -130,10 +141,15 @@ class StepPrograms:
     """
 
     def __init__(self, config: ResolvedConfig, optimizer: optax.GradientTransformation):
-        self._config = config
-        self._functions: Any = {watches: make_train_step(config, optimizer, watches) for watches in (False, True)}
+        self.config = config
+        self._optimizer = optimizer
+        self._ahead: Future[None] | None = None
         self.skip = jax.jit(partial(skip_step, config), donate_argnums=0)
         self._compiled: dict[tuple[int, bool], jax.stages.Compiled] = {}
+
+    @cached_property
+    def _functions(self) -> Any:
+        return {watches: make_train_step(self.config, self._optimizer, watches) for watches in (False, True)}
 
     def __call__(self, step: int, state: State, batch: Batch) -> tuple[State, Metrics]:
         """Runs step number `step`: (state, batch) → (state, metrics), as `make_train_step`."""
@@ -147,6 +163,26 @@ class StepPrograms:
 
     def compiled(self, step: int, state: State, batch: Batch) -> jax.stages.Compiled:
         """Returns the program of step number `step`, and compiles it if necessary."""
+        if self._ahead:
+            wait([self._ahead])
+        return self._compile(step, state, batch)
+
+    def compile_first(self, mesh: Mesh) -> None:
+        """Begins to compile the program of step 1 for a mesh, in another thread; `compiled` waits for it.
+
+        An error of the compiler is left to `compiled`, which tries again.
+        """
+
+        def compile_step() -> None:
+            with jax.set_mesh(mesh):
+                batch = abstract_batch(self.config, mesh, batch_size(self.config, 0))
+                self._compile(1, abstract_state(self.config, self._optimizer), batch)
+
+        executor = ThreadPoolExecutor(1)
+        self._ahead = executor.submit(compile_step)
+        executor.shutdown(wait=False)
+
+    def _compile(self, step: int, state: Any, batch: Any) -> jax.stages.Compiled:
         kind = self._kind(step)
         if kind not in self._compiled:
             # jit finds this program in its cache when it is called.
@@ -154,5 +190,5 @@ class StepPrograms:
         return self._compiled[kind]
 
     def _kind(self, step: int) -> tuple[int, bool]:
-        every = self._config.train.watch_every_steps
-        return batch_size(self._config, step - 1), bool(every) and step % every == 0
+        every = self.config.train.watch_every_steps
+        return batch_size(self.config, step - 1), bool(every) and step % every == 0

@@ -48,7 +48,8 @@ def test_figures_are_over_all_tokens_ends_included_and_all_bytes(mask: bool):
     assert found.loss == pytest.approx(math.log(300), abs=0.7)
     assert found.bits_per_byte == pytest.approx(found.loss * found.tokens / math.log(2) / size)
     metrics = evaluation_metrics({"": found})
-    assert metrics.keys() == {"validation_loss", "validation_bits_per_byte", "validation_tokens"}
+    names = {"validation_loss", "validation_bits_per_byte", "validation_accuracy", "validation_tokens"}
+    assert metrics.keys() == names
 
 
 def test_the_loss_is_that_of_each_token_and_the_end():
@@ -64,6 +65,18 @@ def test_the_loss_is_that_of_each_token_and_the_end():
     expected = -sum(log_p[range(len(tokens) - 1), tokens[1:]])
     assert found.loss * found.tokens == pytest.approx(expected, rel=1e-5)
     assert found.bits_per_byte == pytest.approx(expected / math.log(2) / len(text.encode()), rel=1e-5)
+
+
+def test_the_accuracy_is_the_share_of_tokens_that_the_model_finds_most_likely():
+    config = config_for(segment_length=64)
+    several = [HeldOutDocument("an answer", prompt="a question? ", corpus="a"), HeldOutDocument("x" * 29, corpus="b")]
+    with jax.set_mesh(one_device_mesh()):
+        # Without weights all tokens are equally likely. The first of them counts, which is the end of a document.
+        weights = jax.tree.map(jnp.zeros_like, make_state(config, make_optimizer(config))["weights"])
+        found = evaluate(make_evaluation_step(config), weights, several, ByteTokenizer(), config)
+    assert {name: of.accuracy for name, of in found.items()} == pytest.approx({"a": 1 / 10, "b": 1 / 30})
+    assert combine(found.values()).accuracy == pytest.approx(2 / 40)
+    assert evaluation_metrics(found)["validation_accuracy"] == pytest.approx(2 / 40)
 
 
 def test_several_corpora_have_figures_of_their_own_and_in_all():

@@ -1,12 +1,14 @@
 """The training step: accumulation, the loss it reports, clipping and decay."""
 
 import dataclasses
+import logging
 
 import jax
 import numpy as np
 import optax
 import pytest
 
+import train.step.state
 from model.parameters import parameter_table
 from model.trees import flattened
 from tests.small import mesh_of, small_batch, small_model
@@ -67,6 +69,32 @@ def test_a_ramp_has_one_program_a_stage_and_its_parts_change_nothing_but_memory(
     np.testing.assert_array_equal(whole[:, 0], np.array([4, 4, 8, 8, 16, 16, 32, 32]) * 16 - 8)
     np.testing.assert_allclose(losses(accumulation_steps=4), whole, rtol=2e-5)
     assert caplog.text.count("Finished XLA compilation of jit(train_step)") == 8
+
+
+def test_initial_weights_have_the_same_bits_however_far_their_program_is_optimized(monkeypatch):
+    config, states = config_for(), []
+    for level in (1, 3):
+        monkeypatch.setattr(
+            train.step.state, "one_time_options", lambda level=level: {"xla_backend_optimization_level": level}
+        )
+        with jax.set_mesh(one_device_mesh()):
+            states.append(jax.device_get(make_state(config, make_optimizer(config))))
+    for one, other in zip(*map(jax.tree.leaves, states), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_first_program_is_compiled_ahead_and_is_the_one_that_runs(caplog):
+    config = config_for(batch_size=16, batch_ramp_start=8, batch_ramp_steps=4)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, segment_length=16))
+    caplog.set_level(logging.DEBUG, "jax._src.dispatch")
+    mesh, optimizer = mesh_of(fsdp=4), make_optimizer(config)
+    programs = StepPrograms(config, optimizer)
+    programs.compile_first(mesh)
+    with jax.set_mesh(mesh):
+        state, batch = make_state(config, optimizer), jax.device_put(small_batch(8), batch_sharding(mesh))
+        programs.compiled(1, state, batch)
+        programs(1, state, batch)
+    assert caplog.text.count("Finished XLA compilation of jit(train_step)") == 1
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "muon", "adafactor"])
