@@ -84,7 +84,7 @@ def column_product(
     of more axes would transpose the activations or the weight first.
 
     Args:
-        equation: an einsum whose letter t is the position in x.
+        equation: an einsum such as "btd,hcd->bhtc"; the letters that only x and the weight have are summed over.
     """
     if jax.sharding.get_abstract_mesh().size > 1:
         return product(equation, x, weight, out_sharding, dtype)

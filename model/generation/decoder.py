@@ -82,9 +82,7 @@ class CachedDecoder(nnx.Module):
             keys, values = [part["key"].swapaxes(2, 3) for part in parts], [part["value"] for part in parts]
             return attend_to_parts(q, keys, values, masks, self.config.attention_softcap)
 
-        # Rows that have ended stay within a table of positions.
-        positions_B = jnp.minimum(lengths_B + i, S - N - 1)
-        return self._vectors(tokens_B1, positions_B[:, None], attention), extended
+        return self._vectors(tokens_B1, (lengths_B + i)[:, None], attention), extended
 
     def _vectors(self, tokens_BT: jax.Array, positions_BT: jax.Array, attention: Callable[..., jax.Array]) -> jax.Array:
         """Returns the vectors [B, T, D]; `attention` takes the number of the layer before what an Attend takes."""
