@@ -77,12 +77,12 @@ def attend_to_parts(
     scores = [_scores(q_BHTC, k_BKSC, mask_B1TS, softcap) for k_BKSC, mask_B1TS in pairs]
     largest = functools.reduce(jnp.maximum, [jnp.max(part, axis=-1, keepdims=True) for part in scores])
     weights = [jnp.exp(part - largest) for part in scores]
-    total = sum(jnp.sum(part, axis=-1, keepdims=True) for part in weights)
+    total = functools.reduce(jnp.add, [jnp.sum(part, axis=-1, keepdims=True) for part in weights])
     sums = [
         product("bkgts,bksc->bkgtc", part.astype(v_BKSC.dtype), v_BKSC, dtype=jnp.float32)
         for part, v_BKSC in zip(weights, values, strict=True)
     ]
-    return join_axis((sum(sums) / total).astype(values[0].dtype), 1)
+    return join_axis((functools.reduce(jnp.add, sums) / total).astype(values[0].dtype), 1)
 
 
 def attention_weights(
