@@ -38,14 +38,17 @@ from train.step.step import make_train_step
 RECIPES: dict[str, dict[str, str]] = {
     "adamw": {
         "optimizer.name": "adamw",
+        "optimizer.learning_rate": "4e-3",
+        "optimizer.warmup_steps": "none",
         "optimizer.muon_momentum": "0.95",
+        "optimizer.beta2": "0.95",
         "optimizer.weight_decay": "0.1",
         "optimizer.schedule": "cosine",
         "optimizer.decay_fraction": "0.2",
         "optimizer.final_fraction": "0.1",
     },
     "muon": {},
-    "shorter muon": {"train.num_steps": "600"},
+    "shorter muon": {"train.num_steps": "540"},
 }
 ROUNDS, STEPS = 7, 5
 

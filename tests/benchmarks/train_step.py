@@ -41,7 +41,8 @@ def config_of(model: str, dtype: str) -> Config:
     """The contest."""
     if model == "tiny":
         preset = tiny.get_config().to_dict()
-        shapes = {"vocab_size": 4096} | preset["model"]
+        # The other side has no norm of queries and keys.
+        shapes = {"vocab_size": 4096} | preset["model"] | {"qk_norm": False}
         segment_length, batch_size = preset["data"].get("segment_length", 256), preset["train"]["batch_size"]
     else:
         shapes = {"model_dim": 512, "num_layers": 6, "num_heads": 8, "feedforward_dim": 2048, "vocab_size": 8192}

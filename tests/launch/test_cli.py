@@ -83,7 +83,7 @@ def test_presets_are_listed_with_their_parameters(capsys):
     assert here("presets") == 0
     lines = capsys.readouterr().out.splitlines()
     assert sorted(line.split()[0] for line in lines[1 : 1 + len(presets())]) == presets()
-    assert lines[1].split()[:2] == ["tiny", "5,048,576"]
+    assert lines[1].split()[:2] == ["tiny", "2,360,512"]
 
 
 @pytest.mark.parametrize(
