@@ -23,7 +23,7 @@ TABLE = [
     ("unknown field", ["pretrain", "--config=tiny", "--config.model.layers=2"], "model.layers: there is no such field"),
     ("unknown group", ["pretrain", "--config=tiny", "--config.modle.num_layers=2"], "did you mean model.num_layers?"),
     ("wrong type", ["pretrain", "--config=tiny", "--config.train.num_steps=many"], "it must be a whole number"),
-    ("heads that do not fit", ["pretrain", "--config=tiny", "--config.model.num_kv_heads=3"], "does not divide"),
+    ("heads that do not fit", ["pretrain", "--config=tiny", "--config.model.num_kv_heads=2"], "does not divide"),
     ("streams that do not fit", ["pretrain", "--config=tiny", "--config.data.num_streams=7"], "nearest that does: 8"),
     ("unknown flag", ["pretrain", "--config=tiny", "--steps=3"], "--steps=3: there is no such flag"),
     ("mesh that does not fit", ["pretrain", "--config={config}", "--config.mesh.data=3"], "does not fit 8 devices"),

@@ -1,5 +1,7 @@
 """Properties of every combination of floors: causality (C12), one pass for all prefixes, packing (C3), the cache."""
 
+from typing import Any
+
 import jax
 import numpy as np
 from hypothesis import given, settings
@@ -7,12 +9,12 @@ from hypothesis import strategies as st
 
 from model.config import ModelConfig
 from model.decoder import Decoder
-from model.generation.decoder import CachedDecoder, empty_cache
+from model.generation.decoder import CachedDecoder, empty_cache, extended_cache
 from model.generation.weights import decoding_weights
 from settings import choices_of
 from tests.small import VOCAB_SIZE, small_model, small_weights
 
-T, PART = 12, 5
+T, PART, CALL = 12, 5, 3
 
 
 @st.composite
@@ -51,7 +53,7 @@ def models(draw: st.DrawFn) -> ModelConfig:
 
 
 def log_probabilities(config: ModelConfig):
-    """Returns two compiled functions: log p [B, T, V] of whole rows, and of more tokens after those in a cache."""
+    """Returns compiled functions: log p [B, T, V] of whole rows, the same with a cache, and of one more token."""
 
     def of(decoder: Decoder | CachedDecoder, x_BTD: jax.Array) -> jax.Array:
         return jax.nn.log_softmax(decoder.logits(x_BTD)[..., :VOCAB_SIZE])
@@ -62,18 +64,24 @@ def log_probabilities(config: ModelConfig):
         return of(decoder, decoder(tokens, positions, segment_ids))
 
     @jax.jit
-    def extend(weights: dict, tokens: jax.Array, starts: jax.Array, cache: list) -> tuple[jax.Array, list]:
+    def prefill(weights: dict, tokens: jax.Array) -> tuple[jax.Array, list]:
         decoder = CachedDecoder(config, weights)
-        x_BTD, cache = decoder(tokens, starts, cache)
+        x_BTD, cache = decoder.prefill(tokens)
         return of(decoder, x_BTD), cache
 
-    return at_once, extend
+    @jax.jit
+    def step(weights: dict, token: jax.Array, *places_and_caches: Any) -> tuple[jax.Array, list]:
+        decoder = CachedDecoder(config, weights)
+        x_B1D, recent = decoder.step(token, *places_and_caches)
+        return of(decoder, x_B1D), recent
+
+    return at_once, prefill, step
 
 
 @settings(max_examples=10)
 @given(config=models(), seed=st.integers(0, 100))
 def test_any_model_is_causal_trains_all_prefixes_at_once_packs_and_decodes_from_a_cache(config: ModelConfig, seed: int):
-    weights, (at_once, extend) = small_weights(config, seed), log_probabilities(config)
+    weights, (at_once, prefill, step) = small_weights(config, seed), log_probabilities(config)
     tokens = np.random.default_rng(seed).integers(0, VOCAB_SIZE, T)
     positions, one = np.tile(np.arange(T), (T, 1)), np.ones((T, T), int)
 
@@ -96,8 +104,15 @@ def test_any_model_is_causal_trains_all_prefixes_at_once_packs_and_decodes_from_
     np.testing.assert_allclose(packed[-PART:], alone, atol=2e-5)
     np.testing.assert_allclose(packed[:-PART], whole[:-PART], atol=2e-5)
 
-    # Two passes, the second through the cache of the first, give the results of one.
+    # So does decoding behind a prefix, in calls of CALL tokens, after each of which the cache is extended.
     weights = decoding_weights(config, weights)
-    first, cache = extend(weights, tokens[None, :-PART], np.array([0]), empty_cache(config, 1, T))
-    second, _ = extend(weights, tokens[None, -PART:], np.array([T - PART]), cache)
-    np.testing.assert_allclose(np.concatenate([first[0], second[0]]), whole, atol=2e-5)
+    padded = np.pad(tokens[:-PART], (0, PART + CALL))
+    log_p, cache = prefill(weights, padded[None])
+    decoded = [*log_p[0, : T - PART]]
+    for begin in range(T - PART, T, CALL):
+        recent, lengths = empty_cache(config, 1, CALL), np.array([begin])
+        for place in range(begin, min(begin + CALL, T)):
+            log_p, recent = step(weights, tokens[None, place : place + 1], place - begin, lengths, cache, recent)
+            decoded.append(log_p[0, 0])
+        cache = extended_cache(cache, recent, lengths)
+    np.testing.assert_allclose(np.stack(decoded), whole, atol=2e-5)
