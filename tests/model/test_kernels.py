@@ -10,6 +10,7 @@ from jax.sharding import AxisType
 
 import model.cpu
 import model.kernels
+from model.attention import attend, causal_mask
 from model.config import ModelConfig
 from model.context_parallel import zigzag_order
 from model.kernels import KernelChoice, attention_over, choose_kernel
@@ -208,3 +209,11 @@ def test_on_one_cpu_plain_attention_in_blocks_is_that_of_the_whole(changes: dict
     in_blocks = both()
     monkeypatch.setattr(model.cpu, "LEAST_BLOCK", T)
     assert_close(in_blocks, both(), 2e-6)
+
+
+def test_a_length_that_blocks_do_not_divide_is_attended_to_as_a_whole():
+    positions = model.cpu.LEAST_BLOCK + 6
+    q, k, v = np.random.default_rng(0).normal(size=(3, 1, 1, positions, 8)).astype(np.float32)
+    mask = causal_mask(jnp.ones((1, positions), jnp.int32), None, UNSHARDED)
+    whole = attend(q, k, v, mask)
+    np.testing.assert_array_equal(model.cpu.attend_in_blocks(attend, q, k, v, mask), whole)
