@@ -58,8 +58,9 @@ def attend(
     The softmax's denominator divides the sum of values, not each weight (as in FlashAttention; Dao et al. 2022,
     arXiv:2205.14135): T·C divisions instead of T·S, and no sum over the keys in the backward pass.
     """
-    scores = _scores(q_BHTC, k_BKSC, mask_B1TS, softcap)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    visible_scores = _visible_scores(q_BHTC, k_BKSC, mask_B1TS, softcap)
+    largest = jax.lax.stop_gradient(jnp.max(visible_scores, axis=-1, keepdims=True))
+    weights = jnp.exp(visible_scores - largest)
     kept = dropout(weights.astype(v_BKSC.dtype), dropout_rate, keys_B)
     values = product("bkgts,bksc->bkgtc", kept, v_BKSC, dtype=jnp.float32)
     return join_axis((values / jnp.sum(weights, axis=-1, keepdims=True)).astype(v_BKSC.dtype), 1)
@@ -74,9 +75,9 @@ def attend_to_parts(
 ) -> jax.Array:
     """Returns `attend` over keys, values and masks that are in several arrays, without concatenating the keys."""
     pairs = zip(keys, masks, strict=True)
-    scores = [_scores(q_BHTC, k_BKSC, mask_B1TS, softcap) for k_BKSC, mask_B1TS in pairs]
-    largest = functools.reduce(jnp.maximum, [jnp.max(part, axis=-1, keepdims=True) for part in scores])
-    weights = [jnp.exp(part - largest) for part in scores]
+    visible_scores = [_visible_scores(q_BHTC, k_BKSC, mask_B1TS, softcap) for k_BKSC, mask_B1TS in pairs]
+    largest = functools.reduce(jnp.maximum, [jnp.max(part, axis=-1, keepdims=True) for part in visible_scores])
+    weights = [jnp.exp(part - largest) for part in visible_scores]
     total = functools.reduce(jnp.add, [jnp.sum(part, axis=-1, keepdims=True) for part in weights])
     sums = [
         product("bkgts,bksc->bkgtc", part.astype(v_BKSC.dtype), v_BKSC, dtype=jnp.float32)
@@ -92,16 +93,19 @@ def attention_weights(
 
     For inspection: the weights of all heads and positions are in memory at once.
     """
-    return join_axis(jax.nn.softmax(_scores(q_BHTC, k_BKSC, mask_B1TS, softcap), axis=-1), 1)
+    return join_axis(jax.nn.softmax(_visible_scores(q_BHTC, k_BKSC, mask_B1TS, softcap), axis=-1), 1)
 
 
-def _scores(q_BHTC: jax.Array, k_BKSC: jax.Array, mask_B1TS: jax.Array, softcap: float | None) -> jax.Array:
-    """Returns q·k/√C, capped, float32 [B, K, G, T, S], and the lowest number where the mask is False."""
+def scores(q_BHTC: jax.Array, k_BKSC: jax.Array, softcap: float | None) -> jax.Array:
+    """Returns q·k/√C, capped, float32 [B, K, G, T, S]."""
     q_BKGTC = split_axis(q_BHTC, 1, k_BKSC.shape[1])
-    scores = product("bkgtc,bksc->bkgts", q_BKGTC, k_BKSC, dtype=jnp.float32) / math.sqrt(q_BHTC.shape[-1])
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
-    return jnp.where(mask_B1TS[:, :, None], scores, jnp.finfo(jnp.float32).min)
+    scores_BKGTS = product("bkgtc,bksc->bkgts", q_BKGTC, k_BKSC, dtype=jnp.float32) * (1 / math.sqrt(q_BHTC.shape[-1]))
+    return scores_BKGTS if softcap is None else softcap * jnp.tanh(scores_BKGTS / softcap)
+
+
+def _visible_scores(q_BHTC: jax.Array, k_BKSC: jax.Array, mask_B1TS: jax.Array, softcap: float | None) -> jax.Array:
+    """Returns `scores`, and the lowest number where the mask is False."""
+    return jnp.where(mask_B1TS[:, :, None], scores(q_BHTC, k_BKSC, softcap), jnp.finfo(jnp.float32).min)
 
 
 class Attention(nnx.Module):

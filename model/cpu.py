@@ -22,8 +22,6 @@ from model.unembedding import Unembedding, mask_padding
 MOST_UNROLLED = 12
 # The most rows of activations that are multiplied as columns.
 FEW_ROWS = 32
-# Blocks of queries, and the fewest queries of one.
-MOST_BLOCKS, LEAST_BLOCK = 4, 256
 
 
 def scan_layers(layer: Any, x: Any, stacked: Any) -> tuple[Any, Any]:
@@ -41,29 +39,6 @@ def scan_layers(layer: Any, x: Any, stacked: Any) -> tuple[Any, Any]:
         x, result = layer(x, jax.tree.map(lambda _, parts, number=number: parts[number][0], stacked, split))
         results.append(result)
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
-
-
-def attend_in_blocks(
-    attend: Callable[..., jax.Array], q_BHTC: jax.Array, k_BKSC: jax.Array, v_BKSC: jax.Array, mask_B1TS: jax.Array
-) -> jax.Array:
-    """`attend`, without dropout, in blocks of queries, each over the keys that the causal mask may leave visible.
-
-    With four blocks that is five eighths of the scores. On other platforms a kernel does the same.
-    """
-    T = q_BHTC.shape[2]
-    block = max(T // MOST_BLOCKS, LEAST_BLOCK)
-    if T % block:
-        block = T
-    return jnp.concatenate(
-        [
-            attend(
-                q_BHTC[:, :, end - block : end], k_BKSC[:, :, :end], v_BKSC[:, :, :end],
-                mask_B1TS[:, :, end - block : end, :end],
-            )
-            for end in range(block, T + 1, block)
-        ],
-        axis=2,
-    )  # fmt: skip
 
 
 def computed_once(x: jax.Array) -> jax.Array:

@@ -3,11 +3,13 @@
 Gated, it is one of the GLU family (Shazeer 2020, arXiv:2002.05202): SwiGLU with silu, GeGLU with gelu, ReGLU with relu.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from model.collectives import gather_time
@@ -21,6 +23,22 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),  # their approximation, as in GPT-2
     "silu": jax.nn.silu,
 }
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def activate(activation: str, x: jax.Array, *up: jax.Array) -> jax.Array:
+    """Returns act(x), or given `up` act(x)·up, computed in float32; the dtype stays the same.
+
+    The backward pass computes it again from x and `up`, so that nothing else, in float32, is kept for it.
+    """
+    y = ACTIVATIONS[activation](x.astype(jnp.float32))
+    return math.prod((part.astype(jnp.float32) for part in up), start=y).astype(x.dtype)
+
+
+activate.defvjp(
+    lambda activation, *inputs: (activate(activation, *inputs), inputs),
+    lambda activation, inputs, gradient: jax.vjp(partial(activate.fun, activation), *inputs)[1](gradient),
+)
 
 
 class FeedForward(nnx.Module):
@@ -38,8 +56,6 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Maps [B, T, D] to [B, T, D]."""
-        activation = ACTIVATIONS[self.activation]
         x_BTD = gather_time(x_BTD, self.layout, "feedforward")
-        if self.gate is None:
-            return self.down(activation(self.up(x_BTD)))
-        return self.down(activation(self.gate(x_BTD)) * self.up(x_BTD))
+        inputs = (self.up(x_BTD),) if self.gate is None else (self.gate(x_BTD), self.up(x_BTD))
+        return self.down(activate(self.activation, *inputs))

@@ -6,7 +6,6 @@ that a plan for another platform chooses as that platform would.
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +17,7 @@ from model.backend import on_one_cpu, platform
 from model.collectives import gather_keys
 from model.config import ResolvedModelConfig
 from model.context_parallel import all_positions, zigzag_order
-from model.cpu import attend_in_blocks
+from model.cpu_attention import attend_in_blocks
 from model.dropout import DropoutKeys
 from model.sharding import Layout
 
@@ -90,8 +89,7 @@ def attention_over(config: ResolvedModelConfig, layout: Layout, segment_ids_BT: 
     def plain(q_BHTC: jax.Array, k_BKTC: jax.Array, v_BKTC: jax.Array, keys_B: DropoutKeys) -> jax.Array:
         k_BKSC, v_BKSC = gather_keys(k_BKTC, layout), gather_keys(v_BKTC, layout)
         if on_one_cpu() and not config.attention_dropout:
-            softcapped = partial(attend, softcap=config.attention_softcap)
-            return attend_in_blocks(softcapped, q_BHTC, k_BKSC, v_BKSC, mask_B1TS)
+            return attend_in_blocks(q_BHTC, k_BKSC, v_BKSC, mask_B1TS, config.attention_softcap)
         return attend(q_BHTC, k_BKSC, v_BKSC, mask_B1TS, config.attention_softcap, config.attention_dropout, keys_B)
 
     return plain

@@ -9,7 +9,7 @@
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -97,41 +97,34 @@ def frequencies(config: ResolvedModelConfig) -> np.ndarray:
 
 def rotate(x_BHTC: jax.Array, rotation: Rotation) -> jax.Array:
     """Rotates queries or keys [B, H, T, C] by their positions' angles, in float32; the dtype stays the same."""
-    if rotation is None:
-        return x_BHTC
-    cosine, sine = rotation
-    if platform() == "tpu":
-        return _rotate_by_product(x_BHTC, cosine, sine)
-    # XLA's CPU compiler is slow to differentiate the concatenation, and fast to rotate the gradient back.
-    return (_rotate_on_cpu if platform() == "cpu" else _rotate_halves)(x_BHTC, cosine, sine)
+    return x_BHTC if rotation is None else _rotate(x_BHTC, *rotation)
 
 
-def _rotate_halves(x_BHTC: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:
-    half = x_BHTC.shape[-1] // 2
-    first, second = x_BHTC[..., :half].astype(jnp.float32), x_BHTC[..., half:].astype(jnp.float32)
-    rotated = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
-    return rotated.astype(x_BHTC.dtype)
+@jax.custom_vjp
+def _rotate(x_BHTC: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:
+    return _rotated(x_BHTC, cosine, sine, by_product=platform() == "tpu")
 
 
-def _product_with_swapped(x_BHTC: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:
-    """Rotates on a TPU, whose vector unit is slow to split heads: the matrix unit swaps the halves, exactly."""
+# A rotation's gradient is the gradient, rotated by the opposite angle.
+_rotate.defvjp(
+    lambda x_BHTC, cosine, sine: (_rotate(x_BHTC, cosine, sine), (cosine, sine)),
+    lambda rotation, gradient: (
+        _rotated(gradient, rotation[0], -rotation[1], by_product=platform() != "gpu"), None, None
+    ),
+)  # fmt: skip
+
+
+def _rotated(x_BHTC: jax.Array, cosine: jax.Array, sine: jax.Array, by_product: bool) -> jax.Array:
+    """Rotates x; its halves are swapped by a matrix product, exactly, or by moving them.
+
+    The product suits a TPU, whose vector unit is slow to split heads, and on a CPU a gradient, which comes transposed.
+    """
     C, f32 = x_BHTC.shape[-1], jnp.float32
-    swap_CC = jnp.asarray(np.roll(np.eye(C), C // 2, axis=1), x_BHTC.dtype)
-    precision = jax.lax.Precision.HIGHEST if x_BHTC.dtype == f32 else None
-    swapped = jnp.einsum("bhtc,cd->bhtd", x_BHTC, swap_CC, precision=precision, preferred_element_type=f32)
+    if by_product:
+        swap_CC = jnp.asarray(np.roll(np.eye(C), C // 2, axis=1), x_BHTC.dtype)
+        precision = jax.lax.Precision.HIGHEST if x_BHTC.dtype == f32 else None
+        swapped = jnp.einsum("bhtc,cd->bhtd", x_BHTC, swap_CC, precision=precision, preferred_element_type=f32)
+    else:
+        swapped = jnp.roll(x_BHTC.astype(f32), C // 2, axis=-1)
     cosines, sines = jnp.concatenate([cosine, cosine], axis=-1), jnp.concatenate([-sine, sine], axis=-1)
     return (x_BHTC.astype(f32) * cosines + swapped * sines).astype(x_BHTC.dtype)
-
-
-def _rotating_gradients_back(rotate: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    # A rotation's gradient is the gradient, rotated by the opposite angle.
-    rotate = jax.custom_vjp(rotate)
-    rotate.defvjp(
-        lambda x_BHTC, cosine, sine: (rotate(x_BHTC, cosine, sine), (cosine, sine)),
-        lambda rotation, gradient: (rotate(gradient, rotation[0], -rotation[1]), None, None),
-    )
-    return rotate
-
-
-_rotate_by_product = _rotating_gradients_back(_product_with_swapped)
-_rotate_on_cpu = _rotating_gradients_back(_rotate_halves)

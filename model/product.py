@@ -90,15 +90,15 @@ def _backward(equation, out_sharding, dtype, operands, gradient):  # type: ignor
     x, weight = operands
     gradient = gradient.astype(x.dtype)
     x_letters, weight_letters, y_letters = equation.replace("->", ",").split(",")
-    dx = einsum(f"{y_letters},{weight_letters}->{x_letters}", gradient, weight, _gradient_sharding(x))
+    dx = einsum(f"{y_letters},{weight_letters}->{x_letters}", gradient, weight, gradient_sharding(x))
     pairs = sorted(((x, x_letters), (gradient, y_letters)), key=lambda pair: pair[0].size)
     (narrow, narrow_letters), (wide, wide_letters) = pairs
-    dw = einsum(f"{narrow_letters},{wide_letters}->{weight_letters}", narrow, wide, _gradient_sharding(weight))
+    dw = einsum(f"{narrow_letters},{wide_letters}->{weight_letters}", narrow, wide, gradient_sharding(weight))
     return dx.astype(x.dtype), dw.astype(weight.dtype)
 
 
-def _gradient_sharding(x: jax.Array) -> PartitionSpec | None:
-    # The gradient of an array is unreduced where the array is reduced, and the other way round.
+def gradient_sharding(x: jax.Array) -> PartitionSpec | None:
+    """Returns the sharding of the gradient of x: unreduced where x is reduced, and the other way round."""
     sharding = jax.typeof(x).sharding
     if sharding.mesh.empty:
         return None

@@ -132,8 +132,10 @@ class Display:
         self._use_standard_error()  # which is now Rich's, so that log lines come above the live view
 
         def run() -> None:
-            with suppress(Exception):  # The run goes on without it.
+            try:
                 in_background()
+            except Exception as error:  # The run goes on without it.
+                self.say(f"the curve lacks earlier steps or its references: {type(error).__name__}: {error}")
 
         threading.Thread(target=run, name="display", daemon=True).start()
 
