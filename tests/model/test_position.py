@@ -44,17 +44,26 @@ def test_pair_i_turns_by_position_over_base_to_the_2i_over_width():
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-2)])
-def test_the_way_of_a_tpu_turns_the_same_and_its_gradient_back(dtype: str, tolerance: float, monkeypatch):
-    config = small_model(head_dim=16)
-    x, slope = jnp.asarray(np.random.default_rng(2).normal(size=(2, 3, 2, 5, 16)), dtype)
-    angles = rope_rotation(config, jnp.arange(15).reshape(3, 5) * 7)
-    expected = rotate(x, angles), *jax.vjp(lambda x: rotate(x, angles), x)[1](slope)
-    monkeypatch.setattr(model.position, "platform", lambda: "tpu")
-    actual = rotate(x, angles), *jax.vjp(lambda x: rotate(x, angles), x)[1](slope)
-    assert "dot_general" in str(jax.make_jaxpr(lambda x: rotate(x, angles))(x))
-    for one, other in zip(actual, expected, strict=True):
-        assert one.dtype == x.dtype
-        np.testing.assert_allclose(np.asarray(one, np.float32), np.asarray(other, np.float32), atol=tolerance)
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_each_platform_turns_pairs_as_complex_numbers_and_the_gradient_back(
+    platform: str, dtype: str, tolerance: float, monkeypatch
+):
+    monkeypatch.setattr(model.position, "platform", lambda: platform)
+    x, slope = np.random.default_rng(2).normal(size=(2, 3, 2, 5, 16)).astype(np.float32)
+    angles = rope_rotation(small_model(head_dim=16), jnp.arange(15).reshape(3, 5) * 7)
+    turns = np.asarray(angles[0]) + 1j * np.asarray(angles[1])
+
+    def turned(x: np.ndarray, turns: np.ndarray) -> np.ndarray:
+        product = (x[..., :8] + 1j * x[..., 8:]) * turns
+        return np.concatenate([product.real, product.imag], axis=-1)
+
+    actual, vjp = jax.vjp(lambda x: rotate(x, angles), jnp.asarray(x, dtype))
+    (gradient,) = vjp(jnp.asarray(slope, dtype))
+    assert actual.dtype == gradient.dtype == dtype
+    assert ("dot_general" in str(jax.make_jaxpr(lambda x: rotate(x, angles))(x))) == (platform == "tpu")
+    largest = np.abs(x).max() + np.abs(slope).max()
+    np.testing.assert_allclose(np.asarray(actual, np.float32), turned(x, turns), atol=tolerance * largest)
+    np.testing.assert_allclose(np.asarray(gradient, np.float32), turned(slope, turns.conj()), atol=tolerance * largest)
 
 
 SCALED = [
