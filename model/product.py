@@ -91,9 +91,7 @@ def _backward(equation, out_sharding, dtype, operands, gradient):  # type: ignor
     gradient = gradient.astype(x.dtype)
     x_letters, weight_letters, y_letters = equation.replace("->", ",").split(",")
     dx = einsum(f"{y_letters},{weight_letters}->{x_letters}", gradient, weight, gradient_sharding(x))
-    pairs = sorted(((x, x_letters), (gradient, y_letters)), key=lambda pair: pair[0].size)
-    (narrow, narrow_letters), (wide, wide_letters) = pairs
-    dw = einsum(f"{narrow_letters},{wide_letters}->{weight_letters}", narrow, wide, gradient_sharding(weight))
+    dw = einsum(f"{x_letters},{y_letters}->{weight_letters}", x, gradient, gradient_sharding(weight))
     return dx.astype(x.dtype), dw.astype(weight.dtype)
 
 
