@@ -1,6 +1,7 @@
 """ziggurat pretrain --config=small_cpu
 
-For two CPU cores and the patient: 12,588,672 parameters read Python's standard library four times.
+For two CPU cores and the patient: 12,588,672 parameters read Python's standard library four times, in about forty
+minutes, to 1.14 bits a byte of held-out files (docs/training.md).
 """
 
 from ml_collections import ConfigDict
