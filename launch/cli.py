@@ -10,18 +10,14 @@ from pathlib import Path
 from data.errors import InputError
 from launch.exit_status import finish_output, report_error
 from launch.library_errors import short_library_errors
+from launch.memory import LONG_RUN, SHORT_RUN, start_again
 from launch.program_cache import keep_programs
 from launch.streams import ShownFormatter, insistent_interrupts, prepare_streams
 
-# glibc's tunables for training steps on CPUs. XLA allocates temporary memory again in each step, and Linux zeroes
-# each page that comes back to a process: here freed memory stays in the process, in one heap of large pages.
-STEP_MEMORY = ":".join(
-    f"glibc.malloc.{setting}" for setting in ("hugetlb=1", "arena_max=1", "mmap_max=0", f"trim_threshold={2**34}")
-)
 # Names in Linux's /dev of NVIDIA's accelerators (dxg: under WSL), TPUs and AMD's.
 ACCELERATORS = ("nvidia[0-9]*", "dxg", "accel*", "vfio/[0-9]*", "kfd")
-# `plan` times the step that `pretrain` will run; a prefill is a forward pass.
-RUNS_STEPS = ("pretrain", "plan", "generate")
+# glibc's memory settings by command. `plan` times the step of a long run; a prefill is a forward pass.
+MEMORY = {"pretrain": SHORT_RUN, "plan": LONG_RUN, "generate": LONG_RUN}
 WITHOUT_JAX = ("presets", "completion", "launch", "report")
 
 log = logging.getLogger("ziggurat")
@@ -90,8 +86,8 @@ def prepare_process(argv: Sequence[str]) -> None:
     """Starts this process again with UTF-8 for all files, and on a machine without accelerators as JAX runs well there.
 
     JAX would look for accelerators where the compilers for `ziggurat plan` are installed, and print why each of their
-    plugins cannot start. Training steps are a third faster with `STEP_MEMORY`; the C library reads these tunables
-    only as a process starts, so the process replaces itself. A user's JAX_PLATFORMS or GLIBC_TUNABLES is kept.
+    plugins cannot start. Training steps are a third faster with `MEMORY`. A user's JAX_PLATFORMS or GLIBC_TUNABLES is
+    kept.
     On every machine JAX computes with 32 bits, for which the programs are written, and keeps compiled programs.
     """
     os.environ["JAX_ENABLE_X64"] = "0"
@@ -100,14 +96,13 @@ def prepare_process(argv: Sequence[str]) -> None:
         keep_programs(os.environ)
     # Python takes the encoding of files from the locale, and reads this option only as it starts.
     options = [] if sys.getfilesystemencoding() == "utf-8" else ["-X", "utf8"]
-    is_slow = False
+    memory = None
     if sys.platform == "linux" and not any(file for name in ACCELERATORS for file in Path("/dev").glob(name)):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        is_slow = bool(argv) and argv[0] in RUNS_STEPS and "GLIBC_TUNABLES" not in os.environ
-    if is_slow:
-        os.environ["GLIBC_TUNABLES"] = STEP_MEMORY
-    if is_slow or options:
-        os.execv(sys.executable, [sys.executable, *options, *sys.orig_argv[1:]])
+        if argv and "GLIBC_TUNABLES" not in os.environ:
+            memory = MEMORY.get(argv[0])
+    if memory or options:
+        start_again(memory, options)
 
 
 if __name__ == "__main__":

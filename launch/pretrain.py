@@ -1,6 +1,7 @@
 """Pretrain a model from raw text. The same command again resumes the run in train.run_dir."""
 
 import argparse
+import os
 import re
 import shlex
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 from data.errors import Fault, StorageError
 from launch.exit_status import exit_at_once
+from launch.memory import SHORT_RUN, memory_for, start_again
 from launch.presets import add_config_arguments, load_config
 
 # What XLA reports where a peer has ended or cannot be reached: Gloo on CPUs, NCCL on GPUs, the coordination service on
@@ -28,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Trains the model and prints a summary."""
     config = load_config(arguments.config, arguments.overrides)
+    if os.environ.get("GLIBC_TUNABLES") == SHORT_RUN != memory_for(config):
+        start_again(memory_for(config))
     import jax
 
     from launch.summary import summary

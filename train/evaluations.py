@@ -1,11 +1,11 @@
 """Evaluations during a run: when they are due, on held-out documents and on tasks."""
 
 import gzip
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 
 from train.data_identity import RunInputs
 from train.evaluation.documents import loop_documents, take_bytes
@@ -13,6 +13,7 @@ from train.evaluation.five_gram import five_gram_bits_per_byte
 from train.evaluation.held_out import evaluate, make_evaluation_step, sample_text
 from train.evaluation.results import Evaluation, evaluation_metrics, task_metrics
 from train.run.folder import HeldOutDocument
+from train.step.state import abstract_weights
 from train.stop import reset_watchdog
 
 # Bytes of training text, from the beginnings of all corpora, that the 5-gram model of `references` counts.
@@ -28,7 +29,6 @@ class Evaluations:
         self._tokenizer = inputs.tokenizer
         self._step = make_evaluation_step(self._config)
         alive = partial(reset_watchdog, self._config)
-        self._ahead: Future[None] | None = None
         self._on_tasks = inputs.tasks.of_model(self._config, self._tokenizer, alive) if inputs.tasks else None
 
     def use(self, held_out: list[HeldOutDocument]) -> None:
@@ -36,35 +36,17 @@ class Evaluations:
         self._held_out = held_out
         self._loop_documents = loop_documents(held_out, self._config)
 
-    def compile_ahead(self, weights: Any) -> None:
-        """Begins to compile the evaluations on held-out text in another thread, on a CPU; `wait` waits for it.
+    def compile(self) -> None:
+        """Compiles the programs of the evaluations on held-out text for one device, by running them on weights of zero.
 
-        A compiler keeps one core busy for most of its time. On several processes the programs would have to be
-        dispatched in the same order as all others.
+        Several devices would wait for each other if another thread gave them a step in another order.
         """
-        if jax.default_backend() != "cpu" or jax.process_count() > 1 or not self._loop_documents:
+        if not self._loop_documents or jax.sharding.get_mesh().size > 1:
             return
-        mesh = jax.sharding.get_mesh()
-
-        def run() -> None:
-            with jax.set_mesh(mesh):  # which each thread has for itself
-                self._evaluate(weights, self._loop_documents[:1])
-                sample_text(self._config, self._tokenizer, weights)
-
-        executor = ThreadPoolExecutor(1)
-        self._ahead = executor.submit(run)
-        executor.shutdown(wait=False)
-
-    @property
-    def are_compiling(self) -> bool:
-        """True from `compile_ahead` to `wait`: the weights are in use."""
-        return self._ahead is not None
-
-    def wait(self) -> None:
-        """Waits for `compile_ahead`, and raises its error."""
-        if self._ahead:
-            self._ahead.result()
-        self._ahead = None
+        zeros = lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)
+        weights = jax.tree.map(zeros, abstract_weights(self._config))
+        self._evaluate(weights, self._loop_documents[:1])
+        sample_text(self._config, self._tokenizer, weights)
 
     def are_due(self, step: int, last_step: int) -> bool:
         """True if any evaluation follows a step."""

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from data.errors import StorageError
 from data.loader import LoadedBatch, Loader, corpus_has_ended, gather_positions, look_ahead
@@ -38,6 +37,7 @@ from train.run.storage import storage_errors
 from train.run.trackers import open_writers
 from train.saving import Saver
 from train.starting_point import StartingPoint, find_starting_point
+from train.step.compile_ahead import CompileAhead
 from train.step.flops import flops_per_token, peak_flops
 from train.step.optimizer import make_optimizer
 from train.step.schedule import batch_size
@@ -69,7 +69,7 @@ def pretrain(config: Config) -> Run:
         check_export_folder(run.export)
     asked = config.resolved(config.tokenizer.vocab_size)
     mesh = make_mesh(asked)
-    programs = StepPrograms(asked, make_optimizer(asked))
+    programs, ahead = StepPrograms(asked, make_optimizer(asked)), CompileAhead(mesh)
 
     with ExitStack() as stack:
         # ── Prepare: the run's folder, corpus, tokenizer and held-out documents ──
@@ -80,7 +80,7 @@ def pretrain(config: Config) -> Run:
         stack.enter_context(leaving_no_copy(run))
         lease = Lease(run.lease)
         stack.callback(lease.release)
-        inputs = prepare_run(config, run, lease, lambda mixture: compile_ahead(programs, mesh, mixture))
+        inputs = prepare_run(config, run, lease, lambda mixture: compile_first_step(ahead, programs, mixture))
         stack.enter_context(jax.set_mesh(mesh))
         stack.callback(events.close)
         stack.callback(faulthandler.cancel_dump_traceback_later)
@@ -89,7 +89,7 @@ def pretrain(config: Config) -> Run:
         # ── Restore: the newest checkpoint, or a first state ──
         checkpoints = Checkpoints(run.checkpoints, inputs.config.checkpoint)
         stack.callback(checkpoints.close)
-        training = Training(run, inputs, display, checkpoints, signals, events, programs)
+        training = Training(run, inputs, display, checkpoints, signals, events, programs, ahead)
         on_first_process(lambda: run.save_config(inputs.config))
 
         # ── Train ──
@@ -112,17 +112,15 @@ def pretrain(config: Config) -> Run:
     return run
 
 
-def compile_ahead(programs: StepPrograms, mesh: Mesh, mixture: Mixture) -> None:
-    """Begins to compile the first step while a tokenizer is trained on much text, on a CPU.
+def compile_first_step(ahead: CompileAhead, programs: StepPrograms, mixture: Mixture) -> None:
+    """Begins to compile the first step while a tokenizer is trained on much text.
 
-    The program is wasted if the tokenizer has another size than the config asks for, as it has with little text. On
-    other devices compiling takes minutes, for which a process that meets an error in between would have to wait.
+    The program is wasted if the tokenizer has another size than the config asks for, as it has with little text.
     """
     config = programs.config
     trains_tokenizer = config.tokenizer.path is None and config.train.init_from is None
-    is_much = sum(source.corpus.size for source in mixture.sources) >= MUCH_TEXT
-    if trains_tokenizer and is_much and jax.default_backend() == "cpu" and jax.process_count() == 1:
-        programs.compile_first(mesh)
+    if trains_tokenizer and sum(source.corpus.size for source in mixture.sources) >= MUCH_TEXT:
+        ahead.begin(lambda: programs.compile_ahead(1))
 
 
 @contextmanager
@@ -152,6 +150,7 @@ class Training:
         step: number of steps that are done.
         positions: positions in the data after `step` steps, of the streams that this process reads.
         programs: the programs of the steps, made again if they are for another config.
+        ahead: compiles programs while this thread restores or makes the state.
     """
 
     run: Run
@@ -161,12 +160,16 @@ class Training:
     signals: StopSignals
     events: Events
     programs: StepPrograms
+    ahead: CompileAhead
 
     def __post_init__(self) -> None:
         self.config = self.inputs.config
         self.optimizer = make_optimizer(self.config)
         if self.programs.config != self.config:
             self.programs = StepPrograms(self.config, self.optimizer)
+        saved = self.run.last_step() or 0
+        if saved < self.config.train.num_steps:
+            self.ahead.begin(lambda: self.programs.compile_ahead(saved + 1))
         self.evaluations = Evaluations(self.inputs)
         self.agreement = Agreement()
         self.restore()
@@ -187,7 +190,7 @@ class Training:
         peak, source = peak_flops(self.config.model.compute_dtype)
         # The share of the devices' peak that one token a second is.
         self.flops_share = flops_per_token(self.config.model, self.config.data.segment_length) / peak
-        self.evaluations.compile_ahead(self.evaluated_weights())
+        self.ahead.begin(self.evaluations.compile)
         estimate = DataEstimate({}, self.config.train.num_steps)
         if jax.process_index() == 0:  # which alone shows it
             begin = first_step(self.config)
@@ -323,12 +326,10 @@ class Training:
         self, loaded: LoadedBatch, is_empty: bool, waited: float, in_flight: InFlight, profiler: Profiler
     ) -> None:
         """Gives the step to the devices, after its program was compiled. An empty batch changes no weight."""
-        if (not is_empty and not self.programs.has(self.step)) or self.evaluations.are_compiling:
+        if not is_empty and not self.programs.has(self.step):
             # No step is in flight now, so this does not count as the time of any.
             self.events.account.switch_to("compile")
-            if not is_empty:
-                self.programs.compiled(self.step, self.state, loaded.batch)
-            self.evaluations.wait()
+            self.programs.compiled(self.step, self.state, loaded.batch)
             self.events.account.switch_to("steps")
             in_flight.rate.start()
         begun = time.perf_counter()
@@ -361,6 +362,8 @@ class Training:
                 profiler.stop(self.display.say)
                 in_flight.rate.start()
             if evaluates and not in_flight and not stop_asked:
+                self.events.account.switch_to("compile")
+                self.ahead.wait()
                 self.events.account.switch_to("evaluation")
                 fields = self.evaluations.run(self.step, last_step, self.evaluated_weights())
                 self.display.evaluation({"step": self.step} | fields)

@@ -28,7 +28,7 @@ import torch
 import transformers
 
 from data.tokenizer.training import train_tokenizer
-from launch.cli import STEP_MEMORY
+from launch.memory import LONG_RUN
 from model.config import ModelConfig
 from model.generation.generator import Generator
 from model.generation.sampling import GREEDY
@@ -154,8 +154,8 @@ def measure_products(config: ModelConfig, batch: int) -> dict[str, float]:
 
 
 def main() -> None:
-    if os.environ.get("GLIBC_TUNABLES") != STEP_MEMORY:
-        os.environ["GLIBC_TUNABLES"] = STEP_MEMORY
+    if os.environ.get("GLIBC_TUNABLES") != LONG_RUN:
+        os.environ["GLIBC_TUNABLES"] = LONG_RUN
         os.execv(sys.executable, sys.orig_argv)
     # JAX takes as many threads as there are processors when it first starts.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])

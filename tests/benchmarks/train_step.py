@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from launch.cli import STEP_MEMORY
 from launch.configs import tiny
 from launch.doctor import processor
+from launch.memory import memory_for
 from train.config.config import Config
 from train.config.reading import make_config
 
@@ -213,7 +213,7 @@ def compete(side: str, config: Config) -> None:
 
 def contest(model: str, dtype: str, turns: int) -> dict[str, np.ndarray]:
     """Side → a row a counted step: seconds, CPU seconds, FLOP/s of a product."""
-    environment = os.environ | {"GLIBC_TUNABLES": STEP_MEMORY}
+    environment = os.environ | {"GLIBC_TUNABLES": memory_for(config_of(model, dtype))}
     processes = {}
     for side in SIDES:
         command = [sys.executable, "-m", "tests.benchmarks.train_step", "--model", model, "--dtype", dtype]

@@ -17,6 +17,7 @@ from train.loop import Training
 from train.prepare import open_run_mixture
 from train.run.curve import BRAILLE, LEFT
 from train.run.folder import Run
+from train.step.compile_ahead import CompileAhead
 from train.weights.load import load_trained
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -41,22 +42,14 @@ def test_evaluations_that_were_compiled_ahead_compile_nothing(finished: Path, ev
     with jax.set_mesh(one_device_mesh()):
         weights = load_trained(str(finished)).weights
         compiled.clear()
-        evaluations.compile_ahead(weights)
-        assert evaluations.are_compiling
-        evaluations.wait()
-        assert not evaluations.are_compiling
+        ahead = CompileAhead(one_device_mesh())
+        ahead.begin(evaluations.compile)
+        ahead.wait()
         assert compiled
         compiled.clear()
         fields = evaluations.run(1, 12, weights)
     assert fields["sample"]
     assert not compiled
-
-
-def test_an_error_in_the_programs_of_evaluations_ends_the_run(evaluations: Evaluations):
-    with jax.set_mesh(one_device_mesh()):
-        evaluations.compile_ahead(None)
-    with pytest.raises(TypeError):
-        evaluations.wait()
 
 
 def test_the_curve_begins_with_the_steps_before_and_what_the_run_is_compared_with(

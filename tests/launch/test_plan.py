@@ -2,14 +2,12 @@
 
 import json
 import os
-import platform
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from launch.cli import STEP_MEMORY, prepare_process
+from launch.cli import prepare_process
 from launch.plan_text import plan_text, seconds_text
 from tests.launch.small_run import here, write_config
 from tests.peers import require
@@ -114,35 +112,3 @@ def test_compilers_for_absent_accelerators_are_left_alone_by_other_commands(monk
     assert os.environ["JAX_ENABLE_X64"] == "0"
     assert platforms(("no-such-device*", "nul[l]"), None) is None
     assert platforms(("no-such-device*",), "tpu,cpu") == "tpu,cpu"
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the tunables are those of glibc")
-def test_only_commands_that_run_steps_start_again_with_the_memory_settings(monkeypatch):
-    started: list[list[str]] = []
-    monkeypatch.setattr(os, "execv", lambda program, command: started.append(command))
-    for argv, files, own, again in (
-        (["pretrain"], (), {}, True), (["plan"], (), {}, True), (["generate"], (), {}, True),
-        (["evaluate"], (), {}, False), (["pretrain"], ("nul[l]",), {}, False),
-        (["pretrain"], (), {"GLIBC_TUNABLES": "glibc.malloc.check=0"}, False),
-    ):  # fmt: skip
-        monkeypatch.setattr("launch.cli.ACCELERATORS", files)
-        monkeypatch.setattr(os, "environ", dict(own))
-        started.clear()
-        prepare_process(argv)
-        assert bool(started) == again, argv
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the tunables are those of glibc")
-def test_freed_memory_stays_in_a_process_that_trains():
-    script = """
-import resource, numpy
-faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-numpy.ones(2**25)
-before = faults()
-numpy.ones(2**25)
-print(faults() - before)
-"""
-    environment = os.environ | {"GLIBC_TUNABLES": STEP_MEMORY}
-    count = subprocess.check_output([sys.executable, "-c", script], env=environment)
-    # A new 256 MB have 128 large pages.
-    assert int(count) < 16

@@ -196,19 +196,19 @@ def test_a_run_is_watched_and_traced_and_trains_as_it_would_have(finished: Path,
 
 
 def test_the_first_step_is_compiled_once_while_the_tokenizer_is_trained(tmp_path: Path, monkeypatch, caplog):
-    compile_first, had_tokenizer = StepPrograms.compile_first, []
+    compile_ahead, had_tokenizer = StepPrograms.compile_ahead, []
 
     def noted(*arguments: object) -> None:
         had_tokenizer.append((tmp_path / "run" / "tokenizer").exists())
-        compile_first(*arguments)
+        compile_ahead(*arguments)
 
-    monkeypatch.setattr(StepPrograms, "compile_first", noted)
+    monkeypatch.setattr(StepPrograms, "compile_ahead", noted)
     monkeypatch.setattr(train.loop, "MUCH_TEXT", 2**16)
     caplog.set_level(logging.DEBUG, "jax._src.dispatch")
     # A vocabulary that this small corpus supports.
     flags = ["--config.tokenizer.vocab_size=320", "--config.train.num_steps=1"]
     assert here("pretrain", f"--config={write_config(tmp_path)}", *flags) == 0
-    assert had_tokenizer == [False]
+    assert had_tokenizer[0] is False
     assert caplog.text.count("Finished XLA compilation of jit(train_step)") == 1
 
 

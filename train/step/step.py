@@ -1,8 +1,8 @@
 """The training step: one optimizer update over one global batch."""
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cached_property, partial
+from threading import Lock
 from typing import Any
 
 import jax
@@ -143,7 +143,7 @@ class StepPrograms:
     def __init__(self, config: ResolvedConfig, optimizer: optax.GradientTransformation):
         self.config = config
         self._optimizer = optimizer
-        self._ahead: Future[None] | None = None
+        self._compiles = Lock()
         self.skip = jax.jit(partial(skip_step, config), donate_argnums=0)
         self._compiled: dict[tuple[int, bool], jax.stages.Compiled] = {}
 
@@ -161,33 +161,23 @@ class StepPrograms:
         """True if the program of step number `step` has been compiled."""
         return self._kind(step) in self._compiled
 
-    def compiled(self, step: int, state: State, batch: Batch) -> jax.stages.Compiled:
-        """Returns the program of step number `step`, and compiles it if necessary."""
-        if self._ahead:
-            wait([self._ahead])
-        return self._compile(step, state, batch)
+    def compiled(self, step: int, state: Any, batch: Any) -> jax.stages.Compiled:
+        """Returns the program of step number `step`, and compiles it if necessary.
 
-    def compile_first(self, mesh: Mesh) -> None:
-        """Begins to compile the program of step 1 for a mesh, in another thread; `compiled` waits for it.
-
-        An error of the compiler is left to `compiled`, which tries again.
+        State and batch may be shapes. Where another thread compiles, this waits for it.
         """
-
-        def compile_step() -> None:
-            with jax.set_mesh(mesh):
-                batch = abstract_batch(self.config, mesh, batch_size(self.config, 0))
-                self._compile(1, abstract_state(self.config, self._optimizer), batch)
-
-        executor = ThreadPoolExecutor(1)
-        self._ahead = executor.submit(compile_step)
-        executor.shutdown(wait=False)
-
-    def _compile(self, step: int, state: Any, batch: Any) -> jax.stages.Compiled:
         kind = self._kind(step)
-        if kind not in self._compiled:
-            # jit finds this program in its cache when it is called.
-            self._compiled[kind] = self._functions[kind[1]].lower(state, batch).compile()
-        return self._compiled[kind]
+        with self._compiles:
+            if kind not in self._compiled:
+                # jit finds this program in its cache when it is called.
+                self._compiled[kind] = self._functions[kind[1]].lower(state, batch).compile()
+            return self._compiled[kind]
+
+    def compile_ahead(self, step: int) -> None:
+        """Compiles the program of step number `step` on the ambient mesh, before there is a state or a batch."""
+        rows, _ = self._kind(step)
+        batch = abstract_batch(self.config, jax.sharding.get_mesh(), rows)
+        self.compiled(step, abstract_state(self.config, self._optimizer), batch)
 
     def _kind(self, step: int) -> tuple[int, bool]:
         every = self.config.train.watch_every_steps

@@ -89,8 +89,8 @@ def test_the_first_program_is_compiled_ahead_and_is_the_one_that_runs(caplog):
     caplog.set_level(logging.DEBUG, "jax._src.dispatch")
     mesh, optimizer = mesh_of(fsdp=4), make_optimizer(config)
     programs = StepPrograms(config, optimizer)
-    programs.compile_first(mesh)
     with jax.set_mesh(mesh):
+        programs.compile_ahead(1)
         state, batch = make_state(config, optimizer), jax.device_put(small_batch(8), batch_sharding(mesh))
         programs.compiled(1, state, batch)
         programs(1, state, batch)
