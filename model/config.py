@@ -14,6 +14,10 @@ VOCABULARY_MULTIPLE = 128
 LOGITS_AT_ONCE = 2**26
 # Turns over the original context above which a rotary pair keeps its frequency: the published values.
 HIGH_TURNS = {"llama3": 4.0, "yarn": 32.0}
+# Kinds of layers in `layer_pattern`.
+LAYER_LETTERS = {"F": "full attention", "S": "the sliding window", "N": "full attention without positions"}
+# The pattern of models that have none: without and with a sliding window.
+DEFAULT_PATTERN = ("F", "S")
 # Fields without effect, by the choice of `rope_scaling`.
 _TURNS = ("rope_original_context", "rope_low_turns", "rope_high_turns")
 UNUSED_BY_SCALING = {"none": ("rope_factor", *_TURNS), "linear": _TURNS, "llama3": (), "yarn": ()}
@@ -75,6 +79,11 @@ class ModelConfig:
         None, "rotary pairs with more turns keep their frequency", unset="4 for llama3, 32 for yarn", above=0
     )
 
+    window_rope_base: float | None = setting(
+        None, "base of the rotary frequencies in layers with the sliding window", unset="rope_base", above=1
+    )
+    window_rope_scaling: bool = setting(True, "rope_scaling holds for layers with the sliding window, too")
+
     # ── Floor 3: attention ─────────────────────────────────────────────────────────────────────────────────────────
     attention_bias: bool = setting(False, "biases of queries, keys, values and output")
     qk_norm: bool = setting(False, "RMSNorm of each head's queries and keys (Dehghani et al. 2023)")
@@ -107,6 +116,12 @@ class ModelConfig:
     feedforward_bias: bool = setting(False, "biases of the feed-forward's products")
 
     # ── The stack ──────────────────────────────────────────────────────────────────────────────────────────────────
+    layer_pattern: str | None = setting(
+        None,
+        "kinds of layers from the first on, repeated (SSSF is every fourth layer full): F full attention, S the sliding "
+        "window, N full attention without positions",
+        unset="F, or S with a sliding window",
+    )
     norm: str = setting(
         "rmsnorm",
         "normalization: rmsnorm (Zhang and Sennrich 2019), or layernorm with its bias (Ba et al. 2016)",
@@ -203,11 +218,32 @@ class ModelConfig:
         if self.position != "rope":
             unused |= dict.fromkeys(("rope_base", "rope_scaling"), f"model.position = {self.position}")
         problems += unused_problems("model", self, unused)
+        problems += self._pattern_problems()
         if self.rope_scaling in HIGH_TURNS:
             if self.rope_original_context is None:
                 problems.append(f"model.rope_scaling = {self.rope_scaling} needs model.rope_original_context")
             if (self.rope_high_turns or HIGH_TURNS[self.rope_scaling]) <= self.rope_low_turns:
                 problems.append("model.rope_high_turns must be above model.rope_low_turns")
+        return problems
+
+
+    def _pattern_problems(self) -> list[str]:
+        pattern = self.layer_pattern or DEFAULT_PATTERN[self.sliding_window is not None]
+        given = f"model.layer_pattern = {pattern}"
+        problems = []
+        if unknown := sorted(set(pattern) - set(LAYER_LETTERS)):
+            letters = ", ".join(f"{letter} ({meaning})" for letter, meaning in LAYER_LETTERS.items())
+            problems.append(f"{given}: {', '.join(unknown)} is no kind of layer; there are {letters}")
+        if len(pattern) > self.num_layers:
+            problems.append(f"{given} is longer than model.num_layers = {self.num_layers}; shorten it")
+        if "S" in pattern and self.sliding_window is None:
+            problems.append(f"{given} has layers with a window; give model.sliding_window")
+        if "N" in pattern and self.position != "rope":
+            problems.append(f"{given}: N is for rotary positions, and model.position is {self.position}")
+        if "S" not in pattern:
+            without = f"{given}, without S" if self.layer_pattern else "no model.sliding_window"
+            unused = ("sliding_window", "window_rope_base", "window_rope_scaling")
+            problems += unused_problems("model", self, dict.fromkeys(unused, without))
         return problems
 
 

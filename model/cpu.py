@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from model.backend import on_one_cpu
 from model.collectives import gather_weight
 from model.config import ResolvedModelConfig
 from model.linear import Linear
@@ -18,27 +17,8 @@ from model.product import product
 from model.sharding import Layout
 from model.unembedding import Unembedding, mask_padding
 
-# The most layers that are unrolled: the program's size and compile time grow with them.
-MOST_UNROLLED = 12
 # The most rows of activations that are multiplied as columns.
 FEW_ROWS = 32
-
-
-def scan_layers(layer: Any, x: Any, stacked: Any) -> tuple[Any, Any]:
-    """`jax.lax.scan` over layers; for few layers on a mesh of one CPU, an unrolled Python loop.
-
-    A scan stacks the activations that each layer leaves for the backward pass, which takes a tenth of a CPU's step.
-    """
-    num_layers = len(jax.tree.leaves(stacked)[0])
-    if not on_one_cpu() or num_layers > MOST_UNROLLED:
-        return jax.lax.scan(layer, x, stacked)
-    # Unlike the gradient of an index, that of a split is a single copy.
-    split = jax.tree.map(lambda leaf: jax.lax.split(leaf, (1,) * num_layers), stacked)
-    results = []
-    for number in range(num_layers):
-        x, result = layer(x, jax.tree.map(lambda _, parts, number=number: parts[number][0], stacked, split))
-        results.append(result)
-    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
 
 
 def computed_once(x: jax.Array) -> jax.Array:

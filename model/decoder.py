@@ -11,11 +11,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from model.attention import Attend, Attention, causal_mask
 from model.config import ResolvedModelConfig
-from model.cpu import scan_layers
 from model.dropout import DropoutKeys, dropout, fold_keys
 from model.embedding import Embedding
 from model.feedforward import FeedForward
 from model.kernels import attention_over
+from model.layers import LayerKind, layer_kinds, scan_layers
 from model.linear import Linear
 from model.norm import Norm, final_norm
 from model.position import Position, Rotation
@@ -101,24 +101,31 @@ class Decoder(nnx.Module):
             segment_ids_BT: int32; positions with different numbers do not see each other.
             keys_B: keys of the rows for dropout; without them nothing is dropped.
         """
-        attention = attention_over(self.config, self.layout, segment_ids_BT)
-        x_BTD, rotation = self.position(self.embedding(tokens_BT), positions_BT)
+        attention = self._attention(segment_ids_BT)
+        x_BTD, rotations = self.position(self.embedding(tokens_BT), positions_BT)
         x_BTD = dropout(x_BTD, self.config.embedding_dropout, fold_keys(keys_B, 0))
         structure, stacked = nnx.split(self.blocks)
-
-        def layer(x_BTD: jax.Array, weights_and_number: tuple[nnx.State, jax.Array]) -> tuple[jax.Array, None]:
-            weights, number = weights_and_number
-            x_BTD = nnx.merge(structure, weights)(x_BTD, rotation, attention, fold_keys(keys_B, number))
-            # x already has this sharding; stating it fixes the sharding of its gradient, too. Without it every device
-            # would sum the gradients of biases over all positions.
-            return self.layout.reshard(x_BTD, "batch", "sequence", None), None
-
         remat = REMAT_POLICIES[self.config.remat_policy]
-        if remat:
-            layer = jax.checkpoint(layer, policy=remat, prevent_cse=False)
-        scan = jax.lax.scan if remat else scan_layers
-        x_BTD, _ = scan(layer, x_BTD, (stacked, jnp.arange(1, self.config.num_layers + 1)))
+
+        def layer(kind: LayerKind, in_loop: bool) -> Callable[..., tuple[jax.Array, None]]:
+            def body(x_BTD: jax.Array, weights_and_number: tuple[nnx.State, jax.Array]) -> tuple[jax.Array, None]:
+                weights, number = weights_and_number
+                block = nnx.merge(structure, weights)
+                x_BTD = block(x_BTD, rotations[kind.rope], attention[kind.window], fold_keys(keys_B, number))
+                # x already has this sharding; stating it fixes the sharding of its gradient, too. Without it every
+                # device would sum the gradients of biases over all positions.
+                return self.layout.reshard(x_BTD, "batch", "sequence", None), None
+
+            return jax.checkpoint(body, policy=remat, prevent_cse=not in_loop) if remat else body
+
+        numbers = jnp.arange(1, self.config.num_layers + 1)
+        x_BTD, _ = scan_layers(layer, x_BTD, (stacked, numbers), layer_kinds(self.config), unrolls=not remat)
         return x_BTD if self.norm is None else self.norm(x_BTD)
+
+    def _attention(self, segment_ids_BT: jax.Array) -> dict[int | None, Attend]:
+        """Returns attention within documents, by the window of a layer's kind."""
+        windows = dict.fromkeys(kind.window for kind in layer_kinds(self.config))
+        return {window: attention_over(self.config, self.layout, segment_ids_BT, window) for window in windows}
 
     def watch(self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> dict[str, jax.Array]:
         """Returns early signs of divergence in each layer, float32 [L], from a pass without dropout.
@@ -136,20 +143,25 @@ class Decoder(nnx.Module):
         self, method: Callable[..., jax.Array], tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Returns the root mean square of each layer's output [L], and the result of a method of its attention."""
-        attention = attention_over(self.config, self.layout, segment_ids_BT)
-        mask_B1TS = causal_mask(segment_ids_BT, self.config.sliding_window, self.layout)
-        mask_B1TS = self.layout.reshard(mask_B1TS, "batch", None, None, None)
-        x_BTD, rotation = self.position(self.embedding(tokens_BT), positions_BT)
+        attention = self._attention(segment_ids_BT)
+        masks_B1TS = {window: causal_mask(segment_ids_BT, window, self.layout) for window in attention}
+        masks_B1TS = {
+            window: self.layout.reshard(mask_B1TS, "batch", None, None, None) for window, mask_B1TS in masks_B1TS.items()
+        }
+        x_BTD, rotations = self.position(self.embedding(tokens_BT), positions_BT)
         structure, stacked = nnx.split(self.blocks)
 
-        def layer(x_BTD: jax.Array, weights: nnx.State) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            block = nnx.merge(structure, weights)
-            y_BTD = block.attention_norm(x_BTD) if block.pre else x_BTD
-            result = method(block.attention, y_BTD, rotation, mask_B1TS)
-            x_BTD = block(x_BTD, rotation, attention)
-            return x_BTD, (jnp.sqrt(jnp.mean(jnp.square(x_BTD.astype(jnp.float32)))), result)
+        def layer(kind: LayerKind, _: bool) -> Callable[..., tuple[jax.Array, tuple[jax.Array, jax.Array]]]:
+            def body(x_BTD: jax.Array, weights: nnx.State) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+                block, rotation = nnx.merge(structure, weights), rotations[kind.rope]
+                y_BTD = block.attention_norm(x_BTD) if block.pre else x_BTD
+                result = method(block.attention, y_BTD, rotation, masks_B1TS[kind.window])
+                x_BTD = block(x_BTD, rotation, attention[kind.window])
+                return x_BTD, (jnp.sqrt(jnp.mean(jnp.square(x_BTD.astype(jnp.float32)))), result)
 
-        return jax.lax.scan(layer, x_BTD, stacked)[1]
+            return body
+
+        return scan_layers(layer, x_BTD, stacked, layer_kinds(self.config), unrolls=False)[1]
 
     def unembedding_matrix(self) -> jax.Array:
         """Returns the last floor's weight [D, V]; see `Unembedding.weight`."""

@@ -77,12 +77,17 @@ def _obstacle(kernel: str, config: ResolvedModelConfig, layout: Layout, T: int) 
     return next((reason for is_met, reason in obstacles[kernel] if is_met), None)
 
 
-def attention_over(config: ResolvedModelConfig, layout: Layout, segment_ids_BT: jax.Array) -> Attend:
-    """Returns causal attention within documents by the kernel for the ambient mesh; T is in `zigzag_order`."""
+def attention_over(
+    config: ResolvedModelConfig, layout: Layout, segment_ids_BT: jax.Array, window: int | None = None
+) -> Attend:
+    """Returns causal attention within documents, to the newest `window` positions or to all.
+
+    It is computed by the kernel for the ambient mesh; T is in `zigzag_order`.
+    """
     kernel = choose_kernel(config, layout, segment_ids_BT.shape[1]).kernel
     if kernel == "splash":
-        return lambda q, k, v, keys_B: _splash(config, layout, segment_ids_BT, q, k, v)
-    mask_B1TS = causal_mask(segment_ids_BT, config.sliding_window, layout)
+        return lambda q, k, v, keys_B: _splash(config, layout, segment_ids_BT, window, q, k, v)
+    mask_B1TS = causal_mask(segment_ids_BT, window, layout)
     if kernel == "cudnn":
         return lambda q, k, v, keys_B: _cudnn(layout, mask_B1TS, q, k, v)
 
@@ -106,12 +111,14 @@ def _on_each_device(
     return jax.shard_map(function, in_specs=(*specs, q, kv, kv), out_specs=q, check_vma=False)(*others, *qkv)
 
 
-def _splash(config: ResolvedModelConfig, layout: Layout, segment_ids_BT: jax.Array, *qkv: jax.Array) -> jax.Array:
+def _splash(
+    config: ResolvedModelConfig, layout: Layout, segment_ids_BT: jax.Array, window: int | None, *qkv: jax.Array
+) -> jax.Array:
     """Runs Pallas splash attention (TPU), which skips blocks of scores that the mask leaves empty."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    T, n, window = segment_ids_BT.shape[1], layout.size("time"), config.sliding_window
+    T, n = segment_ids_BT.shape[1], layout.size("time")
     mask: Any = masks.CausalMask((T, T), shard_count=n)
     if window is not None:
         mask = masks.LocalMask((T, T), (window - 1, 0), offset=0, shard_count=n)

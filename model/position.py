@@ -20,10 +20,13 @@ from model.backend import platform
 from model.config import ResolvedModelConfig
 from model.cpu import computed_once
 from model.embedding import embedding_lookup
+from model.layers import Rope, full_rope, layer_kinds
 from model.sharding import Layout
 
 # Cosine and sine of every angle, each float32 [B, 1, T, C/2], or None where nothing is rotated.
 Rotation = tuple[jax.Array, jax.Array] | None
+# The rotation of each kind of layer, by its `rope`.
+Rotations = dict[Rope | None, Rotation]
 
 
 class Position(nnx.Module):
@@ -34,20 +37,22 @@ class Position(nnx.Module):
         self.config = config
         self.layout = layout
 
-    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, Rotation]:
-        """Returns the embedded tokens [B, T, D] with positions added, and the rotation."""
+    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, Rotations]:
+        """Returns the embedded tokens [B, T, D] with positions added, and the rotations."""
+        rotations: Rotations = {None: None}
         match self.config.position:
             case "rope":
-                rotation = rope_rotation(self.config, positions_BT)
-                return x_BTD, jax.tree.map(computed_once, rotation) if platform() == "cpu" else rotation
+                for rope in sorted({kind.rope for kind in layer_kinds(self.config) if kind.rope}):
+                    rotation = rope_rotation(self.config, positions_BT, rope)
+                    rotations[rope] = jax.tree.map(computed_once, rotation) if platform() == "cpu" else rotation
             case "sinusoidal":
                 added = sinusoids(positions_BT, x_BTD.shape[-1]).astype(x_BTD.dtype)
-                return x_BTD + self.layout.reshard(added, "batch", "sequence", None), None
+                x_BTD = x_BTD + self.layout.reshard(added, "batch", "sequence", None)
             case "learned":
                 assert self.table is not None
                 table = self.table[...].astype(x_BTD.dtype)
-                return x_BTD + embedding_lookup(table, positions_BT, self.layout), None
-        return x_BTD, None
+                x_BTD = x_BTD + embedding_lookup(table, positions_BT, self.layout)
+        return x_BTD, rotations
 
 
 def sinusoids(positions_BT: jax.Array, D: int) -> jax.Array:
@@ -57,17 +62,20 @@ def sinusoids(positions_BT: jax.Array, D: int) -> jax.Array:
     return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(*positions_BT.shape, D)
 
 
-def rope_rotation(config: ResolvedModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the rotation for these positions, which all layers share. YaRN also scales by a length above 1.
+def rope_rotation(
+    config: ResolvedModelConfig, positions_BT: jax.Array, rope: Rope | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the rotation for these positions in layers with this `rope`, by default in those with full attention.
 
-    (Peng et al. 2023, section 3.4.)
+    YaRN also scales by a length above 1 (Peng et al. 2023, section 3.4).
     """
-    length = 0.1 * math.log(config.rope_factor) + 1 if config.rope_scaling == "yarn" else 1.0
-    angles = positions_BT[:, None, :, None].astype(jnp.float32) * frequencies(config)
+    rope = rope or full_rope(config)
+    length = 0.1 * math.log(config.rope_factor) + 1 if rope.scaled and config.rope_scaling == "yarn" else 1.0
+    angles = positions_BT[:, None, :, None].astype(jnp.float32) * frequencies(config, rope)
     return jnp.cos(angles) * length, jnp.sin(angles) * length
 
 
-def frequencies(config: ResolvedModelConfig) -> np.ndarray:
+def frequencies(config: ResolvedModelConfig, rope: Rope | None = None) -> np.ndarray:
     """Returns each pair's angle in radians per position, float32 [C/2]: base^(-2i/C), scaled for a longer context.
 
     - linear: all are divided by the factor (Chen et al. 2023, arXiv:2306.15595).
@@ -75,9 +83,10 @@ def frequencies(config: ResolvedModelConfig) -> np.ndarray:
       times in the original context stay, those that turn less than `low_turns` times are divided, and those between
       are interpolated: in proportion to their turns (llama3), or to their index (yarn).
     """
+    rope = rope or full_rope(config)
     C, factor = config.head_dim, config.rope_factor
-    plain = config.rope_base ** -(np.arange(0, C, 2) / C)
-    if config.rope_scaling == "none":
+    plain = rope.base ** -(np.arange(0, C, 2) / C)
+    if not rope.scaled:
         kept = np.ones(C // 2)
     elif config.rope_scaling == "linear":
         kept = np.zeros(C // 2)
@@ -89,7 +98,7 @@ def frequencies(config: ResolvedModelConfig) -> np.ndarray:
             kept = np.clip((context * plain / (2 * math.pi) - low) / (high - low), 0, 1)
         else:
             # The (fractional) index of the pair that makes this number of turns.
-            pair = lambda turns: C * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(config.rope_base))
+            pair = lambda turns: C * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(rope.base))
             first, last = max(math.floor(pair(high)), 0), min(math.ceil(pair(low)), C - 1)
             kept = 1 - np.clip((np.arange(C // 2) - first) / max(last - first, 0.001), 0, 1)
     return (plain * kept + plain / factor * (1 - kept)).astype(np.float32)

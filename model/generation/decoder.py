@@ -15,13 +15,17 @@ from model.cpu import ColumnLinear, ColumnUnembedding
 from model.decoder import Block
 from model.embedding import Embedding
 from model.kernels import attention_over
+from model.layers import LayerKind, layer_kinds
 from model.linear import Linear
 from model.norm import final_norm
 from model.position import Position
 from model.sharding import UNSHARDED, Layout
 from model.unembedding import Unembedding
 
+# Tokens that a row draws in one call of `decode_steps`, at most.
+STEPS_PER_CALL = 8
 # The keys and values of a layer: "key" [B, K, C, S], as the product with a query reads them, and "value" [B, K, S, C].
+# Position p is in slot p mod S, so that a layer with a window needs no more slots than the window has.
 Cache = dict[str, jax.Array]
 
 
@@ -33,6 +37,7 @@ class CachedDecoder(nnx.Module):
         linear = ColumnLinear if on_cpu else Linear
         unembedding = ColumnUnembedding if on_cpu else Unembedding
         self.config = config
+        self.kinds = layer_kinds(config)
         self.layout = layout
         self.embedding = Embedding(config, weights["embedding"], layout)
         self.position = Position(config, weights.get("position"), layout)
@@ -41,13 +46,15 @@ class CachedDecoder(nnx.Module):
         self.unembedding = unembedding(config, weights.get("unembedding"), layout)
 
     def prefill(self, tokens_BT: jax.Array) -> tuple[jax.Array, list[Cache]]:
-        """Returns the vectors [B, T, D] of rows that are a document each, and their keys and values."""
-        attention = attention_over(self.config, self.layout, jnp.ones_like(tokens_BT))
+        """Returns the vectors [B, T, D] of rows that are a document each, and their keys and values of all positions."""
+        ids_BT = jnp.ones_like(tokens_BT)
+        windows = {kind.window for kind in self.kinds}
+        attention = {window: attention_over(self.config, self.layout, ids_BT, window) for window in windows}
         cache = []
 
         def remember(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, keys_B: None) -> jax.Array:
             cache.append({"key": k.swapaxes(2, 3), "value": v})
-            return attention(q, k, v, keys_B)
+            return attention[self.kinds[layer].window](q, k, v, keys_B)
 
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         return self._vectors(tokens_BT, positions_BT, remember), cache
@@ -60,15 +67,19 @@ class CachedDecoder(nnx.Module):
         Args:
             i: the number of tokens in `recent`.
             lengths_B: the number of tokens of each row in `cache`.
-            cache: keys and values of S positions, N more than a row may have, from earlier calls. They stay as they
-                are: in a loop, XLA would copy an array that it both reads and extends.
+            cache: keys and values from earlier calls. They stay as they are: in a loop, XLA would copy an array that it
+                both reads and extends.
             recent: those of this call, with room for N, in all rows at the same place.
         """
-        S, N = cache[0]["value"].shape[2], recent[0]["value"].shape[2]
-        earlier_BS, new_N = jnp.arange(S) - lengths_B[:, None], jnp.arange(N)
-        mask_BS = (earlier_BS < 0) & visible(i - earlier_BS, self.config.sliding_window)
-        mask_BN = jnp.broadcast_to(visible(i - new_N, self.config.sliding_window), (len(lengths_B), N))
-        masks = [mask[:, None, None] for mask in (mask_BS, mask_BN)]
+        N = recent[0]["value"].shape[2]
+        masks = {}
+        for kind, earlier in zip(self.kinds, cache, strict=True):
+            # Layers with the same window have the same number of slots.
+            if kind.window not in masks:
+                positions_BS = positions_in(earlier["value"].shape[2], lengths_B)
+                mask_BS = (positions_BS >= 0) & visible((lengths_B + i)[:, None] - positions_BS, kind.window)
+                mask_BN = jnp.broadcast_to(visible(i - jnp.arange(N), kind.window), (len(lengths_B), N))
+                masks[kind.window] = [mask[:, None, None] for mask in (mask_BS, mask_BN)]
         extended = []
 
         def attention(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, keys_B: None) -> jax.Array:
@@ -80,15 +91,15 @@ class CachedDecoder(nnx.Module):
             extended.append(new)
             parts = cache[layer], new
             keys, values = [part["key"].swapaxes(2, 3) for part in parts], [part["value"] for part in parts]
-            return attend_to_parts(q, keys, values, masks, self.config.attention_softcap)
+            return attend_to_parts(q, keys, values, masks[self.kinds[layer].window], self.config.attention_softcap)
 
         return self._vectors(tokens_B1, (lengths_B + i)[:, None], attention), extended
 
     def _vectors(self, tokens_BT: jax.Array, positions_BT: jax.Array, attention: Callable[..., jax.Array]) -> jax.Array:
         """Returns the vectors [B, T, D]; `attention` takes the number of the layer before what an Attend takes."""
-        x_BTD, rotation = self.position(self.embedding(tokens_BT), positions_BT)
-        for layer, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, rotation, partial(attention, layer))
+        x_BTD, rotations = self.position(self.embedding(tokens_BT), positions_BT)
+        for layer, (kind, block) in enumerate(zip(self.kinds, self.blocks, strict=True)):
+            x_BTD = block(x_BTD, rotations[kind.rope], partial(attention, layer))
         return x_BTD if self.norm is None else self.norm(x_BTD)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
@@ -98,20 +109,66 @@ class CachedDecoder(nnx.Module):
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def empty_cache(config: ResolvedModelConfig, batch: int, length: int, layout: Layout = UNSHARDED) -> list[Cache]:
-    """Returns room for the keys and values of `length` positions in every layer."""
+    """Returns room for the keys and values of `length` positions in every layer, and of a window in those that have one."""
     B, K, C = batch, config.num_kv_heads, config.head_dim
     sharding = layout.out_sharding("batch", "kv_heads", None, None)
     zeros = lambda *shape: jnp.zeros(shape, config.compute_dtype, out_sharding=sharding)
-    return [{"key": zeros(B, K, C, length), "value": zeros(B, K, length, C)} for _ in range(config.num_layers)]
+    slots = [num_slots(kind.window, length) for kind in layer_kinds(config)]
+    return [{"key": zeros(B, K, C, S), "value": zeros(B, K, S, C)} for S in slots]
 
 
-def extended_cache(cache: list[Cache], recent: list[Cache], lengths_B: jax.Array) -> list[Cache]:
-    """Returns the cache with each row's recent keys and values behind those that it has; there must be room for all."""
-    write = lambda axis: jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=axis))
-    return [
-        {
+def num_slots(window: int | None, length: int) -> int:
+    """Returns the slots of a layer for `length` positions: at least those that a call of `decode_steps` fills."""
+    return length if window is None else min(max(window, STEPS_PER_CALL), length)
+
+
+def positions_in(S: int, lengths_B: jax.Array) -> jax.Array:
+    """Returns the position in each of S slots, int32 [B, S], after so many of each row; negative where there is none."""
+    newest_B1 = lengths_B[:, None] - 1
+    return newest_B1 - (newest_B1 - jnp.arange(S)) % S
+
+
+def newest_of(config: ResolvedModelConfig, cache: list[Cache], lengths_B: jax.Array) -> list[Cache]:
+    """Returns the cache of a prefill of T positions in the slots of `empty_cache`, for rows of these lengths."""
+
+    def newest(kind: LayerKind, layer: Cache) -> Cache:
+        T = layer["value"].shape[2]
+        S = num_slots(kind.window, T)
+        if S == T:
+            return layer
+        positions_BS = jnp.maximum(positions_in(S, lengths_B), 0)
+        take = lambda axis: jax.vmap(partial(jnp.take, axis=axis))
+        return {"key": take(2)(layer["key"], positions_BS), "value": take(1)(layer["value"], positions_BS)}
+
+    return [newest(kind, layer) for kind, layer in zip(layer_kinds(config), cache, strict=True)]
+
+
+def extended_cache(
+    config: ResolvedModelConfig, cache: list[Cache], recent: list[Cache], lengths_B: jax.Array
+) -> list[Cache]:
+    """Returns the cache with each row's recent keys and values behind those that it has.
+
+    A row that has ended in between must not be continued: its newest places hold what is not there.
+    """
+    N = recent[0]["value"].shape[2]
+
+    def extended(earlier: Cache, new: Cache) -> Cache:
+        slots_BN = (lengths_B[:, None] + jnp.arange(N)) % earlier["value"].shape[2]
+        write_key = jax.vmap(lambda row, slots, new: row.at[:, :, slots].set(new))
+        write_value = jax.vmap(lambda row, slots, new: row.at[:, slots].set(new))
+        return {
+            "key": write_key(earlier["key"], slots_BN, new["key"]),
+            "value": write_value(earlier["value"], slots_BN, new["value"]),
+        }
+
+    def extended_in_order(earlier: Cache, new: Cache) -> Cache:
+        write = lambda axis: jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=axis))
+        return {
             "key": write(2)(earlier["key"], new["key"], lengths_B),
             "value": write(1)(earlier["value"], new["value"], lengths_B),
         }
-        for earlier, new in zip(cache, recent, strict=True)
+
+    return [
+        (extended_in_order if kind.window is None else extended)(earlier, new)
+        for kind, earlier, new in zip(layer_kinds(config), cache, recent, strict=True)
     ]

@@ -146,12 +146,12 @@ class Scheduler:
 
     def run(self) -> Iterator[TokenDelta]:
         """Yields the tokens of all requests until the last has ended."""
-        eos_id, limit = self.generator.eos_ids, np.int32(self.max_new_tokens)
+        eos_id, limit, capacity = self.generator.eos_ids, np.int32(self.max_new_tokens), np.int32(self.capacity)
         while True:
             yield from self.admit()
             if not any(self.slots):
                 return
-            tokens_BN, self.state = decode_steps(self.model, _row_state(self.slots), self.state, eos_id, limit)
+            tokens_BN, self.state = decode_steps(self.model, _row_state(self.slots), self.state, eos_id, limit, capacity)
             yield from self.collect(np.asarray(tokens_BN))
 
     def admit(self) -> Iterator[TokenDelta]:

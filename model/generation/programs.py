@@ -8,12 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from model.config import ResolvedModelConfig
-from model.generation.decoder import Cache, CachedDecoder, empty_cache, extended_cache
+from model.generation.decoder import STEPS_PER_CALL, Cache, CachedDecoder, empty_cache, extended_cache, newest_of
 from model.generation.sampling import Sampling, sample
 from model.sharding import Layout
 
-# Tokens that a row draws in one call of `decode_steps`, at most.
-STEPS_PER_CALL = 8
 # In place of a token: the row is empty, has ended, or draws nothing in this step.
 NO_TOKEN = -1
 
@@ -70,14 +68,14 @@ def prefill(
         tokens_1T: int32 ids; those behind the first `row.cache_length` are padding, which later tokens overwrite.
 
     Returns:
-        The token [1], and the row's state, with a cache of T positions.
+        The token [1], and the row's state, with a cache of T positions, or of a layer's window.
     """
     decoder = CachedDecoder(model.config, model.weights, model.layout)
     x_1TD, cache = decoder.prefill(tokens_1T)
     x_11D = jax.lax.dynamic_slice_in_dim(x_1TD, row.cache_length[0] - 1, 1, axis=1)
     seen_1V = None if seen_1V is None else model.layout.reshard(seen_1V, "batch", None)
     token_1 = sample_next(model, decoder, x_11D, row, seen_1V)
-    return token_1, DecodeState(cache, mark_seen(seen_1V, token_1))
+    return token_1, DecodeState(newest_of(model.config, cache, row.cache_length), mark_seen(seen_1V, token_1))
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -88,9 +86,14 @@ def insert_row(state: DecodeState, row: DecodeState, slot: jax.Array) -> DecodeS
 
 @partial(jax.jit, donate_argnums=2)
 def decode_steps(
-    model: SampledModel, rows: RowState, state: DecodeState, eos_ids_K: jax.Array, max_new_tokens: jax.Array
+    model: SampledModel,
+    rows: RowState,
+    state: DecodeState,
+    eos_ids_K: jax.Array,
+    max_new_tokens: jax.Array,
+    capacity: jax.Array,
 ) -> tuple[jax.Array, DecodeState]:
-    """Draws up to STEPS_PER_CALL tokens in each row, until it ends or its part of the cache is full.
+    """Draws up to STEPS_PER_CALL tokens in each row, until it ends or the cache has `capacity` tokens of it.
 
     A row ends with one of `eos_ids_K`, or when it has drawn `max_new_tokens`. `state` is donated.
 
@@ -98,7 +101,6 @@ def decode_steps(
         Token ids [B, STEPS_PER_CALL], NO_TOKEN where a row has drawn none, and the state.
     """
     decoder = CachedDecoder(model.config, model.weights, model.layout)
-    capacity = state.cache[0]["value"].shape[2] - STEPS_PER_CALL
     lengths_B = rows.cache_length
     is_active = lambda rows: (rows.token != NO_TOKEN) & (rows.cache_length < capacity)
 
@@ -123,7 +125,7 @@ def decode_steps(
     recent = empty_cache(model.config, len(rows.token), STEPS_PER_CALL, model.layout)
     first = jnp.int32(0), rows, recent, state.seen_BV, tokens_BN
     _, _, recent, seen_BV, tokens_BN = jax.lax.while_loop(any_active, step, first)
-    return tokens_BN, DecodeState(extended_cache(state.cache, recent, lengths_B), seen_BV)
+    return tokens_BN, DecodeState(extended_cache(model.config, state.cache, recent, lengths_B), seen_BV)
 
 
 def sample_next(

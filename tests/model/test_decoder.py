@@ -164,7 +164,8 @@ def test_watch_gives_the_largest_logit_of_visible_keys_and_the_rms_of_each_layer
 
     monkeypatch.setattr(model.kernels, "attend", recording)
     decoder = Decoder(config, weights)
-    x, rotation = decoder.position(decoder.embedding(arguments[0]), arguments[1])
+    x, rotations = decoder.position(decoder.embedding(arguments[0]), arguments[1])
+    (rotation,) = filter(None, rotations.values())
     attention = model.kernels.attention_over(config, UNSHARDED, arguments[2])
     for layer in range(2):
         block = Block(config, jax.tree.map(lambda w, i=layer: w[i], weights["blocks"]), UNSHARDED)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from model.config import ResolvedModelConfig
+from model.layers import layer_kinds
 from model.parameters import parameter_table
 from train.devices.hardware import chip_of
 
@@ -24,9 +25,9 @@ def flops_per_token(config: ResolvedModelConfig, T: int) -> float:
     matrices = sum(math.prod(p.shape) for p in parameter_table(config).values() if p.role in ("matrix", "unembedding"))
     if config.tie_embeddings:
         matrices += math.prod(parameter_table(config)["embedding.table"].shape)
-    window = min(config.sliding_window or T, T)
-    keys = window * (1 - window / (2 * T))
-    return 6 * matrices + 12 * config.num_layers * config.num_heads * config.head_dim * keys
+    windows = [min(kind.window or T, T) for kind in layer_kinds(config)]
+    keys = sum(window * (1 - window / (2 * T)) for window in windows)
+    return 6 * matrices + 12 * config.num_heads * config.head_dim * keys
 
 
 def peak_flops(dtype: str) -> tuple[float, str]:
