@@ -1,0 +1,101 @@
+"""Stacks of layers of several kinds: next to the same layers one by one, and as they generate."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import model.layers
+from model.attention import attend, causal_mask
+from model.config import ModelConfig, ResolvedModelConfig
+from model.decoder import Block, Decoder
+from model.generation.decoder import empty_cache
+from model.generation.generator import Generator
+from model.generation.sampling import Sampling
+from model.layers import layer_kinds, prefix_and_period
+from tests.small import small_model, small_weights
+
+PATTERNS = ("SSF", "SNFS", "NF", "SSSSSF")
+
+
+def patterned(pattern: str, num_layers: int, **changes: object) -> ResolvedModelConfig:
+    windows = {"sliding_window": 5, "window_rope_base": 500.0} if "S" in pattern else {}
+    return small_model(layer_pattern=pattern, num_layers=num_layers, **windows, **changes)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "num_layers", "expected"),
+    [("SSSSSF", 26, (2, 6)), ("SSSF", 32, (0, 4)), ("F", 9, (0, 1)), ("SF", 2, (1, 1)), ("SNFFN", 5, (4, 1))],
+)
+def test_a_program_has_the_layers_of_a_prefix_and_of_one_period(pattern: str, num_layers: int, expected: tuple):
+    kinds = layer_kinds(patterned(pattern, num_layers))
+    prefix, period = prefix_and_period(kinds)
+    assert prefix + period == sum(expected)
+    assert (num_layers - prefix) % period == 0
+    assert all(kinds[i] == kinds[prefix + (i - prefix) % period] for i in range(prefix, num_layers))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("remat_policy", ["none", "full"])
+@pytest.mark.parametrize("most_unrolled", [0, 12])
+def test_a_stack_is_its_layers_one_by_one(pattern: str, remat_policy: str, most_unrolled: int, monkeypatch):
+    monkeypatch.setattr(model.layers, "MOST_UNROLLED", most_unrolled)
+    config = patterned(pattern, 8, remat_policy=remat_policy)
+    weights = small_weights(config)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, (2, 24)), jnp.int32)
+    positions, ids = jnp.tile(jnp.arange(24), (2, 1)), jnp.asarray([[1] * 24, [1] * 9 + [2] * 15])
+
+    def one_by_one(weights: dict) -> jax.Array:
+        decoder = Decoder(config, weights)
+        x, rotations = decoder.position(decoder.embedding(tokens), positions)
+        for layer, kind in enumerate(layer_kinds(config)):
+            block = Block(config, jax.tree.map(lambda w, i=layer: w[i], weights["blocks"]), decoder.layout)
+            mask = causal_mask(ids, kind.window)
+            x = block(x, rotations[kind.rope], lambda q, k, v, _, mask=mask: attend(q, k, v, mask))
+        return decoder.norm(x)
+
+    slope = jnp.asarray(np.random.default_rng(1).normal(size=(2, 24, config.model_dim)), jnp.float32)
+    expected, expected_gradient = jax.value_and_grad(lambda w: jnp.vdot(one_by_one(w), slope))(weights)
+    stacked = lambda w: jnp.vdot(Decoder(config, w)(tokens, positions, ids), slope)
+    actual, gradient = jax.value_and_grad(stacked)(weights)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4)
+    for one, other in zip(*map(jax.tree.leaves, (gradient, expected_gradient)), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4 * float(jnp.abs(other).max()))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_greedy_tokens_are_those_of_whole_passes_beyond_the_window(pattern: str):
+    config = patterned(pattern, 6)
+    weights = small_weights(config)
+    prompts = [[1, 5, 9, 2, 7, 3, 8, 11, 13, 2, 6], [4, 4]]
+    generator = Generator(config, weights, context=64, eos_id=-1)
+    found: list[list[int]] = [[], []]
+    for delta in generator(prompts, max_new_tokens=20, sampling=Sampling(top_k=1), batch_size=2):
+        found[delta.prompt_index] += delta.tokens
+
+    decoder = Decoder(config, weights)
+    for prompt, tokens in zip(prompts, found, strict=True):
+        row = jnp.asarray([prompt + tokens], jnp.int32)
+        logits = decoder.logits(decoder(row, jnp.arange(row.shape[1])[None], jnp.ones_like(row)))
+        best = jnp.argmax(logits[0, len(prompt) - 1 : -1, : config.vocab_size], axis=-1)
+        assert tokens == best.tolist()
+
+
+def test_a_layer_with_a_window_keeps_the_window_alone():
+    lengths = [layer["value"].shape[2] for layer in empty_cache(patterned("SF", 4), 1, 1000)]
+    assert lengths == [8, 1000, 8, 1000]
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"layer_pattern": "SXF", "sliding_window": 4}, "X is no kind of layer; there are F (full attention), S"),
+        ({"layer_pattern": "SSF"}, "give model.sliding_window"),
+        ({"layer_pattern": "SSSSF", "sliding_window": 4}, "is longer than model.num_layers = 4"),
+        ({"layer_pattern": "FN", "position": "learned"}, "N is for rotary positions"),
+        ({"layer_pattern": "FN", "sliding_window": 4}, "model.sliding_window has no effect with model.layer_pattern"),
+        ({"window_rope_base": 500.0}, "model.window_rope_base has no effect with no model.sliding_window"),
+    ],
+)
+def test_what_a_pattern_needs_is_said(fields: dict, problem: str):
+    assert problem in "\n".join(ModelConfig(**fields).problems())
