@@ -118,8 +118,8 @@ class ModelConfig:
     # ── The stack ──────────────────────────────────────────────────────────────────────────────────────────────────
     layer_pattern: str | None = setting(
         None,
-        "kinds of layers from the first on, repeated (SSSF is every fourth layer full): F full attention, S the sliding "
-        "window, N full attention without positions",
+        "kinds of layers from the first on, repeated (SSSF: every fourth layer is full): F full attention, S the "
+        "sliding window, N full attention without positions",
         unset="F, or S with a sliding window",
     )
     norm: str = setting(
@@ -225,7 +225,6 @@ class ModelConfig:
             if (self.rope_high_turns or HIGH_TURNS[self.rope_scaling]) <= self.rope_low_turns:
                 problems.append("model.rope_high_turns must be above model.rope_low_turns")
         return problems
-
 
     def _pattern_problems(self) -> list[str]:
         pattern = self.layer_pattern or DEFAULT_PATTERN[self.sliding_window is not None]

@@ -146,7 +146,8 @@ class Decoder(nnx.Module):
         attention = self._attention(segment_ids_BT)
         masks_B1TS = {window: causal_mask(segment_ids_BT, window, self.layout) for window in attention}
         masks_B1TS = {
-            window: self.layout.reshard(mask_B1TS, "batch", None, None, None) for window, mask_B1TS in masks_B1TS.items()
+            window: self.layout.reshard(mask_B1TS, "batch", None, None, None)
+            for window, mask_B1TS in masks_B1TS.items()
         }
         x_BTD, rotations = self.position(self.embedding(tokens_BT), positions_BT)
         structure, stacked = nnx.split(self.blocks)

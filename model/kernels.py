@@ -78,7 +78,7 @@ def _obstacle(kernel: str, config: ResolvedModelConfig, layout: Layout, T: int) 
 
 
 def attention_over(
-    config: ResolvedModelConfig, layout: Layout, segment_ids_BT: jax.Array, window: int | None = None
+    config: ResolvedModelConfig, layout: Layout, segment_ids_BT: jax.Array, window: int | None
 ) -> Attend:
     """Returns causal attention within documents, to the newest `window` positions or to all.
 

@@ -58,7 +58,7 @@ def _kind(config: ResolvedModelConfig, letter: str) -> LayerKind:
 
 
 def prefix_and_period(kinds: tuple[LayerKind, ...]) -> tuple[int, int]:
-    """Returns (prefix, period): from layer `prefix` on, the kinds repeat every `period` layers, a whole number of times.
+    """Returns (prefix, period): behind the first `prefix` layers the kinds repeat in whole periods.
 
     Their sum, which is the number of layers that a program has, is the least.
     """

@@ -46,7 +46,7 @@ class CachedDecoder(nnx.Module):
         self.unembedding = unembedding(config, weights.get("unembedding"), layout)
 
     def prefill(self, tokens_BT: jax.Array) -> tuple[jax.Array, list[Cache]]:
-        """Returns the vectors [B, T, D] of rows that are a document each, and their keys and values of all positions."""
+        """Returns the vectors [B, T, D] of rows, each a document, and the keys and values of all positions."""
         ids_BT = jnp.ones_like(tokens_BT)
         windows = {kind.window for kind in self.kinds}
         attention = {window: attention_over(self.config, self.layout, ids_BT, window) for window in windows}
@@ -109,7 +109,7 @@ class CachedDecoder(nnx.Module):
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def empty_cache(config: ResolvedModelConfig, batch: int, length: int, layout: Layout = UNSHARDED) -> list[Cache]:
-    """Returns room for the keys and values of `length` positions in every layer, and of a window in those that have one."""
+    """Returns room for the keys and values of `length` positions in every layer, or of its window."""
     B, K, C = batch, config.num_kv_heads, config.head_dim
     sharding = layout.out_sharding("batch", "kv_heads", None, None)
     zeros = lambda *shape: jnp.zeros(shape, config.compute_dtype, out_sharding=sharding)
@@ -123,7 +123,7 @@ def num_slots(window: int | None, length: int) -> int:
 
 
 def positions_in(S: int, lengths_B: jax.Array) -> jax.Array:
-    """Returns the position in each of S slots, int32 [B, S], after so many of each row; negative where there is none."""
+    """Returns the position in each of S slots after so many of each row, int32 [B, S]; negative where none is."""
     newest_B1 = lengths_B[:, None] - 1
     return newest_B1 - (newest_B1 - jnp.arange(S)) % S
 

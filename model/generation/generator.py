@@ -151,7 +151,9 @@ class Scheduler:
             yield from self.admit()
             if not any(self.slots):
                 return
-            tokens_BN, self.state = decode_steps(self.model, _row_state(self.slots), self.state, eos_id, limit, capacity)
+            tokens_BN, self.state = decode_steps(
+                self.model, _row_state(self.slots), self.state, eos_id, limit, capacity
+            )
             yield from self.collect(np.asarray(tokens_BN))
 
     def admit(self) -> Iterator[TokenDelta]:

@@ -43,7 +43,7 @@ def test_the_module_projects_rotates_and_attends():
     x = jnp.array(np.random.default_rng(1).normal(size=(2, 7, config.model_dim)), jnp.float32)
     positions, segment_ids = jnp.tile(jnp.arange(7), (2, 1)), jnp.ones((2, 7), jnp.int32)
     angles, mask = rope_rotation(config, positions), causal_mask(segment_ids)
-    actual = Attention(config, weights, UNSHARDED)(x, angles, attention_over(config, UNSHARDED, segment_ids))
+    actual = Attention(config, weights, UNSHARDED)(x, angles, attention_over(config, UNSHARDED, segment_ids, None))
     query, key, value = (jnp.einsum("btd,dhc->bhtc", x, weights[name]) for name in ("query", "key", "value"))
     mixed = attend(rotate(query, angles), rotate(key, angles), value, mask)
     np.testing.assert_allclose(actual, jnp.einsum("bhtc,hcd->btd", mixed, weights["output"]), atol=1e-6)
@@ -60,7 +60,7 @@ def test_normed_queries_and_keys_have_the_length_of_their_scales():
     config = small_model(qk_norm=True)
     weights = jax.tree.map(lambda x: x[0], small_weights(config)["blocks"]["attention"])
     x = jnp.array(np.random.default_rng(1).normal(size=(2, 7, config.model_dim)), jnp.float32)
-    attention = attention_over(config, UNSHARDED, jnp.ones((2, 7), jnp.int32))
+    attention = attention_over(config, UNSHARDED, jnp.ones((2, 7), jnp.int32), None)
     arguments = rope_rotation(config, jnp.tile(jnp.arange(7), (2, 1))), attention
     once = Attention(config, weights, UNSHARDED)(x, *arguments)
     # Longer queries and keys change nothing, longer scales do.

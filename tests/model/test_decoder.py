@@ -166,7 +166,7 @@ def test_watch_gives_the_largest_logit_of_visible_keys_and_the_rms_of_each_layer
     decoder = Decoder(config, weights)
     x, rotations = decoder.position(decoder.embedding(arguments[0]), arguments[1])
     (rotation,) = filter(None, rotations.values())
-    attention = model.kernels.attention_over(config, UNSHARDED, arguments[2])
+    attention = model.kernels.attention_over(config, UNSHARDED, arguments[2], config.sliding_window)
     for layer in range(2):
         block = Block(config, jax.tree.map(lambda w, i=layer: w[i], weights["blocks"]), UNSHARDED)
         x = block(x, rotation, attention, None)

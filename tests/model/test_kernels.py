@@ -50,7 +50,7 @@ def result_and_gradients(config: ModelConfig, mesh, layout, arrays, dtype=jnp.fl
 
         @jax.jit
         def both(q, k, v, g, ids):
-            attention = attention_over(config, layout, ids)
+            attention = attention_over(config, layout, ids, config.sliding_window)
             y, pull = jax.vjp(lambda *x: attention(*x, None), q, k, v)
             return y, *pull(g)
 
@@ -202,7 +202,7 @@ def test_on_one_cpu_plain_attention_in_blocks_is_that_of_the_whole(changes: dict
 
     with jax.set_mesh(one_device_mesh()):
         monkeypatch.setattr(model.cpu_attention, "LEAST_BLOCK", 64)
-        attention = attention_over(config, UNSHARDED, arrays[4])
+        attention = attention_over(config, UNSHARDED, arrays[4], config.sliding_window)
         jaxpr = jax.make_jaxpr(lambda q, k, v: attention(q, k, v, None))(*map(jnp.asarray, arrays[:3]))
     assert f"{T // 4},{T // 2}]" in str(jaxpr)
     assert f"{T},{T}]" not in str(jaxpr).split("dot_general", 1)[1]
