@@ -24,8 +24,9 @@ from model.position import Rotation, rotate
 from model.product import product
 from model.sharding import UNSHARDED, Layout, join_axis, split_axis
 
-# A function of queries [B, H, T, C], keys and values [B, K, S, C] and dropout keys; it returns [B, H, T, C].
-Attend = Callable[[jax.Array, jax.Array, jax.Array, DropoutKeys], jax.Array]
+# A function of queries [B, H, T, C], keys and values [B, K, S, C], dropout keys and, in a model that has them, sinks
+# [H]; it returns [B, H, T, C].
+Attend = Callable[..., jax.Array]
 
 
 def causal_mask(segment_ids_BT: jax.Array, window: int | None = None, layout: Layout = UNSHARDED) -> jax.Array:
@@ -52,18 +53,18 @@ def attend(
     softcap: float | None = None,
     dropout_rate: float = 0.0,
     keys_B: DropoutKeys = None,
+    sink_H: jax.Array | None = None,
 ) -> jax.Array:
     """Returns softmax(q·k/√C)·v over the visible keys, [B, H, T, C]; the softmax is computed in float32.
 
-    The softmax's denominator divides the sum of values, not each weight (as in FlashAttention; Dao et al. 2022,
-    arXiv:2205.14135): T·C divisions instead of T·S, and no sum over the keys in the backward pass.
+    A sink is one more score of each query, without a value. The softmax's denominator divides the sum of values, not
+    each weight (as in FlashAttention; Dao et al. 2022, arXiv:2205.14135): T·C divisions instead of T·S, and no sum over
+    the keys in the backward pass.
     """
-    visible_scores = _visible_scores(q_BHTC, k_BKSC, mask_B1TS, softcap)
-    largest = jax.lax.stop_gradient(jnp.max(visible_scores, axis=-1, keepdims=True))
-    weights = jnp.exp(visible_scores - largest)
+    (weights,), total = _softmax_terms([_visible_scores(q_BHTC, k_BKSC, mask_B1TS, softcap)], sink_H)
     kept = dropout(weights.astype(v_BKSC.dtype), dropout_rate, keys_B)
     values = product("bkgts,bksc->bkgtc", kept, v_BKSC, dtype=jnp.float32)
-    return join_axis((values / jnp.sum(weights, axis=-1, keepdims=True)).astype(v_BKSC.dtype), 1)
+    return join_axis((values / total).astype(v_BKSC.dtype), 1)
 
 
 def attend_to_parts(
@@ -72,13 +73,12 @@ def attend_to_parts(
     values: Sequence[jax.Array],
     masks: Sequence[jax.Array],
     softcap: float | None = None,
+    sink_H: jax.Array | None = None,
 ) -> jax.Array:
     """Returns `attend` over keys, values and masks that are in several arrays, without concatenating the keys."""
     pairs = zip(keys, masks, strict=True)
     visible_scores = [_visible_scores(q_BHTC, k_BKSC, mask_B1TS, softcap) for k_BKSC, mask_B1TS in pairs]
-    largest = functools.reduce(jnp.maximum, [jnp.max(part, axis=-1, keepdims=True) for part in visible_scores])
-    weights = [jnp.exp(part - largest) for part in visible_scores]
-    total = functools.reduce(jnp.add, [jnp.sum(part, axis=-1, keepdims=True) for part in weights])
+    weights, total = _softmax_terms(visible_scores, sink_H)
     sums = [
         product("bkgts,bksc->bkgtc", part.astype(v_BKSC.dtype), v_BKSC, dtype=jnp.float32)
         for part, v_BKSC in zip(weights, values, strict=True)
@@ -86,14 +86,31 @@ def attend_to_parts(
     return join_axis((functools.reduce(jnp.add, sums) / total).astype(values[0].dtype), 1)
 
 
+def _softmax_terms(parts: Sequence[jax.Array], sink_H: jax.Array | None = None) -> tuple[list[jax.Array], jax.Array]:
+    """Returns the exponentials of scores [B, K, G, T, S] in several arrays, and their sum with that of the sink."""
+    largest = functools.reduce(jnp.maximum, [jnp.max(part, axis=-1, keepdims=True) for part in parts])
+    if sink_H is not None:
+        sink_KG11 = split_axis(sink_H, 0, parts[0].shape[1])[:, :, None, None].astype(jnp.float32)
+        largest = jnp.maximum(largest, sink_KG11)
+    largest = jax.lax.stop_gradient(largest)
+    weights = [jnp.exp(part - largest) for part in parts]
+    total = functools.reduce(jnp.add, [jnp.sum(part, axis=-1, keepdims=True) for part in weights])
+    return weights, total if sink_H is None else total + jnp.exp(sink_KG11 - largest)
+
+
 def attention_weights(
-    q_BHTC: jax.Array, k_BKSC: jax.Array, mask_B1TS: jax.Array, softcap: float | None = None
+    q_BHTC: jax.Array,
+    k_BKSC: jax.Array,
+    mask_B1TS: jax.Array,
+    softcap: float | None = None,
+    sink_H: jax.Array | None = None,
 ) -> jax.Array:
     """Returns the weight of each key's value in `attend`, float32 [B, H, T, S].
 
     For inspection: the weights of all heads and positions are in memory at once.
     """
-    return join_axis(jax.nn.softmax(_visible_scores(q_BHTC, k_BKSC, mask_B1TS, softcap), axis=-1), 1)
+    (weights,), total = _softmax_terms([_visible_scores(q_BHTC, k_BKSC, mask_B1TS, softcap)], sink_H)
+    return join_axis(weights / total, 1)
 
 
 def scores(q_BHTC: jax.Array, k_BKSC: jax.Array, softcap: float | None) -> jax.Array:
@@ -119,8 +136,11 @@ class Attention(nnx.Module):
         self.key = linear("btd,dkc->bktc", weights, "key", kv_axes, layout)
         self.value = linear("btd,dkc->bktc", weights, "value", kv_axes, layout)
         self.output = linear("bhtc,hcd->btd", weights, "output", ("heads", "head", "model"), layout, sums_over="heads")
-        self.query_norm = Norm(config, weights["query_norm"]) if config.qk_norm else None
-        self.key_norm = Norm(config, weights["key_norm"]) if config.qk_norm else None
+        # The axes of queries [B, H, T, C] that are normed together.
+        axes = (-1,) if config.qk_norm_over == "head" else (-3, -1)
+        self.query_norm = Norm(config, weights["query_norm"], axes=axes) if config.qk_norm else None
+        self.key_norm = Norm(config, weights["key_norm"], axes=axes) if config.qk_norm else None
+        self.sink = nnx.Param(weights["sink"]) if config.attention_sinks else None
         self.config = config
         self.layout = layout
 
@@ -130,19 +150,26 @@ class Attention(nnx.Module):
         """Maps [B, T, D] to [B, T, D]; `attention` applies the mask."""
         x_BTD = gather_time(x_BTD, self.layout, "heads")
         q_BHTC, k_BKTC = self.queries_and_keys(x_BTD, rotation)
-        return self.output(attention(q_BHTC, k_BKTC, self.value(x_BTD), keys_B))
+        sinks = () if self.sink is None else (self.sink[...],)
+        return self.output(attention(q_BHTC, k_BKTC, self.value(x_BTD), keys_B, *sinks))
 
     def queries_and_keys(self, x_BTD: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array]:
-        """Returns rotated queries [B, H, T, C] and keys [B, K, T, C]."""
+        """Returns rotated queries [B, H, T, C] and keys [B, K, T, C], whose product is to be divided by √C."""
         q_BHTC, k_BKTC = self.query(x_BTD), self.key(x_BTD)
         if self.query_norm and self.key_norm:
             q_BHTC, k_BKTC = self.query_norm(q_BHTC), self.key_norm(k_BKTC)
+        if self.config.attention_scale is not None:
+            # All kernels divide by √C.
+            factor = self.config.attention_scale * math.sqrt(q_BHTC.shape[-1])
+            q_BHTC = (q_BHTC.astype(jnp.float32) * factor).astype(q_BHTC.dtype)
         return rotate(q_BHTC, rotation), rotate(k_BKTC, rotation)
 
     def weights(self, x_BTD: jax.Array, rotation: Rotation, mask_B1TS: jax.Array) -> jax.Array:
         """Returns the float32 weights [B, H, T, T] of `attention_weights`."""
         q_BHTC, k_BKTC = self.queries_and_keys(gather_time(x_BTD, self.layout, "heads"), rotation)
-        return attention_weights(q_BHTC, gather_keys(k_BKTC, self.layout), mask_B1TS, self.config.attention_softcap)
+        sink_H = None if self.sink is None else self.sink[...]
+        k_BKSC = gather_keys(k_BKTC, self.layout)
+        return attention_weights(q_BHTC, k_BKSC, mask_B1TS, self.config.attention_softcap, sink_H)
 
     def largest_logit(self, x_BTD: jax.Array, rotation: Rotation, mask_B1TS: jax.Array) -> jax.Array:
         """Returns the largest |q·k/√C| of a visible key, before any cap, float32.

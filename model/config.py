@@ -55,6 +55,7 @@ class ModelConfig:
     # ── Floor 1: token embedding ───────────────────────────────────────────────────────────────────────────────────
     tie_embeddings: bool = setting(False, "use the transposed embedding as the unembedding")
     scale_embeddings: bool = setting(False, "multiply embeddings by √model_dim (Vaswani et al. 2017, section 3.4)")
+    embedding_multiplier: float = setting(1.0, "factor of the embeddings (Granite; muP, Yang et al. 2022)", above=0)
     embedding_dropout: float = setting(
         0.0, "share of the embeddings that is dropped, after positions are added", resume="warn", at_least=0, below=1
     )
@@ -65,6 +66,9 @@ class ModelConfig:
         None, "rows of the table of learned positions", unset="data.segment_length", at_least=1, at_most=2**24
     )
     rope_base: float = setting(10_000.0, "base of the rotary frequencies", above=1)
+    rope_dim: int | None = setting(
+        None, "first components of a head that are rotated (GPT-NeoX)", unset="head_dim", at_least=2, at_most=2**16
+    )
     rope_scaling: str = setting(
         "none", "scaling of rotary frequencies for a longer context", choices=("none", "linear", "llama3", "yarn")
     )
@@ -85,8 +89,15 @@ class ModelConfig:
     window_rope_scaling: bool = setting(True, "rope_scaling holds for layers with the sliding window, too")
 
     # ── Floor 3: attention ─────────────────────────────────────────────────────────────────────────────────────────
-    attention_bias: bool = setting(False, "biases of queries, keys, values and output")
-    qk_norm: bool = setting(False, "RMSNorm of each head's queries and keys (Dehghani et al. 2023)")
+    attention_bias: bool = setting(False, "biases of queries, keys and values")
+    attention_output_bias: bool | None = setting(None, "bias of attention's output", unset="attention_bias")
+    qk_norm: bool = setting(False, "RMSNorm of queries and keys (Dehghani et al. 2023)")
+    qk_norm_over: str = setting(
+        "head",
+        "what qk_norm takes the mean square over: each head, or all heads (OLMo 2)",
+        choices=("head", "all_heads"),
+    )
+    attention_scale: float | None = setting(None, "factor of the product q·k", unset="1/√head_dim", above=0)
     sliding_window: int | None = setting(
         None,
         "newest positions that each position attends to, itself included (Beltagy et al. 2020)",
@@ -95,6 +106,9 @@ class ModelConfig:
     )
     attention_softcap: float | None = setting(
         None, "c in scores c·tanh(score/c) (Gemma 2, Riviere et al. 2024)", unset="no cap", above=0
+    )
+    attention_sinks: bool = setting(
+        False, "a learned score in each head's softmax, without a value (gpt-oss; Xiao et al. 2023)"
     )
     attention_dropout: float = setting(
         0.0, "share of the attention weights that is dropped", resume="warn", at_least=0, below=1
@@ -108,7 +122,10 @@ class ModelConfig:
 
     # ── Floor 4: feed-forward ──────────────────────────────────────────────────────────────────────────────────────
     activation: str = setting(
-        "silu", "activation; gelu is exact, gelu_tanh is GPT-2's", choices=("silu", "gelu", "gelu_tanh", "relu")
+        "silu",
+        "activation; gelu is exact, gelu_tanh is GPT-2's, relu2 is relu's square (So et al. 2021); clamped_swiglu is "
+        "gpt-oss's, and gated",
+        choices=("silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu"),
     )
     gated: bool = setting(
         True, "gate a second product with the activation (Shazeer 2020): SwiGLU with silu, GeGLU with gelu"
@@ -124,20 +141,34 @@ class ModelConfig:
     )
     norm: str = setting(
         "rmsnorm",
-        "normalization: rmsnorm (Zhang and Sennrich 2019), or layernorm with its bias (Ba et al. 2016)",
+        "normalization: rmsnorm (Zhang and Sennrich 2019) or layernorm (Ba et al. 2016)",
         choices=("rmsnorm", "layernorm"),
     )
+    norm_bias: bool = setting(True, "layernorm's bias")
+    norm_offset: bool = setting(False, "a norm multiplies by 1 + its weight, which starts at 0 (Gemma)")
     norm_placement: str = setting(
         "pre",
-        "pre: before attention and feed-forward, with a last norm; post: after each sum (Vaswani et al. 2017)",
-        choices=("pre", "post"),
+        "pre: before attention and feed-forward; output: of their outputs, before the sum (OLMo 2); both (Gemma 2); "
+        "post: after each sum, and no last norm (Vaswani et al. 2017)",
+        choices=("pre", "post", "output", "both"),
     )
+    block: str = setting(
+        "sequential",
+        "sequential: feed-forward reads the sum with attention; parallel: both read the block's input (GPT-J), "
+        "parallel_one_norm: through one norm (PaLM)",
+        choices=("sequential", "parallel", "parallel_one_norm"),
+    )
+    residual_multiplier: float = setting(1.0, "factor of the outputs of attention and feed-forward (Granite)", above=0)
     norm_epsilon: float = setting(1e-5, "added to the mean square under the root of a norm", above=0)
     residual_dropout: float = setting(
         0.0, "share of the outputs of attention and feed-forward that is dropped", resume="warn", at_least=0, below=1
     )
 
     # ── Floor 5: linear + softmax, and the loss ────────────────────────────────────────────────────────────────────
+    logit_multiplier: float = setting(1.0, "factor of the logits (Cohere, Granite; muP)", above=0)
+    logit_softcap: float | None = setting(
+        None, "c in logits c·tanh(logit/c) (Gemma 2, Riviere et al. 2024)", unset="no cap", above=0
+    )
     label_smoothing: float = setting(
         0.0, "share of the target spread over all tokens (Szegedy et al. 2016)", resume="warn", at_least=0, below=1
     )
@@ -180,6 +211,8 @@ class ModelConfig:
         values: dict[str, Any] = vars(self) | {
             "num_kv_heads": self.num_kv_heads or self.num_heads,
             "head_dim": self.head_dim or self.model_dim // self.num_heads,
+            "rope_dim": self.rope_dim or self.head_dim or self.model_dim // self.num_heads,
+            "attention_output_bias": _first_given(self.attention_output_bias, self.attention_bias),
             "feedforward_dim": self.feedforward_dim or (gated_dim if self.gated else 4 * self.model_dim),
             "vocab_size": vocab_size,
             "max_positions": self.max_positions or (context if self.position == "learned" else None),
@@ -202,8 +235,8 @@ class ModelConfig:
                 f"model.model_dim = {self.model_dim} does not divide by model.num_heads = {self.num_heads}; "
                 "change one, or give model.head_dim"
             )
-        elif self.position == "rope" and (self.head_dim or self.model_dim // self.num_heads) % 2:
-            problems.append("model.head_dim is odd; rotary positions turn pairs of components, so it must be even")
+        elif self.position == "rope":
+            problems += self._rope_problems(self.head_dim or self.model_dim // self.num_heads)
         if self.position == "sinusoidal" and self.model_dim % 2:
             problems.append(
                 f"model.model_dim = {self.model_dim} is odd; sinusoidal positions are pairs, sine and cosine"
@@ -216,8 +249,16 @@ class ModelConfig:
             problems.append(f"model.max_positions is for learned positions; leave it at none with {self.position}")
         unused = dict.fromkeys(UNUSED_BY_SCALING[self.rope_scaling], f"model.rope_scaling = {self.rope_scaling}")
         if self.position != "rope":
-            unused |= dict.fromkeys(("rope_base", "rope_scaling"), f"model.position = {self.position}")
+            unused |= dict.fromkeys(("rope_base", "rope_dim", "rope_scaling"), f"model.position = {self.position}")
+        if self.norm == "rmsnorm":
+            unused["norm_bias"] = "model.norm = rmsnorm"
+        if not self.qk_norm:
+            unused["qk_norm_over"] = "model.qk_norm = False"
         problems += unused_problems("model", self, unused)
+        if self.activation == "clamped_swiglu" and not self.gated:
+            problems.append("model.activation = clamped_swiglu is gated; set model.gated")
+        if self.block != "sequential" and self.norm_placement != "pre":
+            problems.append(f"model.block = {self.block} is for model.norm_placement = pre, not {self.norm_placement}")
         problems += self._pattern_problems()
         if self.rope_scaling in HIGH_TURNS:
             if self.rope_original_context is None:
@@ -225,6 +266,14 @@ class ModelConfig:
             if (self.rope_high_turns or HIGH_TURNS[self.rope_scaling]) <= self.rope_low_turns:
                 problems.append("model.rope_high_turns must be above model.rope_low_turns")
         return problems
+
+    def _rope_problems(self, head_dim: int) -> list[str]:
+        name, rotated = ("head_dim", head_dim) if self.rope_dim is None else ("rope_dim", self.rope_dim)
+        if rotated % 2:
+            return [f"model.{name} is odd; rotary positions turn pairs of components, so it must be even"]
+        if rotated > head_dim:
+            return [f"model.rope_dim = {rotated} is above model.head_dim = {head_dim}"]
+        return []
 
     def _pattern_problems(self) -> list[str]:
         pattern = self.layer_pattern or DEFAULT_PATTERN[self.sliding_window is not None]
@@ -246,6 +295,10 @@ class ModelConfig:
         return problems
 
 
+def _first_given(*values: bool | None) -> bool:
+    return next(value for value in values if value is not None)
+
+
 class ResolvedModelConfig(ModelConfig):
     """Resolved settings, from which the model is built.
 
@@ -255,6 +308,8 @@ class ResolvedModelConfig(ModelConfig):
 
     num_kv_heads: int
     head_dim: int
+    rope_dim: int
+    attention_output_bias: bool
     feedforward_dim: int
     vocab_size: int
     loss_chunk: int

@@ -15,7 +15,7 @@ from model.config import ResolvedModelConfig
 from model.linear import Linear
 from model.product import product
 from model.sharding import Layout
-from model.unembedding import Unembedding, mask_padding
+from model.unembedding import Unembedding, finished
 
 # The most rows of activations that are multiplied as columns.
 FEW_ROWS = 32
@@ -146,4 +146,4 @@ class ColumnUnembedding(Unembedding):
             scores = column_product("btd,vd->btv", x_BTD, matrix_VD, dtype=jnp.float32)
         else:
             scores = int8_product("btd,vd->btv", x_BTD, matrix_VD, self.scale[...])
-        return mask_padding(scores, self.config.vocab_size)
+        return finished(scores, self.config)

@@ -17,7 +17,7 @@ from model.feedforward import FeedForward
 from model.kernels import attention_over
 from model.layers import LayerKind, layer_kinds, scan_layers
 from model.linear import Linear
-from model.norm import Norm, final_norm
+from model.norm import Norm, final_norm, stack_norm
 from model.position import Position, Rotation
 from model.product import weight_gradients_first
 from model.sharding import UNSHARDED, Layout
@@ -41,35 +41,57 @@ REMAT_POLICIES = {
 
 
 class Block(nnx.Module):
-    """One layer: attention, then feed-forward, each added to the residual stream.
+    """One layer: attention, then feed-forward, each a branch f that is added to the residual stream.
 
-    Pre-norm (GPT-2): x + f(norm(x)). Post-norm (Vaswani et al. 2017): norm(x + f(x)).
+    By `norm_placement`: x + f(norm(x)) (pre), norm(x + f(x)) (post), x + norm(f(x)) (output), x + norm(f(norm(x)))
+    (both). In a parallel block both branches read the same x.
     """
 
     def __init__(
         self, config: ResolvedModelConfig, weights: Mapping[str, Any], layout: Layout, linear: type[Linear] = Linear
     ):
-        self.attention_norm = Norm(config, weights["attention_norm"])
+        norms = {name: stack_norm(config, weights[name]) for name in weights if name.endswith("norm")}
+        self.attention_norm = norms["attention_norm"]
+        self.attention_output_norm = norms.get("attention_output_norm")
         self.attention = Attention(config, weights["attention"], layout, linear)
-        self.feedforward_norm = Norm(config, weights["feedforward_norm"])
+        self.feedforward_norm = norms.get("feedforward_norm")
+        self.feedforward_output_norm = norms.get("feedforward_output_norm")
         self.feedforward = FeedForward(config, weights["feedforward"], layout, linear)
-        self.pre = config.norm_placement == "pre"
+        self.placement = config.norm_placement
+        self.parallel = config.block != "sequential"
         self.dropout_rate = config.residual_dropout
+        self.multiplier = config.residual_multiplier
 
     def __call__(
         self, x_BTD: jax.Array, rotation: Rotation, attention: Attend, keys_B: DropoutKeys = None
     ) -> jax.Array:
         """Maps [B, T, D] to [B, T, D]."""
         x_BTD = checkpoint_name(x_BTD, "residual")
-        y_BTD = self.attention_norm(x_BTD) if self.pre else x_BTD
-        y_BTD = self.attention(y_BTD, rotation, attention, fold_keys(keys_B, 0))
-        x_BTD = x_BTD + dropout(y_BTD, self.dropout_rate, fold_keys(keys_B, 1))
-        x_BTD = x_BTD if self.pre else self.attention_norm(x_BTD)
+        y_BTD = self.attention(self.attention_input(x_BTD), rotation, attention, fold_keys(keys_B, 0))
+        y_BTD = self._scaled(y_BTD, self.attention_norm, self.attention_output_norm)
+        sum_BTD = x_BTD + dropout(y_BTD, self.dropout_rate, fold_keys(keys_B, 1))
+        sum_BTD = self.attention_norm(sum_BTD) if self.placement == "post" else sum_BTD
 
-        x_BTD, feedforward = weight_gradients_first(x_BTD, self.feedforward)
-        y_BTD = feedforward(self.feedforward_norm(x_BTD) if self.pre else x_BTD)
-        x_BTD = x_BTD + dropout(y_BTD, self.dropout_rate, fold_keys(keys_B, 2))
-        return x_BTD if self.pre else self.feedforward_norm(x_BTD)
+        # One norm is for both branches if there is no second.
+        norm = self.feedforward_norm or self.attention_norm
+        read_BTD, feedforward = weight_gradients_first(x_BTD if self.parallel else sum_BTD, self.feedforward)
+        sum_BTD = sum_BTD if self.parallel else read_BTD
+        y_BTD = feedforward(norm(read_BTD) if self.placement in ("pre", "both") else read_BTD)
+        y_BTD = self._scaled(y_BTD, norm, self.feedforward_output_norm)
+        sum_BTD = sum_BTD + dropout(y_BTD, self.dropout_rate, fold_keys(keys_B, 2))
+        return norm(sum_BTD) if self.placement == "post" else sum_BTD
+
+    def attention_input(self, x_BTD: jax.Array) -> jax.Array:
+        """Returns what attention reads of the block's input."""
+        return self.attention_norm(x_BTD) if self.placement in ("pre", "both") else x_BTD
+
+    def _scaled(self, y_BTD: jax.Array, norm: Norm, output_norm: Norm | None) -> jax.Array:
+        """Returns a branch's output as it is added."""
+        if self.placement == "output":
+            y_BTD = norm(y_BTD)
+        elif output_norm:
+            y_BTD = output_norm(y_BTD)
+        return y_BTD if self.multiplier == 1 else y_BTD * self.multiplier
 
 
 class Decoder(nnx.Module):
@@ -155,7 +177,7 @@ class Decoder(nnx.Module):
         def layer(kind: LayerKind, _: bool) -> Callable[..., tuple[jax.Array, tuple[jax.Array, jax.Array]]]:
             def body(x_BTD: jax.Array, weights: nnx.State) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
                 block, rotation = nnx.merge(structure, weights), rotations[kind.rope]
-                y_BTD = block.attention_norm(x_BTD) if block.pre else x_BTD
+                y_BTD = block.attention_input(x_BTD)
                 result = method(block.attention, y_BTD, rotation, masks_B1TS[kind.window])
                 x_BTD = block(x_BTD, rotation, attention[kind.window])
                 return x_BTD, (jnp.sqrt(jnp.mean(jnp.square(x_BTD.astype(jnp.float32)))), result)

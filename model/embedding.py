@@ -80,11 +80,11 @@ _rows.defvjp(_forward, _backward)
 
 
 class Embedding(nnx.Module):
-    """A table with a row for each token; its rows may be scaled by √D (Vaswani et al. 2017, section 3.4)."""
+    """A table with a row for each token; its rows may be scaled, as by √D (Vaswani et al. 2017, section 3.4)."""
 
     def __init__(self, config: ResolvedModelConfig, weights: Mapping[str, jax.Array], layout: Layout):
         self.table = nnx.Param(weights["table"])
-        self.scale = math.sqrt(config.model_dim) if config.scale_embeddings else 1.0
+        self.scale = (math.sqrt(config.model_dim) if config.scale_embeddings else 1.0) * config.embedding_multiplier
         self.dtype = config.compute_dtype
         self.layout = layout
 

@@ -17,11 +17,16 @@ from model.config import ResolvedModelConfig
 from model.linear import Linear
 from model.sharding import Layout
 
+# The bound of gpt-oss's gate, and of both sides of what it gates.
+CLAMP = 7.0
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
     "gelu": partial(jax.nn.gelu, approximate=False),  # x·Φ(x) (Hendrycks and Gimpel 2016, arXiv:1606.08415)
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),  # their approximation, as in GPT-2
     "silu": jax.nn.silu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # So et al. 2021, arXiv:2109.08668
+    # The gate of gpt-oss (OpenAI 2025), an approximation of gelu.
+    "clamped_swiglu": lambda x: jnp.minimum(x, CLAMP) * jax.nn.sigmoid(1.702 * jnp.minimum(x, CLAMP)),
 }
 
 
@@ -32,6 +37,8 @@ def activate(activation: str, x: jax.Array, *up: jax.Array) -> jax.Array:
     The backward pass computes it again from x and `up`, so that nothing else, in float32, is kept for it.
     """
     y = ACTIVATIONS[activation](x.astype(jnp.float32))
+    if activation == "clamped_swiglu":
+        up = tuple(jnp.clip(part.astype(jnp.float32), -CLAMP, CLAMP) + 1 for part in up)
     return math.prod((part.astype(jnp.float32) for part in up), start=y).astype(x.dtype)
 
 

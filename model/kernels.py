@@ -70,6 +70,7 @@ def _obstacle(kernel: str, config: ResolvedModelConfig, layout: Layout, T: int) 
             dropout,
             (config.compute_dtype != "bfloat16", f"it takes bfloat16, model.compute_dtype is {config.compute_dtype}"),
             (config.attention_softcap is not None, "it has no model.attention_softcap"),
+            (config.attention_sinks, "it gives no sum of exponentials, which model.attention_sinks add to"),
             (head_dim > 128 or head_dim % 8, f"model.head_dim = {head_dim} is not a multiple of 8 up to 128"),
             (shard % 2, "the positions of a device are an odd number"),
         ],
@@ -86,16 +87,19 @@ def attention_over(
     """
     kernel = choose_kernel(config, layout, segment_ids_BT.shape[1]).kernel
     if kernel == "splash":
-        return lambda q, k, v, keys_B: _splash(config, layout, segment_ids_BT, window, q, k, v)
+        return lambda q, k, v, keys_B, *sinks: _splash(config, layout, segment_ids_BT, window, sinks, q, k, v)
     mask_B1TS = causal_mask(segment_ids_BT, window, layout)
     if kernel == "cudnn":
         return lambda q, k, v, keys_B: _cudnn(layout, mask_B1TS, q, k, v)
 
-    def plain(q_BHTC: jax.Array, k_BKTC: jax.Array, v_BKTC: jax.Array, keys_B: DropoutKeys) -> jax.Array:
+    def plain(
+        q_BHTC: jax.Array, k_BKTC: jax.Array, v_BKTC: jax.Array, keys_B: DropoutKeys, *sinks: jax.Array
+    ) -> jax.Array:
         k_BKSC, v_BKSC = gather_keys(k_BKTC, layout), gather_keys(v_BKTC, layout)
-        if on_one_cpu() and not config.attention_dropout:
-            return attend_in_blocks(q_BHTC, k_BKSC, v_BKSC, mask_B1TS, config.attention_softcap)
-        return attend(q_BHTC, k_BKSC, v_BKSC, mask_B1TS, config.attention_softcap, config.attention_dropout, keys_B)
+        softcap, dropout_rate = config.attention_softcap, config.attention_dropout
+        if on_one_cpu() and not dropout_rate and not sinks:
+            return attend_in_blocks(q_BHTC, k_BKSC, v_BKSC, mask_B1TS, softcap)
+        return attend(q_BHTC, k_BKSC, v_BKSC, mask_B1TS, softcap, dropout_rate, keys_B, *sinks)
 
     return plain
 
@@ -112,7 +116,12 @@ def _on_each_device(
 
 
 def _splash(
-    config: ResolvedModelConfig, layout: Layout, segment_ids_BT: jax.Array, window: int | None, *qkv: jax.Array
+    config: ResolvedModelConfig,
+    layout: Layout,
+    segment_ids_BT: jax.Array,
+    window: int | None,
+    sinks: tuple[jax.Array, ...],
+    *qkv: jax.Array,
 ) -> jax.Array:
     """Runs Pallas splash attention (TPU), which skips blocks of scores that the mask leaves empty."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
@@ -141,15 +150,17 @@ def _splash(
         kernel_specs = kernel.manual_sharding_spec(sharding)
         kernel = jax.tree.map(jax.reshard, kernel, kernel_specs)
 
-    def on_device(kernel: Any, ids_BT: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def on_device(
+        kernel: Any, ids_BT: jax.Array, sinks: tuple[jax.Array, ...], q: jax.Array, k: jax.Array, v: jax.Array
+    ) -> jax.Array:
         # The kernel expects scaled queries.
         q = (q.astype(jnp.float32) / math.sqrt(q.shape[-1])).astype(q.dtype)
         k, v = all_positions(k, layout, 2), all_positions(v, layout, 2)
         ids = kernels.SegmentIds(ids_BT, all_positions(ids_BT, layout, 1))
-        return jax.vmap(kernel)(q, k, v, ids)
+        return jax.vmap(lambda *arrays: kernel(*arrays, *(sink.astype(jnp.float32) for sink in sinks)))(q, k, v, ids)
 
-    specs = (kernel_specs, layout.spec("batch", "time"))
-    return _on_each_device(on_device, layout, specs, (kernel, segment_ids_BT), *qkv)
+    specs = (kernel_specs, layout.spec("batch", "time"), tuple(layout.spec("heads") for _ in sinks))
+    return _on_each_device(on_device, layout, specs, (kernel, segment_ids_BT, sinks), *qkv)
 
 
 def _cudnn(layout: Layout, mask_B1TS: jax.Array, *qkv: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from model.collectives import gather_weight, partial_sums, scatter_time
 from model.config import ResolvedModelConfig
 from model.product import einsum, weight_gradients_first
 from model.sharding import UNSHARDED, Layout
-from model.unembedding import logits
+from model.unembedding import logits, slope_of_products
 
 # On a CPU the logits of a chunk stay in its caches, which takes a quarter off the time of the loss.
 CACHED_LOGITS, LEAST_CHUNK = 2**22, 256
@@ -84,7 +84,7 @@ def predictions(
     token_V = jnp.arange(matrix_DV.shape[1], out_sharding=layout.out_sharding("vocabulary"))
 
     def predict_chunk(_: None, x: jax.Array, targets: jax.Array) -> tuple[None, tuple[jax.Array, jax.Array]]:
-        scores = logits(x, matrix_DV, config.vocab_size)
+        scores = logits(x, matrix_DV, config)
         target_V = targets[..., None] == token_V
         score = jnp.sum(jnp.where(target_V, scores, 0.0), axis=-1, keepdims=True)
         ahead_V = (scores > score) | ((scores == score) & (token_V < targets[..., None]))
@@ -140,7 +140,7 @@ def _in_chunks(
     def add_chunk(
         gradient_DV: Any, x: jax.Array, targets: jax.Array, weights: jax.Array | None = None
     ) -> tuple[Any, Any]:
-        scores = logits(x, matrix_DV, vocab_size)
+        scores = logits(x, matrix_DV, config)
         # One-hot by comparison: XLA fuses it, and it shards over V where a gather would not.
         target_V = targets[..., None] == token_V
         log_sum = jax.nn.logsumexp(scores, axis=-1)
@@ -156,6 +156,7 @@ def _in_chunks(
         # The gradient of the objective by the logits.
         slope = jnp.exp(scores - log_sum[..., None]) * (1 + 2 * z * log_sum[..., None])
         slope = slope - (1 - smoothing) * target_V - smoothing * uniform_V
+        slope = slope_of_products(slope, scores, config)
         slope = (slope * weights[..., None]).astype(x.dtype)
         # As in `model.product`, sums are float32, and devices exchange the compute dtype.
         dx = scatter_time(einsum("btv,dv->btd", slope, matrix_DV, partial_BTD).astype(x.dtype), layout)

@@ -75,12 +75,13 @@ def parameter_table(config: ResolvedModelConfig) -> dict[str, Parameter]:
     vocabulary = {"vocabulary": padded_vocabulary(c)}
     width = {"width": c.model_dim}
     table_deviation = 1 / math.sqrt(c.model_dim) if c.tie_embeddings or c.scale_embeddings else 1.0
-    stream = table_deviation * (math.sqrt(c.model_dim) if c.scale_embeddings else 1.0)
+    stream = table_deviation * (math.sqrt(c.model_dim) if c.scale_embeddings else 1.0) * c.embedding_multiplier
     residual = stream / math.sqrt(2 * c.num_layers) if c.norm_placement == "pre" else 1.0
 
     def norm(name: str, axes: dict[str, int]) -> dict[str, Parameter]:
-        scale = {f"{name}.scale": Parameter(axes, (), "norm")}
-        return scale | ({f"{name}.bias": Parameter(axes, (), "bias", 0.0)} if c.norm == "layernorm" else {})
+        scale = {f"{name}.scale": Parameter(axes, (), "norm", 1.0 - c.norm_offset)}
+        has_bias = c.norm == "layernorm" and c.norm_bias
+        return scale | ({f"{name}.bias": Parameter(axes, (), "bias", 0.0)} if has_bias else {})
 
     def linear(
         name: str, inputs: dict[str, int], outputs: dict[str, int], bias: bool, scale: float = 1.0
@@ -99,15 +100,23 @@ def parameter_table(config: ResolvedModelConfig) -> dict[str, Parameter]:
     table |= linear("blocks.attention.key", model, kv_heads | head, c.attention_bias)
     table |= linear("blocks.attention.value", model, kv_heads | head, c.attention_bias)
     if c.qk_norm:
-        head_norm = Parameter(layers | head, (), "norm")
-        table |= {f"blocks.attention.{name}_norm.scale": head_norm for name in ("query", "key")}
-    table |= linear("blocks.attention.output", heads | head, model, c.attention_bias, residual)
-    table |= norm("blocks.feedforward_norm", layers | width)
+        for name, of_heads in (("query", heads), ("key", kv_heads)):
+            axes = layers | (of_heads if c.qk_norm_over == "all_heads" else {}) | head
+            table[f"blocks.attention.{name}_norm.scale"] = Parameter(axes, (), "norm", 1.0 - c.norm_offset)
+    if c.attention_sinks:
+        table["blocks.attention.sink"] = Parameter(layers | heads, (), "bias", 0.0)
+    table |= linear("blocks.attention.output", heads | head, model, c.attention_output_bias, residual)
+    if c.norm_placement == "both":
+        table |= norm("blocks.attention_output_norm", layers | width)
+    if c.block != "parallel_one_norm":
+        table |= norm("blocks.feedforward_norm", layers | width)
     if c.gated:
         table |= linear("blocks.feedforward.gate", model, feedforward, c.feedforward_bias)
     table |= linear("blocks.feedforward.up", model, feedforward, c.feedforward_bias)
     table |= linear("blocks.feedforward.down", feedforward, model, c.feedforward_bias, residual)
-    if c.norm_placement == "pre":
+    if c.norm_placement == "both":
+        table |= norm("blocks.feedforward_output_norm", layers | width)
+    if c.norm_placement != "post":
         table |= norm("norm", width)
     if not c.tie_embeddings:
         table["unembedding.matrix"] = Parameter(model | vocabulary, ("model",), "unembedding")

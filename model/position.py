@@ -78,13 +78,15 @@ def rope_rotation(
 def frequencies(config: ResolvedModelConfig, rope: Rope | None = None) -> np.ndarray:
     """Returns each pair's angle in radians per position, float32 [C/2]: base^(-2i/C), scaled for a longer context.
 
+    C is here the number of components that are rotated.
+
     - linear: all are divided by the factor (Chen et al. 2023, arXiv:2306.15595).
     - llama3 (Llama Team 2024) and yarn (Peng et al. 2023, arXiv:2309.00071): pairs that turn more than `high_turns`
       times in the original context stay, those that turn less than `low_turns` times are divided, and those between
       are interpolated: in proportion to their turns (llama3), or to their index (yarn).
     """
     rope = rope or full_rope(config)
-    C, factor = config.head_dim, config.rope_factor
+    C, factor = config.rope_dim, config.rope_factor
     plain = rope.base ** -(np.arange(0, C, 2) / C)
     if not rope.scaled:
         kept = np.ones(C // 2)
@@ -105,8 +107,17 @@ def frequencies(config: ResolvedModelConfig, rope: Rope | None = None) -> np.nda
 
 
 def rotate(x_BHTC: jax.Array, rotation: Rotation) -> jax.Array:
-    """Rotates queries or keys [B, H, T, C] by their positions' angles, in float32; the dtype stays the same."""
-    return x_BHTC if rotation is None else _rotate(x_BHTC, *rotation)
+    """Rotates queries or keys [B, H, T, C] by their positions' angles, in float32; the dtype stays the same.
+
+    Components behind those that have an angle stay as they are.
+    """
+    if rotation is None:
+        return x_BHTC
+    rotated = 2 * rotation[0].shape[-1]
+    if rotated == x_BHTC.shape[-1]:
+        return _rotate(x_BHTC, *rotation)
+    first, rest = x_BHTC[..., :rotated], x_BHTC[..., rotated:]
+    return jnp.concatenate([_rotate(first, *rotation), rest], axis=-1)
 
 
 @jax.custom_vjp

@@ -26,7 +26,7 @@ class Unembedding(nnx.Module):
         """Returns `logits` [B, T, V]; `table_VD` is the embedding table."""
         x_BTD = self.layout.reshard(x_BTD, "batch", "time", None)
         matrix_DV = gather_weight(self.weight(table_VD), self.layout, "model", "vocabulary")
-        return logits(x_BTD, matrix_DV, self.config.vocab_size)
+        return logits(x_BTD, matrix_DV, self.config)
 
     def weight(self, table_VD: jax.Array) -> jax.Array:
         """Returns the matrix [D, V] in the compute dtype, sharded as it is stored; V is the padded vocabulary."""
@@ -34,14 +34,25 @@ class Unembedding(nnx.Module):
         return table_VD.astype(dtype).T if self.matrix is None else self.matrix[...].astype(dtype)
 
 
-def logits(x_BTD: jax.Array, matrix_DV: jax.Array, vocab_size: int) -> jax.Array:
+def logits(x_BTD: jax.Array, matrix_DV: jax.Array, config: ResolvedModelConfig) -> jax.Array:
     """Returns float32 scores [B, T, V]; the padding of the vocabulary is never predicted."""
-    return mask_padding(jnp.einsum("btd,dv->btv", x_BTD, matrix_DV, preferred_element_type=jnp.float32), vocab_size)
+    return finished(jnp.einsum("btd,dv->btv", x_BTD, matrix_DV, preferred_element_type=jnp.float32), config)
 
 
-def mask_padding(scores_BTV: jax.Array, vocab_size: int) -> jax.Array:
-    """Returns the scores with the lowest number in the columns that pad the vocabulary."""
-    if scores_BTV.shape[-1] == vocab_size:
+def finished(products_BTV: jax.Array, config: ResolvedModelConfig) -> jax.Array:
+    """Returns the scores of products with the matrix: scaled, capped, the lowest where columns pad the vocabulary."""
+    scores_BTV = products_BTV if config.logit_multiplier == 1 else products_BTV * config.logit_multiplier
+    if config.logit_softcap is not None:
+        scores_BTV = config.logit_softcap * jnp.tanh(scores_BTV / config.logit_softcap)
+    if scores_BTV.shape[-1] == config.vocab_size:
         return scores_BTV
-    real_V = jnp.arange(scores_BTV.shape[-1]) < vocab_size
+    real_V = jnp.arange(scores_BTV.shape[-1]) < config.vocab_size
     return jnp.where(real_V, scores_BTV, jnp.finfo(jnp.float32).min)
+
+
+def slope_of_products(slope_BTV: jax.Array, scores_BTV: jax.Array, config: ResolvedModelConfig) -> jax.Array:
+    """Returns the gradient by the products, given that by the scores and the scores: the derivative of `finished`."""
+    if config.logit_softcap is not None:
+        # The scores of the padding are beyond the cap.
+        slope_BTV = slope_BTV * jnp.maximum(1 - jnp.square(scores_BTV / config.logit_softcap), 0)
+    return slope_BTV if config.logit_multiplier == 1 else slope_BTV * config.logit_multiplier

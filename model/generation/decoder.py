@@ -52,9 +52,9 @@ class CachedDecoder(nnx.Module):
         attention = {window: attention_over(self.config, self.layout, ids_BT, window) for window in windows}
         cache = []
 
-        def remember(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, keys_B: None) -> jax.Array:
+        def remember(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, *rest: Any) -> jax.Array:
             cache.append({"key": k.swapaxes(2, 3), "value": v})
-            return attention[self.kinds[layer].window](q, k, v, keys_B)
+            return attention[self.kinds[layer].window](q, k, v, *rest)
 
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         return self._vectors(tokens_BT, positions_BT, remember), cache
@@ -82,7 +82,9 @@ class CachedDecoder(nnx.Module):
                 masks[kind.window] = [mask[:, None, None] for mask in (mask_BS, mask_BN)]
         extended = []
 
-        def attention(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, keys_B: None) -> jax.Array:
+        def attention(
+            layer: int, q: jax.Array, k: jax.Array, v: jax.Array, keys_B: None, *sinks: jax.Array
+        ) -> jax.Array:
             write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i)
             new = {
                 "key": write(recent[layer]["key"], k.swapaxes(2, 3), axis=3),
@@ -91,7 +93,8 @@ class CachedDecoder(nnx.Module):
             extended.append(new)
             parts = cache[layer], new
             keys, values = [part["key"].swapaxes(2, 3) for part in parts], [part["value"] for part in parts]
-            return attend_to_parts(q, keys, values, masks[self.kinds[layer].window], self.config.attention_softcap)
+            mask = masks[self.kinds[layer].window]
+            return attend_to_parts(q, keys, values, mask, self.config.attention_softcap, *sinks)
 
         return self._vectors(tokens_B1, (lengths_B + i)[:, None], attention), extended
 
