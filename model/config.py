@@ -14,6 +14,11 @@ VOCABULARY_MULTIPLE = 128
 LOGITS_AT_ONCE = 2**26
 # Turns over the original context above which a rotary pair keeps its frequency: the published values.
 HIGH_TURNS = {"llama3": 4.0, "yarn": 32.0}
+# Classes of Transformers by model_type, in the order in which they are tried.
+EXPORT_CLASSES = (
+    *("gemma", "llama", "mistral", "qwen3", "gpt2", "openai-gpt", "qwen2", "ministral", "smollm3", "phi3", "granite"),
+    *("glm4", "olmo2", "olmo3", "gemma2", "gemma3_text", "gpt_neox", "stablelm", "starcoder2", "cohere2"),
+)
 # Kinds of layers in `layer_pattern`.
 LAYER_LETTERS = {"F": "full attention", "S": "the sliding window", "N": "full attention without positions"}
 # The pattern of models that have none: without and with a sliding window.
@@ -181,6 +186,15 @@ class ModelConfig:
         unset="2²⁶ logits",
         resume="free",
         at_least=1,
+    )
+
+    # ── Export ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    export_as: str | None = setting(
+        None,
+        "model_type of the class in Transformers that exports take",
+        unset="the first that has all choices",
+        resume="free",
+        choices=EXPORT_CLASSES,
     )
 
     # ── Numerics ───────────────────────────────────────────────────────────────────────────────────────────────────

@@ -42,11 +42,11 @@ class ConfigKey(NamedTuple):
 
 
 def parse(hf_config: Mapping[str, Any], name: str, kind: Any, default: Any = None) -> Any:
-    """Returns a value of the kind bool, str, float, int or `int | None`. ValueError says what it must be.
+    """Returns a value of the kind bool, str, float, int or of one that allows None. ValueError says what it must be.
 
-    A value that is missing or null is the default, but a null of `int | None` is None.
+    A value that is missing or null is the default, but a null of `int | None` or `float | None` is None.
     """
-    if kind == int | None and hf_config.get(name, default) is None:
+    if kind in (int | None, float | None) and hf_config.get(name, default) is None:
         return None
     value = default if hf_config.get(name) is None else hf_config[name]
     if kind in (bool, str):
@@ -55,7 +55,7 @@ def parse(hf_config: Mapping[str, Any], name: str, kind: Any, default: Any = Non
         return value
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < sys.float_info.max:
         raise ValueError(f"{name} is {value!r}; it must be a number")
-    if kind is float:
+    if kind in (float, float | None):
         return float(value)
     if value != int(value):
         raise ValueError(f"{name} is {value!r}; it must be a whole number")

@@ -6,7 +6,33 @@ from typing import Any
 
 from model.config import ResolvedModelConfig
 from model.interchange.config_keys import ConfigKey
+from model.interchange.layer_types import of_one_kind
 from model.interchange.tensors import Tensor
+
+Choices = dict[str, tuple[Any, ...] | None]
+# Values of fields that a class has unless it says otherwise.
+USUAL: Choices = {
+    "embedding_multiplier": (1.0,),
+    "window_rope_base": (None,),
+    "window_rope_scaling": (True,),
+    "qk_norm_over": ("head",),
+    "attention_scale": (None,),
+    "attention_softcap": (None,),
+    "attention_sinks": (False,),
+    "norm_bias": (True,),
+    "norm_offset": (False,),
+    "block": ("sequential",),
+    "residual_multiplier": (1.0,),
+    "logit_multiplier": (1.0,),
+    "logit_softcap": (None,),
+}
+USUAL_LIMITS: Mapping[str, Callable[[ResolvedModelConfig], bool]] = {
+    "layer_pattern": of_one_kind,
+    "rope_dim": lambda config: config.rope_dim == config.head_dim,
+    "attention_output_bias": lambda config: config.attention_output_bias == config.attention_bias,
+}
+# In `choices` and `limits`: any value.
+ANY = None
 
 
 @dataclass(frozen=True)
@@ -18,8 +44,8 @@ class Family:
         prefix: first word of all tensor names except the unembedding's.
         tensors: all tensors that its files may have, in their order.
         context: config key for the number of positions that it sees at once.
-        choices: values that a field can have, by field; a field that is missing here can have any.
-        limits: predicates of a config that the class requires, by field.
+        choices: values that a field can have, by field, or ANY; a field that neither this nor `USUAL` has can have any.
+        limits: predicates of a config that the class requires, by field, besides `USUAL_LIMITS`; or ANY.
         always: fields that the class always has; a model without them is widened.
         required: values of config keys that an import must have.
         extra_keys: function from our config to further config keys.
@@ -33,8 +59,8 @@ class Family:
     keys: tuple[ConfigKey, ...]
     tensors: tuple[Tensor, ...]
     context: ConfigKey
-    choices: Mapping[str, tuple[Any, ...]]
-    limits: Mapping[str, Callable[[ResolvedModelConfig], bool]] = field(default_factory=dict)
+    choices: Choices
+    limits: dict[str, Callable[[ResolvedModelConfig], bool] | None] = field(default_factory=dict)
     always: Mapping[str, Any] = field(default_factory=dict)
     required: Mapping[str, Any] = field(default_factory=dict)
     extra_keys: Callable[[ResolvedModelConfig], dict[str, Any]] = lambda config: {}
@@ -43,10 +69,11 @@ class Family:
 
     def lacks(self, config: ResolvedModelConfig) -> list[str]:
         """Returns the choices of a model that the class does not have, as "model.field = value"."""
-        named = {key.field: tuple(key.values) for key in self.keys if key.values}
-        choices = {**self.choices, **named}
-        wrong = [name for name, values in choices.items() if getattr(config, name) not in values]
-        wrong += [name for name, holds in self.limits.items() if not holds(config)]
+        keys = {key.field: tuple(key.values) if key.values else ANY for key in self.keys}
+        choices = {**USUAL, **keys, **self.choices} | {name: values for name, values in keys.items() if values}
+        wrong = [name for name, values in choices.items() if values and getattr(config, name) not in values]
+        limits = {**USUAL_LIMITS, **self.limits}
+        wrong += [name for name, holds in limits.items() if holds and not holds(config)]
         return [f"model.{name} = {getattr(config, name)}" for name in dict.fromkeys(wrong)]
 
     def widened(self, config: ResolvedModelConfig, context: int) -> ResolvedModelConfig:

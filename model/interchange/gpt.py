@@ -6,11 +6,11 @@ GPT-2 (Radford et al. 2019) is pre-norm; the first (Radford et al. 2018) is post
 from dataclasses import replace
 
 from model.interchange.config_keys import ALIASES, ConfigKey
-from model.interchange.family import Family
+from model.interchange.family import ANY, Family
 from model.interchange.tensors import Tensor, same_layout, torch_linear
 
 # The name that both give GPT-2's approximation; "gelu" is the exact one in GPT-2 and the approximation in the first.
-GPT2_ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu", "silu": "silu"}
+GPT2_ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu", "relu2": "relu2", "silu": "silu"}
 GPT1_ACTIVATIONS = {"gelu_tanh": "gelu", "relu": "relu", "silu": "silu"}
 SIZES = (
     ConfigKey("vocab_size", "vocab_size", int),
@@ -68,15 +68,23 @@ GPT2 = Family(
         "norm": ("layernorm",),
         "norm_placement": ("pre",),
         "gated": (False,),
-        "attention_softcap": (None,),
         "qk_norm": (False,),
         "sliding_window": (None,),
+        "norm_bias": ANY,
     },
     limits={
         "num_kv_heads": lambda config: config.num_kv_heads == config.num_heads,
         "head_dim": lambda config: config.head_dim * config.num_heads == config.model_dim,
+        "rope_dim": ANY,
+        "attention_output_bias": ANY,
     },
-    always={"position": "learned", "attention_bias": True, "feedforward_bias": True},
+    always={
+        "position": "learned",
+        "attention_bias": True,
+        "attention_output_bias": True,
+        "feedforward_bias": True,
+        "norm_bias": True,
+    },
     required={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
     # Older files hold masks with the weights.
     ignored=(".attn.bias", ".attn.masked_bias"),

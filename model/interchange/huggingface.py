@@ -1,5 +1,6 @@
 """A model in the names and layouts of Hugging Face Transformers, in both directions."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Collection, Iterator, Mapping
@@ -11,28 +12,42 @@ import numpy as np
 from model.config import ModelConfig, ResolvedModelConfig
 from model.interchange.config_keys import parse
 from model.interchange.family import Family
-from model.interchange.gemma import GEMMA
+from model.interchange.gemma import GEMMA, GEMMA2, GEMMA3
 from model.interchange.gpt import GPT1, GPT2
-from model.interchange.llama import LLAMA, MISTRAL, QWEN3
+from model.interchange.layernorm import COHERE2, GPT_NEOX, STABLELM, STARCODER2
+from model.interchange.llama import GLM4, GRANITE, LLAMA, MINISTRAL, MISTRAL, PHI3, QWEN2, QWEN3, SMOLLM3
+from model.interchange.olmo import OLMO2, OLMO3
 from model.interchange.tensors import ParameterReader, TensorMap, TensorReader
 from model.parameters import parameter_table
 from model.position import sinusoids
 from settings import choices_of
 
-# Gemma comes before Llama, because some models fit both and only Gemma names all of their choices.
-FAMILIES = (GEMMA, LLAMA, MISTRAL, QWEN3, GPT2, GPT1)
+# A model is exported to the first that has all of its choices. Gemma comes before Llama, because some models fit both
+# and only Gemma names all of their choices.
+FAMILIES = (
+    *(GEMMA, LLAMA, MISTRAL, QWEN3, GPT2, GPT1, QWEN2, MINISTRAL, SMOLLM3, PHI3, GRANITE, GLM4, OLMO2, OLMO3),
+    *(GEMMA2, GEMMA3, GPT_NEOX, STABLELM, STARCODER2, COHERE2),
+)
 # The key in config.json for fields that widening changes.
 OWN_KEY = "ziggurat"
-OWN_FIELDS = ("position", "attention_bias", "feedforward_bias", "scale_embeddings", "tie_embeddings")
+OWN_FIELDS = (
+    *("position", "attention_bias", "attention_output_bias", "feedforward_bias", "norm_bias", "norm_offset"),
+    *("scale_embeddings", "tie_embeddings"),
+)
 # What else it may hold: the context, where config.json gives the model another number of positions.
 OWN_CONTEXT = "segment_length"
-UNEMBEDDING = "lm_head.weight"
 # Relative rounding error of a bfloat16 file.
 BFLOAT16_RTOL = 2**-7
 
 
 def family_of(config: ResolvedModelConfig) -> Family:
     """Returns the class of Transformers with this model's choices. ValueError names what the nearest ones lack."""
+    if config.export_as is not None:
+        family = next(family for family in FAMILIES if family.model_type == config.export_as)
+        if missing := family.lacks(config):
+            named = f"model.export_as = {config.export_as}: {family.architecture} in Transformers"
+            raise ValueError(f"{named} has no {', no '.join(missing)}")
+        return family
     lacks = [family.lacks(config) for family in FAMILIES]
     fewest = min(map(len, lacks))
     if not fewest:
@@ -67,6 +82,11 @@ class Interchange:
         self._own_parameters = parameter_table(config).keys()
         self._embedding_scale = np.float32(math.sqrt(config.model_dim))
         self._folds_scale = self.widened.scale_embeddings != config.scale_embeddings
+        # What is added to the weights of norms on export.
+        self._norm_offset = np.float32(config.norm_offset - self.widened.norm_offset)
+        (self._unembedding,) = (
+            tensor.name for tensor in self.family.tensors if tensor.parameters == ("unembedding.matrix",)
+        )
 
     @classmethod
     def from_config(cls, hf_config: Mapping[str, Any]) -> "Interchange":
@@ -127,7 +147,8 @@ class Interchange:
             if name == "embedding.table" and self._folds_scale:
                 return read(name, None) * self._embedding_scale
             if name in self._own_parameters:
-                return read(name, layer)
+                offset = self._offset_of(name)
+                return read(name, layer) + offset if offset else read(name, layer)
             return read("embedding.table", None).T if name == "unembedding.matrix" else self._filling(name)
 
         for name, tensor, layer in self.tensor_map.arrays():
@@ -141,14 +162,20 @@ class Interchange:
                 if self.config.tie_embeddings:
                     return self.tensor_map.read("unembedding.matrix", None, read).T
                 return self.tensor_map.read(name, None, read) / self._embedding_scale
-            return self.tensor_map.read(name, layer, read)
+            offset = self._offset_of(name)
+            array = self.tensor_map.read(name, layer, read)
+            return array - offset if offset else array
 
         return parameter
+
+    def _offset_of(self, name: str) -> np.float32:
+        is_norm = self.tensor_map.parameters[name].role == "norm"
+        return self._norm_offset if is_norm else np.float32(0)
 
     def full_names(self, names: Collection[str]) -> dict[str, str]:
         """Maps the name of each tensor in its class to its name in files that may omit the prefix."""
         prefix = "" if any(name.startswith(self.family.prefix) for name in names) else self.family.prefix
-        return {name if name == UNEMBEDDING else prefix + name: name for name in names}
+        return {name if name == self._unembedding else prefix + name: name for name in names}
 
     def check_tensors(self, names: Collection[str], read: TensorReader) -> None:
         """Raises ValueError if the tensors are not those of this model.
@@ -166,10 +193,10 @@ class Interchange:
                 raise ValueError(f"{name} has the shape {actual}; the config wants {shape}")
         extra = [name for name in sorted(set(names) - shapes.keys()) if not name.endswith(self.family.ignored)]
         table = functools.cache(lambda: self.tensor_map.read("embedding.table", None, read))
-        if UNEMBEDDING in extra and self.widened.tie_embeddings:
-            extra.remove(UNEMBEDDING)
-            if not np.array_equal(read(UNEMBEDDING), table()[: self.config.vocab_size]):
-                raise ValueError(f"{UNEMBEDDING} is not the embedding, and the config says that they are tied")
+        if self._unembedding in extra and self.widened.tie_embeddings:
+            extra.remove(self._unembedding)
+            if not np.array_equal(read(self._unembedding), table()[: self.config.vocab_size]):
+                raise ValueError(f"{self._unembedding} is not the embedding, and the config says that they are tied")
         if extra:
             others = f", nor for {len(extra) - 1} others" if extra[1:] else ""
             raise ValueError(f"this model has no place for {extra[0]}{others}")
@@ -204,12 +231,13 @@ def _import_config(family: Family, hf_config: Mapping[str, Any]) -> ResolvedMode
     for name, value in family.required.items():
         if hf_config.get(name) is not None and hf_config[name] != value:
             raise ValueError(f"{name} is {hf_config[name]!r}; in this decoder it is {value}")
-    layer_types = hf_config.get("layer_types") or []
+    layer_types = [] if "layer_pattern" in family.limits else hf_config.get("layer_types") or []
     if not isinstance(layer_types, list) or any(layer_type != layer_types[0] for layer_type in layer_types):
-        raise ValueError(f"layer_types is {layer_types!r}; in this decoder all layers are alike")
+        raise ValueError(f"layer_types is {layer_types!r}; in {family.architecture} all layers are alike")
     if hf_config.get("quantization_config"):
         raise ValueError("quantization_config: quantized weights are not read; take those that they were made of")
-    fields = {name: values[0] for name, values in family.choices.items() if len(values) == 1} | {**family.always}
+    fields = {name: values[0] for name, values in family.choices.items() if values and len(values) == 1}
+    fields |= family.always
     fields |= {key.field: key.read(hf_config) for key in family.keys}
     fields |= family.extra_fields(hf_config)
     if layer_types[:1] == ["full_attention"] and fields.get("sliding_window") is not None:
@@ -223,7 +251,10 @@ def _import_config(family: Family, hf_config: Mapping[str, Any]) -> ResolvedMode
     config = ResolvedModelConfig(compute_dtype="float32", **fields)
     if problems := config.problems():
         raise ValueError("; ".join(problems))
-    return config.resolved()
+    config = config.resolved()
+    # Another class may have all of the model's choices, in tensors of other names.
+    is_first = next((other for other in FAMILIES if not other.lacks(config)), None) is family
+    return config if is_first else dataclasses.replace(config, export_as=family.model_type)
 
 
 def _is_own(name: str, value: Any) -> bool:

@@ -5,9 +5,12 @@ from typing import Any
 
 from model.config import HIGH_TURNS, ResolvedModelConfig
 from model.interchange.config_keys import parse
+from model.interchange.layer_types import FULL, WINDOW
 
 # Transformers reads this key at the top level first.
 ORIGINAL_CONTEXT = "original_max_position_embeddings"
+# The part of a head's components that is rotated.
+PART = "partial_rotary_factor"
 # Keys of `rope_low_turns` and `rope_high_turns`.
 TURN_KEYS = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_slow", "beta_fast")}
 
@@ -22,23 +25,87 @@ def rope_to_huggingface(config: ResolvedModelConfig) -> dict[str, Any]:
         low, high = TURN_KEYS[scaling]
         rope |= {low: config.rope_low_turns, high: config.rope_high_turns}
         rope[ORIGINAL_CONTEXT] = config.rope_original_context
+    if config.rope_dim != config.head_dim:
+        rope[PART] = config.rope_dim / config.head_dim
     return rope
 
 
-def rope_from_huggingface(hf_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns our rotary fields. ValueError names scalings that this decoder does not have."""
+def rope_keys(config: ResolvedModelConfig) -> dict[str, Any]:
+    """Returns rotary keys, repeated where older versions and other programs look for them."""
+    rope = rope_to_huggingface(config)
+    scaling = None if config.rope_scaling == "none" else rope
+    part = {PART: rope[PART]} if PART in rope else {}
+    return {"rope_theta": config.rope_base, "rope_scaling": scaling, "rope_parameters": rope} | part
+
+
+def rope_keys_by_type(config: ResolvedModelConfig) -> dict[str, Any]:
+    """Returns rotary keys of a class with a rotation for each type of layer."""
+    rope = rope_to_huggingface(config)
+    base = config.window_rope_base or config.rope_base
+    of_window = (rope if config.window_rope_scaling else {"rope_type": "default"}) | {"rope_theta": base}
+    return {"rope_parameters": {FULL: rope, WINDOW: of_window}}
+
+
+def rope_by_type_from_huggingface(
+    hf_config: Mapping[str, Any],
+    full_base: float,
+    window_base: float,
+    pattern: Mapping[str, Any],
+    window_key: str = "rope_theta",
+) -> dict[str, Any]:
+    """Returns our rotary fields of a class with a rotation for each type of layer. ValueError as below.
+
+    Args:
+        full_base: base in a file that says none; `window_base` is that of layers with a window.
+        pattern: the `pattern_fields`; without a window its rotation has no effect.
+        window_key: key of the latter in older files, whose `rope_scaling` is for full attention alone.
+    """
+    by_type = hf_config.get("rope_parameters") or {}
+    if not isinstance(by_type, Mapping) or not all(isinstance(of_type, Mapping) for of_type in by_type.values()):
+        raise ValueError(f"rope_parameters is {by_type!r}; it must be a table of settings for each type of layer")
+    top = {name: hf_config.get(name) for name in (ORIGINAL_CONTEXT, "rope_scaling", "rope_theta")}
+    base = parse(hf_config, "rope_theta", float, full_base)
+    full = rope_from_huggingface({**top, "rope_theta": base, "rope_parameters": by_type.get(FULL)})
+    base = parse(hf_config, window_key, float, window_base)
+    window = rope_from_huggingface({"rope_theta": base, "rope_parameters": by_type.get(WINDOW)})
+    fields = dict(full)
+    if pattern["sliding_window"] is None:
+        return fields
+    if window["rope_base"] != full["rope_base"]:
+        fields["window_rope_base"] = window["rope_base"]
+    if {**window, "rope_base": 0} != {**full, "rope_base": 0}:
+        if "rope_scaling" in window:
+            raise ValueError(f"rope_parameters.{WINDOW}: in this decoder it is unscaled, or scaled as {FULL} is")
+        fields["window_rope_scaling"] = False
+    return fields
+
+
+def rope_from_huggingface(
+    hf_config: Mapping[str, Any], head_dim: int | None = None, part: float = 1.0
+) -> dict[str, Any]:
+    """Returns our rotary fields. ValueError names scalings that this decoder does not have.
+
+    Args:
+        head_dim: width of a head, in a class that rotates a part of it; else all is rotated.
+        part: the part in a file that says none.
+    """
     # The older key wins, as in Transformers.
     rope = hf_config.get("rope_scaling") or hf_config.get("rope_parameters") or {}
     if not isinstance(rope, Mapping):
         raise ValueError(f"rope_parameters is {rope!r}; it must be a table of settings")
-    if parse(rope, "partial_rotary_factor", float, parse(hf_config, "partial_rotary_factor", float, 1.0)) != 1:
-        raise ValueError("partial_rotary_factor: in this decoder all components of a head are turned")
-    fields = {"rope_base": parse(rope, "rope_theta", float, parse(hf_config, "rope_theta", float, 10_000.0))}
+    part = parse(rope, PART, float, parse(hf_config, PART, float, part))
+    fields: dict[str, Any] = {
+        "rope_base": parse(rope, "rope_theta", float, parse(hf_config, "rope_theta", float, 10_000.0))
+    }
+    if head_dim is None and part != 1:
+        raise ValueError(f"{PART}: in this decoder all components of a head are turned here")
+    if head_dim is not None and part != 1:
+        fields["rope_dim"] = int(head_dim * part)
     # Older files call it "type".
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "linear", *TURN_KEYS):
         raise ValueError(f"rope_type is {rope_type}; this decoder has default, linear, llama3 and yarn")
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", ORIGINAL_CONTEXT}
+    known = {"rope_type", "type", "rope_theta", PART, "factor", ORIGINAL_CONTEXT}
     known |= set(TURN_KEYS.get(rope_type, ()))
     if others := [name for name in rope if name not in known and rope[name] is not None]:
         raise ValueError(f"rope_parameters.{others[0]}: this decoder has no such choice")

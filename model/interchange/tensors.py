@@ -27,18 +27,20 @@ class Tensor(NamedTuple):
         name: name in the file, with {layer} if there is one for each layer.
         parameters: the parameters that it holds, concatenated along its last axis.
         transposed: true for a matrix [outputs, inputs] (PyTorch's Linear); ours are [inputs, outputs].
-        offset: number that is added to its values on import, and subtracted on export.
+        by_head: the parameters are concatenated head by head.
+        adjacent_pairs: components of a head that are rotated together are adjacent; ours are half of `rope_dim` apart.
     """
 
     name: str
     parameters: tuple[str, ...]
     transposed: bool = False
-    offset: float = 0.0
+    by_head: bool = False
+    adjacent_pairs: bool = False
 
 
-def torch_linear(name: str, parameter: str) -> Tensor:
+def torch_linear(name: str, *parameters: str) -> Tensor:
     """Describes the weight of a PyTorch Linear."""
-    return Tensor(name, (parameter,), transposed=True)
+    return Tensor(name, parameters, transposed=True)
 
 
 def same_layout(name: str, *parameters: str) -> Tensor:
@@ -73,6 +75,7 @@ class TensorMap:
         self.parameters = parameter_table(config)
         self.tensors = [tensor for tensor in tensors if tensor.parameters[0] in self.parameters]
         self._vocab_size = config.vocab_size
+        self._rope_dim = config.rope_dim
         self._tensor_of = {name: tensor for tensor in self.tensors for name in tensor.parameters}
 
     def arrays(self) -> list[tuple[str, Tensor, int | None]]:
@@ -95,10 +98,12 @@ class TensorMap:
         for name in tensor.parameters:
             parameter = self.parameters[name]
             array = read(name, layer)[tuple(map(slice, self._sizes(parameter).values()))]
-            parts.append(array.reshape(self._shape(parameter)))
+            if tensor.adjacent_pairs:
+                array = self._swapped_pairs(array, (2, -1))
+            parts.append(array if tensor.by_head else array.reshape(self._shape(parameter)))
         array = np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
-        if tensor.offset:
-            array = array - np.asarray(tensor.offset, array.dtype)
+        if tensor.by_head:
+            array = array.reshape(*array.shape[:-2], -1)
         return np.ascontiguousarray(array.T if tensor.transposed else array)
 
     def read(self, name: str, layer: int | None, read: TensorReader) -> np.ndarray:
@@ -108,14 +113,24 @@ class TensorMap:
         array = read(tensor.name.format(layer=layer))
         assert array.shape == self.shape(tensor)
         array = array.T if tensor.transposed else array
+        if tensor.by_head:
+            array = array.reshape(
+                *array.shape[:-1], next(size for axis, size in parameter.axes.items() if "heads" in axis), -1
+            )
+        width = lambda other: self._sizes(other)["head"] if tensor.by_head else self._shape(other)[-1]
         before = tensor.parameters[: tensor.parameters.index(name)]
-        start = sum(self._shape(self.parameters[other])[-1] for other in before)
-        array = array[..., start : start + self._shape(parameter)[-1]].astype(np.float32)
-        if tensor.offset:
-            array = array + np.float32(tensor.offset)
+        start = sum(width(self.parameters[other]) for other in before)
+        array = array[..., start : start + width(parameter)].astype(np.float32)
         sizes = self._sizes(parameter)
         padding = [(0, parameter.axes[axis] - size) for axis, size in sizes.items()]
-        return np.pad(array.reshape(tuple(sizes.values())), padding)
+        array = np.pad(array.reshape(tuple(sizes.values())), padding)
+        return self._swapped_pairs(array, (-1, 2)) if tensor.adjacent_pairs else array
+
+    def _swapped_pairs(self, array: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+        """Reorders the rotated components of heads [..., C], which have this shape, to its transpose."""
+        rotated, rest = np.split(array, [self._rope_dim], axis=-1)
+        swapped = rotated.reshape(*rotated.shape[:-1], *shape).swapaxes(-1, -2).reshape(rotated.shape)
+        return np.concatenate([swapped, rest], axis=-1)
 
     def _shape(self, parameter: Parameter) -> tuple[int, ...]:
         """Returns the shape of one layer as [inputs, outputs], a vector, or a table, without padding."""

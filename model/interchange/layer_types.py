@@ -1,0 +1,69 @@
+"""Kinds of layers in a config.json: `layer_types`, one name a layer, and our `layer_pattern`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from model.config import DEFAULT_PATTERN, ResolvedModelConfig
+
+FULL, WINDOW = "full_attention", "sliding_attention"
+# The letter of each type, in classes whose layers rotate wherever they attend to.
+LETTERS = {FULL: "F", WINDOW: "S"}
+
+
+def letters_of(config: ResolvedModelConfig) -> str:
+    """Returns the letter of every layer, as `model.layers.layer_kinds` reads the pattern."""
+    pattern = config.layer_pattern or DEFAULT_PATTERN[config.sliding_window is not None]
+    return (pattern * config.num_layers)[: config.num_layers]
+
+
+def of_kinds(letters: str) -> Any:
+    """Returns a predicate of a config: all of its layers are of these kinds."""
+    return lambda config: set(letters_of(config)) <= set(letters)
+
+
+def of_one_kind(config: ResolvedModelConfig) -> bool:
+    """True if all layers are alike."""
+    return len(set(letters_of(config))) == 1
+
+
+def write_layer_types(config: ResolvedModelConfig, letters: Mapping[str, str] = LETTERS) -> list[str]:
+    """Returns the type of each layer."""
+    types = {letter: layer_type for layer_type, letter in letters.items()}
+    return [types[letter] for letter in letters_of(config)]
+
+
+def read_layer_types(
+    hf_config: Mapping[str, Any], num_layers: int, default: str, letters: Mapping[str, str] = LETTERS
+) -> str:
+    """Returns the letter of each layer. ValueError names types that the class has not.
+
+    Args:
+        default: the letters of a file without the key.
+        letters: letter by type.
+    """
+    types = hf_config.get("layer_types")
+    if types is None:
+        return default
+    if not isinstance(types, list) or len(types) != num_layers:
+        raise ValueError(f"layer_types is {types!r}; it must name the type of each of {num_layers} layers")
+    for i, layer_type in enumerate(types):
+        if layer_type not in letters:
+            raise ValueError(f"layer_types[{i}] is {layer_type!r}; this decoder has {' and '.join(letters)} here")
+    return "".join(letters[layer_type] for layer_type in types)
+
+
+def pattern_fields(letters: str, window: int | None) -> dict[str, Any]:
+    """Returns `layer_pattern`, the shortest that repeats to these letters, and `sliding_window`.
+
+    ValueError if layers have a window without a length.
+    """
+    if "S" not in letters:
+        window = None
+    elif window is None:
+        raise ValueError("layer_types has sliding_attention, and there is no sliding_window")
+    pattern = next(
+        letters[:size]
+        for size in range(1, len(letters) + 1)
+        if (letters[:size] * len(letters))[: len(letters)] == letters
+    )
+    return {"layer_pattern": None if pattern in DEFAULT_PATTERN else pattern, "sliding_window": window}
