@@ -13,7 +13,7 @@ from model.config import ResolvedModelConfig
 from model.interchange import llama
 from model.interchange.config_keys import ALIASES, ConfigKey, parse
 from model.interchange.family import ANY
-from model.interchange.layer_types import of_kinds, pattern_fields, read_layer_types, write_layer_types
+from model.interchange.layer_types import layer_type_keys, of_kinds, pattern_fields, read_layer_types
 from model.interchange.rope import (
     rope_by_type_from_huggingface,
     rope_from_huggingface,
@@ -31,8 +31,8 @@ OLDER_KEY = ACTIVATION._replace(key="hidden_activation")
 
 
 def gemma_to_huggingface(config: ResolvedModelConfig) -> dict[str, Any]:
-    """Returns the activation under both names, and no padding token, which would otherwise be the first token."""
-    return rope_keys(config) | {OLDER_KEY.key: OLDER_KEY.write(config.activation), "pad_token_id": None}
+    """Returns rotary keys, and the activation under both names."""
+    return rope_keys(config) | {OLDER_KEY.key: OLDER_KEY.write(config.activation)}
 
 
 def gemma_from_huggingface(hf_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,8 +88,7 @@ def gemma3_from_huggingface(hf_config: Mapping[str, Any]) -> dict[str, Any]:
 def _kinds_and_scale(config: ResolvedModelConfig) -> dict[str, Any]:
     divisor = config.head_dim if config.attention_scale is None else config.attention_scale**-2
     divisor = round(divisor) if math.isclose(divisor, round(divisor), rel_tol=1e-12) else divisor
-    kinds = {"layer_types": write_layer_types(config), "sliding_window": config.sliding_window}
-    return kinds | {"query_pre_attn_scalar": divisor, "pad_token_id": None}
+    return layer_type_keys(config) | {"query_pre_attn_scalar": divisor}
 
 
 def _pattern_and_scale(hf_config: Mapping[str, Any], period: int) -> dict[str, Any]:
@@ -126,7 +125,7 @@ GEMMA2 = replace(
         ConfigKey("final_logit_softcapping", "logit_softcap", float | None, 30.0),
     ),
     tensors=llama.with_norms(NORMS),
-    choices=GEMMA.choices | {"norm_placement": ("both",), "attention_scale": ANY},
+    choices=GEMMA.choices | {"norm_placement": ("both",), "attention_scale": ANY, "sliding_window": ANY},
     limits={"layer_pattern": of_kinds("FS")},
     extra_keys=gemma2_to_huggingface,
     extra_fields=gemma2_from_huggingface,

@@ -133,6 +133,8 @@ class Interchange:
             **self.family.extra_keys(self.widened),
             "bos_token_id": bos_id,
             "eos_token_id": eos_id,
+            # The class's own would otherwise be a token whose embedding it takes for zero.
+            "pad_token_id": None,
             "dtype": dtype,
         }
         return hf_config | ({OWN_KEY: self.own_fields} if self.own_fields else {})

@@ -32,6 +32,11 @@ def write_layer_types(config: ResolvedModelConfig, letters: Mapping[str, str] = 
     return [types[letter] for letter in letters_of(config)]
 
 
+def layer_type_keys(config: ResolvedModelConfig, letters: Mapping[str, str] = LETTERS) -> dict[str, Any]:
+    """Returns the type of each layer and the window, which these classes need even if no layer has it."""
+    return {"layer_types": write_layer_types(config, letters), "sliding_window": config.sliding_window or 4096}
+
+
 def read_layer_types(
     hf_config: Mapping[str, Any], num_layers: int, default: str, letters: Mapping[str, str] = LETTERS
 ) -> str:

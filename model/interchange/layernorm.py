@@ -11,10 +11,10 @@ from model.interchange.family import ANY, Family
 from model.interchange.layer_types import (
     FULL,
     WINDOW,
+    layer_type_keys,
     of_kinds,
     pattern_fields,
     read_layer_types,
-    write_layer_types,
 )
 from model.interchange.rope import PART, rope_from_huggingface, rope_keys
 from model.interchange.tensors import Tensor, same_layout, torch_linear
@@ -71,8 +71,7 @@ def starcoder2_from_huggingface(hf_config: Mapping[str, Any]) -> dict[str, Any]:
 
 def cohere2_to_huggingface(config: ResolvedModelConfig) -> dict[str, Any]:
     """Returns rotary keys and the type of each layer."""
-    kinds = {"layer_types": write_layer_types(config, COHERE_LETTERS), "sliding_window": config.sliding_window}
-    return rope_keys(config) | kinds | {"pad_token_id": None}
+    return rope_keys(config) | layer_type_keys(config, COHERE_LETTERS)
 
 
 def cohere2_from_huggingface(hf_config: Mapping[str, Any]) -> dict[str, Any]:

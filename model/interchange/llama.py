@@ -308,7 +308,7 @@ def glm4_from_huggingface(hf_config: Mapping[str, Any]) -> dict[str, Any]:
 def glm4_to_huggingface(config: ResolvedModelConfig) -> dict[str, Any]:
     """Returns rotary keys, with the part that is rotated."""
     rope = rope_keys(config)
-    return rope | {PART: rope["rope_parameters"].setdefault(PART, 1.0), "pad_token_id": None}
+    return rope | {PART: rope["rope_parameters"].setdefault(PART, 1.0)}
 
 
 GLM4_NORMS = {

@@ -11,7 +11,7 @@ from model.config import ResolvedModelConfig
 from model.interchange import llama
 from model.interchange.config_keys import ConfigKey, parse
 from model.interchange.family import ANY
-from model.interchange.layer_types import of_kinds, pattern_fields, read_layer_types, write_layer_types
+from model.interchange.layer_types import layer_type_keys, of_kinds, pattern_fields, read_layer_types
 from model.interchange.rope import rope_by_type_from_huggingface, rope_keys_by_type
 
 NORMS = {"post_attention_layernorm": "attention_norm", "post_feedforward_layernorm": "feedforward_norm"}
@@ -21,7 +21,7 @@ SIZES = tuple(EPSILON if key.field == "norm_epsilon" else key for key in llama.S
 
 def olmo3_to_huggingface(config: ResolvedModelConfig) -> dict[str, Any]:
     """Returns rotary keys by the type of layer, and the types."""
-    return rope_keys_by_type(config) | {"layer_types": write_layer_types(config)}
+    return rope_keys_by_type(config) | layer_type_keys(config)
 
 
 def olmo3_from_huggingface(hf_config: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -47,9 +48,9 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"use_sliding_window": True, "sliding_window": 5, "layer_types": [WINDOW, FULL, FULL, WINDOW]},
     ],
     "ministral": [
-        {"sliding_window": 5, "layer_types": [FULL, WINDOW, WINDOW, FULL]},
+        {"sliding_window": 5, "head_dim": 8, "layer_types": [FULL, WINDOW, WINDOW, FULL]},
         {"sliding_window": 6, "head_dim": 16},
-        {"sliding_window": None},
+        {"sliding_window": 5, "head_dim": 8, "layer_types": [FULL] * 4},
     ],
     "smollm3": [{}, {"no_rope_layers": [0, 1, 1, 1], "attention_bias": True, "tie_word_embeddings": False}],
     "phi3": [{}, {"sliding_window": 5, "rope_parameters": {"rope_type": "default", "rope_theta": 7e3}}],
@@ -70,6 +71,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "gemma2": [
         {"head_dim": 16, "sliding_window": 5, "query_pre_attn_scalar": 20},
         {"head_dim": 16, "sliding_window": 5, "attn_logit_softcapping": None, "final_logit_softcapping": 1.0},
+        {"head_dim": 16, "layer_types": [FULL] * 4},
     ],
     "gemma3_text": [
         {"head_dim": 16, "sliding_window": 5, "num_hidden_layers": 7, "query_pre_attn_scalar": 16},
@@ -138,7 +140,8 @@ def test_a_model_of_transformers_computes_the_same_here_and_goes_out_as_it_came(
     assert interchange.family.model_type == model_type
     interchange.check_tensors(theirs.tensors, theirs.tensors.__getitem__)
     config = interchange.config
-    weights = nested_weights(config, interchange.import_reader(theirs.tensors.__getitem__))
+    read = interchange.import_reader(theirs.tensors.__getitem__)
+    weights = jax.tree.map(jnp.asarray, nested_weights(config, read))
 
     tokens = np.random.default_rng(0).integers(0, 60, (2, 24))
     with torch.no_grad():
@@ -159,9 +162,9 @@ def test_a_model_of_transformers_computes_the_same_here_and_goes_out_as_it_came(
 
     greedy = generated(config, weights, [int(token) for token in tokens[0, :9]])
     with torch.no_grad():
-        whole = theirs.model.generate(
-            torch.tensor(tokens[:1, :9]), max_new_tokens=14, do_sample=False, eos_token_id=None, pad_token_id=0
-        )
+        prompt = torch.tensor(tokens[:1, :9])
+        options = {"attention_mask": torch.ones_like(prompt), "eos_token_id": None, "pad_token_id": 0}
+        whole = theirs.model.generate(prompt, max_new_tokens=14, do_sample=False, **options)
     assert greedy == whole[0, 9:].tolist()
 
 
