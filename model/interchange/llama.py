@@ -10,6 +10,7 @@ from model.interchange.config_keys import ALIASES, ConfigKey, parse
 from model.interchange.family import ANY, Choices, Family
 from model.interchange.layer_types import (
     FULL,
+    layer_type_keys,
     letters_of,
     of_kinds,
     pattern_fields,
@@ -175,7 +176,7 @@ QWEN2 = replace(
 
 def ministral_to_huggingface(config: ResolvedModelConfig) -> dict[str, Any]:
     """Returns rotary keys and the type of each layer."""
-    return rope_keys(config) | {"layer_types": write_layer_types(config)}
+    return rope_keys(config) | layer_type_keys(config)
 
 
 def ministral_from_huggingface(hf_config: Mapping[str, Any]) -> dict[str, Any]:
