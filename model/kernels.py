@@ -5,7 +5,9 @@ that a plan for another platform chooses as that platform would.
 """
 
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +26,7 @@ from model.sharding import Layout
 # Side lengths of splash attention's blocks of scores, of which the largest that divides the positions is taken.
 BLOCKS = (512, 256, 128)
 PLATFORM_KERNELS = {"tpu": "splash", "gpu": "cudnn"}
+_patching_jax = threading.Lock()
 
 
 class KernelChoice(NamedTuple):
@@ -88,9 +91,9 @@ def attention_over(
     kernel = choose_kernel(config, layout, segment_ids_BT.shape[1]).kernel
     if kernel == "splash":
         return lambda q, k, v, keys_B, *sinks: _splash(config, layout, segment_ids_BT, window, sinks, q, k, v)
-    mask_B1TS = causal_mask(segment_ids_BT, window, layout)
     if kernel == "cudnn":
-        return lambda q, k, v, keys_B: _cudnn(layout, mask_B1TS, q, k, v)
+        return lambda q, k, v, keys_B: _cudnn(layout, segment_ids_BT, window, q, k, v)
+    mask_B1TS = causal_mask(segment_ids_BT, window, layout)
 
     def plain(
         q_BHTC: jax.Array, k_BKTC: jax.Array, v_BKTC: jax.Array, keys_B: DropoutKeys, *sinks: jax.Array
@@ -163,17 +166,45 @@ def _splash(
     return _on_each_device(on_device, layout, specs, (kernel, segment_ids_BT, sinks), *qkv)
 
 
-def _cudnn(layout: Layout, mask_B1TS: jax.Array, *qkv: jax.Array) -> jax.Array:
-    """Runs cuDNN's flash attention (GPU), whose mask costs a number for each pair of positions, shared by all heads."""
-    n = layout.size("time")
+def _cudnn(layout: Layout, segment_ids_BT: jax.Array, window: int | None, *qkv: jax.Array) -> jax.Array:
+    """Runs cuDNN's flash attention (GPU), whose mask costs a number for each pair of positions, shared by all heads.
+
+    The documents' offsets would cost more (docs/gpus.md). Each layer computes the mask, so that none outlives a layer.
+    """
+    # In the order of the row cuDNN itself skips later keys and those before the window. In zigzag order the mask does.
+    in_order = layout.size("time") == 1
+    mask_B1TS = causal_mask(segment_ids_BT, None if in_order else window, layout)
+    own_window = (window - 1, 0) if in_order and window is not None else None
 
     def on_device(mask: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        if n > 1:
-            # The keys of the mask are in zigzag order, too.
+        if not in_order:
             k, v = (jax.lax.all_gather(x, tuple(layout.mesh_axes("time")), axis=2, tiled=True) for x in (k, v))
         q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-        # With is_causal it skips later keys, but only in the order of the row.
-        y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=n == 1, implementation="cudnn")
+        with _without_gradient_of_mask():
+            y = jax.nn.dot_product_attention(
+                q, k, v, mask=mask, is_causal=in_order, local_window_size=own_window, implementation="cudnn"
+            )
         return y.swapaxes(1, 2)
 
     return _on_each_device(on_device, layout, (layout.spec("batch", None, "time", None),), (mask_B1TS,), *qkv)
+
+
+@contextmanager
+def _without_gradient_of_mask() -> Iterator[None]:
+    """Stops JAX before 0.12 from asking cuDNN for the mask's gradient, which nobody uses.
+
+    It costs a number for each head and pair of positions (https://github.com/jax-ml/jax/pull/39512).
+    """
+    if jax.__version_info__ >= (0, 12):
+        yield
+        return
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    # Two threads may trace at once.
+    with _patching_jax:
+        real = fused_attention_stablehlo.should_export_dbias
+        fused_attention_stablehlo.should_export_dbias = lambda *_: False
+        try:
+            yield
+        finally:
+            fused_attention_stablehlo.should_export_dbias = real

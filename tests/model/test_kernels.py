@@ -1,11 +1,14 @@
 """Every kernel gives the results of plain attention, in interpreter mode, on one device and on meshes."""
 
 import dataclasses
+import json
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AxisType
 
 import model.cpu_attention
@@ -72,7 +75,11 @@ def test_splash_attention_is_plain_attention(changes: dict):
 
 
 @pytest.mark.parametrize("shape", [{}, {"context": 2, "tensor": 2}], ids=str)
-@pytest.mark.parametrize("changes", [{}, {"sliding_window": 40}, {"num_kv_heads": 4}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"sliding_window": 40}, {"sliding_window": 2}, {"sliding_window": 2 * T}, {"num_kv_heads": 4}],
+    ids=str,
+)
 def test_what_cudnn_is_asked_for_is_plain_attention(shape: dict, changes: dict, monkeypatch):
     """XLA's own attention stands in for cuDNN's, which only a GPU has."""
     arrays = inputs(config_for("plain", **changes))
@@ -89,6 +96,31 @@ def test_what_cudnn_is_asked_for_is_plain_attention(shape: dict, changes: dict, 
     cudnn = result_and_gradients(config_for("plain", **changes), mesh_of(**shape), TRAINING, arrays)
     assert asked == ["cudnn"]
     assert_close(cudnn, plain, 2e-6)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_cudnn_gets_the_window_and_computes_no_gradient_of_the_mask(window: int | None, monkeypatch):
+    """Programs for a GPU are lowered without one."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91200)
+    monkeypatch.setattr(model.kernels, "choose_kernel", lambda *_: KernelChoice("cudnn", ""))
+    config = config_for("plain")
+    q, k, v, g, ids = inputs(config)
+
+    def both(q, k, v, g):
+        attention = attention_over(config, UNSHARDED, ids, window)
+        y, pull = jax.vjp(lambda *x: attention(*x, None), q, k, v)
+        return y, *pull(g)
+
+    arrays = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v, g))
+    text = jax.jit(both).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line for line in text.splitlines() if "custom_call @__cudnn$fmha" in line]
+    assert len(calls) == 2
+    for call in calls:
+        masks_in, masks_out = (part.count(f"tensor<2x1x{T}x{T}xbf16>") for part in call.rsplit("->", 1))
+        assert (masks_in, masks_out) == (1, 0)
+        settings = json.loads(re.search(r'backend_config = "(.*?)", ', call)[1].replace(r"\22", '"'))
+        settings = settings["cudnn_fmha_backend_config"]
+        assert (settings["mask_type"], settings["sliding_window_length"]) == ("CAUSAL", window or 0)
 
 
 def test_splash_attention_in_bfloat16_is_as_near_as_plain_attention_is():
