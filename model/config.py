@@ -225,7 +225,9 @@ class ModelConfig:
         values: dict[str, Any] = vars(self) | {
             "num_kv_heads": self.num_kv_heads or self.num_heads,
             "head_dim": self.head_dim or self.model_dim // self.num_heads,
-            "rope_dim": self.rope_dim or self.head_dim or self.model_dim // self.num_heads,
+            "rope_dim": (self.rope_dim or self.head_dim or self.model_dim // self.num_heads)
+            if self.position == "rope"
+            else None,
             "attention_output_bias": _first_given(self.attention_output_bias, self.attention_bias),
             "feedforward_dim": self.feedforward_dim or (gated_dim if self.gated else 4 * self.model_dim),
             "vocab_size": vocab_size,
@@ -263,7 +265,8 @@ class ModelConfig:
             problems.append(f"model.max_positions is for learned positions; leave it at none with {self.position}")
         unused = dict.fromkeys(UNUSED_BY_SCALING[self.rope_scaling], f"model.rope_scaling = {self.rope_scaling}")
         if self.position != "rope":
-            unused |= dict.fromkeys(("rope_base", "rope_dim", "rope_scaling"), f"model.position = {self.position}")
+            names = ("rope_base", "rope_dim", "rope_scaling", "window_rope_base", "window_rope_scaling")
+            unused |= dict.fromkeys(names, f"model.position = {self.position}")
         if self.norm == "rmsnorm":
             unused["norm_bias"] = "model.norm = rmsnorm"
         if not self.qk_norm:

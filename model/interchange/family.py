@@ -28,7 +28,7 @@ USUAL: Choices = {
 }
 USUAL_LIMITS: Mapping[str, Callable[[ResolvedModelConfig], bool]] = {
     "layer_pattern": of_one_kind,
-    "rope_dim": lambda config: config.rope_dim == config.head_dim,
+    "rope_dim": lambda config: config.rope_dim in (None, config.head_dim),
     "attention_output_bias": lambda config: config.attention_output_bias == config.attention_bias,
 }
 # In `choices` and `limits`: any value.

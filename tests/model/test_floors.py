@@ -1,15 +1,17 @@
 """Properties of every combination of floors: causality (C12), one pass for all prefixes, packing (C3), the cache."""
 
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model import cpu_attention
 from model.config import ModelConfig
 from model.decoder import Decoder
-from model.generation.decoder import CachedDecoder, empty_cache, extended_cache
+from model.generation.decoder import CachedDecoder, empty_cache, extended_cache, newest_of
 from model.generation.weights import decoding_weights
 from settings import choices_of
 from tests.small import VOCAB_SIZE, small_model, small_weights
@@ -19,11 +21,20 @@ T, PART, CALL = 12, 5, 3
 
 @st.composite
 def models(draw: st.DrawFn) -> ModelConfig:
-    """Draws any model of two small layers."""
+    """Draws any model of a few small layers."""
+    drawn = lambda *values: draw(st.sampled_from(values))
     position = draw(st.sampled_from(choices_of(ModelConfig, "position")))
     scaling = draw(st.sampled_from(choices_of(ModelConfig, "rope_scaling"))) if position == "rope" else "none"
     factor, original = (1.0, None) if scaling == "none" else (4.0, 8)
+    kinds = "FSN" if position == "rope" else "FS"
+    pattern = draw(st.none() | st.text(kinds, min_size=1, max_size=3))
+    window = drawn(1, 3) if "S" in (pattern or drawn("F", "S")) else None
+    norm, activation = drawn(*choices_of(ModelConfig, "norm")), drawn(*choices_of(ModelConfig, "activation"))
+    block = drawn(*choices_of(ModelConfig, "block"))
+    qk_norm = draw(st.booleans())
     return small_model(
+        num_layers=drawn(3, 4),
+        layer_pattern=pattern,
         model_dim=16,
         num_heads=4,
         num_kv_heads=draw(st.sampled_from([1, 2, 4])),
@@ -37,15 +48,29 @@ def models(draw: st.DrawFn) -> ModelConfig:
         rope_scaling=scaling,
         rope_factor=factor,
         rope_original_context=original if scaling in ("llama3", "yarn") else None,
+        rope_dim=drawn(None, 2) if position == "rope" else None,
+        window_rope_base=drawn(None, 300.0) if window and position == "rope" else None,
+        window_rope_scaling=drawn(True, False) if window and position == "rope" else True,
         attention_bias=draw(st.booleans()),
-        qk_norm=draw(st.booleans()),
-        sliding_window=draw(st.sampled_from([None, 1, 3])),
-        attention_softcap=draw(st.sampled_from([None, 2.0])),
-        activation=draw(st.sampled_from(choices_of(ModelConfig, "activation"))),
-        gated=draw(st.booleans()),
+        attention_output_bias=drawn(None, False, True),
+        qk_norm=qk_norm,
+        qk_norm_over=drawn("head", "all_heads") if qk_norm else "head",
+        attention_scale=drawn(None, 0.3),
+        attention_sinks=draw(st.booleans()),
+        sliding_window=window,
+        attention_softcap=drawn(None, 2.0),
+        activation=activation,
+        gated=activation == "clamped_swiglu" or draw(st.booleans()),
         feedforward_bias=draw(st.booleans()),
-        norm=draw(st.sampled_from(choices_of(ModelConfig, "norm"))),
-        norm_placement=draw(st.sampled_from(choices_of(ModelConfig, "norm_placement"))),
+        norm=norm,
+        norm_bias=norm == "rmsnorm" or draw(st.booleans()),
+        norm_offset=draw(st.booleans()),
+        norm_placement="pre" if block != "sequential" else drawn(*choices_of(ModelConfig, "norm_placement")),
+        block=block,
+        embedding_multiplier=drawn(1.0, 3.0),
+        residual_multiplier=drawn(1.0, 0.3),
+        logit_multiplier=drawn(1.0, 0.3),
+        logit_softcap=drawn(None, 2.0),
         # Neither changes the result of a pass without dropout keys.
         residual_dropout=draw(st.sampled_from([0.0, 0.5])),
         remat_policy=draw(st.sampled_from(choices_of(ModelConfig, "remat_policy"))),
@@ -78,9 +103,16 @@ def log_probabilities(config: ModelConfig):
     return at_once, prefill, step
 
 
-@settings(max_examples=10)
+@settings(max_examples=20)
 @given(config=models(), seed=st.integers(0, 100))
 def test_any_model_is_causal_trains_all_prefixes_at_once_packs_and_decodes_from_a_cache(config: ModelConfig, seed: int):
+    assert config.problems() == []
+    # So that attention in blocks has several.
+    with mock.patch.object(cpu_attention, "LEAST_BLOCK", 4):
+        check(config, seed)
+
+
+def check(config: ModelConfig, seed: int) -> None:
     weights, (at_once, prefill, step) = small_weights(config, seed), log_probabilities(config)
     tokens = np.random.default_rng(seed).integers(0, VOCAB_SIZE, T)
     positions, one = np.tile(np.arange(T), (T, 1)), np.ones((T, T), int)
@@ -107,12 +139,13 @@ def test_any_model_is_causal_trains_all_prefixes_at_once_packs_and_decodes_from_
     # So does decoding behind a prefix, in calls of CALL tokens, after each of which the cache is extended.
     weights = decoding_weights(config, weights)
     padded = np.pad(tokens[:-PART], (0, PART + CALL))
-    log_p, cache = prefill(weights, padded[None])
+    log_p, whole_cache = prefill(weights, padded[None])
+    cache = newest_of(config, whole_cache, np.array([T - PART]))
     decoded = [*log_p[0, : T - PART]]
     for begin in range(T - PART, T, CALL):
         recent, lengths = empty_cache(config, 1, CALL), np.array([begin])
         for place in range(begin, min(begin + CALL, T)):
             log_p, recent = step(weights, tokens[None, place : place + 1], place - begin, lengths, cache, recent)
             decoded.append(log_p[0, 0])
-        cache = extended_cache(cache, recent, lengths)
+        cache = extended_cache(config, cache, recent, lengths)
     np.testing.assert_allclose(np.stack(decoded), whole, atol=2e-5)

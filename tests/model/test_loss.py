@@ -105,12 +105,25 @@ def test_a_large_vocabulary_fits_in_memory():
     assert memory > 4 * chunk * vocab_size / 2
 
 
+def test_scaled_and_capped_logits_have_the_gradients_of_their_formula():
+    x, matrix, targets, weights = example()
+
+    def by_formula(x: jax.Array, matrix: jax.Array) -> jax.Array:
+        scores = jax.nn.log_softmax(2.0 * jnp.tanh(0.5 * (x @ matrix[:, :VOCAB]) / 2.0))
+        return -jnp.sum(jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0] * weights)
+
+    config = model(4, logit_multiplier=0.5, logit_softcap=2.0)
+    in_chunks = lambda x, matrix: summed_losses(x, matrix, targets, weights, config).objective
+    found, expected = (jax.value_and_grad(loss, (0, 1))(x, matrix) for loss in (in_chunks, by_formula))
+    assert_near(found, expected)
+
+
 def test_padding_of_the_vocabulary_is_never_predicted_nor_trained():
     x, matrix, targets, weights = example()
     loss = lambda matrix: summed_losses(x, matrix, targets, weights, model(4, label_smoothing=0.1)).objective
     gradient = jax.grad(loss)(matrix.at[:, VOCAB:].set(100.0))
     np.testing.assert_array_equal(gradient[:, VOCAB:], 0.0)
-    assert jax.nn.softmax(logits(x, matrix, VOCAB))[..., VOCAB:].max() == 0.0
+    assert jax.nn.softmax(logits(x, matrix, model(4)))[..., VOCAB:].max() == 0.0
 
 
 def test_the_logits_of_a_whole_batch_never_exist_and_those_of_a_chunk_once():

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.norm import Norm
+from model.norm import stack_norm
 from tests.small import small_model
 
 random = np.random.default_rng(0)
@@ -14,7 +14,7 @@ SCALE, BIAS = (random.normal(1, 0.2, 512).astype(np.float32) for _ in range(2))
 @pytest.mark.parametrize("name", ["rmsnorm", "layernorm"])
 def test_norms_are_computed_in_float32_and_rounded_once(name: str):
     x = (3 + random.normal(size=(4, 512))).astype(jnp.bfloat16)
-    norm = Norm(small_model(norm=name), {"scale": SCALE} | ({"bias": BIAS} if name == "layernorm" else {}))
+    norm = stack_norm(small_model(norm=name), {"scale": SCALE} | ({"bias": BIAS} if name == "layernorm" else {}))
     in_float32 = norm(jnp.asarray(x, jnp.float32))
     wide = x.astype(np.float64)
     if name == "layernorm":

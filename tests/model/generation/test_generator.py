@@ -107,7 +107,7 @@ def test_the_loop_of_decode_steps_reads_the_cache_and_does_not_carry_it():
     config, rows = small_model(), RowState(*np.ones((4, 2), np.int32))
     model = SampledModel(config, UNSHARDED, GREEDY, decoding_weights(config, small_weights(config)), 0)
     state = DecodeState(empty_cache(config, 2, 40), None)
-    jaxpr = jax.make_jaxpr(decode_steps)(model, rows, state, jnp.array([NO_EOS]), 9).eqns[0].params["jaxpr"].jaxpr
+    jaxpr = jax.make_jaxpr(decode_steps)(model, rows, state, jnp.array([NO_EOS]), 9, 9).eqns[0].params["jaxpr"].jaxpr
     [loop] = [equation for equation in jaxpr.eqns if equation.primitive.name == "while"]
     assert not [result for result in loop.outvars if 40 in result.aval.shape]
     assert [result for result in jaxpr.outvars if 40 in result.aval.shape]

@@ -28,7 +28,12 @@ FIXED = GPT | {"position": "sinusoidal", "max_positions": None}
 FIRST = {"norm_placement": "post", "feedforward_dim": 128}
 DROPOUTS = ("embedding_dropout", "attention_dropout", "residual_dropout")
 BIASES = {"attention_bias": True, "feedforward_bias": True}
+QWEN = {"qk_norm": True, "sliding_window": 3}
 YARN = {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_context": 8}
+OLMO = {"norm_placement": "output", "qk_norm": True, "qk_norm_over": "all_heads"}
+GEMMA = {"scale_embeddings": True, "tie_embeddings": True, "norm_placement": "both", "layer_pattern": "SF"}
+GEMMA |= {"sliding_window": 5}
+NEOX = {"norm": "layernorm", "gated": False}
 MODELS = [
     {},
     {"tie_embeddings": True, "activation": "gelu_tanh"},
@@ -49,6 +54,20 @@ MODELS = [
     GPT | BIASES | FIRST | {"activation": "gelu_tanh", "tie_embeddings": True},
     # The decoder of Vaswani et al. 2017.
     FIXED | FIRST | {"activation": "relu", "feedforward_bias": True, "scale_embeddings": True, "tie_embeddings": True},
+    {"attention_bias": True, "attention_output_bias": False},
+    {"layer_pattern": "SF", "sliding_window": 5},
+    {"layer_pattern": "FN"},
+    {"export_as": "phi3", "residual_dropout": 0.1},
+    {"embedding_multiplier": 4.0, "residual_multiplier": 0.25, "logit_multiplier": 0.5, "attention_scale": 0.25},
+    {"norm_placement": "both", "attention_bias": True, "attention_output_bias": False, "rope_dim": 4},
+    OLMO,
+    OLMO | {"layer_pattern": "SSF", "num_layers": 3, "sliding_window": 5} | YARN | {"window_rope_scaling": False},
+    GEMMA | {"attention_softcap": 3.0, "logit_softcap": 2.0, "attention_scale": 0.5},
+    GEMMA | {"qk_norm": True, "window_rope_base": 300.0, "norm_offset": True},
+    NEOX | {"num_kv_heads": 4, "rope_dim": 2, "block": "parallel", "attention_bias": True, "norm_bias": False},
+    {"norm": "layernorm", "rope_dim": 2, "block": "parallel_one_norm"},
+    NEOX | {"activation": "gelu_tanh", "sliding_window": 5},
+    {"norm": "layernorm", "norm_bias": False, "block": "parallel_one_norm", "layer_pattern": "SN", "sliding_window": 5},
 ]
 
 
@@ -76,7 +95,7 @@ def assert_comes_back(config: ModelConfig, weights: Any) -> None:
     back = nested_weights(again, model.import_reader(theirs.__getitem__))
     # Scaling by a factor that is no power of two, and subtracting one from a norm, may change the last bit.
     folds = config.scale_embeddings and not config.tie_embeddings and math.log2(config.model_dim) % 2 != 0
-    rounded = folds or values["model_type"] == "gemma"
+    rounded = folds or values["model_type"].startswith("gemma")
     expected = without_padding(config, weights)
     for name, found in without_padding(config, back).items():
         assert found.dtype == np.float32
@@ -108,6 +127,8 @@ def their_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
 def assert_same_logits(config: ModelConfig, weights: Any) -> None:
     torch, (values, theirs) = require("torch"), theirs_of(config, weights)
     model = model_of(values)
+    # The name in its files.
+    theirs = {name.replace("embed_out.", "lm_head."): array for name, array in theirs.items()}
     missing = model.load_state_dict({name: torch.tensor(array) for name, array in theirs.items()}, strict=False)
     assert missing.unexpected_keys == []
     assert set(missing.missing_keys) <= ({"lm_head.weight"} if values["tie_word_embeddings"] else set())
@@ -197,7 +218,7 @@ def test_a_norm_below_a_half_loses_no_more_than_rounding_in_gemma():
 def test_a_model_with_other_floors_is_refused_by_name():
     theirs = Interchange(a_model({}), 16).export_config(bos_id=0, eos_id=0)
     for changes, word in (
-        ({"architectures": ["GPTNeoXForCausalLM"]}, "GPTNeoXForCausalLM"),
+        ({"architectures": ["BloomForCausalLM"]}, "BloomForCausalLM"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type is longrope"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "factor is None; it must be a number"),
         ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2}}, "rope_type is dynamic"),
@@ -213,7 +234,7 @@ def test_a_model_with_other_floors_is_refused_by_name():
         ({"hidden_act": "tanh"}, "hidden_act is 'tanh'"),
         ({"ziggurat": {"position": "sinusoid"}}, "ziggurat is {'position': 'sinusoid'}; it may hold position"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: in this decoder all components"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "in this decoder all layers are alike"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "in LlamaForCausalLM all layers are alike"),
         ({"layer_types": "full_attention"}, "layer_types is 'full_attention'"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantized weights are not read"),
     ):
@@ -237,7 +258,9 @@ GPT_SIZES = {"n_embd": 64, "n_layer": 2, "n_head": 4}
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
 def test_keys_that_a_file_leaves_out_have_the_defaults_of_the_class(family: Family):
     classes = require("transformers").AutoConfig
-    short = {"vocab_size": 9, **(SIZES if family.model_type not in ("gpt2", "openai-gpt") else GPT_SIZES)}
+    # A quarter of a head is rotated.
+    wide = {"hidden_size": 256} if family.model_type in ("gpt_neox", "stablelm") else {}
+    short = {"vocab_size": 9, **(SIZES if family.model_type not in ("gpt2", "openai-gpt") else GPT_SIZES), **wide}
     whole = classes.for_model(family.model_type, **short).to_dict()
     named = {"architectures": [family.architecture]}
     from_short, from_whole = (Interchange.from_config(values | named) for values in (short, whole))
@@ -256,13 +279,13 @@ def test_keys_of_older_and_other_files_are_read_as_the_class_reads_them():
         ({}, {"hidden_act": "swish"}, "activation", "silu"),
         ({}, {"rope_scaling": {"rope_type": "linear", "factor": 3.0}}, "rope_factor", 3.0),
         (YARN, {"original_max_position_embeddings": 12}, "rope_original_context", 12),
-        ({"qk_norm": True, "sliding_window": 3}, {"layer_types": ["sliding_attention"] * 2}, "sliding_window", 3),
-        ({"qk_norm": True, "sliding_window": 3}, {"layer_types": ["full_attention"] * 2}, "sliding_window", None),
-        ({"qk_norm": True, "sliding_window": 3}, {"max_window_layers": 2}, "sliding_window", None),
+        (QWEN, {"layer_types": ["sliding_attention"] * 2}, "sliding_window", 3),
+        (QWEN, {"layer_types": ["full_attention"] * 2}, "sliding_window", None),
+        (QWEN, {"layer_types": None, "max_window_layers": 2}, "sliding_window", None),
+        (QWEN, {"layer_types": None, "max_window_layers": 1}, "layer_pattern", "FS"),
+        (QWEN, {"layer_types": ["sliding_attention", "full_attention"]}, "layer_pattern", "SF"),
     ):
         assert getattr(read(changes, **more), field) == value, more
-    with pytest.raises(ValueError, match="max_window_layers: in this decoder all layers have the sliding window"):
-        read({"qk_norm": True, "sliding_window": 3}, max_window_layers=1)
 
 
 def test_rotary_scalings_are_written_where_older_versions_look_for_them():
@@ -318,7 +341,15 @@ def test_scalings_of_older_files_are_read():
     ("changes", "words"),
     [
         ({"position": "sinusoidal"}, "LlamaForCausalLM in Transformers has no model.position = sinusoidal"),
-        ({"norm": "layernorm", "gated": False}, "no model.norm = layernorm, no model.gated = False; GPT2LMHeadModel"),
+        (
+            {"norm": "layernorm", "gated": False, "qk_norm": True},
+            "Starcoder2ForCausalLM in Transformers has no model.qk",
+        ),
+        (
+            {"export_as": "phi3", "attention_bias": True},
+            "model.export_as = phi3: Phi3ForCausalLM in Transformers has no",
+        ),
+        ({"layer_pattern": "SFN", "num_layers": 3, "sliding_window": 4}, "no model.layer_pattern = SFN"),
         ({"attention_softcap": 30.0}, "no model.attention_softcap = 30.0"),
         (
             {"sliding_window": 4, "attention_bias": True},
