@@ -24,6 +24,7 @@ from train.devices.rules import TRAINING
 
 T = 256
 CHANGES = [{}, {"sliding_window": 40}, {"attention_softcap": 2.0}, {"num_kv_heads": 4}, {"num_kv_heads": 1}]
+SINKS = {"attention_sinks": True}
 
 
 def config_for(kernel: str, **changes: object) -> ModelConfig:
@@ -51,14 +52,17 @@ def result_and_gradients(config: ModelConfig, mesh, layout, arrays, dtype=jnp.fl
         )
         ids = jax.device_put(arrays[4][:, order], layout.spec("batch", "time"))
 
+        sinks = [jnp.linspace(-1, 3, config.num_heads)] if config.attention_sinks else []
+        sinks = [jax.device_put(sink, layout.spec("heads")) for sink in sinks]
+
         @jax.jit
-        def both(q, k, v, g, ids):
+        def both(q, k, v, g, ids, *sinks):
             attention = attention_over(config, layout, ids, config.sliding_window)
-            y, pull = jax.vjp(lambda *x: attention(*x, None), q, k, v)
+            y, pull = jax.vjp(lambda q, k, v, *sinks: attention(q, k, v, None, *sinks), q, k, v, *sinks)
             return y, *pull(g)
 
-        actual = [np.asarray(x, np.float32) for x in both(q, k, v, g, ids)]
-    return [x[:, :, np.argsort(order)] for x in actual]
+        actual = [np.asarray(x, np.float32) for x in both(q, k, v, g, ids, *sinks)]
+    return [x[:, :, np.argsort(order)] if x.ndim > 1 else x for x in actual]
 
 
 def assert_close(actual, expected, tolerance: float) -> None:
@@ -66,7 +70,7 @@ def assert_close(actual, expected, tolerance: float) -> None:
         assert np.linalg.norm(one - other) / np.linalg.norm(other) < tolerance
 
 
-@pytest.mark.parametrize("changes", CHANGES, ids=str)
+@pytest.mark.parametrize("changes", [*CHANGES, SINKS], ids=str)
 def test_splash_attention_is_plain_attention(changes: dict):
     arrays = inputs(config_for("plain", **changes))
     plain = result_and_gradients(config_for("plain", **changes), mesh_of(), TRAINING, arrays)
@@ -134,7 +138,7 @@ def test_splash_attention_in_bfloat16_is_as_near_as_plain_attention_is():
 @pytest.mark.parametrize(
     "shape", [{"context": 2}, {"fsdp": 2, "tensor": 2}, {"fsdp": 2, "context": 2, "tensor": 2}], ids=str
 )
-@pytest.mark.parametrize("changes", [{}, {"sliding_window": 40}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 40}, SINKS], ids=str)
 def test_devices_that_share_rows_heads_and_positions_give_the_same(shape: dict, kernel: str, changes: dict):
     arrays = inputs(config_for("plain", **changes))
     expected = result_and_gradients(config_for("plain", **changes), mesh_of(), TRAINING, arrays)
@@ -157,8 +161,9 @@ def test_later_positions_and_other_segments_change_no_bit(kernel: str):
 
 
 @pytest.mark.parametrize("kernel", ["plain", "splash"])
-def test_a_packed_document_has_the_results_that_it_has_alone(kernel: str):
-    config = config_for(kernel)
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 40}, SINKS], ids=str)
+def test_a_packed_document_has_the_results_that_it_has_alone(kernel: str, changes: dict):
+    config = config_for(kernel, **changes)
     q, k, v, g, ids = inputs(config, rows=1)
     inside = ids[0] == ids[0, 128]
     alone = np.where(inside, 1, 2)[None].astype(np.int32)
@@ -194,6 +199,7 @@ def platform(name: str):
         ("gpu", {"compute_dtype": "bfloat16", "attention_dropout": 0.1}, 256, "plain", "model.attention_dropout"),
         ("gpu", {"compute_dtype": "bfloat16", "attention_softcap": 3.0}, 256, "plain", "model.attention_softcap"),
         ("gpu", {"compute_dtype": "bfloat16", "head_dim": 256}, 256, "plain", "model.head_dim = 256"),
+        ("gpu", {"compute_dtype": "bfloat16"} | SINKS, 256, "plain", "which model.attention_sinks add to"),
         ("gpu", {}, 256, "plain", "model.compute_dtype is float32"),
     ],
 )
