@@ -24,7 +24,7 @@ class Rope(NamedTuple):
 
 
 class LayerKind(NamedTuple):
-    """What one layer has and others may not have.
+    """The choices in which layers of one model may differ.
 
     Attributes:
         window: newest positions that each position attends to, or None for all.

@@ -69,58 +69,73 @@ def parameter_table(config: ResolvedModelConfig) -> dict[str, Parameter]:
     more than the embedding did. Norms start as the identity, biases at zero.
     """
     c = config
-    layers = {"layers": c.num_layers}
-    model, feedforward = {"model": c.model_dim}, {"feedforward": c.feedforward_dim}
-    heads, kv_heads, head = {"heads": c.num_heads}, {"kv_heads": c.num_kv_heads}, {"head": c.head_dim}
-    vocabulary = {"vocabulary": padded_vocabulary(c)}
-    width = {"width": c.model_dim}
     table_deviation = 1 / math.sqrt(c.model_dim) if c.tie_embeddings or c.scale_embeddings else 1.0
     stream = table_deviation * (math.sqrt(c.model_dim) if c.scale_embeddings else 1.0) * c.embedding_multiplier
     residual = stream / math.sqrt(2 * c.num_layers) if c.norm_placement == "pre" else 1.0
-
-    def norm(name: str, axes: dict[str, int]) -> dict[str, Parameter]:
-        scale = {f"{name}.scale": Parameter(axes, (), "norm", 1.0 - c.norm_offset)}
-        has_bias = c.norm == "layernorm" and c.norm_bias
-        return scale | ({f"{name}.bias": Parameter(axes, (), "bias", 0.0)} if has_bias else {})
-
-    def linear(
-        name: str, inputs: dict[str, int], outputs: dict[str, int], bias: bool, scale: float = 1.0
-    ) -> dict[str, Parameter]:
-        matrix = {name: Parameter(layers | inputs | outputs, tuple(inputs), "matrix", scale)}
-        # A vector of the model's width is not sharded.
-        bias_axes = layers | (width if outputs is model else outputs)
-        return matrix | ({f"{name}_bias": Parameter(bias_axes, (), "bias", 0.0)} if bias else {})
+    model, vocabulary = {"model": c.model_dim}, {"vocabulary": padded_vocabulary(c)}
+    layers, width = {"layers": c.num_layers}, {"width": c.model_dim}
 
     table = {"embedding.table": Parameter(vocabulary | model, (), "embedding", table_deviation)}
     if c.position == "learned":
         assert c.max_positions
         table["position.table"] = Parameter({"positions": c.max_positions} | model, (), "position", stream / 2)
-    table |= norm("blocks.attention_norm", layers | width)
-    table |= linear("blocks.attention.query", model, heads | head, c.attention_bias)
-    table |= linear("blocks.attention.key", model, kv_heads | head, c.attention_bias)
-    table |= linear("blocks.attention.value", model, kv_heads | head, c.attention_bias)
+    table |= _norm(c, "blocks.attention_norm", layers | width)
+    table |= _attention(c, residual)
+    if c.norm_placement == "both":
+        table |= _norm(c, "blocks.attention_output_norm", layers | width)
+    if c.block != "parallel_one_norm":
+        table |= _norm(c, "blocks.feedforward_norm", layers | width)
+    table |= _feedforward(c, residual)
+    if c.norm_placement == "both":
+        table |= _norm(c, "blocks.feedforward_output_norm", layers | width)
+    if c.norm_placement != "post":
+        table |= _norm(c, "norm", width)
+    if not c.tie_embeddings:
+        table["unembedding.matrix"] = Parameter(model | vocabulary, ("model",), "unembedding")
+    return table
+
+
+def _norm(c: ResolvedModelConfig, name: str, axes: dict[str, int]) -> dict[str, Parameter]:
+    scale = {f"{name}.scale": Parameter(axes, (), "norm", 1.0 - c.norm_offset)}
+    has_bias = c.norm == "layernorm" and c.norm_bias
+    return scale | ({f"{name}.bias": Parameter(axes, (), "bias", 0.0)} if has_bias else {})
+
+
+def _linear(
+    c: ResolvedModelConfig,
+    name: str,
+    inputs: dict[str, int],
+    outputs: dict[str, int],
+    bias: bool,
+    scale: float = 1.0,
+) -> dict[str, Parameter]:
+    layers = {"layers": c.num_layers}
+    matrix = {name: Parameter(layers | inputs | outputs, tuple(inputs), "matrix", scale)}
+    # A vector of the model's width is not sharded.
+    bias_axes = layers | ({"width": c.model_dim} if "model" in outputs else outputs)
+    return matrix | ({f"{name}_bias": Parameter(bias_axes, (), "bias", 0.0)} if bias else {})
+
+
+def _attention(c: ResolvedModelConfig, residual: float) -> dict[str, Parameter]:
+    layers, model, head = {"layers": c.num_layers}, {"model": c.model_dim}, {"head": c.head_dim}
+    heads, kv_heads = {"heads": c.num_heads}, {"kv_heads": c.num_kv_heads}
+    table = _linear(c, "blocks.attention.query", model, heads | head, c.attention_bias)
+    table |= _linear(c, "blocks.attention.key", model, kv_heads | head, c.attention_bias)
+    table |= _linear(c, "blocks.attention.value", model, kv_heads | head, c.attention_bias)
     if c.qk_norm:
         for name, of_heads in (("query", heads), ("key", kv_heads)):
             axes = layers | (of_heads if c.qk_norm_over == "all_heads" else {}) | head
             table[f"blocks.attention.{name}_norm.scale"] = Parameter(axes, (), "norm", 1.0 - c.norm_offset)
     if c.attention_sinks:
         table["blocks.attention.sink"] = Parameter(layers | heads, (), "bias", 0.0)
-    table |= linear("blocks.attention.output", heads | head, model, c.attention_output_bias, residual)
-    if c.norm_placement == "both":
-        table |= norm("blocks.attention_output_norm", layers | width)
-    if c.block != "parallel_one_norm":
-        table |= norm("blocks.feedforward_norm", layers | width)
-    if c.gated:
-        table |= linear("blocks.feedforward.gate", model, feedforward, c.feedforward_bias)
-    table |= linear("blocks.feedforward.up", model, feedforward, c.feedforward_bias)
-    table |= linear("blocks.feedforward.down", feedforward, model, c.feedforward_bias, residual)
-    if c.norm_placement == "both":
-        table |= norm("blocks.feedforward_output_norm", layers | width)
-    if c.norm_placement != "post":
-        table |= norm("norm", width)
-    if not c.tie_embeddings:
-        table["unembedding.matrix"] = Parameter(model | vocabulary, ("model",), "unembedding")
-    return table
+    return table | _linear(c, "blocks.attention.output", heads | head, model, c.attention_output_bias, residual)
+
+
+def _feedforward(c: ResolvedModelConfig, residual: float) -> dict[str, Parameter]:
+    model, inner = {"model": c.model_dim}, {"feedforward": c.feedforward_dim}
+    table = _linear(c, "blocks.feedforward.gate", model, inner, c.feedforward_bias) if c.gated else {}
+    table |= _linear(c, "blocks.feedforward.up", model, inner, c.feedforward_bias)
+    return table | _linear(c, "blocks.feedforward.down", inner, model, c.feedforward_bias, residual)
 
 
 def count_parameters(config: ResolvedModelConfig) -> int:

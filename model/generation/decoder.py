@@ -126,7 +126,7 @@ def num_slots(window: int | None, length: int) -> int:
 
 
 def positions_in(S: int, lengths_B: jax.Array) -> jax.Array:
-    """Returns the position in each of S slots after so many of each row, int32 [B, S]; negative where none is."""
+    """Returns the position in each of S slots for rows of these lengths, int32 [B, S]; negative in an empty slot."""
     newest_B1 = lengths_B[:, None] - 1
     return newest_B1 - (newest_B1 - jnp.arange(S)) % S
 

@@ -49,6 +49,20 @@ def test_the_module_projects_rotates_and_attends():
     np.testing.assert_allclose(actual, jnp.einsum("bhtc,hcd->btd", mixed, weights["output"]), atol=1e-6)
 
 
+def test_a_sink_takes_its_share_of_the_weights_and_adds_no_value():
+    random = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(random.normal(size=(1, heads, 5, 8)), jnp.float32) for heads in (4, 2, 2))
+    mask, sinks = causal_mask(jnp.ones((1, 5), jnp.int32)), jnp.asarray([-1.0, 0.0, 1.0, 2.0])
+    with_key = jnp.einsum("bhtc,bhsc->bhts", q, jnp.repeat(k, 2, axis=1)) / np.sqrt(8)
+    with_key = jnp.where(mask, with_key, -jnp.inf)
+    joined = jnp.concatenate([with_key, jnp.broadcast_to(sinks[None, :, None, None], (1, 4, 5, 1))], axis=-1)
+    weights = jax.nn.softmax(joined, axis=-1)[..., :-1]
+    expected = jnp.einsum("bhts,bhsc->bhtc", weights, jnp.repeat(v, 2, axis=1))
+    np.testing.assert_allclose(attend(q, k, v, mask, sink_H=sinks), expected, atol=1e-6)
+    np.testing.assert_allclose(attention_weights(q, k, mask, sink_H=sinks), weights, atol=1e-6)
+    np.testing.assert_allclose(attend(q, k, v, mask, sink_H=sinks + 200), 0.0, atol=1e-6)
+
+
 def test_scores_and_softmax_are_float32_under_bfloat16():
     ones = jnp.ones((1, 1, 300, 2), jnp.bfloat16)
     # 300 equal weights sum to one only where the softmax is not rounded to 8 bits.
