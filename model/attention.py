@@ -131,10 +131,11 @@ class Attention(nnx.Module):
     def __init__(
         self, config: ResolvedModelConfig, weights: Mapping[str, Any], layout: Layout, linear: type[Linear] = Linear
     ):
-        kv_axes = ("model", "kv_heads", "head")
         self.query = linear("btd,dhc->bhtc", weights, "query", ("model", "heads", "head"), layout)
-        self.key = linear("btd,dkc->bktc", weights, "key", kv_axes, layout)
-        self.value = linear("btd,dkc->bktc", weights, "value", kv_axes, layout)
+        if config.kv_latent_dim is None:
+            kv_axes = ("model", "kv_heads", "head")
+            self.key = linear("btd,dkc->bktc", weights, "key", kv_axes, layout)
+            self.value = linear("btd,dkc->bktc", weights, "value", kv_axes, layout)
         self.output = linear("bhtc,hcd->btd", weights, "output", ("heads", "head", "model"), layout, sums_over="heads")
         # The axes of queries [B, H, T, C] that are normed together.
         axes = (-1,) if config.qk_norm_over == "head" else (-3, -1)
@@ -148,25 +149,31 @@ class Attention(nnx.Module):
         self, x_BTD: jax.Array, rotation: Rotation, attention: Attend, keys_B: DropoutKeys = None
     ) -> jax.Array:
         """Maps [B, T, D] to [B, T, D]; `attention` applies the mask."""
-        x_BTD = gather_time(x_BTD, self.layout, "heads")
-        q_BHTC, k_BKTC = self.queries_and_keys(x_BTD, rotation)
         sinks = () if self.sink is None else (self.sink[...],)
-        return self.output(attention(q_BHTC, k_BKTC, self.value(x_BTD), keys_B, *sinks))
+        return self.output(self.mixed(attention(*self.heads(x_BTD, rotation), keys_B, *sinks)))
 
-    def queries_and_keys(self, x_BTD: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array]:
-        """Returns rotated queries [B, H, T, C] and keys [B, K, T, C], whose product is to be divided by √C."""
+    def heads(self, x_BTD: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns rotated queries [B, H, T, C] and keys [B, K, T, C], of products to divide by √C; and values."""
+        x_BTD = gather_time(x_BTD, self.layout, "heads")
         q_BHTC, k_BKTC = self.query(x_BTD), self.key(x_BTD)
         if self.query_norm and self.key_norm:
             q_BHTC, k_BKTC = self.query_norm(q_BHTC), self.key_norm(k_BKTC)
-        if self.config.attention_scale is not None:
-            # All kernels divide by √C.
-            factor = self.config.attention_scale * math.sqrt(q_BHTC.shape[-1])
-            q_BHTC = (q_BHTC.astype(jnp.float32) * factor).astype(q_BHTC.dtype)
-        return rotate(q_BHTC, rotation), rotate(k_BKTC, rotation)
+        return rotate(self.scaled(q_BHTC), rotation), rotate(k_BKTC, rotation), self.value(x_BTD)
+
+    def mixed(self, y_BHTC: jax.Array) -> jax.Array:
+        """Returns what the projection back takes of each head's weighted sum of values."""
+        return y_BHTC
+
+    def scaled(self, q_BHTC: jax.Array) -> jax.Array:
+        """Returns queries whose products, divided by √C as all kernels do, have the factor `attention_scale`."""
+        if self.config.attention_scale is None:
+            return q_BHTC
+        factor = self.config.attention_scale * math.sqrt(q_BHTC.shape[-1])
+        return (q_BHTC.astype(jnp.float32) * factor).astype(q_BHTC.dtype)
 
     def weights(self, x_BTD: jax.Array, rotation: Rotation, mask_B1TS: jax.Array) -> jax.Array:
         """Returns the float32 weights [B, H, T, T] of `attention_weights`."""
-        q_BHTC, k_BKTC = self.queries_and_keys(gather_time(x_BTD, self.layout, "heads"), rotation)
+        q_BHTC, k_BKTC, _ = self.heads(x_BTD, rotation)
         sink_H = None if self.sink is None else self.sink[...]
         k_BKSC = gather_keys(k_BKTC, self.layout)
         return attention_weights(q_BHTC, k_BKSC, mask_B1TS, self.config.attention_softcap, sink_H)
@@ -176,7 +183,7 @@ class Attention(nnx.Module):
 
         Its growth precedes divergence (Dehghani et al. 2023, arXiv:2302.05442; Wortsman et al. 2023, arXiv:2309.14322).
         """
-        q_BHTC, k_BKTC = self.queries_and_keys(gather_time(x_BTD, self.layout, "heads"), rotation)
+        q_BHTC, k_BKTC, _ = self.heads(x_BTD, rotation)
         q_BHTC = self.layout.reshard(q_BHTC, "batch", "heads", None, None)
         k_BKTC = self.layout.reshard(k_BKTC, "batch", "kv_heads", None, None)
         q_TBKGC = jnp.moveaxis(split_axis(q_BHTC, 1, k_BKTC.shape[1]), 3, 0)

@@ -10,7 +10,7 @@ from model.sharding import Layout, as_tuple
 
 
 def gather_weight(weight: jax.Array, layout: Layout, *axes: str | None) -> jax.Array:
-    """Returns a stored weight for use: "model" is gathered, the other axes stay sharded.
+    """Returns a stored weight for use: "model" and "latent" are gathered, the other axes stay sharded.
 
     One mesh axis is gathered at a time, the innermost first, so that the backward pass reduce-scatters the gradient
     over each axis, and all-reduces over copies of the weight (`data`, slices) only a shard.
@@ -18,7 +18,7 @@ def gather_weight(weight: jax.Array, layout: Layout, *axes: str | None) -> jax.A
     if not layout.rules:
         return weight
     parts = [as_tuple(layout.rules.get(axis)) if axis else () for axis in axes]
-    used = [() if axis == "model" else part for axis, part in zip(axes, parts, strict=True)]
+    used = [() if axis in ("model", "latent") else part for axis, part in zip(axes, parts, strict=True)]
     while True:
         reduced = layout.token_axes - {mesh for part in parts for mesh in part}
         weight = jax.reshard(weight, PartitionSpec(*parts, reduced=reduced))

@@ -94,6 +94,19 @@ class ModelConfig:
     window_rope_scaling: bool = setting(True, "rope_scaling holds for layers with the sliding window, too")
 
     # ── Floor 3: attention ─────────────────────────────────────────────────────────────────────────────────────────
+    kv_latent_dim: int | None = setting(
+        None,
+        "width of the latent that keys and values are made of (multi-head latent attention, DeepSeek-V2 2024)",
+        unset="no latent",
+        at_least=1,
+        at_most=2**20,
+    )
+    query_latent_dim: int | None = setting(
+        None, "width of a latent that queries are made of", unset="no latent", at_least=1, at_most=2**20
+    )
+    value_dim: int | None = setting(
+        None, "width of a head's values in latent attention", unset="head_dim", at_least=1, at_most=2**16
+    )
     attention_bias: bool = setting(False, "biases of queries, keys and values")
     attention_output_bias: bool | None = setting(None, "bias of attention's output", unset="attention_bias")
     qk_norm: bool = setting(False, "RMSNorm of queries and keys (Dehghani et al. 2023)")
@@ -228,6 +241,7 @@ class ModelConfig:
             "rope_dim": (self.rope_dim or self.head_dim or self.model_dim // self.num_heads)
             if self.position == "rope"
             else None,
+            "value_dim": self.value_dim or self.head_dim or self.model_dim // self.num_heads,
             "attention_output_bias": _first_given(self.attention_output_bias, self.attention_bias),
             "feedforward_dim": self.feedforward_dim or (gated_dim if self.gated else 4 * self.model_dim),
             "vocab_size": vocab_size,
@@ -277,6 +291,7 @@ class ModelConfig:
         if self.block != "sequential" and self.norm_placement != "pre":
             problems.append(f"model.block = {self.block} is for model.norm_placement = pre, not {self.norm_placement}")
         problems += self._pattern_problems()
+        problems += self._latent_problems()
         if self.rope_scaling in HIGH_TURNS:
             if self.rope_original_context is None:
                 problems.append(f"model.rope_scaling = {self.rope_scaling} needs model.rope_original_context")
@@ -291,6 +306,20 @@ class ModelConfig:
         if rotated > head_dim:
             return [f"model.rope_dim = {rotated} is above model.head_dim = {head_dim}"]
         return []
+
+    def _latent_problems(self) -> list[str]:
+        if self.kv_latent_dim is None:
+            wide = self.head_dim or self.model_dim // self.num_heads
+            names = ["query_latent_dim"] + (["value_dim"] if self.value_dim != wide else [])
+            return unused_problems("model", self, dict.fromkeys(names, "no model.kv_latent_dim"))
+        given = f"model.kv_latent_dim = {self.kv_latent_dim}"
+        problems = []
+        if self.position != "rope" or not 0 < (self.rope_dim or 0) < (self.head_dim or 0):
+            problems.append(f"{given} rotates a part of each head; give model.head_dim and a smaller model.rope_dim")
+        if (self.num_kv_heads or self.num_heads) != self.num_heads:
+            problems.append(f"{given} has keys for every head; leave out model.num_kv_heads")
+        chosen = [name for name in ("attention_bias", "attention_output_bias", "qk_norm") if getattr(self, name)]
+        return problems + [f"{given}: there is no model.{name} with latents" for name in chosen]
 
     def _pattern_problems(self) -> list[str]:
         pattern = self.layer_pattern or DEFAULT_PATTERN[self.sliding_window is not None]
@@ -326,6 +355,7 @@ class ResolvedModelConfig(ModelConfig):
     num_kv_heads: int
     head_dim: int
     rope_dim: int
+    value_dim: int
     attention_output_bias: bool
     feedforward_dim: int
     vocab_size: int

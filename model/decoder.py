@@ -15,6 +15,7 @@ from model.dropout import DropoutKeys, dropout, fold_keys
 from model.embedding import Embedding
 from model.feedforward import FeedForward
 from model.kernels import attention_over
+from model.latent_attention import attention_class
 from model.layers import LayerKind, layer_kinds, scan_layers
 from model.linear import Linear
 from model.norm import Norm, final_norm, stack_norm
@@ -48,12 +49,17 @@ class Block(nnx.Module):
     """
 
     def __init__(
-        self, config: ResolvedModelConfig, weights: Mapping[str, Any], layout: Layout, linear: type[Linear] = Linear
+        self,
+        config: ResolvedModelConfig,
+        weights: Mapping[str, Any],
+        layout: Layout,
+        linear: type[Linear] = Linear,
+        cached: bool = False,
     ):
         norms = {name: stack_norm(config, weights[name]) for name in weights if name.endswith("norm")}
         self.attention_norm = norms["attention_norm"]
         self.attention_output_norm = norms.get("attention_output_norm")
-        self.attention = Attention(config, weights["attention"], layout, linear)
+        self.attention = attention_class(config, cached)(config, weights["attention"], layout, linear)
         self.feedforward_norm = norms.get("feedforward_norm")
         self.feedforward_output_norm = norms.get("feedforward_output_norm")
         self.feedforward = FeedForward(config, weights["feedforward"], layout, linear)

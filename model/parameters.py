@@ -119,6 +119,8 @@ def _linear(
 def _attention(c: ResolvedModelConfig, residual: float) -> dict[str, Parameter]:
     layers, model, head = {"layers": c.num_layers}, {"model": c.model_dim}, {"head": c.head_dim}
     heads, kv_heads = {"heads": c.num_heads}, {"kv_heads": c.num_kv_heads}
+    if c.kv_latent_dim is not None:
+        return _latent_attention(c, residual)
     table = _linear(c, "blocks.attention.query", model, heads | head, c.attention_bias)
     table |= _linear(c, "blocks.attention.key", model, kv_heads | head, c.attention_bias)
     table |= _linear(c, "blocks.attention.value", model, kv_heads | head, c.attention_bias)
@@ -129,6 +131,28 @@ def _attention(c: ResolvedModelConfig, residual: float) -> dict[str, Parameter]:
     if c.attention_sinks:
         table["blocks.attention.sink"] = Parameter(layers | heads, (), "bias", 0.0)
     return table | _linear(c, "blocks.attention.output", heads | head, model, c.attention_output_bias, residual)
+
+
+def _latent_attention(c: ResolvedModelConfig, residual: float) -> dict[str, Parameter]:
+    assert c.kv_latent_dim
+    layers, model, heads = {"layers": c.num_layers}, {"model": c.model_dim}, {"heads": c.num_heads}
+    queries, latent, value = model, {"latent": c.kv_latent_dim}, {"head": c.value_dim}
+    norm = lambda width: Parameter(layers | {"latent_width": width}, (), "norm", 1.0 - c.norm_offset)
+    table: dict[str, Parameter] = {}
+    if c.query_latent_dim:
+        queries = {"latent": c.query_latent_dim}
+        width = {"latent_width": c.query_latent_dim}
+        table |= _linear(c, "blocks.attention.query_latent", model, width, False)
+        table["blocks.attention.query_latent_norm.scale"] = norm(c.query_latent_dim)
+    table |= _linear(c, "blocks.attention.query", queries, heads | {"head": c.head_dim}, False)
+    table |= _linear(c, "blocks.attention.latent", model, {"latent_width": c.kv_latent_dim}, False)
+    table["blocks.attention.latent_norm.scale"] = norm(c.kv_latent_dim)
+    table |= _linear(c, "blocks.attention.rotated_key", model, {"latent_width": c.rope_dim}, False)
+    table |= _linear(c, "blocks.attention.key", latent, heads | {"head": c.head_dim - c.rope_dim}, False)
+    table |= _linear(c, "blocks.attention.value", latent, heads | value, False)
+    if c.attention_sinks:
+        table["blocks.attention.sink"] = Parameter(layers | heads, (), "bias", 0.0)
+    return table | _linear(c, "blocks.attention.output", heads | value, model, False, residual)
 
 
 def _feedforward(c: ResolvedModelConfig, residual: float) -> dict[str, Parameter]:

@@ -22,8 +22,8 @@ class Layout:
     """A table from logical axes to mesh axes.
 
     Activations have "batch"; "sequence" on the residual stream and "time" inside the floors; and "heads", "kv_heads",
-    "feedforward" or "vocabulary". Weights have these and "model", by which they are only stored: it is gathered before
-    use (FSDP). "lookup" shares the model width D, besides "model", while embedding rows are looked up.
+    "feedforward" or "vocabulary". Weights have these and "model" or "latent", by which they are only stored: it is
+    gathered before use (FSDP). "lookup" shares the model width D, besides "model", while embedding rows are looked up.
 
     Attributes:
         rules: logical axis → the mesh axes that shard it. An axis without a rule is replicated; a layout without rules
@@ -68,15 +68,17 @@ def as_tuple(axes: MeshAxes) -> tuple[str, ...]:
 
 
 def split_axis(x: jax.Array, axis: int, parts: int) -> jax.Array:
-    """Reshapes [..., n, ...] to [..., parts, n / parts, ...]; the axis of parts keeps the sharding of n."""
+    """Reshapes [..., n, ...] to [..., parts, n / parts, ...]; if there are several, they have the sharding."""
     shape, spec = (*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :]), _partitions(x)
-    return _reshape(x, shape, (*spec[: axis + 1], None, *spec[axis + 1 :]), 1 in shape[: axis + 1])
+    both = (None, spec[axis]) if parts == 1 else (spec[axis], None)
+    return _reshape(x, shape, (*spec[:axis], *both, *spec[axis + 1 :]), 1 in shape[: axis + 1])
 
 
 def join_axis(x: jax.Array, axis: int) -> jax.Array:
     """Reshapes this axis and the next to one: the inverse of `split_axis`."""
     shape, spec = (*x.shape[:axis], -1, *x.shape[axis + 2 :]), _partitions(x)
-    return _reshape(x, shape, (*spec[: axis + 1], *spec[axis + 2 :]), 1 in x.shape[: axis + 1])
+    of_joined = spec[axis + 1] if x.shape[axis] == 1 else spec[axis]
+    return _reshape(x, shape, (*spec[:axis], of_joined, *spec[axis + 2 :]), 1 in x.shape[: axis + 1])
 
 
 def _partitions(x: jax.Array) -> tuple[MeshAxes, ...]:

@@ -24,9 +24,12 @@ from model.unembedding import Unembedding
 
 # Tokens that a row draws in one call of `decode_steps`, at most.
 STEPS_PER_CALL = 8
-# The keys and values of a layer: "key" [B, K, C, S], as the product with a query reads them, and "value" [B, K, S, C].
-# Position p is in slot p mod S, so that a layer with a window needs no more slots than the window has.
+# The keys and values of a layer: "key" [B, K, C, S], as the product with a query reads them, and "value" [B, K, S, C],
+# which latent attention has not, because its values are a part of its keys. Position p is in slot p mod S, so that a
+# layer with a window needs no more slots than the window has.
 Cache = dict[str, jax.Array]
+# The axis of the slots.
+SLOT_AXES = {"key": 3, "value": 2}
 
 
 class CachedDecoder(nnx.Module):
@@ -41,7 +44,7 @@ class CachedDecoder(nnx.Module):
         self.layout = layout
         self.embedding = Embedding(config, weights["embedding"], layout)
         self.position = Position(config, weights.get("position"), layout)
-        self.blocks = nnx.List(Block(config, layer, layout, linear) for layer in weights["blocks"])
+        self.blocks = nnx.List(Block(config, layer, layout, linear, cached=True) for layer in weights["blocks"])
         self.norm = final_norm(config, weights)
         self.unembedding = unembedding(config, weights.get("unembedding"), layout)
 
@@ -53,7 +56,7 @@ class CachedDecoder(nnx.Module):
         cache = []
 
         def remember(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, *rest: Any) -> jax.Array:
-            cache.append({"key": k.swapaxes(2, 3), "value": v})
+            cache.append(self._cached(k, v))
             return attention[self.kinds[layer].window](q, k, v, *rest)
 
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
@@ -71,12 +74,12 @@ class CachedDecoder(nnx.Module):
                 both reads and extends.
             recent: those of this call, with room for N, in all rows at the same place.
         """
-        N = recent[0]["value"].shape[2]
+        N = recent[0]["key"].shape[3]
         masks = {}
         for kind, earlier in zip(self.kinds, cache, strict=True):
             # Layers with the same window have the same number of slots.
             if kind.window not in masks:
-                positions_BS = positions_in(earlier["value"].shape[2], lengths_B)
+                positions_BS = positions_in(earlier["key"].shape[3], lengths_B)
                 mask_BS = (positions_BS >= 0) & visible((lengths_B + i)[:, None] - positions_BS, kind.window)
                 mask_BN = jnp.broadcast_to(visible(i - jnp.arange(N), kind.window), (len(lengths_B), N))
                 masks[kind.window] = [mask[:, None, None] for mask in (mask_BS, mask_BN)]
@@ -87,16 +90,22 @@ class CachedDecoder(nnx.Module):
         ) -> jax.Array:
             write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i)
             new = {
-                "key": write(recent[layer]["key"], k.swapaxes(2, 3), axis=3),
-                "value": write(recent[layer]["value"], v, axis=2),
+                name: write(recent[layer][name], array, axis=SLOT_AXES[name])
+                for name, array in self._cached(k, v).items()
             }
             extended.append(new)
-            parts = cache[layer], new
-            keys, values = [part["key"].swapaxes(2, 3) for part in parts], [part["value"] for part in parts]
+            keys = [part["key"].swapaxes(2, 3) for part in (cache[layer], new)]
+            parts = zip((cache[layer], new), keys, strict=True)
+            values = [part["value"] if "value" in part else key[..., self.config.rope_dim :] for part, key in parts]
             mask = masks[self.kinds[layer].window]
             return attend_to_parts(q, keys, values, mask, self.config.attention_softcap, *sinks)
 
         return self._vectors(tokens_B1, (lengths_B + i)[:, None], attention), extended
+
+    def _cached(self, k: jax.Array, v: jax.Array) -> Cache:
+        """Returns keys and values [B, K, T, C] as the cache has them."""
+        key = {"key": k.swapaxes(2, 3)}
+        return key if self.config.kv_latent_dim else key | {"value": v}
 
     def _vectors(self, tokens_BT: jax.Array, positions_BT: jax.Array, attention: Callable[..., jax.Array]) -> jax.Array:
         """Returns the vectors [B, T, D]; `attention` takes the number of the layer before what an Attend takes."""
@@ -114,9 +123,13 @@ class CachedDecoder(nnx.Module):
 def empty_cache(config: ResolvedModelConfig, batch: int, length: int, layout: Layout = UNSHARDED) -> list[Cache]:
     """Returns room for the keys and values of `length` positions in every layer, or of its window."""
     B, K, C = batch, config.num_kv_heads, config.head_dim
+    slots = [num_slots(kind.window, length) for kind in layer_kinds(config)]
+    if config.kv_latent_dim:
+        sharding = layout.out_sharding("batch", None, None, None)
+        shape = (B, 1, config.rope_dim + config.kv_latent_dim)
+        return [{"key": jnp.zeros((*shape, S), config.compute_dtype, out_sharding=sharding)} for S in slots]
     sharding = layout.out_sharding("batch", "kv_heads", None, None)
     zeros = lambda *shape: jnp.zeros(shape, config.compute_dtype, out_sharding=sharding)
-    slots = [num_slots(kind.window, length) for kind in layer_kinds(config)]
     return [{"key": zeros(B, K, C, S), "value": zeros(B, K, S, C)} for S in slots]
 
 
@@ -135,13 +148,14 @@ def newest_of(config: ResolvedModelConfig, cache: list[Cache], lengths_B: jax.Ar
     """Returns the cache of a prefill of T positions in the slots of `empty_cache`, for rows of these lengths."""
 
     def newest(kind: LayerKind, layer: Cache) -> Cache:
-        T = layer["value"].shape[2]
+        T = layer["key"].shape[3]
         S = num_slots(kind.window, T)
         if S == T:
             return layer
         positions_BS = jnp.maximum(positions_in(S, lengths_B), 0)
-        take = lambda axis: jax.vmap(partial(jnp.take, axis=axis))
-        return {"key": take(2)(layer["key"], positions_BS), "value": take(1)(layer["value"], positions_BS)}
+        # Each row on its own, without the axis of rows.
+        take = lambda name: jax.vmap(partial(jnp.take, axis=SLOT_AXES[name] - 1))
+        return {name: take(name)(array, positions_BS) for name, array in layer.items()}
 
     return [newest(kind, layer) for kind, layer in zip(layer_kinds(config), cache, strict=True)]
 
@@ -153,23 +167,19 @@ def extended_cache(
 
     A row that has ended in between must not be continued: its newest places hold what is not there.
     """
-    N = recent[0]["value"].shape[2]
+    N = recent[0]["key"].shape[3]
+    write = {
+        "key": jax.vmap(lambda row, slots, new: row.at[:, :, slots].set(new)),
+        "value": jax.vmap(lambda row, slots, new: row.at[:, slots].set(new)),
+    }
 
     def extended(earlier: Cache, new: Cache) -> Cache:
-        slots_BN = (lengths_B[:, None] + jnp.arange(N)) % earlier["value"].shape[2]
-        write_key = jax.vmap(lambda row, slots, new: row.at[:, :, slots].set(new))
-        write_value = jax.vmap(lambda row, slots, new: row.at[:, slots].set(new))
-        return {
-            "key": write_key(earlier["key"], slots_BN, new["key"]),
-            "value": write_value(earlier["value"], slots_BN, new["value"]),
-        }
+        slots_BN = (lengths_B[:, None] + jnp.arange(N)) % earlier["key"].shape[3]
+        return {name: write[name](array, slots_BN, new[name]) for name, array in earlier.items()}
 
     def extended_in_order(earlier: Cache, new: Cache) -> Cache:
-        write = lambda axis: jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=axis))
-        return {
-            "key": write(2)(earlier["key"], new["key"], lengths_B),
-            "value": write(1)(earlier["value"], new["value"], lengths_B),
-        }
+        update = lambda name: jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=SLOT_AXES[name] - 1))
+        return {name: update(name)(array, new[name], lengths_B) for name, array in earlier.items()}
 
     return [
         (extended_in_order if kind.window is None else extended)(earlier, new)

@@ -39,7 +39,9 @@ def decoding_weights(config: ResolvedModelConfig, weights: Mapping[str, Any], in
             array = jax.reshard(array, PartitionSpec())
         if parameter.role == "norm":
             return {name: array}
-        if parameter.role in MULTIPLIED and platform() == "cpu":
+        # Latent attention multiplies queries and sums with its weights of keys and values.
+        absorbed = config.kv_latent_dim is not None and name in ("blocks.attention.key", "blocks.attention.value")
+        if parameter.role in MULTIPLIED and platform() == "cpu" and not absorbed:
             array = jnp.transpose(array, sorted(range(len(axes)), key=lambda i: axes[i] in parameter.fan_in))
             if int8:
                 return dict(zip((name, f"{name}_scale"), quantized(array, len(parameter.fan_in)), strict=True))

@@ -19,6 +19,7 @@ USUAL: Choices = {
     "attention_scale": (None,),
     "attention_softcap": (None,),
     "attention_sinks": (False,),
+    "kv_latent_dim": (None,),
     "norm_bias": (True,),
     "norm_offset": (False,),
     "block": ("sequential",),

@@ -39,6 +39,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "windows": {"layer_pattern": "SNF", "num_layers": 7, "sliding_window": 5, "window_rope_base": 300.0,
                 "norm_placement": "both", "norm_offset": True, "qk_norm": True, "qk_norm_over": "all_heads",
                 "attention_sinks": True, "attention_scale": 0.3, "logit_softcap": 5.0, "activation": "clamped_swiglu"},
+    "latent": {"kv_latent_dim": 16, "query_latent_dim": 8, "head_dim": 12, "rope_dim": 4, "value_dim": 8},
     "parallel": {"block": "parallel_one_norm", "norm": "layernorm", "norm_bias": False, "rope_dim": 4,
                  "attention_bias": True, "attention_output_bias": False, "activation": "relu2", "gated": False,
                  "embedding_multiplier": 2.0, "residual_multiplier": 0.5, "logit_multiplier": 0.5},

@@ -12,6 +12,7 @@ DEFAULT_RULES: dict[str, MeshAxes] = {
     "sequence": ("context", "tensor"),
     "time": ("context",),
     "model": ("fsdp", "context"),
+    "latent": ("fsdp", "context"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "feedforward": ("tensor",),

@@ -27,7 +27,7 @@ def flops_per_token(config: ResolvedModelConfig, T: int) -> float:
         matrices += math.prod(parameter_table(config)["embedding.table"].shape)
     windows = [min(kind.window or T, T) for kind in layer_kinds(config)]
     keys = sum(window * (1 - window / (2 * T)) for window in windows)
-    return 6 * matrices + 12 * config.num_heads * config.head_dim * keys
+    return 6 * matrices + 6 * config.num_heads * (config.head_dim + config.value_dim) * keys
 
 
 def peak_flops(dtype: str) -> tuple[float, str]:
