@@ -76,20 +76,23 @@ def unscaled_in_windows(config: ResolvedModelConfig) -> bool:
 
 
 WINDOW = "attention.sliding_window"
-WINDOW_KEYS = {WINDOW: attrgetter("sliding_window"), f"{WINDOW}_pattern": window_pattern}
+WINDOW_KEYS: dict[str, Callable[[ResolvedModelConfig], Any]] = {
+    WINDOW: attrgetter("sliding_window"),
+    f"{WINDOW}_pattern": window_pattern,
+}
 TIED: Choices = {"tie_embeddings": (True,)}
 NO_BIAS: Choices = {"attention_bias": (False,)}
 GELU: Choices = {"activation": ("gelu_tanh",)}
-# Matrices of heads as wide as the model.
+# All heads together are as wide as the model.
 HEADS = {"head_dim": heads_divide_width}
 
 LLAMA = Architecture("llama", {"rope_scaling": ANY}, interleaved=True)
 OLMO2 = Architecture(
     "olmo2",
     NO_BIAS | {"window_rope_base": (None,)},
-    HEADS | {"window_rope_scaling": unscaled_in_windows},
-    WINDOW_KEYS,
-    {"blocks.attention_norm": "post_attention_norm", "blocks.feedforward_norm": "post_ffw_norm"},
+    limits=HEADS | {"window_rope_scaling": unscaled_in_windows},
+    keys=WINDOW_KEYS,
+    names={"blocks.attention_norm": "post_attention_norm", "blocks.feedforward_norm": "post_ffw_norm"},
     own_output=True,
 )
 # Architectures by the model_type of Transformers.
@@ -97,15 +100,17 @@ ARCHITECTURES = {
     "llama": LLAMA,
     "mistral": LLAMA,
     "ministral": LLAMA,
-    "qwen2": Architecture("qwen2", {}, HEADS),
+    "qwen2": Architecture("qwen2", {}, limits=HEADS),
     "qwen3": Architecture("qwen3", NO_BIAS),
     "smollm3": Architecture(
         "smollm3",
         NO_BIAS | {"feedforward_bias": (False,)},
-        {"layer_pattern": lambda config: letters_of(config) == ("FFFN" * config.num_layers)[: config.num_layers]},
+        limits={
+            "layer_pattern": lambda config: letters_of(config) == ("FFFN" * config.num_layers)[: config.num_layers]
+        },
         interleaved=True,
     ),
-    "phi3": Architecture("phi3", {}, HEADS),
+    "phi3": Architecture("phi3", {}, limits=HEADS),
     "granite": Architecture(
         "granite",
         {"rope_scaling": ANY},
@@ -124,14 +129,14 @@ ARCHITECTURES = {
     "gemma2": Architecture(
         "gemma2",
         GELU | TIED | NO_BIAS,
-        {
+        limits={
             "attention_scale": scaled_for_head(46),
             "attention_softcap": lambda config: config.attention_softcap is not None,
             "logit_softcap": lambda config: config.logit_softcap is not None,
             "sliding_window": lambda config: config.sliding_window is not None,
         },
-        WINDOW_KEYS
-        | {
+        keys={
+            **WINDOW_KEYS,
             "attn_logit_softcapping": attrgetter("attention_softcap"),
             "final_logit_softcapping": attrgetter("logit_softcap"),
         },
@@ -139,9 +144,9 @@ ARCHITECTURES = {
     "gemma3_text": Architecture(
         "gemma3",
         GELU | NO_BIAS,
-        {"attention_scale": scaled_for_head(62), "window_rope_scaling": unscaled_in_windows},
-        WINDOW_KEYS
-        | {
+        limits={"attention_scale": scaled_for_head(62), "window_rope_scaling": unscaled_in_windows},
+        keys={
+            **WINDOW_KEYS,
             "final_logit_softcapping": attrgetter("logit_softcap"),
             "rope.freq_base_swa": lambda config: config.window_rope_base or config.rope_base,
         },
@@ -154,12 +159,12 @@ ARCHITECTURES = {
         own_output=True,
     ),
     "stablelm": Architecture("stablelm", {}, own_output=True),
-    "starcoder2": Architecture("starcoder2", GELU | {"attention_bias": (True,)}, HEADS),
+    "starcoder2": Architecture("starcoder2", GELU | {"attention_bias": (True,)}, limits=HEADS),
     "cohere2": Architecture(
         "cohere2",
         TIED | NO_BIAS,
-        {"sliding_window": lambda config: config.sliding_window is not None},
-        WINDOW_KEYS | {"logit_scale": attrgetter("logit_multiplier")},
+        limits={"sliding_window": lambda config: config.sliding_window is not None},
+        keys={**WINDOW_KEYS, "logit_scale": attrgetter("logit_multiplier")},
         interleaved=True,
     ),
 }

@@ -78,6 +78,22 @@ GEMMA2 = {"sliding_window": 5, "head_dim": 32, "query_pre_attn_scalar": 32}
 # As deep as 27B; norms with a large epsilon don't amplify the rounding of GELU in each layer.
 GEMMA_27B = GEMMA2 | {"query_pre_attn_scalar": 16, "final_logit_softcapping": 2.0, "rms_norm_eps": 1.0}
 NEOX = {"hidden_act": "gelu_new"}
+GEMMA2_FIELDS = GEMMA | {
+    **{"export_as": "gemma2", "norm_placement": "both", "sliding_window": 5, "layer_pattern": "SF"},
+    **{"attention_softcap": 50.0, "logit_softcap": 30.0},
+}
+GEMMA3_FIELDS = GEMMA2_FIELDS | {"export_as": "gemma3_text", "qk_norm": True, "attention_softcap": None}
+LINEAR_FIELDS = {"rope_scaling": "linear", "rope_factor": 8.0}
+OLMO3_FIELDS = {"norm_placement": "output", "qk_norm": True, "qk_norm_over": "all_heads", "sliding_window": 5}
+QWEN2_FIELDS = {"attention_bias": True, "attention_output_bias": False}
+NEOX_FIELDS: dict[str, Any] = {
+    **{"norm": "layernorm", "gated": False, "num_kv_heads": 4, "attention_bias": True, "feedforward_bias": True},
+    **{"block": "parallel", "activation": "gelu_tanh"},
+}
+COHERE2_FIELDS: dict[str, Any] = {
+    **{"norm": "layernorm", "norm_bias": False, "block": "parallel_one_norm", "tie_embeddings": True},
+    **{"sliding_window": 5, "layer_pattern": "SN"},
+}
 # Configs of classes in Transformers, beside `SIZES` and `KV`.
 CLASSES: list[tuple[str, dict[str, Any]]] = [
     ("ministral", {"head_dim": 32, "layer_types": [FULL] * 4}),
@@ -299,6 +315,20 @@ def test_choices_that_llama_cpp_computes_differently_are_refused_by_name(tokeniz
         (GPT | {"activation": "relu"}, "gpt2 has no model.activation = relu"),
         (GPT | {"norm_placement": "post", "feedforward_dim": 256}, "no model.norm_placement = post"),
         ({"attention_softcap": 5.0}, "no model.attention_softcap = 5.0"),
+        (GEMMA2_FIELDS | {"attention_scale": 0.1}, "gemma2 has no model.attention_scale = 0.1"),
+        (GEMMA2_FIELDS | {"attention_softcap": None}, "gemma2 has no model.attention_softcap = None"),
+        (GEMMA2_FIELDS | {"logit_softcap": None}, "gemma2 has no model.logit_softcap = None"),
+        (GEMMA2_FIELDS | {"sliding_window": None, "layer_pattern": None}, "gemma2 has no model.sliding_window = None"),
+        (GEMMA3_FIELDS | LINEAR_FIELDS, "gemma3 has no model.window_rope_scaling = True"),
+        (OLMO3_FIELDS | LINEAR_FIELDS, "olmo2 has no model.window_rope_scaling = True"),
+        (OLMO3_FIELDS | {"window_rope_base": 100.0}, "olmo2 has no model.window_rope_base = 100.0"),
+        ({"layer_pattern": "NFFF", "num_layers": 4}, "smollm3 has no model.layer_pattern = NFFF"),
+        ({"layer_pattern": "SF", "sliding_window": 5}, "llama has no model.sliding_window = 5"),
+        (QWEN2_FIELDS | {"head_dim": 32}, "qwen2 has no model.head_dim = 32"),
+        (QWEN2_FIELDS | {"sliding_window": 5}, "qwen2 has no model.sliding_window = 5"),
+        (NEOX_FIELDS | {"activation": "gelu"}, "gptneox has no model.activation = gelu"),
+        (COHERE2_FIELDS | {"attention_bias": True}, "cohere2 has no model.attention_bias = True"),
+        (COHERE2_FIELDS | {"tie_embeddings": False}, "cohere2 has no model.tie_embeddings = False"),
         ({"vocab_size": tokenizer.vocab_size - 1}, f"has {tokenizer.vocab_size} ids, the model"),
     ]:
         config = model_of(tokenizer, changes)
