@@ -64,12 +64,12 @@ def write_gguf(file: Path, weights: WeightSource, dtype: str = "f32") -> None:
     if dtype == "q8_0" and (num_f16 := list(types.values()).count(f16)):
         log.warning("%d matrices have rows that do not divide by %d; they are f16", num_f16, Q8_BLOCK)
 
+    model_name = {} if CHANGES_TOKENS.search(file.stem) else {"name": file.stem}
     with atomic_file(file) as partial:
         check_free_space(partial.parent, sum(sizes.values()))
         writer = library.GGUFWriter(partial, model.architecture.name)
         try:
-            _add(writer, "general.", {"type": "model", "file_type": FILE_TYPES[dtype]})
-            _add(writer, "general.", {} if CHANGES_TOKENS.search(file.stem) else {"name": file.stem})
+            _add(writer, "general.", {"type": "model", **model_name, "file_type": FILE_TYPES[dtype]})
             _add(writer, "general.", {"quantization_version": library.GGML_QUANT_VERSION})
             _add(writer, f"{model.architecture.name}.", model.metadata())
             _add(writer, "tokenizer.ggml.", tokens)
