@@ -4,79 +4,194 @@ llama.cpp reads the settings that it knows of an architecture and computes the r
 a warning. A model is therefore written only if the architecture has every one of its choices.
 """
 
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from model.config import ResolvedModelConfig
+from model.interchange.family import ANY, Choices
 from model.interchange.huggingface import Interchange
-from model.interchange.tensors import ParameterReader
+from model.interchange.layer_types import letters_of
+from model.interchange.layernorm import heads_divide_width
+from model.interchange.llama import adjacent
+from model.interchange.tensors import ParameterReader, Tensor, TensorMap
+from model.parameters import Parameter, parameter_table
 from model.position import frequencies
 
-NO_BIAS_NO_LLAMA3 = {"attention_bias": (False,), "rope_scaling": ("none", "linear", "yarn")}
+# Values that an architecture computes unless it says otherwise.
+USUAL: Choices = {"activation": ("silu",), "rope_scaling": ("none", "linear", "yarn")}
+# llama.cpp does not read these from a file.
+YARN_TURNS: Choices = {"rope_high_turns": (32.0,), "rope_low_turns": (1.0,)}
 
 
 class Architecture(NamedTuple):
     """An architecture of llama.cpp.
 
     Attributes:
-        choices: values that it computes, by field; other fields follow from the Transformers class.
+        choices: values that it computes, by field, besides `USUAL`; other fields follow from the Transformers class.
+        limits: predicates of a config that it requires, by field.
+        keys: functions from a config to its own settings, by key; None is not written.
+        names: names of modules that differ from `NAMES`.
         interleaved: true if components that are rotated together are adjacent.
-        norm_offset: number that is added to norm weights on export: where Transformers computes with 1 + w, llama.cpp
-            computes with w.
+        own_output: true if it has no tied embeddings; the table of a tied model is written twice.
     """
 
     name: str
-    choices: Mapping[str, tuple[Any, ...]]
+    choices: Choices
+    limits: Mapping[str, Callable[[ResolvedModelConfig], bool]] = {}
+    keys: Mapping[str, Callable[[ResolvedModelConfig], Any]] = {}
+    names: Mapping[str, str] = {}
     interleaved: bool = False
-    norm_offset: float = 0.0
+    own_output: bool = False
 
 
-LLAMA = Architecture("llama", {"activation": ("silu",)}, interleaved=True)
+def window_pattern(config: ResolvedModelConfig) -> int | list[bool] | None:
+    """Returns p if layers p, 2p, … are full and all others have the window; else true for each layer with a window."""
+    if config.sliding_window is None:
+        return None
+    windows = [letter == "S" for letter in letters_of(config)]
+    periods = range(1, len(windows) + 2)
+    return next((p for p in periods if windows == [(i + 1) % p > 0 for i in range(len(windows))]), windows)
+
+
+def scaled_for_head(layers_of_27b: int) -> Callable[[ResolvedModelConfig], bool]:
+    """Returns a predicate of a Gemma: q·k is divided by √head_dim, or in the model of 27B by √(D/H)."""
+
+    def holds(config: ResolvedModelConfig) -> bool:
+        is_27b = config.num_layers == layers_of_27b
+        divisor = config.model_dim // config.num_heads if is_27b else config.head_dim
+        return math.isclose(config.attention_scale or config.head_dim**-0.5, divisor**-0.5)
+
+    return holds
+
+
+def unscaled_in_windows(config: ResolvedModelConfig) -> bool:
+    """True if no layer with a window scales its rotations."""
+    return config.sliding_window is None or config.rope_scaling == "none" or not config.window_rope_scaling
+
+
+WINDOW = "attention.sliding_window"
+WINDOW_KEYS: dict[str, Callable[[ResolvedModelConfig], Any]] = {
+    WINDOW: attrgetter("sliding_window"),
+    f"{WINDOW}_pattern": window_pattern,
+}
+TIED: Choices = {"tie_embeddings": (True,)}
+NO_BIAS: Choices = {"attention_bias": (False,)}
+GELU: Choices = {"activation": ("gelu_tanh",)}
+# All heads together are as wide as the model.
+HEADS = {"head_dim": heads_divide_width}
+
+LLAMA = Architecture("llama", {"rope_scaling": ANY}, interleaved=True)
+OLMO2 = Architecture(
+    "olmo2",
+    NO_BIAS | {"window_rope_base": (None,)},
+    limits=HEADS | {"window_rope_scaling": unscaled_in_windows},
+    keys=WINDOW_KEYS,
+    names={"blocks.attention_norm": "post_attention_norm", "blocks.feedforward_norm": "post_ffw_norm"},
+    own_output=True,
+)
 # Architectures by the model_type of Transformers.
 ARCHITECTURES = {
     "llama": LLAMA,
     "mistral": LLAMA,
-    "qwen3": Architecture("qwen3", {"activation": ("silu",)} | NO_BIAS_NO_LLAMA3),
-    "gemma": Architecture(
-        "gemma", {"activation": ("gelu_tanh",), "tie_embeddings": (True,)} | NO_BIAS_NO_LLAMA3, norm_offset=1.0
+    "ministral": LLAMA,
+    "qwen2": Architecture("qwen2", {}, limits=HEADS),
+    "qwen3": Architecture("qwen3", NO_BIAS),
+    "smollm3": Architecture(
+        "smollm3",
+        NO_BIAS | {"feedforward_bias": (False,)},
+        limits={
+            "layer_pattern": lambda config: letters_of(config) == ("FFFN" * config.num_layers)[: config.num_layers]
+        },
+        interleaved=True,
     ),
-    "gpt2": Architecture("gpt2", {"activation": ("gelu_tanh",)}),
+    "phi3": Architecture("phi3", {}, limits=HEADS),
+    "granite": Architecture(
+        "granite",
+        {"rope_scaling": ANY},
+        keys={
+            "attention.scale": attrgetter("attention_scale"),
+            "embedding_scale": attrgetter("embedding_multiplier"),
+            "residual_scale": attrgetter("residual_multiplier"),
+            "logit_scale": lambda config: 1 / config.logit_multiplier,
+        },
+        interleaved=True,
+    ),
+    "glm4": Architecture("glm4", {}, interleaved=True),
+    "olmo2": OLMO2,
+    "olmo3": OLMO2,
+    "gemma": Architecture("gemma", GELU | TIED | NO_BIAS),
+    "gemma2": Architecture(
+        "gemma2",
+        GELU | TIED | NO_BIAS,
+        limits={
+            "attention_scale": scaled_for_head(46),
+            "attention_softcap": lambda config: config.attention_softcap is not None,
+            "logit_softcap": lambda config: config.logit_softcap is not None,
+            "sliding_window": lambda config: config.sliding_window is not None,
+        },
+        keys={
+            **WINDOW_KEYS,
+            "attn_logit_softcapping": attrgetter("attention_softcap"),
+            "final_logit_softcapping": attrgetter("logit_softcap"),
+        },
+    ),
+    "gemma3_text": Architecture(
+        "gemma3",
+        GELU | NO_BIAS,
+        limits={"attention_scale": scaled_for_head(62), "window_rope_scaling": unscaled_in_windows},
+        keys={
+            **WINDOW_KEYS,
+            "final_logit_softcapping": attrgetter("logit_softcap"),
+            "rope.freq_base_swa": lambda config: config.window_rope_base or config.rope_base,
+        },
+    ),
+    "gpt2": Architecture("gpt2", GELU),
+    "gpt_neox": Architecture(
+        "gptneox",
+        GELU | {"attention_bias": (True,)},
+        keys={"use_parallel_residual": lambda config: config.block == "parallel"},
+        own_output=True,
+    ),
+    "stablelm": Architecture("stablelm", {}, own_output=True),
+    "starcoder2": Architecture("starcoder2", GELU | {"attention_bias": (True,)}, limits=HEADS),
+    "cohere2": Architecture(
+        "cohere2",
+        TIED | NO_BIAS,
+        limits={"sliding_window": lambda config: config.sliding_window is not None},
+        keys={**WINDOW_KEYS, "logit_scale": attrgetter("logit_multiplier")},
+        interleaved=True,
+    ),
 }
 
-# GGUF names by those of Transformers: modules outside the layers, and modules of each layer.
-GLOBAL_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "transformer.wte": "token_embd",
-    "transformer.wpe": "position_embd",
-    "transformer.ln_f": "output_norm",
+# GGUF names by those of our parameters, without their last part.
+NAMES = {
+    "embedding": "token_embd",
+    "position": "position_embd",
+    "norm": "output_norm",
+    "unembedding": "output",
+    "blocks.attention_norm": "attn_norm",
+    "blocks.attention.query": "attn_q",
+    "blocks.attention.key": "attn_k",
+    "blocks.attention.value": "attn_v",
+    "blocks.attention.query_norm": "attn_q_norm",
+    "blocks.attention.key_norm": "attn_k_norm",
+    "blocks.attention.output": "attn_output",
+    "blocks.attention_output_norm": "post_attention_norm",
+    "blocks.feedforward_norm": "ffn_norm",
+    "blocks.feedforward.gate": "ffn_gate",
+    "blocks.feedforward.up": "ffn_up",
+    "blocks.feedforward.down": "ffn_down",
+    "blocks.feedforward_output_norm": "post_ffw_norm",
 }
-BLOCK_NAMES = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "ln_1": "attn_norm",
-    "ln_2": "ffn_norm",
-    "attn.c_attn": "attn_qkv",
-    "attn.c_proj": "attn_output",
-    "mlp.c_fc": "ffn_up",
-    "mlp.c_proj": "ffn_down",
-}
-LAYER = re.compile(r"(?:model\.layers|transformer\.h)\.(\d+)\.(.+)")
-# GPT-2's matrices, which Transformers stores as [inputs, outputs].
-TRANSPOSED = re.compile(r"transformer\.h\.\d+\..*\.c_\w+\.weight")
+# Names of one tensor with the parameters of several, by that of the first.
+FUSED_NAMES = {"attn_q": "attn_qkv", "ffn_gate": "ffn_up"}
+LAST_PART = re.compile(r"\.(table|matrix|scale)$|[._](bias)$")
 ROPE_FREQUENCIES = "rope_freqs.weight"
 # These tensors are always float32, as vectors are.
 FLOAT32_TENSORS = ("position_embd.weight", ROPE_FREQUENCIES)
@@ -91,23 +206,20 @@ class GGUFExport:
 
     def __init__(self, model: Interchange):
         self.model = model
-        self.config = config = model.config
         model_type = model.family.model_type
         if model_type not in ARCHITECTURES:
-            raise ValueError(f"llama.cpp has no model.norm_placement = {config.norm_placement}")
+            raise ValueError(f"llama.cpp has no model.norm_placement = {model.config.norm_placement}")
         self.architecture = ARCHITECTURES[model_type]
-        self._has_rope_divisors = config.rope_scaling == "llama3"
-        choices = {**self.architecture.choices}
-        if config.rope_scaling == "yarn":
-            # llama.cpp does not read these from a file.
-            choices |= {"rope_high_turns": (32.0,), "rope_low_turns": (1.0,)}
-        missing = [name for name, values in choices.items() if getattr(config, name) not in values]
-        # A window as long as the context hides nothing.
-        if config.sliding_window and config.sliding_window < model.context:
-            missing.append("sliding_window")
-        if missing:
+        self.config = config = replace(
+            model.widened, tie_embeddings=model.widened.tie_embeddings and not self.architecture.own_output
+        )
+        if missing := self._missing():
             settings = ", no ".join(f"model.{name} = {getattr(config, name)}" for name in missing)
             raise ValueError(f"llama.cpp's {self.architecture.name} has no {settings}")
+        parameters = parameter_table(config)
+        tensors = (tensor for tensor in model.family.tensors if tensor.parameters[0] in parameters)
+        self._tensor_map = TensorMap(config, tuple(self._tensor(tensor, parameters) for tensor in tensors))
+        self._has_rope_divisors = config.rope_scaling == "llama3"
 
     def metadata(self) -> dict[str, Any]:
         """Returns the settings of the architecture, by the names after its own."""
@@ -124,9 +236,11 @@ class GGUFExport:
             "attention.value_length": config.head_dim,
             f"attention.layer_norm_{'rms_' if config.norm == 'rmsnorm' else ''}epsilon": config.norm_epsilon,
         }
+        own = {key: value(config) for key, value in self.architecture.keys.items()}
+        settings |= {key: value for key, value in own.items() if value is not None}
         if config.position != "rope":
             return settings
-        settings |= {"rope.dimension_count": config.head_dim, "rope.freq_base": config.rope_base}
+        settings |= {"rope.dimension_count": config.rope_dim, "rope.freq_base": config.rope_base}
         if config.rope_scaling in ("linear", "yarn"):
             settings |= {"rope.scaling.type": config.rope_scaling, "rope.scaling.factor": config.rope_factor}
         if config.rope_scaling == "yarn":
@@ -135,40 +249,44 @@ class GGUFExport:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shape of each tensor, in the order of `tensors`."""
-        shapes = {
-            gguf_name(name): shape[::-1] if TRANSPOSED.fullmatch(name) else shape
-            for name, shape in self.model.shapes.items()
-        }
+        shapes = {name: self._tensor_map.shape(tensor) for name, tensor, _ in self._tensor_map.arrays()}
         return shapes | ({ROPE_FREQUENCIES: (self.config.head_dim // 2,)} if self._has_rope_divisors else {})
 
     def tensors(self, read: ParameterReader) -> Iterator[tuple[str, np.ndarray]]:
         """Yields (name, float32 array) for each tensor: [outputs, inputs], a vector or a table."""
-        for name, array in self.model.export_tensors(read):
-            array = array.astype(np.float32, copy=False)
-            if TRANSPOSED.fullmatch(name):
-                array = array.T
-            if self.architecture.interleaved and ".q_proj." in name:
-                array = interleave_pairs(array, self.config.num_heads)
-            if self.architecture.interleaved and ".k_proj." in name:
-                array = interleave_pairs(array, self.config.num_kv_heads)
-            if self.architecture.norm_offset and name.endswith("norm.weight"):
-                array = array + np.float32(self.architecture.norm_offset)
-            yield gguf_name(name), np.ascontiguousarray(array)
+        widened = self.model.export_reader(read)
+        for name, tensor, layer in self._tensor_map.arrays():
+            array = self._tensor_map.write(tensor, layer, widened).astype(np.float32, copy=False)
+            # Where Transformers computes with 1 + w, llama.cpp computes with w.
+            is_norm = self._tensor_map.parameters[tensor.parameters[0]].role == "norm"
+            yield name, array + np.float32(1) if is_norm and self.config.norm_offset else array
         if self._has_rope_divisors:
             yield ROPE_FREQUENCIES, rope_divisors(self.config)
 
+    def _missing(self) -> list[str]:
+        """Returns the fields whose values the architecture does not have."""
+        config, architecture = self.config, self.architecture
+        choices = USUAL | architecture.choices | (YARN_TURNS if config.rope_scaling == "yarn" else {})
+        missing = [name for name, values in choices.items() if values and getattr(config, name) not in values]
+        missing += [name for name, holds in architecture.limits.items() if not holds(config)]
+        # A window as long as the context hides nothing.
+        hides = config.sliding_window is not None and config.sliding_window < self.model.context
+        return [*missing, "sliding_window"] if hides and WINDOW not in architecture.keys else missing
 
-def gguf_name(hf_name: str) -> str:
-    """Returns the GGUF name of a tensor of Transformers."""
-    module, _, part = hf_name.rpartition(".")
-    if layer := LAYER.fullmatch(module):
-        return f"blk.{layer[1]}.{BLOCK_NAMES[layer[2]]}.{part}"
-    return f"{GLOBAL_NAMES[module]}.{part}"
-
-
-def interleave_pairs(array: np.ndarray, heads: int) -> np.ndarray:
-    """Reorders rows [H · C, ...] with pairs (i, i + C/2) into adjacent pairs (2i, 2i + 1)."""
-    return array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+    def _tensor(self, tensor: Tensor, parameters: Mapping[str, Parameter]) -> Tensor:
+        """Returns the GGUF tensor with the parameters of one in Transformers."""
+        first = tensor.parameters[0]
+        module = LAST_PART.sub("", first)
+        name = self.architecture.names.get(module, NAMES[module])
+        name = FUSED_NAMES[name] if tensor.parameters[1:] else name
+        name = f"{name}.{'bias' if first.endswith('bias') else 'weight'}"
+        parameter = parameters[first]
+        tensor = Tensor(
+            f"blk.{{layer}}.{name}" if "layers" in parameter.axes else name,
+            tensor.parameters,
+            transposed=bool(parameter.fan_in),
+        )
+        return adjacent(tensor) if self.architecture.interleaved else tensor
 
 
 def rope_divisors(config: ResolvedModelConfig) -> np.ndarray:

@@ -144,6 +144,12 @@ class Interchange:
 
         Each layer of each parameter is read once, when it is needed.
         """
+        widened = self.export_reader(read)
+        for name, tensor, layer in self.tensor_map.arrays():
+            yield name, self.tensor_map.write(tensor, layer, widened)
+
+    def export_reader(self, read: ParameterReader) -> ParameterReader:
+        """Returns a reader of the widened model's parameters, from one of the model's own."""
 
         def widened(name: str, layer: int | None) -> np.ndarray:
             if name == "embedding.table" and self._folds_scale:
@@ -153,8 +159,7 @@ class Interchange:
                 return read(name, layer) + offset if offset else read(name, layer)
             return read("embedding.table", None).T if name == "unembedding.matrix" else self._filling(name)
 
-        for name, tensor, layer in self.tensor_map.arrays():
-            yield name, self.tensor_map.write(tensor, layer, widened)
+        return widened
 
     def import_reader(self, read: TensorReader) -> ParameterReader:
         """Returns a reader of our parameters, float32, from tensors that passed `check_tensors`."""

@@ -4,6 +4,7 @@ import importlib
 import logging
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ MAGIC = b"GGUF"
 Q8_BLOCK = 32
 # llama.cpp's number for the dtype of most tensors of a file.
 FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
+# In models with such a name llama.cpp drops whitespace after special tokens, or requires tokens.
+CHANGES_TOKENS = re.compile("phi-?3|modern-bert", re.IGNORECASE)
 
 
 def check_gguf_file(file: Path) -> None:
@@ -61,11 +64,12 @@ def write_gguf(file: Path, weights: WeightSource, dtype: str = "f32") -> None:
     if dtype == "q8_0" and (num_f16 := list(types.values()).count(f16)):
         log.warning("%d matrices have rows that do not divide by %d; they are f16", num_f16, Q8_BLOCK)
 
+    model_name = {} if CHANGES_TOKENS.search(file.stem) else {"name": file.stem}
     with atomic_file(file) as partial:
         check_free_space(partial.parent, sum(sizes.values()))
         writer = library.GGUFWriter(partial, model.architecture.name)
         try:
-            _add(writer, "general.", {"type": "model", "name": file.stem, "file_type": FILE_TYPES[dtype]})
+            _add(writer, "general.", {"type": "model", **model_name, "file_type": FILE_TYPES[dtype]})
             _add(writer, "general.", {"quantization_version": library.GGML_QUANT_VERSION})
             _add(writer, f"{model.architecture.name}.", model.metadata())
             _add(writer, "tokenizer.ggml.", tokens)

@@ -24,13 +24,15 @@ from data.tokenizer.tokenizer import Tokenizer
 from data.tokenizer.training import train_tokenizer
 from model.config import ModelConfig
 from model.decoder import Decoder
-from model.interchange.gguf import interleave_pairs
-from model.interchange.tensors import reader_of
+from model.interchange.gguf import ARCHITECTURES
+from model.interchange.huggingface import Interchange
+from model.interchange.tensors import nested_weights, reader_of
 from model.parameters import parameter_table
 from model.trees import nested
 from tests.data import others
 from tests.data.texts import NASTY, code
 from tests.llama_cpp import LlamaCpp
+from tests.model.interchange.test_families import FULL, KV, LLAMA3, WINDOW, foreign
 from tests.peers import require
 from tests.small import small_model
 from train.weights.gguf import write_gguf
@@ -48,12 +50,12 @@ GPT: dict[str, Any] = {
     "norm": "layernorm",
     "tie_embeddings": True,
 }
-LLAMA3: dict[str, Any] = {"rope_scaling": "llama3", "rope_factor": 4.0, "rope_original_context": 16}
+LLAMA3_FIELDS: dict[str, Any] = {"rope_scaling": "llama3", "rope_factor": 4.0, "rope_original_context": 16}
 YARN: dict[str, Any] = {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_context": 64}
 GEMMA: dict[str, Any] = {"scale_embeddings": True, "tie_embeddings": True, "activation": "gelu_tanh", "head_dim": 32}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
-    "llama 3, tied": LLAMA3 | {"tie_embeddings": True},
+    "llama 3, tied": LLAMA3_FIELDS | {"tie_embeddings": True},
     "biases, other heads": {"attention_bias": True, "feedforward_bias": True, "head_dim": 32},
     "linear": {"rope_scaling": "linear", "rope_factor": 4.0},
     "yarn": YARN,
@@ -67,6 +69,82 @@ MODELS: dict[str, dict[str, Any]] = {
     | {"position": "sinusoidal", "max_positions": None, "attention_bias": False, "feedforward_bias": False},
     "scaled": {"scale_embeddings": True, "position": "none"} | {k: v for k, v in GPT.items() if "posi" not in k},
 }
+SIZES = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 96}
+PLAIN = {"rope_type": "default", "rope_theta": 7e3}
+LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 7e3}
+HF_YARN = {"rope_type": "yarn", "rope_theta": 7e3, "factor": 4.0, "original_max_position_embeddings": 16}
+OLMO3 = {"sliding_window": 5}
+GEMMA2 = {"sliding_window": 5, "head_dim": 32, "query_pre_attn_scalar": 32}
+# As deep as 27B; norms with a large epsilon don't amplify the rounding of GELU in each layer.
+GEMMA_27B = GEMMA2 | {"query_pre_attn_scalar": 16, "final_logit_softcapping": 2.0, "rms_norm_eps": 1.0}
+NEOX = {"hidden_act": "gelu_new"}
+GEMMA2_FIELDS = GEMMA | {
+    **{"export_as": "gemma2", "norm_placement": "both", "sliding_window": 5, "layer_pattern": "SF"},
+    **{"attention_softcap": 50.0, "logit_softcap": 30.0},
+}
+GEMMA3_FIELDS = GEMMA2_FIELDS | {"export_as": "gemma3_text", "qk_norm": True, "attention_softcap": None}
+LINEAR_FIELDS = {"rope_scaling": "linear", "rope_factor": 8.0}
+OLMO3_FIELDS = {"norm_placement": "output", "qk_norm": True, "qk_norm_over": "all_heads", "sliding_window": 5}
+QWEN2_FIELDS = {"attention_bias": True, "attention_output_bias": False}
+NEOX_FIELDS: dict[str, Any] = {
+    **{"norm": "layernorm", "gated": False, "num_kv_heads": 4, "attention_bias": True, "feedforward_bias": True},
+    **{"block": "parallel", "activation": "gelu_tanh"},
+}
+COHERE2_FIELDS: dict[str, Any] = {
+    **{"norm": "layernorm", "norm_bias": False, "block": "parallel_one_norm", "tie_embeddings": True},
+    **{"sliding_window": 5, "layer_pattern": "SN"},
+}
+# Configs of classes in Transformers, beside `SIZES` and `KV`.
+CLASSES: list[tuple[str, dict[str, Any]]] = [
+    ("ministral", {"head_dim": 32, "layer_types": [FULL] * 4}),
+    ("qwen2", {"rope_parameters": HF_YARN}),
+    ("qwen2", {"tie_word_embeddings": True}),
+    ("smollm3", {"num_hidden_layers": 5}),
+    ("smollm3", {"head_dim": 32, "tie_word_embeddings": False, "rope_parameters": LINEAR}),
+    ("phi3", {}),
+    ("phi3", {"tie_word_embeddings": True, "rope_parameters": PLAIN | {"partial_rotary_factor": 0.5}}),
+    (
+        "granite",
+        {"embedding_multiplier": 4.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.5},
+    ),
+    (
+        "granite",
+        {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "rope_parameters": LLAMA3},
+    ),
+    ("glm4", {"head_dim": 32}),
+    ("glm4", {"head_dim": 16, "attention_bias": False, "tie_word_embeddings": True}),
+    ("olmo2", {"rope_parameters": HF_YARN}),
+    ("olmo2", {"tie_word_embeddings": True}),
+    ("olmo3", OLMO3 | {"num_hidden_layers": 5}),
+    (
+        "olmo3",
+        OLMO3 | {"layer_types": [FULL, WINDOW, WINDOW, WINDOW], "rope_parameters": {FULL: HF_YARN, WINDOW: PLAIN}},
+    ),
+    ("olmo3", OLMO3 | {"layer_types": [WINDOW] * 4}),
+    ("gemma2", GEMMA2),
+    ("gemma2", GEMMA2 | {"layer_types": [FULL, FULL, WINDOW, WINDOW], "rope_parameters": LINEAR}),
+    ("gemma2", GEMMA_27B | {"num_hidden_layers": 46, "attn_logit_softcapping": 3.0}),
+    ("gemma3_text", GEMMA2 | {"num_hidden_layers": 7}),
+    (
+        "gemma3_text",
+        GEMMA2
+        | {
+            "layer_types": [WINDOW, FULL, WINDOW, FULL],
+            "tie_word_embeddings": False,
+            "rope_parameters": {FULL: HF_YARN, WINDOW: PLAIN | {"rope_theta": 1e3}},
+        },
+    ),
+    ("gemma3_text", GEMMA2 | {"layer_types": [FULL] * 4, "rope_parameters": {FULL: LINEAR, WINDOW: PLAIN}}),
+    ("gemma3_text", GEMMA_27B | {"num_hidden_layers": 62}),
+    ("gpt_neox", NEOX | {"tie_word_embeddings": True}),
+    ("gpt_neox", NEOX | {"use_parallel_residual": False, "rope_parameters": HF_YARN | {"partial_rotary_factor": 0.5}}),
+    ("stablelm", {"tie_word_embeddings": True}),
+    ("stablelm", {"use_parallel_residual": True, "use_qkv_bias": True}),
+    ("starcoder2", {}),
+    ("starcoder2", {"tie_word_embeddings": False}),
+    ("cohere2", {"sliding_window": 5, "num_hidden_layers": 5}),
+    ("cohere2", {"sliding_window": 5, "layer_types": [FULL, WINDOW] * 2, "logit_scale": 2.0}),
+]
 # The largest difference of log-probabilities in nats, which spread by about one. In float32 it comes from the order of
 # sums, and for GELU from the half-precision table in llama.cpp.
 CLOSE = {"f32": 1e-4, "f16": 0.01, "bf16": 0.05, "q8_0": 0.15}
@@ -134,6 +212,27 @@ def test_greedy_tokens_and_log_probabilities_are_ours(tokenizer, name: str, tmp_
     weights = weights_of(config)
     close = CLOSE["f32"] if config.activation == "silu" else GELU
     agree(config, weights, write(tmp_path / "model.gguf", config, weights, tokenizer), close)
+
+
+@pytest.mark.parametrize(("model_type", "case"), CLASSES, ids=lambda x: str(x)[:60])
+def test_a_model_of_transformers_computes_the_same_in_llama_cpp(tokenizer, model_type: str, case, tmp_path: Path):
+    config, weights = imported(model_type, case, tokenizer, tmp_path)
+    close = CLOSE["f32"] if config.activation == "silu" else GELU
+    # The name of the file is the name of the model.
+    agree(config, weights, write(tmp_path / f"{model_type}.gguf", config, weights, tokenizer), close)
+
+
+def imported(model_type: str, case: dict[str, Any], tokenizer: Tokenizer, folder: Path) -> tuple[ModelConfig, Any]:
+    sizes = SIZES | ({} if model_type == "gpt_neox" else KV) | {"vocab_size": tokenizer.vocab_size}
+    theirs = foreign(model_type, sizes | case, folder / "theirs")
+    interchange = Interchange.from_config(theirs.hf_config)
+    read = interchange.import_reader(theirs.tensors.__getitem__)
+    return interchange.config, nested_weights(interchange.config, read)
+
+
+def test_every_architecture_has_a_case():
+    others = {"llama", "mistral", "gemma", "qwen3", "gpt2"}
+    assert ARCHITECTURES.keys() == {model_type for model_type, _ in CLASSES} | others
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -211,11 +310,25 @@ def test_choices_that_llama_cpp_computes_differently_are_refused_by_name(tokeniz
         ({"sliding_window": CONTEXT - 1}, "no model.sliding_window = 31"),
         ({"qk_norm": True, "attention_bias": True}, "qwen3 has no model.attention_bias = True"),
         (YARN | {"rope_high_turns": 16.0, "rope_low_turns": 2.0}, "no model.rope_high_turns = 16.0, no model.rope_low"),
-        ({"qk_norm": True} | LLAMA3, "qwen3 has no model.rope_scaling = llama3"),
+        ({"qk_norm": True} | LLAMA3_FIELDS, "qwen3 has no model.rope_scaling = llama3"),
         (GEMMA | {"tie_embeddings": False}, "gemma has no model.tie_embeddings = False"),
         (GPT | {"activation": "relu"}, "gpt2 has no model.activation = relu"),
         (GPT | {"norm_placement": "post", "feedforward_dim": 256}, "no model.norm_placement = post"),
         ({"attention_softcap": 5.0}, "no model.attention_softcap = 5.0"),
+        (GEMMA2_FIELDS | {"attention_scale": 0.1}, "gemma2 has no model.attention_scale = 0.1"),
+        (GEMMA2_FIELDS | {"attention_softcap": None}, "gemma2 has no model.attention_softcap = None"),
+        (GEMMA2_FIELDS | {"logit_softcap": None}, "gemma2 has no model.logit_softcap = None"),
+        (GEMMA2_FIELDS | {"sliding_window": None, "layer_pattern": None}, "gemma2 has no model.sliding_window = None"),
+        (GEMMA3_FIELDS | LINEAR_FIELDS, "gemma3 has no model.window_rope_scaling = True"),
+        (OLMO3_FIELDS | LINEAR_FIELDS, "olmo2 has no model.window_rope_scaling = True"),
+        (OLMO3_FIELDS | {"window_rope_base": 100.0}, "olmo2 has no model.window_rope_base = 100.0"),
+        ({"layer_pattern": "NFFF", "num_layers": 4}, "smollm3 has no model.layer_pattern = NFFF"),
+        ({"layer_pattern": "SF", "sliding_window": 5}, "llama has no model.sliding_window = 5"),
+        (QWEN2_FIELDS | {"head_dim": 32}, "qwen2 has no model.head_dim = 32"),
+        (QWEN2_FIELDS | {"sliding_window": 5}, "qwen2 has no model.sliding_window = 5"),
+        (NEOX_FIELDS | {"activation": "gelu"}, "gptneox has no model.activation = gelu"),
+        (COHERE2_FIELDS | {"attention_bias": True}, "cohere2 has no model.attention_bias = True"),
+        (COHERE2_FIELDS | {"tie_embeddings": False}, "cohere2 has no model.tie_embeddings = False"),
         ({"vocab_size": tokenizer.vocab_size - 1}, f"has {tokenizer.vocab_size} ids, the model"),
     ]:
         config = model_of(tokenizer, changes)
@@ -338,8 +451,3 @@ def test_a_missing_package_is_named(tokenizer, tmp_path: Path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(InputError, match=r"pip install -e '\.\[gguf\]'"):
         write_gguf(tmp_path / "model.gguf", WeightSource(model_of(tokenizer, {}), CONTEXT, tokenizer, never))
-
-
-def test_components_that_are_rotated_together_are_adjacent():
-    rows = np.arange(2 * 6)[:, None] * np.ones((1, 3))
-    assert interleave_pairs(rows, 2)[:, 0].tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
