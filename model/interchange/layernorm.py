@@ -200,6 +200,7 @@ COHERE2 = replace(
         *SIZES,
         EPSILON,
         llama.KV_HEADS,
+        llama.HEAD_DIM,
         llama.ACTIVATION,
         llama.TIED._replace(default=True),
         llama.ATTENTION_BIAS,
@@ -208,7 +209,7 @@ COHERE2 = replace(
     tensors=tuple(llama.adjacent(tensor) for tensor in llama.with_norms({"input_layernorm": "attention_norm"})),
     context=llama.CONTEXT._replace(default=8192),
     choices=CHOICES | llama.NO_FEEDFORWARD_BIAS | {"block": ("parallel_one_norm",), "norm_bias": (False,)},
-    limits={"head_dim": heads_divide_width, "layer_pattern": of_kinds("SN")},
+    limits={"layer_pattern": of_kinds("SN")},
     extra_keys=cohere2_to_huggingface,
     extra_fields=cohere2_from_huggingface,
 )
