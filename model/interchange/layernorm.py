@@ -137,6 +137,8 @@ GPT_NEOX = Family(
     extra_fields=neox_from_huggingface,
     # Older files hold masks with the weights.
     ignored=(".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq"),
+    # Dropouts in places of their own, and a name for what it is anyway.
+    without_effect=("hidden_dropout", "classifier_dropout", "is_decoder"),
 )
 STABLELM = replace(
     llama.LLAMA,
@@ -165,6 +167,7 @@ STABLELM = replace(
     required={"qk_layernorm": False},
     extra_keys=stablelm_to_huggingface,
     extra_fields=stablelm_from_huggingface,
+    without_effect=("hidden_dropout",),
 )
 STARCODER2 = replace(
     llama.LLAMA,
