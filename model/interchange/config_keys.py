@@ -8,6 +8,22 @@ from typing import Any, NamedTuple
 # Our activations by further names in config.json, of functions that are equal up to rounding.
 ALIASES = {"swish": "silu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
 
+# Keys of all classes that have no effect on logits, which an import leaves out.
+WITHOUT_EFFECT = frozenset(
+    (
+        # Where a file comes from, and in which dtype; the tensors have theirs.
+        *("_name_or_path", "transformers_version", "dtype"),
+        # The beginning of a training that is over.
+        "initializer_range",
+        # Generation, and tokens whose meaning is the tokenizer's.
+        *("use_cache", "bos_token_id", "eos_token_id", "pad_token_id"),
+        # What a forward pass returns, in which type and with how much memory.
+        *("output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward", "pretraining_tp"),
+        # Tasks other than language modeling.
+        *("id2label", "label2id", "problem_type", "is_encoder_decoder"),
+    )
+)
+
 
 class ConfigKey(NamedTuple):
     """A key of config.json with the meaning of one of our fields.

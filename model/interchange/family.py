@@ -52,6 +52,7 @@ class Family:
         extra_keys: function from our config to further config keys.
         extra_fields: function from config keys to further fields of ours.
         ignored: ends of names of tensors in older files that no model needs.
+        without_effect: config keys that have no effect on logits in this class, besides `WITHOUT_EFFECT`.
     """
 
     model_type: str
@@ -67,6 +68,7 @@ class Family:
     extra_keys: Callable[[ResolvedModelConfig], dict[str, Any]] = lambda config: {}
     extra_fields: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda hf_config: {}
     ignored: tuple[str, ...] = ()
+    without_effect: tuple[str, ...] = ()
 
     def lacks(self, config: ResolvedModelConfig) -> list[str]:
         """Returns the choices of a model that the class does not have, as "model.field = value"."""

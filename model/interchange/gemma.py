@@ -141,4 +141,6 @@ GEMMA3 = replace(
     required={"use_bidirectional_attention": False, "attn_logit_softcapping": None},
     extra_keys=gemma3_to_huggingface,
     extra_fields=gemma3_from_huggingface,
+    # The class writes it, and reads it without the underscore.
+    without_effect=("_sliding_window_pattern",),
 )

@@ -23,6 +23,8 @@ SIZES = (
     ConfigKey("resid_pdrop", "residual_dropout", float, 0.1),
     ConfigKey("tie_word_embeddings", "tie_embeddings", bool, True),
 )
+# Keys of a class with another head.
+SUMMARY = tuple(f"summary_{name}" for name in ("type", "use_proj", "activation", "proj_to_labels", "first_dropout"))
 
 
 def tensors(token_table: str, position_table: str) -> tuple[Tensor, ...]:
@@ -88,6 +90,8 @@ GPT2 = Family(
     required={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
     # Older files hold masks with the weights.
     ignored=(".attn.bias", ".attn.masked_bias"),
+    # It also upcasts attention of 16 bits, which here is always in float32.
+    without_effect=(*SUMMARY, "reorder_and_upcast_attn"),
 )
 GPT1 = replace(
     GPT2,
@@ -99,4 +103,5 @@ GPT1 = replace(
     choices={**GPT2.choices, "norm_placement": ("post",)},
     limits={**GPT2.limits, "feedforward_dim": lambda config: config.feedforward_dim == 4 * config.model_dim},
     required={},
+    without_effect=SUMMARY,
 )

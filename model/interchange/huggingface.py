@@ -36,6 +36,8 @@ OWN_FIELDS = (
 )
 # What else it may hold: the context, where config.json gives the model another number of positions.
 OWN_CONTEXT = "segment_length"
+# Values of config keys that an import must have in every class.
+REQUIRED = {"is_causal": True}
 # Relative rounding error of a bfloat16 file.
 BFLOAT16_RTOL = 2**-7
 
@@ -235,7 +237,7 @@ class Interchange:
 
 
 def _import_config(family: Family, hf_config: Mapping[str, Any]) -> ResolvedModelConfig:
-    for name, value in family.required.items():
+    for name, value in {**REQUIRED, **family.required}.items():
         if hf_config.get(name) is not None and hf_config[name] != value:
             raise ValueError(f"{name} is {hf_config[name]!r}; in this decoder it is {value}")
     layer_types = [] if "layer_pattern" in family.limits else hf_config.get("layer_types") or []

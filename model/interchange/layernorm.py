@@ -137,6 +137,8 @@ GPT_NEOX = Family(
     extra_fields=neox_from_huggingface,
     # Older files hold masks with the weights.
     ignored=(".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq"),
+    # Dropouts in places of their own, and a name for what it is anyway.
+    without_effect=("hidden_dropout", "classifier_dropout", "is_decoder"),
 )
 STABLELM = replace(
     llama.LLAMA,
@@ -165,6 +167,7 @@ STABLELM = replace(
     required={"qk_layernorm": False},
     extra_keys=stablelm_to_huggingface,
     extra_fields=stablelm_from_huggingface,
+    without_effect=("hidden_dropout",),
 )
 STARCODER2 = replace(
     llama.LLAMA,
@@ -200,6 +203,7 @@ COHERE2 = replace(
         *SIZES,
         EPSILON,
         llama.KV_HEADS,
+        llama.HEAD_DIM,
         llama.ACTIVATION,
         llama.TIED._replace(default=True),
         llama.ATTENTION_BIAS,
@@ -208,7 +212,7 @@ COHERE2 = replace(
     tensors=tuple(llama.adjacent(tensor) for tensor in llama.with_norms({"input_layernorm": "attention_norm"})),
     context=llama.CONTEXT._replace(default=8192),
     choices=CHOICES | llama.NO_FEEDFORWARD_BIAS | {"block": ("parallel_one_norm",), "norm_bias": (False,)},
-    limits={"head_dim": heads_divide_width, "layer_pattern": of_kinds("SN")},
+    limits={"layer_pattern": of_kinds("SN")},
     extra_keys=cohere2_to_huggingface,
     extra_fields=cohere2_from_huggingface,
 )

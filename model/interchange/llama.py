@@ -263,6 +263,7 @@ SMOLLM3 = replace(
     required={"use_sliding_window": False},
     extra_keys=smollm3_to_huggingface,
     extra_fields=smollm3_from_huggingface,
+    without_effect=("sliding_window",),
 )
 PHI3 = replace(
     MISTRAL,
@@ -285,6 +286,8 @@ PHI3 = replace(
     choices=MISTRAL.choices | {"rope_scaling": ("none",)},
     limits={"rope_dim": ANY},
     extra_fields=phi3_from_huggingface,
+    # A dropout that the class does not apply, and the context before a scaling that is refused.
+    without_effect=("embd_pdrop", ORIGINAL_CONTEXT),
 )
 GRANITE = replace(
     LLAMA,

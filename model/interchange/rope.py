@@ -1,5 +1,6 @@
 """Rotary positions as `rope_parameters` of a config.json, in both directions."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ ORIGINAL_CONTEXT = "original_max_position_embeddings"
 PART = "partial_rotary_factor"
 # Keys of `rope_low_turns` and `rope_high_turns`.
 TURN_KEYS = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_slow", "beta_fast")}
+# The length of yarn's cosines and sines, which follows from the factor if a file does not say it.
+LENGTH = "attention_factor"
 
 
 def rope_to_huggingface(config: ResolvedModelConfig) -> dict[str, Any]:
@@ -106,16 +109,21 @@ def rope_from_huggingface(
     if rope_type not in ("default", "linear", *TURN_KEYS):
         raise ValueError(f"rope_type is {rope_type}; this decoder has default, linear, llama3 and yarn")
     known = {"rope_type", "type", "rope_theta", PART, "factor", ORIGINAL_CONTEXT}
-    known |= set(TURN_KEYS.get(rope_type, ()))
+    known |= {*TURN_KEYS.get(rope_type, ()), *([LENGTH] if rope_type == "yarn" else [])}
     if others := [name for name in rope if name not in known and rope[name] is not None]:
         raise ValueError(f"rope_parameters.{others[0]}: this decoder has no such choice")
     if rope_type == "default":
         return fields
-    fields |= {"rope_scaling": rope_type, "rope_factor": parse(rope, "factor", float)}
+    factor = parse(rope, "factor", float)
+    fields |= {"rope_scaling": rope_type, "rope_factor": factor}
     if rope_type in TURN_KEYS:
         low, high = TURN_KEYS[rope_type]
         source = hf_config if hf_config.get(ORIGINAL_CONTEXT) else rope
         fields["rope_original_context"] = parse(source, ORIGINAL_CONTEXT, int)
         fields["rope_low_turns"] = parse(rope, low, float, 1.0)
         fields["rope_high_turns"] = parse(rope, high, float, HIGH_TURNS[rope_type])
+    if rope.get(LENGTH) is not None:
+        length = 0.1 * math.log(max(factor, 1.0)) + 1
+        if not math.isclose(parse(rope, LENGTH, float), length, rel_tol=1e-6):
+            raise ValueError(f"rope_parameters.{LENGTH} is {rope[LENGTH]!r}; in this decoder it is {length}")
     return fields

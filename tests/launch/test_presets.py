@@ -29,7 +29,67 @@ COUNTS = {
     "llama2_7b": 6_738_415_616,
     "llama3_8b": 8_030_261_248,
     "qwen3_0_6b": 596_049_920,
+    "pythia_160m": 162_322_944,
+    "qwen2_5_0_5b": 494_032_768,
+    "gemma3_1b": 999_885_952,
+    "olmo2_1b": 1_484_916_736,
+    "smollm3_3b": 3_075_098_624,
+    "olmo3_7b": 7_298_011_136,
 }
+# What decides shapes and computation in the config.json of the published models.
+HUB: dict[str, dict[str, Any]] = {
+    "pythia_160m": {
+        "architectures": ["GPTNeoXForCausalLM"],
+        **{"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+        **{"vocab_size": 50_304, "max_position_embeddings": 2048, "tie_word_embeddings": False, "hidden_act": "gelu"},
+        **{"layer_norm_eps": 1e-5, "rotary_emb_base": 10_000, "rotary_pct": 0.25, "use_parallel_residual": True},
+    },
+    "qwen2_5_0_5b": {
+        "architectures": ["Qwen2ForCausalLM"],
+        **{"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
+        **{"num_key_value_heads": 2, "vocab_size": 151_936, "max_position_embeddings": 32_768, "hidden_act": "silu"},
+        **{"rms_norm_eps": 1e-6, "rope_theta": 1_000_000.0, "tie_word_embeddings": True, "attention_dropout": 0.0},
+        **{"use_sliding_window": False, "sliding_window": 32_768, "max_window_layers": 24},
+    },
+    "gemma3_1b": {
+        "architectures": ["Gemma3ForCausalLM"],
+        **{"hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26, "num_attention_heads": 4},
+        **{"num_key_value_heads": 1, "head_dim": 256, "vocab_size": 262_144, "max_position_embeddings": 32_768},
+        **{"rms_norm_eps": 1e-6, "rope_theta": 1_000_000, "rope_local_base_freq": 10_000, "rope_scaling": None},
+        **{"sliding_window": 512, "sliding_window_pattern": 6, "query_pre_attn_scalar": 256, "attention_bias": False},
+        **{"hidden_activation": "gelu_pytorch_tanh", "final_logit_softcapping": None, "attn_logit_softcapping": None},
+    },
+    "olmo2_1b": {
+        "architectures": ["Olmo2ForCausalLM"],
+        **{"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 16},
+        **{"num_key_value_heads": 16, "vocab_size": 100_352, "max_position_embeddings": 4096, "hidden_act": "silu"},
+        **{"rms_norm_eps": 1e-6, "rope_theta": 500_000, "rope_scaling": None, "tie_word_embeddings": False},
+        **{"attention_bias": False, "attention_dropout": 0.0},
+    },
+    "smollm3_3b": {
+        "architectures": ["SmolLM3ForCausalLM"],
+        **{"hidden_size": 2048, "intermediate_size": 11_008, "num_hidden_layers": 36, "num_attention_heads": 16},
+        **{"num_key_value_heads": 4, "vocab_size": 128_256, "max_position_embeddings": 65_536, "hidden_act": "silu"},
+        **{"rms_norm_eps": 1e-6, "rope_theta": 5_000_000.0, "rope_scaling": None, "tie_word_embeddings": True},
+        **{"no_rope_layer_interval": 4, "no_rope_layers": [1, 1, 1, 0] * 9, "use_sliding_window": False},
+        **{"attention_bias": False, "mlp_bias": False, "sliding_window": None, "max_window_layers": 28},
+    },
+    "olmo3_7b": {
+        "architectures": ["Olmo3ForCausalLM"],
+        **{"hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32, "num_attention_heads": 32},
+        **{"num_key_value_heads": 32, "vocab_size": 100_278, "max_position_embeddings": 65_536, "hidden_act": "silu"},
+        **{"rms_norm_eps": 1e-6, "rope_theta": 500_000, "tie_word_embeddings": False, "attention_bias": False},
+        "rope_scaling": {
+            **{"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192},
+            **{"attention_factor": 1.2079441541679836, "beta_fast": 32.0, "beta_slow": 1.0},
+        },
+        **{"sliding_window": 4096, "layer_types": [*["sliding_attention"] * 3, "full_attention"] * 8},
+    },
+}
+# Fields of ours that no config.json has, and those of a later stage of training.
+OF_TRAINING = {"compute_dtype", "remat_policy", "z_loss"}
+EXTENDED = {"olmo3_7b": {"rope_scaling", "rope_factor", "rope_original_context", "rope_high_turns"}}
+EXTENDED["olmo3_7b"] |= {"window_rope_scaling"}
 
 
 def test_every_preset_is_counted_here():
@@ -75,6 +135,7 @@ def test_gpt3_trains_on_the_tokens_of_its_paper():
             {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16}
             | {"num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True},
         ),
+        *((name, values["architectures"][0], values) for name, values in HUB.items()),
     ],
 )
 def test_published_presets_have_the_parameters_of_their_class(name: str, theirs: str, values: dict):
@@ -87,10 +148,21 @@ def test_published_presets_have_the_parameters_of_their_class(name: str, theirs:
     assert_same_shapes(model, name)
 
 
+@pytest.mark.parametrize("name", HUB)
+def test_a_preset_is_the_model_of_the_published_config(name: str):
+    ours = load_config(name, {}).resolved().model
+    theirs = Interchange.from_config(HUB[name]).config
+    differing = {key for key, value in vars(ours).items() if value != getattr(theirs, key)}
+    assert differing <= OF_TRAINING | EXTENDED.get(name, set())
+
+
 def assert_same_shapes(model: Any, name: str) -> None:
     config = load_config(name, {}).resolved(32_000)
     shapes = Interchange(config.model, config.data.segment_length).shapes
-    assert shapes == {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
+    named = dict(model.named_parameters())
+    if type(model).__name__ == "GPTNeoXForCausalLM":  # in files its unembedding has the older name
+        named["embed_out.weight"] = named.pop("lm_head.weight")
+    assert shapes == {key: tuple(parameter.shape) for key, parameter in named.items()}
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -102,6 +174,9 @@ def test_every_presets_export_has_the_names_and_shapes_of_its_class_at_full_size
         model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**values))
     assert [type(model).__name__] == values["architectures"]
     assert_same_shapes(model, name)
+    if name in HUB:
+        assert values["architectures"] == HUB[name]["architectures"]
+        assert model.num_parameters() == COUNTS[name]
 
 
 # The values of the published config.json that decide what a model of these shapes computes.
@@ -128,6 +203,10 @@ RECIPES = {
     "gpt3_175b": (3.2e6, 300e9, ("cosine", 0.6e-4, 5760, 0.1), (0.9, 0.95, 1e-8, 0.1, 1.0)),
     "llama2_7b": (4e6, 2e12, ("cosine", 3e-4, 2000, 0.1), (0.9, 0.95, 1e-5, 0.1, 1.0)),
     "llama3_8b": (8e6, 15e12, ("cosine", 3e-4, 8000, 0.01), (0.9, 0.95, 1e-8, 0.1, 1.0)),
+    "pythia_160m": (2e6, 300e9, ("cosine", 6e-4, 1430, 0.1), (0.9, 0.95, 1e-8, 0.1, 1.0)),
+    "olmo2_1b": (2e6, 5e12, ("cosine", 4e-4, 4000, 0.1), (0.9, 0.95, 1e-8, 0.1, 1.0)),
+    "smollm3_3b": (2.36e6, 11.1e12, ("wsd", 2e-4, 2000, 0.0), (0.9, 0.95, 1e-8, 0.1, 1.0)),
+    "olmo3_7b": (4e6, 5e12, ("cosine", 3e-4, 2000, 0.1), (0.9, 0.95, 1e-8, 0.1, 1.0)),
 }
 
 

@@ -97,7 +97,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "starcoder2": [{}, {"sliding_window": 5, "use_bias": False, "tie_word_embeddings": False}],
     "cohere2": [
         {"sliding_window": 5},
-        {"layer_types": [FULL, WINDOW, FULL, WINDOW], "sliding_window": 4, "logit_scale": 2.0},
+        {"layer_types": [FULL, WINDOW, FULL, WINDOW], "sliding_window": 4, "logit_scale": 2.0, "head_dim": 16},
     ],
 }
 # Without rows of the embedding that are zeroed.
