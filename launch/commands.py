@@ -19,6 +19,10 @@ COMMANDS = {
     "inspect loss": ("launch.inspect_loss", "what the model predicts at each position of a text"),
     "inspect attention": ("launch.inspect_attention", "one HTML page of each head's attention over a text"),
     "inspect embedding": ("launch.inspect_embedding", "which tokens' embeddings are nearest to a word's"),
+    "inspect weights": (
+        "launch.inspect_weights",
+        "what each setting of weights means, and their logits against Transformers",
+    ),
     "plan": ("launch.plan", "memory, speed, days and cost of a run, on this machine or on one that you don't have"),
     "export": ("launch.export", "write a run's weights for inference elsewhere"),
     "import": ("launch.import_weights", "make a run of weights from elsewhere"),

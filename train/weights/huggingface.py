@@ -18,6 +18,7 @@ from data.tokenizer.to_huggingface import write_huggingface_tokenizer
 from data.tokenizer.tokenizer import MODEL_FILE
 from model.config import ModelConfig, ResolvedModelConfig
 from model.interchange.huggingface import Interchange, family_of
+from model.interchange.tensors import ParameterReader
 from train.run.storage import check_free_space
 from train.weights.safetensors_files import FLOAT_DTYPES, INDEX_FILE, SINGLE_FILE, TensorFiles, write_tensor_files
 from train.weights.weight_source import WeightSource
@@ -110,8 +111,8 @@ def _config(folder: Path) -> Mapping[str, Any]:
     return values
 
 
-def open_huggingface(folder: Path) -> WeightSource:
-    """Opens a folder's weights as float32. InputError unless every tensor of a known model exists, in its shape."""
+def read_config(folder: Path) -> Mapping[str, Any]:
+    """Returns the values of a folder's config.json. InputError if it has none, or no weights."""
     file = folder / "config.json"
     if not file.is_file():
         raise InputError(f"{folder} has no config.json; export the weights again")
@@ -119,7 +120,12 @@ def open_huggingface(folder: Path) -> WeightSource:
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
         remedy = "save pickled ones with Transformers' save_pretrained" if pickled else "export the weights again"
         raise InputError(f"{folder} has no {SINGLE_FILE}, nor {INDEX_FILE}; {remedy}")
-    hf_config = read_json(file)
+    return read_json(file)
+
+
+def open_tensors(folder: Path) -> tuple[Interchange, ParameterReader]:
+    """Opens a folder's tensors as our parameters. InputError unless every one of a known model exists, in its shape."""
+    hf_config = read_config(folder)
     try:
         model = Interchange.from_config(hf_config)
         tensors = TensorFiles(folder)
@@ -136,5 +142,10 @@ def open_huggingface(folder: Path) -> WeightSource:
                 raise InputError(f"{folder}: {name} has NaN or infinite values in float32; take other weights")
         return array
 
-    tokenizer = load_tokenizer(folder)
-    return WeightSource(model.config, model.context, tokenizer, model.import_reader(finite), exported_step(folder))
+    return model, model.import_reader(finite)
+
+
+def open_huggingface(folder: Path) -> WeightSource:
+    """Opens a folder's weights as float32, with their tokenizer. InputError as `open_tensors`."""
+    model, read = open_tensors(folder)
+    return WeightSource(model.config, model.context, load_tokenizer(folder), read, exported_step(folder))
