@@ -18,6 +18,7 @@ HIGH_TURNS = {"llama3": 4.0, "yarn": 32.0}
 EXPORT_CLASSES = (
     *("gemma", "llama", "mistral", "qwen3", "gpt2", "openai-gpt", "qwen2", "ministral", "smollm3", "phi3", "granite"),
     *("glm4", "olmo2", "olmo3", "gemma2", "gemma3_text", "gpt_neox", "stablelm", "starcoder2", "cohere2"),
+    *("deepseek_v3", "deepseek_v2"),
 )
 # Kinds of layers in `layer_pattern`.
 LAYER_LETTERS = {"F": "full attention", "S": "the sliding window", "N": "full attention without positions"}
@@ -25,7 +26,12 @@ LAYER_LETTERS = {"F": "full attention", "S": "the sliding window", "N": "full at
 DEFAULT_PATTERN = ("F", "S")
 # Fields without effect, by the choice of `rope_scaling`.
 _TURNS = ("rope_original_context", "rope_low_turns", "rope_high_turns")
-UNUSED_BY_SCALING = {"none": ("rope_factor", *_TURNS), "linear": _TURNS, "llama3": (), "yarn": ()}
+UNUSED_BY_SCALING = {
+    "none": ("rope_factor", "rope_length", *_TURNS),
+    "linear": ("rope_length", *_TURNS),
+    "llama3": ("rope_length",),
+    "yarn": (),
+}
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,9 @@ class ModelConfig:
         None, "rotary pairs with more turns keep their frequency", unset="4 for llama3, 32 for yarn", above=0
     )
 
+    rope_length: float | None = setting(
+        None, "length of rotated vectors of length 1 with yarn", unset="0.1 ln(rope_factor) + 1", above=0
+    )
     window_rope_base: float | None = setting(
         None, "base of the rotary frequencies in layers with the sliding window", unset="rope_base", above=1
     )

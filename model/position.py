@@ -70,7 +70,9 @@ def rope_rotation(
     YaRN also scales by a length above 1 (Peng et al. 2023, section 3.4).
     """
     rope = rope or full_rope(config)
-    length = 0.1 * math.log(config.rope_factor) + 1 if rope.scaled and config.rope_scaling == "yarn" else 1.0
+    length = 1.0
+    if rope.scaled and config.rope_scaling == "yarn":
+        length = config.rope_length or 0.1 * math.log(config.rope_factor) + 1
     angles = positions_BT[:, None, :, None].astype(jnp.float32) * frequencies(config, rope)
     return jnp.cos(angles) * length, jnp.sin(angles) * length
 

@@ -20,6 +20,7 @@ USUAL: Choices = {
     "attention_softcap": (None,),
     "attention_sinks": (False,),
     "kv_latent_dim": (None,),
+    "rope_length": (None,),
     "norm_bias": (True,),
     "norm_offset": (False,),
     "block": ("sequential",),
@@ -30,6 +31,7 @@ USUAL: Choices = {
 USUAL_LIMITS: Mapping[str, Callable[[ResolvedModelConfig], bool]] = {
     "layer_pattern": of_one_kind,
     "rope_dim": lambda config: config.rope_dim in (None, config.head_dim),
+    "value_dim": lambda config: config.value_dim == config.head_dim,
     "attention_output_bias": lambda config: config.attention_output_bias == config.attention_bias,
 }
 # In `choices` and `limits`: any value.

@@ -208,7 +208,8 @@ class GGUFExport:
         self.model = model
         model_type = model.family.model_type
         if model_type not in ARCHITECTURES:
-            raise ValueError(f"llama.cpp has no model.norm_placement = {model.config.norm_placement}")
+            name = "norm_placement" if model.config.kv_latent_dim is None else "kv_latent_dim"
+            raise ValueError(f"llama.cpp has no model.{name} = {getattr(model.config, name)} here")
         self.architecture = ARCHITECTURES[model_type]
         self.config = config = replace(
             model.widened, tie_embeddings=model.widened.tie_embeddings and not self.architecture.own_output

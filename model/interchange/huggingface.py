@@ -11,6 +11,7 @@ import numpy as np
 
 from model.config import ModelConfig, ResolvedModelConfig
 from model.interchange.config_keys import parse
+from model.interchange.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from model.interchange.family import Family
 from model.interchange.gemma import GEMMA, GEMMA2, GEMMA3
 from model.interchange.gpt import GPT1, GPT2
@@ -26,7 +27,7 @@ from settings import choices_of
 # and only Gemma names all of their choices.
 FAMILIES = (
     *(GEMMA, LLAMA, MISTRAL, QWEN3, GPT2, GPT1, QWEN2, MINISTRAL, SMOLLM3, PHI3, GRANITE, GLM4, OLMO2, OLMO3),
-    *(GEMMA2, GEMMA3, GPT_NEOX, STABLELM, STARCODER2, COHERE2),
+    *(GEMMA2, GEMMA3, GPT_NEOX, STABLELM, STARCODER2, COHERE2, DEEPSEEK_V3, DEEPSEEK_V2),
 )
 # The key in config.json for fields that widening changes.
 OWN_KEY = "ziggurat"

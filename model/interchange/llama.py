@@ -83,7 +83,7 @@ def with_norms(names: Mapping[str, str], bias: bool = False) -> tuple[Tensor, ..
 def adjacent(tensor: Tensor) -> Tensor:
     """Returns the tensor of a class that rotates adjacent components of queries and keys."""
     rotated = tensor.parameters[0].startswith(("blocks.attention.query", "blocks.attention.key"))
-    return tensor._replace(adjacent_pairs=True) if rotated else tensor
+    return tensor._replace(pairs=tensor.parameters) if rotated else tensor
 
 
 def fused(tensors: tuple[Tensor, ...], qkv: bool = False, gate_up: bool = False) -> tuple[Tensor, ...]:

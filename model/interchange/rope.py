@@ -28,6 +28,8 @@ def rope_to_huggingface(config: ResolvedModelConfig) -> dict[str, Any]:
         low, high = TURN_KEYS[scaling]
         rope |= {low: config.rope_low_turns, high: config.rope_high_turns}
         rope[ORIGINAL_CONTEXT] = config.rope_original_context
+    if config.rope_length is not None:
+        rope[LENGTH] = config.rope_length
     if config.rope_dim != config.head_dim:
         rope[PART] = config.rope_dim / config.head_dim
     return rope
@@ -125,5 +127,5 @@ def rope_from_huggingface(
     if rope.get(LENGTH) is not None:
         length = 0.1 * math.log(max(factor, 1.0)) + 1
         if not math.isclose(parse(rope, LENGTH, float), length, rel_tol=1e-6):
-            raise ValueError(f"rope_parameters.{LENGTH} is {rope[LENGTH]!r}; in this decoder it is {length}")
+            fields["rope_length"] = parse(rope, LENGTH, float)
     return fields

@@ -28,14 +28,21 @@ class Tensor(NamedTuple):
         parameters: the parameters that it holds, concatenated along its last axis.
         transposed: true for a matrix [outputs, inputs] (PyTorch's Linear); ours are [inputs, outputs].
         by_head: the parameters are concatenated head by head.
-        adjacent_pairs: components of a head that are rotated together are adjacent; ours are half of `rope_dim` apart.
+        pairs: the parameters in which components that are rotated together are adjacent; ours are half of `rope_dim`
+            apart.
+        rotated_last: the rotated components of each head follow the others; ours are the first.
+        requires: a parameter without which a model does not have this tensor.
+        without: a parameter with which a model does not have this tensor.
     """
 
     name: str
     parameters: tuple[str, ...]
     transposed: bool = False
     by_head: bool = False
-    adjacent_pairs: bool = False
+    pairs: tuple[str, ...] = ()
+    rotated_last: bool = False
+    requires: str = ""
+    without: str = ""
 
 
 def torch_linear(name: str, *parameters: str) -> Tensor:
@@ -73,7 +80,13 @@ class TensorMap:
     def __init__(self, config: ResolvedModelConfig, tensors: tuple[Tensor, ...]):
         self.num_layers = config.num_layers
         self.parameters = parameter_table(config)
-        self.tensors = [tensor for tensor in tensors if tensor.parameters[0] in self.parameters]
+        self.tensors = [
+            tensor
+            for tensor in tensors
+            if tensor.parameters[0] in self.parameters
+            and (not tensor.requires or tensor.requires in self.parameters)
+            and tensor.without not in self.parameters
+        ]
         self._vocab_size = config.vocab_size
         self._rope_dim = config.rope_dim
         self._tensor_of = {name: tensor for tensor in self.tensors for name in tensor.parameters}
@@ -98,8 +111,10 @@ class TensorMap:
         for name in tensor.parameters:
             parameter = self.parameters[name]
             array = read(name, layer)[tuple(map(slice, self._sizes(parameter).values()))]
-            if tensor.adjacent_pairs:
+            if name in tensor.pairs:
                 array = self._swapped_pairs(array, (2, -1))
+            if tensor.rotated_last:
+                array = np.roll(array, -self._rope_dim, axis=-1)
             parts.append(array if tensor.by_head else array.reshape(self._shape(parameter)))
         array = np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
         if tensor.by_head:
@@ -124,7 +139,9 @@ class TensorMap:
         sizes = self._sizes(parameter)
         padding = [(0, parameter.axes[axis] - size) for axis, size in sizes.items()]
         array = np.pad(array.reshape(tuple(sizes.values())), padding)
-        return self._swapped_pairs(array, (-1, 2)) if tensor.adjacent_pairs else array
+        if tensor.rotated_last:
+            array = np.roll(array, self._rope_dim, axis=-1)
+        return self._swapped_pairs(array, (-1, 2)) if name in tensor.pairs else array
 
     def _swapped_pairs(self, array: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
         """Reorders the rotated components of heads [..., C], which have this shape, to its transpose."""

@@ -100,6 +100,17 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"layer_types": [FULL, WINDOW, FULL, WINDOW], "sliding_window": 4, "logit_scale": 2.0, "head_dim": 16},
     ],
 }
+DEEPSEEK = {"first_k_dense_replace": 4, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "v_head_dim": 8}
+DEEPSEEK |= {"qk_nope_head_dim": 8, "num_key_value_heads": 4, "n_routed_experts": 4, "moe_intermediate_size": 8}
+YARN_SCALES = YARN | {"mscale": 0.5, "mscale_all_dim": 0.7}
+CASES["deepseek_v3"] = [
+    DEEPSEEK | {"q_lora_rank": 12},
+    DEEPSEEK | {"q_lora_rank": None, "rope_parameters": YARN_SCALES},
+]
+CASES["deepseek_v2"] = [
+    DEEPSEEK | {"q_lora_rank": 12, "rope_parameters": YARN | {"mscale_all_dim": 0.7}},
+    DEEPSEEK | {"q_lora_rank": None, "rope_parameters": YARN | {"attention_factor": 1.5}},
+]
 # Without rows of the embedding that are zeroed.
 OTHERS = {"pad_token_id": None, "bos_token_id": 0, "eos_token_id": 1}
 

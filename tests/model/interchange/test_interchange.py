@@ -33,6 +33,7 @@ YARN = {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_context": 8}
 OLMO = {"norm_placement": "output", "qk_norm": True, "qk_norm_over": "all_heads"}
 GEMMA = {"scale_embeddings": True, "tie_embeddings": True, "norm_placement": "both", "layer_pattern": "SF"}
 GEMMA |= {"sliding_window": 5}
+LATENT = {"kv_latent_dim": 12, "head_dim": 12, "rope_dim": 4, "value_dim": 8, "num_kv_heads": 4, "norm_epsilon": 1e-6}
 NEOX = {"norm": "layernorm", "gated": False}
 MODELS = [
     {},
@@ -67,6 +68,8 @@ MODELS = [
     NEOX | {"num_kv_heads": 4, "rope_dim": 2, "block": "parallel", "attention_bias": True, "norm_bias": False},
     {"norm": "layernorm", "rope_dim": 2, "block": "parallel_one_norm"},
     NEOX | {"activation": "gelu_tanh", "sliding_window": 5},
+    LATENT,
+    LATENT | {"export_as": "deepseek_v2", "query_latent_dim": 8} | YARN | {"attention_scale": 0.5, "rope_length": 1.0},
     {"norm": "layernorm", "norm_bias": False, "block": "parallel_one_norm", "layer_pattern": "SN", "sliding_window": 5},
 ]
 
@@ -260,6 +263,9 @@ def test_keys_that_a_file_leaves_out_have_the_defaults_of_the_class(family: Fami
     classes = require("transformers").AutoConfig
     # A quarter of a head is rotated.
     wide = {"hidden_size": 256} if family.model_type in ("gpt_neox", "stablelm") else {}
+    if family.model_type.startswith("deepseek"):
+        heads = 128 if family.model_type == "deepseek_v3" else 32
+        wide = {"num_attention_heads": heads, "first_k_dense_replace": 2}
     short = {"vocab_size": 9, **(SIZES if family.model_type not in ("gpt2", "openai-gpt") else GPT_SIZES), **wide}
     whole = classes.for_model(family.model_type, **short).to_dict()
     named = {"architectures": [family.architecture]}
