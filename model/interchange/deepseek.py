@@ -22,13 +22,18 @@ SCALE, SCORE_SCALE = "mscale", "mscale_all_dim"
 LATENT_EPSILON = 1e-6
 ATTENTION = llama.LAYER + "self_attn."
 QUERY, QUERY_LATENT = "blocks.attention.query", "blocks.attention.query_latent"
+
+
+def query_tensor(name: str) -> Tensor:
+    """Returns the tensor of queries."""
+    return torch_linear(f"{ATTENTION}{name}.weight", QUERY)._replace(pairs=(QUERY,), rotated_last=True)
+
+
 TENSORS: tuple[Tensor, ...] = (
-    torch_linear(ATTENTION + "q_proj.weight", QUERY)._replace(pairs=(QUERY,), rotated_last=True, without=QUERY_LATENT),
+    query_tensor("q_proj")._replace(without=QUERY_LATENT),
     torch_linear(ATTENTION + "q_a_proj.weight", QUERY_LATENT),
     same_layout(ATTENTION + "q_a_layernorm.weight", f"{QUERY_LATENT}_norm.scale"),
-    torch_linear(ATTENTION + "q_b_proj.weight", QUERY)._replace(
-        pairs=(QUERY,), rotated_last=True, requires=QUERY_LATENT
-    ),
+    query_tensor("q_b_proj")._replace(requires=QUERY_LATENT),
     torch_linear(
         ATTENTION + "kv_a_proj_with_mqa.weight", "blocks.attention.latent", "blocks.attention.rotated_key"
     )._replace(pairs=("blocks.attention.rotated_key",)),
@@ -66,7 +71,10 @@ def deepseek_from_huggingface(
         raise ValueError(f"first_k_dense_replace is {dense}; in this decoder all {layers} layers are dense")
     if parse(hf_config, "num_key_value_heads", int, kv_heads or heads) != heads:
         raise ValueError(f"num_key_value_heads must be {heads}, the number of query heads")
-    head_dim = parse(hf_config, "qk_nope_head_dim", int, 128) + parse(hf_config, "qk_rope_head_dim", int, 64)
+    rotated = parse(hf_config, "qk_rope_head_dim", int, 64)
+    if parse(hf_config, "head_dim", int, rotated) != rotated:
+        raise ValueError(f"head_dim must be {rotated}, the number of rotated components")
+    head_dim = parse(hf_config, "qk_nope_head_dim", int, 128) + rotated
     rope = dict(hf_config.get("rope_scaling") or hf_config.get("rope_parameters") or {})
     scale, score_scale = (parse(rope, name, float, 0.0) for name in (SCALE, SCORE_SCALE))
     fields = rope_from_huggingface(
@@ -77,7 +85,8 @@ def deepseek_from_huggingface(
         if scale and score_scale and rope.get("attention_factor") is None:
             fields["rope_length"] = root(scale) / root(score_scale)
         if score_scale:
-            fields["attention_scale"] = root(score_scale) ** 2 / math.sqrt(head_dim)
+            # Without the last digits, so that a scale that was written comes back.
+            fields["attention_scale"] = float(f"{root(score_scale) ** 2 / math.sqrt(head_dim):.12g}")
     elif scale or score_scale:
         raise ValueError(f"rope_parameters.{SCALE if scale else SCORE_SCALE}: in this decoder it is for yarn")
     return fields | {"head_dim": head_dim, "num_kv_heads": heads}
@@ -98,8 +107,6 @@ EXPERTS = (
     *("n_shared_experts", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "routed_scaling_factor"),
     *("n_group", "topk_group", "norm_topk_prob", "output_router_logits"),
 )
-# What the class itself makes of other settings.
-OTHER_WIDTHS = ("head_dim", "qk_head_dim")
 DEEPSEEK_V3 = replace(
     llama.LLAMA,
     model_type="deepseek_v3",
@@ -129,7 +136,7 @@ DEEPSEEK_V3 = replace(
     required={"attention_bias": False, "rope_interleave": True},
     extra_keys=deepseek_to_huggingface,
     extra_fields=deepseek_from_huggingface,
-    without_effect=(*EXPERTS, *OTHER_WIDTHS, "num_nextn_predict_layers"),
+    without_effect=(*EXPERTS, "qk_head_dim", "num_nextn_predict_layers"),
 )
 DEEPSEEK_V2 = replace(
     DEEPSEEK_V3,
@@ -138,5 +145,5 @@ DEEPSEEK_V2 = replace(
     context=llama.CONTEXT,
     required={"attention_bias": False, "mlp_bias": False},
     extra_fields=partial(deepseek_from_huggingface, dense=0, kv_heads=32),
-    without_effect=(*EXPERTS, *OTHER_WIDTHS, "topk_method"),
+    without_effect=(*EXPERTS, "qk_head_dim", "topk_method"),
 )
