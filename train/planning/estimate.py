@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from model.layers import layer_kinds
 from model.parameters import parameter_table
 from model.sharding import as_tuple
 from train.config.config import ResolvedConfig
@@ -26,6 +27,8 @@ HELD_COPIES = (6.0, 4.0)
 # Number of products over all pairs of positions in attention: (forward, backward).
 ATTENTION_PRODUCTS = {"splash": (2, 7), "cudnn": (2, 5), "plain": (2, 4)}
 BF16, F32 = 2, 4
+# Axes by which weights are only stored.
+STORED = ("model", "latent")
 
 
 class Estimate(NamedTuple):
@@ -98,7 +101,7 @@ class _Step:
         table = parameter_table(config.model)
         # Elements of each gathered matrix of a layer on one device, and of the unembedding.
         self.matrices = {
-            name.removeprefix("blocks."): math.prod(p.shape[1:]) / self.size(*(a for a in p.axes if a != "model"))
+            name.removeprefix("blocks."): math.prod(p.shape[1:]) / self.size(*(a for a in p.axes if a not in STORED))
             for name, p in table.items()
             if p.role == "matrix"
         }
@@ -106,7 +109,13 @@ class _Step:
         # Elements of the residual stream inside a floor, and of the outputs of a layer's other products.
         self.stream = self.inside * D
         residual = ("attention.output", "feedforward.down")
-        self.results = self.inside * sum(size / D for name, size in self.matrices.items() if name not in residual)
+        inputs = {
+            name: math.prod(table[f"blocks.{name}"].axes[axis] for axis in table[f"blocks.{name}"].fan_in)
+            for name in self.matrices
+        }
+        self.results = self.inside * sum(
+            size / inputs[name] for name, size in self.matrices.items() if name not in residual
+        )
         self.weight_bytes = F32 * sum(math.prod(p.shape) / self.size(*p.axes) for p in table.values())
         self.state_bytes = self.weight_bytes * machine.state
         self.head = math.prod(table["embedding.table"].shape) / self.size("vocabulary")
@@ -124,12 +133,19 @@ class _Step:
         repeated = self.layer - self.matrices["feedforward.down"] if self.repeats_products else 0.0
         products = 2 * self.inside * (L * (3 * self.layer + repeated) + 3 * self.head)
         forward, backward = ATTENTION_PRODUCTS[self.machine.kernel]
-        pairs = 2 * self.inside * self.config.data.segment_length * self.heads * L
+        pairs = 2 * self.inside * self.keys_met() * self.heads
         kernel = pairs * (backward + forward * (2 if self.repeats_kernel else 1))
         moved = L * BF16 * (MEMORY_PASSES[0] * self.stream + MEMORY_PASSES[1] * self.results)
         part_seconds = products / MATMUL_EFFICIENCY.get(chip.name, 1.0) / chip.peak_flops + kernel / chip.peak_flops
         part_seconds += moved / chip.memory_bandwidth
         return self.parts * part_seconds + 2.5 * self.state_bytes / chip.memory_bandwidth
+
+    def keys_met(self) -> float:
+        """Returns the keys that a query meets in all layers; kernels skip those before a window, not the masked ones."""
+        T = self.config.data.segment_length
+        if self.machine.kernel == "plain":
+            return self.model.num_layers * T
+        return sum(min(kind.window or T, T) for kind in layer_kinds(self.model))
 
     def communication_seconds(self) -> float:
         """Seconds of communication for weights, gradients, residuals, keys and look-ups."""

@@ -43,6 +43,7 @@ class Kernel:
     results: tuple[Array, ...]
     estimate: float | None  # FLOPs that the kernel itself states (Pallas's `cost_estimate`)
     source: str  # the operation of the traced program
+    window: int | None = None  # keys that each query of cuDNN meets at most
 
     @property
     def flops(self) -> float:
@@ -51,15 +52,22 @@ class Kernel:
 
     @property
     def attention_flops(self) -> float:
-        """FLOPs of an attention kernel's products over all pairs of positions, masked pairs included; 0 for others.
+        """FLOPs of an attention kernel's products over the pairs of positions that it visits, masked ones included.
 
-        Splash attention takes [..., H, T, C], cuDNN [B, T, H, C]; queries come first, then keys.
+        Splash attention takes [..., H, T, C], cuDNN [B, T, H, C]; queries come first, then keys. Other kernels have 0.
         """
         products = next((number for part, number in ATTENTION_PRODUCTS.items() if part in self.name), 0)
         arrays = [array for array in self.operands if len(array.dims) > 2 and re.match(r"b?f\d", array.dtype)]
         if not products or len(arrays) < 2:
             return 0.0
-        return 2.0 * products * arrays[0].elements * arrays[1].dims[-3 if "fmha" in self.name else -2]
+        keys = arrays[1].dims[-3 if "fmha" in self.name else -2]
+        return 2.0 * products * arrays[0].elements * min(keys, self.window or keys) * self._visited
+
+    @property
+    def _visited(self) -> float:
+        """The share of blocks of pairs that splash attention visits: its table of blocks is narrower with a window."""
+        tables = [array.dims for array in self.operands if "mha" in self.name and re.match("s8|s16", array.dtype)]
+        return min(tables[0][-2:]) / max(tables[0][-2:]) if tables else 1.0
 
 
 @dataclass(frozen=True)
