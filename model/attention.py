@@ -61,10 +61,10 @@ def attend(
     each weight (as in FlashAttention; Dao et al. 2022, arXiv:2205.14135): T·C divisions instead of T·S, and no sum over
     the keys in the backward pass.
     """
-    (weights,), total = _softmax_terms([_visible_scores(q_BHTC, k_BKSC, mask_B1TS, softcap)], sink_H)
+    (weights,), total = _exponentials([_visible_scores(q_BHTC, k_BKSC, mask_B1TS, softcap)], sink_H)
     kept = dropout(weights.astype(v_BKSC.dtype), dropout_rate, keys_B)
     values = product("bkgts,bksc->bkgtc", kept, v_BKSC, dtype=jnp.float32)
-    return join_axis((values / total).astype(v_BKSC.dtype), 1)
+    return join_axis((values / total()).astype(v_BKSC.dtype), 1)
 
 
 def attend_to_parts(
@@ -78,24 +78,34 @@ def attend_to_parts(
     """Returns `attend` over keys, values and masks that are in several arrays, without concatenating the keys."""
     pairs = zip(keys, masks, strict=True)
     visible_scores = [_visible_scores(q_BHTC, k_BKSC, mask_B1TS, softcap) for k_BKSC, mask_B1TS in pairs]
-    weights, total = _softmax_terms(visible_scores, sink_H)
+    weights, total = _exponentials(visible_scores, sink_H)
     sums = [
         product("bkgts,bksc->bkgtc", part.astype(v_BKSC.dtype), v_BKSC, dtype=jnp.float32)
         for part, v_BKSC in zip(weights, values, strict=True)
     ]
-    return join_axis((functools.reduce(jnp.add, sums) / total).astype(values[0].dtype), 1)
+    return join_axis((functools.reduce(jnp.add, sums) / total()).astype(values[0].dtype), 1)
 
 
-def _softmax_terms(parts: Sequence[jax.Array], sink_H: jax.Array | None = None) -> tuple[list[jax.Array], jax.Array]:
-    """Returns the exponentials of scores [B, K, G, T, S] in several arrays, and their sum with that of the sink."""
+def _exponentials(
+    parts: Sequence[jax.Array], sink_H: jax.Array | None = None
+) -> tuple[list[jax.Array], Callable[[], jax.Array]]:
+    """Returns the exponentials of scores [B, K, G, T, S] in several arrays, and a function to their sum, with the sink.
+
+    They are divided by that of the largest score.
+    """
     largest = functools.reduce(jnp.maximum, [jnp.max(part, axis=-1, keepdims=True) for part in parts])
+    sink_KG11 = None
     if sink_H is not None:
         sink_KG11 = split_axis(sink_H, 0, parts[0].shape[1])[:, :, None, None].astype(jnp.float32)
         largest = jnp.maximum(largest, sink_KG11)
     largest = jax.lax.stop_gradient(largest)
     weights = [jnp.exp(part - largest) for part in parts]
-    total = functools.reduce(jnp.add, [jnp.sum(part, axis=-1, keepdims=True) for part in weights])
-    return weights, total if sink_H is None else total + jnp.exp(sink_KG11 - largest)
+
+    def total() -> jax.Array:
+        sums = functools.reduce(jnp.add, [jnp.sum(part, axis=-1, keepdims=True) for part in weights])
+        return sums if sink_KG11 is None else sums + jnp.exp(sink_KG11 - largest)
+
+    return weights, total
 
 
 def attention_weights(
@@ -109,8 +119,8 @@ def attention_weights(
 
     For inspection: the weights of all heads and positions are in memory at once.
     """
-    (weights,), total = _softmax_terms([_visible_scores(q_BHTC, k_BKSC, mask_B1TS, softcap)], sink_H)
-    return join_axis(weights / total, 1)
+    (weights,), total = _exponentials([_visible_scores(q_BHTC, k_BKSC, mask_B1TS, softcap)], sink_H)
+    return join_axis(weights / total(), 1)
 
 
 def scores(q_BHTC: jax.Array, k_BKSC: jax.Array, softcap: float | None) -> jax.Array:

@@ -25,12 +25,14 @@ LAYER_LETTERS = {"F": "full attention", "S": "the sliding window", "N": "full at
 # The pattern of models that have none: without and with a sliding window.
 DEFAULT_PATTERN = ("F", "S")
 # Fields without effect, by the choice of `rope_scaling`.
-_TURNS = ("rope_original_context", "rope_low_turns", "rope_high_turns")
+_TURNS = ("rope_low_turns", "rope_high_turns")
+_DIVISORS = ("rope_short_divisors", "rope_long_divisors", "rope_long")
 UNUSED_BY_SCALING = {
-    "none": ("rope_factor", "rope_length", *_TURNS),
-    "linear": ("rope_length", *_TURNS),
-    "llama3": ("rope_length",),
-    "yarn": (),
+    "none": ("rope_factor", "rope_length", "rope_original_context", *_TURNS, *_DIVISORS),
+    "linear": ("rope_length", "rope_original_context", *_TURNS, *_DIVISORS),
+    "llama3": ("rope_length", *_DIVISORS),
+    "yarn": _DIVISORS,
+    "longrope": _TURNS,
 }
 
 
@@ -81,11 +83,16 @@ class ModelConfig:
         None, "first components of a head that are rotated (GPT-NeoX)", unset="head_dim", at_least=2, at_most=2**16
     )
     rope_scaling: str = setting(
-        "none", "scaling of rotary frequencies for a longer context", choices=("none", "linear", "llama3", "yarn")
+        "none",
+        "scaling of rotary frequencies for a longer context",
+        choices=("none", "linear", "llama3", "yarn", "longrope"),
     )
     rope_factor: float = setting(1.0, "factor by which the context exceeds rope_original_context", at_least=1)
     rope_original_context: int | None = setting(
-        None, "positions that the unscaled frequencies were trained for (llama3, yarn)", unset="not set", at_least=1
+        None,
+        "positions that the unscaled frequencies were trained for (llama3, yarn, longrope)",
+        unset="not set",
+        at_least=1,
     )
     rope_low_turns: float = setting(
         1.0, "rotary pairs with fewer turns over the original context are slowed by the whole factor", above=0
@@ -95,8 +102,18 @@ class ModelConfig:
     )
 
     rope_length: float | None = setting(
-        None, "length of rotated vectors of length 1 with yarn", unset="0.1 ln(rope_factor) + 1", above=0
+        None,
+        "length of rotated vectors of length 1 with yarn or longrope",
+        unset="0.1 ln(rope_factor) + 1 for yarn, √(1 + ln(rope_factor)/ln(rope_original_context)) for longrope",
+        above=0,
     )
+    rope_short_divisors: str | None = setting(
+        None, "longrope's divisors of the frequencies of all pairs, with commas between them", unset="not set"
+    )
+    rope_long_divisors: str | None = setting(
+        None, "those in rows that are longer than rope_original_context", unset="not set"
+    )
+    rope_long: bool | None = setting(None, "use rope_long_divisors", unset="by the length of a row", resume="warn")
     window_rope_base: float | None = setting(
         None, "base of the rotary frequencies in layers with the sliding window", unset="rope_base", above=1
     )
@@ -314,7 +331,16 @@ class ModelConfig:
             return [f"model.{name} is odd; rotary positions turn pairs of components, so it must be even"]
         if rotated > head_dim:
             return [f"model.rope_dim = {rotated} is above model.head_dim = {head_dim}"]
-        return []
+        if self.rope_scaling != "longrope":
+            return []
+        if self.rope_original_context is None or self.rope_original_context < 2:
+            return ["model.rope_scaling = longrope needs model.rope_original_context of at least 2"]
+        problems = []
+        for name in ("rope_short_divisors", "rope_long_divisors"):
+            numbers = divisors(getattr(self, name) or "")
+            if len(numbers) != rotated // 2 or not all(number > 0 for number in numbers):
+                problems.append(f"model.{name} must be {rotated // 2} numbers above 0 with commas between them")
+        return problems
 
     def _latent_problems(self) -> list[str]:
         if self.kv_latent_dim is None:
@@ -348,6 +374,14 @@ class ModelConfig:
             unused = ("sliding_window", "window_rope_base", "window_rope_scaling")
             problems += unused_problems("model", self, dict.fromkeys(unused, without))
         return problems
+
+
+def divisors(text: str) -> list[float]:
+    """Returns the numbers of `rope_short_divisors` or `rope_long_divisors`; none where they cannot be read."""
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        return []
 
 
 def _first_given(*values: bool | None) -> bool:

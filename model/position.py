@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from model.backend import platform
-from model.config import ResolvedModelConfig
+from model.config import ResolvedModelConfig, divisors
 from model.cpu import computed_once
 from model.embedding import embedding_lookup
 from model.layers import Rope, full_rope, layer_kinds
@@ -67,17 +67,28 @@ def rope_rotation(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the rotation for these positions in layers with this `rope`, by default in those with full attention.
 
-    YaRN also scales by a length above 1 (Peng et al. 2023, section 3.4).
+    YaRN also scales by a length above 1 (Peng et al. 2023, section 3.4), and longrope does.
     """
     rope = rope or full_rope(config)
-    length = 1.0
-    if rope.scaled and config.rope_scaling == "yarn":
-        length = config.rope_length or 0.1 * math.log(config.rope_factor) + 1
-    angles = positions_BT[:, None, :, None].astype(jnp.float32) * frequencies(config, rope)
+    length = rotated_length(config) if rope.scaled else 1.0
+    long = positions_BT.shape[1] > (config.rope_original_context or 0) if config.rope_long is None else config.rope_long
+    angles = positions_BT[:, None, :, None].astype(jnp.float32) * frequencies(config, rope, long)
     return jnp.cos(angles) * length, jnp.sin(angles) * length
 
 
-def frequencies(config: ResolvedModelConfig, rope: Rope | None = None) -> np.ndarray:
+def rotated_length(config: ResolvedModelConfig) -> float:
+    """Returns the length of a rotated vector of length 1 where rotations are scaled."""
+    if config.rope_scaling not in ("yarn", "longrope"):
+        return 1.0
+    if config.rope_length is not None:
+        return config.rope_length
+    if config.rope_scaling == "yarn":
+        return 0.1 * math.log(config.rope_factor) + 1
+    assert config.rope_original_context is not None
+    return math.sqrt(1 + math.log(config.rope_factor) / math.log(config.rope_original_context))
+
+
+def frequencies(config: ResolvedModelConfig, rope: Rope | None = None, long: bool = False) -> np.ndarray:
     """Returns each pair's angle in radians per position, float32 [C/2]: base^(-2i/C), scaled for a longer context.
 
     C is here the number of components that are rotated.
@@ -86,10 +97,15 @@ def frequencies(config: ResolvedModelConfig, rope: Rope | None = None) -> np.nda
     - llama3 (Llama Team 2024) and yarn (Peng et al. 2023, arXiv:2309.00071): pairs that turn more than `high_turns`
       times in the original context stay, those that turn less than `low_turns` times are divided, and those between
       are interpolated: in proportion to their turns (llama3), or to their index (yarn).
+    - longrope (Ding et al. 2024, arXiv:2402.13753): each pair has its own divisor, and another one in long rows.
     """
     rope = rope or full_rope(config)
     C, factor = config.rope_dim, config.rope_factor
     plain = rope.base ** -(np.arange(0, C, 2) / C)
+    if rope.scaled and config.rope_scaling == "longrope":
+        return (plain / divisors((config.rope_long_divisors if long else config.rope_short_divisors) or "")).astype(
+            np.float32
+        )
     if not rope.scaled:
         kept = np.ones(C // 2)
     elif config.rope_scaling == "linear":

@@ -140,6 +140,10 @@ class Scheduler:
         needed = max(next_power_of_two(longest), round_up(longest + self.max_new_tokens))
         self.capacity = min(needed, self.generator.context)
         config, layout = self.generator.config, self.generator.layout
+        if config.rope_scaling == "longrope":
+            # All tokens of a request are rotated alike, from its first to its last.
+            longest_row = self.capacity > (config.rope_original_context or 0)
+            config = dataclasses.replace(config, rope_long=longest_row)
         cache = empty_cache(config, len(self.slots), self.capacity + STEPS_PER_CALL, layout)
         self.state = DecodeState(cache, self._seen_tokens(self.slots))
         self.model = SampledModel(config, layout, self.sampling, self.generator.weights, np.int32(self.seed))

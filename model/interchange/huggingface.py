@@ -77,7 +77,7 @@ class Interchange:
         self.family = family_of(config)
         self.widened = self.family.widened(config, context)
         self.num_positions = self.widened.max_positions or context
-        if config.rope_scaling == "yarn":
+        if config.rope_scaling in ("yarn", "longrope"):
             # Older versions of Transformers take this number, divided by the original one, as the factor.
             assert config.rope_original_context is not None
             self.num_positions = round(config.rope_factor * config.rope_original_context)

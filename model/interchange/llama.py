@@ -211,9 +211,17 @@ def phi3_from_huggingface(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns rotary fields, of a part of each head."""
     heads = parse(hf_config, "num_attention_heads", int)
     head_dim = HEAD_DIM.read(hf_config) or parse(hf_config, "hidden_size", int) // max(heads, 1)
-    # The class reads it, and has no effect on what is not scaled for a longer context.
-    unscaled = {name: value for name, value in hf_config.items() if name != ORIGINAL_CONTEXT}
-    return rope_from_huggingface(unscaled, head_dim)
+    if "factor" in (hf_config.get("rope_parameters") or {}):
+        raise ValueError("rope_parameters.factor: in this class it follows from the positions")
+    return rope_from_huggingface({ORIGINAL_CONTEXT: 4096, **hf_config}, head_dim)
+
+
+def phi3_to_huggingface(config: ResolvedModelConfig) -> dict[str, Any]:
+    """Returns rotary keys with the original context, from which the factor follows."""
+    rope = rope_keys(config)
+    rope["rope_parameters"].pop("factor", None)
+    original = {ORIGINAL_CONTEXT: config.rope_original_context} if config.rope_scaling == "longrope" else {}
+    return rope | original
 
 
 def granite_to_huggingface(config: ResolvedModelConfig) -> dict[str, Any]:
@@ -282,9 +290,9 @@ PHI3 = replace(
     ),
     tensors=fused(TENSORS, qkv=True, gate_up=True),
     context=CONTEXT._replace(default=4096),
-    # The class has no other scaling but longrope, which this decoder has not.
-    choices=MISTRAL.choices | {"rope_scaling": ("none",)},
+    choices={**MISTRAL.choices, "rope_scaling": ("none", "longrope"), "rope_length": ANY},
     limits={"rope_dim": ANY},
+    extra_keys=phi3_to_huggingface,
     extra_fields=phi3_from_huggingface,
     # A dropout that the class does not apply, and the context before a scaling that is refused.
     without_effect=("embd_pdrop", ORIGINAL_CONTEXT),

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from model.config import HIGH_TURNS, ResolvedModelConfig
+from model.config import HIGH_TURNS, ResolvedModelConfig, divisors
 from model.interchange.config_keys import parse
 from model.interchange.layer_types import FULL, WINDOW
 
@@ -16,6 +16,8 @@ PART = "partial_rotary_factor"
 TURN_KEYS = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_slow", "beta_fast")}
 # The length of yarn's cosines and sines, which follows from the factor if a file does not say it.
 LENGTH = "attention_factor"
+# Longrope's divisors for rows up to the original context, and for longer ones.
+FACTOR_KEYS = ("short_factor", "long_factor")
 
 
 def rope_to_huggingface(config: ResolvedModelConfig) -> dict[str, Any]:
@@ -27,6 +29,10 @@ def rope_to_huggingface(config: ResolvedModelConfig) -> dict[str, Any]:
     if scaling in TURN_KEYS:
         low, high = TURN_KEYS[scaling]
         rope |= {low: config.rope_low_turns, high: config.rope_high_turns}
+        rope[ORIGINAL_CONTEXT] = config.rope_original_context
+    if scaling == "longrope":
+        for key, numbers in zip(FACTOR_KEYS, (config.rope_short_divisors, config.rope_long_divisors), strict=True):
+            rope[key] = divisors(numbers or "")
         rope[ORIGINAL_CONTEXT] = config.rope_original_context
     if config.rope_length is not None:
         rope[LENGTH] = config.rope_length
@@ -108,14 +114,18 @@ def rope_from_huggingface(
         fields["rope_dim"] = int(head_dim * part)
     # Older files call it "type".
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ("default", "linear", *TURN_KEYS):
-        raise ValueError(f"rope_type is {rope_type}; this decoder has default, linear, llama3 and yarn")
+    rope_type = "longrope" if rope_type == "su" else rope_type
+    if rope_type not in ("default", "linear", "longrope", *TURN_KEYS):
+        raise ValueError(f"rope_type is {rope_type}; this decoder has default, linear, llama3, yarn and longrope")
     known = {"rope_type", "type", "rope_theta", PART, "factor", ORIGINAL_CONTEXT}
-    known |= {*TURN_KEYS.get(rope_type, ()), *([LENGTH] if rope_type == "yarn" else [])}
+    known |= {*TURN_KEYS.get(rope_type, ()), *([LENGTH] if rope_type in ("yarn", "longrope") else [])}
+    known |= set(FACTOR_KEYS if rope_type == "longrope" else ())
     if others := [name for name in rope if name not in known and rope[name] is not None]:
         raise ValueError(f"rope_parameters.{others[0]}: this decoder has no such choice")
     if rope_type == "default":
         return fields
+    if rope_type == "longrope":
+        return fields | _longrope_fields(hf_config, rope)
     factor = parse(rope, "factor", float)
     fields |= {"rope_scaling": rope_type, "rope_factor": factor}
     if rope_type in TURN_KEYS:
@@ -129,3 +139,21 @@ def rope_from_huggingface(
         if not math.isclose(parse(rope, LENGTH, float), length, rel_tol=1e-6):
             fields["rope_length"] = parse(rope, LENGTH, float)
     return fields
+
+
+def _longrope_fields(hf_config: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, Any]:
+    source = hf_config if hf_config.get(ORIGINAL_CONTEXT) else rope
+    original = parse(source, ORIGINAL_CONTEXT, int)
+    if original < 2:
+        raise ValueError(f"{ORIGINAL_CONTEXT} is {original}; it must be at least 2")
+    factor = parse(hf_config, "max_position_embeddings", int, original) / original
+    numbers = {}
+    for key, field in zip(FACTOR_KEYS, ("rope_short_divisors", "rope_long_divisors"), strict=True):
+        values = rope.get(key)
+        if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
+            raise ValueError(f"rope_parameters.{key} is {values!r}; it must be a list of numbers")
+        numbers[field] = ",".join(str(float(value)) for value in values)
+    fields = {"rope_scaling": "longrope", "rope_factor": max(parse(rope, "factor", float, factor), 1.0)}
+    if rope.get(LENGTH) is not None:
+        fields["rope_length"] = parse(rope, LENGTH, float)
+    return fields | numbers | {"rope_original_context": original}

@@ -32,7 +32,7 @@ def models(draw: st.DrawFn) -> ModelConfig:
     norm, activation = drawn(*choices_of(ModelConfig, "norm")), drawn(*choices_of(ModelConfig, "activation"))
     block = drawn(*choices_of(ModelConfig, "block"))
     qk_norm = draw(st.booleans())
-    latent = {}
+    latent: dict[str, Any] = {}
     if position == "rope" and drawn(False, False, True):
         latent = {
             "kv_latent_dim": 8,
@@ -42,6 +42,14 @@ def models(draw: st.DrawFn) -> ModelConfig:
         }
         latent |= {"head_dim": 6, "rope_dim": 2, "attention_bias": False, "attention_output_bias": None}
         qk_norm = False
+    # The length of a row must not change what the model is.
+    longrope = {
+        "rope_short_divisors": "1.5",
+        "rope_long_divisors": "3",
+        "rope_long": draw(st.booleans()),
+        "rope_dim": 2,
+    }
+    latent |= longrope if scaling == "longrope" else {}
     model = {
         "num_layers": drawn(3, 4),
         "layer_pattern": pattern,
@@ -57,7 +65,7 @@ def models(draw: st.DrawFn) -> ModelConfig:
         "max_positions": T if position == "learned" else None,
         "rope_scaling": scaling,
         "rope_factor": factor,
-        "rope_original_context": original if scaling in ("llama3", "yarn") else None,
+        "rope_original_context": original if scaling in ("llama3", "yarn", "longrope") else None,
         "rope_dim": drawn(None, 2) if position == "rope" else None,
         "window_rope_base": drawn(None, 300.0) if window and position == "rope" else None,
         "window_rope_scaling": drawn(True, False) if window and position == "rope" else True,

@@ -13,6 +13,7 @@ from model.generation.decoder import empty_cache
 from model.generation.generator import Generator
 from model.generation.sampling import Sampling
 from model.layers import layer_kinds, prefix_and_period
+from model.parameters import initial_weights
 from tests.small import small_model, small_weights
 
 PATTERNS = ("SSF", "SNFS", "NF", "SSSSSF")
@@ -61,6 +62,19 @@ def test_a_stack_is_its_layers_one_by_one(pattern: str, remat_policy: str, most_
     np.testing.assert_allclose(actual, expected, rtol=1e-4)
     for one, other in zip(*map(jax.tree.leaves, (gradient, expected_gradient)), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4 * float(jnp.abs(other).max()))
+
+
+def test_a_program_of_96_layers_has_the_size_of_one_of_12(monkeypatch):
+    monkeypatch.setattr(model.layers, "MOST_UNROLLED", 0)
+
+    def size(num_layers: int) -> int:
+        config = patterned("SSSSSN", num_layers, remat_policy="full")
+        weights = jax.eval_shape(lambda: initial_weights(config, 0))
+        tokens = jax.ShapeDtypeStruct((2, 16), jnp.int32)
+        loss = lambda weights, tokens: jnp.sum(Decoder(config, weights)(tokens, tokens, tokens))
+        return len(jax.jit(jax.grad(loss)).lower(weights, tokens).as_text().splitlines())
+
+    assert size(96) == size(12)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

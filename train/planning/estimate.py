@@ -141,7 +141,7 @@ class _Step:
         return self.parts * part_seconds + 2.5 * self.state_bytes / chip.memory_bandwidth
 
     def keys_met(self) -> float:
-        """Returns the keys that a query meets in all layers: kernels skip those before a window, but not masked ones."""
+        """Returns the keys that a query meets in all layers: kernels skip those before a window, not masked ones."""
         T = self.config.data.segment_length
         if self.machine.kernel == "plain":
             return self.model.num_layers * T

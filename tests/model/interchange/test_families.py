@@ -100,6 +100,17 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"layer_types": [FULL, WINDOW, FULL, WINDOW], "sliding_window": 4, "logit_scale": 2.0, "head_dim": 16},
     ],
 }
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.1, 1.3], "long_factor": [1.0, 2.5, 7.0]}
+LONGROPE |= {"partial_rotary_factor": 0.75, "original_max_position_embeddings": 16}
+CASES["phi3"] += [
+    # The text is longer than the original context.
+    {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16, "max_position_embeddings": 64},
+    {
+        "rope_parameters": LONGROPE | {"original_max_position_embeddings": 32, "attention_factor": 1.2},
+        "original_max_position_embeddings": 32,
+        "max_position_embeddings": 64,
+    },
+]
 DEEPSEEK = {"first_k_dense_replace": 4, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "v_head_dim": 8}
 DEEPSEEK |= {"qk_nope_head_dim": 8, "num_key_value_heads": 4, "n_routed_experts": 4, "moe_intermediate_size": 8}
 YARN_SCALES = YARN | {"mscale": 0.5, "mscale_all_dim": 0.7}

@@ -222,7 +222,8 @@ def test_a_model_with_other_floors_is_refused_by_name():
     theirs = Interchange(a_model({}), 16).export_config(bos_id=0, eos_id=0)
     for changes, word in (
         ({"architectures": ["BloomForCausalLM"]}, "BloomForCausalLM"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type is longrope"),
+        ({"rope_parameters": {"rope_type": "ntk"}}, "rope_type is ntk"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "original_max_position_embeddings is None"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "factor is None; it must be a number"),
         ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2}}, "rope_type is dynamic"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
