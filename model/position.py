@@ -103,9 +103,8 @@ def frequencies(config: ResolvedModelConfig, rope: Rope | None = None, long: boo
     C, factor = config.rope_dim, config.rope_factor
     plain = rope.base ** -(np.arange(0, C, 2) / C)
     if rope.scaled and config.rope_scaling == "longrope":
-        return (plain / divisors((config.rope_long_divisors if long else config.rope_short_divisors) or "")).astype(
-            np.float32
-        )
+        by_pair = divisors((config.rope_long_divisors if long else config.rope_short_divisors) or "")
+        return (plain / by_pair).astype(np.float32)
     if not rope.scaled:
         kept = np.ones(C // 2)
     elif config.rope_scaling == "linear":

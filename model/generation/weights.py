@@ -20,7 +20,7 @@ MULTIPLIED = ("matrix", "unembedding")
 
 @partial(jax.jit, static_argnums=(0, 2))
 def decoding_weights(config: ResolvedModelConfig, weights: Mapping[str, Any], int8: bool = False) -> dict[str, Any]:
-    """Returns a copy of the weights for `CachedDecoder`, in the compute dtype but for norms.
+    """Returns a copy of the weights for `CachedDecoder`, in the compute dtype but for norms and sinks.
 
     "blocks" is a list with the arrays of each layer, so that no decode step slices them out of a stack. On CPUs the
     contracted axes of each matrix come last: see `model.cpu.column_product`.
@@ -37,7 +37,7 @@ def decoding_weights(config: ResolvedModelConfig, weights: Mapping[str, Any], in
         axes = [axis for axis in parameter.axes if axis != "layers"]
         if jax.sharding.get_abstract_mesh().size == 1:
             array = jax.reshard(array, PartitionSpec())
-        if parameter.role == "norm":
+        if parameter.role == "norm" or name.endswith(".sink"):
             return {name: array}
         # Latent attention multiplies queries and sums with its weights of keys and values.
         absorbed = config.kv_latent_dim is not None and name in ("blocks.attention.key", "blocks.attention.value")

@@ -76,7 +76,8 @@ def gemma2_from_huggingface(hf_config: Mapping[str, Any]) -> dict[str, Any]:
 
 def gemma3_to_huggingface(config: ResolvedModelConfig) -> dict[str, Any]:
     """Returns rotary keys by the type of layer, the kinds of layers, and the number whose root divides q·k."""
-    return rope_keys_by_type(config) | _kinds_and_scale(config)
+    older = {"rope_local_base_freq": config.window_rope_base or config.rope_base}
+    return rope_keys_by_type(config) | older | _kinds_and_scale(config)
 
 
 def gemma3_from_huggingface(hf_config: Mapping[str, Any]) -> dict[str, Any]:

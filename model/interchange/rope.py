@@ -54,7 +54,8 @@ def rope_keys_by_type(config: ResolvedModelConfig) -> dict[str, Any]:
     rope = rope_to_huggingface(config)
     base = config.window_rope_base or config.rope_base
     of_window = (rope if config.window_rope_scaling else {"rope_type": "default"}) | {"rope_theta": base}
-    return {"rope_parameters": {FULL: rope, WINDOW: of_window}}
+    # Older versions read the keys of full attention at the top.
+    return rope_keys(config) | {"rope_parameters": {FULL: rope, WINDOW: of_window}}
 
 
 def rope_by_type_from_huggingface(

@@ -43,13 +43,8 @@ def models(draw: st.DrawFn) -> ModelConfig:
         latent |= {"head_dim": 6, "rope_dim": 2, "attention_bias": False, "attention_output_bias": None}
         qk_norm = False
     # The length of a row must not change what the model is.
-    longrope = {
-        "rope_short_divisors": "1.5",
-        "rope_long_divisors": "3",
-        "rope_long": draw(st.booleans()),
-        "rope_dim": 2,
-    }
-    latent |= longrope if scaling == "longrope" else {}
+    longrope = {"rope_short_divisors": "1.5", "rope_long_divisors": "3", "rope_dim": 2}
+    latent |= longrope | {"rope_long": draw(st.booleans())} if scaling == "longrope" else {}
     model = {
         "num_layers": drawn(3, 4),
         "layer_pattern": pattern,
