@@ -22,7 +22,7 @@ from model.linear import Linear
 from model.norm import Norm
 from model.position import Rotation, rotate
 from model.product import product
-from model.sharding import UNSHARDED, Layout, join_axis, split_axis
+from model.sharding import UNSHARDED, Layout, is_whole, join_axis, split_axis
 
 # A function of queries [B, H, T, C], keys and values [B, K, S, C], dropout keys and, in a model that has them, sinks
 # [H]; it returns [B, H, T, C].
@@ -96,7 +96,9 @@ def _exponentials(
     largest = functools.reduce(jnp.maximum, [jnp.max(part, axis=-1, keepdims=True) for part in parts])
     sink_KG11 = None
     if sink_H is not None:
-        sink_KG11 = split_axis(sink_H, 0, parts[0].shape[1])[:, :, None, None].astype(jnp.float32)
+        sink_KG11 = split_axis(sink_H, 0, parts[0].shape[1], is_whole(parts[0], 1))[:, :, None, None].astype(
+            jnp.float32
+        )
         largest = jnp.maximum(largest, sink_KG11)
     largest = jax.lax.stop_gradient(largest)
     weights = [jnp.exp(part - largest) for part in parts]
@@ -125,7 +127,7 @@ def attention_weights(
 
 def scores(q_BHTC: jax.Array, k_BKSC: jax.Array, softcap: float | None) -> jax.Array:
     """Returns q·k/√C, capped, float32 [B, K, G, T, S]."""
-    q_BKGTC = split_axis(q_BHTC, 1, k_BKSC.shape[1])
+    q_BKGTC = split_axis(q_BHTC, 1, k_BKSC.shape[1], is_whole(k_BKSC, 1))
     scores_BKGTS = product("bkgtc,bksc->bkgts", q_BKGTC, k_BKSC, dtype=jnp.float32) * (1 / math.sqrt(q_BHTC.shape[-1]))
     return scores_BKGTS if softcap is None else softcap * jnp.tanh(scores_BKGTS / softcap)
 

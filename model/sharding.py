@@ -67,18 +67,27 @@ def as_tuple(axes: MeshAxes) -> tuple[str, ...]:
     return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
-def split_axis(x: jax.Array, axis: int, parts: int) -> jax.Array:
-    """Reshapes [..., n, ...] to [..., parts, n / parts, ...]; if there are several, they have the sharding."""
+def split_axis(x: jax.Array, axis: int, parts: int, whole: bool = False) -> jax.Array:
+    """Reshapes [..., n, ...] to [..., parts, n / parts, ...].
+
+    Args:
+        whole: the parts are not sharded, and inside them is the sharding of n; else the other way round.
+    """
     shape, spec = (*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :]), _partitions(x)
-    both = (None, spec[axis]) if parts == 1 else (spec[axis], None)
+    both = (None, spec[axis]) if whole else (spec[axis], None)
     return _reshape(x, shape, (*spec[:axis], *both, *spec[axis + 1 :]), 1 in shape[: axis + 1])
 
 
 def join_axis(x: jax.Array, axis: int) -> jax.Array:
-    """Reshapes this axis and the next to one: the inverse of `split_axis`."""
+    """Reshapes this axis and the next to one, with the sharding of either: the inverse of `split_axis`."""
     shape, spec = (*x.shape[:axis], -1, *x.shape[axis + 2 :]), _partitions(x)
-    of_joined = spec[axis + 1] if x.shape[axis] == 1 else spec[axis]
-    return _reshape(x, shape, (*spec[:axis], of_joined, *spec[axis + 2 :]), 1 in x.shape[: axis + 1])
+    joined = spec[axis] if spec[axis] is not None else spec[axis + 1]
+    return _reshape(x, shape, (*spec[:axis], joined, *spec[axis + 2 :]), 1 in x.shape[: axis + 1])
+
+
+def is_whole(x: jax.Array, axis: int) -> bool:
+    """True if an axis is not sharded."""
+    return _partitions(x)[axis] is None
 
 
 def _partitions(x: jax.Array) -> tuple[MeshAxes, ...]:

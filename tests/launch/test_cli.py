@@ -38,7 +38,7 @@ def test_the_version_is_that_of_the_changelog(capsys):
     assert f"\n## {version()}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-@pytest.mark.parametrize(("group", "count"), [("inspect", 4), ("launch", 3)])
+@pytest.mark.parametrize(("group", "count"), [("inspect", 5), ("launch", 3)])
 def test_the_first_word_of_several_commands_lists_them(group: str, count: int, capsys):
     assert here(group) == 2
     assert here(group, "--help") == 0
@@ -90,7 +90,7 @@ def test_presets_are_listed_with_their_parameters(capsys):
     ("line", "words"),
     [
         ("ziggurat pre", ["presets", "pretrain"]),
-        ("ziggurat inspect ", ["attention", "data", "embedding", "loss"]),
+        ("ziggurat inspect ", ["attention", "data", "embedding", "loss", "weights"]),
         ("ziggurat inspect loss r --", ["--help", "--json", "--prompt="]),
         ("ziggurat pretrain --config=ti", ["--config=tiny"]),
         ("ziggurat pretrain --config=tiny --config.mesh.f", ["--config.mesh.fsdp="]),
