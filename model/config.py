@@ -198,8 +198,8 @@ class ModelConfig:
     )
     block: str = setting(
         "sequential",
-        "sequential: feed-forward reads the sum with attention; parallel: both read the block's input (GPT-J), "
-        "parallel_one_norm: through one norm (PaLM)",
+        "sequential: feed-forward reads the sum with attention; parallel: both read the block's input "
+        "(GPT-NeoX), parallel_one_norm: through one norm (GPT-J, PaLM)",
         choices=("sequential", "parallel", "parallel_one_norm"),
     )
     residual_multiplier: float = setting(1.0, "factor of the outputs of attention and feed-forward (Granite)", above=0)
@@ -260,15 +260,14 @@ class ModelConfig:
             context: positions of a segment, for learned positions.
         """
         vocab_size = self.vocab_size or vocab_size
+        head_dim, output_bias = self.head_dim or self.model_dim // self.num_heads, self.attention_output_bias
         gated_dim = -(-8 * self.model_dim // (3 * 64)) * 64
         values: dict[str, Any] = vars(self) | {
             "num_kv_heads": self.num_kv_heads or self.num_heads,
-            "head_dim": self.head_dim or self.model_dim // self.num_heads,
-            "rope_dim": (self.rope_dim or self.head_dim or self.model_dim // self.num_heads)
-            if self.position == "rope"
-            else None,
-            "value_dim": self.value_dim or self.head_dim or self.model_dim // self.num_heads,
-            "attention_output_bias": _first_given(self.attention_output_bias, self.attention_bias),
+            "head_dim": head_dim,
+            "rope_dim": (self.rope_dim or head_dim) if self.position == "rope" else None,
+            "value_dim": self.value_dim or head_dim,
+            "attention_output_bias": self.attention_bias if output_bias is None else output_bias,
             "feedforward_dim": self.feedforward_dim or (gated_dim if self.gated else 4 * self.model_dim),
             "vocab_size": vocab_size,
             "max_positions": self.max_positions or (context if self.position == "learned" else None),
@@ -382,10 +381,6 @@ def divisors(text: str) -> list[float]:
         return [float(number) for number in text.split(",")]
     except ValueError:
         return []
-
-
-def _first_given(*values: bool | None) -> bool:
-    return next(value for value in values if value is not None)
 
 
 class ResolvedModelConfig(ModelConfig):

@@ -74,6 +74,7 @@ def _obstacle(kernel: str, config: ResolvedModelConfig, layout: Layout, T: int) 
             (config.compute_dtype != "bfloat16", f"it takes bfloat16, model.compute_dtype is {config.compute_dtype}"),
             (config.attention_softcap is not None, "it has no model.attention_softcap"),
             (config.attention_sinks, "it gives no sum of exponentials, which model.attention_sinks add to"),
+            (config.kv_latent_dim is not None, "keys and values of latent attention differ in their width"),
             (head_dim > 128 or head_dim % 8, f"model.head_dim = {head_dim} is not a multiple of 8 up to 128"),
             (shard % 2, "the positions of a device are an odd number"),
         ],

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from model.attention import Attention
+from model.collectives import gather_weight
 from model.config import ResolvedModelConfig
 from model.linear import Linear
 from model.norm import Norm
@@ -74,7 +75,7 @@ class CachedLatentAttention(LatentAttention):
         q_BHTC = self.queries(x_BTD, rotation)
         latent_BTr, rotated_B1TR = self.latents(x_BTD, rotation)
         R, r = rotated_B1TR.shape[3], latent_BTr.shape[2]
-        of_latents = product("bhtc,rhc->bhtr", q_BHTC[..., R:], self.key.weight[...].astype(q_BHTC.dtype))
+        of_latents = product("bhtc,rhc->bhtr", q_BHTC[..., R:], self._weight(self.key, q_BHTC))
         q_BHTC = jnp.concatenate([q_BHTC[..., :R], of_latents], axis=-1)
         # Attention divides by the root of a wider query's width.
         widening = ((R + r) / self.config.head_dim) ** 0.5
@@ -84,7 +85,11 @@ class CachedLatentAttention(LatentAttention):
 
     def mixed(self, y_BHTr: jax.Array) -> jax.Array:
         """Returns the weighted sums of values [B, H, T, value_dim], given those of latents."""
-        return product("bhtr,rhc->bhtc", y_BHTr, self.value.weight[...].astype(y_BHTr.dtype))
+        return product("bhtr,rhc->bhtc", y_BHTr, self._weight(self.value, y_BHTr))
+
+    def _weight(self, linear: Linear, x: jax.Array) -> jax.Array:
+        """Returns a weight [r, H, C] for products with x."""
+        return gather_weight(linear.weight[...].astype(x.dtype), self.layout, "latent", "heads", "head")
 
 
 def attention_class(config: ResolvedModelConfig, cached: bool = False) -> type[Attention]:

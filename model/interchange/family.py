@@ -20,7 +20,6 @@ USUAL: Choices = {
     "attention_softcap": (None,),
     "attention_sinks": (False,),
     "kv_latent_dim": (None,),
-    "rope_length": (None,),
     "norm_bias": (True,),
     "norm_offset": (False,),
     "block": ("sequential",),

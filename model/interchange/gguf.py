@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from model.config import ResolvedModelConfig
-from model.interchange.family import ANY, Choices
+from model.interchange.family import Choices
 from model.interchange.huggingface import Interchange
 from model.interchange.layer_types import letters_of
 from model.interchange.layernorm import heads_divide_width
@@ -24,7 +24,8 @@ from model.parameters import Parameter, parameter_table
 from model.position import frequencies
 
 # Values that an architecture computes unless it says otherwise.
-USUAL: Choices = {"activation": ("silu",), "rope_scaling": ("none", "linear", "yarn")}
+USUAL: Choices = {"activation": ("silu",), "rope_scaling": ("none", "linear", "yarn"), "rope_length": (None,)}
+WITH_LLAMA3: Choices = {"rope_scaling": ("none", "linear", "yarn", "llama3")}
 # llama.cpp does not read these from a file.
 YARN_TURNS: Choices = {"rope_high_turns": (32.0,), "rope_low_turns": (1.0,)}
 
@@ -86,7 +87,7 @@ GELU: Choices = {"activation": ("gelu_tanh",)}
 # All heads together are as wide as the model.
 HEADS = {"head_dim": heads_divide_width}
 
-LLAMA = Architecture("llama", {"rope_scaling": ANY}, interleaved=True)
+LLAMA = Architecture("llama", WITH_LLAMA3, interleaved=True)
 OLMO2 = Architecture(
     "olmo2",
     NO_BIAS | {"window_rope_base": (None,)},
@@ -113,7 +114,7 @@ ARCHITECTURES = {
     "phi3": Architecture("phi3", {}, limits=HEADS),
     "granite": Architecture(
         "granite",
-        {"rope_scaling": ANY},
+        WITH_LLAMA3,
         keys={
             "attention.scale": attrgetter("attention_scale"),
             "embedding_scale": attrgetter("embedding_multiplier"),

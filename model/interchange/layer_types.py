@@ -22,8 +22,8 @@ def of_kinds(letters: str) -> Any:
 
 
 def of_one_kind(config: ResolvedModelConfig) -> bool:
-    """True if all layers are alike."""
-    return len(set(letters_of(config))) == 1
+    """True if all layers are alike, and have positions."""
+    return set(letters_of(config)) in ({"F"}, {"S"})
 
 
 def write_layer_types(config: ResolvedModelConfig, letters: Mapping[str, str] = LETTERS) -> list[str]:

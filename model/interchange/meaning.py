@@ -45,7 +45,7 @@ def _meaning(family: Family, hf_config: Mapping[str, Any], key: str) -> str:
     changed = [
         f"model.{field.name} = {getattr(given, field.name)}"
         for field in dataclasses.fields(ResolvedModelConfig)
-        if getattr(given, field.name) != getattr(left_out, field.name)
+        if getattr(given, field.name) != getattr(left_out, field.name) and field.name != "export_as"
     ]
     if changed:
         return ", ".join(changed)

@@ -51,6 +51,7 @@ def logits_by_transformers(folder: Path, tokens: Sequence[int]) -> np.ndarray:
     import torch
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     except Exception as error:

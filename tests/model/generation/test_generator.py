@@ -181,8 +181,15 @@ def test_other_platforms_decode_the_same_tokens_with_weights_in_their_usual_orde
     assert shapes == [(config.model_dim, 384), (384, config.model_dim)]
 
 
-def test_a_mesh_gives_the_same_tokens_as_one_device():
-    config = small_model(vocab_size=VOCAB_SIZE - 1)
+WINDOWS = {"layer_pattern": "SF", "sliding_window": 5}
+LATENTS = {"kv_latent_dim": 8, "head_dim": 12, "rope_dim": 4, "value_dim": 8, "num_kv_heads": 4}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, LATENTS | {"layer_pattern": "SF", "sliding_window": 5}], ids=["heads", "latents"]
+)
+def test_a_mesh_gives_the_same_tokens_as_one_device(changes: dict):
+    config = small_model(vocab_size=VOCAB_SIZE - 1, **changes)
     sampling = Sampling(top_k=5, repetition_penalty=1.1)
     expected = generated(generator(config), PROMPTS[:3], sampling, new=9, batch_size=2)
     with jax.set_mesh(mesh_of(fsdp=4, tensor=2)):

@@ -42,6 +42,7 @@ MODELS = [
     BIASES,
     {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_original_context": 8},
     YARN,
+    YARN | {"rope_length": 1.5},
     {"rope_scaling": "linear", "rope_factor": 2.0},
     {"sliding_window": 5},
     {"qk_norm": True, "attention_bias": True, "head_dim": 16},
@@ -357,6 +358,7 @@ def test_scalings_of_older_files_are_read():
             "model.export_as = phi3: Phi3ForCausalLM in Transformers has no",
         ),
         ({"layer_pattern": "SFN", "num_layers": 3, "sliding_window": 4}, "no model.layer_pattern = SFN"),
+        ({"layer_pattern": "N"}, "LlamaForCausalLM in Transformers has no model.layer_pattern = N"),
         ({"attention_softcap": 30.0}, "no model.attention_softcap = 30.0"),
         (
             {"sliding_window": 4, "attention_bias": True},

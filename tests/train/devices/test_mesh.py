@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import model.kernels
 from data.errors import InputError
 from tests.benchmarks.meshes import AXES, BOUNDS, FAMILIES, MIXED, Steps, config_for, differences, three_steps
 from tests.small import mesh_of, small_batch
@@ -58,6 +59,14 @@ def test_remat_and_accumulation_work_on_a_mesh(policy: str):
 def test_every_floor_is_the_same_on_a_mesh_dropout_and_accumulation_included(family: str):
     fields = FAMILIES[family]
     assert_within("every floor", three_steps(config_for(2, **fields), SHARED), three_steps(config_for(**fields), {}))
+
+
+def test_one_key_head_of_all_queries_trains_the_same_on_a_mesh_and_without_a_cpus_forms(monkeypatch):
+    config = config_for(num_kv_heads=1)
+    expected = three_steps(config, {})
+    assert_within("float32", three_steps(config, {"fsdp": 2}), expected)
+    monkeypatch.setattr(model.kernels, "on_one_cpu", lambda: False)
+    assert_within("float32", three_steps(config, {}), expected)
 
 
 def test_programs_optimized_in_full_begin_with_the_same_bits_too():

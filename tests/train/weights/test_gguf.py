@@ -304,6 +304,10 @@ def test_llama_cpp_finds_the_tokens_of_other_peoples_tokenizers(tokenizer, kind:
     assert served.tokenize("a", special=True) == foreign.encode_with_bos("a")
 
 
+LONGROPE_FIELDS = {"rope_scaling": "longrope", "rope_factor": 2.0, "rope_original_context": 8}
+LONGROPE_FIELDS |= {"rope_short_divisors": "1,1,1,1", "rope_long_divisors": "1,2,3,4", "head_dim": 8}
+
+
 def test_choices_that_llama_cpp_computes_differently_are_refused_by_name(tokenizer, tmp_path: Path):
     for changes, words in [
         ({"activation": "gelu_tanh"}, "llama.cpp's llama has no model.activation = gelu_tanh"),
@@ -315,6 +319,8 @@ def test_choices_that_llama_cpp_computes_differently_are_refused_by_name(tokeniz
         (GPT | {"activation": "relu"}, "gpt2 has no model.activation = relu"),
         (GPT | {"norm_placement": "post", "feedforward_dim": 256}, "no model.norm_placement = post"),
         ({"attention_softcap": 5.0}, "no model.attention_softcap = 5.0"),
+        (YARN | {"rope_length": 2.0}, "llama has no model.rope_length = 2.0"),
+        (LONGROPE_FIELDS, "llama has no model.rope_scaling = longrope"),
         (GEMMA2_FIELDS | {"attention_scale": 0.1}, "gemma2 has no model.attention_scale = 0.1"),
         (GEMMA2_FIELDS | {"attention_softcap": None}, "gemma2 has no model.attention_softcap = None"),
         (GEMMA2_FIELDS | {"logit_softcap": None}, "gemma2 has no model.logit_softcap = None"),
