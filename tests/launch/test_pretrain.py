@@ -143,6 +143,20 @@ def test_a_run_may_go_on_elsewhere_and_longer(finished: Path, tmp_path: Path, ca
     assert [record["step"] for record in metrics(tmp_path / "run")] == list(range(1, 15))
 
 
+def test_a_run_of_an_older_version_goes_on_although_its_config_lacks_fields_that_came_since(tmp_path: Path):
+    config = write_config(tmp_path)
+    assert here("pretrain", f"--config={config}", "--config.train.num_steps=4") == 0
+    file = tmp_path / "run" / "config.json"
+    settings = json.loads(file.read_text())
+    for name in ("rope_dim", "value_dim", "attention_output_bias", "layer_pattern"):
+        del settings["model"][name]
+    file.write_text(json.dumps(settings))
+    assert here("pretrain", f"--config={config}", "--config.train.num_steps=5") == 0
+    assert json.loads(file.read_text())["model"]["rope_dim"] == 8
+    fork = [f"--config.train.init_from={tmp_path / 'run'}@4", f"--config.train.run_dir={tmp_path / 'fork'}"]
+    assert here("pretrain", f"--config={config}", *fork, "--config.train.num_steps=6") == 0
+
+
 def test_a_batch_ramp_resumes_exactly_and_an_average_is_what_is_evaluated_and_exported(tmp_path: Path, capsys):
     config, run = write_config(tmp_path), tmp_path / "run"
     ramp = ["--config.train.batch_size=32", "--config.train.batch_ramp_start=8", "--config.train.batch_ramp_steps=10"]

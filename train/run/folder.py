@@ -51,7 +51,7 @@ class Run:
     @classmethod
     def load(cls, folder: Path) -> tuple["Run", Config]:
         """Returns an existing run and its config. Raises InputError as `read_config` does."""
-        config = read_config(folder)
+        config = _resolved(read_config(folder))
         return cls(folder, config.checkpoint.dir), config
 
     def last_step(self) -> int | None:
@@ -65,7 +65,7 @@ class Run:
 
     def load_config(self) -> Config:
         """Returns the run's config. Raises InputError if the folder is not a run or its config is damaged."""
-        return read_config(self.folder)
+        return _resolved(read_config(self.folder))
 
     def held_out_texts(self) -> list[HeldOutDocument]:
         """Reads the held-out documents; none if there is no file. InputError if it is damaged."""
@@ -77,6 +77,11 @@ class Run:
         records = ({name: value for name, value in text._asdict().items() if value or name == "text"} for text in texts)
         with atomic_file(self.held_out) as partial:
             partial.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def _resolved(config: Config) -> Config:
+    """Fills in fields that a run's own version did not have yet."""
+    return config.resolved(config.model.vocab_size)
 
 
 def _is_document(record: Record) -> bool:
