@@ -4,8 +4,7 @@
 
 The twin has the preset's proportions at a quarter of its width, a third of its layers, a quarter of its segment and an
 eighth of its vocabulary, and four times its learning rate. Each variant reads as many tokens of the default corpus.
-The first is `small` as it was up to 0.10.0; those with + are it with one change. `small` is the preset as it is, and
-those after it are changes of that.
+`former` is the preset as it was up to 0.10.0, `small` the preset as it is; after + is the one change to either.
 
 Bits a byte are of held-out documents, at a run's end. A seed gives all variants the same tokenizer, data and order.
 FLOPs are the model's for a token of training, of the twin and of `small` itself, next to the first variant's. The runs
@@ -15,6 +14,7 @@ object.
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 from launch.presets import load_config
@@ -38,23 +38,22 @@ FORMER = {
     "optimizer.weight_decay": "0.1", "optimizer.schedule": "cosine", "optimizer.decay_fraction": "0.2",
     "optimizer.final_fraction": "0.1",
 }  # fmt: skip
+WINDOW = {"model.layer_pattern": "SSSF", "model.sliding_window": "256"}
 VARIANTS: dict[str, dict[str, str]] = {
     "former": FORMER,
-    "+ muon": FORMER | {"optimizer.name": "muon", "optimizer.learning_rate": "1.5e-3"},
-    "+ qk_norm": FORMER | {"model.qk_norm": "true"},
-    "+ scale_embeddings": FORMER | {"model.scale_embeddings": "true"},
-    "+ wsd to 0.01": FORMER
-    | {
-        "optimizer.schedule": "wsd", "optimizer.decay_fraction": "0.65", "optimizer.final_fraction": "0.01",
-    },
-    "+ relu2 gate": FORMER | {"model.activation": "relu2"},
-    "+ window in 3 of 4": FORMER | {"model.layer_pattern": "SSSF", "model.sliding_window": "256"},
-    "+ norms as OLMo 2": FORMER
+    "former + muon": FORMER | {"optimizer.name": "muon", "optimizer.learning_rate": "1.5e-3"},
+    "former + qk_norm": FORMER | {"model.qk_norm": "true"},
+    "former + scale_embeddings": FORMER | {"model.scale_embeddings": "true"},
+    "former + wsd to 0.01": FORMER
+    | {"optimizer.schedule": "wsd", "optimizer.decay_fraction": "0.65", "optimizer.final_fraction": "0.01"},
+    "former + relu2 as gate": FORMER | {"model.activation": "relu2"},
+    "former + window in 3 of 4": FORMER | WINDOW,
+    "former + norms of OLMo 2": FORMER
     | {"model.norm_placement": "output", "model.qk_norm": "true", "model.qk_norm_over": "all_heads"},
-    "+ z_loss": FORMER | {"model.z_loss": "1e-4"},
-    "+ tied": FORMER | {"model.tie_embeddings": "true"},
+    "former + z_loss": FORMER | {"model.z_loss": "1e-4"},
     "small": {},
-}  # fmt: skip
+    "small + window in 3 of 4": WINDOW,
+}
 SEEDS = {"former": (0, 1), "small": (0, 1)}
 
 
@@ -68,13 +67,15 @@ def twin_of(variant: dict[str, str]) -> dict[str, str]:
 
 
 def flops_of(fields: dict[str, str]) -> float:
+    """Returns the model FLOPs of training on a token, without the optimizer's."""
     config = load_config("small", fields)
     model = config.model.resolved(config.tokenizer.vocab_size, config.data.segment_length)
     return flops_per_token(model, config.data.segment_length)
 
 
 def folder_of(variant: str, seed: int) -> str:
-    return f"{variant.replace('+ ', 'former with ').replace(' ', '_')}-{seed}"
+    words = re.findall(r"\w+", variant)
+    return f"{'_'.join(words)}-{seed}"
 
 
 def main() -> None:
@@ -90,7 +91,7 @@ def main() -> None:
         }
         for name, twin in twins.items()
     }
-    print(f"{'held-out bits a byte':24} seed 0  seed 1   parameters  FLOPs a token (small's)")
+    print(f"{'held-out bits a byte':26} seed 0  seed 1   parameters  FLOPs a token (small's)")
     first, first_twin = flops_of(FORMER), flops_of(twin_of(FORMER))
     figures = {}
     for name, of_seeds in bits.items():
@@ -98,7 +99,7 @@ def main() -> None:
         parameters = count_parameters(model)
         shares = flops_of(twins[name]) / first_twin, flops_of(VARIANTS[name]) / first
         columns = "".join(f"{of_seeds[seed]:8.3f}" if seed in of_seeds else " " * 8 for seed in (0, 1))
-        print(f"{name:23}{columns}{parameters:13,}  {shares[0]:13.3f} ({shares[1]:.3f})")
+        print(f"{name:25}{columns}{parameters:13,}  {shares[0]:13.3f} ({shares[1]:.3f})")
         figures[name] = {"bits_per_byte": of_seeds, "parameters": parameters, "flops": shares}
     print(json.dumps({"tokens": STEPS * 8 * 256, "variants": figures}))
 
