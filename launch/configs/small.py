@@ -2,7 +2,7 @@
 
 For one consumer GPU of 16 GB or more: 125,849,856 parameters, 2.6 billion tokens, 16 rows of 1,024 tokens at a time.
 Weights, gradients and moments take 1.7 GB. Muon, scaled embeddings and norms of queries and keys were chosen on a twin
-of 3 million parameters, which they brought from 1.846 to 1.796 bits a byte in as many tokens (docs/training.md;
+of 3 million parameters, where they save 0.05 of 1.85 bits a byte at equal tokens (docs/training.md;
 `python -m tests.benchmarks.small_model`). Not yet run on a GPU.
 """
 

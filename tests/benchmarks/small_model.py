@@ -52,6 +52,7 @@ VARIANTS: dict[str, dict[str, str]] = {
     | {"model.norm_placement": "output", "model.qk_norm": "true", "model.qk_norm_over": "all_heads"},
     "former + z_loss": FORMER | {"model.z_loss": "1e-4"},
     "small": {},
+    "small + adamw": {"optimizer.name": "adamw", "optimizer.learning_rate": "1e-3"},
     "small + window in 3 of 4": WINDOW,
 }
 SEEDS = {"former": (0, 1), "small": (0, 1)}
