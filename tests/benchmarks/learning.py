@@ -53,11 +53,11 @@ RECIPES: dict[str, dict[str, str]] = {
 ROUNDS, STEPS = 7, 5
 
 
-def train(folder: Path, recipe: dict[str, str], seed: int) -> list[dict]:
+def train(folder: Path, recipe: dict[str, str], seed: int, preset: str = "tiny") -> list[dict]:
     """Run it to its end, or find it there; the records of its metrics."""
     fields = recipe | {"train.run_dir": str(folder), "train.seed": str(seed), "checkpoint.export": "false"}
     flags = [f"--config.{name}={value}" for name, value in fields.items()]
-    command = [sys.executable, "-m", "launch.cli", "pretrain", "--config=tiny", *flags]
+    command = [sys.executable, "-m", "launch.cli", "pretrain", f"--config={preset}", *flags]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return read_metrics(folder / "metrics.jsonl")
 

@@ -21,7 +21,7 @@ from train.step.schedule import batch_size
 
 COUNTS = {
     "tiny": 2_360_512,
-    "small": 125_848_320,
+    "small": 125_849_856,
     "small_cpu": 12_588_672,
     "vaswani_base": 37_846_016,
     "gpt2_124m": 124_439_808,
