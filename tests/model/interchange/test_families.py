@@ -191,10 +191,13 @@ def test_a_model_of_transformers_computes_the_same_here_and_goes_out_as_it_came(
 
 
 def logits_of(config: ResolvedModelConfig, weights: Any, tokens: np.ndarray) -> np.ndarray:
-    decoder = Decoder(config, weights)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    x_BTD = decoder(jnp.asarray(tokens, jnp.int32), positions, jnp.ones(tokens.shape, jnp.int32))
-    return np.asarray(decoder.logits(x_BTD))[..., : config.vocab_size]
+    @jax.jit
+    def logits(weights: Any, tokens: jax.Array) -> jax.Array:
+        decoder = Decoder(config, weights)
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        return decoder.logits(decoder(tokens, positions, jnp.ones_like(tokens)))
+
+    return np.asarray(logits(weights, jnp.asarray(tokens, jnp.int32)))[..., : config.vocab_size]
 
 
 def assert_read_alike(hf_config: dict[str, Any], theirs: Foreign, tokens: np.ndarray, expected: np.ndarray) -> None:

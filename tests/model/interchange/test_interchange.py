@@ -59,6 +59,7 @@ MODELS = [
     {"attention_bias": True, "attention_output_bias": False},
     {"layer_pattern": "SF", "sliding_window": 5},
     {"layer_pattern": "FN"},
+    {"layer_pattern": "N"},
     {"export_as": "phi3", "residual_dropout": 0.1},
     {"embedding_multiplier": 4.0, "residual_multiplier": 0.25, "logit_multiplier": 0.5, "attention_scale": 0.25},
     {"norm_placement": "both", "attention_bias": True, "attention_output_bias": False, "rope_dim": 4},
@@ -358,7 +359,6 @@ def test_scalings_of_older_files_are_read():
             "model.export_as = phi3: Phi3ForCausalLM in Transformers has no",
         ),
         ({"layer_pattern": "SFN", "num_layers": 3, "sliding_window": 4}, "no model.layer_pattern = SFN"),
-        ({"layer_pattern": "N"}, "LlamaForCausalLM in Transformers has no model.layer_pattern = N"),
         ({"attention_softcap": 30.0}, "no model.attention_softcap = 30.0"),
         (
             {"sliding_window": 4, "attention_bias": True},
