@@ -96,9 +96,8 @@ def _exponentials(
     largest = functools.reduce(jnp.maximum, [jnp.max(part, axis=-1, keepdims=True) for part in parts])
     sink_KG11 = None
     if sink_H is not None:
-        sink_KG11 = split_axis(sink_H, 0, parts[0].shape[1], is_whole(parts[0], 1))[:, :, None, None].astype(
-            jnp.float32
-        )
+        sink_KG = split_axis(sink_H, 0, parts[0].shape[1], is_whole(parts[0], 1))
+        sink_KG11 = sink_KG[:, :, None, None].astype(jnp.float32)
         largest = jnp.maximum(largest, sink_KG11)
     largest = jax.lax.stop_gradient(largest)
     weights = [jnp.exp(part - largest) for part in parts]

@@ -61,6 +61,8 @@ def test_a_sink_takes_its_share_of_the_weights_and_adds_no_value():
     np.testing.assert_allclose(attend(q, k, v, mask, sink_H=sinks), expected, atol=1e-6)
     np.testing.assert_allclose(attention_weights(q, k, mask, sink_H=sinks), weights, atol=1e-6)
     np.testing.assert_allclose(attend(q, k, v, mask, sink_H=sinks + 200), 0.0, atol=1e-6)
+    gradient = jax.grad(lambda sinks: jnp.sum(attend(q, k, v, mask, sink_H=sinks)))(sinks + 200)
+    assert np.isfinite(gradient).all()
 
 
 def test_scores_and_softmax_are_float32_under_bfloat16():
