@@ -1,25 +1,20 @@
 """Settings of the decoder: its size, and the choice made on each of its floors. Shape legend of the whole project:
 
 B batch, T time (positions), S source time (keys), D model width, H query heads, K key/value heads, C head width,
-F feed-forward width, V vocabulary (padded), L layers.
+F feed-forward width, E experts, V vocabulary (padded), L layers.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
-from settings import problems_of, setting, unused_problems
+from model.fields import ModelFields
+from settings import problems_of, unused_problems
 
 VOCABULARY_MULTIPLE = 128
 # 256 MB in float32 for the forward pass; the backward pass has a few such arrays.
 LOGITS_AT_ONCE = 2**26
 # Turns over the original context above which a rotary pair keeps its frequency: the published values.
 HIGH_TURNS = {"llama3": 4.0, "yarn": 32.0}
-# Classes of Transformers by model_type, in the order in which they are tried.
-EXPORT_CLASSES = (
-    *("gemma", "llama", "mistral", "qwen3", "gpt2", "openai-gpt", "qwen2", "ministral", "smollm3", "phi3", "granite"),
-    *("glm4", "olmo2", "olmo3", "gemma2", "gemma3_text", "gpt_neox", "stablelm", "starcoder2", "cohere2"),
-    *("deepseek_v3", "deepseek_v2"),
-)
 # Kinds of layers in `layer_pattern`.
 LAYER_LETTERS = {"F": "full attention", "S": "the sliding window", "N": "full attention without positions"}
 # The pattern of models that have none: without and with a sliding window.
@@ -37,220 +32,8 @@ UNUSED_BY_SCALING = {
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(ModelFields):
     """The shape and numerics of the decoder."""
-
-    # ── Size ───────────────────────────────────────────────────────────────────────────────────────────────────────
-    num_layers: int = setting(4, "decoder blocks (L)", at_least=1, at_most=10_000)
-    model_dim: int = setting(256, "width of the residual stream (D)", at_least=1, at_most=2**20)
-    num_heads: int = setting(4, "query heads (H)", at_least=1, at_most=2**16)
-    num_kv_heads: int | None = setting(
-        None,
-        "key/value heads (K), each shared by H/K query heads: H is MHA, 1 is MQA",
-        unset="num_heads",
-        at_least=1,
-        at_most=2**16,
-    )
-    head_dim: int | None = setting(
-        None, "width of a head (C)", unset="model_dim / num_heads", at_least=1, at_most=2**16
-    )
-    feedforward_dim: int | None = setting(
-        None,
-        "inner width of the feed-forward (F)",
-        unset="4 model_dim, or 8/3 of it up to a multiple of 64 if gated",
-        at_least=1,
-        at_most=2**24,
-    )
-    vocab_size: int | None = setting(
-        None, "number of token ids", unset="those of the tokenizer", at_least=1, at_most=2**24
-    )
-
-    # ── Floor 1: token embedding ───────────────────────────────────────────────────────────────────────────────────
-    tie_embeddings: bool = setting(False, "use the transposed embedding as the unembedding")
-    scale_embeddings: bool = setting(False, "multiply embeddings by √model_dim (Vaswani et al. 2017, section 3.4)")
-    embedding_multiplier: float = setting(1.0, "factor of the embeddings (Granite; muP, Yang et al. 2022)", above=0)
-    embedding_dropout: float = setting(
-        0.0, "share of the embeddings that is dropped, after positions are added", resume="warn", at_least=0, below=1
-    )
-
-    # ── Floor 2: position ──────────────────────────────────────────────────────────────────────────────────────────
-    position: str = setting("rope", "how attention learns positions", choices=("rope", "sinusoidal", "learned", "none"))
-    max_positions: int | None = setting(
-        None, "rows of the table of learned positions", unset="data.segment_length", at_least=1, at_most=2**24
-    )
-    rope_base: float = setting(10_000.0, "base of the rotary frequencies", above=1)
-    rope_dim: int | None = setting(
-        None, "first components of a head that are rotated (GPT-NeoX)", unset="head_dim", at_least=2, at_most=2**16
-    )
-    rope_scaling: str = setting(
-        "none",
-        "scaling of rotary frequencies for a longer context",
-        choices=("none", "linear", "llama3", "yarn", "longrope"),
-    )
-    rope_factor: float = setting(1.0, "factor by which the context exceeds rope_original_context", at_least=1)
-    rope_original_context: int | None = setting(
-        None,
-        "positions that the unscaled frequencies were trained for (llama3, yarn, longrope)",
-        unset="not set",
-        at_least=1,
-    )
-    rope_low_turns: float = setting(
-        1.0, "rotary pairs with fewer turns over the original context are slowed by the whole factor", above=0
-    )
-    rope_high_turns: float | None = setting(
-        None, "rotary pairs with more turns keep their frequency", unset="4 for llama3, 32 for yarn", above=0
-    )
-
-    rope_length: float | None = setting(
-        None,
-        "length of rotated vectors of length 1 with yarn or longrope",
-        unset="0.1 ln(rope_factor) + 1 for yarn, √(1 + ln(rope_factor)/ln(rope_original_context)) for longrope",
-        above=0,
-    )
-    rope_short_divisors: str | None = setting(
-        None, "longrope's divisors of the frequencies of all pairs, with commas between them", unset="not set"
-    )
-    rope_long_divisors: str | None = setting(
-        None, "those in rows that are longer than rope_original_context", unset="not set"
-    )
-    rope_long: bool | None = setting(None, "use rope_long_divisors", unset="by the length of a row", resume="warn")
-    window_rope_base: float | None = setting(
-        None, "base of the rotary frequencies in layers with the sliding window", unset="rope_base", above=1
-    )
-    window_rope_scaling: bool = setting(True, "rope_scaling holds for layers with the sliding window, too")
-
-    # ── Floor 3: attention ─────────────────────────────────────────────────────────────────────────────────────────
-    kv_latent_dim: int | None = setting(
-        None,
-        "width of the latent that keys and values are made of (multi-head latent attention, DeepSeek-V2 2024)",
-        unset="no latent",
-        at_least=1,
-        at_most=2**20,
-    )
-    query_latent_dim: int | None = setting(
-        None, "width of a latent that queries are made of", unset="no latent", at_least=1, at_most=2**20
-    )
-    value_dim: int | None = setting(
-        None, "width of a head's values in latent attention", unset="head_dim", at_least=1, at_most=2**16
-    )
-    attention_bias: bool = setting(False, "biases of queries, keys and values")
-    attention_output_bias: bool | None = setting(None, "bias of attention's output", unset="attention_bias")
-    qk_norm: bool = setting(False, "RMSNorm of queries and keys (Dehghani et al. 2023)")
-    qk_norm_over: str = setting(
-        "head",
-        "what qk_norm takes the mean square over: each head, or all heads (OLMo 2)",
-        choices=("head", "all_heads"),
-    )
-    attention_scale: float | None = setting(None, "factor of the product q·k", unset="1/√head_dim", above=0)
-    sliding_window: int | None = setting(
-        None,
-        "newest positions that each position attends to, itself included (Beltagy et al. 2020)",
-        unset="all",
-        at_least=1,
-    )
-    attention_softcap: float | None = setting(
-        None, "c in scores c·tanh(score/c) (Gemma 2, Riviere et al. 2024)", unset="no cap", above=0
-    )
-    attention_sinks: bool = setting(
-        False, "a learned score in each head's softmax, without a value (gpt-oss; Xiao et al. 2023)"
-    )
-    attention_dropout: float = setting(
-        0.0, "share of the attention weights that is dropped", resume="warn", at_least=0, below=1
-    )
-    attention_kernel: str = setting(
-        "auto",
-        "attention kernel; auto is splash on TPU, cudnn on GPU where it applies, and otherwise plain",
-        resume="warn",
-        choices=("auto", "plain", "splash", "cudnn"),
-    )
-
-    # ── Floor 4: feed-forward ──────────────────────────────────────────────────────────────────────────────────────
-    activation: str = setting(
-        "silu",
-        "activation; gelu is exact, gelu_tanh is GPT-2's, relu2 is relu's square (So et al. 2021); clamped_swiglu is "
-        "gpt-oss's, and gated",
-        choices=("silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu"),
-    )
-    gated: bool = setting(
-        True, "gate a second product with the activation (Shazeer 2020): SwiGLU with silu, GeGLU with gelu"
-    )
-    feedforward_bias: bool = setting(False, "biases of the feed-forward's products")
-
-    # ── The stack ──────────────────────────────────────────────────────────────────────────────────────────────────
-    layer_pattern: str | None = setting(
-        None,
-        "kinds of layers from the first on, repeated (SSSF: every fourth layer is full): F full attention, S the "
-        "sliding window, N full attention without positions",
-        unset="F, or S with a sliding window",
-    )
-    norm: str = setting(
-        "rmsnorm",
-        "normalization: rmsnorm (Zhang and Sennrich 2019) or layernorm (Ba et al. 2016)",
-        choices=("rmsnorm", "layernorm"),
-    )
-    norm_bias: bool = setting(True, "layernorm's bias")
-    norm_offset: bool = setting(False, "a norm multiplies by 1 + its weight, which starts at 0 (Gemma)")
-    norm_placement: str = setting(
-        "pre",
-        "pre: before attention and feed-forward; output: of their outputs, before the sum (OLMo 2); both (Gemma 2); "
-        "post: after each sum, and no last norm (Vaswani et al. 2017)",
-        choices=("pre", "post", "output", "both"),
-    )
-    block: str = setting(
-        "sequential",
-        "sequential: feed-forward reads the sum with attention; parallel: both read the block's input "
-        "(GPT-NeoX), parallel_one_norm: through one norm (GPT-J, PaLM)",
-        choices=("sequential", "parallel", "parallel_one_norm"),
-    )
-    residual_multiplier: float = setting(1.0, "factor of the outputs of attention and feed-forward (Granite)", above=0)
-    norm_epsilon: float = setting(1e-5, "added to the mean square under the root of a norm", above=0)
-    residual_dropout: float = setting(
-        0.0, "share of the outputs of attention and feed-forward that is dropped", resume="warn", at_least=0, below=1
-    )
-
-    # ── Floor 5: linear + softmax, and the loss ────────────────────────────────────────────────────────────────────
-    logit_multiplier: float = setting(1.0, "factor of the logits (Cohere, Granite; muP)", above=0)
-    logit_softcap: float | None = setting(
-        None, "c in logits c·tanh(logit/c) (Gemma 2, Riviere et al. 2024)", unset="no cap", above=0
-    )
-    label_smoothing: float = setting(
-        0.0, "share of the target spread over all tokens (Szegedy et al. 2016)", resume="warn", at_least=0, below=1
-    )
-    z_loss: float = setting(
-        0.0, "weight of log² of the softmax's denominator in the minimized loss (PaLM, 2022)", resume="warn", at_least=0
-    )
-    loss_chunk: int | None = setting(
-        None,
-        "positions on a device whose logits exist at once in the loss",
-        unset="2²⁶ logits",
-        resume="free",
-        at_least=1,
-    )
-
-    # ── Export ─────────────────────────────────────────────────────────────────────────────────────────────────────
-    export_as: str | None = setting(
-        None,
-        "model_type of the class in Transformers that exports take",
-        unset="the first that has all choices",
-        resume="free",
-        choices=EXPORT_CLASSES,
-    )
-
-    # ── Numerics ───────────────────────────────────────────────────────────────────────────────────────────────────
-    compute_dtype: str = setting(
-        "bfloat16",
-        "dtype of activations and products; weights, softmax and loss are float32",
-        resume="warn",
-        choices=("bfloat16", "float32"),
-    )
-    remat_policy: str = setting(
-        "none",
-        "what the forward pass keeps for the backward pass: none (no remat) keeps all, products the outputs of matrix "
-        "products and attention, attention its output, full each layer's input alone; offload_products and offload "
-        "keep products, or the inputs, in the host's memory",
-        resume="free",
-        choices=("none", "products", "attention", "full", "offload_products", "offload"),
-    )
 
     def resolved(self, vocab_size: int | None = None, context: int | None = None) -> "ResolvedModelConfig":
         """Returns the same model with every derived field filled in.

@@ -13,7 +13,7 @@ from model.attention import Attend, Attention, causal_mask
 from model.config import ResolvedModelConfig
 from model.dropout import DropoutKeys, dropout, fold_keys
 from model.embedding import Embedding
-from model.feedforward import FeedForward
+from model.feedforward.dense import FeedForward
 from model.kernels import attention_over
 from model.latent_attention import attention_class
 from model.layers import LayerKind, layer_kinds, scan_layers

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.feedforward import ACTIVATIONS, CLAMP, activate
+from model.feedforward.dense import ACTIVATIONS, CLAMP, activate
 
 ROUNDING = 2.0**-8  # of bfloat16
 

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.config import EXPORT_CLASSES, ResolvedModelConfig
+from model.config import ResolvedModelConfig
 from model.decoder import Decoder
+from model.fields import EXPORT_CLASSES
 from model.generation.generator import Generator
 from model.generation.sampling import Sampling
 from model.interchange.huggingface import FAMILIES, Interchange

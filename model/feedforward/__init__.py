@@ -1,0 +1,1 @@
+"""Floor 4: the dense feed-forward, and mixtures of experts."""
