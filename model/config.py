@@ -19,6 +19,12 @@ HIGH_TURNS = {"llama3": 4.0, "yarn": 32.0}
 LAYER_LETTERS = {"F": "full attention", "S": "the sliding window", "N": "full attention without positions"}
 # The pattern of models that have none: without and with a sliding window.
 DEFAULT_PATTERN = ("F", "S")
+# Fields that are for experts alone.
+EXPERT_FIELDS = (
+    *("experts_per_token", "expert_dim", "dense_layers", "shared_expert_dim", "shared_expert_gate"),
+    *("router_score", "router_normalize", "router_scale", "router_bias", "router_groups", "router_groups_per_token"),
+    *("balance_bias", "balance_rate", "balance_loss", "balance_over", "router_z_loss"),
+)
 # Fields without effect, by the choice of `rope_scaling`.
 _TURNS = ("rope_low_turns", "rope_high_turns")
 _DIVISORS = ("rope_short_divisors", "rope_long_divisors", "rope_long")
@@ -45,13 +51,15 @@ class ModelConfig(ModelFields):
         vocab_size = self.vocab_size or vocab_size
         head_dim, output_bias = self.head_dim or self.model_dim // self.num_heads, self.attention_output_bias
         gated_dim = -(-8 * self.model_dim // (3 * 64)) * 64
+        feedforward_dim = self.feedforward_dim or (gated_dim if self.gated else 4 * self.model_dim)
         values: dict[str, Any] = vars(self) | {
             "num_kv_heads": self.num_kv_heads or self.num_heads,
             "head_dim": head_dim,
             "rope_dim": (self.rope_dim or head_dim) if self.position == "rope" else None,
             "value_dim": self.value_dim or head_dim,
             "attention_output_bias": self.attention_bias if output_bias is None else output_bias,
-            "feedforward_dim": self.feedforward_dim or (gated_dim if self.gated else 4 * self.model_dim),
+            "feedforward_dim": feedforward_dim,
+            "expert_dim": (self.expert_dim or feedforward_dim) if self.num_experts else None,
             "vocab_size": vocab_size,
             "max_positions": self.max_positions or (context if self.position == "learned" else None),
             "rope_high_turns": self.rope_high_turns or HIGH_TURNS.get(self.rope_scaling),
@@ -100,6 +108,7 @@ class ModelConfig(ModelFields):
             problems.append(f"model.block = {self.block} is for model.norm_placement = pre, not {self.norm_placement}")
         problems += self._pattern_problems()
         problems += self._latent_problems()
+        problems += self._expert_problems()
         if self.rope_scaling in HIGH_TURNS:
             if self.rope_original_context is None:
                 problems.append(f"model.rope_scaling = {self.rope_scaling} needs model.rope_original_context")
@@ -138,13 +147,48 @@ class ModelConfig(ModelFields):
         chosen = [name for name in ("attention_bias", "attention_output_bias", "qk_norm") if getattr(self, name)]
         return problems + [f"{given}: there is no model.{name} with latents" for name in chosen]
 
+    def _expert_problems(self) -> list[str]:
+        E, k, groups, chosen = (
+            self.num_experts, self.experts_per_token, self.router_groups, self.router_groups_per_token,
+        )  # fmt: skip
+        if E is None:
+            return unused_problems("model", self, dict.fromkeys(EXPERT_FIELDS, "no model.num_experts"))
+        given = f"model.num_experts = {E}"
+        problems = []
+        if k > E:
+            problems.append(f"{given} is below model.experts_per_token = {k}")
+        if not self.gated:
+            problems.append(f"{given}: experts are gated; set model.gated")
+        if E % groups:
+            problems.append(f"{given} does not divide by model.router_groups = {groups}")
+        elif chosen > groups or k > chosen * (E // groups) or (groups > 1 and E // groups < 2):
+            problems.append(
+                f"model.router_groups_per_token = {chosen} of model.router_groups = {groups} have too few experts for "
+                f"model.experts_per_token = {k}"
+            )
+        unused = {}
+        if self.router_score == "softmax_of_chosen":
+            unused = dict.fromkeys(("router_normalize", "balance_bias"), "model.router_score = softmax_of_chosen")
+        if self.shared_expert_dim is None:
+            unused["shared_expert_gate"] = "no model.shared_expert_dim"
+        if not self.balance_bias:
+            unused["balance_rate"] = "no model.balance_bias"
+        if not self.balance_loss:
+            unused["balance_over"] = "model.balance_loss = 0"
+        return problems + unused_problems("model", self, unused)
+
     def _pattern_problems(self) -> list[str]:
         pattern = self.layer_pattern or DEFAULT_PATTERN[self.sliding_window is not None]
         given = f"model.layer_pattern = {pattern}"
         problems = []
-        if unknown := sorted(set(pattern) - set(LAYER_LETTERS)):
+        if unknown := sorted(set(pattern) - set(LAYER_LETTERS) - set(map(str.lower, LAYER_LETTERS))):
             letters = ", ".join(f"{letter} ({meaning})" for letter, meaning in LAYER_LETTERS.items())
             problems.append(f"{given}: {', '.join(unknown)} is no kind of layer; there are {letters}")
+        elif pattern.upper() != pattern and self.num_experts is None:
+            problems.append(f"{given}: small letters are dense layers among experts; give model.num_experts")
+        elif not any(pattern[i % len(pattern)].isupper() for i in range(self.dense_layers, self.num_layers)):
+            problems.append(f"{given} and model.dense_layers = {self.dense_layers} leave no layer with experts")
+        pattern = pattern.upper()
         if len(pattern) > self.num_layers:
             problems.append(f"{given} is longer than model.num_layers = {self.num_layers}; shorten it")
         if "S" in pattern and self.sliding_window is None:
@@ -179,5 +223,6 @@ class ResolvedModelConfig(ModelConfig):
     value_dim: int
     attention_output_bias: bool
     feedforward_dim: int
+    expert_dim: int
     vocab_size: int
     loss_chunk: int

@@ -14,6 +14,8 @@ from model.config import ResolvedModelConfig
 from model.dropout import DropoutKeys, dropout, fold_keys
 from model.embedding import Embedding
 from model.feedforward.dense import FeedForward
+from model.feedforward.experts import Experts
+from model.feedforward.router import Routing
 from model.kernels import attention_over
 from model.latent_attention import attention_class
 from model.layers import LayerKind, layer_kinds, scan_layers
@@ -27,18 +29,21 @@ from model.unembedding import Unembedding
 _save = jax.checkpoint_policies.save_only_these_names
 _offload = partial(
     jax.checkpoint_policies.save_and_offload_only_these_names,
-    names_which_can_be_saved=(), offload_src="device", offload_dst="pinned_host",
+    names_which_can_be_saved=("routing",), offload_src="device", offload_dst="pinned_host",
 )  # fmt: skip
-# Policies by what the forward pass keeps for the backward pass, besides each layer's input; the rest is recomputed.
+# Policies by what the forward pass keeps for the backward pass, besides each layer's input and the choice of experts;
+# the rest is recomputed.
 REMAT_POLICIES = {
     "none": None,
-    "products": _save("product", "attention"),
-    "attention": _save("attention"),
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "products": _save("product", "attention", "routing"),
+    "attention": _save("attention", "routing"),
+    "full": _save("routing"),
     # These two keep it in the host's memory; "offload" moves the layers' inputs there, and keeps nothing else.
     "offload_products": _offload(names_which_can_be_offloaded=("product", "attention")),
     "offload": _offload(names_which_can_be_offloaded=("residual",)),
 }
+# Results of a layer by name, besides its output.
+Results = Mapping[str, Any]
 
 
 class Block(nnx.Module):
@@ -62,16 +67,22 @@ class Block(nnx.Module):
         self.attention = attention_class(config, cached)(config, weights["attention"], layout, linear)
         self.feedforward_norm = norms.get("feedforward_norm")
         self.feedforward_output_norm = norms.get("feedforward_output_norm")
-        self.feedforward = FeedForward(config, weights["feedforward"], layout, linear)
+        floor = Experts if "experts" in weights else FeedForward
+        self.feedforward = floor(config, weights["experts" if floor is Experts else "feedforward"], layout, linear)
         self.placement = config.norm_placement
         self.parallel = config.block != "sequential"
         self.dropout_rate = config.residual_dropout
         self.multiplier = config.residual_multiplier
 
     def __call__(
-        self, x_BTD: jax.Array, rotation: Rotation, attention: Attend, keys_B: DropoutKeys = None
-    ) -> jax.Array:
-        """Maps [B, T, D] to [B, T, D]."""
+        self,
+        x_BTD: jax.Array,
+        rotation: Rotation,
+        attention: Attend,
+        keys_B: DropoutKeys = None,
+        counted_BT: jax.Array | None = None,
+    ) -> tuple[jax.Array, Results]:
+        """Maps [B, T, D] to [B, T, D], and returns what else there is: "routing", of experts with `counted_BT`."""
         x_BTD = checkpoint_name(x_BTD, "residual")
         y_BTD = self.attention(self.attention_input(x_BTD), rotation, attention, fold_keys(keys_B, 0))
         y_BTD = self._scaled(y_BTD, self.attention_norm, self.attention_output_norm)
@@ -82,10 +93,15 @@ class Block(nnx.Module):
         norm = self.feedforward_norm or self.attention_norm
         read_BTD, feedforward = weight_gradients_first(x_BTD if self.parallel else sum_BTD, self.feedforward)
         sum_BTD = sum_BTD if self.parallel else read_BTD
-        y_BTD = feedforward(norm(read_BTD) if self.placement in ("pre", "both") else read_BTD)
+        y_BTD, results = norm(read_BTD) if self.placement in ("pre", "both") else read_BTD, {}
+        if isinstance(self.feedforward, Experts):
+            y_BTD, routing = feedforward(y_BTD, counted_BT)
+            results = {"routing": routing} if routing else {}
+        else:
+            y_BTD = feedforward(y_BTD)
         y_BTD = self._scaled(y_BTD, norm, self.feedforward_output_norm)
         sum_BTD = sum_BTD + dropout(y_BTD, self.dropout_rate, fold_keys(keys_B, 2))
-        return norm(sum_BTD) if self.placement == "post" else sum_BTD
+        return norm(sum_BTD) if self.placement == "post" else sum_BTD, results
 
     def attention_input(self, x_BTD: jax.Array) -> jax.Array:
         """Returns what attention reads of the block's input."""
@@ -111,8 +127,8 @@ class Decoder(nnx.Module):
         self.layout = layout
         self.embedding = Embedding(config, weights["embedding"], layout)
         self.position = Position(config, weights.get("position"), layout)
-        # One block with the weights of all layers, stacked [L, ...].
-        self.blocks = Block(config, weights["blocks"], layout)
+        # By part of a block the weights of all layers that have it, stacked.
+        self.blocks = nnx.data(weights["blocks"])
         self.norm = final_norm(config, weights)
         self.unembedding = Unembedding(config, weights.get("unembedding"), layout)
 
@@ -129,26 +145,34 @@ class Decoder(nnx.Module):
             segment_ids_BT: int32; positions with different numbers do not see each other.
             keys_B: keys of the rows for dropout; without them nothing is dropped.
         """
+        return self.with_routing(tokens_BT, positions_BT, segment_ids_BT, keys_B)[0]
+
+    def with_routing(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, keys_B: DropoutKeys = None
+    ) -> tuple[jax.Array, Routing | None]:
+        """Returns the vectors, and what the routers did in all layers with experts, stacked; None without experts."""
         attention = self._attention(segment_ids_BT)
         x_BTD, rotations = self.position(self.embedding(tokens_BT), positions_BT)
         x_BTD = dropout(x_BTD, self.config.embedding_dropout, fold_keys(keys_B, 0))
-        structure, stacked = nnx.split(self.blocks)
+        counted_BT = segment_ids_BT > 0
+        if self.config.num_experts:
+            counted_BT = self.layout.reshard(counted_BT, "batch", "sequence")
         remat = REMAT_POLICIES[self.config.remat_policy]
 
-        def layer(kind: LayerKind, in_loop: bool) -> Callable[..., tuple[jax.Array, None]]:
-            def body(x_BTD: jax.Array, weights_and_number: tuple[nnx.State, jax.Array]) -> tuple[jax.Array, None]:
-                weights, number = weights_and_number
-                block = nnx.merge(structure, weights)
-                x_BTD = block(x_BTD, rotations[kind.rope], attention[kind.window], fold_keys(keys_B, number))
+        def layer(kind: LayerKind, in_loop: bool) -> Callable[..., tuple[jax.Array, Results]]:
+            def body(x_BTD: jax.Array, weights: Mapping[str, Any]) -> tuple[jax.Array, Results]:
+                block, keys = Block(self.config, weights, self.layout), fold_keys(keys_B, weights["number"])
+                x_BTD, results = block(x_BTD, rotations[kind.rope], attention[kind.window], keys, counted_BT)
                 # x already has this sharding; stating it fixes the sharding of its gradient, too. Without it every
                 # device would sum the gradients of biases over all positions.
-                return self.layout.reshard(x_BTD, "batch", "sequence", None), None
+                return self.layout.reshard(x_BTD, "batch", "sequence", None), results
 
             return jax.checkpoint(body, policy=remat, prevent_cse=not in_loop) if remat else body
 
         numbers = jnp.arange(1, self.config.num_layers + 1)
-        x_BTD, _ = scan_layers(layer, x_BTD, (stacked, numbers), layer_kinds(self.config), unrolls=not remat)
-        return x_BTD if self.norm is None else self.norm(x_BTD)
+        stacked = {**self.blocks, "number": numbers}
+        x_BTD, results = scan_layers(layer, x_BTD, stacked, layer_kinds(self.config), unrolls=not remat)
+        return x_BTD if self.norm is None else self.norm(x_BTD), results.get("routing")
 
     def _attention(self, segment_ids_BT: jax.Array) -> dict[int | None, Attend]:
         """Returns attention within documents, by the window of a layer's kind."""
@@ -178,19 +202,19 @@ class Decoder(nnx.Module):
             for window, mask_B1TS in masks_B1TS.items()
         }
         x_BTD, rotations = self.position(self.embedding(tokens_BT), positions_BT)
-        structure, stacked = nnx.split(self.blocks)
 
-        def layer(kind: LayerKind, _: bool) -> Callable[..., tuple[jax.Array, tuple[jax.Array, jax.Array]]]:
-            def body(x_BTD: jax.Array, weights: nnx.State) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-                block, rotation = nnx.merge(structure, weights), rotations[kind.rope]
+        def layer(kind: LayerKind, _: bool) -> Callable[..., tuple[jax.Array, Results]]:
+            def body(x_BTD: jax.Array, weights: Mapping[str, Any]) -> tuple[jax.Array, Results]:
+                block, rotation = Block(self.config, weights, self.layout), rotations[kind.rope]
                 y_BTD = block.attention_input(x_BTD)
                 result = method(block.attention, y_BTD, rotation, masks_B1TS[kind.window])
-                x_BTD = block(x_BTD, rotation, attention[kind.window])
-                return x_BTD, (jnp.sqrt(jnp.mean(jnp.square(x_BTD.astype(jnp.float32)))), result)
+                x_BTD, _ = block(x_BTD, rotation, attention[kind.window])
+                return x_BTD, {"rms": jnp.sqrt(jnp.mean(jnp.square(x_BTD.astype(jnp.float32)))), "result": result}
 
             return body
 
-        return scan_layers(layer, x_BTD, stacked, layer_kinds(self.config), unrolls=False)[1]
+        results = scan_layers(layer, x_BTD, self.blocks, layer_kinds(self.config), unrolls=False)[1]
+        return results["rms"], results["result"]
 
     def unembedding_matrix(self) -> jax.Array:
         """Returns the last floor's weight [D, V]; see `Unembedding.weight`."""

@@ -150,13 +150,68 @@ class ModelFields:
     gated: bool = setting(
         True, "gate a second product with the activation (Shazeer 2020): SwiGLU with silu, GeGLU with gelu"
     )
-    feedforward_bias: bool = setting(False, "biases of the feed-forward's products")
+    feedforward_bias: bool = setting(False, "biases of the feed-forward's products, in each expert, too")
+
+    # ── Floor 4 as a mixture of experts ────────────────────────────────────────────────────────────────────────────
+    num_experts: int | None = setting(
+        None,
+        "experts (E) among which a router chooses for each token (Shazeer et al. 2017)",
+        unset="no experts",
+        at_least=2,
+        at_most=2**14,
+    )
+    experts_per_token: int = setting(2, "experts that compute a token", at_least=1, at_most=2**10)
+    expert_dim: int | None = setting(
+        None, "inner width of an expert", unset="feedforward_dim", at_least=1, at_most=2**24
+    )
+    dense_layers: int = setting(0, "first layers, whose feed-forward is dense (DeepSeek)", at_least=0, at_most=10_000)
+    shared_expert_dim: int | None = setting(
+        None, "inner width of an expert that computes every token", unset="no such expert", at_least=1, at_most=2**24
+    )
+    shared_expert_gate: bool = setting(False, "a learned factor between 0 and 1 of the shared expert (Qwen2-MoE)")
+    router_score: str = setting(
+        "softmax",
+        "how a token's affinities to experts become scores: softmax, sigmoid (DeepSeek-V3), or softmax_of_chosen, over "
+        "the chosen experts alone (gpt-oss)",
+        choices=("softmax", "sigmoid", "softmax_of_chosen"),
+    )
+    router_normalize: bool = setting(True, "divide the scores of a token's experts by their sum")
+    router_scale: float = setting(1.0, "factor of the scores of a token's experts", above=0)
+    router_bias: bool = setting(False, "bias of the affinities (gpt-oss)")
+    router_groups: int = setting(
+        1, "groups of experts, of which the best are searched (DeepSeek-V2)", at_least=1, at_most=2**14
+    )
+    router_groups_per_token: int = setting(1, "groups in which a token's experts are", at_least=1, at_most=2**14)
+    balance_bias: bool = setting(
+        False, "a bias for each expert, added to the scores only to choose, balances the load (Wang et al. 2024)"
+    )
+    balance_rate: float = setting(
+        0.001, "change of balance_bias in each step, up where an expert has too few tokens", resume="warn", at_least=0
+    )
+    balance_loss: float = setting(
+        0.01,
+        "weight of the loss E Σ fₑ pₑ of an expert's share of the tokens and mean score (Switch, Fedus et al. 2021)",
+        resume="warn",
+        at_least=0,
+    )
+    balance_over: str = setting(
+        "batch",
+        "what the balance loss takes shares of: the global batch, or each row (DeepSeek-V3)",
+        resume="warn",
+        choices=("batch", "row"),
+    )
+    router_z_loss: float = setting(
+        0.0,
+        "weight of log² of the sum of exponentials of the affinities (ST-MoE, Zoph et al. 2022)",
+        resume="warn",
+        at_least=0,
+    )
 
     # ── The stack ──────────────────────────────────────────────────────────────────────────────────────────────────
     layer_pattern: str | None = setting(
         None,
         "kinds of layers from the first on, repeated (SSSF: every fourth layer is full): F full attention, S the "
-        "sliding window, N full attention without positions",
+        "sliding window, N full attention without positions; small letters have a dense feed-forward among experts",
         unset="F, or S with a sliding window",
     )
     norm: str = setting(

@@ -14,11 +14,14 @@ import jax
 import jax.numpy as jnp
 
 from model.config import VOCABULARY_MULTIPLE, ResolvedModelConfig
+from model.layers import layers_with
 from model.sharding import UNSHARDED, Layout
 from model.trees import nested
 
 # Roles whose initial values are constant.
-CONSTANT = ("norm", "bias")
+CONSTANT = ("norm", "bias", "balance")
+# Axes over which a parameter is a stack of matrices.
+STACKED = ("layers", "experts", "branches")
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Parameter:
     Attributes:
         axes: logical axis name → size, in the array's order.
         fan_in: the axes that the forward pass sums over; empty for tables, norms and biases.
-        role: embedding, position, matrix, unembedding, norm or bias.
+        role: embedding, position, matrix, router, unembedding, norm, bias, or balance, which has no gradient.
         scale: norms and biases start at this constant; other initial values have the standard deviation
             scale/√(product of fan_in).
     """
@@ -46,7 +49,7 @@ class Parameter:
     @property
     def fan_out(self) -> tuple[str, ...]:
         """The axes of the result of a product with this parameter."""
-        return tuple(name for name in self.axes if name not in ("layers", *self.fan_in))
+        return tuple(name for name in self.axes if name not in (*STACKED, *self.fan_in))
 
     @property
     def decay(self) -> bool:
@@ -85,7 +88,10 @@ def parameter_table(config: ResolvedModelConfig) -> dict[str, Parameter]:
         table |= _norm(c, "blocks.attention_output_norm", layers | width)
     if c.block != "parallel_one_norm":
         table |= _norm(c, "blocks.feedforward_norm", layers | width)
-    table |= _feedforward(c, residual)
+    if layers_with(c, "feedforward"):
+        table |= _feedforward(c, residual)
+    if layers_with(c, "experts"):
+        table |= _experts(c, residual)
     if c.norm_placement == "both":
         table |= _norm(c, "blocks.feedforward_output_norm", layers | width)
     if c.norm_placement != "post":
@@ -109,7 +115,7 @@ def _linear(
     bias: bool,
     scale: float = 1.0,
 ) -> dict[str, Parameter]:
-    layers = {"layers": c.num_layers}
+    layers = {"layers": len(layers_with(c, name.split(".")[1]))}
     matrix = {name: Parameter(layers | inputs | outputs, tuple(inputs), "matrix", scale)}
     # A vector of the model's width is not sharded.
     bias_axes = layers | ({"width": c.model_dim} if "model" in outputs else outputs)
@@ -160,6 +166,37 @@ def _feedforward(c: ResolvedModelConfig, residual: float) -> dict[str, Parameter
     table = _linear(c, "blocks.feedforward.gate", model, inner, c.feedforward_bias) if c.gated else {}
     table |= _linear(c, "blocks.feedforward.up", model, inner, c.feedforward_bias)
     return table | _linear(c, "blocks.feedforward.down", inner, model, c.feedforward_bias, residual)
+
+
+def _experts(c: ResolvedModelConfig, residual: float) -> dict[str, Parameter]:
+    """The router scores "choices", which are never sharded, and "experts" may be; gate comes before up in "branches".
+
+    The router starts with an eighth of the deviation of other matrices, so that its first scores are alike.
+    """
+    assert c.num_experts
+    layers = {"layers": len(layers_with(c, "experts"))}
+    choices, experts = layers | {"choices": c.num_experts}, layers | {"experts": c.num_experts}
+    model, inner = {"expert_model": c.model_dim}, {"feedforward": c.expert_dim}
+    branches, name = {"branches": 2}, "blocks.experts"
+    router = {**layers, "model": c.model_dim, "choices": c.num_experts}
+    table = {f"{name}.router": Parameter(router, ("model",), "router", 1 / 8)}
+    if c.router_bias:
+        table[f"{name}.router_bias"] = Parameter(choices, (), "bias", 0.0)
+    if c.balance_bias:
+        table[f"{name}.balance"] = Parameter(choices, (), "balance", 0.0)
+    table[f"{name}.gate_up"] = Parameter(experts | model | branches | inner, ("expert_model",), "matrix")
+    table[f"{name}.down"] = Parameter(experts | inner | model, ("feedforward",), "matrix", residual)
+    if c.feedforward_bias:
+        table[f"{name}.gate_up_bias"] = Parameter(experts | branches | inner, (), "bias", 0.0)
+        table[f"{name}.down_bias"] = Parameter(experts | {"width": c.model_dim}, (), "bias", 0.0)
+    if c.shared_expert_dim:
+        model, inner = {"model": c.model_dim}, {"feedforward": c.shared_expert_dim}
+        table |= _linear(c, f"{name}.shared.gate", model, inner, c.feedforward_bias)
+        table |= _linear(c, f"{name}.shared.up", model, inner, c.feedforward_bias)
+        table |= _linear(c, f"{name}.shared.down", inner, model, c.feedforward_bias, residual)
+        if c.shared_expert_gate:
+            table[f"{name}.shared_gate"] = Parameter(layers | {"width": c.model_dim}, (), "router", 1 / 8)
+    return table
 
 
 def count_parameters(config: ResolvedModelConfig) -> int:

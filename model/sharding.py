@@ -23,7 +23,8 @@ class Layout:
 
     Activations have "batch"; "sequence" on the residual stream and "time" inside the floors; and "heads", "kv_heads",
     "feedforward" or "vocabulary". Weights have these and "model" or "latent", by which they are only stored: it is
-    gathered before use (FSDP). "lookup" shares the model width D, besides "model", while embedding rows are looked up.
+    gathered before use (FSDP). Weights of experts have "experts" and, for their model width, "expert_model". "lookup"
+    shares the model width D, besides "model", while embedding rows are looked up.
 
     Attributes:
         rules: logical axis → the mesh axes that shard it. An axis without a rule is replicated; a layout without rules

@@ -111,7 +111,7 @@ class CachedDecoder(nnx.Module):
         """Returns the vectors [B, T, D]; `attention` takes the number of the layer before what an Attend takes."""
         x_BTD, rotations = self.position(self.embedding(tokens_BT), positions_BT)
         for layer, (kind, block) in enumerate(zip(self.kinds, self.blocks, strict=True)):
-            x_BTD = block(x_BTD, rotations[kind.rope], partial(attention, layer))
+            x_BTD, _ = block(x_BTD, rotations[kind.rope], partial(attention, layer))
         return x_BTD if self.norm is None else self.norm(x_BTD)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:

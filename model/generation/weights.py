@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 from model.backend import platform
 from model.config import ResolvedModelConfig
 from model.cpu import quantized
+from model.layers import layers_with
 from model.parameters import parameter_table
 from model.trees import flattened, nested
 
@@ -37,11 +38,11 @@ def decoding_weights(config: ResolvedModelConfig, weights: Mapping[str, Any], in
         axes = [axis for axis in parameter.axes if axis != "layers"]
         if jax.sharding.get_abstract_mesh().size == 1:
             array = jax.reshard(array, PartitionSpec())
-        if parameter.role == "norm" or name.endswith(".sink"):
+        if parameter.role in ("norm", "router", "balance") or name.endswith((".sink", ".router_bias")):
             return {name: array}
         # Latent attention multiplies queries and sums with its weights of keys and values.
         absorbed = config.kv_latent_dim is not None and name in ("blocks.attention.key", "blocks.attention.value")
-        if parameter.role in MULTIPLIED and platform() == "cpu" and not absorbed:
+        if parameter.role in MULTIPLIED and platform() == "cpu" and not absorbed and "experts" not in axes:
             array = jnp.transpose(array, sorted(range(len(axes)), key=lambda i: axes[i] in parameter.fan_in))
             if int8:
                 return dict(zip((name, f"{name}_scale"), quantized(array, len(parameter.fan_in)), strict=True))
@@ -54,7 +55,11 @@ def decoding_weights(config: ResolvedModelConfig, weights: Mapping[str, Any], in
     if int8 and config.tie_embeddings:
         matrix, scale = quantized(decoding["embedding"]["table"], 1)
         decoding["unembedding"] = {"matrix": matrix, "matrix_scale": scale}
-    layers = [_merged(converted(name, array[i]) for name, array in stacked.items()) for i in range(config.num_layers)]
+    numbers = {name: layers_with(config, name.split(".")[1]) for name in stacked}
+    layers = [
+        _merged(converted(name, array[numbers[name].index(i)]) for name, array in stacked.items() if i in numbers[name])
+        for i in range(config.num_layers)
+    ]
     return decoding | {"blocks": [nested(layer)["blocks"] for layer in layers]}
 
 

@@ -51,7 +51,7 @@ def test_a_stack_is_its_layers_one_by_one(pattern: str, remat_policy: str, most_
         for layer, kind in enumerate(layer_kinds(config)):
             block = Block(config, jax.tree.map(lambda w, i=layer: w[i], weights["blocks"]), decoder.layout)
             mask = causal_mask(ids, kind.window)
-            x = block(x, rotations[kind.rope], lambda q, k, v, _, mask=mask: attend(q, k, v, mask))
+            x, _ = block(x, rotations[kind.rope], lambda q, k, v, _, mask=mask: attend(q, k, v, mask))
         return decoder.norm(x)
 
     slope = jnp.asarray(np.random.default_rng(1).normal(size=(2, 24, config.model_dim)), jnp.float32)

@@ -15,6 +15,9 @@ class MeshConfig:
     )
     data: int = setting(1, "copies of the model, each with its rows", resume="free")
     fsdp: int = setting(-1, "devices that share rows and the storage of weights and optimizer state", resume="free")
+    expert: int = setting(
+        1, "devices that share the experts, each of which computes its own for the tokens of all", resume="free"
+    )
     context: int = setting(1, "devices that share the positions of a row, and storage as fsdp does", resume="free")
     tensor: int = setting(1, "devices that share the heads, F or V of each product", resume="free")
     rules: dict[str, Any] = setting(
@@ -26,7 +29,7 @@ class MeshConfig:
     def problems(self) -> list[str]:
         """Returns one line for everything that is wrong with these values, naming the field."""
         problems = problems_of("mesh", self)
-        sizes = {"data": self.data, "fsdp": self.fsdp, "context": self.context, "tensor": self.tensor}
+        sizes = {axis: getattr(self, axis) for axis in ("data", "fsdp", "expert", "context", "tensor")}
         for axis, size in sizes.items():
             if size < 1 and size != -1:
                 problems.append(f"mesh.{axis} is {size}; it must be at least 1, or -1 for the devices that are left")

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from functools import partial
+from itertools import combinations
 
 from model.config import ResolvedModelConfig
 from model.parameters import parameter_table
@@ -39,6 +40,10 @@ def rule_problems(config: MeshConfig) -> list[str]:
     for axis in ("heads", "kv_heads", "feedforward", "vocabulary"):
         for name in sorted(layout.mesh_axes(axis) & layout.mesh_axes("model")):
             problems.append(f"mesh.rules: {axis!r} and 'model' of one weight are both shared by {name!r}")
+    weight = ("experts", "expert_model", "feedforward")
+    for one, other in combinations(weight, 2):
+        for name in sorted(layout.mesh_axes(one) & layout.mesh_axes(other)):
+            problems.append(f"mesh.rules: {one!r} and {other!r} of one weight are both shared by {name!r}")
     if layout.rules["heads"] != layout.rules["kv_heads"]:
         problems.append(
             "mesh.rules: 'heads' and 'kv_heads' must be shared by the same mesh axes: queries meet their keys"
@@ -61,6 +66,8 @@ def mesh_problems(config: ResolvedConfig, shape: tuple[int, ...]) -> list[str]:
         # Later stages are multiples of this batch; their microbatches are multiples of this one or of the full batch's.
         problems += must_divide("train.batch_ramp_start", config.train.batch_ramp_start, "batch")
     problems += must_divide("data.num_streams", config.num_streams, "batch")
+    if config.model.num_experts is None and size["expert"] > 1:
+        problems.append(f"mesh.expert = {size['expert']} is for experts; use mesh.fsdp, or give model.num_experts")
     problems += must_divide("data.segment_length", config.data.segment_length, "sequence")
     if any(size[mesh] > 1 for mesh in layout.mesh_axes("time")):
         # Each device takes a piece from both ends of a row: see `model.context_parallel`.
@@ -70,11 +77,20 @@ def mesh_problems(config: ResolvedConfig, shape: tuple[int, ...]) -> list[str]:
 
 def weight_problems(config: ResolvedModelConfig, layout: Layout, size: Mapping[str, int]) -> list[str]:
     """Returns the problems of the model's weights alone, over mesh axes of these sizes."""
-    fields = {"model": "model_dim", "heads": "num_heads", "kv_heads": "num_kv_heads", "feedforward": "feedforward_dim"}
+    widths = ("feedforward_dim", "expert_dim", "shared_expert_dim")
+    fields = {
+        "model": ("model_dim",),
+        "heads": ("num_heads",),
+        "kv_heads": ("num_kv_heads",),
+        "feedforward": widths,
+        "experts": ("num_experts",),
+        "expert_model": ("model_dim",),
+    }
     problems = []
-    for axis, number in {axis: size for p in parameter_table(config).values() for axis, size in p.axes.items()}.items():
+    for axis, number in dict.fromkeys(item for p in parameter_table(config).values() for item in p.axes.items()):
         if layout.mesh_axes(axis):
-            name = f"model.{fields.get(axis, axis)}" + (" (padded)" if axis == "vocabulary" else "")
+            name = next((field for field in fields.get(axis, ()) if getattr(config, field) == number), axis)
+            name = f"model.{name}" + (" (padded)" if axis == "vocabulary" else "")
             problems += divisibility_problems(layout, size, name, number, axis)
     return problems
 

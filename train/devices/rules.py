@@ -3,16 +3,19 @@
 from model.sharding import Layout, MeshAxes
 from train.config.run_config import MeshConfig
 
-AXES = ("slice", "data", "fsdp", "context", "tensor")
+AXES = ("slice", "data", "fsdp", "expert", "context", "tensor")
 # Logical axis → mesh axes. Weights are sharded over their model width and all-gathered for use, a layer at a time.
 # `tensor` shards heads, feed-forward width and vocabulary, and between them the residual stream's positions; `context`
-# shards the positions everywhere. Slices, whose links to each other are slow, and `data` have replicas.
+# shards the positions everywhere. `expert` shards experts, whose tokens travel, and is one more `fsdp` to all else.
+# Slices, whose links to each other are slow, and `data` have replicas.
 DEFAULT_RULES: dict[str, MeshAxes] = {
-    "batch": ("slice", "data", "fsdp"),
+    "batch": ("slice", "data", "fsdp", "expert"),
     "sequence": ("context", "tensor"),
     "time": ("context",),
-    "model": ("fsdp", "context"),
-    "latent": ("fsdp", "context"),
+    "model": ("fsdp", "expert", "context"),
+    "latent": ("fsdp", "expert", "context"),
+    "experts": ("expert",),
+    "expert_model": ("fsdp", "context"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "feedforward": ("tensor",),

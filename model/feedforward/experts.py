@@ -1,0 +1,295 @@
+"""Floor 4 as a mixture of experts: a router sends each token through k of E feed-forwards (Shazeer et al. 2017).
+
+No token is dropped. On one device the rows of all tokens are sorted by expert, multiplied in groups, and added up
+again. Experts are stored like other weights, and gathered a layer at a time; over the mesh axes of "experts" they stay
+where they are, and the tokens are gathered instead, and their sums scattered.
+"""
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from model.config import ResolvedModelConfig
+from model.feedforward.dense import FeedForward, activate
+from model.feedforward.grouped import grouped_product
+from model.feedforward.router import Router, Routing
+from model.linear import Linear
+from model.sharding import Layout, as_tuple
+
+# Rows that a device computes at once for the experts that it holds, as a multiple of the rows in balance.
+ROWS_AT_ONCE = 1.25
+# Logical axes of the experts' weights, in their order.
+WEIGHTS = {
+    "gate_up": ("experts", "expert_model", None, "feedforward"),
+    "down": ("experts", "feedforward", "expert_model"),
+    "gate_up_bias": ("experts", None, "feedforward"),
+    "down_bias": ("experts", None),
+}
+
+
+class Experts(nnx.Module):
+    """y = Σ weight · expert(x) over the experts of each token, and the shared expert, which computes all tokens."""
+
+    def __init__(
+        self, config: ResolvedModelConfig, weights: Mapping[str, Any], layout: Layout, linear: type[Linear] = Linear
+    ):
+        self.config = config
+        self.layout = layout
+        self.router = Router(config, weights, layout)
+        self.weights = nnx.Dict({name: nnx.Param(weights[name]) for name in WEIGHTS if name in weights})
+        self.shared = FeedForward(config, weights["shared"], layout, linear) if "shared" in weights else None
+        self.shared_gate = nnx.Param(weights["shared_gate"]) if "shared_gate" in weights else None
+
+    def __call__(self, x_BTD: jax.Array, counted_BT: jax.Array | None = None) -> tuple[jax.Array, Routing | None]:
+        """Maps [B, T, D] to [B, T, D].
+
+        Args:
+            counted_BT: True for the positions that the router's sums count; without them there are no sums.
+        """
+        ids_BTk, weights_BTk, routing = self.router(x_BTD, counted_BT)
+        stored = {name: param[...].astype(x_BTD.dtype) for name, param in self.weights.items()}
+        y_BTD = self._experts(x_BTD, ids_BTk, weights_BTk, stored)
+        if self.shared is not None:
+            y_BTD = y_BTD + self._shared(x_BTD)
+        return checkpoint_name(y_BTD, "product"), routing
+
+    def _shared(self, x_BTD: jax.Array) -> jax.Array:
+        assert self.shared
+        y_BTD: jax.Array = self.shared(x_BTD)
+        if self.shared_gate is None:
+            return y_BTD
+        gate_BT1 = jnp.sum(x_BTD.astype(jnp.float32) * self.shared_gate[...], -1, keepdims=True)
+        return (y_BTD * jax.nn.sigmoid(gate_BT1)).astype(x_BTD.dtype)
+
+    def _experts(
+        self, x_BTD: jax.Array, ids_BTk: jax.Array, weights_BTk: jax.Array, stored: dict[str, jax.Array]
+    ) -> jax.Array:
+        layout = self.layout
+        compute = partial(_on_one_device, self.config, layout)
+        if not layout.rules:
+            return compute(x_BTD, ids_BTk, weights_BTk, stored)
+        rows = layout.spec("batch", "sequence", None)
+        specs = (rows, rows, rows, {name: layout.spec(*WEIGHTS[name]) for name in stored})
+        # Kernels do not state over which mesh axes their results vary, so nothing can check it.
+        return jax.shard_map(compute, in_specs=specs, out_specs=rows, check_vma=False)(
+            x_BTD, ids_BTk, weights_BTk, stored
+        )
+
+
+class Rows(NamedTuple):
+    """The choices of all tokens on a device, sorted by expert.
+
+    Attributes:
+        order: the choice, n · k + j of token n, in each sorted row, int32 [N k]; first those of own experts.
+        sizes: the rows of each own expert, int32 [E].
+    """
+
+    order: jax.Array
+    sizes: jax.Array
+
+
+def _on_one_device(
+    config: ResolvedModelConfig,
+    layout: Layout,
+    x_BTD: jax.Array,
+    ids_BTk: jax.Array,
+    weights_BTk: jax.Array,
+    stored: dict[str, jax.Array],
+) -> jax.Array:
+    """Computes a device's own experts for the tokens that it is to gather, and scatters the sums."""
+    weights = {name: _gathered(w, layout, WEIGHTS[name]) for name, w in stored.items()}
+    if "down_bias" in weights:
+        # All devices that share an expert's width add it up, so it is in the sum of one.
+        first = math.prod(jax.lax.axis_index(axis) == 0 for axis in _shared_by(layout, "feedforward"))
+        weights["down_bias"] = weights["down_bias"] * first
+    axes = [("experts", "batch", 0), ("feedforward", "sequence", 1)]
+    gathers = [(mesh, axis) for name, of, axis in axes for mesh in _shared_by(layout, name) if mesh in _of(layout, of)]
+    sums = [mesh for name, of, _ in axes for mesh in _shared_by(layout, name) if mesh not in _of(layout, of)]
+    for mesh, axis in reversed(gathers):
+        gather = partial(jax.lax.all_gather, axis_name=mesh, axis=axis, tiled=True)
+        x_BTD, ids_BTk, weights_BTk = gather(x_BTD), gather(ids_BTk), gather(weights_BTk)
+    B, T, D = x_BTD.shape
+    x_ND, ids_M, weights_M = x_BTD.reshape(-1, D), ids_BTk.reshape(-1), weights_BTk.reshape(-1)
+    E = stored["down"].shape[0]
+    has_all = config.num_experts == E
+    rows = _sorted(ids_M - _first_expert(layout, E), E, has_all)
+    if has_all:
+        y_ND = _all_at_once(config, x_ND, weights_M, weights, rows)
+    else:
+        y_ND = _in_blocks(config, x_ND, weights_M, weights, rows)
+    y_BTD = y_ND.reshape(B, T, D)
+    for mesh, axis in gathers:
+        y_BTD = jax.lax.psum_scatter(y_BTD, mesh, scatter_dimension=axis, tiled=True)
+    return jax.lax.psum(y_BTD, sums) if sums else y_BTD
+
+
+def _of(layout: Layout, axis: str) -> tuple[str, ...]:
+    return as_tuple(layout.rules.get(axis))
+
+
+def _shared_by(layout: Layout, axis: str) -> list[str]:
+    """Returns the mesh axes of more than one device that a logical axis is sharded over."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return [mesh for mesh in _of(layout, axis) if sizes[mesh] > 1]
+
+
+def _gathered(weight: jax.Array, layout: Layout, axes: tuple[str | None, ...]) -> jax.Array:
+    """Gathers the stored axis of a weight; the backward pass scatters its gradient, a mesh axis at a time."""
+    if "expert_model" not in axes:
+        return weight
+    for mesh in reversed(_shared_by(layout, "expert_model")):
+        weight = jax.lax.all_gather(weight, mesh, axis=axes.index("expert_model"), tiled=True)
+    return weight
+
+
+def _first_expert(layout: Layout, E: int) -> jax.Array | int:
+    """Returns the number of this device's first expert, of which it has E."""
+    shared = _shared_by(layout, "experts")
+    return jax.lax.axis_index(tuple(shared)) * E if shared else 0
+
+
+def _sorted(ids_M: jax.Array, E: int, has_all: bool) -> Rows:
+    """Sorts choices by expert, and those of other devices' experts behind all own; the sort is stable."""
+    keys_M = ids_M if has_all else jnp.where((ids_M >= 0) & (ids_M < E), ids_M, E)
+    order_M = checkpoint_name(jnp.argsort(keys_M, stable=True), "routing")
+    # By comparison: a histogram would be a scatter.
+    return Rows(order_M, jnp.sum(keys_M[:, None] == jnp.arange(E), axis=0, dtype=jnp.int32))
+
+
+def _feed_forward(
+    config: ResolvedModelConfig,
+    x_MD: jax.Array,
+    weight_M: jax.Array,
+    weights: dict[str, jax.Array],
+    sizes: jax.Array,
+    is_own_M1: jax.Array | None = None,
+) -> jax.Array:
+    """Maps sorted rows [M, D] through their experts; the router's weight is a factor of the hidden rows [M, F].
+
+    Rows that are not own are undefined, and have no part in gradients.
+    """
+    gate_up, down = weights["gate_up"], weights["down"]
+    E, D, _, F = gate_up.shape
+    h_MF = grouped_product(x_MD, gate_up.reshape(E, D, 2 * F), sizes)
+    has_bias = "gate_up_bias" in weights
+    if has_bias:
+        ends = jnp.cumsum(sizes)
+        ids_M = jnp.sum(jnp.arange(len(x_MD))[:, None] >= ends, axis=1)
+        hot_ME = (ids_M[:, None] == jnp.arange(E)).astype(x_MD.dtype)
+        h_MF = h_MF + hot_ME @ weights["gate_up_bias"].reshape(E, 2 * F)
+    h_MF = h_MF if is_own_M1 is None else jnp.where(is_own_M1, h_MF, 0)
+    h_MF = activate(config.activation, h_MF[:, :F], h_MF[:, F:])
+    h_MF = (h_MF * weight_M[:, None]).astype(x_MD.dtype)
+    y_MD = grouped_product(h_MF, down, sizes)
+    if has_bias:
+        y_MD = y_MD + (hot_ME * weight_M[:, None]).astype(x_MD.dtype) @ weights["down_bias"]
+    return y_MD
+
+
+def _all_at_once(
+    config: ResolvedModelConfig, x_ND: jax.Array, weights_M: jax.Array, weights: dict[str, jax.Array], rows: Rows
+) -> jax.Array:
+    """Returns the tokens' sums [N, D] where a device has all experts, so that no row is another device's."""
+    N, k = len(x_ND), config.experts_per_token
+    inverse = jnp.argsort(rows.order)
+    x_MD, weight_M = _spread(x_ND, rows.order // k, inverse), _permuted(weights_M, rows.order, inverse)
+    y_MD = _feed_forward(config, x_MD, weight_M, weights, rows.sizes)
+    y_NkD = _permuted(y_MD, inverse, rows.order).reshape(N, k, -1)
+    return jnp.sum(y_NkD, axis=1, dtype=jnp.float32).astype(x_ND.dtype)
+
+
+@jax.custom_vjp
+def _spread(x_ND: jax.Array, tokens_M: jax.Array, inverse_M: jax.Array) -> jax.Array:
+    """Returns the row of each choice's token; the backward pass adds up by a gather, where it would scatter."""
+    return x_ND[tokens_M]
+
+
+def _spread_backward(kept: tuple[jax.Array, int], dy_MD: jax.Array) -> tuple[jax.Array, None, None]:
+    inverse_M, N = kept
+    dy_NkD = dy_MD[inverse_M].reshape(N, -1, dy_MD.shape[1])
+    return jnp.sum(dy_NkD, axis=1, dtype=jnp.float32).astype(dy_MD.dtype), None, None
+
+
+_spread.defvjp(lambda x, tokens, inverse: (x[tokens], (inverse, len(x))), _spread_backward)
+
+
+@jax.custom_vjp
+def _permuted(y: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
+    """Returns rows in another order; the backward pass gathers by the inverse."""
+    return y[order]
+
+
+_permuted.defvjp(lambda y, order, inverse: (y[order], inverse), lambda inverse, dy: (dy[inverse], None, None))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_blocks(
+    config: ResolvedModelConfig, x_ND: jax.Array, weights_M: jax.Array, weights: dict[str, jax.Array], rows: Rows
+) -> jax.Array:
+    """Returns what own experts add to the tokens' sums [N, D], of all experts a part.
+
+    Rows are computed in blocks of a fixed number. However unbalanced the router is, memory stays that of a block, and
+    only time grows; devices may need different numbers of blocks, as there is no collective within.
+    """
+    R, count = _block_size(config, rows), _num_blocks(config, rows)
+    add = lambda b, y_ND: y_ND + _block(config, R, b, rows, x_ND, weights_M, weights)
+    return jax.lax.fori_loop(0, count, add, jnp.zeros(x_ND.shape, jnp.float32)).astype(x_ND.dtype)
+
+
+def _block_size(config: ResolvedModelConfig, rows: Rows) -> int:
+    assert config.num_experts
+    balanced = len(rows.order) * len(rows.sizes) / config.num_experts
+    return min(-(-int(ROWS_AT_ONCE * balanced) // 8) * 8, len(rows.order))
+
+
+def _num_blocks(config: ResolvedModelConfig, rows: Rows) -> jax.Array:
+    return -(-jnp.sum(rows.sizes) // _block_size(config, rows))
+
+
+def _block(
+    config: ResolvedModelConfig,
+    R: int,
+    b: jax.Array,
+    rows: Rows,
+    x_ND: jax.Array,
+    weights_M: jax.Array,
+    weights: dict[str, jax.Array],
+) -> jax.Array:
+    """Returns what the sorted rows from b · R on add to the tokens' sums, float32 [N, D]."""
+    ends = jnp.cumsum(rows.sizes)
+    row_R = b * R + jnp.arange(R)
+    is_own_R1 = (row_R < ends[-1])[:, None]
+    choice_R = rows.order[jnp.minimum(row_R, len(rows.order) - 1)]
+    token_R = choice_R // config.experts_per_token
+    sizes = jnp.clip(ends - b * R, 0, R) - jnp.clip(ends - rows.sizes - b * R, 0, R)
+    x_RD = jnp.where(is_own_R1, x_ND[token_R], 0)
+    weight_R = jnp.where(is_own_R1[:, 0], weights_M[choice_R], 0)
+    y_RD = _feed_forward(config, x_RD, weight_R, weights, sizes, is_own_R1)
+    y_RD = jnp.where(is_own_R1, y_RD, 0).astype(jnp.float32)
+    return jnp.zeros(x_ND.shape, jnp.float32).at[token_R].add(y_RD)
+
+
+def _in_blocks_forward(config: ResolvedModelConfig, *arguments: Any) -> tuple[jax.Array, Any]:
+    return _in_blocks(config, *arguments), arguments
+
+
+def _in_blocks_backward(config: ResolvedModelConfig, arguments: Any, dy_ND: jax.Array) -> tuple[Any, ...]:
+    *inputs, rows = arguments
+    R = _block_size(config, rows)
+
+    def add(b: jax.Array, sums: Any) -> Any:
+        gradients = jax.vjp(partial(_block, config, R, b, rows), *inputs)[1](dy_ND.astype(jnp.float32))
+        return jax.tree.map(lambda total, gradient: total + gradient, sums, gradients)
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), tuple(inputs))
+    sums = jax.lax.fori_loop(0, _num_blocks(config, rows), add, zeros)
+    return *jax.tree.map(lambda total, x: total.astype(x.dtype), sums, tuple(inputs)), None
+
+
+_in_blocks.defvjp(_in_blocks_forward, _in_blocks_backward)
