@@ -44,28 +44,47 @@ FAMILIES: dict[str, dict[str, Any]] = {
                  "attention_bias": True, "attention_output_bias": False, "activation": "relu2", "gated": False,
                  "embedding_multiplier": 2.0, "residual_multiplier": 0.5, "logit_multiplier": 0.5},
 }  # fmt: skip
+# Mixtures of experts, by their routers.
+ROUTERS: dict[str, dict[str, Any]] = {
+    "softmax": {"num_experts": 8, "expert_dim": 24, "router_z_loss": 1e-3, "dense_layers": 1},
+    "sigmoid": {"num_experts": 8, "expert_dim": 24, "experts_per_token": 3, "router_score": "sigmoid",
+                "router_groups": 4, "router_groups_per_token": 2, "router_scale": 2.5, "shared_expert_dim": 16,
+                "shared_expert_gate": True, "balance_bias": True, "balance_rate": 0.01, "balance_over": "row",
+                "layer_pattern": "Ff", "num_layers": 4},
+    "chosen": {"num_experts": 8, "experts_per_token": 4, "expert_dim": 24, "router_score": "softmax_of_chosen",
+               "router_bias": True, "feedforward_bias": True, "activation": "clamped_swiglu"},
+}  # fmt: skip
+EXPERT_MESHES = [{"fsdp": 8}, {"expert": 8}, {"data": 2, "fsdp": 4}, {"fsdp": 2, "expert": 4},
+                 {"fsdp": 2, "expert": 2, "tensor": 2}, {"expert": 2, "context": 2, "tensor": 2},
+                 {"slices": 2, "data": 2, "expert": 2}, {"fsdp": 2, "context": 2, "tensor": 2},
+                 {"data": 2, "expert": 2, "context": 2}]  # fmt: skip
 # What docs/tolerances.md promises.
 BOUNDS = {
     "float32": {"loss": 2e-6, "grad_norm": 5e-6, "gradients": 5e-6, "weights": 5e-4},
     "bfloat16": {"loss": 2e-3, "grad_norm": 2e-2, "gradients": 5e-2, "weights": 3e-1},
     "every floor": {"loss": 5e-6, "grad_norm": 2e-5},
+    "experts": {"loss": 5e-6, "grad_norm": 5e-6, "gradients": 5e-6, "weights": 5e-4},
     "processes": {"loss": 1e-5, "grad_norm": 1e-4},
     "chaos": {"loss": 1e-4},
 }
 
 
 class Steps(NamedTuple):
-    """Initial weights, the metrics of three steps, the first gradient, and the weights (and average) after them."""
+    """Initial weights, the metrics of three steps, the first gradient, and the weights (and average) after them.
+
+    `loads` has the figures of experts, which must be the same everywhere.
+    """
 
     initial: dict[str, np.ndarray]
     metrics: list[dict[str, float]]
     gradients: dict[str, np.ndarray]
     weights: dict[str, np.ndarray]
+    loads: list[Any]
 
 
-def config_for(accumulation_steps: int = 1, **model: Any) -> Config:
+def config_for(accumulation_steps: int = 1, rows: int = 8, **model: Any) -> Config:
     """A small model that every mesh here can share."""
-    train = {"batch_size": 8, "num_steps": 100, "ema_decay": 0.5, "accumulation_steps": accumulation_steps}
+    train = {"batch_size": rows, "num_steps": 100, "ema_decay": 0.5, "accumulation_steps": accumulation_steps}
     config = make_config({"train": train, "data": {"segment_length": 16}, "optimizer": {"clip_norm": 0.5}})
     return dataclasses.replace(config, model=small_model(**({"num_kv_heads": 4} | model)))
 
@@ -78,15 +97,16 @@ def three_steps(config: Config, shape: dict[str, int]) -> Steps:
         state = make_state(config, optimizer)
         initial = flattened(jax.device_get(state["weights"]))
         shardings = jax.tree.map(lambda x: x.sharding, state)
-        step, metrics, gradients = make_train_step(config, optimizer), [], {}
+        step, metrics, gradients, loads = make_train_step(config, optimizer), [], {}, []
         for seed in range(3):
-            state, found = step(state, jax.device_put(small_batch(seed=seed), sharding))
+            state, found = step(state, jax.device_put(small_batch(config.train.batch_size, seed=seed), sharding))
+            loads.append(jax.device_get(found.pop("experts", {})))
             metrics.append({name: float(value) for name, value in found.items()})
             # After the first step the first moment is a multiple of the clipped gradient.
             gradients = gradients or flattened(jax.device_get(state["optimizer"]["adam"].mu))
         assert jax.tree.map(lambda x: x.sharding, state) == shardings
         weights = flattened(jax.device_get({"weights": state["weights"], "average": state["average"]}))
-        return Steps(initial, metrics, gradients, weights)
+        return Steps(initial, metrics, gradients, weights, loads)
 
 
 def differences(found: Steps, expected: Steps) -> dict[str, float]:
@@ -97,11 +117,16 @@ def differences(found: Steps, expected: Steps) -> dict[str, float]:
     """
     for name, array in expected.initial.items():
         np.testing.assert_array_equal(found.initial[name], array, err_msg=name)
+    jax.tree.map(np.testing.assert_array_equal, found.loads, expected.loads)
+    for name in (name for name in expected.weights if name.endswith(".balance")):
+        np.testing.assert_array_equal(found.weights[name], expected.weights[name], err_msg=name)
     pairs = list(zip(found.metrics, expected.metrics, strict=True))
     assert all(one["loss_weight"] == other["loss_weight"] for one, other in pairs)
     worst = {name: max(abs(one[name] / other[name] - 1) for one, other in pairs) for name in ("loss", "grad_norm")}
     for figure in ("gradients", "weights"):
-        arrays, wanted = getattr(found, figure), getattr(expected, figure)
+        arrays = getattr(found, figure)
+        # The bias that balances experts is no weight that a gradient moves: it must be the same, to the bit.
+        wanted = {name: x for name, x in getattr(expected, figure).items() if not name.endswith(".balance")}
         begin = {name: expected.initial[name.split(".", 1)[1]] if figure == "weights" else 0.0 for name in wanted}
         errors = [np.linalg.norm(arrays[n] - x) / np.linalg.norm(x - begin[n]) for n, x in wanted.items()]
         worst[figure] = float(max(errors))
@@ -114,6 +139,9 @@ def main() -> None:
     worst: dict[str, dict[str, float]] = {}
     cases = [(d, config_for(compute_dtype=d), config_for(compute_dtype=d), AXES + MIXED) for d in list(BOUNDS)[:2]]
     cases += [("every floor", config_for(**f), config_for(2, **f), MIXED[:1]) for f in FAMILIES.values()]
+    for fields in ROUTERS.values():
+        alone = config_for(rows=32, **fields)
+        cases += [("experts", alone, config_for(parts, 32, **fields), EXPERT_MESHES) for parts in (1, 4)]
     for kind, alone, config, shapes in cases:
         expected = three_steps(alone, {})
         for shape in shapes:

@@ -45,6 +45,17 @@ def sum_loss_weights(batch: Mapping[str, jax.Array]) -> tuple[Mapping[str, jax.A
     therefore depend on the sum, so that everything else follows it. Their values do not change.
     """
     total = jnp.sum(batch["loss_weights"])
-    if platform() == "cpu":
-        batch = {**batch, "tokens": jnp.where(total >= 0, batch["tokens"], 0)}
-    return batch, total
+    return _after(total, batch), total
+
+
+def sum_loss_weights_and_tokens(
+    batch: Mapping[str, jax.Array],
+) -> tuple[Mapping[str, jax.Array], jax.Array, jax.Array]:
+    """Returns as `sum_loss_weights`, and the number of tokens, those in documents, by the same all-reduce."""
+    counted = jnp.stack([batch["loss_weights"], (batch["segment_ids"] > 0).astype(jnp.float32)])
+    total, num_tokens = jnp.sum(counted, axis=(1, 2))
+    return _after(total, batch), total, num_tokens
+
+
+def _after(total: jax.Array, batch: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
+    return {**batch, "tokens": jnp.where(total >= 0, batch["tokens"], 0)} if platform() == "cpu" else batch

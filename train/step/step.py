@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,28 +13,63 @@ from jax.sharding import Mesh
 from model.context_parallel import to_zigzag
 from model.decoder import Decoder
 from model.dropout import DropoutKeys, row_keys
-from model.loss import Losses, summed_losses
+from model.feedforward.balance import load_figures, moved_bias, routing_loss
+from model.loss import summed_losses
 from model.sharding import Layout
 from train.config.config import ResolvedConfig
 from train.devices.mesh import batch_sharding
 from train.devices.rules import training_layout
-from train.devices.xla import compiler_options, sum_loss_weights
+from train.devices.xla import compiler_options, sum_loss_weights, sum_loss_weights_and_tokens
 from train.step.schedule import accumulation_parts, batch_size, learning_rate
 from train.step.state import State, Weights, abstract_state
 from train.step.watch import watch
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, Any]
+# Sums over a batch, which are added up over its parts.
+Sums = dict[str, jax.Array]
 
 
-def summed_loss(config: ResolvedConfig, weights: Weights, batch: Batch, keys_B: DropoutKeys = None) -> Losses:
-    """Returns the minimized loss and the cross-entropy, summed over the batch by `loss_weights`."""
+class WholeBatch(NamedTuple):
+    """What the loss of a part of a batch takes from the whole: the sum of its loss weights, and its tokens.
+
+    Attributes:
+        load_LE: the tokens of each expert; None where the part is the whole.
+    """
+
+    loss_weight: jax.Array
+    num_tokens: jax.Array
+    load_LE: jax.Array | None = None
+
+
+def summed_loss(
+    config: ResolvedConfig, weights: Weights, batch: Batch, keys_B: DropoutKeys = None, whole: WholeBatch | None = None
+) -> tuple[jax.Array, Sums]:
+    """Returns the minimized loss, and "loss", the cross-entropy, both summed over the batch by `loss_weights`.
+
+    With `whole` the losses of experts are added, by the weight of the whole batch, and "load" is each expert's [L, E].
+    """
     layout = training_layout(config.mesh)
     batch = {name: to_zigzag(x, layout) for name, x in batch.items()}
     decoder = Decoder(config.model, weights, layout)
-    x_BTD = decoder(batch["tokens"], batch["positions"], batch["segment_ids"], keys_B)
+    x_BTD, routing = decoder.with_routing(batch["tokens"], batch["positions"], batch["segment_ids"], keys_B)
     matrix_DV = decoder.unembedding_matrix()
-    return summed_losses(x_BTD, matrix_DV, batch["targets"], batch["loss_weights"], config.model, layout)
+    losses = summed_losses(x_BTD, matrix_DV, batch["targets"], batch["loss_weights"], config.model, layout)
+    if routing is None or whole is None:
+        return losses.objective, {"loss": losses.cross_entropy}
+    load_LE = jnp.sum(routing.load_BE, axis=1)
+    of_batch_LE = load_LE if whole.load_LE is None else whole.load_LE
+    added = whole.loss_weight * routing_loss(config.model, routing, of_batch_LE, whole.num_tokens)
+    return losses.objective + added, {"loss": losses.cross_entropy, "load": load_LE}
+
+
+def load_of(config: ResolvedConfig, weights: Weights, batch: Batch, keys_B: DropoutKeys) -> jax.Array:
+    """Returns the tokens of each expert [L, E] in a part of a batch, by a forward pass."""
+    layout = training_layout(config.mesh)
+    tokens, positions, ids = (to_zigzag(batch[name], layout) for name in ("tokens", "positions", "segment_ids"))
+    routing = Decoder(config.model, weights, layout).with_routing(tokens, positions, ids, keys_B)[1]
+    assert routing
+    return jnp.sum(routing.load_BE, axis=1)
 
 
 def update_average(config: ResolvedConfig, average: Weights, weights: Weights, step: jax.Array) -> Weights:
@@ -59,6 +94,35 @@ def split_rows(parts: int, tree: Any, layout: Layout) -> Any:
     return jax.tree.map(split, tree)
 
 
+def sums_and_gradients(
+    config: ResolvedConfig, weights: Weights, batch: Batch, keys_B: DropoutKeys, whole: WholeBatch | None
+) -> tuple[Sums, Weights]:
+    """Returns the sums of `summed_loss`, and the gradients of its loss."""
+    objective = partial(summed_loss, config, batch=batch, keys_B=keys_B, whole=whole)
+    (_, sums), gradients = jax.value_and_grad(objective, has_aux=True)(weights)
+    return sums, gradients
+
+
+def accumulated(
+    config: ResolvedConfig, parts: int, weights: Weights, batch: Batch, keys_B: DropoutKeys, whole: WholeBatch | None
+) -> tuple[Sums, Weights]:
+    """Returns the same as `sums_and_gradients`, of one part of the batch after another."""
+    split = split_rows(parts, (batch, keys_B), training_layout(config.mesh))
+    sums = {"loss": jnp.zeros(())}
+    if whole:
+        sums["load"] = jnp.zeros(weights["blocks"]["experts"]["router"].shape[::2])
+        if config.model.balance_loss and config.model.balance_over == "batch":
+            # The balance loss of a part needs the load of all.
+            count = lambda total, part: (total + load_of(config, weights, *part), None)
+            whole = whole._replace(load_LE=jax.lax.scan(count, sums["load"], split)[0])
+
+    def add(total: Any, part: tuple[Batch, DropoutKeys]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, sums_and_gradients(config, weights, *part, whole)), None
+
+    result: tuple[Sums, Weights] = jax.lax.scan(add, (sums, jax.tree.map(jnp.zeros_like, weights)), split)[0]
+    return result
+
+
 def make_train_step(
     config: ResolvedConfig, optimizer: optax.GradientTransformation, watches: bool = False
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
@@ -74,28 +138,21 @@ def make_train_step(
     schedule = learning_rate(config)
     layout = training_layout(config.mesh)
 
-    def loss_and_gradients(weights: Weights, batch: Batch, keys_B: DropoutKeys) -> tuple[jax.Array, Weights]:
-        objective = partial(summed_loss, config, batch=batch, keys_B=keys_B)
-        (_, loss), gradients = jax.value_and_grad(objective, has_aux=True)(weights)
-        return loss, gradients
-
-    def accumulate(parts: int, weights: Weights, batch: Batch, keys_B: DropoutKeys) -> tuple[jax.Array, Weights]:
-        def add(total: Any, part: tuple[Batch, DropoutKeys]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, loss_and_gradients(weights, *part)), None
-
-        zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, weights))
-        return jax.lax.scan(add, zeros, split_rows(parts, (batch, keys_B), layout))[0]
-
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        batch, loss_weight = sum_loss_weights(batch)
+        whole = None
+        if config.model.num_experts:
+            batch, loss_weight, num_tokens = sum_loss_weights_and_tokens(batch)
+            whole = WholeBatch(loss_weight, jnp.maximum(num_tokens, 1.0))
+        else:
+            batch, loss_weight = sum_loss_weights(batch)
         keys_B = None
         if config.model.dropout:
             rows_B = jnp.arange(batch["tokens"].shape[0], out_sharding=layout.spec("batch"))
             keys_B = row_keys(config.train.seed, state["step"], rows_B)
         parts = accumulation_parts(config, batch["tokens"].shape[0])
-        run = loss_and_gradients if parts == 1 else partial(accumulate, parts)
-        loss, gradients = run(state["weights"], batch, keys_B)
-        loss, gradients = jax.tree.map(lambda x: x / jnp.maximum(loss_weight, 1.0), (loss, gradients))
+        run = partial(sums_and_gradients, config) if parts == 1 else partial(accumulated, config, parts)
+        sums, gradients = run(state["weights"], batch, keys_B, whole)
+        loss, gradients = jax.tree.map(lambda x: x / jnp.maximum(loss_weight, 1.0), (sums["loss"], gradients))
 
         updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["weights"])
         metrics = {
@@ -104,9 +161,14 @@ def make_train_step(
             "learning_rate": schedule(state["step"]),
             "loss_weight": loss_weight,
         }
+        if "load" in sums:
+            metrics["experts"] = load_figures(sums["load"])
         if watches:
             metrics["watch"] = watch(config, state["weights"], split_rows(parts, batch, layout), gradients, updates)
         weights = optax.apply_updates(state["weights"], updates)
+        if config.model.balance_bias:
+            experts = weights["blocks"]["experts"]
+            experts["balance"] = moved_bias(config.model, experts["balance"], sums["load"])
         after = {"step": state["step"] + 1, "weights": weights, "optimizer": optimizer_state}
         if config.train.ema_decay:
             after["average"] = update_average(config, state["average"], weights, state["step"])

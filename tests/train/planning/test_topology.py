@@ -121,7 +121,7 @@ assert dict(os.environ) == before
 
 
 def mesh(devices: list, **axes: int) -> Mesh:
-    shape = tuple(axes.get(name, 1) for name in ("slice", "data", "fsdp", "context", "tensor"))
+    shape = tuple(axes.get(name, 1) for name in ("slice", "data", "fsdp", "expert", "context", "tensor"))
     return explicit_mesh(np.array(devices).reshape(shape))
 
 

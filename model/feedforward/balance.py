@@ -1,0 +1,75 @@
+"""How evenly a router uses the experts: a loss that asks for it, a bias that brings it about, and figures of it.
+
+All of them are of the whole global batch: of all its parts and devices.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from model.config import ResolvedModelConfig
+from model.feedforward.router import Routing
+
+
+def routing_loss(config: ResolvedModelConfig, routing: Routing, load_LE: jax.Array, num_tokens: jax.Array) -> jax.Array:
+    """Returns what a part of a batch adds to the balance loss and the router's z-loss, means over layers and tokens.
+
+    A layer's balance loss is E Σ fₑ pₑ, with fₑ an expert's share of the choices and pₑ its mean score: 1 in perfect
+    balance (Fedus et al. 2021, arXiv:2101.03961). With `balance_over` = row, f and p are those of each row, and rows
+    count by their tokens (DeepSeek-V3, arXiv:2412.19437).
+
+    Args:
+        routing: of the part; arrays [L, B, E] and [L, B] of L layers with experts.
+        load_LE: of the whole batch.
+        num_tokens: the tokens of the whole batch.
+    """
+    assert config.num_experts
+    E, k = config.num_experts, config.experts_per_token
+    if config.balance_over == "batch":
+        shares_LE = jax.lax.stop_gradient(load_LE) / (num_tokens * k)
+        balance_L = E * jnp.sum(shares_LE * jnp.sum(routing.score_BE, axis=1), axis=1)
+    else:
+        tokens_LB = jnp.maximum(jnp.sum(routing.load_BE, axis=2) / k, 1)
+        products_LB = jnp.sum(routing.load_BE * routing.score_BE, axis=2)
+        balance_L = E * jnp.sum(products_LB / (tokens_LB * k), axis=1)
+    sums_L = config.balance_loss * balance_L + config.router_z_loss * jnp.sum(routing.z_B, axis=1)
+    return jnp.mean(sums_L) / num_tokens
+
+
+def moved_bias(config: ResolvedModelConfig, balance_LE: jax.Array, load_LE: jax.Array) -> jax.Array:
+    """Returns the bias after a batch: a step up where an expert had fewer tokens than the mean, and else down.
+
+    (Wang et al. 2024, arXiv:2408.15664.)
+    """
+    return balance_LE + config.balance_rate * jnp.sign(jnp.mean(load_LE, axis=1, keepdims=True) - load_LE)
+
+
+def load_figures(load_LE: jax.Array) -> dict[str, jax.Array]:
+    """Returns figures of each layer's load [L] in float32.
+
+    They are "most" and "least", the tokens of the fullest and of the emptiest expert over the mean; "entropy" of the
+    shares, over its largest value; and "dead", the number of experts without a token.
+    """
+    mean_L1 = jnp.maximum(jnp.mean(load_LE, axis=1, keepdims=True), 1e-20)
+    shares_LE = load_LE / (mean_L1 * load_LE.shape[1])
+    entropy_L = -jnp.sum(jax.scipy.special.xlogy(shares_LE, shares_LE), axis=1) / math.log(load_LE.shape[1])
+    return {
+        "most": jnp.max(load_LE / mean_L1, axis=1),
+        "least": jnp.min(load_LE / mean_L1, axis=1),
+        "entropy": entropy_L,
+        "dead": jnp.sum(load_LE == 0, axis=1, dtype=jnp.float32),
+    }
+
+
+def fullest_shard(load_LBE: jax.Array, groups: int, shards: int) -> jax.Array:
+    """Returns the rows of the device whose experts have the most, over the mean, [L].
+
+    Args:
+        groups: the groups of rows whose devices share experts.
+        shards: the devices of a group.
+    """
+    L, B, E = load_LBE.shape
+    load_LGE = jnp.sum(load_LBE.reshape(L, groups, B // groups, E), axis=2)
+    rows_LS = jnp.sum(load_LGE.reshape(L, groups * shards, E // shards), axis=2)
+    return jnp.max(rows_LS, axis=1) / jnp.maximum(jnp.mean(rows_LS, axis=1), 1e-20)
