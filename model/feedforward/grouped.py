@@ -14,10 +14,12 @@ from model.backend import platform
 from model.feedforward import grouped_gpu
 
 PLATFORM_KERNELS = {"tpu": "megablox", "gpu": "triton"}
-# Numbers of a tile of weights along the width that is summed over and along the other, by the bytes of a number: what
-# fits the 16 MiB that a TPU's compiler lets a kernel hold.
-TPU_ROWS_TILES = {2: (1024, 1024), 4: (512, 1024)}
-TPU_WEIGHTS_TILES = {2: (1024, 1024), 4: (512, 1024)}
+# Largest tiles of the TPU's kernels, in numbers of 4 bytes, such that what a kernel holds at once fits the 16 MiB that
+# the compiler lets it have. A product of rows with weights takes more of the summed width where it takes fewer rows.
+TPU_X_TILE = 256 * 1024
+TPU_SUMMED = 1024
+TPU_OUTPUTS = 1024
+TPU_GRADIENT = (512, 1024)
 
 
 def grouped_product(x_MK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array) -> jax.Array:
@@ -58,9 +60,7 @@ def _backward(kernel, operands, dy_MN):  # type: ignore[no-untyped-def]
 product_by.defvjp(_forward, _backward)
 
 
-def _rows(
-    kernel: str, x_MK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array, transposed: bool = False
-) -> jax.Array:
+def _rows(kernel: str, x_MK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array, transposed: bool = False) -> jax.Array:
     """Returns each row times its expert's matrix or, transposed, times that of shape [N, K]."""
     with jax.named_scope("grouped_rows"):
         if kernel == "megablox":
@@ -90,10 +90,10 @@ def _megablox_rows(x_MK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array, transp
     """Runs Pallas megablox (TPU), which reads a transposed matrix as it is."""
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
-    M, N = x_MK.shape[0], w_EKN.shape[1 if transposed else 2]
+    (M, K), N = x_MK.shape, w_EKN.shape[1 if transposed else 2]
     tile = _rows_tile(M, sizes_E.size)
-    k_limit, n_limit = TPU_ROWS_TILES[x_MK.dtype.itemsize]
-    tiles = (tile, _tile(x_MK.shape[1], k_limit), _tile(N, n_limit))
+    summed = min(TPU_X_TILE // tile, TPU_SUMMED) * 4 // x_MK.dtype.itemsize
+    tiles = (tile, _tile(K, summed), _tile(N, TPU_OUTPUTS))
     y_MN = gmm(
         _padded(x_MK, tile), w_EKN, sizes_E, x_MK.dtype, tiles, transpose_rhs=transposed, interpret=platform() != "tpu"
     )
@@ -105,8 +105,8 @@ def _megablox_weights(x_MK: jax.Array, dy_MN: jax.Array, sizes_E: jax.Array) -> 
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
     tile = _rows_tile(x_MK.shape[0], sizes_E.size)
-    k_limit, n_limit = TPU_WEIGHTS_TILES[x_MK.dtype.itemsize]
-    tiles = (tile, _tile(x_MK.shape[1], k_limit), _tile(dy_MN.shape[1], n_limit))
+    inputs, outputs = TPU_GRADIENT
+    tiles = (tile, _tile(x_MK.shape[1], inputs * 4 // x_MK.dtype.itemsize), _tile(dy_MN.shape[1], outputs))
     x_KM = _padded(x_MK, tile).swapaxes(0, 1)
     return tgmm(x_KM, _padded(dy_MN, tile), sizes_E, x_MK.dtype, tiles, interpret=platform() != "tpu")
 

@@ -15,9 +15,7 @@ SUMMED_BYTES = 128
 PARAMETERS = triton.CompilerParams(num_warps=8, num_stages=3)
 
 
-def grouped_rows(
-    x_MK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array, transposed: bool, interpret: bool
-) -> jax.Array:
+def grouped_rows(x_MK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array, transposed: bool, interpret: bool) -> jax.Array:
     """Returns each row times its expert's matrix or, transposed, times that of shape [N, K]."""
     (M, K), N, dtype = x_MK.shape, w_EKN.shape[1 if transposed else 2], x_MK.dtype
     columns, step = pl.cdiv(N, TILE), SUMMED_BYTES // dtype.itemsize
@@ -102,8 +100,10 @@ def _span(begin: Any, length: int, end: Any) -> tuple[Any, jax.Array | None]:
 
 def _both(has_row: jax.Array | None, has_column: jax.Array | None) -> jax.Array | None:
     """Returns the mask of a tile whose rows and columns have these masks."""
-    if has_row is None or has_column is None:
-        return has_column if has_row is None else has_row[:, None]
+    if has_row is None:
+        return None if has_column is None else has_column[None]
+    if has_column is None:
+        return has_row[:, None]
     return has_row[:, None] & has_column[None]
 
 
@@ -137,7 +137,5 @@ def _call(
         compiler_params=PARAMETERS,
         interpret=interpret,
         name=name,
-        cost_estimate=pl.CostEstimate(
-            flops=2 * M * K * shape[-1], bytes_accessed=bytes_accessed, transcendentals=0
-        ),
+        cost_estimate=pl.CostEstimate(flops=2 * M * K * shape[-1], bytes_accessed=bytes_accessed, transcendentals=0),
     )(*operands, *spans)
