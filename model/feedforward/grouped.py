@@ -14,12 +14,13 @@ from model.backend import platform
 from model.feedforward import grouped_gpu
 
 PLATFORM_KERNELS = {"tpu": "megablox", "gpu": "triton"}
-# Largest tiles of the TPU's kernels, in numbers of 4 bytes, such that what a kernel holds at once fits the 16 MiB that
-# the compiler lets it have. A product of rows with weights takes more of the summed width where it takes fewer rows.
-TPU_X_TILE = 256 * 1024
-TPU_SUMMED = 1024
-TPU_OUTPUTS = 1024
-TPU_GRADIENT = (512, 1024)
+# Largest tiles of the TPU's kernels, with which a kernel holds no more than the 16 MiB that the compiler gives it. Inputs
+# are counted in bytes, outputs in numbers, since their sums are float32. A tile of few rows takes more inputs, so that
+# the weights of an expert are read once, if all inputs fit.
+X_TILE_BYTES = 2**20
+WEIGHT_INPUT_BYTES = 4096
+GRADIENT_INPUT_BYTES = 2048
+OUTPUTS = 1024
 
 
 def grouped_product(x_MK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array) -> jax.Array:
@@ -52,7 +53,6 @@ def _forward(kernel, x_MK, w_EKN, sizes_E):  # type: ignore[no-untyped-def]
 
 def _backward(kernel, operands, dy_MN):  # type: ignore[no-untyped-def]
     x_MK, w_EKN, sizes_E = operands
-    dy_MN = dy_MN.astype(x_MK.dtype)
     dx_MK = _rows(kernel, dy_MN, w_EKN, sizes_E, transposed=True)
     return dx_MK, _weights(kernel, x_MK, dy_MN, sizes_E), None
 
@@ -92,8 +92,8 @@ def _megablox_rows(x_MK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array, transp
 
     (M, K), N = x_MK.shape, w_EKN.shape[1 if transposed else 2]
     tile = _rows_tile(M, sizes_E.size)
-    summed = min(TPU_X_TILE // tile, TPU_SUMMED) * 4 // x_MK.dtype.itemsize
-    tiles = (tile, _tile(K, summed), _tile(N, TPU_OUTPUTS))
+    inputs = min(X_TILE_BYTES // tile, WEIGHT_INPUT_BYTES) // x_MK.dtype.itemsize
+    tiles = (tile, _tile(K, inputs), _tile(N, OUTPUTS))
     y_MN = gmm(
         _padded(x_MK, tile), w_EKN, sizes_E, x_MK.dtype, tiles, transpose_rhs=transposed, interpret=platform() != "tpu"
     )
@@ -105,8 +105,8 @@ def _megablox_weights(x_MK: jax.Array, dy_MN: jax.Array, sizes_E: jax.Array) -> 
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
     tile = _rows_tile(x_MK.shape[0], sizes_E.size)
-    inputs, outputs = TPU_GRADIENT
-    tiles = (tile, _tile(x_MK.shape[1], inputs * 4 // x_MK.dtype.itemsize), _tile(dy_MN.shape[1], outputs))
+    inputs = GRADIENT_INPUT_BYTES // x_MK.dtype.itemsize
+    tiles = (tile, _tile(x_MK.shape[1], inputs), _tile(dy_MN.shape[1], OUTPUTS))
     x_KM = _padded(x_MK, tile).swapaxes(0, 1)
     return tgmm(x_KM, _padded(dy_MN, tile), sizes_E, x_MK.dtype, tiles, interpret=platform() != "tpu")
 
@@ -114,8 +114,8 @@ def _megablox_weights(x_MK: jax.Array, dy_MN: jax.Array, sizes_E: jax.Array) -> 
 def _rows_tile(M: int, E: int) -> int:
     """Returns the rows of a tile.
 
-    A tile is multiplied as a whole for every expert that has rows in it, which is up to E − 1 tiles more than there
-    are. So large tiles, which read the weights less often, are for experts that have many rows.
+    Megablox multiplies a whole tile once for each expert that has rows in it, so E experts cost up to E − 1 tiles more
+    than M rows have. A large tile reads the weights less often, but is for experts that have many rows.
     """
     largest = 512 if M >= 2048 * E else 256
     divisors = [tile for tile in (512, 256, 128) if tile <= largest and M % tile == 0]

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-# Sides of a tile of the result. A program sums over so many bytes at a time, which bounds what it holds in shared
-# memory: three stages of two operands are 96 KiB.
+# A program computes TILE × TILE results and sums over SUMMED_BYTES of each row at a time: three stages of two operands
+# take 96 KiB of shared memory, which all GPUs since 2020 have.
 TILE = 128
 SUMMED_BYTES = 128
 PARAMETERS = triton.CompilerParams(num_warps=8, num_stages=3)
@@ -122,9 +122,9 @@ def _call(
     spans: tuple[jax.Array, ...],
     interpret: bool,
 ) -> jax.Array:
-    """Runs the kernel in so many programs, each of which cuts its tiles out of whole arrays.
+    """Runs the kernel in a number of programs, each of which cuts its tiles out of whole arrays.
 
-    Which tile it needs depends on numbers that only the device knows.
+    Blocks of Pallas's own would be chosen by the program's number alone, but a tile's place depends on the sizes.
     """
     (M, K), dtype = operands[0].shape, operands[0].dtype
     bytes_accessed = (sum(x.size for x in operands) + math.prod(shape)) * dtype.itemsize
