@@ -14,9 +14,9 @@ from model.backend import platform
 from model.feedforward import grouped_gpu
 
 PLATFORM_KERNELS = {"tpu": "megablox", "gpu": "triton"}
-# Largest tiles of the TPU's kernels, with which a kernel holds no more than the 16 MiB that the compiler gives it. Inputs
-# are counted in bytes, outputs in numbers, since their sums are float32. A tile of few rows takes more inputs, so that
-# the weights of an expert are read once, if all inputs fit.
+# Largest tiles of the TPU's kernels, which then hold no more than the 16 MiB that the compiler gives them. Inputs are
+# counted in bytes, outputs in numbers, since their sums are float32. A tile of few rows takes more inputs: if it takes
+# all of them, the weights of an expert are read once.
 X_TILE_BYTES = 2**20
 WEIGHT_INPUT_BYTES = 4096
 GRADIENT_INPUT_BYTES = 2048
