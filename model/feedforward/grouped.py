@@ -78,9 +78,6 @@ def _weights(kernel: str, x_MK: jax.Array, dy_MN: jax.Array, sizes_E: jax.Array)
             return _megablox_weights(x_MK, dy_MN, sizes_E)
         if kernel == "triton":
             return grouped_gpu.grouped_weights(x_MK, dy_MN, sizes_E, interpret=platform() != "gpu")
-        is_grouped = (jnp.arange(x_MK.shape[0]) < jnp.sum(sizes_E))[:, None]
-        # Zeros in place of the other rows: they may hold no numbers at all.
-        x_MK, dy_MN = jnp.where(is_grouped, x_MK, 0), jnp.where(is_grouped, dy_MN, 0)
         numbers = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
         dw_EKN = jax.lax.ragged_dot_general(x_MK, dy_MN, sizes_E, numbers, preferred_element_type=jnp.float32)
         return dw_EKN.astype(x_MK.dtype)

@@ -77,18 +77,16 @@ def grouped_weights(x_MK: jax.Array, dy_MN: jax.Array, sizes_E: jax.Array, inter
 def _row_tiles(M: int, sizes_E: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns of each tile of rows the expert, the first row, and the end of the expert's rows.
 
-    An expert's first tile begins at its first row. The tiles that are left over are empty: they end at row 0.
+    An expert's first tile begins at its first row. Tiles that are left over begin behind the last expert's rows.
     """
     E = sizes_E.size
     tiles = jnp.arange(pl.cdiv(M, TILE) + E, dtype=jnp.int32)
     ends = jnp.cumsum(sizes_E, dtype=jnp.int32)
     tiles_E = pl.cdiv(sizes_E, TILE)
     last_tiles = jnp.cumsum(tiles_E, dtype=jnp.int32)
-    experts = jnp.sum(tiles[:, None] >= last_tiles, axis=1, dtype=jnp.int32)
-    is_used = experts < E
-    experts = jnp.minimum(experts, E - 1)
+    experts = jnp.minimum(jnp.sum(tiles[:, None] >= last_tiles, axis=1, dtype=jnp.int32), E - 1)
     begins = (ends - sizes_E)[experts] + (tiles - (last_tiles - tiles_E)[experts]) * TILE
-    return experts, begins, jnp.where(is_used, ends[experts], 0)
+    return experts, begins, ends[experts]
 
 
 def _span(begin: Any, length: int, end: Any) -> tuple[Any, jax.Array | None]:
