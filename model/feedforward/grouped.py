@@ -87,10 +87,10 @@ def _megablox_rows(x_MK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array, transp
     """Runs Pallas megablox (TPU), which reads a transposed matrix as it is."""
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
-    (M, K), N = x_MK.shape, w_EKN.shape[1 if transposed else 2]
-    tile = _rows_tile(M, sizes_E.size)
-    inputs = min(X_TILE_BYTES // tile, WEIGHT_INPUT_BYTES) // x_MK.dtype.itemsize
-    tiles = (tile, _tile(K, inputs), _tile(N, OUTPUTS))
+    (M, K), N, itemsize = x_MK.shape, w_EKN.shape[1 if transposed else 2], x_MK.dtype.itemsize
+    tile = _rows_tile(M, sizes_E.size, 128 if K * itemsize <= WEIGHT_INPUT_BYTES else 256)
+    inputs = min(X_TILE_BYTES // tile, WEIGHT_INPUT_BYTES) // itemsize
+    tiles = (tile, _tile(K, inputs), _tile(N, OUTPUTS, _cores()))
     y_MN = gmm(
         _padded(x_MK, tile), w_EKN, sizes_E, x_MK.dtype, tiles, transpose_rhs=transposed, interpret=platform() != "tpu"
     )
@@ -101,28 +101,37 @@ def _megablox_weights(x_MK: jax.Array, dy_MN: jax.Array, sizes_E: jax.Array) -> 
     """Runs megablox's product over rows (TPU). It swaps the axes of x back, so that nothing is copied."""
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
-    tile = _rows_tile(x_MK.shape[0], sizes_E.size)
-    inputs = GRADIENT_INPUT_BYTES // x_MK.dtype.itemsize
-    tiles = (tile, _tile(x_MK.shape[1], inputs), _tile(dy_MN.shape[1], OUTPUTS))
+    (M, K), N = x_MK.shape, dy_MN.shape[1]
+    tile = _rows_tile(M, sizes_E.size, 256)
+    tiles = (tile, _tile(K, GRADIENT_INPUT_BYTES // x_MK.dtype.itemsize), _tile(N, OUTPUTS, _cores()))
     x_KM = _padded(x_MK, tile).swapaxes(0, 1)
     return tgmm(x_KM, _padded(dy_MN, tile), sizes_E, x_MK.dtype, tiles, interpret=platform() != "tpu")
 
 
-def _rows_tile(M: int, E: int) -> int:
-    """Returns the rows of a tile.
+def _rows_tile(M: int, E: int, least: int) -> int:
+    """Returns the rows of a tile, which are `least` for experts that have few rows.
 
     Megablox multiplies a whole tile once for each expert that has rows in it, so E experts cost up to E − 1 tiles more
-    than M rows have. A large tile reads the weights less often, but is for experts that have many rows.
+    than M rows have. Larger tiles are for experts that have many rows, and where weights are read for each tile.
     """
-    largest = 512 if M >= 2048 * E else 256
+    largest = 512 if M >= 2048 * E else 256 if M >= 512 * E else least
     divisors = [tile for tile in (512, 256, 128) if tile <= largest and M % tile == 0]
     return divisors[0] if divisors else min(largest, -(-M // 16) * 16)
 
 
-def _tile(width: int, limit: int) -> int:
-    """Returns the length of equal tiles of a width, whole or a multiple of the 128 lanes of a register."""
-    tiles = -(-width // limit)
-    return width if tiles == 1 else -(-width // (tiles * 128)) * 128
+def _tile(width: int, limit: int, cores: int = 1) -> int:
+    """Returns the length of equal tiles of a width: all of it, or a multiple of the 128 lanes of a register.
+
+    Each of several cores gets as many of them.
+    """
+    tiles = -(-width // (limit * cores)) * cores
+    return min(width, -(-width // (tiles * 128)) * 128)
+
+
+def _cores() -> int:
+    """Returns the cores of a device, which share the outputs of a kernel: a TPU v4 or v5p has two."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return getattr(device, "num_cores", None) or 1
 
 
 def _padded(x_MK: jax.Array, tile: int) -> jax.Array:

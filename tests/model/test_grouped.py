@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from model.feedforward.grouped import grouped_product, product_by
+from model.feedforward.grouped import _tile, grouped_product, product_by
 from tests.peers import require
 from tests.small import mesh_of
 from train.planning.hlo import Instruction, computations_of
@@ -116,6 +116,15 @@ def test_on_a_cpu_each_device_of_a_mesh_has_its_own_rows():
         dx, dw = pull(place(twice[1], rows))
     alone = dense(x, w, dy, sizes)
     assert_close((dx, dw), (np.concatenate([alone[1], alone[1]]), 2 * alone[2]), 1e-6)
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+@pytest.mark.parametrize("width", [64, 200, 768, 2048, 2880, 14336])
+def test_the_cores_of_a_tpu_share_the_outputs_evenly(width: int, cores: int):
+    tile = _tile(width, 1024, cores)
+    assert tile <= 1024
+    assert tile == width or tile % 128 == 0
+    assert -(-width // tile) % cores == 0 or width <= 128
 
 
 # --- Compiled for devices that are not here ---
