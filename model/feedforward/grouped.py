@@ -1,9 +1,138 @@
-"""Products of rows, sorted by expert, with the matrices of their experts."""
+"""The grouped product: rows sorted by expert, each times the matrix of its expert (Gale et al. 2022, arXiv:2211.15841).
+
+`jax.lax.ragged_dot` is not enough for training: on GPUs XLA multiplies all rows by all experts, and on TPUs its
+gradient copies all weights to transpose them. So each platform has kernels of its own, under one gradient rule. In
+names of shapes M is rows, and K → N the widths.
+"""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
+from model.backend import platform
+from model.feedforward import grouped_gpu
+
+PLATFORM_KERNELS = {"tpu": "megablox", "gpu": "triton"}
+# Largest tiles of the TPU's kernels, which then hold no more than the 16 MiB that the compiler gives them. Inputs are
+# counted in bytes, outputs in numbers, since their sums are float32. A tile of few rows takes more inputs: if it takes
+# all of them, the weights of an expert are read once.
+X_TILE_BYTES = 2**20
+WEIGHT_INPUT_BYTES = 4096
+GRADIENT_INPUT_BYTES = 2048
+OUTPUTS = 1024
+
 
 def grouped_product(x_MK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """Returns each row's product with its expert's matrix; rows behind the sum of the sizes are undefined."""
-    return jax.lax.ragged_dot(x_MK, w_EKN, sizes_E, preferred_element_type=jnp.float32).astype(x_MK.dtype)
+    """Returns y [M, N]: each row of x times the matrix of its expert, summed in float32, in the dtype of x.
+
+    It is computed by the kernel for the ambient mesh, on one device: on several, call it inside
+    `jax.shard_map(check_vma=False)`. The gradients are rounded to the dtype of their operands.
+
+    Args:
+        x_MK: rows sorted by expert, in float32 or bfloat16.
+        w_EKN: a matrix for each expert, in the dtype of x.
+        sizes_E: rows of each expert, int32, at most M together. The rows of y behind them are undefined, and so are
+            those of the gradient of x; the gradient of w doesn't depend on the rows of x or of y's gradient there.
+    """
+    return product_by(PLATFORM_KERNELS.get(platform(), "ragged"), x_MK, w_EKN, sizes_E)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def product_by(kernel: str, x_MK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """Returns `grouped_product` by one kernel: megablox, triton or ragged.
+
+    The first two are interpreted, slowly, on other platforms than their own.
+    """
+    return _rows(kernel, x_MK, w_EKN, sizes_E)
+
+
+def _forward(kernel, x_MK, w_EKN, sizes_E):  # type: ignore[no-untyped-def]
+    return _rows(kernel, x_MK, w_EKN, sizes_E), (x_MK, w_EKN, sizes_E)
+
+
+def _backward(kernel, operands, dy_MN):  # type: ignore[no-untyped-def]
+    x_MK, w_EKN, sizes_E = operands
+    dx_MK = _rows(kernel, dy_MN, w_EKN, sizes_E, transposed=True)
+    return dx_MK, _weights(kernel, x_MK, dy_MN, sizes_E), None
+
+
+product_by.defvjp(_forward, _backward)
+
+
+def _rows(kernel: str, x_MK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array, transposed: bool = False) -> jax.Array:
+    """Returns each row times its expert's matrix or, transposed, times that of shape [N, K]."""
+    with jax.named_scope("grouped_rows"):
+        if kernel == "megablox":
+            return _megablox_rows(x_MK, w_EKN, sizes_E, transposed)
+        if kernel == "triton":
+            return grouped_gpu.grouped_rows(x_MK, w_EKN, sizes_E, transposed, interpret=platform() != "gpu")
+        w_EKN = w_EKN.swapaxes(1, 2) if transposed else w_EKN
+        return jax.lax.ragged_dot(x_MK, w_EKN, sizes_E, preferred_element_type=jnp.float32).astype(x_MK.dtype)
+
+
+def _weights(kernel: str, x_MK: jax.Array, dy_MN: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """Returns the gradient of the matrices, [E, K, N]: for each expert the sum over its rows of x ⊗ dy."""
+    with jax.named_scope("grouped_weights"):
+        if kernel == "megablox":
+            return _megablox_weights(x_MK, dy_MN, sizes_E)
+        if kernel == "triton":
+            return grouped_gpu.grouped_weights(x_MK, dy_MN, sizes_E, interpret=platform() != "gpu")
+        numbers = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
+        dw_EKN = jax.lax.ragged_dot_general(x_MK, dy_MN, sizes_E, numbers, preferred_element_type=jnp.float32)
+        return dw_EKN.astype(x_MK.dtype)
+
+
+def _megablox_rows(x_MK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array, transposed: bool) -> jax.Array:
+    """Runs Pallas megablox (TPU), which reads a transposed matrix as it is."""
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
+
+    (M, K), N, itemsize = x_MK.shape, w_EKN.shape[1 if transposed else 2], x_MK.dtype.itemsize
+    tile = _rows_tile(M, sizes_E.size, 128 if K * itemsize <= WEIGHT_INPUT_BYTES else 256)
+    inputs = min(X_TILE_BYTES // tile, WEIGHT_INPUT_BYTES) // itemsize
+    tiles = (tile, _tile(K, inputs), _tile(N, OUTPUTS, _cores()))
+    y_MN = gmm(
+        _padded(x_MK, tile), w_EKN, sizes_E, x_MK.dtype, tiles, transpose_rhs=transposed, interpret=platform() != "tpu"
+    )
+    return y_MN[:M]
+
+
+def _megablox_weights(x_MK: jax.Array, dy_MN: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """Runs megablox's product over rows (TPU). It swaps the axes of x back, so that nothing is copied."""
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+    (M, K), N = x_MK.shape, dy_MN.shape[1]
+    tile = _rows_tile(M, sizes_E.size, 256)
+    tiles = (tile, _tile(K, GRADIENT_INPUT_BYTES // x_MK.dtype.itemsize), _tile(N, OUTPUTS, _cores()))
+    x_KM = _padded(x_MK, tile).swapaxes(0, 1)
+    return tgmm(x_KM, _padded(dy_MN, tile), sizes_E, x_MK.dtype, tiles, interpret=platform() != "tpu")
+
+
+def _rows_tile(M: int, E: int, least: int) -> int:
+    """Returns the rows of a tile, which are `least` for experts that have few rows.
+
+    Megablox multiplies a whole tile once for each expert that has rows in it, so E experts cost up to E − 1 tiles more
+    than M rows have. Larger tiles are for experts that have many rows, and where weights are read for each tile.
+    """
+    largest = 512 if M >= 2048 * E else 256 if M >= 512 * E else least
+    divisors = [tile for tile in (512, 256, 128) if tile <= largest and M % tile == 0]
+    return divisors[0] if divisors else min(largest, -(-M // 16) * 16)
+
+
+def _tile(width: int, limit: int, cores: int = 1) -> int:
+    """Returns the length of equal tiles of a width: all of it, or a multiple of the 128 lanes of a register.
+
+    Each of several cores gets as many of them.
+    """
+    tiles = -(-width // (limit * cores)) * cores
+    return min(width, -(-width // (tiles * 128)) * 128)
+
+
+def _cores() -> int:
+    """Returns the cores of a device, which share the outputs of a kernel: a TPU v4 or v5p has two."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return getattr(device, "num_cores", None) or 1
+
+
+def _padded(x_MK: jax.Array, tile: int) -> jax.Array:
+    return jnp.pad(x_MK, ((0, -x_MK.shape[0] % tile), (0, 0)))
