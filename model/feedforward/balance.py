@@ -1,6 +1,6 @@
-"""How evenly a router uses the experts: a loss that asks for it, a bias that brings it about, and figures of it.
+"""Balance among experts: a loss that asks for it, a bias that brings it about, and its figures.
 
-All of them are of the whole global batch: of all its parts and devices.
+All are of the whole global batch, of all its parts and devices.
 """
 
 import math
@@ -13,16 +13,16 @@ from model.feedforward.router import Routing
 
 
 def routing_loss(config: ResolvedModelConfig, routing: Routing, load_LE: jax.Array, num_tokens: jax.Array) -> jax.Array:
-    """Returns what a part of a batch adds to the balance loss and the router's z-loss, means over layers and tokens.
+    """Returns the sum that a part of a batch adds to the balance loss and the router's z-loss, means over layers and tokens.
 
     A layer's balance loss is E Σ fₑ pₑ, with fₑ an expert's share of the choices and pₑ its mean score: 1 in perfect
     balance (Fedus et al. 2021, arXiv:2101.03961). With `balance_over` = row, f and p are those of each row, and rows
     count by their tokens (DeepSeek-V3, arXiv:2412.19437).
 
     Args:
-        routing: of the part; arrays [L, B, E] and [L, B] of L layers with experts.
-        load_LE: of the whole batch.
-        num_tokens: the tokens of the whole batch.
+        routing: the part's sums, [L, B, E] and [L, B], of L layers with experts.
+        load_LE: the tokens of each expert in the whole batch.
+        num_tokens: the number of tokens of the whole batch.
     """
     assert config.num_experts
     E, k = config.num_experts, config.experts_per_token

@@ -31,7 +31,7 @@ Sums = dict[str, jax.Array]
 
 
 class WholeBatch(NamedTuple):
-    """What the loss of a part of a batch takes from the whole: the sum of its loss weights, and its tokens.
+    """The figures of a whole batch for the loss of a part: the sum of its loss weights, and its tokens.
 
     Attributes:
         load_LE: the tokens of each expert; None where the part is the whole.
