@@ -173,9 +173,9 @@ def test_figures_of_a_load():
 
 def test_the_fullest_shard_is_that_of_its_own_group_of_rows():
     """Two groups of one row: the first has all tokens in experts 0 and 1, the second is in balance."""
-    load = jnp.asarray([[[4.0, 4.0, 0.0, 0.0], [2.0, 2.0, 2.0, 2.0]]])
-    np.testing.assert_allclose(fullest_shard(load, groups=2, shards=2), [2.0])
-    np.testing.assert_allclose(fullest_shard(load, groups=1, shards=2), [1.5])
+    load_LGE = jnp.asarray([[[4.0, 4.0, 0.0, 0.0], [2.0, 2.0, 2.0, 2.0]]])
+    np.testing.assert_allclose(fullest_shard(load_LGE, shards=2), [2.0])
+    np.testing.assert_allclose(fullest_shard(load_LGE.sum(1, keepdims=True), shards=2), [1.5])
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_the_bias_moves_in_every_step_and_is_the_same_on_all_devices():
     assert (copies[0] < 0).any()
     assert len(copies) == 8
     assert all((copy == copies[0]).all() for copy in copies)
-    assert metrics["experts"]["most"].shape == (config.model.num_layers,)
+    assert float(metrics["expert_load_most"]) > 1
 
 
 def test_the_same_bits_twice():
@@ -109,6 +109,6 @@ def test_jit_sees_no_token_dropped_however_unbalanced():
         state["weights"]["blocks"]["experts"]["router_bias"] = bias + jnp.where(jnp.arange(8) < 2, 50.0, 0.0)
         loads = make_train_step(config, make_optimizer(config))(
             state, jax.device_put(small_batch(32), batch_sharding(jax.sharding.get_mesh()))
-        )[1]["experts"]
-    np.testing.assert_array_equal(loads["dead"], 6)
-    np.testing.assert_allclose(loads["most"], 4)
+        )[1]
+    assert float(loads["dead_experts"]) == 6 * config.model.num_layers
+    assert float(loads["expert_load_most"]) == pytest.approx(4)
