@@ -145,7 +145,7 @@ def _forward(
     """Returns y and, if `keep`, the bits of gate and up before the activation."""
     E, D, _, F = experts.gate_up_ED2F.shape
     dtype = x_ND.dtype
-    x, gate_up, down = _bits(x_ND), _bits(experts.gate_up_ED2F.reshape(E, D, 2 * F)), _bits(experts.down_EFD)
+    x, gate_up, down = _bits(x_ND), _bits(experts.gate_up_ED2F).reshape(E, D, 2 * F), _bits(experts.down_EFD)
 
     def expert(e: jax.Array, carry: Any) -> Any:
         gate_up_DG, down_FD = _unbits(gate_up[e]), _unbits(down[e])
@@ -178,7 +178,7 @@ def _backward(
     E, D, _, F = experts.gate_up_ED2F.shape
     dtype = x_ND.dtype
     x, dy = _bits(x_ND), _bits(dy_ND)
-    gate_up, down = _bits(experts.gate_up_ED2F.reshape(E, D, 2 * F)), _bits(experts.down_EFD)
+    gate_up, down = _bits(experts.gate_up_ED2F).reshape(E, D, 2 * F), _bits(experts.down_EFD)
 
     def expert(e: jax.Array, carry: Any) -> Any:
         dx_ND, of_weight_P, written = carry
@@ -218,7 +218,7 @@ def _backward(
     carry = jnp.zeros(x_ND.shape, jnp.float32), jnp.zeros(len(slots.token_P), jnp.float32), zeros
     dx_ND, of_weight_P, written = lax.fori_loop(0, E, expert, carry)
     of_experts = [
-        None if array is None else _unbits(gradient).reshape(array.shape)
+        None if array is None else _unbits(gradient.reshape(array.shape))
         for array, gradient in zip(experts, written, strict=True)
     ]
     return dx_ND.astype(dtype), of_weight_P, Weights(*of_experts)  # type: ignore[arg-type]
