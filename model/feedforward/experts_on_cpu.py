@@ -16,9 +16,10 @@ from jax import lax
 
 from model.feedforward.dense import activate
 
-# Rows of the largest tile, and what a smaller one is a multiple of. Larger tiles copy and pack the weights less often,
-# smaller units leave fewer rows empty; each size between them is compiled.
-LARGEST_TILE, UNIT = 512, 64
+# Rows of a unit, of which a tile has up to LARGEST_TILE. Larger tiles copy and pack the weights less often, smaller
+# units leave fewer rows empty; each size between them is compiled. Where experts have few rows, units are small.
+UNIT, SMALL_UNIT, LARGEST_TILE = 64, 8, 8
+FEW_ROWS = 16
 
 
 class Weights(NamedTuple):
@@ -80,18 +81,20 @@ def experts_on_cpu(
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _experts(activation, x_ND, ids_Nk, weights_Nk, experts, first_expert):  # type: ignore[no-untyped-def]
     slots = _slots(ids_Nk, weights_Nk, first_expert, len(experts.down_EFD))
-    return _forward(activation, x_ND, slots, experts, keep=False)[0]
+    return _forward(activation, x_ND, slots, experts, _unit(ids_Nk.size, len(experts.down_EFD)), keep=False)[0]
 
 
 def _experts_forward(activation, x_ND, ids_Nk, weights_Nk, experts, first_expert):  # type: ignore[no-untyped-def]
     slots = _slots(ids_Nk, weights_Nk, first_expert, len(experts.down_EFD))
-    y_ND, gate_up_PG = _forward(activation, x_ND, slots, experts, keep=True)
+    unit = _unit(ids_Nk.size, len(experts.down_EFD))
+    y_ND, gate_up_PG = _forward(activation, x_ND, slots, experts, unit, keep=True)
     return y_ND, (x_ND, weights_Nk, slots, gate_up_PG, experts)
 
 
 def _experts_backward(activation, kept, dy_ND):  # type: ignore[no-untyped-def]
     x_ND, weights_Nk, slots, gate_up_PG, experts = kept
-    dx_ND, of_weight_P, of_experts = _backward(activation, x_ND, dy_ND, slots, gate_up_PG, experts)
+    unit = _unit(weights_Nk.size, len(experts.down_EFD))
+    dx_ND, of_weight_P, of_experts = _backward(activation, x_ND, dy_ND, slots, gate_up_PG, experts, unit)
     of_weight_M = jnp.zeros(weights_Nk.size, jnp.float32).at[slots.choice_P].set(of_weight_P, mode="drop")
     return dx_ND, None, of_weight_M.reshape(weights_Nk.shape).astype(weights_Nk.dtype), of_experts, None
 
@@ -109,10 +112,11 @@ def _slots(ids_Nk: jax.Array, weights_Nk: jax.Array, first_expert: jax.Array, E:
     sorted_M = lax.sort(expert_M * M + jnp.arange(M, dtype=jnp.int32), is_stable=False)
     bounds = jnp.searchsorted(sorted_M, jnp.arange(E + 1, dtype=jnp.int32) * M).astype(jnp.int32)
     first_E, size_E = bounds[:-1], bounds[1:] - bounds[:-1]
-    padded_E = -(-size_E // UNIT) * UNIT
+    unit = _unit(M, E)
+    padded_E = -(-size_E // unit) * unit
     end_E = jnp.cumsum(padded_E)
     start_E = end_E - padded_E
-    P = -(-(M + E * (UNIT - 1)) // UNIT) * UNIT
+    P = -(-(M + E * (unit - 1)) // unit) * unit
     slot_P = jnp.arange(P, dtype=jnp.int32)
     expert_P = jnp.minimum(jnp.searchsorted(end_E, slot_P, side="right"), E - 1)
     within_P = slot_P - start_E[expert_P]
@@ -123,16 +127,22 @@ def _slots(ids_Nk: jax.Array, weights_Nk: jax.Array, first_expert: jax.Array, E:
     return Slots(start_E, padded_E, jnp.where(filled_P, choice_P, M), token_P, weight_P)
 
 
-def _over_tiles(slots: Slots, e: jax.Array, tile: Callable[..., Any], carry: Any) -> Any:
+def _unit(M: int, E: int) -> int:
+    """Returns the rows of which all tiles of M choices of E experts are multiples."""
+    return UNIT if M >= FEW_ROWS * E else SMALL_UNIT
+
+
+def _over_tiles(slots: Slots, unit: int, e: jax.Array, tile: Callable[..., Any], carry: Any) -> Any:
     """Returns carry after `carry = tile(R, start, carry)` for each tile of expert e.
 
     All tiles are as large as can be but the last one, of R rows: a loop for each R, of which one runs once.
     """
     start, padded = slots.start_E[e], slots.padded_E[e]
-    count, rest = padded // LARGEST_TILE, padded % LARGEST_TILE
-    carry = lax.fori_loop(0, count, lambda i, carry: tile(LARGEST_TILE, start + i * LARGEST_TILE, carry), carry)
-    start += count * LARGEST_TILE
-    for R in range(UNIT, LARGEST_TILE, UNIT):
+    largest = min(LARGEST_TILE * unit, len(slots.token_P))
+    count, rest = padded // largest, padded % largest
+    carry = lax.fori_loop(0, count, lambda i, carry: tile(largest, start + i * largest, carry), carry)
+    start += count * largest
+    for R in range(unit, largest, unit):
         # The start depends on i, or else XLA would move the products out of the loop and compute them always.
         once = lambda i, carry, R=R: tile(R, start + i * R, carry)
         carry = lax.fori_loop(0, (rest == R).astype(jnp.int32), once, carry)
@@ -140,7 +150,7 @@ def _over_tiles(slots: Slots, e: jax.Array, tile: Callable[..., Any], carry: Any
 
 
 def _forward(
-    activation: str, x_ND: jax.Array, slots: Slots, experts: Weights, keep: bool
+    activation: str, x_ND: jax.Array, slots: Slots, experts: Weights, unit: int, keep: bool
 ) -> tuple[jax.Array, jax.Array | None]:
     """Returns y and, if `keep`, the bits of gate and up before the activation."""
     E, D, _, F = experts.gate_up_ED2F.shape
@@ -164,7 +174,7 @@ def _forward(
                 y_RD += weight_R[:, None] * bias_D
             return y_ND.at[token_R].add(y_RD, mode="promise_in_bounds"), kept_PG
 
-        return _over_tiles(slots, e, tile, carry)
+        return _over_tiles(slots, unit, e, tile, carry)
 
     kept_PG = jnp.zeros((len(slots.token_P), 2 * F), x.dtype) if keep else None
     y_ND, kept_PG = lax.fori_loop(0, E, expert, (jnp.zeros(x_ND.shape, jnp.float32), kept_PG))
@@ -172,7 +182,7 @@ def _forward(
 
 
 def _backward(
-    activation: str, x_ND: jax.Array, dy_ND: jax.Array, slots: Slots, gate_up_PG: jax.Array, experts: Weights
+    activation: str, x_ND: jax.Array, dy_ND: jax.Array, slots: Slots, gate_up_PG: jax.Array, experts: Weights, unit: int
 ) -> tuple[jax.Array, jax.Array, Weights]:
     """Returns the gradients of x, of the weight in each slot, and of the experts."""
     E, D, _, F = experts.gate_up_ED2F.shape
@@ -209,7 +219,7 @@ def _backward(
             return dx_ND, _write(of_weight_P, of_weight_R, start), sums
 
         none = [jnp.zeros((D, 2 * F)), jnp.zeros((F, D) if F <= D else (D, F)), jnp.zeros(2 * F), jnp.zeros(D)]
-        dx_ND, of_weight_P, sums = _over_tiles(slots, e, tile, (dx_ND, of_weight_P, none))
+        dx_ND, of_weight_P, sums = _over_tiles(slots, unit, e, tile, (dx_ND, of_weight_P, none))
         sums[1] = sums[1] if F <= D else sums[1].T
         written = [_write(all_E, _bits(of_e.astype(dtype))[None], e) for all_E, of_e in zip(written, sums, strict=True)]
         return dx_ND, of_weight_P, written

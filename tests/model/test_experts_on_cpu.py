@@ -9,7 +9,7 @@ import pytest
 
 import model.feedforward.experts_on_cpu as experts_on_cpu_module
 from model.feedforward.dense import activate
-from model.feedforward.experts_on_cpu import LARGEST_TILE, Weights, experts_on_cpu
+from model.feedforward.experts_on_cpu import LARGEST_TILE, UNIT, Weights, experts_on_cpu
 
 E, N, k, D, F = 4, 160, 2, 24, 16
 
@@ -86,7 +86,7 @@ def test_experts_that_nobody_chose_have_no_gradient():
 
 
 def test_one_expert_may_have_all_rows_in_more_than_one_tile():
-    check("silu", *drawn(np.full((LARGEST_TILE + 70, 1), 2, np.int32)), tolerance=4e-6)
+    check("silu", *drawn(np.full((LARGEST_TILE * UNIT + 70, 1), 2, np.int32)), tolerance=4e-6)
 
 
 def test_all_experts_may_be_chosen():
@@ -133,7 +133,7 @@ def tiles_of(sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> list[tuple[in
 
     monkeypatch.setattr(experts_on_cpu_module.lax, "fori_loop", loop)
     for e in range(len(sizes)):
-        experts_on_cpu_module._over_tiles(slots, e, lambda R, start, _, e=e: ran.append((e, int(start), R)), None)
+        experts_on_cpu_module._over_tiles(slots, UNIT, e, lambda R, start, _, e=e: ran.append((e, int(start), R)), None)
     return ran
 
 
@@ -162,7 +162,7 @@ def test_no_product_is_of_all_rows_and_no_array_has_all_rows_of_all_experts():
     products = [equation for equation in equations if equation.primitive.name == "dot_general"]
     assert products
     for product in products:
-        assert max(max(operand.aval.shape) for operand in product.invars) <= LARGEST_TILE
+        assert max(max(operand.aval.shape) for operand in product.invars) <= LARGEST_TILE * UNIT
     largest = max(value.aval.size for equation in equations for value in equation.outvars)
     # Gate and up of all slots are kept for the backward pass; an expert's last unit may have empty ones.
     assert largest <= (700 * k + 64 * (E + 1)) * 2 * F < E * 700 * k * F
