@@ -44,9 +44,9 @@ def _made(config: ModelConfig, seed: int) -> dict[str, jax.Array]:
     return weights
 
 
-def mesh_of(slices: int = 1, data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1) -> Mesh:
+def mesh_of(slices: int = 1, data: int = 1, fsdp: int = 1, expert: int = 1, context: int = 1, tensor: int = 1) -> Mesh:
     """The first virtual devices, so many on each axis."""
-    shape = (slices, data, fsdp, context, tensor)
+    shape = (slices, data, fsdp, expert, context, tensor)
     return explicit_mesh(np.array(jax.devices()[: math.prod(shape)]).reshape(shape))
 
 

@@ -39,12 +39,14 @@ def assert_within(kind: str, actual: Steps, expected: Steps) -> None:
         assert worst[name] <= bound, name
 
 
-@pytest.mark.parametrize("shape", AXES + MIXED, ids=str)
+# Slices and data alone are in `tests.benchmarks.meshes`; here they are among the pairs.
+@pytest.mark.parametrize("shape", AXES[2:] + MIXED, ids=str)
 def test_a_mesh_begins_with_the_same_bits_and_trains_the_same(shape):
     assert_within("float32", three_steps(config_for(), shape), one_device())
 
 
-@pytest.mark.parametrize("shape", MIXED, ids=str)
+# These two have all axes.
+@pytest.mark.parametrize("shape", MIXED[1:3], ids=str)
 def test_in_bfloat16_meshes_agree_to_its_precision(shape):
     steps = three_steps(config_for(compute_dtype="bfloat16"), shape)
     assert_within("bfloat16", steps, one_device("bfloat16"))
@@ -62,7 +64,7 @@ def test_every_floor_is_the_same_on_a_mesh_dropout_and_accumulation_included(fam
 
 
 def test_one_key_head_of_all_queries_trains_the_same_on_a_mesh_and_without_a_cpus_forms(monkeypatch):
-    config = config_for(num_kv_heads=1)
+    config = config_for(num_layers=1, num_kv_heads=1)
     expected = three_steps(config, {})
     assert_within("float32", three_steps(config, {"fsdp": 2}), expected)
     monkeypatch.setattr(model.kernels, "on_one_cpu", lambda: False)
