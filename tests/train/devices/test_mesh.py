@@ -52,11 +52,6 @@ def test_in_bfloat16_meshes_agree_to_its_precision(shape):
     assert_within("bfloat16", steps, one_device("bfloat16"))
 
 
-@pytest.mark.parametrize("policy", ["products", "full"])
-def test_remat_and_accumulation_work_on_a_mesh(policy: str):
-    assert_within("float32", three_steps(config_for(2, remat_policy=policy), SHARED), one_device())
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_floor_is_the_same_on_a_mesh_dropout_and_accumulation_included(family: str):
     fields = FAMILIES[family]
@@ -216,17 +211,26 @@ def test_an_invalid_rule_is_named(rules: dict, words: str):
 
 
 @pytest.mark.parametrize(
-    "rules",
+    ("rules", "parts", "policy"),
     [
-        {"model": ["fsdp", "context", "data"], "vocabulary": []},
-        {"model": [], "feedforward": []},
-        {"heads": [], "kv_heads": []},
-        {"sequence": ["context"]},
-        {"batch": ["slice", "data"], "model": ["fsdp"], "time": ["fsdp", "context"], "sequence": ["fsdp", "context"]},
+        ({"model": ["fsdp", "context", "data"], "vocabulary": []}, 1, "none"),
+        ({"model": [], "feedforward": []}, 2, "products"),
+        ({"heads": [], "kv_heads": []}, 2, "full"),
+        ({"sequence": ["context"]}, 1, "none"),
+        (
+            {
+                "batch": ["slice", "data"],
+                "model": ["fsdp"],
+                "time": ["fsdp", "context"],
+                "sequence": ["fsdp", "context"],
+            },
+            1,
+            "none",
+        ),
     ],
     ids=str,
 )
-def test_other_rules_are_the_same_model(rules: dict):
-    config = dataclasses.replace(config_for(), mesh=MeshConfig(rules=rules))
+def test_other_rules_remat_and_accumulation_are_the_same_model(rules: dict, parts: int, policy: str):
+    config = dataclasses.replace(config_for(parts, remat_policy=policy), mesh=MeshConfig(rules=rules))
     assert rule_problems(config.mesh) == []
     assert_within("float32", three_steps(config, {"data": 2, "context": 2, "tensor": 2}), one_device())
