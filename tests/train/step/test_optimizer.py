@@ -250,7 +250,7 @@ def test_each_learns_a_batch_by_heart_and_stores_moments_as_told(name: str):
 @pytest.mark.parametrize("name", RATES)
 def test_a_checkpoint_keeps_every_bit_of_each_state(name: str, tmp_path):
     config = config_for(name, moment_dtype="bfloat16")
-    with jax.set_mesh(mesh_of(data=2, fsdp=2, tensor=2)):
+    with jax.set_mesh(mesh_of(fsdp=4, tensor=2)):
         shapes, random = abstract_state(config, make_optimizer(config)), np.random.default_rng(0)
         arrays = jax.tree.map(lambda x: np.asarray(10 * random.normal(size=x.shape)).astype(x.dtype), shapes)
         state = jax.tree.map(lambda x, shape: jax.device_put(x, shape.sharding), arrays, shapes)
@@ -258,7 +258,7 @@ def test_a_checkpoint_keeps_every_bit_of_each_state(name: str, tmp_path):
         checkpoints.save(state, {})
         checkpoints.wait()
         saved = jax.device_get(state)
-    with jax.set_mesh(mesh_of(fsdp=4, tensor=2)):
+    with jax.set_mesh(mesh_of(data=2, fsdp=2, tensor=2)):
         expected = abstract_state(config, make_optimizer(config))
         restored, _ = checkpoints.restore(expected)
     checkpoints.close()
