@@ -1,5 +1,6 @@
 """What all tests share: eight virtual CPU devices, compiled programs, and the same examples each time."""
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -18,6 +19,9 @@ flags = ["--xla_force_host_platform_device_count=8", "--xla_cpu_parallel_codegen
 if jaxlib.version.__version_info__ < (0, 11):
     flags.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()
+
+# Tracing makes many objects that stay; collecting them as often as Python does is a twelfth of the suite's time.
+gc.set_threshold(50_000, 20, 100)
 
 # A shell ignores Ctrl-C in what it starts in the background, and so would all processes that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

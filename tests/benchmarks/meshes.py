@@ -33,16 +33,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "vaswani": {"position": "sinusoidal", "scale_embeddings": True, "tie_embeddings": True, "activation": "relu",
                 "gated": False, "feedforward_bias": True, "norm": "layernorm", "norm_placement": "post",
                 "residual_dropout": 0.2, "label_smoothing": 0.1},
-    "others": {"qk_norm": True, "sliding_window": 5, "attention_softcap": 5.0, "z_loss": 1e-2, "rope_scaling": "yarn",
-               "rope_factor": 2.0, "rope_original_context": 8, "activation": "gelu", "head_dim": 16,
-               "attention_bias": True},
-    "windows": {"layer_pattern": "SNF", "num_layers": 7, "sliding_window": 5, "window_rope_base": 300.0,
+    "windows": {"layer_pattern": "FSNSN", "num_layers": 5, "sliding_window": 5, "window_rope_base": 300.0,
                 "norm_placement": "both", "norm_offset": True, "qk_norm": True, "qk_norm_over": "all_heads",
                 "attention_sinks": True, "attention_scale": 0.3, "logit_softcap": 5.0, "activation": "clamped_swiglu"},
-    "latent": {"kv_latent_dim": 16, "query_latent_dim": 8, "head_dim": 12, "rope_dim": 4, "value_dim": 8},
+    "latent": {"kv_latent_dim": 16, "query_latent_dim": 8, "head_dim": 12, "rope_dim": 4, "value_dim": 8,
+               "sliding_window": 5, "attention_softcap": 5.0, "z_loss": 1e-2, "rope_scaling": "yarn",
+               "rope_factor": 2.0, "rope_original_context": 8, "activation": "gelu"},
     "parallel": {"block": "parallel_one_norm", "norm": "layernorm", "norm_bias": False, "rope_dim": 4,
-                 "attention_bias": True, "attention_output_bias": False, "activation": "relu2", "gated": False,
-                 "embedding_multiplier": 2.0, "residual_multiplier": 0.5, "logit_multiplier": 0.5},
+                 "qk_norm": True, "head_dim": 16, "attention_bias": True, "attention_output_bias": False,
+                 "activation": "relu2", "gated": False, "embedding_multiplier": 2.0, "residual_multiplier": 0.5,
+                 "logit_multiplier": 0.5},
 }  # fmt: skip
 # Mixtures of experts, by their routers.
 ROUTERS: dict[str, dict[str, Any]] = {

@@ -39,20 +39,17 @@ def assert_within(kind: str, actual: Steps, expected: Steps) -> None:
         assert worst[name] <= bound, name
 
 
-@pytest.mark.parametrize("shape", AXES + MIXED, ids=str)
+# Slices and data alone are in `tests.benchmarks.meshes`; here they are among the pairs.
+@pytest.mark.parametrize("shape", AXES[2:] + MIXED, ids=str)
 def test_a_mesh_begins_with_the_same_bits_and_trains_the_same(shape):
     assert_within("float32", three_steps(config_for(), shape), one_device())
 
 
-@pytest.mark.parametrize("shape", MIXED, ids=str)
+# These two have all axes.
+@pytest.mark.parametrize("shape", MIXED[1:3], ids=str)
 def test_in_bfloat16_meshes_agree_to_its_precision(shape):
     steps = three_steps(config_for(compute_dtype="bfloat16"), shape)
     assert_within("bfloat16", steps, one_device("bfloat16"))
-
-
-@pytest.mark.parametrize("policy", ["products", "full"])
-def test_remat_and_accumulation_work_on_a_mesh(policy: str):
-    assert_within("float32", three_steps(config_for(2, remat_policy=policy), SHARED), one_device())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -62,7 +59,7 @@ def test_every_floor_is_the_same_on_a_mesh_dropout_and_accumulation_included(fam
 
 
 def test_one_key_head_of_all_queries_trains_the_same_on_a_mesh_and_without_a_cpus_forms(monkeypatch):
-    config = config_for(num_kv_heads=1)
+    config = config_for(num_layers=1, num_kv_heads=1)
     expected = three_steps(config, {})
     assert_within("float32", three_steps(config, {"fsdp": 2}), expected)
     monkeypatch.setattr(model.kernels, "on_one_cpu", lambda: False)
@@ -164,7 +161,9 @@ def test_a_size_that_cannot_be_sharded_is_named_with_the_axis_and_a_size_that_wo
     ):
         assert words in problems
     assert "model.model_dim" not in problems
-    assert mesh_problems(make_config({"model": {"model_dim": 100, "head_dim": 16}}).resolved(512), (1, 1, 1, 1, 1, 8)) == [
+    assert mesh_problems(
+        make_config({"model": {"model_dim": 100, "head_dim": 16}}).resolved(512), (1, 1, 1, 1, 1, 8)
+    ) == [
         "model.num_heads = 4 cannot be shared by mesh.tensor = 8; nearest size that works: 4",
         "model.num_kv_heads = 4 cannot be shared by mesh.tensor = 8; nearest size that works: 4",
     ]
@@ -214,17 +213,26 @@ def test_an_invalid_rule_is_named(rules: dict, words: str):
 
 
 @pytest.mark.parametrize(
-    "rules",
+    ("rules", "parts", "policy"),
     [
-        {"model": ["fsdp", "context", "data"], "vocabulary": []},
-        {"model": [], "feedforward": []},
-        {"heads": [], "kv_heads": []},
-        {"sequence": ["context"]},
-        {"batch": ["slice", "data"], "model": ["fsdp"], "time": ["fsdp", "context"], "sequence": ["fsdp", "context"]},
+        ({"model": ["fsdp", "context", "data"], "vocabulary": []}, 1, "none"),
+        ({"model": [], "feedforward": []}, 2, "products"),
+        ({"heads": [], "kv_heads": []}, 2, "full"),
+        ({"sequence": ["context"]}, 1, "none"),
+        (
+            {
+                "batch": ["slice", "data"],
+                "model": ["fsdp"],
+                "time": ["fsdp", "context"],
+                "sequence": ["fsdp", "context"],
+            },
+            1,
+            "none",
+        ),
     ],
     ids=str,
 )
-def test_other_rules_are_the_same_model(rules: dict):
-    config = dataclasses.replace(config_for(), mesh=MeshConfig(rules=rules))
+def test_other_rules_remat_and_accumulation_are_the_same_model(rules: dict, parts: int, policy: str):
+    config = dataclasses.replace(config_for(parts, remat_policy=policy), mesh=MeshConfig(rules=rules))
     assert rule_problems(config.mesh) == []
     assert_within("float32", three_steps(config, {"data": 2, "context": 2, "tensor": 2}), one_device())

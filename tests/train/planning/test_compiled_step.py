@@ -71,12 +71,11 @@ class Step(NamedTuple):
 
 
 TPU, GPU = "v5e:2x2", "h100:1x4"
-MESHES = [Case(TPU, axis) for axis in ("", "tensor", "context", "data", "slice")]
-MESHES += [Case(GPU, axis) for axis in ("", "tensor", "context")]
-IN_PARTS = Case(TPU, parts=2)
-DEEP = [Case(GPU, layers=96)]
+# Four TPUs on fsdp alone are a slice of "slice"; a batch in parts and many layers have a mesh each, not programs more.
+IN_PARTS, DEEP = Case(TPU, "data", parts=2), Case(GPU, layers=14 * L)
+MESHES = [Case(TPU, "tensor"), Case(TPU, "context"), IN_PARTS, Case(TPU, "slice")]
+MESHES += [DEEP, Case(GPU, "tensor"), Case(GPU, "context")]
 over_meshes = pytest.mark.parametrize("case", MESHES, ids=str)
-everywhere = pytest.mark.parametrize("case", [*MESHES, IN_PARTS, *DEEP], ids=str)
 
 
 @contextmanager
@@ -130,10 +129,11 @@ def stream(size: Mapping[str, int]) -> int:
     return ROWS * T * D * BF16 // size["tensor"]
 
 
-def expected_traffic(size: Mapping[str, int], parts: int) -> Counter[tuple[str, str]]:
+def expected_traffic(size: Mapping[str, int], L: int, parts: int) -> Counter[tuple[str, str]]:
     """Bytes a step by kind and mesh axis, all in bfloat16: the formula that the sharding was designed to.
 
-    Layers are gathered for each of the two passes, their gradients are summed once, each part of a batch anew.
+    Layers are gathered for each of the two passes, their gradients are summed once; for each part of a batch again, but
+    for the embedding's, which copies sum after the last part.
     """
     sent: Counter[tuple[str, str]] = Counter()
     fsdp, context, tensor = size["fsdp"], size["context"], size["tensor"]
@@ -157,31 +157,37 @@ def expected_traffic(size: Mapping[str, int], parts: int) -> Counter[tuple[str, 
     # needs all but the last scatter. The loss does it once.
     sent["all-gather", "tensor"] += (2 + 2 + 2) * L * x * tensor + x * tensor
     sent["reduce-scatter", "tensor"] += (2 + 1 + 2) * L * x * tensor + x * tensor
-    return Counter({(kind, axis): parts * sent[kind, axis] for kind, axis in sent if size[axis] > 1})
+    once = {("all-reduce", axis): TABLE // (fsdp * context) for axis in ("data", "slice")}
+    of_parts = {key: parts * (number - once.get(key, 0)) + once.get(key, 0) for key, number in sent.items()}
+    return Counter({key: number for key, number in of_parts.items() if size[key[1]] > 1})
 
 
-@pytest.mark.parametrize("case", [*MESHES, IN_PARTS], ids=str)
+@over_meshes
 def test_a_step_sends_what_the_formula_says_and_nothing_else(case: Case):
     step = step_of(case)
     found: Counter[tuple[str, tuple[str, ...], str]] = Counter()
     for c in step.program.collectives:
         found[c.kind, c.axes, c.dtype] += c.payload_bytes * c.count
-    expected = expected_traffic(step.size, case.parts)
+    expected = expected_traffic(step.size, case.layers, case.parts)
     wanted = {(kind, (axis,), "bf16"): number for (kind, axis), number in expected.items()}
-    # Ids, norms, the softmax's and the metrics' sums; together less than half a device's residual stream.
+    # Ids, norms, the softmax's and the metrics' sums; together less than half a device's residual stream, or of many
+    # layers little more than the gradients of their two norms.
+    most = max(stream(step.size) // 2, int(1.1 * 2 * D * FLOAT * case.layers))
     beside = {key: found[key] - wanted.get(key, 0) for key in {*found, *wanted}}
-    assert {key: number for key, number in beside.items() if not 0 <= number < stream(step.size) // 2} == {}
+    assert {key: number for key, number in beside.items() if not 0 <= number < most} == {}
 
 
-@pytest.mark.parametrize("case", [*MESHES, IN_PARTS], ids=str)
+@over_meshes
 def test_small_sums_are_few(case: Case):
     step = step_of(case)
     small = [c for c in step.program.collectives if c.payload_bytes < stream(step.size) // 4]
     # A few a chunk of the loss where the vocabulary is shared; the ids' own gather in each layer's remat where
-    # positions are.
+    # positions are. Of many layers, norms' gradients are summed one by one.
     chunks = 6 * (ROWS * T // CHUNK) if case.axis == "tensor" else 0
-    ids = L if case.axis == "context" else 0
-    assert sum(c.count for c in small) <= 8 + chunks + ids, [(c.kind, c.axes, c.dtype, c.payload_bytes) for c in small]
+    layers = case.layers if case.axis == "context" or case is DEEP else 0
+    assert sum(c.count for c in small) <= 8 + chunks + layers, [
+        (c.kind, c.axes, c.dtype, c.payload_bytes) for c in small
+    ]
 
 
 def test_the_residuals_of_a_single_row_are_scattered_too():
@@ -195,7 +201,7 @@ def test_gradients_are_summed_for_each_part_of_a_batch():
         of = [c for c in step_of(case).program.collectives if c.kind == "reduce-scatter"]
         return sum(c.payload_bytes * c.count for c in of)
 
-    assert summed(IN_PARTS) == IN_PARTS.parts * summed(Case(TPU)) == IN_PARTS.parts * (L * LAYER + TABLE)
+    assert summed(IN_PARTS) == IN_PARTS.parts * summed(Case(TPU, "slice")) == IN_PARTS.parts * (L * LAYER + TABLE)
 
 
 @pytest.mark.parametrize("case", [case for case in MESHES if case.topology == GPU], ids=str)
@@ -230,7 +236,7 @@ def test_the_state_is_in_equal_shards(case: Case):
     assert 1 <= of_state / (3 * parameters * FLOAT / shards) < 1.02
 
 
-@everywhere
+@over_meshes
 def test_the_new_state_takes_the_memory_of_the_old(case: Case):
     step = step_of(case)
     with jax.set_mesh(step.mesh):
@@ -242,7 +248,7 @@ def test_the_new_state_takes_the_memory_of_the_old(case: Case):
     assert batch <= memory["argument"] - memory["alias"] <= batch * 4 / 3
 
 
-@everywhere
+@over_meshes
 def test_the_logits_of_a_batch_are_never_there(case: Case):
     step = step_of(case)
     vocabulary = V // step.size["tensor"]
@@ -254,14 +260,14 @@ def test_the_logits_of_a_batch_are_never_there(case: Case):
 @over_meshes
 def test_the_weights_of_all_layers_are_never_whole(case: Case):
     step = step_of(case)
-    smallest = L * D * min(H * C, F) // step.size["tensor"]
+    smallest = case.layers * D * min(H * C, F) // step.size["tensor"]
     assert [a for a in step.program.arrays if a.elements >= smallest and a.elements % L == 0] == []
 
 
 # --- What is called ---
 
 
-@everywhere
+@over_meshes
 def test_attention_is_done_by_kernels(case: Case):
     times: Counter[str] = Counter()
     for kernel, count in step_of(case).program.kernels.items():
@@ -275,9 +281,8 @@ def test_attention_is_done_by_kernels(case: Case):
     assert times == {name: each * n for name, n in (on_tpu if case.topology == TPU else on_gpu).items()}
 
 
-@pytest.mark.parametrize("deep", DEEP, ids=str)
-def test_a_program_is_as_large_for_96_layers_as_for_7(deep: Case):
-    few, many = step_of(Case(deep.topology)), step_of(deep)
-    # Of more layers the sums of the norms' gradients may have another place.
-    assert many.program.instructions == pytest.approx(few.program.instructions, rel=0.05)
-    assert len(many.compilation.text) == pytest.approx(len(few.compilation.text), rel=0.05)
+def test_a_program_is_as_large_for_98_layers_as_for_7():
+    # A mesh that shares positions needs some instructions more; a layer twice would be hundreds.
+    few, many = step_of(Case(GPU, "context")), step_of(DEEP)
+    assert many.program.instructions <= few.program.instructions
+    assert len(many.compilation.text) <= len(few.compilation.text)

@@ -171,13 +171,21 @@ def test_a_program_for_a_topology_is_kept_for_the_next_time(tmp_path: Path, monk
     require("libtpu")
     config = small(model={"num_layers": 1, "attention_kernel": "plain"})
     mesh = make_mesh(config, topology_devices("v5e:2x2"))
+    compiler, compiled = jax.stages.Lowered.compile, []
+
+    def compile_once(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+        compiled.append(compiled[0] if compiled else compiler(lowered))
+        return compiled[0]
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compile_once)
     first = compile_step(config, mesh, tmp_path)
     assert not first.cached
-    monkeypatch.setattr(jax.stages.Lowered, "compile", None)
     again = compile_step(config, mesh, tmp_path)
     assert again.cached
     assert (again.text, again.memory, again.compile_seconds) == (first.text, first.memory, first.compile_seconds)
+    assert len(compiled) == 1
     other = small(model={"num_layers": 1, "attention_kernel": "plain", "norm_epsilon": 1e-6})
+    monkeypatch.setattr(jax.stages.Lowered, "compile", None)
     with pytest.raises(TypeError):
         compile_step(other, mesh, tmp_path)
     with monkeypatch.context() as changed, pytest.raises(TypeError):
@@ -186,13 +194,14 @@ def test_a_program_for_a_topology_is_kept_for_the_next_time(tmp_path: Path, monk
     with monkeypatch.context() as changed, pytest.raises(TypeError):
         changed.setitem(OPTIONS, "tpu", {})
         compile_step(config, mesh, tmp_path)
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compile_once)
     # What cannot be read is compiled anew, and what cannot be written is no reason to fail.
     next(tmp_path.iterdir()).write_bytes(b"torn")
-    monkeypatch.undo()
     anew = compile_step(config, mesh, tmp_path)
     assert (anew.memory, anew.cached) == (first.memory, False)
     (tmp_path / "file").touch()
     assert compile_step(config, mesh, tmp_path / "file" / "folder").memory == first.memory
+    assert len(compiled) == 3
 
 
 @pytest.mark.parametrize("text", ["h100:2x2"])

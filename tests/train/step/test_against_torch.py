@@ -54,7 +54,8 @@ def test_the_loss_and_every_gradient_are_those_of_transformers(name: str):
         assert difference <= 1e-4 * float(parameter.grad.norm()) + 1e-7 * whole, key
 
 
-@pytest.mark.parametrize("name", theirs.MODELS)
+# The others have the parameters of GPT-2, but for some biases.
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
 def test_twenty_steps_follow_torchs_adamw_with_clipping_decay_mask_and_schedule(name: str):
     torch = require("torch")
     settings = {"learning_rate": 3e-3, "warmup_steps": 4, "clip_norm": 0.5, "weight_decay": 0.2, "final_fraction": 0.1}
@@ -87,7 +88,7 @@ def test_twenty_steps_follow_torchs_adamw_with_clipping_decay_mask_and_schedule(
     found = []
     with jax.set_mesh(one_device_mesh()):
         optimizer = make_optimizer(config)
-        state = {"step": np.int32(0), "weights": weights, "optimizer": optimizer.init(weights)}
+        state = {"step": np.int32(0), "weights": weights, "optimizer": jax.jit(optimizer.init)(weights)}
         train_step = make_train_step(config, optimizer)
         for step in range(STEPS):
             state, metrics = train_step(state, whole_rows(step % 3))

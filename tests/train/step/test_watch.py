@@ -92,7 +92,7 @@ def test_norms_and_ratios_are_of_each_parameter_and_of_each_layer(watched):
 
 @pytest.mark.parametrize(
     ("shape", "parts"),
-    [({}, 4), ({"data": 2, "tensor": 2}, 1), ({"fsdp": 2, "context": 2, "tensor": 2}, 2)],
+    [({"data": 2, "tensor": 2}, 1), ({"fsdp": 2, "context": 2, "tensor": 2}, 2)],
     ids=str,
 )
 def test_parts_and_meshes_see_the_same(shape, parts: int, watched):
