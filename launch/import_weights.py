@@ -6,10 +6,13 @@ and DeepSeek-V2 and V3 without experts. The run holds the weights as its checkpo
 can start:
 
   ziggurat pretrain --config=RUN@0 --config.train.run_dir=FOLDER --config.data.corpus=PATH
+
+With --experts the run is a mixture of experts that begins with the loss of the dense model (upcycling).
 """
 
 import argparse
 
+from data.errors import InputError
 from launch.arguments import path
 
 
@@ -17,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `ziggurat import`."""
     parser.add_argument("weights", type=path, metavar="WEIGHTS", help="a folder of weights")
     parser.add_argument("--to", required=True, type=path, metavar="RUN", help="a new folder for the run")
+    help = "begin a mixture with N copies of each feed-forward and a router of its own, which computes the same"
+    parser.add_argument("--experts", metavar="N", help=help)
+    parser.add_argument("--experts-per-token", metavar="K", default="2", help="copies that compute a token [2]")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -27,6 +33,16 @@ def run(arguments: argparse.Namespace) -> int:
     jax.config.update("jax_platforms", "cpu")
     from train.weights.import_run import import_weights
 
-    import_weights(arguments.weights, arguments.to)
+    experts = None
+    if arguments.experts is not None:
+        experts = number("--experts", arguments.experts), number("--experts-per-token", arguments.experts_per_token)
+    import_weights(arguments.weights, arguments.to, experts)
     print(arguments.to)
     return 0
+
+
+def number(flag: str, text: str) -> int:
+    """Returns a flag's whole number; raises InputError where it is none, or not above 0."""
+    if not text.isdecimal() or not 0 < int(text) <= 2**14:
+        raise InputError(f"{flag}={text}: give a whole number from 1 to {2**14}, as in {flag}=8")
+    return int(text)

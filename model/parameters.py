@@ -224,15 +224,18 @@ def initial_weights(config: ResolvedModelConfig, seed: int, layout: Layout = UNS
     parameter does not change the others.
     """
 
-    def initial(name: str, p: Parameter) -> jax.Array:
-        sharding = layout.out_sharding(*p.axes)
-        if p.role in CONSTANT:
-            return jnp.full(p.shape, p.scale, jnp.float32, out_sharding=sharding)
-        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
-        deviation = p.scale / math.sqrt(math.prod(p.axes[axis] for axis in p.fan_in))
-        bits = jax.random.bits(key, p.shape, jnp.uint32, out_sharding=sharding)
-        # An odd number within ±2²⁴ is exact in float32, so that a single product rounds, alike on every device.
-        whole = 2 * (bits >> 8).astype(jnp.int32) + 1 - 2**24
-        return whole.astype(jnp.float32) * (math.sqrt(3) * deviation / 2**24)
+    table = parameter_table(config)
+    return nested({name: initial_value(name, p, seed, layout) for name, p in table.items()})
 
-    return nested({name: initial(name, p) for name, p in parameter_table(config).items()})
+
+def initial_value(name: str, p: Parameter, seed: int, layout: Layout = UNSHARDED) -> jax.Array:
+    """Returns the initial values of one parameter, as `initial_weights` does."""
+    sharding = layout.out_sharding(*p.axes)
+    if p.role in CONSTANT:
+        return jnp.full(p.shape, p.scale, jnp.float32, out_sharding=sharding)
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+    deviation = p.scale / math.sqrt(math.prod(p.axes[axis] for axis in p.fan_in))
+    bits = jax.random.bits(key, p.shape, jnp.uint32, out_sharding=sharding)
+    # An odd number within ±2²⁴ is exact in float32, so that a single product rounds, alike on every device.
+    whole = 2 * (bits >> 8).astype(jnp.int32) + 1 - 2**24
+    return whole.astype(jnp.float32) * (math.sqrt(3) * deviation / 2**24)

@@ -110,6 +110,28 @@ def test_a_run_begins_with_imported_weights_and_learns_another_corpus(imported: 
         assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("per_token", [1, 3])
+def test_a_mixture_begins_with_the_loss_of_the_dense_model(finished: Path, per_token: int, tmp_path, capsys):
+    mixture, weights = tmp_path / "mixture", finished / "export"
+    flags = ["--experts=4", f"--experts-per-token={per_token}"]
+    assert here("import", weights, f"--to={mixture}", *flags) == 0
+    assert Run(mixture).load_config().model.num_experts == 4
+    bits = []
+    for model in (weights, mixture):
+        capsys.readouterr()
+        assert here("evaluate", model, f"--corpus={finished / 'held_out.jsonl'}", "--json") == 0
+        bits.append(json.loads(capsys.readouterr().out)["bits_per_byte"])
+    assert bits[1] == pytest.approx(bits[0], rel=1e-6)
+
+    for wrong, words in (
+        (["--experts=x"], "--experts=x: give a whole number from 1 to 16384"),
+        (["--experts=2", "--experts-per-token=3"], "model.num_experts = 2 is below model.experts_per_token = 3"),
+    ):
+        assert here("import", weights, f"--to={tmp_path / 'none'}", *wrong) == 2
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / "none").exists()
+
+
 PUBLISHED = {
     "LlamaForCausalLM": {"num_hidden_layers": 2, "num_key_value_heads": 2, "rope_parameters": {
         "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

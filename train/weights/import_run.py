@@ -17,10 +17,15 @@ from train.devices.mesh import one_device_mesh
 from train.run.folder import Run
 from train.run.storage import check_place
 from train.weights.huggingface import open_huggingface
+from train.weights.upcycling import with_experts
 
 
-def import_weights(folder: Path, to: Path) -> Run:
-    """Makes a run from a folder's weights, all in memory at once, atomically. InputError as `open_huggingface`."""
+def import_weights(folder: Path, to: Path, experts: tuple[int, int] | None = None) -> Run:
+    """Makes a run from a folder's weights, all in memory at once, atomically. InputError as `open_huggingface`.
+
+    Args:
+        experts: make a mixture of so many copies of each feed-forward, of which so many compute a token.
+    """
     check_new(to)
     if not folder.is_dir():
         raise InputError(f"{folder}: there is no such folder; give one with config.json and safetensors")
@@ -28,15 +33,17 @@ def import_weights(folder: Path, to: Path) -> Run:
     to = to.resolve()
     check_place(Run(to).checkpoints)
     # Training computes in the default dtype; evaluation and generation set float32 themselves.
-    model = dataclasses.replace(weights.config, compute_dtype=ModelConfig.compute_dtype)
+    model: ModelConfig = dataclasses.replace(weights.config, compute_dtype=ModelConfig.compute_dtype)
+    arrays = weights.in_memory()
+    if experts:
+        model, arrays = with_experts(model, arrays, *experts)
     data = DataConfig(segment_length=weights.context)
     with atomic_folder(to) as partial, jax.set_mesh(one_device_mesh()):
         run = Run(partial)
         run.save_config(Config(model=model, data=data, train=TrainConfig(run_dir=str(to))))
         write_tokenizer(weights.tokenizer.files(), run.tokenizer)
         checkpoints = Checkpoints(run.checkpoints, CheckpointConfig())
-        arrays = jax.tree.map(jax.numpy.asarray, weights.in_memory())
-        checkpoints.save({"step": 0, "weights": arrays}, {})
+        checkpoints.save({"step": 0, "weights": jax.tree.map(jax.numpy.asarray, arrays)}, {})
         checkpoints.wait()
         checkpoints.close()
     return Run(to)
