@@ -12,9 +12,11 @@ import numpy as np
 from model.config import ModelConfig, ResolvedModelConfig
 from model.interchange.config_keys import parse
 from model.interchange.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from model.interchange.experts import GLM4_MOE, MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
 from model.interchange.family import Family
 from model.interchange.gemma import GEMMA, GEMMA2, GEMMA3
 from model.interchange.gpt import GPT1, GPT2
+from model.interchange.gpt_oss import GPT_OSS
 from model.interchange.layernorm import COHERE2, GPT_NEOX, STABLELM, STARCODER2
 from model.interchange.llama import GLM4, GRANITE, LLAMA, MINISTRAL, MISTRAL, PHI3, QWEN2, QWEN3, SMOLLM3
 from model.interchange.olmo import OLMO2, OLMO3
@@ -28,12 +30,13 @@ from settings import choices_of
 FAMILIES = (
     *(GEMMA, LLAMA, MISTRAL, QWEN3, GPT2, GPT1, QWEN2, MINISTRAL, SMOLLM3, PHI3, GRANITE, GLM4, OLMO2, OLMO3),
     *(GEMMA2, GEMMA3, GPT_NEOX, STABLELM, STARCODER2, COHERE2, DEEPSEEK_V3, DEEPSEEK_V2),
+    *(MIXTRAL, OLMOE, QWEN3_MOE, QWEN2_MOE, GLM4_MOE, GPT_OSS),
 )
 # The key in config.json for fields that widening changes.
 OWN_KEY = "ziggurat"
 OWN_FIELDS = (
     *("position", "attention_bias", "attention_output_bias", "feedforward_bias", "norm_bias", "norm_offset"),
-    *("scale_embeddings", "tie_embeddings"),
+    *("scale_embeddings", "tie_embeddings", "balance_bias", "router_bias", "feedforward_dim"),
 )
 # What else it may hold: the context, where config.json gives the model another number of positions.
 OWN_CONTEXT = "segment_length"
@@ -52,12 +55,14 @@ def family_of(config: ResolvedModelConfig) -> Family:
             raise ValueError(f"{named} has no {', no '.join(missing)}")
         return family
     lacks = [family.lacks(config) for family in FAMILIES]
-    fewest = min(map(len, lacks))
-    if not fewest:
+    if [] in lacks:
         return FAMILIES[lacks.index([])]
+    # A class without experts is never near to a model that has them, nor the other way round.
+    experts = f"model.num_experts = {config.num_experts}"
+    fewest = min(len(missing) for missing in lacks if experts not in missing)
     nearest: dict[str, str] = {}
     for family, missing in zip(FAMILIES, lacks, strict=True):
-        if len(missing) == fewest:
+        if len(missing) == fewest and experts not in missing:
             nearest.setdefault(f"no {', no '.join(missing)}", family.architecture)
     raise ValueError("; ".join(f"{name} in Transformers has {missing}" for missing, name in nearest.items()))
 
@@ -101,7 +106,7 @@ class Interchange:
         if family is None:
             readable = ", ".join(family.architecture for family in FAMILIES)
             raise ValueError(f"architectures is {architectures}; what can be read is {readable}")
-        if hf_config.get("model_type", family.model_type) != family.model_type:
+        if hf_config.get("model_type", family.model_type) not in (family.model_type, *family.other_types):
             other = hf_config["model_type"]
             raise ValueError(
                 f"model_type is {other!r}, of another class than {family.architecture}; correct one of them"
@@ -124,7 +129,12 @@ class Interchange:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every exported tensor by name, in the order of `export_tensors`."""
-        return {name: self.tensor_map.shape(tensor) for name, tensor, _ in self.tensor_map.arrays()}
+        return {array.name: self.tensor_map.shape(array.tensor) for array in self.tensor_map.arrays()}
+
+    @property
+    def float32_tensors(self) -> frozenset[str]:
+        """Names of the tensors that are float32 whatever the dtype of the others."""
+        return frozenset(array.name for array in self.tensor_map.arrays() if array.tensor.float32)
 
     def export_config(self, bos_id: int, eos_id: int, dtype: str = "float32") -> dict[str, Any]:
         """Returns the values of config.json."""
@@ -145,11 +155,12 @@ class Interchange:
     def export_tensors(self, read: ParameterReader) -> Iterator[tuple[str, np.ndarray]]:
         """Yields (name, array) for every tensor: the tables, then layer by layer, then the tensors after the layers.
 
-        Each layer of each parameter is read once, when it is needed.
+        Each layer of each parameter is read once, when it is needed. One layer of all experts is in memory at most.
         """
-        widened = self.export_reader(read)
-        for name, tensor, layer in self.tensor_map.arrays():
-            yield name, self.tensor_map.write(tensor, layer, widened)
+        # The experts of a layer are written one after the other.
+        widened = functools.lru_cache(maxsize=1)(self.export_reader(read))
+        for array in self.tensor_map.arrays():
+            yield array.name, self.tensor_map.write(array, widened)
 
     def export_reader(self, read: ParameterReader) -> ParameterReader:
         """Returns a reader of the widened model's parameters, from one of the model's own."""
@@ -223,7 +234,7 @@ class Interchange:
         for name in parameters.keys() - self._own_parameters - {"unembedding.matrix"}:
             filling = self._filling(name)
             atol = BFLOAT16_RTOL * filling.any()
-            for layer in range(self.config.num_layers) if "layers" in parameters[name].axes else [None]:
+            for layer in range(axes["layers"]) if "layers" in (axes := parameters[name].axes) else [None]:
                 if not np.allclose(self.tensor_map.read(name, layer, read), filling, rtol=0, atol=atol):
                     return False
         return True
@@ -250,6 +261,8 @@ def _import_config(family: Family, hf_config: Mapping[str, Any]) -> ResolvedMode
     fields |= family.always
     fields |= {key.field: key.read(hf_config) for key in family.keys}
     fields |= family.extra_fields(hf_config)
+    if family.one_width:
+        fields["feedforward_dim"] = fields["expert_dim"]
     if layer_types[:1] == ["full_attention"] and fields.get("sliding_window") is not None:
         raise ValueError("layer_types says full_attention in all layers, and there is a sliding_window; leave out one")
     own = hf_config.get(OWN_KEY, {})
@@ -268,7 +281,6 @@ def _import_config(family: Family, hf_config: Mapping[str, Any]) -> ResolvedMode
 
 
 def _is_own(name: str, value: Any) -> bool:
-    return name == OWN_CONTEXT or (
-        name in OWN_FIELDS
-        and (value in choices_of(ModelConfig, "position") if name == "position" else isinstance(value, bool))
-    )
+    if name in ("position", "feedforward_dim"):
+        return value in choices_of(ModelConfig, name) if name == "position" else type(value) is int
+    return name == OWN_CONTEXT or (name in OWN_FIELDS and isinstance(value, bool))
