@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from model.interchange.gpt_oss import GPT_OSS
 from model.interchange.layernorm import COHERE2, GPT_NEOX, STABLELM, STARCODER2
 from model.interchange.llama import GLM4, GRANITE, LLAMA, MINISTRAL, MISTRAL, PHI3, QWEN2, QWEN3, SMOLLM3
 from model.interchange.olmo import OLMO2, OLMO3
+from model.interchange.quantized import check_quantization
 from model.interchange.tensors import ParameterReader, TensorMap, TensorReader
 from model.parameters import parameter_table
 from model.position import sinusoids
@@ -74,11 +75,13 @@ class Interchange:
         context: number of positions that the model was trained on at once.
         widened: the config with everything that the class always has.
         num_positions: number of positions that config.json gives the model.
+        predicted_layers: number of layers behind the last one that a file has and this decoder leaves out.
     """
 
-    def __init__(self, config: ResolvedModelConfig, context: int):
+    def __init__(self, config: ResolvedModelConfig, context: int, predicted_layers: int = 0):
         self.config = config
         self.context = context
+        self.predicted_layers = predicted_layers
         self.family = family_of(config)
         self.widened = self.family.widened(config, context)
         self.num_positions = self.widened.max_positions or context
@@ -117,7 +120,8 @@ class Interchange:
             most = f" and at most {config.max_positions}" if config.max_positions else ""
             name = OWN_CONTEXT if OWN_CONTEXT in hf_config.get(OWN_KEY, {}) else family.context.key
             raise ValueError(f"{name} is {context}; it must be at least 1{most}")
-        return cls(config, context)
+        key = family.predicted_key
+        return cls(config, context, 0 if key is None else max(parse(hf_config, key, int, 1), 0))
 
     @property
     def own_fields(self) -> dict[str, Any]:
@@ -198,11 +202,23 @@ class Interchange:
         prefix = "" if any(name.startswith(self.family.prefix) for name in names) else self.family.prefix
         return {name if name == self._unembedding else prefix + name: name for name in names}
 
-    def check_tensors(self, names: Collection[str], read: TensorReader) -> None:
+    def left_out(self, names: Collection[str]) -> list[str]:
+        """Returns the names of tensors in layers behind the last one, which predict further tokens."""
+        first = self.config.num_layers
+        layers = tuple(f"model.layers.{number}." for number in range(first, first + self.predicted_layers))
+        return [name for name in names if name.startswith(layers)]
+
+    def check_tensors(
+        self,
+        names: Collection[str],
+        read: TensorReader,
+        shape_of: Callable[[str], tuple[int, ...]] | None = None,
+    ) -> None:
         """Raises ValueError if the tensors are not those of this model.
 
         Args:
             read: returns a tensor or a view of it; a tensor that only widens the model must equal its filling.
+            shape_of: returns the shape of a tensor, if reading it takes more than a view.
         """
         if self.config.num_layers > len(names):
             raise ValueError(f"the config says {self.config.num_layers} layers, and there are {len(names)} tensors")
@@ -210,9 +226,10 @@ class Interchange:
         if missing := sorted(shapes.keys() - set(names)):
             raise ValueError(f"there is no {missing[0]}" + (f", nor {len(missing) - 1} others" if missing[1:] else ""))
         for name, shape in shapes.items():
-            if (actual := read(name).shape) != shape:
+            if (actual := shape_of(name) if shape_of else read(name).shape) != shape:
                 raise ValueError(f"{name} has the shape {actual}; the config wants {shape}")
-        extra = [name for name in sorted(set(names) - shapes.keys()) if not name.endswith(self.family.ignored)]
+        extra = sorted(set(names) - shapes.keys() - set(self.left_out(names)))
+        extra = [name for name in extra if not name.endswith(self.family.ignored)]
         table = functools.cache(lambda: self.tensor_map.read("embedding.table", None, read))
         if self._unembedding in extra and self.widened.tie_embeddings:
             extra.remove(self._unembedding)
@@ -255,8 +272,8 @@ def _import_config(family: Family, hf_config: Mapping[str, Any]) -> ResolvedMode
     layer_types = [] if "layer_pattern" in family.limits else hf_config.get("layer_types") or []
     if not isinstance(layer_types, list) or any(layer_type != layer_types[0] for layer_type in layer_types):
         raise ValueError(f"layer_types is {layer_types!r}; in {family.architecture} all layers are alike")
-    if hf_config.get("quantization_config"):
-        raise ValueError("quantization_config: quantized weights are not read; take those that they were made of")
+    if settings := hf_config.get("quantization_config"):
+        check_quantization(settings, family.quantization)
     fields = {name: values[0] for name, values in family.choices.items() if values and len(values) == 1}
     fields |= family.always
     fields |= {key.field: key.read(hf_config) for key in family.keys}
