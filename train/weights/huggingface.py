@@ -142,7 +142,7 @@ def open_tensors(folder: Path) -> tuple[Interchange, ParameterReader]:
         raise InputError(f"{folder}: these weights cannot be read: {error}") from None
 
     if left_out := model.left_out(names):
-        log.warning("%s: %d tensors of layers that predict further tokens are left out", folder, len(left_out))
+        log.warning("%s: tensors of layers that predict further tokens, left out: %d", folder, len(left_out))
 
     def finite(name: str) -> np.ndarray:
         array = read(name)
