@@ -19,6 +19,7 @@ from model.interchange.huggingface import FAMILIES, Interchange, family_of
 from model.interchange.tensors import nested_weights, reader_of
 from model.parameters import parameter_table
 from model.trees import flattened, nested
+from tests.model.interchange.expert_models import EXPERT_MODELS, EXPERTS, LATENT, SHARED, YARN
 from tests.peers import require
 from tests.small import small_batch, small_model, small_weights
 
@@ -29,17 +30,10 @@ FIRST = {"norm_placement": "post", "feedforward_dim": 128}
 DROPOUTS = ("embedding_dropout", "attention_dropout", "residual_dropout")
 BIASES = {"attention_bias": True, "feedforward_bias": True}
 QWEN = {"qk_norm": True, "sliding_window": 3}
-YARN = {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_context": 8}
 OLMO = {"norm_placement": "output", "qk_norm": True, "qk_norm_over": "all_heads"}
 GEMMA = {"scale_embeddings": True, "tie_embeddings": True, "norm_placement": "both", "layer_pattern": "SF"}
 GEMMA |= {"sliding_window": 5}
-LATENT = {"kv_latent_dim": 12, "head_dim": 12, "rope_dim": 4, "value_dim": 8, "num_kv_heads": 4, "norm_epsilon": 1e-6}
 NEOX = {"norm": "layernorm", "gated": False}
-EXPERTS = {"num_experts": 4, "expert_dim": 24}
-SHARED = {"shared_expert_dim": 48}
-BALANCED = {"router_score": "sigmoid", "balance_bias": True}
-ROWS = {"balance_over": "row", "balance_loss": 1e-4}
-SINKS = EXPERTS | {"attention_sinks": True, "activation": "clamped_swiglu", "router_score": "softmax_of_chosen"}
 MODELS = [
     {},
     {"tie_embeddings": True, "activation": "gelu_tanh"},
@@ -78,17 +72,7 @@ MODELS = [
     LATENT,
     LATENT | {"export_as": "deepseek_v2", "query_latent_dim": 8} | YARN | {"attention_scale": 0.5, "rope_length": 1.0},
     {"norm": "layernorm", "norm_bias": False, "block": "parallel_one_norm", "layer_pattern": "SN", "sliding_window": 5},
-    EXPERTS,
-    EXPERTS | {"sliding_window": 5, "feedforward_dim": 24, "router_normalize": True},
-    EXPERTS | {"qk_norm": True, "qk_norm_over": "all_heads", "router_normalize": False},
-    EXPERTS | {"qk_norm": True, "layer_pattern": "Ff", "head_dim": 16, "balance_loss": 0.0},
-    EXPERTS | SHARED | {"shared_expert_gate": True, "shared_expert_dim": 20, "attention_output_bias": False},
-    EXPERTS | SHARED | BALANCED | {"qk_norm": True, "rope_dim": 4, "dense_layers": 1},
-    EXPERTS | SHARED | {"router_score": "sigmoid"},
-    SINKS | {"layer_pattern": "SF", "sliding_window": 5},
-    SINKS | {"router_bias": True, "feedforward_bias": True} | YARN | {"rope_truncate": False},
-    LATENT | EXPERTS | SHARED | BALANCED | {"router_groups": 2, "router_scale": 2.5, "dense_layers": 1} | ROWS,
-    LATENT | EXPERTS | SHARED | {"router_normalize": False, "router_groups": 2},
+    *EXPERT_MODELS,
 ]
 
 
@@ -391,6 +375,10 @@ def test_scalings_of_older_files_are_read():
             {"sliding_window": 4, "attention_bias": True},
             "no model.sliding_window = 4; MistralForCausalLM in Transformers has no model.attention_bias = True",
         ),
+        (EXPERTS | {"norm": "layernorm"}, "MixtralForCausalLM in Transformers has no model.norm = layernorm"),
+        (EXPERTS | {"dense_layers": 1}, "MixtralForCausalLM in Transformers has no model.dense_layers = 1"),
+        (EXPERTS | SHARED, "MixtralForCausalLM in Transformers has no model.shared_expert_dim = 48"),
+        (EXPERTS | {"export_as": "llama"}, "LlamaForCausalLM in Transformers has no model.num_experts = 4"),
         ({"qk_norm": True, "feedforward_bias": True}, "Qwen3ForCausalLM in Transformers has no model.feedforward_bias"),
         (GPT | {"num_kv_heads": 2}, "GPT2LMHeadModel in Transformers has no model.num_kv_heads = 2"),
         (
