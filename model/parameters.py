@@ -7,7 +7,7 @@ dictionary of weights, joined by dots: `blocks.attention.query`. Parameters of t
 import math
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -199,11 +199,22 @@ def _experts(c: ResolvedModelConfig, residual: float) -> dict[str, Parameter]:
     return table
 
 
-def count_parameters(config: ResolvedModelConfig) -> int:
-    """Returns the number of parameters, without the padding of the vocabulary."""
-    shapes = [p.axes.items() for p in parameter_table(config).values()]
+def count_parameters(config: ResolvedModelConfig, active: bool = False) -> int:
+    """Returns the number of parameters, without the padding of the vocabulary.
+
+    Args:
+        active: count only those that compute a token: of the experts, `experts_per_token`.
+    """
     real = {"vocabulary": config.vocab_size}
-    return sum(math.prod(real.get(axis, size) for axis, size in shape) for shape in shapes)
+    table = [replace(p, axes={a: real.get(a, n) for a, n in p.axes.items()}) for p in parameter_table(config).values()]
+    return round(sum(active_elements(config, p) if active else math.prod(p.shape) for p in table))
+
+
+def active_elements(config: ResolvedModelConfig, parameter: Parameter) -> float:
+    """Returns the elements of a parameter that compute a token: of the experts, `experts_per_token`."""
+    if "experts" not in parameter.axes:
+        return math.prod(parameter.shape)
+    return math.prod(parameter.shape) * config.experts_per_token / parameter.axes["experts"]
 
 
 def initial_weights(config: ResolvedModelConfig, seed: int, layout: Layout = UNSHARDED) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""How evenly a router uses the experts: a loss that asks for it, a bias that brings it about, and figures of it.
+"""Balance among experts: a loss that asks for it, a bias that brings it about, and its figures.
 
-All of them are of the whole global batch: of all its parts and devices.
+All are of the whole global batch, of all its parts and devices.
 """
 
 import math
@@ -10,19 +10,20 @@ import jax.numpy as jnp
 
 from model.config import ResolvedModelConfig
 from model.feedforward.router import Routing
+from model.sharding import Layout
 
 
 def routing_loss(config: ResolvedModelConfig, routing: Routing, load_LE: jax.Array, num_tokens: jax.Array) -> jax.Array:
-    """Returns what a part of a batch adds to the balance loss and the router's z-loss, means over layers and tokens.
+    """Returns the sum that a part of a batch adds to the balance loss and the z-loss, means over layers and tokens.
 
     A layer's balance loss is E Σ fₑ pₑ, with fₑ an expert's share of the choices and pₑ its mean score: 1 in perfect
     balance (Fedus et al. 2021, arXiv:2101.03961). With `balance_over` = row, f and p are those of each row, and rows
     count by their tokens (DeepSeek-V3, arXiv:2412.19437).
 
     Args:
-        routing: of the part; arrays [L, B, E] and [L, B] of L layers with experts.
-        load_LE: of the whole batch.
-        num_tokens: the tokens of the whole batch.
+        routing: the part's sums, [L, B, E] and [L, B], of L layers with experts.
+        load_LE: the tokens of each expert in the whole batch.
+        num_tokens: the number of tokens of the whole batch.
     """
     assert config.num_experts
     E, k = config.num_experts, config.experts_per_token
@@ -62,14 +63,20 @@ def load_figures(load_LE: jax.Array) -> dict[str, jax.Array]:
     }
 
 
-def fullest_shard(load_LBE: jax.Array, groups: int, shards: int) -> jax.Array:
-    """Returns the rows of the device whose experts have the most, over the mean, [L].
+def load_of_groups(routing: Routing, layout: Layout) -> jax.Array:
+    """Returns the tokens of each expert [L, G, E] in each group of rows whose devices share the experts."""
+    load_LBE = layout.reshard(routing.load_BE, None, None, None)
+    L, B, E = load_LBE.shape
+    groups = layout.size("batch") // layout.size("experts") if layout.rules else 1
+    return jnp.sum(load_LBE.reshape(L, groups, B // groups, E), axis=2)
+
+
+def fullest_shard(load_LGE: jax.Array, shards: int) -> jax.Array:
+    """Returns the rows of the device whose experts have the most, over the mean of all, [L].
 
     Args:
-        groups: the groups of rows whose devices share experts.
-        shards: the devices of a group.
+        shards: the devices that share the experts.
     """
-    L, B, E = load_LBE.shape
-    load_LGE = jnp.sum(load_LBE.reshape(L, groups, B // groups, E), axis=2)
-    rows_LS = jnp.sum(load_LGE.reshape(L, groups * shards, E // shards), axis=2)
+    L, G, E = load_LGE.shape
+    rows_LS = jnp.sum(load_LGE.reshape(L, G * shards, E // shards), axis=2)
     return jnp.max(rows_LS, axis=1) / jnp.maximum(jnp.mean(rows_LS, axis=1), 1e-20)

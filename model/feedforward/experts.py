@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from model.backend import platform
 from model.config import ResolvedModelConfig
+from model.feedforward import experts_on_cpu
 from model.feedforward.dense import FeedForward, activate
 from model.feedforward.grouped import grouped_product
 from model.feedforward.router import Router, Routing
@@ -114,19 +116,49 @@ def _on_one_device(
     for mesh, axis in reversed(gathers):
         gather = partial(jax.lax.all_gather, axis_name=mesh, axis=axis, tiled=True)
         x_BTD, ids_BTk, weights_BTk = gather(x_BTD), gather(ids_BTk), gather(weights_BTk)
-    B, T, D = x_BTD.shape
-    x_ND, ids_M, weights_M = x_BTD.reshape(-1, D), ids_BTk.reshape(-1), weights_BTk.reshape(-1)
-    E = stored["down"].shape[0]
-    has_all = config.num_experts == E
-    rows = _sorted(ids_M - _first_expert(layout, E), E, has_all)
-    if has_all:
-        y_ND = _all_at_once(config, x_ND, weights_M, weights, rows)
-    else:
-        y_ND = _in_blocks(config, x_ND, weights_M, weights, rows)
-    y_BTD = y_ND.reshape(B, T, D)
+    by_token = lambda x_BTD: x_BTD.reshape(-1, x_BTD.shape[-1])
+    first_expert = _first_expert(layout, len(weights["down"]))
+    compute = on_cpu if platform() == "cpu" else sorted_by_expert
+    y_ND = compute(config, by_token(x_BTD), by_token(ids_BTk), by_token(weights_BTk), weights, first_expert)
+    y_BTD = y_ND.reshape(x_BTD.shape)
     for mesh, axis in gathers:
         y_BTD = jax.lax.psum_scatter(y_BTD, mesh, scatter_dimension=axis, tiled=True)
     return jax.lax.psum(y_BTD, sums) if sums else y_BTD
+
+
+def on_cpu(
+    config: ResolvedModelConfig,
+    x_ND: jax.Array,
+    ids_Nk: jax.Array,
+    weights_Nk: jax.Array,
+    weights: dict[str, jax.Array],
+    first_expert: jax.Array | int,
+) -> jax.Array:
+    """Returns the sums of own experts [N, D] for all tokens, as `sorted_by_expert`."""
+    experts = experts_on_cpu.Weights(
+        weights["gate_up"], weights["down"], weights.get("gate_up_bias"), weights.get("down_bias")
+    )
+    return experts_on_cpu.experts_on_cpu(config.activation, x_ND, ids_Nk, weights_Nk, experts, first_expert)
+
+
+def sorted_by_expert(
+    config: ResolvedModelConfig,
+    x_ND: jax.Array,
+    ids_Nk: jax.Array,
+    weights_Nk: jax.Array,
+    weights: dict[str, jax.Array],
+    first_expert: jax.Array | int,
+) -> jax.Array:
+    """Returns the sums of own experts [N, D] for all tokens, whose rows are sorted to be multiplied in groups.
+
+    Args:
+        weights: the arrays of `WEIGHTS` of this device's experts, whose first has the number `first_expert`.
+    """
+    E = len(weights["down"])
+    has_all = config.num_experts == E
+    rows = _sorted(ids_Nk.reshape(-1) - first_expert, E, has_all)
+    compute = _all_at_once if has_all else _in_blocks
+    return compute(config, x_ND, weights_Nk.reshape(-1), weights, rows)
 
 
 def _of(layout: Layout, axis: str) -> tuple[str, ...]:

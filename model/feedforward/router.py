@@ -1,4 +1,4 @@
-"""The router of a mixture of experts: which experts compute a token, and with what weights.
+"""The router of a mixture of experts: it says which experts compute a token, and with what weights.
 
 It works in float32. Of equal scores that of the first expert wins, so a token's experts never depend on the machines.
 """
@@ -21,7 +21,7 @@ LEAST_SUM = 1e-20
 
 
 class Routing(NamedTuple):
-    """What a layer's router did with the tokens of each row: sums over its positions, so that parts can be added.
+    """A layer's routing of the tokens of each row: sums over its positions, so that parts can be added.
 
     Attributes:
         load_BE: the tokens of each expert, float32 (whole numbers).

@@ -100,7 +100,7 @@ def three_steps(config: Config, shape: dict[str, int]) -> Steps:
         step, metrics, gradients, loads = make_train_step(config, optimizer), [], {}, []
         for seed in range(3):
             state, found = step(state, jax.device_put(small_batch(config.train.batch_size, seed=seed), sharding))
-            loads.append(jax.device_get(found.pop("experts", {})))
+            loads.append({name: found.pop(name).tolist() for name in list(found) if "expert" in name})
             metrics.append({name: float(value) for name, value in found.items()})
             # After the first step the first moment is a multiple of the clipped gradient.
             gradients = gradients or flattened(jax.device_get(state["optimizer"]["adam"].mu))

@@ -169,6 +169,6 @@ def test_watch_gives_the_largest_logit_of_visible_keys_and_the_rms_of_each_layer
     attention = model.kernels.attention_over(config, UNSHARDED, arguments[2], config.sliding_window)
     for layer in range(2):
         block = Block(config, jax.tree.map(lambda w, i=layer: w[i], weights["blocks"]), UNSHARDED)
-        x = block(x, rotation, attention, None)
+        x, _ = block(x, rotation, attention, None)
         np.testing.assert_allclose(actual["residual_rms"][layer], np.sqrt(np.mean(np.square(x))), rtol=1e-5)
     np.testing.assert_allclose(actual["largest_logit"], logits, rtol=1e-5)

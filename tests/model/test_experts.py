@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import model.feedforward.experts
 from model.config import ModelConfig
 from model.feedforward.balance import fullest_shard, load_figures, moved_bias, routing_loss
 from model.feedforward.dense import activate
@@ -19,6 +20,14 @@ from tests.small import mesh_of, small_model, small_weights
 from train.devices.rules import TRAINING
 
 E, B, T = 8, 2, 24
+# How a device computes: a CPU's own way, and that of accelerators, here with a product that is known to be right.
+WAYS = ("cpu", "accelerator")
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "accelerator":
+        monkeypatch.setattr(model.feedforward.experts, "platform", lambda: "other")
 
 
 def floor(**changes: Any) -> tuple[Any, dict[str, jax.Array]]:
@@ -75,6 +84,7 @@ def dense_reference(config: Any, weights: dict[str, Any], x: jax.Array, mix_NE: 
 
 
 @pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.usefixtures("way")
 def test_each_token_gets_the_sum_of_its_experts(router: str):
     config, weights = floor(**ROUTERS[router])
     x = inputs(config)
@@ -85,6 +95,7 @@ def test_each_token_gets_the_sum_of_its_experts(router: str):
 
 
 @pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.usefixtures("way")
 def test_gradients_are_those_of_the_reference(router: str):
     config, weights = floor(**ROUTERS[router])
     x, slope = inputs(config), inputs(config, 1)
@@ -102,6 +113,7 @@ def test_gradients_are_those_of_the_reference(router: str):
 
 
 @pytest.mark.parametrize("expert", [1, 4])
+@pytest.mark.usefixtures("way")
 def test_all_tokens_of_one_expert_and_experts_without_tokens(expert: int):
     """On four devices all rows are then on one, which computes several blocks."""
     config, weights = floor(experts_per_token=1, router_bias=True, feedforward_bias=True)
@@ -173,9 +185,9 @@ def test_figures_of_a_load():
 
 def test_the_fullest_shard_is_that_of_its_own_group_of_rows():
     """Two groups of one row: the first has all tokens in experts 0 and 1, the second is in balance."""
-    load = jnp.asarray([[[4.0, 4.0, 0.0, 0.0], [2.0, 2.0, 2.0, 2.0]]])
-    np.testing.assert_allclose(fullest_shard(load, groups=2, shards=2), [2.0])
-    np.testing.assert_allclose(fullest_shard(load, groups=1, shards=2), [1.5])
+    load_LGE = jnp.asarray([[[4.0, 4.0, 0.0, 0.0], [2.0, 2.0, 2.0, 2.0]]])
+    np.testing.assert_allclose(fullest_shard(load_LGE, shards=2), [2.0])
+    np.testing.assert_allclose(fullest_shard(load_LGE.sum(1, keepdims=True), shards=2), [1.5])
 
 
 @pytest.mark.parametrize(

@@ -12,16 +12,30 @@ from model.decoder import Block, Decoder
 from model.generation.decoder import empty_cache
 from model.generation.generator import Generator
 from model.generation.sampling import Sampling
-from model.layers import layer_kinds, prefix_and_period
+from model.layers import layer_kinds, layers_with, prefix_and_period
 from model.parameters import initial_weights
 from tests.small import small_model, small_weights
 
 PATTERNS = ("SSF", "SNFS", "NF", "SSSSSF")
+WITH_EXPERTS = "SfF"
 
 
 def patterned(pattern: str, num_layers: int, **changes: object) -> ResolvedModelConfig:
+    """A model with these layers; with small letters capital ones have experts, but not the first of the stack."""
     windows = {"sliding_window": 5, "window_rope_base": 500.0} if "S" in pattern else {}
-    return small_model(layer_pattern=pattern, num_layers=num_layers, **windows, **changes)
+    experts = {"num_experts": 4, "expert_dim": 24, "shared_expert_dim": 16, "dense_layers": 1}
+    experts = experts if pattern != pattern.upper() else {}
+    return small_model(layer_pattern=pattern, num_layers=num_layers, **windows, **experts, **changes)
+
+
+def of_layer(config: ResolvedModelConfig, weights: dict, layer: int) -> dict:
+    """The weights of one block."""
+    stacks = {part: (tree, layers_with(config, part)) for part, tree in weights["blocks"].items()}
+    return {
+        part: jax.tree.map(lambda w, numbers=numbers: w[numbers.index(layer)], tree)
+        for part, (tree, numbers) in stacks.items()
+        if layer in numbers
+    }
 
 
 @pytest.mark.parametrize(
@@ -36,8 +50,10 @@ def test_a_program_has_the_layers_of_a_prefix_and_of_one_period(pattern: str, nu
     assert all(kinds[i] == kinds[prefix + (i - prefix) % period] for i in range(prefix, num_layers))
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize(("remat_policy", "most_unrolled"), [("none", 12), ("none", 0), ("full", 0)])
+@pytest.mark.parametrize(
+    ("pattern", "remat_policy", "most_unrolled"),
+    [(p, *way) for p in PATTERNS for way in (("none", 12), ("none", 0), ("full", 0))] + [(WITH_EXPERTS, "full", 0)],
+)
 def test_a_stack_is_its_layers_one_by_one(pattern: str, remat_policy: str, most_unrolled: int, monkeypatch):
     monkeypatch.setattr(model.layers, "MOST_UNROLLED", most_unrolled)
     config = patterned(pattern, 8, remat_policy=remat_policy)
@@ -49,7 +65,7 @@ def test_a_stack_is_its_layers_one_by_one(pattern: str, remat_policy: str, most_
         decoder = Decoder(config, weights)
         x, rotations = decoder.position(decoder.embedding(tokens), positions)
         for layer, kind in enumerate(layer_kinds(config)):
-            block = Block(config, jax.tree.map(lambda w, i=layer: w[i], weights["blocks"]), decoder.layout)
+            block = Block(config, of_layer(config, weights, layer), decoder.layout)
             mask = causal_mask(ids, kind.window)
             x, _ = block(x, rotations[kind.rope], lambda q, k, v, _, mask=mask: attend(q, k, v, mask))
         return decoder.norm(x)
@@ -76,7 +92,7 @@ def test_a_program_of_96_layers_has_the_size_of_one_of_12(monkeypatch):
     assert size(96) == size(12)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", [*PATTERNS, WITH_EXPERTS])
 def test_greedy_tokens_are_those_of_whole_passes_beyond_the_window(pattern: str):
     config = patterned(pattern, 6)
     weights = small_weights(config)

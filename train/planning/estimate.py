@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from model.layers import layer_kinds
-from model.parameters import parameter_table
+from model.parameters import Parameter, parameter_table
 from model.sharding import as_tuple
 from train.config.config import ResolvedConfig
 from train.devices.hardware import Chip
@@ -28,7 +28,7 @@ HELD_COPIES = (6.0, 4.0)
 ATTENTION_PRODUCTS = {"splash": (2, 7), "cudnn": (2, 5), "plain": (2, 4)}
 BF16, F32 = 2, 4
 # Axes by which weights are only stored.
-STORED = ("model", "latent")
+STORED = ("model", "latent", "expert_model")
 
 
 class Estimate(NamedTuple):
@@ -80,6 +80,27 @@ def estimate(config: ResolvedConfig, machine: Machine) -> Estimate:
     )
 
 
+class _Matrix(NamedTuple):
+    """A matrix of the stack.
+
+    Attributes:
+        part: the part of a block that has it.
+        layers: the layers that have it.
+        elements: those of a layer that one device multiplies with.
+        worked: multiplications for a token.
+        inputs: the number of terms in a sum.
+        is_last: True if its result is added to the residual stream.
+    """
+
+    part: str
+    layers: int
+    elements: float
+    worked: float
+    inputs: int
+    is_last: bool
+    has_experts: bool
+
+
 class _Step:
     def __init__(self, config: ResolvedConfig, machine: Machine):
         self.config = config
@@ -99,28 +120,39 @@ class _Step:
         self.inside = self.rows * T / self.size("time")
         self.between = self.rows * T / self.size("sequence")
         table = parameter_table(config.model)
-        # Elements of each gathered matrix of a layer on one device, and of the unembedding.
-        self.matrices = {
-            name.removeprefix("blocks."): math.prod(p.shape[1:]) / self.size(*(a for a in p.axes if a not in STORED))
-            for name, p in table.items()
-            if p.role == "matrix"
-        }
-        self.layer = sum(self.matrices.values())
-        # Elements of the residual stream inside a floor, and of the outputs of a layer's other products.
+        # Elements of the residual stream inside a floor.
         self.stream = self.inside * D
-        residual = ("attention.output", "feedforward.down")
-        inputs = {
-            name: math.prod(table[f"blocks.{name}"].axes[axis] for axis in table[f"blocks.{name}"].fan_in)
-            for name in self.matrices
-        }
-        self.results = self.inside * sum(
-            size / inputs[name] for name, size in self.matrices.items() if name not in residual
-        )
+        self.matrices = [self.matrix(name, p) for name, p in table.items() if p.role == "matrix"]
+        # Means over layers: elements of gathered matrices on a device, by which axis stores them, and multiplications
+        # for a token; and elements of the outputs of products inside the floors.
+        L = self.model.num_layers
+        of_experts = sum(m.layers * m.elements for m in self.matrices if m.has_experts) / L
+        self.layer = sum(m.layers * m.elements for m in self.matrices) / L
+        self.stored = {"expert_model": of_experts, "model": self.layer - of_experts}
+        self.worked = sum(m.layers * m.worked for m in self.matrices) / L
+        self.results = self.inside * sum(m.layers * m.worked / m.inputs for m in self.matrices if not m.is_last) / L
+        # Of the layer that has the most.
+        alone = lambda kind: sum(m.elements for m in self.matrices if kind.has(m.part))
+        self.largest = max(map(alone, layer_kinds(self.model)))
+        # Rows of tokens on their way to experts, in streams.
+        self.copies = 2 * self.model.experts_per_token if self.model.num_experts else 0
         self.weight_bytes = F32 * sum(math.prod(p.shape) / self.size(*p.axes) for p in table.values())
         self.state_bytes = self.weight_bytes * machine.state
         self.head = math.prod(table["embedding.table"].shape) / self.size("vocabulary")
         self.heads = self.model.num_heads * self.model.head_dim / self.size("heads")
         self.keys = self.model.num_kv_heads * self.model.head_dim / self.size("kv_heads")
+
+    def matrix(self, name: str, p: Parameter) -> "_Matrix":
+        """Returns what a step does with a parameter."""
+        elements = math.prod(p.shape[1:]) / self.size(*(axis for axis in p.axes if axis not in STORED))
+        has_experts = "experts" in p.axes
+        share = 1.0
+        if has_experts:
+            share = self.model.experts_per_token * self.size("experts") / p.axes["experts"]
+        inputs = math.prod(p.axes[axis] for axis in p.fan_in)
+        _, part, *rest = name.split(".")
+        is_last = rest[-1] in ("output", "down")
+        return _Matrix(part, p.shape[0], elements, share * elements, inputs, is_last, has_experts)
 
     def size(self, *axes: str) -> int:
         """Returns the number of devices that share any of these logical axes."""
@@ -130,12 +162,14 @@ class _Step:
         """Seconds of products, the attention kernel and other memory traffic."""
         L = self.model.num_layers
         chip = self.chip
-        repeated = self.layer - self.matrices["feedforward.down"] if self.repeats_products else 0.0
-        products = 2 * self.inside * (L * (3 * self.layer + repeated) + 3 * self.head)
+        downs = sum(m.layers * m.worked for m in self.matrices if m.is_last and m.part != "attention") / L
+        repeated = self.worked - downs if self.repeats_products else 0.0
+        products = 2 * self.inside * (L * (3 * self.worked + repeated) + 3 * self.head)
         forward, backward = ATTENTION_PRODUCTS[self.machine.kernel]
         pairs = 2 * self.inside * self.keys_met() * self.heads
         kernel = pairs * (backward + forward * (2 if self.repeats_kernel else 1))
-        moved = L * BF16 * (MEMORY_PASSES[0] * self.stream + MEMORY_PASSES[1] * self.results)
+        streams = (MEMORY_PASSES[0] + 4 * self.copies) * self.stream
+        moved = L * BF16 * (streams + MEMORY_PASSES[1] * self.results)
         part_seconds = products / MATMUL_EFFICIENCY.get(chip.name, 1.0) / chip.peak_flops + kernel / chip.peak_flops
         part_seconds += moved / chip.memory_bandwidth
         return self.parts * part_seconds + 2.5 * self.state_bytes / chip.memory_bandwidth
@@ -152,8 +186,13 @@ class _Step:
         L = self.model.num_layers
         parts = self.parts
         repeats = "weights" not in self.kept
-        seconds = parts * (L * self.weights(self.layer, 1 + repeats) + self.weights(self.head, 1))
+        gathered = sum(self.weights(count, 1 + repeats, axis) for axis, count in self.stored.items())
+        seconds = parts * (L * gathered + self.weights(self.head, 1, "model"))
         stream = self.stream * BF16
+        # Tokens travel to experts and their sums back, and so do the gradients.
+        with_experts = sum(kind.experts for kind in layer_kinds(self.model))
+        travel = self.sent("gather", stream * self.size("experts"), self.layout.mesh_axes("experts"))
+        seconds += parts * with_experts * (4 + repeats) * travel
         over = self.layout.mesh_axes("sequence") - self.layout.mesh_axes("time")
         # A layer's residuals move 8 times, and the backward pass repeats two or three of these transfers.
         transfers = 8 + 2 * repeats + self.repeats_products
@@ -163,9 +202,9 @@ class _Step:
         keys = self.rows * self.config.data.segment_length * 2 * self.keys * BF16
         return seconds + parts * L * (2 + repeats) * self.sent("gather", keys, self.layout.mesh_axes("time"))
 
-    def weights(self, count: float, gathers: int) -> float:
+    def weights(self, count: float, gathers: int, axis: str) -> float:
         """Seconds to all-gather `count` weights and reduce their gradients, one mesh axis after the other."""
-        stored = as_tuple(self.layout.rules.get("model"))
+        stored = as_tuple(self.layout.rules.get(axis))
         seconds = 0.0
         left = count * BF16
         for i, name in enumerate(stored):
@@ -173,7 +212,8 @@ class _Step:
             kind = "sum" if whole and self.chip.platform == "tpu" else "scatter"
             seconds += gathers * self.sent("gather", left, {name}) + self.sent(kind, left, {name})
             left /= self.machine.shape[name]
-        return seconds + self.sent("sum", left, self.layout.token_axes - set(stored))
+        own = self.layout.mesh_axes("experts") if axis == "expert_model" else frozenset()
+        return seconds + self.sent("sum", left, self.layout.token_axes - set(stored) - own)
 
     def sent(self, kind: str, payload: float, over: frozenset[str] | set[str]) -> float:
         """Seconds that a ring takes for a payload as `train.planning.operations` counts it."""
@@ -200,5 +240,6 @@ class _Step:
         gradients = self.weight_bytes * (1.75 if self.parts > 1 else 0.5)
         chunk = min(self.model.loss_chunk or math.inf, self.between) * self.size("vocabulary")
         loss = self.head * (BF16 + F32) + chunk * 2 * F32 * self.head / self.model.model_dim
-        layer = BF16 * (HELD_COPIES[0] * self.stream + HELD_COPIES[1] * self.layer + 2 * self.results)
+        streams = HELD_COPIES[0] + self.copies
+        layer = BF16 * (streams * self.stream + HELD_COPIES[1] * self.largest + 2 * self.results)
         return self.state_bytes + self.bytes_of(self.kept) + max(gradients + layer, loss)

@@ -12,6 +12,8 @@ from functools import cached_property
 from train.planning.hlo import Array
 
 # Number of products over all pairs of positions in an attention kernel, by a part of its name.
+# A part of the name of every grouped product's operation.
+GROUPED = "grouped_"
 ATTENTION_PRODUCTS = {"mha_fwd": 2, "mha_dq": 3, "mha_dkv": 4, "SoftmaxBackward": 5, "fmha": 2}
 
 
@@ -47,8 +49,21 @@ class Kernel:
 
     @property
     def flops(self) -> float:
-        """The FLOPs that the kernel states, or else those of attention."""
-        return self.attention_flops if self.estimate is None else self.estimate
+        """The FLOPs that the kernel states, or else those of attention or of a grouped product."""
+        if self.estimate is not None:
+            return self.estimate
+        return self.grouped_flops if self.is_grouped else self.attention_flops
+
+    @property
+    def is_grouped(self) -> bool:
+        """True for the product of rows with the matrices of their experts (see `model.feedforward.grouped`)."""
+        return GROUPED in self.source
+
+    @property
+    def grouped_flops(self) -> float:
+        """FLOPs of a grouped product: of x, its first array, each row with a matrix, or with a row of gradients."""
+        x = next(array for array in self.operands if re.match(r"b?f\d", array.dtype))
+        return 2.0 * x.elements * self.results[0].dims[-1]
 
     @property
     def attention_flops(self) -> float:

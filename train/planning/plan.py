@@ -215,7 +215,8 @@ def _breakdown(model_flops: float, program: Program, chip: Chip, line: Timeline)
     for operation, times in walked(program.operations):
         kernel_flops = operation.kernel.flops if operation.kernel else 0.0
         if flops := operation.flops + kernel_flops:
-            work = "attention kernels" if kernel_flops else "matrix products"
+            is_attention = operation.kernel and kernel_flops and not operation.kernel.is_grouped
+            work = "attention kernels" if is_attention else "matrix products"
             at_peak[work] += times * flops / chip.peak_flops
             below_peak[work] += times * (own_seconds(operation, chip) - flops / chip.peak_flops)
     useful = model_flops / chip.peak_flops

@@ -114,7 +114,10 @@ def _meshes(config: ResolvedConfig, devices: int, given: Collection[str]) -> Ite
     choices = []
     for axis in AXES_IN_SLICE:
         own = getattr(config.mesh, axis)
-        choices.append([own] if f"mesh.{axis}" in given and own != -1 else _divisors(devices))
+        is_given = f"mesh.{axis}" in given and own != -1
+        # Without experts there is nothing to share on their axis.
+        fixed = is_given or (axis == "expert" and config.model.num_experts is None)
+        choices.append([own] if fixed else _divisors(devices))
     for sizes in itertools.product(*choices):
         if math.prod(sizes) == devices:
             yield dict(zip(AXES_IN_SLICE, sizes, strict=True))

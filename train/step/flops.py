@@ -1,6 +1,7 @@
 """Model FLOPs of a token, and the peak FLOP/s and memory use of the devices.
 
-Model FLOPs of a token are 6 × the matrix parameters that it meets (a tied embedding counts once, as unembedding)
+Model FLOPs of a token are 6 × the matrix parameters that it meets (a tied embedding counts once, as unembedding; of
+experts those that a token goes through)
 + 12 × L × H × C × the keys that a position attends to on average (T/2, or fewer with a sliding window): forward and
 backward, without recomputation (PaLM, Chowdhery et al. 2022, appendix B, halved for causality).
 """
@@ -16,13 +17,14 @@ import jax.numpy as jnp
 
 from model.config import ResolvedModelConfig
 from model.layers import layer_kinds
-from model.parameters import parameter_table
+from model.parameters import active_elements, parameter_table
 from train.devices.hardware import chip_of
 
 
 def flops_per_token(config: ResolvedModelConfig, T: int) -> float:
     """Returns the model FLOPs of training on one token of a segment of T tokens (formula above)."""
-    matrices = sum(math.prod(p.shape) for p in parameter_table(config).values() if p.role in ("matrix", "unembedding"))
+    roles = ("matrix", "router", "unembedding")
+    matrices = sum(active_elements(config, p) for p in parameter_table(config).values() if p.role in roles)
     if config.tie_embeddings:
         matrices += math.prod(parameter_table(config)["embedding.table"].shape)
     windows = [min(kind.window or T, T) for kind in layer_kinds(config)]

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from model.context_parallel import to_zigzag
 from model.decoder import Decoder
 from model.dropout import DropoutKeys, row_keys
-from model.feedforward.balance import load_figures, moved_bias, routing_loss
+from model.feedforward.balance import fullest_shard, load_figures, load_of_groups, moved_bias, routing_loss
 from model.loss import summed_losses
 from model.sharding import Layout
 from train.config.config import ResolvedConfig
@@ -31,7 +31,7 @@ Sums = dict[str, jax.Array]
 
 
 class WholeBatch(NamedTuple):
-    """What the loss of a part of a batch takes from the whole: the sum of its loss weights, and its tokens.
+    """The figures of a whole batch for the loss of a part: the sum of its loss weights, and its tokens.
 
     Attributes:
         load_LE: the tokens of each expert; None where the part is the whole.
@@ -47,7 +47,7 @@ def summed_loss(
 ) -> tuple[jax.Array, Sums]:
     """Returns the minimized loss, and "loss", the cross-entropy, both summed over the batch by `loss_weights`.
 
-    With `whole` the losses of experts are added, by the weight of the whole batch, and "load" is each expert's [L, E].
+    With `whole` the losses of experts are added, by the weight of the whole batch; "load" is that of `load_of_groups`.
     """
     layout = training_layout(config.mesh)
     batch = {name: to_zigzag(x, layout) for name, x in batch.items()}
@@ -57,19 +57,19 @@ def summed_loss(
     losses = summed_losses(x_BTD, matrix_DV, batch["targets"], batch["loss_weights"], config.model, layout)
     if routing is None or whole is None:
         return losses.objective, {"loss": losses.cross_entropy}
-    load_LE = jnp.sum(routing.load_BE, axis=1)
-    of_batch_LE = load_LE if whole.load_LE is None else whole.load_LE
-    added = whole.loss_weight * routing_loss(config.model, routing, of_batch_LE, whole.num_tokens)
-    return losses.objective + added, {"loss": losses.cross_entropy, "load": load_LE}
+    load_LGE = load_of_groups(routing, layout)
+    load_LE = jnp.sum(load_LGE, axis=1) if whole.load_LE is None else whole.load_LE
+    added = whole.loss_weight * routing_loss(config.model, routing, load_LE, whole.num_tokens)
+    return losses.objective + added, {"loss": losses.cross_entropy, "load": load_LGE}
 
 
 def load_of(config: ResolvedConfig, weights: Weights, batch: Batch, keys_B: DropoutKeys) -> jax.Array:
-    """Returns the tokens of each expert [L, E] in a part of a batch, by a forward pass."""
+    """Returns the load of a part of a batch, as `summed_loss`, by a forward pass."""
     layout = training_layout(config.mesh)
     tokens, positions, ids = (to_zigzag(batch[name], layout) for name in ("tokens", "positions", "segment_ids"))
     routing = Decoder(config.model, weights, layout).with_routing(tokens, positions, ids, keys_B)[1]
     assert routing
-    return jnp.sum(routing.load_BE, axis=1)
+    return load_of_groups(routing, layout)
 
 
 def update_average(config: ResolvedConfig, average: Weights, weights: Weights, step: jax.Array) -> Weights:
@@ -110,11 +110,12 @@ def accumulated(
     split = split_rows(parts, (batch, keys_B), training_layout(config.mesh))
     sums = {"loss": jnp.zeros(())}
     if whole:
-        sums["load"] = jnp.zeros(weights["blocks"]["experts"]["router"].shape[::2])
+        one = {name: x[0] for name, x in split[0].items()}
+        sums["load"] = jnp.zeros(jax.eval_shape(partial(load_of, config), weights, one, None).shape)
         if config.model.balance_loss and config.model.balance_over == "batch":
             # The balance loss of a part needs the load of all.
             count = lambda total, part: (total + load_of(config, weights, *part), None)
-            whole = whole._replace(load_LE=jax.lax.scan(count, sums["load"], split)[0])
+            whole = whole._replace(load_LE=jnp.sum(jax.lax.scan(count, sums["load"], split)[0], axis=1))
 
     def add(total: Any, part: tuple[Batch, DropoutKeys]) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, sums_and_gradients(config, weights, *part, whole)), None
@@ -161,14 +162,19 @@ def make_train_step(
             "learning_rate": schedule(state["step"]),
             "loss_weight": loss_weight,
         }
-        if "load" in sums:
-            metrics["experts"] = load_figures(sums["load"])
         if watches:
             metrics["watch"] = watch(config, state["weights"], split_rows(parts, batch, layout), gradients, updates)
+        if "load" in sums:
+            load_LE = jnp.sum(sums["load"], axis=1)
+            figures = load_figures(load_LE)
+            metrics |= expert_figures(figures)
+            if watches:
+                fullest = fullest_shard(sums["load"], layout.size("experts"))
+                metrics["watch"]["experts"] = figures | {"fullest_shard": fullest}
         weights = optax.apply_updates(state["weights"], updates)
         if config.model.balance_bias:
             experts = weights["blocks"]["experts"]
-            experts["balance"] = moved_bias(config.model, experts["balance"], sums["load"])
+            experts["balance"] = moved_bias(config.model, experts["balance"], load_LE)
         after = {"step": state["step"] + 1, "weights": weights, "optimizer": optimizer_state}
         if config.train.ema_decay:
             after["average"] = update_average(config, state["average"], weights, state["step"])
@@ -194,6 +200,16 @@ def abstract_batch(config: ResolvedConfig, mesh: Mesh, rows: int) -> dict[str, j
     dtypes = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), jnp.int32) | {"loss_weights": jnp.float32}
     shape = (rows, config.data.segment_length)
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
+
+
+def expert_figures(figures: dict[str, jax.Array]) -> Metrics:
+    """Returns the worst of each of `load_figures` over all layers, and the number of all experts without a token."""
+    return {
+        "expert_load_most": jnp.max(figures["most"]),
+        "expert_load_least": jnp.min(figures["least"]),
+        "expert_load_entropy": jnp.min(figures["entropy"]),
+        "dead_experts": jnp.sum(figures["dead"]),
+    }
 
 
 class StepPrograms:

@@ -69,7 +69,9 @@ def compact(watched: Mapping[str, Any]) -> str:
     place = max(by_place, key=lambda name: extreme(by_place[name]))
     low = min(rms, key=extreme)
     high = max(rms, key=extreme)
+    load = watched.get("experts")
+    experts = f"  fullest expert {max(load['most']):.2f} of the mean" if load else ""
     return (
         f"largest logit {logits[layer]:.1f} (layer {layer})  residual RMS {low:.3g} to {high:.3g}  "
-        f"largest update {by_place[place]:.1e} of the weight ({place})"
+        f"largest update {by_place[place]:.1e} of the weight ({place}){experts}"
     )

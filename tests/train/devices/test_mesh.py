@@ -128,13 +128,13 @@ def test_slices_are_counted_on_tpus_and_hosts_of_gpus_are_none():
 
 
 def test_minus_one_takes_all_other_devices():
-    assert mesh_shape(MeshConfig(), 8) == (1, 1, 8, 1, 1)
-    assert mesh_shape(MeshConfig(data=2, fsdp=-1, tensor=2), 8) == (1, 2, 2, 1, 2)
-    assert mesh_shape(MeshConfig(data=-1, fsdp=2), 8) == (1, 4, 2, 1, 1)
-    assert mesh_shape(MeshConfig(fsdp=2, context=-1), 8) == (1, 1, 2, 4, 1)
-    assert mesh_shape(MeshConfig(slices=2), 8) == (2, 1, 4, 1, 1)
-    assert mesh_shape(MeshConfig(tensor=2), 16, num_slices=2) == (2, 1, 4, 1, 2)
-    assert mesh_shape(MeshConfig(slices=4), 16, num_slices=2) == (4, 1, 4, 1, 1)
+    assert mesh_shape(MeshConfig(), 8) == (1, 1, 8, 1, 1, 1)
+    assert mesh_shape(MeshConfig(data=2, fsdp=-1, tensor=2), 8) == (1, 2, 2, 1, 1, 2)
+    assert mesh_shape(MeshConfig(data=-1, fsdp=2), 8) == (1, 4, 2, 1, 1, 1)
+    assert mesh_shape(MeshConfig(fsdp=2, context=-1), 8) == (1, 1, 2, 1, 4, 1)
+    assert mesh_shape(MeshConfig(slices=2), 8) == (2, 1, 4, 1, 1, 1)
+    assert mesh_shape(MeshConfig(tensor=2), 16, num_slices=2) == (2, 1, 4, 1, 1, 2)
+    assert mesh_shape(MeshConfig(slices=4), 16, num_slices=2) == (4, 1, 4, 1, 1, 1)
     for wrong in (MeshConfig(data=3), MeshConfig(data=2, fsdp=2, tensor=1)):
         with pytest.raises(InputError, match="does not fit 8 devices"):
             mesh_shape(wrong, 8)
@@ -153,7 +153,7 @@ def test_a_size_that_cannot_be_sharded_is_named_with_the_axis_and_a_size_that_wo
             "train": {"batch_size": 6},
         }
     ).resolved()
-    problems = "\n".join(mesh_problems(config, (1, 1, 4, 1, 4)))
+    problems = "\n".join(mesh_problems(config, (1, 1, 4, 1, 1, 4)))
     for words in (
         "train.batch_size / train.accumulation_steps = 6 cannot be shared by mesh.fsdp = 4",
         "data.num_streams = 2",
@@ -164,22 +164,22 @@ def test_a_size_that_cannot_be_sharded_is_named_with_the_axis_and_a_size_that_wo
     ):
         assert words in problems
     assert "model.model_dim" not in problems
-    assert mesh_problems(make_config({"model": {"model_dim": 100, "head_dim": 16}}).resolved(512), (1, 1, 1, 1, 8)) == [
+    assert mesh_problems(make_config({"model": {"model_dim": 100, "head_dim": 16}}).resolved(512), (1, 1, 1, 1, 1, 8)) == [
         "model.num_heads = 4 cannot be shared by mesh.tensor = 8; nearest size that works: 4",
         "model.num_kv_heads = 4 cannot be shared by mesh.tensor = 8; nearest size that works: 4",
     ]
-    assert mesh_problems(make_config({}).resolved(4096), (1, 1, 4, 1, 2)) == []
+    assert mesh_problems(make_config({}).resolved(4096), (1, 1, 4, 1, 1, 2)) == []
     # A billion devices are no reason to count to a billion.
     begun = time.monotonic()
-    assert "nearest size that works: 16" in mesh_problems(make_config({}).resolved(4096), (1, 1, 10**9, 1, 1))[0]
+    assert "nearest size that works: 16" in mesh_problems(make_config({}).resolved(4096), (1, 1, 10**9, 1, 1, 1))[0]
     assert time.monotonic() - begun < 1
     ramp = make_config({"train": {"batch_ramp_start": 4, "batch_ramp_steps": 10}}).resolved(4096)
-    assert mesh_problems(ramp, (1, 2, 4, 1, 1)) == [
+    assert mesh_problems(ramp, (1, 2, 4, 1, 1, 1)) == [
         "train.batch_ramp_start = 4 cannot be shared by mesh.data × mesh.fsdp = 8; nearest size that works: 4",
         "data.num_streams = 4 cannot be shared by mesh.data × mesh.fsdp = 8; nearest size that works: 4",
     ]
     long = make_config({"data": {"segment_length": 40}}).resolved(4096)
-    assert mesh_problems(long, (1, 1, 1, 8, 1)) == [
+    assert mesh_problems(long, (1, 1, 1, 1, 8, 1)) == [
         "data.segment_length = 40 cannot be shared by mesh.context = 8 in 2 pieces each; nearest size that works: 5"
     ]
     with pytest.raises(InputError, match="mesh.fsdp"):
