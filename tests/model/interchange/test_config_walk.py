@@ -35,8 +35,7 @@ ACTIVE: dict[str, dict[str, Any]] = {
     "ministral": {"sliding_window": 5, "head_dim": 8, "layer_types": [FULL, WINDOW, WINDOW, FULL]},
 }
 ACTIVE |= {"deepseek_v3": LATENT_EXPERTS, "deepseek_v2": LATENT_EXPERTS | {"topk_method": "group_limited_greedy"}}
-ACTIVE |= {name: CASES[name][-1] for name in ("mixtral", "olmoe", "qwen3_moe", "qwen2_moe", "glm4_moe")}
-ACTIVE["gpt_oss"] = CASES["gpt_oss"][0]
+ACTIVE |= {name: CASES[name][-1] for name in ("mixtral", "olmoe", "qwen3_moe", "qwen2_moe", "glm4_moe", "gpt_oss")}
 WINDOWED = ("mistral", "phi3", "starcoder2", "olmo3", "gemma2", "gemma3_text", "cohere2")
 ACTIVE |= {name: {"sliding_window": 5} for name in WINDOWED}
 WHOLE_YARN = YARN | {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": 0.1 * math.log(YARN["factor"]) + 1}

@@ -124,11 +124,11 @@ CASES["deepseek_v2"] = [
     DEEPSEEK | {"q_lora_rank": None, "rope_parameters": YARN | {"attention_factor": 1.5}},
 ]
 # One dense layer, two groups of four experts.
-LATENT_EXPERTS = DEEPSEEK | {"num_hidden_layers": 3, "first_k_dense_replace": 1, "n_routed_experts": 8}
+LATENT_EXPERTS = DEEPSEEK | {"num_hidden_layers": 2, "first_k_dense_replace": 1, "n_routed_experts": 8}
 LATENT_EXPERTS |= {"num_experts_per_tok": 3, "n_group": 2, "topk_group": 1, "n_shared_experts": 2}
 CASES["deepseek_v3"] += [
-    LATENT_EXPERTS | {"q_lora_rank": 12, "rope_parameters": YARN_SCALES | {"beta_fast": 1.0, "beta_slow": 1.0}},
     LATENT_EXPERTS | {"q_lora_rank": None, "n_group": 1, "norm_topk_prob": False, "first_k_dense_replace": 0},
+    LATENT_EXPERTS | {"q_lora_rank": 12, "rope_parameters": YARN_SCALES | {"beta_fast": 1.0, "beta_slow": 1.0}},
 ]
 CASES["deepseek_v2"] += [
     LATENT_EXPERTS | {"q_lora_rank": None, "routed_scaling_factor": 1.5, "rope_parameters": YARN_SCALES},
@@ -165,8 +165,8 @@ CASES["glm4_moe"] = [
 ]
 GPT_OSS = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 5}
 CASES["gpt_oss"] = [
-    GPT_OSS | {"num_hidden_layers": 3},
     GPT_OSS | {"num_hidden_layers": 2, "attention_bias": False, "layer_types": [FULL] * 2, "rope_parameters": YARN},
+    GPT_OSS | {"num_hidden_layers": 2},
 ]
 # Without rows of the embedding that are zeroed.
 OTHERS = {"pad_token_id": None, "bos_token_id": 0, "eos_token_id": 1}
@@ -231,6 +231,8 @@ def test_a_model_of_transformers_computes_the_same_here_and_goes_out_as_it_came(
     assert Interchange.from_config(again.export_config(0, 1)).config == config
     assert_read_alike(again.export_config(0, 1), theirs, tokens, expected)
 
+    if config.num_experts and case is not CASES[model_type][-1]:
+        return  # The programs of generation take most of a case's time.
     greedy = generated(config, weights, [int(token) for token in tokens[0, :9]])
     with torch.no_grad():
         prompt = torch.tensor(tokens[:1, :9])

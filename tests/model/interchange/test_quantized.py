@@ -105,14 +105,14 @@ def test_a_file_of_deepseek_has_scales_of_blocks_and_a_layer_that_is_left_out():
         scales = random.uniform(0.5, 2, [-(-size // 16) for size in matrix.shape]).astype(np.float32)
         quantized |= {name: matrix, f"{name}_scale_inv": scales}
         tensors[name] = rescaled(matrix, scales, (16, 16))
-    further = {"model.layers.3.eh_proj.weight": np.ones((32, 64), np.float32)}
+    further = {"model.layers.2.eh_proj.weight": np.ones((32, 64), np.float32)}
     assert model.left_out([*quantized, *further]) == list(further)
     found = read_all(model, FP8, quantized | further)
     assert found.keys() == tensors.keys()
     for name, array in found.items():
         assert np.array_equal(array, tensors[name]), name
-    with pytest.raises(ValueError, match=r"no place for model.layers.4.eh_proj.weight"):
-        read_all(model, FP8, quantized | {"model.layers.4.eh_proj.weight": np.ones((32, 64), np.float32)})
+    with pytest.raises(ValueError, match=r"no place for model.layers.3.eh_proj.weight"):
+        read_all(model, FP8, quantized | {"model.layers.3.eh_proj.weight": np.ones((32, 64), np.float32)})
     scale = quantized.pop("model.layers.0.mlp.up_proj.weight_scale_inv")
     with pytest.raises(ValueError, match=r"layers.0.mlp.up_proj.weight is quantized, and there is no .*_scale_inv"):
         read_all(model, FP8, quantized)
