@@ -29,11 +29,11 @@ EXPERT_FIELDS = (
 _TURNS = ("rope_low_turns", "rope_high_turns")
 _DIVISORS = ("rope_short_divisors", "rope_long_divisors", "rope_long")
 UNUSED_BY_SCALING = {
-    "none": ("rope_factor", "rope_length", "rope_original_context", *_TURNS, *_DIVISORS),
-    "linear": ("rope_length", "rope_original_context", *_TURNS, *_DIVISORS),
-    "llama3": ("rope_length", *_DIVISORS),
+    "none": ("rope_factor", "rope_length", "rope_original_context", "rope_truncate", *_TURNS, *_DIVISORS),
+    "linear": ("rope_length", "rope_original_context", "rope_truncate", *_TURNS, *_DIVISORS),
+    "llama3": ("rope_length", "rope_truncate", *_DIVISORS),
     "yarn": _DIVISORS,
-    "longrope": _TURNS,
+    "longrope": ("rope_truncate", *_TURNS),
 }
 
 
@@ -112,7 +112,9 @@ class ModelConfig(ModelFields):
         if self.rope_scaling in HIGH_TURNS:
             if self.rope_original_context is None:
                 problems.append(f"model.rope_scaling = {self.rope_scaling} needs model.rope_original_context")
-            if (self.rope_high_turns or HIGH_TURNS[self.rope_scaling]) <= self.rope_low_turns:
+            between = (self.rope_high_turns or HIGH_TURNS[self.rope_scaling]) - self.rope_low_turns
+            # Of Kimi K2 the two are the same: yarn's whole pairs then keep them apart.
+            if between < 0 or (between == 0 and self.rope_scaling == "llama3"):
                 problems.append("model.rope_high_turns must be above model.rope_low_turns")
         return problems
 

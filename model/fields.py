@@ -8,7 +8,7 @@ from settings import setting
 EXPORT_CLASSES = (
     *("gemma", "llama", "mistral", "qwen3", "gpt2", "openai-gpt", "qwen2", "ministral", "smollm3", "phi3", "granite"),
     *("glm4", "olmo2", "olmo3", "gemma2", "gemma3_text", "gpt_neox", "stablelm", "starcoder2", "cohere2"),
-    *("deepseek_v3", "deepseek_v2"),
+    *("deepseek_v3", "deepseek_v2", "mixtral", "olmoe", "qwen3_moe", "qwen2_moe", "glm4_moe", "gpt_oss"),
 )
 
 
@@ -76,7 +76,7 @@ class ModelFields:
     rope_high_turns: float | None = setting(
         None, "rotary pairs with more turns keep their frequency", unset="4 for llama3, 32 for yarn", above=0
     )
-
+    rope_truncate: bool = setting(True, "yarn's interpolation begins and ends at whole pairs; gpt-oss's does not")
     rope_length: float | None = setting(
         None,
         "length of rotated vectors of length 1 with yarn or longrope",

@@ -118,7 +118,10 @@ def frequencies(config: ResolvedModelConfig, rope: Rope | None = None, long: boo
         else:
             # The (fractional) index of the pair that makes this number of turns.
             pair = lambda turns: C * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(rope.base))
-            first, last = max(math.floor(pair(high)), 0), min(math.ceil(pair(low)), C - 1)
+            first, last = pair(high), pair(low)
+            if config.rope_truncate:
+                first, last = math.floor(first), math.ceil(last)
+            first, last = max(first, 0), min(last, C - 1)
             kept = 1 - np.clip((np.arange(C // 2) - first) / max(last - first, 0.001), 0, 1)
     return (plain * kept + plain / factor * (1 - kept)).astype(np.float32)
 

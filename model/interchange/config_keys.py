@@ -33,6 +33,7 @@ class ConfigKey(NamedTuple):
         default: value in a file without the key; None if the key is required.
         values: value in config.json by value of the field, or None if the two are equal.
         aliases: value of the field by further values in config.json, which are only read.
+        other_key: another name of the key, which is only read, and first.
     """
 
     key: str
@@ -41,15 +42,17 @@ class ConfigKey(NamedTuple):
     default: Any = None
     values: Mapping[str, str] | None = None
     aliases: Mapping[str, str] = MappingProxyType({})
+    other_key: str = ""
 
     def read(self, hf_config: Mapping[str, Any]) -> Any:
         """Returns the value of our field. ValueError names what is wrong with that of config.json."""
-        value = parse(hf_config, self.key, self.kind, self.default)
+        key = self.key if hf_config.get(self.other_key) is None else self.other_key
+        value = parse(hf_config, key, self.kind, self.default)
         if self.values is None:
             return value
         fields = {**self.aliases, **{hf_value: field for field, hf_value in self.values.items()}}
         if value not in fields:
-            raise ValueError(f"{self.key} is {value!r}; this decoder has {', '.join(fields)}")
+            raise ValueError(f"{key} is {value!r}; this decoder has {', '.join(fields)}")
         return fields[value]
 
     def write(self, value: Any) -> Any:

@@ -4,12 +4,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from model.config import ResolvedModelConfig
+from model.config import EXPERT_FIELDS, ResolvedModelConfig
 from model.interchange.config_keys import ConfigKey
 from model.interchange.layer_types import of_one_kind
 from model.interchange.tensors import Tensor
 
 Choices = dict[str, tuple[Any, ...] | None]
+Limits = dict[str, Callable[[ResolvedModelConfig], bool] | None]
 # Values of fields that a class has unless it says otherwise.
 USUAL: Choices = {
     "embedding_multiplier": (1.0,),
@@ -26,6 +27,7 @@ USUAL: Choices = {
     "residual_multiplier": (1.0,),
     "logit_multiplier": (1.0,),
     "logit_softcap": (None,),
+    "num_experts": (None,),
 }
 USUAL_LIMITS: Mapping[str, Callable[[ResolvedModelConfig], bool]] = {
     "layer_pattern": of_one_kind,
@@ -54,6 +56,11 @@ class Family:
         extra_fields: function from config keys to further fields of ours.
         ignored: ends of names of tensors in older files that no model needs.
         without_effect: config keys that have no effect on logits in this class, besides `WITHOUT_EFFECT`.
+        other_types: further values of `model_type` in files of the class.
+        one_width: `feedforward_dim` is `expert_dim`, because no layer is dense.
+        quantization: the `quant_method` of quantized weights that are read.
+        predicted_key: config key for the number of layers behind the last one, which predict further tokens and are
+            left out.
     """
 
     model_type: str
@@ -63,13 +70,17 @@ class Family:
     tensors: tuple[Tensor, ...]
     context: ConfigKey
     choices: Choices
-    limits: dict[str, Callable[[ResolvedModelConfig], bool] | None] = field(default_factory=dict)
+    limits: Limits = field(default_factory=dict)
     always: Mapping[str, Any] = field(default_factory=dict)
     required: Mapping[str, Any] = field(default_factory=dict)
     extra_keys: Callable[[ResolvedModelConfig], dict[str, Any]] = lambda config: {}
     extra_fields: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda hf_config: {}
     ignored: tuple[str, ...] = ()
     without_effect: tuple[str, ...] = ()
+    other_types: tuple[str, ...] = ()
+    one_width: bool = False
+    quantization: str | None = None
+    predicted_key: str | None = None
 
     def lacks(self, config: ResolvedModelConfig) -> list[str]:
         """Returns the choices of a model that the class does not have, as "model.field = value"."""
@@ -82,7 +93,10 @@ class Family:
 
     def widened(self, config: ResolvedModelConfig, context: int) -> ResolvedModelConfig:
         """Returns the model of the same function that has everything that the class always has."""
-        changes = dict(self.always)
+        unused = () if config.num_experts else EXPERT_FIELDS
+        changes = {name: value for name, value in self.always.items() if name not in unused}
+        if self.one_width:
+            changes["feedforward_dim"] = config.expert_dim
         if changes.get("position", config.position) != config.position:
             changes["max_positions"] = context
         if config.scale_embeddings and self.choices.get("scale_embeddings") != (True,):

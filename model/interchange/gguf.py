@@ -27,7 +27,7 @@ from model.position import frequencies
 USUAL: Choices = {"activation": ("silu",), "rope_scaling": ("none", "linear", "yarn"), "rope_length": (None,)}
 WITH_LLAMA3: Choices = {"rope_scaling": ("none", "linear", "yarn", "llama3")}
 # llama.cpp does not read these from a file.
-YARN_TURNS: Choices = {"rope_high_turns": (32.0,), "rope_low_turns": (1.0,)}
+YARN_TURNS: Choices = {"rope_high_turns": (32.0,), "rope_low_turns": (1.0,), "rope_truncate": (True,)}
 
 
 class Architecture(NamedTuple):
@@ -209,7 +209,8 @@ class GGUFExport:
         self.model = model
         model_type = model.family.model_type
         if model_type not in ARCHITECTURES:
-            name = "norm_placement" if model.config.kv_latent_dim is None else "kv_latent_dim"
+            names = ("num_experts", "kv_latent_dim", "norm_placement")
+            name = next(name for name in names if getattr(model.config, name) is not None)
             raise ValueError(f"llama.cpp has no model.{name} = {getattr(model.config, name)} here")
         self.architecture = ARCHITECTURES[model_type]
         self.config = config = replace(
@@ -251,17 +252,17 @@ class GGUFExport:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shape of each tensor, in the order of `tensors`."""
-        shapes = {name: self._tensor_map.shape(tensor) for name, tensor, _ in self._tensor_map.arrays()}
+        shapes = {array.name: self._tensor_map.shape(array.tensor) for array in self._tensor_map.arrays()}
         return shapes | ({ROPE_FREQUENCIES: (self.config.head_dim // 2,)} if self._has_rope_divisors else {})
 
     def tensors(self, read: ParameterReader) -> Iterator[tuple[str, np.ndarray]]:
         """Yields (name, float32 array) for each tensor: [outputs, inputs], a vector or a table."""
         widened = self.model.export_reader(read)
-        for name, tensor, layer in self._tensor_map.arrays():
-            array = self._tensor_map.write(tensor, layer, widened).astype(np.float32, copy=False)
+        for array in self._tensor_map.arrays():
+            values = self._tensor_map.write(array, widened).astype(np.float32, copy=False)
             # Where Transformers computes with 1 + w, llama.cpp computes with w.
-            is_norm = self._tensor_map.parameters[tensor.parameters[0]].role == "norm"
-            yield name, array + np.float32(1) if is_norm and self.config.norm_offset else array
+            is_norm = self._tensor_map.parameters[array.tensor.parameters[0]].role == "norm"
+            yield array.name, values + np.float32(1) if is_norm and self.config.norm_offset else values
         if self._has_rope_divisors:
             yield ROPE_FREQUENCIES, rope_divisors(self.config)
 

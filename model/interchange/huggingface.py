@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,12 +12,15 @@ import numpy as np
 from model.config import ModelConfig, ResolvedModelConfig
 from model.interchange.config_keys import parse
 from model.interchange.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from model.interchange.experts import GLM4_MOE, MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
 from model.interchange.family import Family
 from model.interchange.gemma import GEMMA, GEMMA2, GEMMA3
 from model.interchange.gpt import GPT1, GPT2
+from model.interchange.gpt_oss import GPT_OSS
 from model.interchange.layernorm import COHERE2, GPT_NEOX, STABLELM, STARCODER2
 from model.interchange.llama import GLM4, GRANITE, LLAMA, MINISTRAL, MISTRAL, PHI3, QWEN2, QWEN3, SMOLLM3
 from model.interchange.olmo import OLMO2, OLMO3
+from model.interchange.quantized import check_quantization
 from model.interchange.tensors import ParameterReader, TensorMap, TensorReader
 from model.parameters import parameter_table
 from model.position import sinusoids
@@ -28,12 +31,13 @@ from settings import choices_of
 FAMILIES = (
     *(GEMMA, LLAMA, MISTRAL, QWEN3, GPT2, GPT1, QWEN2, MINISTRAL, SMOLLM3, PHI3, GRANITE, GLM4, OLMO2, OLMO3),
     *(GEMMA2, GEMMA3, GPT_NEOX, STABLELM, STARCODER2, COHERE2, DEEPSEEK_V3, DEEPSEEK_V2),
+    *(MIXTRAL, OLMOE, QWEN3_MOE, QWEN2_MOE, GLM4_MOE, GPT_OSS),
 )
 # The key in config.json for fields that widening changes.
 OWN_KEY = "ziggurat"
 OWN_FIELDS = (
     *("position", "attention_bias", "attention_output_bias", "feedforward_bias", "norm_bias", "norm_offset"),
-    *("scale_embeddings", "tie_embeddings"),
+    *("scale_embeddings", "tie_embeddings", "balance_bias", "router_bias", "feedforward_dim"),
 )
 # What else it may hold: the context, where config.json gives the model another number of positions.
 OWN_CONTEXT = "segment_length"
@@ -52,12 +56,14 @@ def family_of(config: ResolvedModelConfig) -> Family:
             raise ValueError(f"{named} has no {', no '.join(missing)}")
         return family
     lacks = [family.lacks(config) for family in FAMILIES]
-    fewest = min(map(len, lacks))
-    if not fewest:
+    if [] in lacks:
         return FAMILIES[lacks.index([])]
+    # A class without experts is never near to a model that has them, nor the other way round.
+    experts = f"model.num_experts = {config.num_experts}"
+    fewest = min(len(missing) for missing in lacks if experts not in missing)
     nearest: dict[str, str] = {}
     for family, missing in zip(FAMILIES, lacks, strict=True):
-        if len(missing) == fewest:
+        if len(missing) == fewest and experts not in missing:
             nearest.setdefault(f"no {', no '.join(missing)}", family.architecture)
     raise ValueError("; ".join(f"{name} in Transformers has {missing}" for missing, name in nearest.items()))
 
@@ -69,11 +75,13 @@ class Interchange:
         context: number of positions that the model was trained on at once.
         widened: the config with everything that the class always has.
         num_positions: number of positions that config.json gives the model.
+        predicted_layers: number of layers behind the last one that a file has and this decoder leaves out.
     """
 
-    def __init__(self, config: ResolvedModelConfig, context: int):
+    def __init__(self, config: ResolvedModelConfig, context: int, predicted_layers: int = 0):
         self.config = config
         self.context = context
+        self.predicted_layers = predicted_layers
         self.family = family_of(config)
         self.widened = self.family.widened(config, context)
         self.num_positions = self.widened.max_positions or context
@@ -101,7 +109,7 @@ class Interchange:
         if family is None:
             readable = ", ".join(family.architecture for family in FAMILIES)
             raise ValueError(f"architectures is {architectures}; what can be read is {readable}")
-        if hf_config.get("model_type", family.model_type) != family.model_type:
+        if hf_config.get("model_type", family.model_type) not in (family.model_type, *family.other_types):
             other = hf_config["model_type"]
             raise ValueError(
                 f"model_type is {other!r}, of another class than {family.architecture}; correct one of them"
@@ -112,7 +120,8 @@ class Interchange:
             most = f" and at most {config.max_positions}" if config.max_positions else ""
             name = OWN_CONTEXT if OWN_CONTEXT in hf_config.get(OWN_KEY, {}) else family.context.key
             raise ValueError(f"{name} is {context}; it must be at least 1{most}")
-        return cls(config, context)
+        key = family.predicted_key
+        return cls(config, context, 0 if key is None else max(parse(hf_config, key, int, 1), 0))
 
     @property
     def own_fields(self) -> dict[str, Any]:
@@ -124,7 +133,12 @@ class Interchange:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every exported tensor by name, in the order of `export_tensors`."""
-        return {name: self.tensor_map.shape(tensor) for name, tensor, _ in self.tensor_map.arrays()}
+        return {array.name: self.tensor_map.shape(array.tensor) for array in self.tensor_map.arrays()}
+
+    @property
+    def float32_tensors(self) -> frozenset[str]:
+        """Names of the tensors that are float32 whatever the dtype of the others."""
+        return frozenset(array.name for array in self.tensor_map.arrays() if array.tensor.float32)
 
     def export_config(self, bos_id: int, eos_id: int, dtype: str = "float32") -> dict[str, Any]:
         """Returns the values of config.json."""
@@ -145,11 +159,12 @@ class Interchange:
     def export_tensors(self, read: ParameterReader) -> Iterator[tuple[str, np.ndarray]]:
         """Yields (name, array) for every tensor: the tables, then layer by layer, then the tensors after the layers.
 
-        Each layer of each parameter is read once, when it is needed.
+        Each layer of each parameter is read once, when it is needed. One layer of all experts is in memory at most.
         """
-        widened = self.export_reader(read)
-        for name, tensor, layer in self.tensor_map.arrays():
-            yield name, self.tensor_map.write(tensor, layer, widened)
+        # The experts of a layer are written one after the other.
+        widened = functools.lru_cache(maxsize=1)(self.export_reader(read))
+        for array in self.tensor_map.arrays():
+            yield array.name, self.tensor_map.write(array, widened)
 
     def export_reader(self, read: ParameterReader) -> ParameterReader:
         """Returns a reader of the widened model's parameters, from one of the model's own."""
@@ -187,11 +202,23 @@ class Interchange:
         prefix = "" if any(name.startswith(self.family.prefix) for name in names) else self.family.prefix
         return {name if name == self._unembedding else prefix + name: name for name in names}
 
-    def check_tensors(self, names: Collection[str], read: TensorReader) -> None:
+    def left_out(self, names: Collection[str]) -> list[str]:
+        """Returns the names of tensors in layers behind the last one, which predict further tokens."""
+        first = self.config.num_layers
+        layers = tuple(f"model.layers.{number}." for number in range(first, first + self.predicted_layers))
+        return [name for name in names if name.startswith(layers)]
+
+    def check_tensors(
+        self,
+        names: Collection[str],
+        read: TensorReader,
+        shape_of: Callable[[str], tuple[int, ...]] | None = None,
+    ) -> None:
         """Raises ValueError if the tensors are not those of this model.
 
         Args:
             read: returns a tensor or a view of it; a tensor that only widens the model must equal its filling.
+            shape_of: returns the shape of a tensor, if reading it takes more than a view.
         """
         if self.config.num_layers > len(names):
             raise ValueError(f"the config says {self.config.num_layers} layers, and there are {len(names)} tensors")
@@ -199,9 +226,10 @@ class Interchange:
         if missing := sorted(shapes.keys() - set(names)):
             raise ValueError(f"there is no {missing[0]}" + (f", nor {len(missing) - 1} others" if missing[1:] else ""))
         for name, shape in shapes.items():
-            if (actual := read(name).shape) != shape:
+            if (actual := shape_of(name) if shape_of else read(name).shape) != shape:
                 raise ValueError(f"{name} has the shape {actual}; the config wants {shape}")
-        extra = [name for name in sorted(set(names) - shapes.keys()) if not name.endswith(self.family.ignored)]
+        extra = sorted(set(names) - shapes.keys() - set(self.left_out(names)))
+        extra = [name for name in extra if not name.endswith(self.family.ignored)]
         table = functools.cache(lambda: self.tensor_map.read("embedding.table", None, read))
         if self._unembedding in extra and self.widened.tie_embeddings:
             extra.remove(self._unembedding)
@@ -223,7 +251,7 @@ class Interchange:
         for name in parameters.keys() - self._own_parameters - {"unembedding.matrix"}:
             filling = self._filling(name)
             atol = BFLOAT16_RTOL * filling.any()
-            for layer in range(self.config.num_layers) if "layers" in parameters[name].axes else [None]:
+            for layer in range(axes["layers"]) if "layers" in (axes := parameters[name].axes) else [None]:
                 if not np.allclose(self.tensor_map.read(name, layer, read), filling, rtol=0, atol=atol):
                     return False
         return True
@@ -244,12 +272,14 @@ def _import_config(family: Family, hf_config: Mapping[str, Any]) -> ResolvedMode
     layer_types = [] if "layer_pattern" in family.limits else hf_config.get("layer_types") or []
     if not isinstance(layer_types, list) or any(layer_type != layer_types[0] for layer_type in layer_types):
         raise ValueError(f"layer_types is {layer_types!r}; in {family.architecture} all layers are alike")
-    if hf_config.get("quantization_config"):
-        raise ValueError("quantization_config: quantized weights are not read; take those that they were made of")
+    if settings := hf_config.get("quantization_config"):
+        check_quantization(settings, family.quantization)
     fields = {name: values[0] for name, values in family.choices.items() if values and len(values) == 1}
     fields |= family.always
     fields |= {key.field: key.read(hf_config) for key in family.keys}
     fields |= family.extra_fields(hf_config)
+    if family.one_width:
+        fields["feedforward_dim"] = fields["expert_dim"]
     if layer_types[:1] == ["full_attention"] and fields.get("sliding_window") is not None:
         raise ValueError("layer_types says full_attention in all layers, and there is a sliding_window; leave out one")
     own = hf_config.get(OWN_KEY, {})
@@ -268,7 +298,6 @@ def _import_config(family: Family, hf_config: Mapping[str, Any]) -> ResolvedMode
 
 
 def _is_own(name: str, value: Any) -> bool:
-    return name == OWN_CONTEXT or (
-        name in OWN_FIELDS
-        and (value in choices_of(ModelConfig, "position") if name == "position" else isinstance(value, bool))
-    )
+    if name in ("position", "feedforward_dim"):
+        return value in choices_of(ModelConfig, name) if name == "position" else type(value) is int
+    return name == OWN_CONTEXT or (name in OWN_FIELDS and isinstance(value, bool))

@@ -1,9 +1,13 @@
-"""Kinds of layers in a config.json: `layer_types`, one name a layer, and our `layer_pattern`."""
+"""Kinds of layers in a config.json: `layer_types`, one name a layer, and our `layer_pattern`.
+
+Small letters of a pattern are dense layers among experts, and attend as capital ones do.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
 from model.config import DEFAULT_PATTERN, ResolvedModelConfig
+from model.layers import layer_kinds
 
 FULL, WINDOW = "full_attention", "sliding_attention"
 # The letter of each type, in classes whose layers rotate wherever they attend to.
@@ -11,9 +15,14 @@ LETTERS = {FULL: "F", WINDOW: "S"}
 
 
 def letters_of(config: ResolvedModelConfig) -> str:
-    """Returns the letter of every layer, as `model.layers.layer_kinds` reads the pattern."""
+    """Returns the capital letter of every layer, as `model.layers.layer_kinds` reads the pattern."""
     pattern = config.layer_pattern or DEFAULT_PATTERN[config.sliding_window is not None]
-    return (pattern * config.num_layers)[: config.num_layers]
+    return (pattern * config.num_layers)[: config.num_layers].upper()
+
+
+def dense_numbers(config: ResolvedModelConfig) -> list[int]:
+    """Returns the numbers of the dense layers, from 0 on."""
+    return [number for number, kind in enumerate(layer_kinds(config)) if not kind.experts]
 
 
 def of_kinds(letters: str) -> Any:
@@ -22,8 +31,13 @@ def of_kinds(letters: str) -> Any:
 
 
 def of_one_kind(config: ResolvedModelConfig) -> bool:
-    """True if all layers are alike, and have positions."""
-    return set(letters_of(config)) in ({"F"}, {"S"})
+    """True if all layers are alike, or differ by `dense_layers` alone, and have positions."""
+    return has_capitals(config) and set(letters_of(config)) in ({"F"}, {"S"})
+
+
+def has_capitals(config: ResolvedModelConfig) -> bool:
+    """True if dense layers among experts, if any, are the first ones, as `dense_layers` says."""
+    return (config.layer_pattern or "").upper() == (config.layer_pattern or "")
 
 
 def write_layer_types(config: ResolvedModelConfig, letters: Mapping[str, str] = LETTERS) -> list[str]:
@@ -62,7 +76,7 @@ def pattern_fields(letters: str, window: int | None) -> dict[str, Any]:
 
     ValueError if layers have a window without a length.
     """
-    if "S" not in letters:
+    if "S" not in letters.upper():
         window = None
     elif window is None:
         raise ValueError("layer_types has sliding_attention, and there is no sliding_window")

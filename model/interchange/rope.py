@@ -16,6 +16,8 @@ PART = "partial_rotary_factor"
 TURN_KEYS = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_slow", "beta_fast")}
 # The length of yarn's cosines and sines, which follows from the factor if a file does not say it.
 LENGTH = "attention_factor"
+# Whether yarn's interpolation begins and ends at whole pairs.
+TRUNCATE = "truncate"
 # Longrope's divisors for rows up to the original context, and for longer ones.
 FACTOR_KEYS = ("short_factor", "long_factor")
 
@@ -34,6 +36,8 @@ def rope_to_huggingface(config: ResolvedModelConfig) -> dict[str, Any]:
         for key, numbers in zip(FACTOR_KEYS, (config.rope_short_divisors, config.rope_long_divisors), strict=True):
             rope[key] = divisors(numbers or "")
         rope[ORIGINAL_CONTEXT] = config.rope_original_context
+    if not config.rope_truncate:
+        rope[TRUNCATE] = False
     if config.rope_length is not None:
         rope[LENGTH] = config.rope_length
     if config.rope_dim != config.head_dim:
@@ -120,7 +124,7 @@ def rope_from_huggingface(
         raise ValueError(f"rope_type is {rope_type}; this decoder has default, linear, llama3, yarn and longrope")
     known = {"rope_type", "type", "rope_theta", PART, "factor", ORIGINAL_CONTEXT}
     known |= {*TURN_KEYS.get(rope_type, ()), *([LENGTH] if rope_type in ("yarn", "longrope") else [])}
-    known |= set(FACTOR_KEYS if rope_type == "longrope" else ())
+    known |= set(FACTOR_KEYS if rope_type == "longrope" else ()) | ({TRUNCATE} if rope_type == "yarn" else set())
     if others := [name for name in rope if name not in known and rope[name] is not None]:
         raise ValueError(f"rope_parameters.{others[0]}: this decoder has no such choice")
     if rope_type == "default":
@@ -135,6 +139,8 @@ def rope_from_huggingface(
         fields["rope_original_context"] = parse(source, ORIGINAL_CONTEXT, int)
         fields["rope_low_turns"] = parse(rope, low, float, 1.0)
         fields["rope_high_turns"] = parse(rope, high, float, HIGH_TURNS[rope_type])
+    if rope_type == "yarn" and not parse(rope, TRUNCATE, bool, True):
+        fields["rope_truncate"] = False
     if rope.get(LENGTH) is not None:
         length = 0.1 * math.log(max(factor, 1.0)) + 1
         if not math.isclose(parse(rope, LENGTH, float), length, rel_tol=1e-6):

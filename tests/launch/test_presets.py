@@ -35,6 +35,89 @@ COUNTS = {
     "olmo2_1b": 1_484_916_736,
     "smollm3_3b": 3_075_098_624,
     "olmo3_7b": 7_298_011_136,
+    "mixtral_8x7b": 46_702_792_704,
+    "olmoe_1b_7b": 6_919_161_856,
+    "qwen3_30b_a3b": 30_532_122_624,
+    "deepseek_v2_lite": 15_706_484_224,
+    "deepseek_v3": 671_026_404_352,
+    "kimi_k2": 1_026_408_209_408,
+    "gpt_oss_20b": 20_914_757_184,
+}
+# Biases that balance the load, which are no parameters of their class.
+BIASES = {"deepseek_v3": 14_848, "kimi_k2": 23_040}
+LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "v_head_dim": 128, "qk_nope_head_dim": 128, "moe_layer_freq": 1}
+LATENT |= {"hidden_act": "silu", "rms_norm_eps": 1e-6, "attention_bias": False, "attention_dropout": 0.0}
+LATENT |= {"aux_loss_alpha": 0.001, "seq_aux": True, "tie_word_embeddings": False}
+LATER = {"type": "yarn", "beta_fast": 32, "beta_slow": 1, "factor": 40, "original_max_position_embeddings": 4096}
+# Those of models with experts.
+HUB_EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral_8x7b": {
+        "architectures": ["MixtralForCausalLM"],
+        **{"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32},
+        **{"num_key_value_heads": 8, "vocab_size": 32_000, "max_position_embeddings": 32_768, "hidden_act": "silu"},
+        **{"rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None, "num_local_experts": 8},
+        **{"num_experts_per_tok": 2, "router_aux_loss_coef": 0.02, "tie_word_embeddings": False},
+    },
+    "olmoe_1b_7b": {
+        "architectures": ["OlmoeForCausalLM"],
+        **{"hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 16, "num_attention_heads": 16},
+        **{"num_key_value_heads": 16, "vocab_size": 50_304, "max_position_embeddings": 4096, "hidden_act": "silu"},
+        **{"rms_norm_eps": 1e-5, "rope_theta": 10_000.0, "rope_scaling": None, "clip_qkv": None, "num_experts": 64},
+        **{"num_experts_per_tok": 8, "norm_topk_prob": False, "router_aux_loss_coef": 0.01, "attention_bias": False},
+    },
+    "qwen3_30b_a3b": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        **{"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48, "num_attention_heads": 32},
+        **{"num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151_936, "max_position_embeddings": 32_768},
+        **{"rms_norm_eps": 1e-6, "rope_theta": 1e6, "rope_scaling": None, "hidden_act": "silu", "num_experts": 128},
+        **{"num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True, "mlp_only_layers": []},
+        **{"decoder_sparse_step": 1, "router_aux_loss_coef": 0.001, "use_sliding_window": False},
+        **{"sliding_window": None, "max_window_layers": 48, "attention_bias": False, "tie_word_embeddings": False},
+    },
+    "deepseek_v2_lite": {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        **LATENT,
+        **{"hidden_size": 2048, "intermediate_size": 10_944, "num_hidden_layers": 27, "num_attention_heads": 16},
+        **{"num_key_value_heads": 16, "vocab_size": 102_400, "max_position_embeddings": 163_840, "q_lora_rank": None},
+        **{"n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6, "moe_intermediate_size": 1408},
+        **{"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "topk_method": "greedy"},
+        **{"norm_topk_prob": False, "routed_scaling_factor": 1.0, "scoring_func": "softmax", "rope_theta": 10_000},
+        "rope_scaling": LATER | {"mscale": 0.707, "mscale_all_dim": 0.707},
+    },
+    "deepseek_v3": {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        **LATENT,
+        **{"hidden_size": 7168, "intermediate_size": 18_432, "num_hidden_layers": 61, "num_attention_heads": 128},
+        **{"num_key_value_heads": 128, "vocab_size": 129_280, "max_position_embeddings": 163_840, "q_lora_rank": 1536},
+        **{"n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8, "moe_intermediate_size": 2048},
+        **{"first_k_dense_replace": 3, "n_group": 8, "topk_group": 4, "topk_method": "noaux_tc"},
+        **{"norm_topk_prob": True, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "rope_theta": 10_000},
+        "rope_scaling": LATER | {"mscale": 1.0, "mscale_all_dim": 1.0},
+    },
+    "kimi_k2": {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        **LATENT,
+        **{"hidden_size": 7168, "intermediate_size": 18_432, "num_hidden_layers": 61, "num_attention_heads": 64},
+        **{"num_key_value_heads": 64, "vocab_size": 163_840, "max_position_embeddings": 131_072, "q_lora_rank": 1536},
+        **{"n_routed_experts": 384, "n_shared_experts": 1, "num_experts_per_tok": 8, "moe_intermediate_size": 2048},
+        **{"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "topk_method": "noaux_tc"},
+        **{"norm_topk_prob": True, "routed_scaling_factor": 2.827, "scoring_func": "sigmoid", "rope_theta": 50_000.0},
+        "rope_scaling": LATER
+        | {"factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0}
+        | {"mscale_all_dim": 1.0},
+    },
+    "gpt_oss_20b": {
+        "architectures": ["GptOssForCausalLM"],
+        **{"hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 24, "num_attention_heads": 64},
+        **{"num_key_value_heads": 8, "head_dim": 64, "vocab_size": 201_088, "max_position_embeddings": 131_072},
+        **{"rms_norm_eps": 1e-5, "rope_theta": 150_000, "hidden_act": "silu", "attention_bias": True},
+        **{"num_local_experts": 32, "num_experts_per_tok": 4, "router_aux_loss_coef": 0.9, "swiglu_limit": 7.0},
+        **{"sliding_window": 128, "layer_types": ["sliding_attention", "full_attention"] * 12},
+        "rope_scaling": {
+            **{"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+            "original_max_position_embeddings": 4096,
+        },
+    },
 }
 # What decides shapes and computation in the config.json of the published models.
 HUB: dict[str, dict[str, Any]] = {
@@ -85,11 +168,17 @@ HUB: dict[str, dict[str, Any]] = {
         },
         **{"sliding_window": 4096, "layer_types": [*["sliding_attention"] * 3, "full_attention"] * 8},
     },
+    **HUB_EXPERTS,
 }
 # Fields of ours that no config.json has, and those of a later stage of training.
-OF_TRAINING = {"compute_dtype", "remat_policy", "z_loss"}
+OF_TRAINING = {"compute_dtype", "remat_policy", "z_loss", "router_z_loss"}
 EXTENDED = {"olmo3_7b": {"rope_scaling", "rope_factor", "rope_original_context", "rope_high_turns"}}
 EXTENDED["olmo3_7b"] |= {"window_rope_scaling"}
+YARN = {"rope_scaling", "rope_factor", "rope_original_context", "rope_high_turns"}
+EXTENDED |= dict.fromkeys(("deepseek_v2_lite", "deepseek_v3", "kimi_k2"), YARN | {"attention_scale", "rope_length"})
+# The paper of DeepSeek-V3 gives a tenth of the weight in its config.json, and gpt-oss's is no published recipe.
+EXTENDED["deepseek_v3"] = EXTENDED["deepseek_v3"] | {"balance_loss"}
+EXTENDED["gpt_oss_20b"] = YARN | {"rope_truncate", "balance_loss"}
 
 
 def test_every_preset_is_counted_here():
@@ -106,7 +195,7 @@ def test_a_preset_opens_with_its_command_and_has_its_number_of_parameters(name: 
     model = config.resolved(config.tokenizer.vocab_size).model
     shapes = jax.eval_shape(lambda: initial_weights(model, 0))
     padding = sum(math.prod(p.shape) for p in parameter_table(model).values()) - count_parameters(model)
-    assert sum(x.size for x in jax.tree.leaves(shapes)) - padding == COUNTS[name]
+    assert sum(x.size for x in jax.tree.leaves(shapes)) - padding == COUNTS[name] + BIASES.get(name, 0)
 
 
 def test_gpt3_trains_on_the_tokens_of_its_paper():
@@ -159,10 +248,33 @@ def test_a_preset_is_the_model_of_the_published_config(name: str):
 def assert_same_shapes(model: Any, name: str) -> None:
     config = load_config(name, {}).resolved(32_000)
     shapes = Interchange(config.model, config.data.segment_length).shapes
-    named = dict(model.named_parameters())
+    named = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
+    named |= {key: tuple(buffer.shape) for key, buffer in model.named_buffers() if key.endswith("correction_bias")}
+    if config.model.num_experts and type(model).__name__ != "GptOssForCausalLM":
+        named = one_by_one(named, type(model).__name__ == "MixtralForCausalLM")
     if type(model).__name__ == "GPTNeoXForCausalLM":  # in files its unembedding has the older name
         named["embed_out.weight"] = named.pop("lm_head.weight")
-    assert shapes == {key: tuple(parameter.shape) for key, parameter in named.items()}
+    assert shapes == named
+
+
+def one_by_one(named: dict[str, tuple[int, ...]], of_mixtral: bool) -> dict[str, tuple[int, ...]]:
+    """Shapes by the names on disk, where each expert has its own matrices; in memory they are together."""
+    gate, up, down = ("w1", "w3", "w2") if of_mixtral else ("gate_proj", "up_proj", "down_proj")
+    apart: dict[str, tuple[int, ...]] = {}
+    for key, shape in named.items():
+        key = key.replace(".mlp.", ".block_sparse_moe.") if of_mixtral else key
+        block, _, name = key.rpartition(".experts.")
+        if not block:
+            apart[key] = shape
+            continue
+        E, outputs, inputs = shape
+        for expert in range(E):
+            if name == "down_proj":
+                apart[f"{block}.experts.{expert}.{down}.weight"] = (outputs, inputs)
+            else:
+                half = (outputs // 2, inputs)
+                apart |= {f"{block}.experts.{expert}.{part}.weight": half for part in (gate, up)}
+    return apart
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -207,6 +319,10 @@ RECIPES = {
     "olmo2_1b": (2e6, 5e12, ("cosine", 4e-4, 4000, 0.1), (0.9, 0.95, 1e-8, 0.1, 1.0)),
     "smollm3_3b": (2.36e6, 11.1e12, ("wsd", 2e-4, 2000, 0.0), (0.9, 0.95, 1e-8, 0.1, 1.0)),
     "olmo3_7b": (4e6, 5e12, ("cosine", 3e-4, 2000, 0.1), (0.9, 0.95, 1e-8, 0.1, 1.0)),
+    "olmoe_1b_7b": (4.2e6, 5.13e12, ("cosine", 4e-4, 2500, 0.1), (0.9, 0.95, 1e-8, 0.1, 1.0)),
+    "deepseek_v2_lite": (18.9e6, 5.7e12, ("wsd", 4.2e-4, 2000, 0.1), (0.9, 0.95, 1e-8, 0.1, 1.0)),
+    "deepseek_v3": (62.9e6, 14.8e12, ("wsd", 2.2e-4, 2000, 0.1), (0.9, 0.95, 1e-8, 0.1, 1.0)),
+    "kimi_k2": (67.1e6, 15.5e12, ("wsd", 2e-4, 500, 0.1), (0.9, 0.95, 1e-8, 0.1, 1.0)),
 }
 
 
@@ -219,7 +335,7 @@ def test_published_recipes_are_those_of_their_papers(name: str):
     if of_all:
         rows = sum(batch_size(config, step) for step in range(config.train.num_steps))
         assert rows * length == pytest.approx(of_all, rel=0.02)
-    assert (optimizer.name, optimizer.schedule) == ("adamw", schedule)
+    assert (optimizer.name, optimizer.schedule) == ("muon" if name == "kimi_k2" else "adamw", schedule)
     assert optimizer.learning_rate == pytest.approx(peak, rel=0.01)
     assert optimizer.steps_of_warmup(config.train.num_steps) in (warmup, warmup - 1)
     assert final in (None, optimizer.final_fraction)

@@ -1,6 +1,7 @@
 """Weights as files for inference: writes and reads a folder that Hugging Face Transformers opens."""
 
 import json
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -18,11 +19,13 @@ from data.tokenizer.to_huggingface import write_huggingface_tokenizer
 from data.tokenizer.tokenizer import MODEL_FILE
 from model.config import ModelConfig, ResolvedModelConfig
 from model.interchange.huggingface import Interchange, family_of
+from model.interchange.quantized import StoredTensors
 from model.interchange.tensors import ParameterReader
 from train.run.storage import check_free_space
 from train.weights.safetensors_files import FLOAT_DTYPES, INDEX_FILE, SINGLE_FILE, TensorFiles, write_tensor_files
 from train.weights.weight_source import WeightSource
 
+log = logging.getLogger(__name__)
 # The key of config.json with the step of the run, which marks a folder as an export.
 STEP_KEY = "pretraining_step"
 CARD_FILE = "README.md"
@@ -63,7 +66,8 @@ def write_huggingface(folder: Path, weights: WeightSource, dtype: str = "float32
         for name, values in (("config.json", hf_config), ("generation_config.json", special)):
             (partial / name).write_text(json.dumps(values, indent=2) + "\n")
         (partial / CARD_FILE).write_text(card)
-        write_tensor_files(partial, shapes, EXPORT_DTYPES[dtype], model.export_tensors(weights.read))
+        tensors = model.export_tensors(weights.read)
+        write_tensor_files(partial, shapes, EXPORT_DTYPES[dtype], tensors, model.float32_tensors)
 
 
 def check_export_folder(folder: Path) -> None:
@@ -128,17 +132,22 @@ def open_tensors(folder: Path) -> tuple[Interchange, ParameterReader]:
     hf_config = read_config(folder)
     try:
         model = Interchange.from_config(hf_config)
-        tensors = TensorFiles(folder)
+        settings = hf_config.get("quantization_config")
+        files = TensorFiles(folder, has_packed=bool(settings))
+        tensors = StoredTensors(settings, files.names, files)
         names = model.full_names(tensors.names)
         read = lambda name: tensors(names[name])
-        model.check_tensors(names, read)
+        model.check_tensors(names, read, lambda name: tensors.shape(names[name]))
     except (ValueError, OSError) as error:
         raise InputError(f"{folder}: these weights cannot be read: {error}") from None
+
+    if left_out := model.left_out(names):
+        log.warning("%s: tensors of layers that predict further tokens, left out: %d", folder, len(left_out))
 
     def finite(name: str) -> np.ndarray:
         array = read(name)
         with np.errstate(over="ignore"):
-            if not np.isfinite(array.astype(np.float32)).all():
+            if not np.isfinite(array.astype(np.float32, copy=False)).all():
                 raise InputError(f"{folder}: {name} has NaN or infinite values in float32; take other weights")
         return array
 

@@ -6,7 +6,7 @@ data. The library has no streaming writer, and its NumPy interface has no bfloat
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,22 @@ FLOAT_DTYPES = {
     "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
     "F8_E5M2": np.dtype(jnp.float8_e5m2),
 }
+# The dtype and the shape of an array.
+Kind = tuple[np.dtype, tuple[int, ...]]
 DTYPE_NAMES = {dtype.name: name for name, dtype in FLOAT_DTYPES.items()}
+# Bytes, in which values of fewer bits are packed.
+PACKED_DTYPES = {"U8": np.dtype(np.uint8)}
 
 
 class TensorFiles:
-    """The tensors of a folder, read on demand. ValueError if a file is missing or damaged, or contradicts the index."""
+    """The tensors of a folder, read on demand. ValueError if a file is missing or damaged, or contradicts the index.
 
-    def __init__(self, folder: Path):
+    Args:
+        has_packed: bytes are read, too.
+    """
+
+    def __init__(self, folder: Path, has_packed: bool = False):
+        self._dtypes = FLOAT_DTYPES | (PACKED_DTYPES if has_packed else {})
         self._entries: dict[str, tuple[Path, dict[str, Any], int]] = {}
         if (folder / SINGLE_FILE).is_file():
             self._add(folder / SINGLE_FILE)
@@ -53,9 +62,9 @@ class TensorFiles:
         if name not in self._entries:
             raise ValueError(f"there is no {name}")
         path, entry, begin = self._entries[name]
-        if entry["dtype"] not in FLOAT_DTYPES:
-            raise ValueError(f"{name} is of the dtype {entry['dtype']}; what can be read is {', '.join(FLOAT_DTYPES)}")
-        shape, dtype = tuple(entry["shape"]), FLOAT_DTYPES[entry["dtype"]]
+        if entry["dtype"] not in self._dtypes:
+            raise ValueError(f"{name} is of the dtype {entry['dtype']}; what can be read is {', '.join(self._dtypes)}")
+        shape, dtype = tuple(entry["shape"]), self._dtypes[entry["dtype"]]
         if not np.prod(shape):
             return np.zeros(shape, dtype)
         return np.memmap(path, dtype, "r", begin + entry["data_offsets"][0], shape)
@@ -91,52 +100,60 @@ class TensorFiles:
 
 
 def write_tensor_files(
-    folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype, tensors: Iterable[tuple[str, np.ndarray]]
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: np.dtype,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    in_float32: Collection[str] = (),
 ) -> None:
     """Writes tensors to `model.safetensors`, or to several files and their index beyond `LARGEST_FILE` bytes.
 
     Args:
         shapes: shapes of all tensors by name, in their order.
         tensors: the same names with their values, of any float dtype; one at a time is in memory.
+        in_float32: names of tensors that are float32 whatever the dtype is.
 
     Raises:
         ValueError: a value is too large for the dtype.
         OSError: the disk refuses a write.
     """
-    shares = list(_shares(shapes, dtype))
+    kinds = {name: (FLOAT_DTYPES["F32"] if name in in_float32 else dtype, shape) for name, shape in shapes.items()}
+    shares = list(_shares(kinds))
     names = [f"model-{i:05}-of-{len(shares):05}.safetensors" for i in range(1, len(shares) + 1)]
     files = dict(zip(names, shares, strict=True)) if len(shares) > 1 else {SINGLE_FILE: shares[0]}
     arrays = iter(tensors)
     for name, share in files.items():
         with (folder / name).open("wb") as file:
-            file.write(_header(share, dtype))
-            for expected, shape in share.items():
+            file.write(_header(share))
+            for expected, (kind, shape) in share.items():
                 tensor, array = next(arrays)
                 assert (tensor, array.shape) == (expected, shape), tensor
-                array = _cast(tensor, array, dtype)
+                array = _cast(tensor, array, kind)
                 file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     if len(files) > 1:
         where = {tensor: name for name, share in files.items() for tensor in share}
-        index = {"metadata": {"total_size": _size(shapes.values(), dtype)}, "weight_map": where}
+        index = {"metadata": {"total_size": sum(map(_size, kinds.values()))}, "weight_map": where}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _shares(shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> Iterator[dict[str, tuple[int, ...]]]:
+def _shares(kinds: Mapping[str, Kind]) -> Iterator[dict[str, Kind]]:
     """Yields the tensors of each file."""
-    share: dict[str, tuple[int, ...]] = {}
-    for name, shape in shapes.items():
-        if share and _size([*share.values(), shape], dtype) > LARGEST_FILE:
+    share: dict[str, Kind] = {}
+    size = 0
+    for name, kind in kinds.items():
+        if share and size + _size(kind) > LARGEST_FILE:
             yield share
-            share = {}
-        share[name] = shape
+            share, size = {}, 0
+        share[name] = kind
+        size += _size(kind)
     yield share
 
 
-def _header(share: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> bytes:
+def _header(share: Mapping[str, Kind]) -> bytes:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, shape in share.items():
-        offsets = [end, end + _size([shape], dtype)]
+    for name, (dtype, shape) in share.items():
+        offsets = [end, end + _size((dtype, shape))]
         entries[name] = {"dtype": DTYPE_NAMES[dtype.name], "shape": list(shape), "data_offsets": offsets}
         end = offsets[1]
     header = json.dumps(entries, separators=(",", ":")).encode()
@@ -156,6 +173,7 @@ def _cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return cast
 
 
-def _size(shapes: Iterable[tuple[int, ...]], dtype: np.dtype) -> int:
-    """Returns the bytes of arrays of some shapes."""
-    return sum(map(math.prod, shapes)) * dtype.itemsize
+def _size(kind: Kind) -> int:
+    """Returns the bytes of an array."""
+    dtype, shape = kind
+    return math.prod(shape) * dtype.itemsize

@@ -12,7 +12,18 @@ from model.interchange.config_keys import WITHOUT_EFFECT
 from model.interchange.family import Family
 from model.interchange.huggingface import FAMILIES, Interchange
 from model.interchange.llama import LLAMA
-from tests.model.interchange.test_families import DEEPSEEK, FULL, GPT, KV, LLAMA3, OTHERS, SIZES, WINDOW, YARN
+from tests.model.interchange.test_families import (
+    CASES,
+    FULL,
+    GPT,
+    KV,
+    LATENT_EXPERTS,
+    LLAMA3,
+    OTHERS,
+    SIZES,
+    WINDOW,
+    YARN,
+)
 from tests.peers import require
 
 # What makes settings count that have no effect otherwise, by class.
@@ -23,7 +34,8 @@ ACTIVE: dict[str, dict[str, Any]] = {
     "openai-gpt": GPT,
     "ministral": {"sliding_window": 5, "head_dim": 8, "layer_types": [FULL, WINDOW, WINDOW, FULL]},
 }
-ACTIVE |= dict.fromkeys(("deepseek_v2", "deepseek_v3"), DEEPSEEK)
+ACTIVE |= {"deepseek_v3": LATENT_EXPERTS, "deepseek_v2": LATENT_EXPERTS | {"topk_method": "group_limited_greedy"}}
+ACTIVE |= {name: CASES[name][-1] for name in ("mixtral", "olmoe", "qwen3_moe", "qwen2_moe", "glm4_moe", "gpt_oss")}
 WINDOWED = ("mistral", "phi3", "starcoder2", "olmo3", "gemma2", "gemma3_text", "cohere2")
 ACTIVE |= {name: {"sliding_window": 5} for name in WINDOWED}
 WHOLE_YARN = YARN | {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": 0.1 * math.log(YARN["factor"]) + 1}
@@ -47,7 +59,7 @@ def another(key: str, value: Any) -> Any:
         case bool():
             return not value
         case int():
-            return {"no_rope_layers": 1 - value, "first_k_dense_replace": 1}.get(key, value + 2)
+            return {"no_rope_layers": 1 - value}.get(key, value + 2)
         case float():
             return value * 2 or 0.25
         case str():

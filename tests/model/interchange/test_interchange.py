@@ -19,6 +19,7 @@ from model.interchange.huggingface import FAMILIES, Interchange, family_of
 from model.interchange.tensors import nested_weights, reader_of
 from model.parameters import parameter_table
 from model.trees import flattened, nested
+from tests.model.interchange.expert_models import EXPERT_MODELS, EXPERTS, LATENT, SHARED, YARN
 from tests.peers import require
 from tests.small import small_batch, small_model, small_weights
 
@@ -29,11 +30,9 @@ FIRST = {"norm_placement": "post", "feedforward_dim": 128}
 DROPOUTS = ("embedding_dropout", "attention_dropout", "residual_dropout")
 BIASES = {"attention_bias": True, "feedforward_bias": True}
 QWEN = {"qk_norm": True, "sliding_window": 3}
-YARN = {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_context": 8}
 OLMO = {"norm_placement": "output", "qk_norm": True, "qk_norm_over": "all_heads"}
 GEMMA = {"scale_embeddings": True, "tie_embeddings": True, "norm_placement": "both", "layer_pattern": "SF"}
 GEMMA |= {"sliding_window": 5}
-LATENT = {"kv_latent_dim": 12, "head_dim": 12, "rope_dim": 4, "value_dim": 8, "num_kv_heads": 4, "norm_epsilon": 1e-6}
 NEOX = {"norm": "layernorm", "gated": False}
 MODELS = [
     {},
@@ -73,6 +72,7 @@ MODELS = [
     LATENT,
     LATENT | {"export_as": "deepseek_v2", "query_latent_dim": 8} | YARN | {"attention_scale": 0.5, "rope_length": 1.0},
     {"norm": "layernorm", "norm_bias": False, "block": "parallel_one_norm", "layer_pattern": "SN", "sliding_window": 5},
+    *EXPERT_MODELS,
 ]
 
 
@@ -122,6 +122,20 @@ def model_of(values: dict) -> Any:
     return model.eval()
 
 
+def loaded(values: dict, theirs: dict[str, np.ndarray]) -> Any:
+    """Builds the model of Transformers with the tensors of a file, which it may store in another way."""
+    torch, model = require("torch"), model_of(values)
+    model, found = type(model).from_pretrained(
+        None,
+        config=model.config,
+        state_dict={name: torch.tensor(array) for name, array in theirs.items()},
+        output_loading_info=True,
+    )
+    assert not found["unexpected_keys"]
+    assert set(found["missing_keys"]) <= ({"lm_head.weight"} if values["tie_word_embeddings"] else set())
+    return model.eval()
+
+
 def their_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
     torch = require("torch")
     with torch.no_grad():
@@ -130,13 +144,8 @@ def their_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
 
 
 def assert_same_logits(config: ModelConfig, weights: Any) -> None:
-    torch, (values, theirs) = require("torch"), theirs_of(config, weights)
-    model = model_of(values)
-    # The name in its files.
-    theirs = {name.replace("embed_out.", "lm_head."): array for name, array in theirs.items()}
-    missing = model.load_state_dict({name: torch.tensor(array) for name, array in theirs.items()}, strict=False)
-    assert missing.unexpected_keys == []
-    assert set(missing.missing_keys) <= ({"lm_head.weight"} if values["tie_word_embeddings"] else set())
+    values, theirs = theirs_of(config, weights)
+    model = loaded(values, theirs)
     tokens = small_batch(2, CONTEXT)["tokens"] % config.vocab_size
     assert np.abs(logits(config, weights, tokens) - their_logits(model, tokens)).max() <= 1e-4
 
@@ -236,7 +245,7 @@ def test_a_model_with_other_floors_is_refused_by_name():
         ({"num_hidden_layers": 2.5}, "num_hidden_layers is 2.5; it must be a whole number"),
         ({"attention_bias": "no"}, "attention_bias is 'no'; it must be true or false"),
         ({"hidden_act": ["silu"]}, "hidden_act is"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2, "truncate": False}}, "rope_parameters.truncate"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2, "truncate": False}}, "rope_parameters.truncate"),
         ({"hidden_act": "tanh"}, "hidden_act is 'tanh'"),
         ({"ziggurat": {"position": "sinusoid"}}, "ziggurat is {'position': 'sinusoid'}; it may hold position"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: in this decoder all components"),
@@ -266,6 +275,8 @@ def test_keys_that_a_file_leaves_out_have_the_defaults_of_the_class(family: Fami
     classes = require("transformers").AutoConfig
     # A quarter of a head is rotated.
     wide = {"hidden_size": 256} if family.model_type in ("gpt_neox", "stablelm") else {}
+    if family.model_type == "glm4_moe":
+        wide = {"num_attention_heads": 8}
     if family.model_type.startswith("deepseek"):
         heads = 128 if family.model_type == "deepseek_v3" else 32
         wide = {"num_attention_heads": heads, "first_k_dense_replace": 2}
@@ -364,6 +375,10 @@ def test_scalings_of_older_files_are_read():
             {"sliding_window": 4, "attention_bias": True},
             "no model.sliding_window = 4; MistralForCausalLM in Transformers has no model.attention_bias = True",
         ),
+        (EXPERTS | {"norm": "layernorm"}, "MixtralForCausalLM in Transformers has no model.norm = layernorm"),
+        (EXPERTS | {"dense_layers": 1}, "MixtralForCausalLM in Transformers has no model.dense_layers = 1"),
+        (EXPERTS | SHARED, "MixtralForCausalLM in Transformers has no model.shared_expert_dim = 48"),
+        (EXPERTS | {"export_as": "llama"}, "LlamaForCausalLM in Transformers has no model.num_experts = 4"),
         ({"qk_norm": True, "feedforward_bias": True}, "Qwen3ForCausalLM in Transformers has no model.feedforward_bias"),
         (GPT | {"num_kv_heads": 2}, "GPT2LMHeadModel in Transformers has no model.num_kv_heads = 2"),
         (
