@@ -26,6 +26,8 @@ from model.sharding import Layout, as_tuple
 
 # Rows that a device computes at once for the experts that it holds, as a multiple of the rows in balance.
 ROWS_AT_ONCE = 1.25
+# The name of the loop over blocks that only an unbalanced router needs.
+FURTHER_BLOCKS = "further_blocks"
 # Logical axes of the experts' weights, in their order.
 WEIGHTS = {
     "gate_up": ("experts", "expert_model", None, "feedforward"),
@@ -204,7 +206,7 @@ def _feed_forward(
 ) -> jax.Array:
     """Maps sorted rows [M, D] through their experts; the router's weight is a factor of the hidden rows [M, F].
 
-    Rows that are not own are undefined, and have no part in gradients.
+    Rows that are not own are undefined, and have no part in the gradients of weights.
     """
     gate_up, down = weights["gate_up"], weights["down"]
     E, D, _, F = gate_up.shape
@@ -215,7 +217,8 @@ def _feed_forward(
         ids_M = jnp.sum(jnp.arange(len(x_MD))[:, None] >= ends, axis=1)
         hot_ME = (ids_M[:, None] == jnp.arange(E)).astype(x_MD.dtype)
         h_MF = h_MF + hot_ME @ weights["gate_up_bias"].reshape(E, 2 * F)
-    h_MF = h_MF if is_own_M1 is None else jnp.where(is_own_M1, h_MF, 0)
+        # The gradients of biases are sums over all rows.
+        h_MF = h_MF if is_own_M1 is None else jnp.where(is_own_M1, h_MF, 0)
     h_MF = activate(config.activation, h_MF[:, :F], h_MF[:, F:])
     h_MF = (h_MF * weight_M[:, None]).astype(x_MD.dtype)
     y_MD = grouped_product(h_MF, down, sizes)
@@ -267,11 +270,31 @@ def _in_blocks(
     """Returns what own experts add to the tokens' sums [N, D], of all experts a part.
 
     Rows are computed in blocks of a fixed number. However unbalanced the router is, memory stays that of a block, and
-    only time grows; devices may need different numbers of blocks, as there is no collective within.
+    only time grows; devices may need different numbers of blocks, as there is no collective within. Nearly always the
+    first is all, so it is computed apart: its gradients need no zeros to be added to.
     """
-    R, count = _block_size(config, rows), _num_blocks(config, rows)
-    add = lambda b, y_ND: y_ND + _block(config, R, b, rows, x_ND, weights_M, weights)
-    return jax.lax.fori_loop(0, count, add, jnp.zeros(x_ND.shape, jnp.float32)).astype(x_ND.dtype)
+    block = lambda b: _block(config, b, rows, x_ND, weights_M, weights)
+    add = lambda b, y_ND: y_ND + block(b)
+    with jax.named_scope(FURTHER_BLOCKS):
+        y_ND = jax.lax.fori_loop(1, _num_blocks(config, rows), add, block(0))
+    return y_ND.astype(x_ND.dtype)
+
+
+def _in_blocks_forward(config: ResolvedModelConfig, *arguments: Any) -> tuple[jax.Array, Any]:
+    return _in_blocks(config, *arguments), arguments
+
+
+def _in_blocks_backward(config: ResolvedModelConfig, arguments: Any, dy_ND: jax.Array) -> tuple[Any, ...]:
+    *inputs, rows = arguments
+    gradients = lambda b: jax.vjp(partial(_block, config, b, rows), *inputs)[1](dy_ND.astype(jnp.float32))
+    plus = lambda sum, more: (sum.astype(jnp.float32) + more.astype(jnp.float32)).astype(sum.dtype)
+    add = lambda b, sums: jax.tree.map(plus, sums, gradients(b))
+    with jax.named_scope(FURTHER_BLOCKS):
+        sums = jax.lax.fori_loop(1, _num_blocks(config, rows), add, gradients(0))
+    return *sums, None
+
+
+_in_blocks.defvjp(_in_blocks_forward, _in_blocks_backward)
 
 
 def _block_size(config: ResolvedModelConfig, rows: Rows) -> int:
@@ -286,42 +309,49 @@ def _num_blocks(config: ResolvedModelConfig, rows: Rows) -> jax.Array:
 
 def _block(
     config: ResolvedModelConfig,
-    R: int,
-    b: jax.Array,
+    b: jax.Array | int,
     rows: Rows,
     x_ND: jax.Array,
     weights_M: jax.Array,
     weights: dict[str, jax.Array],
 ) -> jax.Array:
-    """Returns what the sorted rows from b · R on add to the tokens' sums, float32 [N, D]."""
+    """Returns what the sorted rows of block b add to the tokens' sums, float32 [N, D].
+
+    Rows that are not own have no choice and no token: what is computed for them is dropped.
+    """
+    R, M, k = _block_size(config, rows), len(rows.order), config.experts_per_token
     ends = jnp.cumsum(rows.sizes)
     row_R = b * R + jnp.arange(R)
-    is_own_R1 = (row_R < ends[-1])[:, None]
-    choice_R = rows.order[jnp.minimum(row_R, len(rows.order) - 1)]
-    token_R = choice_R // config.experts_per_token
+    is_own_R = row_R < ends[-1]
+    choice_R = jnp.where(is_own_R, rows.order[jnp.minimum(row_R, M - 1)], M)
     sizes = jnp.clip(ends - b * R, 0, R) - jnp.clip(ends - rows.sizes - b * R, 0, R)
-    x_RD = jnp.where(is_own_R1, x_ND[token_R], 0)
-    weight_R = jnp.where(is_own_R1[:, 0], weights_M[choice_R], 0)
-    y_RD = _feed_forward(config, x_RD, weight_R, weights, sizes, is_own_R1)
-    y_RD = jnp.where(is_own_R1, y_RD, 0).astype(jnp.float32)
-    return jnp.zeros(x_ND.shape, jnp.float32).at[token_R].add(y_RD)
+    x_RD, weight_R = _taken(x_ND, choice_R // k), _taken(weights_M, choice_R)
+    y_RD = _feed_forward(config, x_RD, weight_R, weights, sizes, is_own_R[:, None])
+    return _added(len(x_ND), y_RD, choice_R // k)
 
 
-def _in_blocks_forward(config: ResolvedModelConfig, *arguments: Any) -> tuple[jax.Array, Any]:
-    return _in_blocks(config, *arguments), arguments
+@jax.custom_vjp
+def _taken(x: jax.Array, index: jax.Array) -> jax.Array:
+    """Returns rows of x; an index behind its end takes any, and its gradient is dropped."""
+    return x[jnp.minimum(index, len(x) - 1)]
 
 
-def _in_blocks_backward(config: ResolvedModelConfig, arguments: Any, dy_ND: jax.Array) -> tuple[Any, ...]:
-    *inputs, rows = arguments
-    R = _block_size(config, rows)
-
-    def add(b: jax.Array, sums: Any) -> Any:
-        gradients = jax.vjp(partial(_block, config, R, b, rows), *inputs)[1](dy_ND.astype(jnp.float32))
-        return jax.tree.map(lambda total, gradient: total + gradient, sums, gradients)
-
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), tuple(inputs))
-    sums = jax.lax.fori_loop(0, _num_blocks(config, rows), add, zeros)
-    return *jax.tree.map(lambda total, x: total.astype(x.dtype), sums, tuple(inputs)), None
+def _taken_backward(kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, None]:
+    index, x = kept
+    zeros = jnp.zeros(x.shape, jnp.float32)
+    return zeros.at[index].add(dy.astype(jnp.float32), mode="drop").astype(x.dtype), None
 
 
-_in_blocks.defvjp(_in_blocks_forward, _in_blocks_backward)
+_taken.defvjp(lambda x, index: (_taken(x, index), (index, x)), _taken_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _added(N: int, y_RD: jax.Array, token_R: jax.Array) -> jax.Array:
+    """Returns the sums of each token's rows, float32 [N, D]; rows of token N are dropped, and have any gradient."""
+    return jnp.zeros((N, y_RD.shape[1]), jnp.float32).at[token_R].add(y_RD.astype(jnp.float32), mode="drop")
+
+
+_added.defvjp(
+    lambda N, y, token: (_added(N, y, token), (token, y)),
+    lambda N, kept, dy: (dy[jnp.minimum(kept[0], N - 1)].astype(kept[1].dtype), None),
+)

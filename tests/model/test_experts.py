@@ -12,6 +12,7 @@ from model.config import ModelConfig
 from model.feedforward.balance import fullest_shard, load_figures, moved_bias, routing_loss
 from model.feedforward.dense import activate
 from model.feedforward.experts import Experts
+from model.feedforward.grouped import product_by
 from model.feedforward.router import Routing
 from model.parameters import parameter_table
 from model.sharding import UNSHARDED
@@ -28,6 +29,26 @@ WAYS = ("cpu", "accelerator")
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "accelerator":
         monkeypatch.setattr(model.feedforward.experts, "platform", lambda: "other")
+        monkeypatch.setattr(model.feedforward.experts, "grouped_product", product_with_undefined_rows)
+
+
+def poisoned(rows: jax.Array, sizes: jax.Array) -> jax.Array:
+    return jnp.where((jnp.arange(len(rows)) < jnp.sum(sizes))[:, None], rows, jnp.nan)
+
+
+@jax.custom_vjp
+def product_with_undefined_rows(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+    """A grouped product of which rows without an expert are NaN, and so is their gradient."""
+    return poisoned(product_by("ragged", x, w, sizes), sizes)
+
+
+def _backward(kept: tuple[jax.Array, ...], dy: jax.Array) -> tuple[Any, ...]:
+    x, w, sizes = kept
+    dx, dw = jax.vjp(lambda x, w: product_by("ragged", x, w, sizes), x, w)[1](dy)
+    return poisoned(dx, sizes), dw, None
+
+
+product_with_undefined_rows.defvjp(lambda *operands: (product_with_undefined_rows(*operands), operands), _backward)
 
 
 def floor(**changes: Any) -> tuple[Any, dict[str, jax.Array]]:

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from model.feedforward.experts import FURTHER_BLOCKS
 from train.planning import hlo
 from train.planning.hlo import DEVICE, HOST, Array, Computation, Instruction, arrays_of, numbers
 from train.planning.operations import Collective, Kernel, Operation, Program, total, walked
@@ -198,6 +199,9 @@ class _Reader:
         known = at.number("known_trip_count")
         if known is not None:
             return known
+        if FURTHER_BLOCKS in at.source:
+            self.notes.append("blocks of rows that only an unbalanced router of experts needs are not counted")
+            return 0
         condition, body = (self.computations[at.called(key)[0]] for key in ("condition", "body"))
         compare, after = (next(i for i in c.values() if i.is_root) for c in (condition, body))
         constants = [_constant(condition, name) for name in compare.operands]

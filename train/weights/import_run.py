@@ -24,7 +24,7 @@ def import_weights(folder: Path, to: Path, experts: tuple[int, int] | None = Non
     """Makes a run from a folder's weights, all in memory at once, atomically. InputError as `open_huggingface`.
 
     Args:
-        experts: make a mixture of so many copies of each feed-forward, of which so many compute a token.
+        experts: the copies of each feed-forward in a mixture, and how many of them compute a token.
     """
     check_new(to)
     if not folder.is_dir():
