@@ -88,7 +88,27 @@ def models(draw: st.DrawFn) -> ModelConfig:
         "residual_dropout": draw(st.sampled_from([0.0, 0.5])),
         "remat_policy": draw(st.sampled_from(choices_of(ModelConfig, "remat_policy"))),
     }
-    return small_model(**(model | latent))
+    return small_model(**(model | latent | (mixtures(draw) if model["gated"] and drawn(False, False, True) else {})))
+
+
+def mixtures(draw: st.DrawFn) -> dict[str, Any]:
+    """Draws the fields of experts, in all layers but the first perhaps."""
+    score = draw(st.sampled_from(choices_of(ModelConfig, "router_score")))
+    groups = draw(st.sampled_from([1, 2]))
+    shared = draw(st.sampled_from([None, 12]))
+    return {
+        "num_experts": 4,
+        "experts_per_token": draw(st.sampled_from([1, 2])),
+        "expert_dim": 12,
+        "dense_layers": draw(st.sampled_from([0, 1])),
+        "shared_expert_dim": shared,
+        "shared_expert_gate": shared is not None and draw(st.booleans()),
+        "router_score": score,
+        "router_normalize": score == "softmax_of_chosen" or draw(st.booleans()),
+        "router_bias": draw(st.booleans()),
+        "router_groups": groups,
+        "balance_bias": score != "softmax_of_chosen" and draw(st.booleans()),
+    }
 
 
 def log_probabilities(config: ModelConfig):
