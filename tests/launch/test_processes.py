@@ -105,3 +105,31 @@ def test_a_run_on_several_processes_and_moved_between_meshes_is_the_run_on_one_d
     same = on_devices(4, back_to(8, two, tmp_path / "same"), "--config.mesh.context=4")
     # The loss is a float32, whose last digit is as far as it may go: processes and devices sum in different orders.
     assert metrics(same)[8]["loss"] == pytest.approx(metrics(two)[8]["loss"], rel=float(np.finfo(np.float32).eps))
+
+
+def test_a_mixture_on_two_processes_is_that_on_eight_devices_and_resumes_to_the_bit(tmp_path: Path):
+    fields = {
+        "num_experts": 4,
+        "expert_dim": 32,
+        "balance_bias": "true",
+        "balance_rate": 0.01,
+        "router_score": "sigmoid",
+    }
+    flags = [*FLAGS, *(f"--config.model.{name}={value}" for name, value in fields.items())]
+    config, one, two = write_config(tmp_path, "one"), tmp_path / "one", tmp_path / "two"
+    assert here("pretrain", f"--config={config}", "--config.mesh.fsdp=2", "--config.mesh.expert=4", *flags) == 0
+    done = ziggurat("launch", "local", "--processes=2", "--devices=2", "--", "pretrain", f"--config={config}",
+                    f"--config.train.run_dir={two}", "--config.mesh.fsdp=2", "--config.mesh.expert=2",
+                    *flags)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert_same_curve(two, one)
+    for record, other in zip(metrics(one), metrics(two), strict=True):
+        assert record["expert_load_most"] == other["expert_load_most"] > 1
+
+    again = back_to(8, one, tmp_path / "again")
+    assert here("pretrain", f"--config={again}") == 0
+    straight, resumed = (state_of(run, 1)[0]["weights"]["blocks"]["experts"]["balance"] for run in (one, again))
+    assert np.abs(straight).max() > 0.01
+    for array, other in zip(*(jax.tree.leaves(state_of(run, 1)[0]) for run in (one, again)), strict=True):
+        np.testing.assert_array_equal(array, other)
+    np.testing.assert_array_equal(straight, resumed)

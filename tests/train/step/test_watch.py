@@ -116,3 +116,18 @@ def test_a_line_shows_what_is_not_finite():
     nan = math.nan
     line = compact({"largest_logit": [1.0, nan], "residual_rms": [1.0, nan], "update_ratio": {"norm": 1.0, "x": nan}})
     assert "largest logit nan (layer 1)  residual RMS 1 to nan  largest update nan of the weight (x)" in line
+
+
+def test_experts_are_watched_by_layer_and_by_device():
+    config = config_for()
+    config = dataclasses.replace(config, model=small_model(num_experts=4, expert_dim=24, num_layers=3, dense_layers=1))
+    _, _, metrics = one_step(config, True, mesh_of(fsdp=2, expert=2))
+    figures = metrics["watch"]["experts"]
+    assert {name: value.shape for name, value in figures.items()} == dict.fromkeys(
+        ("most", "least", "entropy", "dead", "fullest_shard"), (2,)
+    )
+    assert float(metrics["expert_load_most"]) == figures["most"].max()
+    assert float(metrics["dead_experts"]) == figures["dead"].sum()
+    assert 1 <= figures["fullest_shard"].max() <= 2
+    line = compact(jax.tree.map(lambda x: x.tolist(), metrics["watch"]))
+    assert f"fullest expert {figures['most'].max():.2f} of the mean" in line
