@@ -203,6 +203,7 @@ def _feed_forward(
     weights: dict[str, jax.Array],
     sizes: jax.Array,
     is_own_M1: jax.Array | None = None,
+    dtype: Any = None,
 ) -> jax.Array:
     """Maps sorted rows [M, D] through their experts; the router's weight is a factor of the hidden rows [M, F].
 
@@ -215,15 +216,15 @@ def _feed_forward(
     if has_bias:
         ends = jnp.cumsum(sizes)
         ids_M = jnp.sum(jnp.arange(len(x_MD))[:, None] >= ends, axis=1)
-        hot_ME = (ids_M[:, None] == jnp.arange(E)).astype(x_MD.dtype)
+        hot_ME = (ids_M[:, None] == jnp.arange(E)).astype(down.dtype)
         h_MF = h_MF + hot_ME @ weights["gate_up_bias"].reshape(E, 2 * F)
         # The gradients of biases are sums over all rows.
         h_MF = h_MF if is_own_M1 is None else jnp.where(is_own_M1, h_MF, 0)
     h_MF = activate(config.activation, h_MF[:, :F], h_MF[:, F:])
-    h_MF = (h_MF * weight_M[:, None]).astype(x_MD.dtype)
-    y_MD = grouped_product(h_MF, down, sizes)
+    h_MF = (h_MF * weight_M[:, None]).astype(down.dtype)
+    y_MD = grouped_product(h_MF, down, sizes, dtype)
     if has_bias:
-        y_MD = y_MD + (hot_ME * weight_M[:, None]).astype(x_MD.dtype) @ weights["down_bias"]
+        y_MD = y_MD + ((hot_ME * weight_M[:, None]).astype(down.dtype) @ weights["down_bias"]).astype(y_MD.dtype)
     return y_MD
 
 
@@ -286,7 +287,9 @@ def _in_blocks_forward(config: ResolvedModelConfig, *arguments: Any) -> tuple[ja
 
 def _in_blocks_backward(config: ResolvedModelConfig, arguments: Any, dy_ND: jax.Array) -> tuple[Any, ...]:
     *inputs, rows = arguments
-    gradients = lambda b: jax.vjp(partial(_block, config, b, rows), *inputs)[1](dy_ND.astype(jnp.float32))
+    # The products round it again, so these numbers move as few bytes.
+    dy_ND = dy_ND.astype(jnp.float32)
+    gradients = lambda b: jax.vjp(partial(_block, config, b, rows), *inputs)[1](dy_ND)
     plus = lambda sum, more: (sum.astype(jnp.float32) + more.astype(jnp.float32)).astype(sum.dtype)
     add = lambda b, sums: jax.tree.map(plus, sums, gradients(b))
     with jax.named_scope(FURTHER_BLOCKS):
@@ -326,20 +329,20 @@ def _block(
     choice_R = jnp.where(is_own_R, rows.order[jnp.minimum(row_R, M - 1)], M)
     sizes = jnp.clip(ends - b * R, 0, R) - jnp.clip(ends - rows.sizes - b * R, 0, R)
     x_RD, weight_R = _taken(x_ND, choice_R // k), _taken(weights_M, choice_R)
-    y_RD = _feed_forward(config, x_RD, weight_R, weights, sizes, is_own_R[:, None])
+    y_RD = _feed_forward(config, x_RD, weight_R, weights, sizes, is_own_R[:, None], jnp.float32)
     return _added(len(x_ND), y_RD, choice_R // k)
 
 
 @jax.custom_vjp
 def _taken(x: jax.Array, index: jax.Array) -> jax.Array:
-    """Returns rows of x; an index behind its end takes any, and its gradient is dropped."""
-    return x[jnp.minimum(index, len(x) - 1)]
+    """Returns rows of x in float32, as their gradients are summed; an index behind the end takes any row."""
+    return x[jnp.minimum(index, len(x) - 1)].astype(jnp.float32)
 
 
 def _taken_backward(kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, None]:
     index, x = kept
     zeros = jnp.zeros(x.shape, jnp.float32)
-    return zeros.at[index].add(dy.astype(jnp.float32), mode="drop").astype(x.dtype), None
+    return zeros.at[index].add(dy, mode="drop").astype(x.dtype), None
 
 
 _taken.defvjp(lambda x, index: (_taken(x, index), (index, x)), _taken_backward)
@@ -348,7 +351,7 @@ _taken.defvjp(lambda x, index: (_taken(x, index), (index, x)), _taken_backward)
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _added(N: int, y_RD: jax.Array, token_R: jax.Array) -> jax.Array:
     """Returns the sums of each token's rows, float32 [N, D]; rows of token N are dropped, and have any gradient."""
-    return jnp.zeros((N, y_RD.shape[1]), jnp.float32).at[token_R].add(y_RD.astype(jnp.float32), mode="drop")
+    return jnp.zeros((N, y_RD.shape[1]), jnp.float32).at[token_R].add(y_RD, mode="drop")
 
 
 _added.defvjp(

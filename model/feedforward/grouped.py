@@ -6,6 +6,7 @@ names of shapes M is rows, and K → N the widths.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,52 +24,56 @@ GRADIENT_INPUT_BYTES = 2048
 OUTPUTS = 1024
 
 
-def grouped_product(x_MK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """Returns y [M, N]: each row of x times the matrix of its expert, summed in float32, in the dtype of x.
+def grouped_product(x_MK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array, dtype: Any = None) -> jax.Array:
+    """Returns y [M, N]: each row of x times the matrix of its expert, summed in float32.
 
     It is computed by the kernel for the ambient mesh, on one device: on several, call it inside
     `jax.shard_map(check_vma=False)`. The gradients are rounded to the dtype of their operands.
 
     Args:
-        x_MK: rows sorted by expert, in float32 or bfloat16.
-        w_EKN: a matrix for each expert, in the dtype of x.
+        x_MK: rows sorted by expert, in float32 or bfloat16; they are multiplied in the dtype of w.
+        w_EKN: a matrix for each expert.
         sizes_E: rows of each expert, int32, at most M together. The rows of y behind them are undefined, and so are
             those of the gradient of x; the gradient of w doesn't depend on the rows of x or of y's gradient there.
+        dtype: the dtype of y; by default that of w.
     """
-    return product_by(PLATFORM_KERNELS.get(platform(), "ragged"), x_MK, w_EKN, sizes_E)
+    return product_by(PLATFORM_KERNELS.get(platform(), "ragged"), x_MK, w_EKN, sizes_E, dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def product_by(kernel: str, x_MK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 4))
+def product_by(kernel: str, x_MK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array, dtype: Any = None) -> jax.Array:
     """Returns `grouped_product` by one kernel: megablox, triton or ragged.
 
     The first two are interpreted, slowly, on other platforms than their own.
     """
-    return _rows(kernel, x_MK, w_EKN, sizes_E)
+    return _rows(kernel, x_MK, w_EKN, sizes_E, dtype or w_EKN.dtype)
 
 
-def _forward(kernel, x_MK, w_EKN, sizes_E):  # type: ignore[no-untyped-def]
-    return _rows(kernel, x_MK, w_EKN, sizes_E), (x_MK, w_EKN, sizes_E)
+def _forward(kernel, x_MK, w_EKN, sizes_E, dtype):  # type: ignore[no-untyped-def]
+    return product_by(kernel, x_MK, w_EKN, sizes_E, dtype), (x_MK, w_EKN, sizes_E)
 
 
-def _backward(kernel, operands, dy_MN):  # type: ignore[no-untyped-def]
+def _backward(kernel, _, operands, dy_MN):  # type: ignore[no-untyped-def]
     x_MK, w_EKN, sizes_E = operands
-    dx_MK = _rows(kernel, dy_MN, w_EKN, sizes_E, transposed=True)
-    return dx_MK, _weights(kernel, x_MK, dy_MN, sizes_E), None
+    dx_MK = _rows(kernel, dy_MN, w_EKN, sizes_E, x_MK.dtype, transposed=True)
+    return dx_MK, _weights(kernel, x_MK.astype(w_EKN.dtype), dy_MN.astype(w_EKN.dtype), sizes_E), None
 
 
 product_by.defvjp(_forward, _backward)
 
 
-def _rows(kernel: str, x_MK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array, transposed: bool = False) -> jax.Array:
+def _rows(
+    kernel: str, x_MK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array, dtype: Any, transposed: bool = False
+) -> jax.Array:
     """Returns each row times its expert's matrix or, transposed, times that of shape [N, K]."""
+    x_MK = x_MK.astype(w_EKN.dtype)
     with jax.named_scope("grouped_rows"):
         if kernel == "megablox":
-            return _megablox_rows(x_MK, w_EKN, sizes_E, transposed)
+            return _megablox_rows(x_MK, w_EKN, sizes_E, dtype, transposed)
         if kernel == "triton":
-            return grouped_gpu.grouped_rows(x_MK, w_EKN, sizes_E, transposed, interpret=platform() != "gpu")
+            return grouped_gpu.grouped_rows(x_MK, w_EKN, sizes_E, dtype, transposed, interpret=platform() != "gpu")
         w_EKN = w_EKN.swapaxes(1, 2) if transposed else w_EKN
-        return jax.lax.ragged_dot(x_MK, w_EKN, sizes_E, preferred_element_type=jnp.float32).astype(x_MK.dtype)
+        return jax.lax.ragged_dot(x_MK, w_EKN, sizes_E, preferred_element_type=jnp.float32).astype(dtype)
 
 
 def _weights(kernel: str, x_MK: jax.Array, dy_MN: jax.Array, sizes_E: jax.Array) -> jax.Array:
@@ -83,7 +88,7 @@ def _weights(kernel: str, x_MK: jax.Array, dy_MN: jax.Array, sizes_E: jax.Array)
         return dw_EKN.astype(x_MK.dtype)
 
 
-def _megablox_rows(x_MK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array, transposed: bool) -> jax.Array:
+def _megablox_rows(x_MK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array, dtype: Any, transposed: bool) -> jax.Array:
     """Runs Pallas megablox (TPU), which reads a transposed matrix as it is."""
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
@@ -92,7 +97,7 @@ def _megablox_rows(x_MK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array, transp
     inputs = min(X_TILE_BYTES // tile, WEIGHT_INPUT_BYTES) // itemsize
     tiles = (tile, _tile(K, inputs), _tile(N, OUTPUTS, _cores()))
     y_MN = gmm(
-        _padded(x_MK, tile), w_EKN, sizes_E, x_MK.dtype, tiles, transpose_rhs=transposed, interpret=platform() != "tpu"
+        _padded(x_MK, tile), w_EKN, sizes_E, dtype, tiles, transpose_rhs=transposed, interpret=platform() != "tpu"
     )
     return y_MN[:M]
 

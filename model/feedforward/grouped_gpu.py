@@ -1,6 +1,5 @@
 """The grouped product's Pallas-Triton kernels, for GPUs: each program computes one tile, which has one expert."""
 
-import math
 from typing import Any
 
 import jax
@@ -15,10 +14,12 @@ SUMMED_BYTES = 128
 PARAMETERS = triton.CompilerParams(num_warps=8, num_stages=3)
 
 
-def grouped_rows(x_MK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array, transposed: bool, interpret: bool) -> jax.Array:
+def grouped_rows(
+    x_MK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array, dtype: Any, transposed: bool, interpret: bool
+) -> jax.Array:
     """Returns each row times its expert's matrix or, transposed, times that of shape [N, K]."""
-    (M, K), N, dtype = x_MK.shape, w_EKN.shape[1 if transposed else 2], x_MK.dtype
-    columns, step = pl.cdiv(N, TILE), SUMMED_BYTES // dtype.itemsize
+    (M, K), N = x_MK.shape, w_EKN.shape[1 if transposed else 2]
+    columns, step = pl.cdiv(N, TILE), SUMMED_BYTES // x_MK.dtype.itemsize
     experts, begins, ends = _row_tiles(M, sizes_E)
 
     def kernel(x_ref: Any, w_ref: Any, experts_ref: Any, begins_ref: Any, ends_ref: Any, y_ref: Any) -> None:
@@ -43,8 +44,9 @@ def grouped_rows(x_MK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array, transpos
             triton.store(y_ref.at[rows, outputs], total.astype(dtype), mask=_both(has_row, has_output))
 
     return _call(
-        kernel, "grouped_rows", experts.size * columns, (M, N), (x_MK, w_EKN), (experts, begins, ends), interpret
-    )
+        kernel, "grouped_rows", experts.size * columns, jax.ShapeDtypeStruct((M, N), dtype), (x_MK, w_EKN),
+        (experts, begins, ends), interpret,
+    )  # fmt: skip
 
 
 def grouped_weights(x_MK: jax.Array, dy_MN: jax.Array, sizes_E: jax.Array, interpret: bool) -> jax.Array:
@@ -70,8 +72,9 @@ def grouped_weights(x_MK: jax.Array, dy_MN: jax.Array, sizes_E: jax.Array, inter
         triton.store(dw_ref.at[expert, inputs, outputs], total.astype(dtype), mask=_both(has_input, has_output))
 
     return _call(
-        kernel, "grouped_weights", E * down * across, (E, K, N), (x_MK, dy_MN), (ends - sizes_E, ends), interpret
-    )
+        kernel, "grouped_weights", E * down * across, jax.ShapeDtypeStruct((E, K, N), dtype), (x_MK, dy_MN),
+        (ends - sizes_E, ends), interpret,
+    )  # fmt: skip
 
 
 def _row_tiles(M: int, sizes_E: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -115,7 +118,7 @@ def _call(
     kernel: Any,
     name: str,
     programs: int,
-    shape: tuple[int, ...],
+    result: jax.ShapeDtypeStruct,
     operands: tuple[jax.Array, jax.Array],
     spans: tuple[jax.Array, ...],
     interpret: bool,
@@ -124,16 +127,18 @@ def _call(
 
     Blocks of Pallas's own would be chosen by the program's number alone, but a tile's place depends on the sizes.
     """
-    (M, K), dtype = operands[0].shape, operands[0].dtype
-    bytes_accessed = (sum(x.size for x in operands) + math.prod(shape)) * dtype.itemsize
+    M, K = operands[0].shape
+    bytes_accessed = sum(x.size * x.dtype.itemsize for x in (*operands, result))
     return pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct(shape, dtype),
+        out_shape=result,
         in_specs=[pl.no_block_spec] * (len(operands) + len(spans)),
         out_specs=pl.no_block_spec,
         grid=(programs,),
         compiler_params=PARAMETERS,
         interpret=interpret,
         name=name,
-        cost_estimate=pl.CostEstimate(flops=2 * M * K * shape[-1], bytes_accessed=bytes_accessed, transcendentals=0),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * M * K * result.shape[-1], bytes_accessed=bytes_accessed, transcendentals=0
+        ),
     )(*operands, *spans)

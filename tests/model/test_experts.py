@@ -1,5 +1,6 @@
 """Mixtures of experts next to a reference in which every expert computes every token."""
 
+import functools
 from typing import Any
 
 import jax
@@ -36,19 +37,19 @@ def poisoned(rows: jax.Array, sizes: jax.Array) -> jax.Array:
     return jnp.where((jnp.arange(len(rows)) < jnp.sum(sizes))[:, None], rows, jnp.nan)
 
 
-@jax.custom_vjp
-def product_with_undefined_rows(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def product_with_undefined_rows(x: jax.Array, w: jax.Array, sizes: jax.Array, dtype: Any = None) -> jax.Array:
     """A grouped product of which rows without an expert are NaN, and so is their gradient."""
-    return poisoned(product_by("ragged", x, w, sizes), sizes)
+    return poisoned(product_by("ragged", x, w, sizes, dtype), sizes)
 
 
-def _backward(kept: tuple[jax.Array, ...], dy: jax.Array) -> tuple[Any, ...]:
+def _backward(_: Any, kept: tuple[jax.Array, ...], dy: jax.Array) -> tuple[Any, ...]:
     x, w, sizes = kept
     dx, dw = jax.vjp(lambda x, w: product_by("ragged", x, w, sizes), x, w)[1](dy)
     return poisoned(dx, sizes), dw, None
 
 
-product_with_undefined_rows.defvjp(lambda *operands: (product_with_undefined_rows(*operands), operands), _backward)
+product_with_undefined_rows.defvjp(lambda *operands: (product_with_undefined_rows(*operands), operands[:3]), _backward)
 
 
 def floor(**changes: Any) -> tuple[Any, dict[str, jax.Array]]:
