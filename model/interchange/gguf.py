@@ -88,6 +88,14 @@ NO_BIAS: Choices = {"attention_bias": (False,)}
 GELU: Choices = {"activation": ("gelu_tanh",)}
 # All heads together are as wide as the model.
 HEADS = {"head_dim": heads_divide_width}
+# Scores are sigmoids (2), the first layers are dense, and a shared expert is made of several.
+SIGMOID_KEYS: dict[str, Callable[[ResolvedModelConfig], Any]] = {
+    "expert_gating_func": lambda config: 2,
+    "expert_weights_scale": attrgetter("router_scale"),
+    "expert_weights_norm": attrgetter("router_normalize"),
+    "expert_shared_count": lambda config: (config.shared_expert_dim or 0) // config.expert_dim,
+    "leading_dense_block_count": attrgetter("dense_layers"),
+}
 # Every layer has experts.
 NO_DENSE = {"dense_layers": lambda config: not dense_numbers(config)}
 
@@ -188,6 +196,13 @@ ARCHITECTURES = {
         keys={"expert_shared_feed_forward_length": attrgetter("shared_expert_dim")},
         own_output=True,
     ),
+    "glm4_moe": Architecture(
+        "glm4moe",
+        {"router_groups": (1,)},
+        keys=SIGMOID_KEYS,
+        names={"blocks.feedforward_norm": "post_attention_norm"},
+        own_output=True,
+    ),
     "gpt_oss": Architecture(
         "gpt-oss",
         {"activation": ("clamped_swiglu",), "attention_bias": (True,)},
@@ -220,6 +235,7 @@ NAMES = {
     "blocks.attention.sink": "attn_sinks",
     ROUTER: "ffn_gate_inp",
     DOWN: "ffn_down_exps",
+    "blocks.experts.balance": "exp_probs_b",
     f"{SHARED}.gate": "ffn_gate_shexp",
     f"{SHARED}.up": "ffn_up_shexp",
     f"{SHARED}.down": "ffn_down_shexp",
@@ -246,8 +262,7 @@ class GGUFExport:
         self.model = model
         model_type = model.family.model_type
         if model_type not in ARCHITECTURES:
-            names = ("num_experts", "kv_latent_dim", "norm_placement")
-            name = next(name for name in names if getattr(model.config, name) is not None)
+            name = "norm_placement" if model.config.kv_latent_dim is None else "kv_latent_dim"
             raise ValueError(f"llama.cpp has no model.{name} = {getattr(model.config, name)} here")
         self.architecture = ARCHITECTURES[model_type]
         self.config = config = replace(
@@ -330,7 +345,7 @@ class GGUFExport:
         module = LAST_PART.sub("", first)
         name = self.architecture.names.get(module, NAMES[module])
         name = FUSED_NAMES[name] if tensor.parameters[1:] else name
-        name = f"{name}.{'bias' if first.endswith('bias') else 'weight'}"
+        name = f"{name}.{'bias' if first.endswith(('bias', 'balance')) else 'weight'}"
         parameter = parameters[first]
         named = Tensor(
             f"blk.{{layer}}.{name}" if "layers" in parameter.axes else name,
