@@ -1,9 +1,9 @@
 """Make a run of weights from elsewhere, with their tokenizer: to evaluate, to generate, to pretrain further.
 
 Reads a folder of Hugging Face Transformers in safetensors of any float dtype: GPT-1, GPT-2, GPT-NeoX, Llama, Mistral,
-Ministral, Qwen2, Qwen3, Gemma 1 to 3, Phi-3, OLMo 2 and 3, SmolLM3, Granite, GLM-4, StableLM, StarCoder 2, Cohere 2,
-and DeepSeek-V2 and V3 without experts. The run holds the weights as its checkpoint of step 0, from which another run
-can start:
+Ministral, Mixtral, Qwen2 and 3, with experts, too, Gemma 1 to 3, Phi-3, OLMo 2 and 3, OLMoE, SmolLM3, Granite, GLM-4
+and 4.5, StableLM, StarCoder 2, Cohere 2, DeepSeek-V2 and V3, Kimi K2, and gpt-oss. The run holds the weights as its
+checkpoint of step 0, from which another run can start:
 
   ziggurat pretrain --config=RUN@0 --config.train.run_dir=FOLDER --config.data.corpus=PATH
 

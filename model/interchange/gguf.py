@@ -4,6 +4,7 @@ llama.cpp reads the settings that it knows of an architecture and computes the r
 a warning. A model is therefore written only if the architecture has every one of its choices.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -14,9 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from model.config import ResolvedModelConfig
+from model.interchange.experts import DOWN, GATE_UP, ROUTER, SHARED
 from model.interchange.family import Choices
 from model.interchange.huggingface import Interchange
-from model.interchange.layer_types import letters_of
+from model.interchange.layer_types import dense_numbers, letters_of
 from model.interchange.layernorm import heads_divide_width
 from model.interchange.llama import adjacent
 from model.interchange.tensors import ParameterReader, Tensor, TensorMap
@@ -86,6 +88,16 @@ NO_BIAS: Choices = {"attention_bias": (False,)}
 GELU: Choices = {"activation": ("gelu_tanh",)}
 # All heads together are as wide as the model.
 HEADS = {"head_dim": heads_divide_width}
+# Scores are sigmoids (2), the first layers are dense, and a shared expert is made of several.
+SIGMOID_KEYS: dict[str, Callable[[ResolvedModelConfig], Any]] = {
+    "expert_gating_func": lambda config: 2,
+    "expert_weights_scale": attrgetter("router_scale"),
+    "expert_weights_norm": attrgetter("router_normalize"),
+    "expert_shared_count": lambda config: (config.shared_expert_dim or 0) // config.expert_dim,
+    "leading_dense_block_count": attrgetter("dense_layers"),
+}
+# Every layer has experts.
+NO_DENSE = {"dense_layers": lambda config: not dense_numbers(config)}
 
 LLAMA = Architecture("llama", WITH_LLAMA3, interleaved=True)
 OLMO2 = Architecture(
@@ -168,6 +180,37 @@ ARCHITECTURES = {
         keys={**WINDOW_KEYS, "logit_scale": attrgetter("logit_multiplier")},
         interleaved=True,
     ),
+    "mixtral": LLAMA,
+    "olmoe": Architecture(
+        "olmoe",
+        NO_BIAS | {"router_normalize": (False,)},
+        # It takes the norm of keys to be as wide as that of queries.
+        limits={"num_kv_heads": lambda config: config.num_kv_heads == config.num_heads},
+        own_output=True,
+    ),
+    "qwen3_moe": Architecture("qwen3moe", NO_BIAS | {"router_normalize": (True,)}, limits=NO_DENSE, own_output=True),
+    "qwen2_moe": Architecture(
+        "qwen2moe",
+        {"attention_bias": (True,), "router_normalize": (False,)},
+        limits=HEADS | NO_DENSE,
+        keys={"expert_shared_feed_forward_length": attrgetter("shared_expert_dim")},
+        own_output=True,
+    ),
+    "glm4_moe": Architecture(
+        "glm4moe",
+        {"router_groups": (1,)},
+        keys=SIGMOID_KEYS,
+        names={"blocks.feedforward_norm": "post_attention_norm"},
+        own_output=True,
+    ),
+    "gpt_oss": Architecture(
+        "gpt-oss",
+        {"activation": ("clamped_swiglu",), "attention_bias": (True,)},
+        limits={"layer_pattern": lambda config: letters_of(config) == ("SF" * config.num_layers)[: config.num_layers]},
+        keys=WINDOW_KEYS,
+        names={"blocks.feedforward_norm": "post_attention_norm"},
+        own_output=True,
+    ),
 }
 
 # GGUF names by those of our parameters, without their last part.
@@ -189,13 +232,23 @@ NAMES = {
     "blocks.feedforward.up": "ffn_up",
     "blocks.feedforward.down": "ffn_down",
     "blocks.feedforward_output_norm": "post_ffw_norm",
+    "blocks.attention.sink": "attn_sinks",
+    ROUTER: "ffn_gate_inp",
+    DOWN: "ffn_down_exps",
+    "blocks.experts.balance": "exp_probs_b",
+    f"{SHARED}.gate": "ffn_gate_shexp",
+    f"{SHARED}.up": "ffn_up_shexp",
+    f"{SHARED}.down": "ffn_down_shexp",
+    f"{SHARED}_gate": "ffn_gate_inp_shexp",
 }
+# The names of experts' gate and up, which we store together.
+BRANCHES = ("ffn_gate_exps", "ffn_up_exps")
 # Names of one tensor with the parameters of several, by that of the first.
 FUSED_NAMES = {"attn_q": "attn_qkv", "ffn_gate": "ffn_up"}
 LAST_PART = re.compile(r"\.(table|matrix|scale)$|[._](bias)$")
 ROPE_FREQUENCIES = "rope_freqs.weight"
-# These tensors are always float32, as vectors are.
-FLOAT32_TENSORS = ("position_embd.weight", ROPE_FREQUENCIES)
+# Ends of the names of tensors that are always float32, as vectors are.
+FLOAT32_TENSORS = ("position_embd.weight", "ffn_gate_inp.weight", ".bias", ROPE_FREQUENCIES)
 
 
 class GGUFExport:
@@ -209,8 +262,7 @@ class GGUFExport:
         self.model = model
         model_type = model.family.model_type
         if model_type not in ARCHITECTURES:
-            names = ("num_experts", "kv_latent_dim", "norm_placement")
-            name = next(name for name in names if getattr(model.config, name) is not None)
+            name = "norm_placement" if model.config.kv_latent_dim is None else "kv_latent_dim"
             raise ValueError(f"llama.cpp has no model.{name} = {getattr(model.config, name)} here")
         self.architecture = ARCHITECTURES[model_type]
         self.config = config = replace(
@@ -221,7 +273,8 @@ class GGUFExport:
             raise ValueError(f"llama.cpp's {self.architecture.name} has no {settings}")
         parameters = parameter_table(config)
         tensors = (tensor for tensor in model.family.tensors if tensor.parameters[0] in parameters)
-        self._tensor_map = TensorMap(config, tuple(self._tensor(tensor, parameters) for tensor in tensors))
+        named = [named for tensor in tensors for named in self._tensors(tensor, parameters)]
+        self._tensor_map = TensorMap(config, tuple(named))
         self._has_rope_divisors = config.rope_scaling == "llama3"
 
     def metadata(self) -> dict[str, Any]:
@@ -239,6 +292,9 @@ class GGUFExport:
             "attention.value_length": config.head_dim,
             f"attention.layer_norm_{'rms_' if config.norm == 'rmsnorm' else ''}epsilon": config.norm_epsilon,
         }
+        if config.num_experts:
+            settings |= {"expert_count": config.num_experts, "expert_used_count": config.experts_per_token}
+            settings["expert_feed_forward_length"] = config.expert_dim
         own = {key: value(config) for key, value in self.architecture.keys.items()}
         settings |= {key: value for key, value in own.items() if value is not None}
         if config.position != "rope":
@@ -257,7 +313,7 @@ class GGUFExport:
 
     def tensors(self, read: ParameterReader) -> Iterator[tuple[str, np.ndarray]]:
         """Yields (name, float32 array) for each tensor: [outputs, inputs], a vector or a table."""
-        widened = self.model.export_reader(read)
+        widened = functools.lru_cache(maxsize=1)(self.model.export_reader(read))
         for array in self._tensor_map.arrays():
             values = self._tensor_map.write(array, widened).astype(np.float32, copy=False)
             # Where Transformers computes with 1 + w, llama.cpp computes with w.
@@ -276,20 +332,27 @@ class GGUFExport:
         hides = config.sliding_window is not None and config.sliding_window < self.model.context
         return [*missing, "sliding_window"] if hides and WINDOW not in architecture.keys else missing
 
-    def _tensor(self, tensor: Tensor, parameters: Mapping[str, Parameter]) -> Tensor:
-        """Returns the GGUF tensor with the parameters of one in Transformers."""
+    def _tensors(self, tensor: Tensor, parameters: Mapping[str, Parameter]) -> list[Tensor]:
+        """Returns the GGUF tensors with the parameters of one in Transformers; all experts of a layer are in one."""
         first = tensor.parameters[0]
+        if first.startswith(GATE_UP):
+            end, transposed = ("bias", False) if first.endswith("bias") else ("weight", True)
+            names = BRANCHES if tensor.branch in (0, None) else ()
+            return [
+                Tensor(f"blk.{{layer}}.{name}.{end}", (first,), transposed, branch=branch)
+                for branch, name in enumerate(names)
+            ]
         module = LAST_PART.sub("", first)
         name = self.architecture.names.get(module, NAMES[module])
         name = FUSED_NAMES[name] if tensor.parameters[1:] else name
-        name = f"{name}.{'bias' if first.endswith('bias') else 'weight'}"
+        name = f"{name}.{'bias' if first.endswith(('bias', 'balance')) else 'weight'}"
         parameter = parameters[first]
-        tensor = Tensor(
+        named = Tensor(
             f"blk.{{layer}}.{name}" if "layers" in parameter.axes else name,
             tensor.parameters,
             transposed=bool(parameter.fan_in),
         )
-        return adjacent(tensor) if self.architecture.interleaved else tensor
+        return [adjacent(named) if self.architecture.interleaved else named]
 
 
 def rope_divisors(config: ResolvedModelConfig) -> np.ndarray:

@@ -34,6 +34,10 @@ def _meaning(family: Family, hf_config: Mapping[str, Any], key: str) -> str:
             return f"{name} = {direct[0].read(hf_config)}"
         except ValueError as error:
             return f"refused: {error}"
+    if key == "quantization_config" and family.quantization:
+        settings = hf_config[key]
+        is_read = isinstance(settings, Mapping) and settings.get("quant_method") == family.quantization
+        return "read as float32" if is_read else "refused: quantized weights are not read"
     if key in WITHOUT_EFFECT or key in family.without_effect:
         return NO_EFFECT
     without = {name: value for name, value in hf_config.items() if name != key}

@@ -141,7 +141,7 @@ class TensorMap:
         """Returns the shape of one array."""
         shapes = [self._shape(self.parameters[name], tensor) for name in tensor.parameters]
         shape = (*shapes[0][:-1], sum(shape[-1] for shape in shapes))
-        return shape[::-1] if tensor.transposed else shape
+        return (*shape[:-2], shape[-1], shape[-2]) if tensor.transposed else shape
 
     def write(self, array: FileArray, read: ParameterReader) -> np.ndarray:
         """Makes one array of the file from our parameters."""
@@ -160,7 +160,7 @@ class TensorMap:
         values = np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
         if tensor.by_head:
             values = values.reshape(*values.shape[:-2], -1)
-        return np.ascontiguousarray(values.T if tensor.transposed else values)
+        return np.ascontiguousarray(values.swapaxes(-1, -2) if tensor.transposed else values)
 
     def read(self, name: str, layer: int | None, read: TensorReader) -> np.ndarray:
         """Reads one of our parameters, float32, from the arrays of the file."""
@@ -182,7 +182,7 @@ class TensorMap:
         tensor, parameter = array.tensor, self.parameters[name]
         values = read(array.name)
         assert values.shape == self.shape(tensor)
-        values = values.T if tensor.transposed else values
+        values = values.swapaxes(-1, -2) if tensor.transposed else values
         if tensor.by_head:
             values = values.reshape(
                 *values.shape[:-1], next(size for axis, size in parameter.axes.items() if "heads" in axis), -1

@@ -44,8 +44,8 @@ def check_gguf_file(file: Path) -> None:
 def write_gguf(file: Path, weights: WeightSource, dtype: str = "f32") -> None:
     """Writes a model with its tokenizer, atomically and with one tensor in memory.
 
-    Vectors and tables of positions stay float32, as in llama.cpp's own converter. In q8_0 (8 bits per value, and one
-    scale per 32 values) a matrix whose rows don't divide by 32 is f16. The other dtypes are f32, f16 and bf16.
+    Vectors, tables of positions and routers stay float32, as in llama.cpp's own converter. In q8_0 (8 bits per value,
+    and one scale per 32 values) a matrix whose rows don't divide by 32 is f16. The other dtypes are f32, f16 and bf16.
 
     Raises:
         InputError: the file is not GGUF, llama.cpp has no such model or gives other tokens, or values are too large for
@@ -112,7 +112,7 @@ def _exported(weights: WeightSource) -> GGUFExport:
 
 
 def _type_name(name: str, shape: tuple[int, ...], dtype: str) -> str:
-    if len(shape) == 1 or name in FLOAT32_TENSORS:
+    if len(shape) == 1 or name.endswith(FLOAT32_TENSORS):
         return "F32"
     return "F16" if dtype == "q8_0" and shape[-1] % Q8_BLOCK else dtype.upper()
 

@@ -78,6 +78,8 @@ GEMMA2 = {"sliding_window": 5, "head_dim": 32, "query_pre_attn_scalar": 32}
 # As deep as 27B; norms with a large epsilon don't amplify the rounding of GELU in each layer.
 GEMMA_27B = GEMMA2 | {"query_pre_attn_scalar": 16, "final_logit_softcapping": 2.0, "rms_norm_eps": 1.0}
 NEOX = {"hidden_act": "gelu_new"}
+GLM = {"n_routed_experts": 8, "moe_intermediate_size": 32, "n_shared_experts": 2, "routed_scaling_factor": 1.5}
+EXPERTS = {"num_hidden_layers": 2, "num_experts": 6, "num_experts_per_tok": 2}
 GEMMA2_FIELDS = GEMMA | {
     **{"export_as": "gemma2", "norm_placement": "both", "sliding_window": 5, "layer_pattern": "SF"},
     **{"attention_softcap": 50.0, "logit_softcap": 30.0},
@@ -144,6 +146,12 @@ CLASSES: list[tuple[str, dict[str, Any]]] = [
     ("starcoder2", {"tie_word_embeddings": False}),
     ("cohere2", {"sliding_window": 5, "num_hidden_layers": 5}),
     ("cohere2", {"sliding_window": 5, "layer_types": [FULL, WINDOW] * 2, "logit_scale": 2.0}),
+    ("mixtral", EXPERTS | {"num_local_experts": 4}),
+    ("olmoe", EXPERTS | {"num_key_value_heads": 4, "rope_parameters": HF_YARN}),
+    ("qwen3_moe", EXPERTS | {"norm_topk_prob": True, "head_dim": 32, "moe_intermediate_size": 32}),
+    ("qwen2_moe", EXPERTS | {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 64}),
+    ("glm4_moe", EXPERTS | GLM | {"head_dim": 32, "attention_bias": True, "use_qk_norm": True}),
+    ("gpt_oss", EXPERTS | {"num_local_experts": 4, "head_dim": 32, "sliding_window": 5, "rope_parameters": PLAIN}),
 ]
 # The largest difference of log-probabilities in nats, which spread by about one. In float32 it comes from the order of
 # sums, and for GELU from the half-precision table in llama.cpp.
