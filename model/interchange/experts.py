@@ -75,9 +75,9 @@ def shared_tensors(name: str) -> tuple[Tensor, ...]:
     return tuple(torch_linear(f"{llama.LAYER}mlp.{name}.{part}.weight", f"{SHARED}.{ours}") for part, ours in parts)
 
 
-def with_experts(*tensors: Tensor, dense: tuple[Tensor, ...] = llama.TENSORS) -> tuple[Tensor, ...]:
-    """Returns the tensors of a class with these in its layers, too."""
-    return (*dense[:-2], *tensors, *dense[-2:])
+def with_experts(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Returns Llama's tensors, with these in its layers, too."""
+    return (*llama.TENSORS[:-2], *tensors, *llama.TENSORS[-2:])
 
 
 # The bias that balances the load is float32 in all files, as Transformers computes with it.

@@ -57,6 +57,8 @@ def _model(weights: WeightSource) -> dict[str, str]:
     if config.num_kv_heads != config.num_heads:
         heads += f" on {config.num_kv_heads} of keys and values"
     inner = f"feed-forward {config.feedforward_dim}"
+    if config.num_experts:
+        inner = f"{config.experts_per_token} of {config.num_experts} experts of {config.expert_dim} for each token"
     gated = "gated " if config.gated else ""
     tied = ", tied" if config.tie_embeddings else ""
     return {

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections import Counter
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -43,6 +44,18 @@ def test_the_balance_bias_is_float32_in_an_export_of_another_dtype(source: Weigh
     assert np.array_equal(again["blocks.experts.balance"], before["blocks.experts.balance"])
     rounded = before["blocks.experts.down"].astype(jnp.bfloat16).astype(np.float32)
     assert np.array_equal(again["blocks.experts.down"], rounded)
+
+
+def test_an_export_reads_each_layer_of_experts_once(source: WeightSource):
+    reads: Counter[tuple[str, int | None]] = Counter()
+
+    def counted(name: str, layer: int | None) -> np.ndarray:
+        reads[name, layer] += 1
+        return source.read(name, layer)
+
+    names = [name for name, _ in source.interchange().export_tensors(counted)]
+    assert sum(".experts." in name for name in names) == 3 * 4
+    assert set(reads.values()) == {1}
 
 
 def test_a_quantized_folder_opens_and_says_which_tensors_it_leaves_out(source: WeightSource, tmp_path: Path, caplog):
