@@ -4,7 +4,7 @@
 
 Needs the extras plan and plan-cuda; half a minute to three minutes a row. MaxText's figures are of its own
 `train_compile` (MaxText 0.2.5, jax 0.12.0.1, splash or cuDNN attention, float32 parameters and moments, bfloat16
-compute, AdamW, scanned layers), whose programs were read as ours are here: products without attention kernels, loops
+compute, AdamW, scanned layers), whose programs were read as ours are here: products, those of experts included, loops
 weighed by their trips. They are for its rows, remat policy and shards. --better adds other ways to run the same step.
 What is read of each row goes to FILE at once. The last line is one JSON object.
 """
@@ -53,8 +53,8 @@ class Row:
     better: bool = False
 
 
-def llama(rows: int, length: int, **more: Any) -> dict[str, Any]:
-    """Overrides of Llama 2 7B: rows of a step, positions of a row."""
+def sized(rows: int, length: int, **more: Any) -> dict[str, Any]:
+    """Overrides: rows of a step, positions of a row."""
     return {"train.batch_size": rows, "data.segment_length": length} | more
 
 
@@ -63,7 +63,8 @@ def in_two_axes(outer: int) -> dict[str, Any]:
 
     Over the whole of a v5p's mesh at once the compiler gathers by an all-reduce of zeros, and sums by another.
     """
-    return {"mesh.data": outer, "mesh.rules": '{"model": ["data", "fsdp", "context"]}'}
+    stored = '["data", "fsdp", "context"]'
+    return {"mesh.data": outer, "mesh.rules": f'{{"model": {stored}, "expert_model": {stored}}}'}
 
 
 def gpt3(**mesh: int) -> dict[str, Any]:
@@ -74,16 +75,16 @@ def gpt3(**mesh: int) -> dict[str, Any]:
 
 # fmt: off
 ROWS = {
-    "llama2_7b-v6e-16": Row("v6e:4x4", "llama2_7b", llama(16, 4096),
+    "llama2_7b-v6e-16": Row("v6e:4x4", "llama2_7b", sized(16, 4096),
         {"peak": 8.99, "flops": 2.04e14, "traffic": 38.3, "compute": 11.17e8 / 1.75e9}),
-    "llama2_7b-v5e-256": Row("v5e:16x16", "llama2_7b", llama(512, 2048),
+    "llama2_7b-v5e-256": Row("v5e:16x16", "llama2_7b", sized(512, 2048),
         {"peak": 2.63, "flops": 2.04e14, "traffic": 36.7, "compute": 1.46}),
-    "llama2_7b-v6e-256": Row("v6e:16x16", "llama2_7b", llama(1024, 4096),
+    "llama2_7b-v6e-256": Row("v6e:16x16", "llama2_7b", sized(1024, 4096),
         {"peak": 8.29, "flops": 8.14e14, "traffic": 36.7}),
-    "llama2_7b-v5p-64": Row("v5p:4x4x4", "llama2_7b", llama(256, 2048) | {"model.remat_policy": "products"},
+    "llama2_7b-v5p-64": Row("v5p:4x4x4", "llama2_7b", sized(256, 2048) | {"model.remat_policy": "products"},
         {"peak": 23.83, "flops": 3.25e14, "traffic": 36.7, "compute": 1.12}),
     "llama2_7b-v5p-64-two-axes": Row("v5p:4x4x4", "llama2_7b",
-        llama(256, 2048) | {"model.remat_policy": "products"} | in_two_axes(4),
+        sized(256, 2048) | {"model.remat_policy": "products"} | in_two_axes(4),
         {"peak": 23.83, "flops": 3.25e14, "traffic": 36.7, "compute": 1.12}, better=True),
     "gpt3_175b-v5p-512-tensor8": Row("v5p:8x8x8", "gpt3_175b", gpt3(tensor=8),
         {"peak": 12.23, "flops": 2.63e15, "traffic": 715, "compute": 7.84}),
@@ -91,12 +92,22 @@ ROWS = {
         {"peak": 15.71, "flops": 2.63e15, "traffic": 977, "compute": 7.08}),
     "gpt3_175b-v5p-512-two-axes": Row("v5p:8x8x8", "gpt3_175b", gpt3() | in_two_axes(8),
         {"peak": 15.71, "flops": 2.63e15, "traffic": 977, "compute": 7.08}, better=True),
-    "llama2_7b-h100-8": Row("h100:1x8", "llama2_7b", llama(8, 2048),
+    "llama2_7b-h100-8": Row("h100:1x8", "llama2_7b", sized(8, 2048),
         {"peak": 16.70, "flops": 1.02e14, "traffic": 36.7}),
-    "llama2_7b-h100-128": Row("h100:16x8", "llama2_7b", llama(128, 2048),
+    "llama2_7b-h100-128": Row("h100:16x8", "llama2_7b", sized(128, 2048),
         {"peak": 2.22, "flops": 1.02e14, "traffic": 36.7}),
     "gpt3_175b-h100-512": Row("h100:64x8", "gpt3_175b", gpt3(tensor=8),
         {"peak": 13.47, "flops": 2.63e15, "traffic": 665}),
+    # Mixtures of experts; MaxText's steps for them have not been compiled.
+    "mixtral_8x7b-v5p-64": Row("v5p:4x4x4", "mixtral_8x7b", sized(256, 4096)),
+    "mixtral_8x7b-v5p-64-two-axes": Row("v5p:4x4x4", "mixtral_8x7b", sized(256, 4096) | in_two_axes(4), better=True),
+    "mixtral_8x7b-v6e-256": Row("v6e:16x16", "mixtral_8x7b", sized(3072, 4096)),
+    "qwen3_30b_a3b-v5p-64": Row("v5p:4x4x4", "qwen3_30b_a3b", sized(256, 4096)),
+    "qwen3_30b_a3b-v5p-64-expert4": Row("v5p:4x4x4", "qwen3_30b_a3b", sized(256, 4096) | {"mesh.expert": 4},
+        better=True),
+    "qwen3_30b_a3b-v6e-256": Row("v6e:16x16", "qwen3_30b_a3b", sized(3072, 4096)),
+    "mixtral_8x7b-h100-64": Row("h100:8x8", "mixtral_8x7b", sized(128, 4096)),
+    "qwen3_30b_a3b-h100-64": Row("h100:8x8", "qwen3_30b_a3b", sized(128, 4096)),
 }
 # fmt: on
 UNITS = {"peak": "GiB", "flops": "FLOPs", "traffic": "GiB", "compute": "s"}
@@ -118,7 +129,8 @@ def figures_of(row: Row) -> dict[str, Any]:
     if not plan.refused:
         program = read_program(compilation.text, dict(mesh.shape))
         found |= {
-            "flops": total(program.operations, "flops"),
+            "flops": total(program.operations, "flops")
+            + sum(kernel.flops * times for kernel, times in program.kernels.items() if kernel.is_grouped),
             "traffic": sum(c.payload_bytes * c.count for c in program.collectives) / GIB,
             "sent": sum(c.sent_bytes * c.count for c in program.collectives) / GIB,
             "compute": total(program.operations, "cycles") / chip.cycles_per_second if chip.cycles_per_second else None,
