@@ -210,6 +210,12 @@ def count_parameters(config: ResolvedModelConfig, active: bool = False) -> int:
     return round(sum(active_elements(config, p) if active else math.prod(p.shape) for p in table))
 
 
+def parameters_text(config: ResolvedModelConfig) -> str:
+    """Returns the number of parameters, and with experts that of those which compute a token, for people."""
+    text = f"{count_parameters(config):,}"
+    return f"{text} ({count_parameters(config, active=True):,} for a token)" if config.num_experts else text
+
+
 def active_elements(config: ResolvedModelConfig, parameter: Parameter) -> float:
     """Returns the elements of a parameter that compute a token: of the experts, `experts_per_token`."""
     if "experts" not in parameter.axes:

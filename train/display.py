@@ -18,7 +18,7 @@ from rich.text import Text
 from data.mixture import Mixture, Source, corpus_field
 from data.printable import printable
 from model.kernels import choose_kernel
-from model.parameters import count_parameters
+from model.parameters import parameters_text
 from train.data_identity import RunInputs
 from train.devices.rules import training_layout
 from train.planning.data_estimate import DataEstimate
@@ -257,7 +257,7 @@ def opening_lines(inputs: RunInputs, estimate: DataEstimate, step: int, peak: st
             for source in inputs.mixture.sources
         ),
         f"tokenizer: {inputs.tokenizer.vocab_size:,} token ids",
-        f"model: {count_parameters(config.model):,} parameters, {config.model.compute_dtype} compute",
+        f"model: {parameters_text(config.model)} parameters, {config.model.compute_dtype} compute",
         f"devices: {jax.device_count()} {jax.devices()[0].device_kind}{mesh and f' as {mesh}'}; "
         f"processes: {jax.process_count()}",
         f"attention: {kernel}",

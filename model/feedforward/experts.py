@@ -233,7 +233,7 @@ def _all_at_once(
 ) -> jax.Array:
     """Returns the tokens' sums [N, D] where a device has all experts, so that no row is another device's."""
     N, k = len(x_ND), config.experts_per_token
-    inverse = jnp.argsort(rows.order)
+    inverse = checkpoint_name(jnp.argsort(rows.order), "routing")
     x_MD, weight_M = _spread(x_ND, rows.order // k, inverse), _permuted(weights_M, rows.order, inverse)
     y_MD = _feed_forward(config, x_MD, weight_M, weights, rows.sizes)
     y_NkD = _permuted(y_MD, inverse, rows.order).reshape(N, k, -1)

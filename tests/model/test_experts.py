@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 import model.feedforward.experts
+from launch.presets import load_config
 from model.config import ModelConfig
 from model.feedforward.balance import fullest_shard, load_figures, moved_bias, routing_loss
 from model.feedforward.dense import activate
 from model.feedforward.experts import Experts
 from model.feedforward.grouped import product_by
 from model.feedforward.router import Routing
-from model.parameters import parameter_table
+from model.parameters import count_parameters, parameter_table, parameters_text
 from model.sharding import UNSHARDED
 from tests.benchmarks.meshes import ROUTERS
 from tests.small import mesh_of, small_model, small_weights
@@ -232,3 +233,14 @@ def test_the_fullest_shard_is_that_of_its_own_group_of_rows():
 def test_what_is_wrong_with_experts_is_said(changes: dict[str, Any], problem: str):
     values = {"num_layers": 2, "num_experts": 8} | changes
     assert problem in "\n".join(ModelConfig(**values).problems())
+
+
+@pytest.mark.parametrize(
+    ("preset", "active"),
+    [("mixtral_8x7b", 12_879_925_248), ("olmoe_1b_7b", 1_282_017_280), ("qwen3_30b_a3b", 3_353_032_704)],
+)
+def test_the_parameters_of_a_token_are_those_that_were_published(preset: str, active: int):
+    config = load_config(preset, {})
+    model = config.resolved(config.tokenizer.vocab_size).model
+    assert count_parameters(model, active=True) == active
+    assert parameters_text(model) == f"{count_parameters(model):,} ({active:,} for a token)"

@@ -6,7 +6,7 @@ from importlib.metadata import version
 from typing import Any
 
 from data.printable import shown
-from model.parameters import count_parameters
+from model.parameters import parameters_text
 from train.config.config import public
 from train.run.events import read_events
 from train.run.folder import Run
@@ -17,7 +17,7 @@ from train.weights.weight_source import WeightSource
 
 def model_card(weights: WeightSource, run: Run | None = None) -> str:
     """Returns the text of the card in Hugging Face's format, without a run for weights that were converted."""
-    facts = {"parameters": f"{count_parameters(weights.config):,}", **_model(weights)}
+    facts = {"parameters": parameters_text(weights.config), **_model(weights)}
     if run is not None and weights.step:
         facts |= _training(run, weights.step)
     facts["written by"] = f"Ziggurat {version('ziggurat')}"
