@@ -275,10 +275,13 @@ def _in_blocks(
     first is all, so it is computed apart: its gradients need no zeros to be added to.
     """
     block = lambda b: _block(config, b, rows, x_ND, weights_M, weights)
-    add = lambda b, y_ND: y_ND + block(b)
+    add = lambda b, y_ND: _plus(y_ND, block(b))
     with jax.named_scope(FURTHER_BLOCKS):
-        y_ND = jax.lax.fori_loop(1, _num_blocks(config, rows), add, block(0))
-    return y_ND.astype(x_ND.dtype)
+        return jax.lax.fori_loop(1, _num_blocks(config, rows), add, block(0).astype(x_ND.dtype))
+
+
+def _plus(sum: jax.Array, more: jax.Array) -> jax.Array:
+    return (sum.astype(jnp.float32) + more.astype(jnp.float32)).astype(sum.dtype)
 
 
 def _in_blocks_forward(config: ResolvedModelConfig, *arguments: Any) -> tuple[jax.Array, Any]:
@@ -287,11 +290,8 @@ def _in_blocks_forward(config: ResolvedModelConfig, *arguments: Any) -> tuple[ja
 
 def _in_blocks_backward(config: ResolvedModelConfig, arguments: Any, dy_ND: jax.Array) -> tuple[Any, ...]:
     *inputs, rows = arguments
-    # The products round it again, so these numbers move as few bytes.
-    dy_ND = dy_ND.astype(jnp.float32)
-    gradients = lambda b: jax.vjp(partial(_block, config, b, rows), *inputs)[1](dy_ND)
-    plus = lambda sum, more: (sum.astype(jnp.float32) + more.astype(jnp.float32)).astype(sum.dtype)
-    add = lambda b, sums: jax.tree.map(plus, sums, gradients(b))
+    gradients = lambda b: jax.vjp(partial(_block, config, b, rows), *inputs)[1](dy_ND.astype(jnp.float32))
+    add = lambda b, sums: jax.tree.map(_plus, sums, gradients(b))
     with jax.named_scope(FURTHER_BLOCKS):
         sums = jax.lax.fori_loop(1, _num_blocks(config, rows), add, gradients(0))
     return *sums, None
@@ -330,7 +330,7 @@ def _block(
     sizes = jnp.clip(ends - b * R, 0, R) - jnp.clip(ends - rows.sizes - b * R, 0, R)
     x_RD, weight_R = _taken(x_ND, choice_R // k), _taken(weights_M, choice_R)
     y_RD = _feed_forward(config, x_RD, weight_R, weights, sizes, is_own_R[:, None], jnp.float32)
-    return _added(len(x_ND), y_RD, choice_R // k)
+    return _added(len(x_ND), x_ND.dtype, y_RD, choice_R // k)
 
 
 @jax.custom_vjp
@@ -348,13 +348,17 @@ def _taken_backward(kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[j
 _taken.defvjp(lambda x, index: (_taken(x, index), (index, x)), _taken_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _added(N: int, y_RD: jax.Array, token_R: jax.Array) -> jax.Array:
-    """Returns the sums of each token's rows, float32 [N, D]; rows of token N are dropped, and have any gradient."""
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _added(N: int, dtype: Any, y_RD: jax.Array, token_R: jax.Array) -> jax.Array:
+    """Returns the sums of each token's rows, float32 [N, D]; rows of token N are dropped, and have any gradient.
+
+    Args:
+        dtype: the dtype of the gradient, which is gathered in it, as it moves fewer bytes.
+    """
     return jnp.zeros((N, y_RD.shape[1]), jnp.float32).at[token_R].add(y_RD, mode="drop")
 
 
 _added.defvjp(
-    lambda N, y, token: (_added(N, y, token), (token, y)),
-    lambda N, kept, dy: (dy[jnp.minimum(kept[0], N - 1)].astype(kept[1].dtype), None),
+    lambda N, dtype, y, token: (_added(N, dtype, y, token), token),
+    lambda N, dtype, token, dy: (dy.astype(dtype)[jnp.minimum(token, N - 1)].astype(jnp.float32), None),
 )
