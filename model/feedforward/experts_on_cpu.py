@@ -132,6 +132,12 @@ def _unit(M: int, E: int) -> int:
     return UNIT if M >= FEW_ROWS * E else SMALL_UNIT
 
 
+def _over_experts(slots: Slots, expert: Callable[..., Any], carry: Any) -> Any:
+    """Returns carry after `carry = expert(e, carry)` for each expert that has rows: of others nothing is read."""
+    order_E = jnp.argsort(slots.padded_E == 0, stable=True).astype(jnp.int32)
+    return lax.fori_loop(0, jnp.sum(slots.padded_E > 0), lambda i, carry: expert(order_E[i], carry), carry)
+
+
 def _over_tiles(slots: Slots, unit: int, e: jax.Array, tile: Callable[..., Any], carry: Any) -> Any:
     """Returns carry after `carry = tile(R, start, carry)` for each tile of expert e.
 
@@ -177,7 +183,7 @@ def _forward(
         return _over_tiles(slots, unit, e, tile, carry)
 
     kept_PG = jnp.zeros((len(slots.token_P), 2 * F), x.dtype) if keep else None
-    y_ND, kept_PG = lax.fori_loop(0, E, expert, (jnp.zeros(x_ND.shape, jnp.float32), kept_PG))
+    y_ND, kept_PG = _over_experts(slots, expert, (jnp.zeros(x_ND.shape, jnp.float32), kept_PG))
     return y_ND.astype(dtype), kept_PG
 
 
@@ -226,7 +232,7 @@ def _backward(
 
     zeros = [jnp.zeros((E, *shape), x.dtype) for shape in ((D, 2 * F), (F, D), (2 * F,), (D,))]
     carry = jnp.zeros(x_ND.shape, jnp.float32), jnp.zeros(len(slots.token_P), jnp.float32), zeros
-    dx_ND, of_weight_P, written = lax.fori_loop(0, E, expert, carry)
+    dx_ND, of_weight_P, written = _over_experts(slots, expert, carry)
     of_experts = [
         None if array is None else _unbits(gradient.reshape(array.shape))
         for array, gradient in zip(experts, written, strict=True)

@@ -1,5 +1,6 @@
 """The experts' feed-forward on a CPU: that of a dense masked reference, in time that grows with the choices alone."""
 
+import functools
 from functools import partial
 
 import jax
@@ -118,6 +119,15 @@ def test_the_same_bits_come_twice(dtype: str):
     first, second = (with_gradients(experts_on_cpu, "silu", arguments, dy_ND) for _ in range(2))
     for one, other in zip(first, second, strict=True):
         np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
+
+
+def test_of_experts_without_rows_nothing_is_read(monkeypatch: pytest.MonkeyPatch):
+    """As in generation, where a few tokens choose few of many experts."""
+    slots = experts_on_cpu_module._slots(jnp.asarray([[6, 2], [2, 9]]), jnp.ones((2, 2)), jnp.int32(0), 12)
+    loop = lambda first, last, body, carry: functools.reduce(lambda c, i: body(i, c), range(first, int(last)), carry)
+    monkeypatch.setattr(experts_on_cpu_module.lax, "fori_loop", loop)
+    visited = experts_on_cpu_module._over_experts(slots, lambda e, visited: [*visited, int(e)], [])
+    assert visited == [2, 6, 9]
 
 
 def tiles_of(sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
