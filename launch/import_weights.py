@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", required=True, type=path, metavar="RUN", help="a new folder for the run")
     help = "begin a mixture with N copies of each feed-forward and a router of its own, which computes the same"
     parser.add_argument("--experts", metavar="N", help=help)
-    parser.add_argument("--experts-per-token", metavar="K", default="2", help="copies that compute a token [2]")
+    parser.add_argument("--experts-per-token", metavar="K", help="copies that compute a token [2]")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -33,9 +33,11 @@ def run(arguments: argparse.Namespace) -> int:
     jax.config.update("jax_platforms", "cpu")
     from train.weights.import_run import import_weights
 
-    experts = None
+    experts, per_token = None, arguments.experts_per_token
     if arguments.experts is not None:
-        experts = number("--experts", arguments.experts), number("--experts-per-token", arguments.experts_per_token)
+        experts = number("--experts", arguments.experts), number("--experts-per-token", per_token or "2")
+    elif per_token is not None:
+        raise InputError(f"--experts-per-token={per_token} goes with --experts=N")
     import_weights(arguments.weights, arguments.to, experts)
     print(arguments.to)
     return 0

@@ -7,10 +7,11 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from model.config import ResolvedModelConfig
 from model.feedforward.router import Routing
-from model.sharding import Layout
+from model.sharding import Layout, as_tuple
 
 
 def routing_loss(config: ResolvedModelConfig, routing: Routing, load_LE: jax.Array, num_tokens: jax.Array) -> jax.Array:
@@ -65,10 +66,16 @@ def load_figures(load_LE: jax.Array) -> dict[str, jax.Array]:
 
 def load_of_groups(routing: Routing, layout: Layout) -> jax.Array:
     """Returns the tokens of each expert [L, G, E] in each group of rows whose devices share the experts."""
-    load_LBE = layout.reshard(routing.load_BE, None, None, None)
-    L, B, E = load_LBE.shape
-    groups = layout.size("batch") // layout.size("experts") if layout.rules else 1
-    return jnp.sum(load_LBE.reshape(L, groups, B // groups, E), axis=2)
+    L, B, E = routing.load_BE.shape
+    if not layout.rules:
+        return jnp.sum(routing.load_BE, axis=1, keepdims=True)
+    shared = as_tuple(layout.rules["experts"])
+    between = tuple(mesh for mesh in as_tuple(layout.rules["batch"]) if mesh not in shared)
+    # A device adds up its own rows before anything is gathered.
+    groups = layout.size("batch") // layout.size("experts")
+    cut = PartitionSpec(None, between, shared, None)
+    load_LGE = jnp.sum(routing.load_BE.reshape((L, groups, B // groups, E), out_sharding=cut), axis=2)
+    return layout.reshard(load_LGE, None, None, None)
 
 
 def fullest_shard(load_LGE: jax.Array, shards: int) -> jax.Array:

@@ -303,7 +303,7 @@ _in_blocks.defvjp(_in_blocks_forward, _in_blocks_backward)
 def _block_size(config: ResolvedModelConfig, rows: Rows) -> int:
     assert config.num_experts
     balanced = len(rows.order) * len(rows.sizes) / config.num_experts
-    return min(-(-int(ROWS_AT_ONCE * balanced) // 8) * 8, len(rows.order))
+    return min(-(-math.ceil(ROWS_AT_ONCE * balanced) // 8) * 8, len(rows.order))
 
 
 def _num_blocks(config: ResolvedModelConfig, rows: Rows) -> jax.Array:

@@ -21,7 +21,7 @@ MULTIPLIED = ("matrix", "unembedding")
 
 @partial(jax.jit, static_argnums=(0, 2))
 def decoding_weights(config: ResolvedModelConfig, weights: Mapping[str, Any], int8: bool = False) -> dict[str, Any]:
-    """Returns a copy of the weights for `CachedDecoder`, in the compute dtype but for norms and sinks.
+    """Returns a copy of the weights for `CachedDecoder`, in the compute dtype but for norms, sinks and routers.
 
     "blocks" is a list with the arrays of each layer, so that no decode step slices them out of a stack. On CPUs the
     contracted axes of each matrix come last: see `model.cpu.column_product`.

@@ -126,6 +126,7 @@ def test_a_mixture_begins_with_the_loss_of_the_dense_model(finished: Path, per_t
     for wrong, words in (
         (["--experts=x"], "--experts=x: give a whole number from 1 to 16384"),
         (["--experts=2", "--experts-per-token=3"], "model.num_experts = 2 is below model.experts_per_token = 3"),
+        (["--experts-per-token=3"], "--experts-per-token=3 goes with --experts=N"),
     ):
         assert here("import", weights, f"--to={tmp_path / 'none'}", *wrong) == 2
         assert words in capsys.readouterr().err

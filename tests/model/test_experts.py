@@ -20,7 +20,7 @@ from model.parameters import count_parameters, parameter_table, parameters_text
 from model.sharding import UNSHARDED
 from tests.benchmarks.meshes import ROUTERS
 from tests.small import mesh_of, small_model, small_weights
-from train.devices.rules import TRAINING
+from train.devices.rules import GENERATION, TRAINING
 
 E, B, T = 8, 2, 24
 # How a device computes: a CPU's own way, and that of accelerators, here with a product that is known to be right.
@@ -155,6 +155,22 @@ def test_all_tokens_of_one_expert_and_experts_without_tokens(expert: int):
     reference = jax.grad(lambda x: jnp.sum(jnp.square(dense_reference(config, weights, x, mix_NE))))(x)
     np.testing.assert_allclose(gradient, reference, atol=1e-5 * float(jnp.abs(reference).max()))
     np.testing.assert_array_equal(jnp.sum(routing.load_BE, 0), x.shape[0] * T * jnp.eye(E)[5])
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("shape", [{"expert": 4}, {"expert": 2, "tensor": 2}], ids=str)
+def test_one_token_is_computed_on_a_mesh_that_generates(shape: dict[str, int]):
+    """All devices have it, and each adds what its experts, or its part of their width, give."""
+    config, weights = floor(feedforward_bias=True)
+    x = inputs(config)[:1, :1]
+    with jax.set_mesh(mesh_of(**shape)):
+        table = parameter_table(config)
+        axes = {name: list(table[f"blocks.experts.{name}"].axes)[1:] for name in weights}
+        of_mesh = {name: GENERATION.reshard(w, *axes[name]) for name, w in weights.items()}
+        placed = GENERATION.reshard(x, "batch", "sequence", None)
+        y = jax.jit(lambda x: Experts(config, of_mesh, GENERATION)(x)[0])(placed)
+    mix_NE = jnp.asarray(chosen_by_hand(config, weights, x), jnp.float32)
+    np.testing.assert_allclose(y, dense_reference(config, weights, x, mix_NE), atol=1e-5)
 
 
 def test_of_equal_scores_the_first_expert_is_chosen():

@@ -40,10 +40,6 @@ def rule_problems(config: MeshConfig) -> list[str]:
     for axis in ("heads", "kv_heads", "feedforward", "vocabulary"):
         for name in sorted(layout.mesh_axes(axis) & layout.mesh_axes("model")):
             problems.append(f"mesh.rules: {axis!r} and 'model' of one weight are both shared by {name!r}")
-    weight = ("experts", "expert_model", "feedforward")
-    for one, other in combinations(weight, 2):
-        for name in sorted(layout.mesh_axes(one) & layout.mesh_axes(other)):
-            problems.append(f"mesh.rules: {one!r} and {other!r} of one weight are both shared by {name!r}")
     if layout.rules["heads"] != layout.rules["kv_heads"]:
         problems.append(
             "mesh.rules: 'heads' and 'kv_heads' must be shared by the same mesh axes: queries meet their keys"
@@ -66,13 +62,28 @@ def mesh_problems(config: ResolvedConfig, shape: tuple[int, ...]) -> list[str]:
         # Later stages are multiples of this batch; their microbatches are multiples of this one or of the full batch's.
         problems += must_divide("train.batch_ramp_start", config.train.batch_ramp_start, "batch")
     problems += must_divide("data.num_streams", config.num_streams, "batch")
-    if config.model.num_experts is None and size["expert"] > 1:
+    if config.model.num_experts:
+        problems += expert_problems(layout, size)
+    elif size["expert"] > 1:
         problems.append(f"mesh.expert = {size['expert']} is for experts; use mesh.fsdp, or give model.num_experts")
     problems += must_divide("data.segment_length", config.data.segment_length, "sequence")
     if any(size[mesh] > 1 for mesh in layout.mesh_axes("time")):
         # Each device takes a piece from both ends of a row: see `model.context_parallel`.
         problems += must_divide("data.segment_length", config.data.segment_length, "time", pieces=2)
     return problems + weight_problems(config.model, layout, size)
+
+
+def expert_problems(layout: Layout, size: Mapping[str, int]) -> list[str]:
+    """Returns the errors of `mesh.rules` for experts, over mesh axes of these sizes."""
+    problems = []
+    for one, other in combinations(("experts", "expert_model", "feedforward"), 2):
+        for name in sorted(layout.mesh_axes(one) & layout.mesh_axes(other)):
+            problems.append(f"mesh.rules: {one!r} and {other!r} of one weight are both shared by {name!r}")
+    # Tokens are gathered from the devices that share experts, so these must have different rows.
+    for name in sorted(layout.mesh_axes("experts") - layout.mesh_axes("batch")):
+        if size[name] > 1:
+            problems.append(f"mesh.rules: 'experts' are shared by {name!r}, so 'batch' must be shared by it, too")
+    return problems
 
 
 def weight_problems(config: ResolvedModelConfig, layout: Layout, size: Mapping[str, int]) -> list[str]:

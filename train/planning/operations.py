@@ -11,9 +11,9 @@ from functools import cached_property
 
 from train.planning.hlo import Array
 
-# Number of products over all pairs of positions in an attention kernel, by a part of its name.
 # A part of the name of every grouped product's operation.
 GROUPED = "grouped_"
+# Number of products over all pairs of positions in an attention kernel, by a part of its name.
 ATTENTION_PRODUCTS = {"mha_fwd": 2, "mha_dq": 3, "mha_dkv": 4, "SoftmaxBackward": 5, "fmha": 2}
 
 

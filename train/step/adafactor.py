@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.lax import rsqrt
 
-from model.parameters import Parameter
+from model.parameters import CONSTANT, STACKED, Parameter
 from model.trees import flattened, nested
 from train.step.state import Weights
 
@@ -27,15 +27,15 @@ class AdafactorState(NamedTuple):
 def scale_by_adafactor(table: Mapping[str, Parameter]) -> optax.GradientTransformation:
     """Divides gradients by the root of a running mean square that is factored into two vectors per matrix.
 
-    Every layer's matrix has its own vectors. Rows are the fan-in axes of the table and columns the fan-out axes; for
-    a lookup table, rows are its entries. Updates are clipped to a root mean square of 1 and multiplied by the root
-    mean square of the weights, at least 10⁻³. The decay of the mean at update t is 1 − t^−0.8.
+    Every matrix, of a layer and an expert, has its own vectors. Rows are the fan-in axes of the table and columns the
+    fan-out axes; for a lookup table, rows are its entries. Updates are clipped to a root mean square of 1 and
+    multiplied by the root mean square of the weights, at least 10⁻³. The decay of the mean at update t is 1 − t^−0.8.
     """
     rows: dict[str, list[int]] = {}
     columns: dict[str, list[int]] = {}
-    layer = {name: [i for i, axis in enumerate(p.axes) if axis != "layers"] for name, p in table.items()}
+    layer = {name: [i for i, axis in enumerate(p.axes) if axis not in STACKED] for name, p in table.items()}
     for name, p in table.items():
-        vector = p.role in ("norm", "bias")
+        vector = p.role in CONSTANT or len(layer[name]) < 2
         first = len(p.fan_in) or 1
         rows[name] = [] if vector else layer[name][:first]
         columns[name] = [] if vector else layer[name][first:]

@@ -17,7 +17,7 @@ from train.devices.mesh import one_device_mesh
 from train.run.folder import Run
 from train.run.storage import check_place
 from train.weights.huggingface import open_huggingface
-from train.weights.upcycling import with_experts
+from train.weights.upcycling import mixture_config, mixture_weights
 
 
 def import_weights(folder: Path, to: Path, experts: tuple[int, int] | None = None) -> Run:
@@ -34,9 +34,11 @@ def import_weights(folder: Path, to: Path, experts: tuple[int, int] | None = Non
     check_place(Run(to).checkpoints)
     # Training computes in the default dtype; evaluation and generation set float32 themselves.
     model: ModelConfig = dataclasses.replace(weights.config, compute_dtype=ModelConfig.compute_dtype)
+    if experts:
+        model = mixture_config(model, *experts)
     arrays = weights.in_memory()
     if experts:
-        model, arrays = with_experts(model, arrays, *experts)
+        arrays = mixture_weights(model, arrays)
     data = DataConfig(segment_length=weights.context)
     with atomic_folder(to) as partial, jax.set_mesh(one_device_mesh()):
         run = Run(partial)

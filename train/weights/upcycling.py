@@ -18,20 +18,22 @@ SEED = 0
 GATE, UP, DOWN = (f"blocks.feedforward.{name}" for name in ("gate", "up", "down"))
 
 
-def with_experts(
-    config: ModelConfig, weights: dict[str, Any], num_experts: int, experts_per_token: int
-) -> tuple[ModelConfig, dict[str, Any]]:
-    """Returns the config and the weights of a mixture that computes what a dense model does.
-
-    InputError where the model has experts, or a feed-forward that experts cannot have.
-    """
+def mixture_config(config: ModelConfig, num_experts: int, experts_per_token: int) -> ModelConfig:
+    """Returns the config of the mixture. InputError where the model has experts, or no gate, which experts have."""
+    given = f"--experts={num_experts}"
     if config.num_experts is not None:
-        raise InputError(
-            f"--experts={num_experts}: these weights have {config.num_experts} experts; give a dense model"
-        )
+        raise InputError(f"{given}: these weights have {config.num_experts} experts already; give a dense model")
+    if not config.gated:
+        raise InputError(f"{given}: experts are gated, and the feed-forward of these weights is not")
     config = dataclasses.replace(config, num_experts=num_experts, experts_per_token=experts_per_token, export_as=None)
     if problems := config.problems():
         raise InputError("\n".join(problems))
+    return config
+
+
+def mixture_weights(config: ModelConfig, weights: dict[str, Any]) -> dict[str, Any]:
+    """Returns weights with which the mixture computes what a dense model's weights do."""
+    assert config.num_experts
     flat = flattened(weights)
     copies = {
         "blocks.experts.gate_up": np.stack([flat.pop(GATE), flat.pop(UP)], axis=2),
@@ -41,7 +43,7 @@ def with_experts(
         both = [flat.pop(f"{name}_bias") for name in (GATE, UP)]
         copies["blocks.experts.gate_up_bias"] = np.stack(both, axis=1)
         copies["blocks.experts.down_bias"] = flat.pop(f"{DOWN}_bias")
-    flat |= {name: np.repeat(array[:, None], num_experts, axis=1) for name, array in copies.items()}
+    flat |= {name: np.repeat(array[:, None], config.num_experts, axis=1) for name, array in copies.items()}
     router = "blocks.experts.router"
     flat[router] = np.asarray(initial_value(router, parameter_table(config.resolved())[router], SEED))
-    return config, nested(flat)
+    return nested(flat)

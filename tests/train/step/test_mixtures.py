@@ -1,5 +1,6 @@
 """Mixtures of experts train the same on every mesh and in parts (C6), and what balances them is of the whole batch."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -18,7 +19,7 @@ from train.step.state import make_state
 from train.step.step import make_train_step
 
 # Every router, in one part or four, on meshes that have every axis among them; the benchmark has all of all.
-SHAPES = [{"fsdp": 2, "expert": 2, "tensor": 2}, {"slices": 2, "data": 2, "expert": 2}, {"expert": 2, "context": 2}]
+SHAPES = [{"expert": 2, "context": 2}, {"slices": 2, "data": 2, "expert": 2}, {"fsdp": 2, "expert": 2, "tensor": 2}]
 CASES = [(router, parts, shape) for router, parts, shape in zip(ROUTERS, (1, 4, 1), SHAPES, strict=True)]
 
 
@@ -99,6 +100,23 @@ def test_an_expert_axis_is_for_experts_and_must_divide_them():
     dense, odd = config_for(rows=6), config_for(rows=6, num_experts=8)
     assert "mesh.expert = 3 is for experts" in "\n".join(mesh_problems(dense, size))
     assert "model.num_experts = 8 cannot be shared by mesh.expert = 3" in "\n".join(mesh_problems(odd, size))
+
+
+@pytest.mark.parametrize(
+    ("rules", "problem"),
+    [
+        ({"experts": ["tensor"], "feedforward": []}, "'experts' are shared by 'tensor', so 'batch' must be"),
+        ({"experts": ["context"], "expert_model": ["fsdp"]}, "'experts' are shared by 'context', so 'batch' must be"),
+        ({"batch": ["slice", "data", "fsdp"]}, "'experts' are shared by 'expert', so 'batch' must be"),
+        ({"expert_model": ["expert"]}, "'experts' and 'expert_model' of one weight are both shared by 'expert'"),
+    ],
+)
+def test_rules_under_which_tokens_would_miss_their_experts_are_refused(rules: dict, problem: str):
+    config = config_for(num_experts=8)
+    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, rules=rules))
+    assert problem in "\n".join(mesh_problems(config, (1, 1, 1, 2, 2, 2)))
+    dense = dataclasses.replace(config, model=config_for().model)
+    assert "experts" not in "\n".join(mesh_problems(dense, (1, 1, 2, 1, 2, 2)))
 
 
 def test_jit_sees_no_token_dropped_however_unbalanced():

@@ -24,6 +24,8 @@ from train.step.step import make_train_step
 # A rate at which each learns the small model.
 RATES = {"adamw": 1e-2, "lion": 2e-3, "adafactor": 5e-2, "muon": 1e-2}
 STEPS, DECAY = 4, 0.5
+# A layer with a dense feed-forward, and one with experts.
+EXPERTS = {"num_experts": 4, "expert_dim": 24, "dense_layers": 1, "balance_bias": True}
 
 
 def config_for(name: str, **changes: object) -> Config:
@@ -42,13 +44,13 @@ def random_trees(config: Config) -> list[dict[str, np.ndarray]]:
     ]
 
 
-def updated_on(config: Config, shape: dict[str, int] | None = None) -> dict[str, np.ndarray]:
-    """The weights of `random_trees` after an update by each of its gradients, on a mesh."""
+def updated_on(config: Config, shape: dict[str, int] | None = None, trees: list | None = None) -> dict[str, np.ndarray]:
+    """The weights of `random_trees`, or of others, after an update by each of its gradients, on a mesh."""
     table = parameter_table(config.model)
     with jax.set_mesh(mesh_of(**shape or {})):
         weights, *gradients = (
             nested({name: jax.device_put(x, TRAINING.spec(*table[name].axes)) for name, x in tree.items()})
-            for tree in random_trees(config)
+            for tree in trees or random_trees(config)
         )
         optimizer = make_optimizer(config)
         state = jax.jit(optimizer.init)(weights)
@@ -209,15 +211,35 @@ def test_newton_schulz_brings_all_singular_values_near_one_whatever_the_shape(dt
 @pytest.mark.parametrize("name", ["lion", "adafactor", "muon"])
 def test_every_mesh_updates_as_one_device_does(name: str):
     config = config_for(name)
+    config = dataclasses.replace(config, model=small_model(num_kv_heads=4, **EXPERTS))
     before, expected = random_trees(config)[0], updated_on(config)
     for shape in (
         {"data": 2, "tensor": 4},
         {"fsdp": 2, "context": 2, "tensor": 2},
-        {"slices": 2, "fsdp": 4},
+        {"slices": 2, "fsdp": 2, "expert": 2},
     ):
         after = updated_on(config, shape)
         moved = {name: after[name] - x for name, x in before.items()}
         assert_close(moved, {name: expected[name] - x for name, x in before.items()}, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
+def test_each_experts_matrices_are_updated_as_those_of_a_dense_model(name: str):
+    config = config_for(name)
+    mixture = dataclasses.replace(config, model=small_model(num_kv_heads=4, **EXPERTS | {"dense_layers": 0}))
+    dense = dataclasses.replace(config, model=small_model(num_kv_heads=4, feedforward_dim=24))
+
+    def as_dense(tree: dict[str, np.ndarray], expert: int) -> dict[str, np.ndarray]:
+        gate_up, down = (tree[f"blocks.experts.{part}"][:, expert] for part in ("gate_up", "down"))
+        names = [f"blocks.feedforward.{part}" for part in ("gate", "up", "down")]
+        return dict(zip(names, (gate_up[:, :, 0], gate_up[:, :, 1], down), strict=True))
+
+    after, trees = updated_on(mixture), random_trees(mixture)
+    for expert in (0, 3):
+        others = random_trees(dense)
+        alone = updated_on(dense, trees=[one | as_dense(tree, expert) for one, tree in zip(others, trees, strict=True)])
+        actual = as_dense(after, expert)
+        assert_close(actual, {name: alone[name] for name in actual}, 1e-5)
 
 
 def learn(config: Config, steps: int):
