@@ -45,9 +45,12 @@ MEASURES = (
     Measure("peak_share", "Share of the peak", "% of FLOP/s", "{:.1f}%".format, 100, True, is_smoothed=True),
     Measure("data_wait_seconds", "Data wait", "seconds a step", "{:.3f} s".format, from_zero=True, is_smoothed=True),
     Measure("memory_bytes", "Memory", "GiB, the most so far", "{:.2f} GiB".format, 2**-30, from_zero=True),
+    Measure("utilization", "Utilisation", "% of positions trained on", "{:.1f}%".format, 100, True, is_smoothed=True),
+)
+# Of mixtures of experts.
+EXPERT_MEASURES = (
     Measure("expert_load_most", "Fullest expert", "tokens over the mean", "{:.2f}".format, is_smoothed=True),
     Measure("dead_experts", "Experts without a token", "in all layers", "{:,.0f}".format, from_zero=True),
-    Measure("utilization", "Utilisation", "% of positions trained on", "{:.1f}%".format, 100, True, is_smoothed=True),
 )
 
 

@@ -12,7 +12,19 @@ import numpy as np
 
 from data.config import stages, weight_at
 from launch.page import history
-from launch.page.chart import BOTTOM, LEFT, MEASURES, RIGHT, TOP, Chart, make_chart, step_range, task_measures, thinned
+from launch.page.chart import (
+    BOTTOM,
+    EXPERT_MEASURES,
+    LEFT,
+    MEASURES,
+    RIGHT,
+    TOP,
+    Chart,
+    make_chart,
+    step_range,
+    task_measures,
+    thinned,
+)
 from launch.page.markup import Html, element, fragment, html_page
 from train.config.config import Config, config_fields, public, to_json
 from train.evaluation.documents import loop_documents
@@ -51,7 +63,7 @@ def make_page(run: Run) -> str:
     color, word, detail = history.run_state(events, is_alive, last_seen)
     marks = history.event_steps(events)
     charts: dict[str, Chart] = {}
-    for measure in (*MEASURES, *task_measures(records)) if records else ():
+    for measure in (*MEASURES, *EXPERT_MEASURES, *task_measures(records)) if records else ():
         will_come = measure.field.startswith("validation") and config.data.validation_fraction
         if chart := make_chart(measure, records, marks, "no evaluation yet" if will_come else ""):
             charts[measure.field] = chart

@@ -158,6 +158,10 @@ def test_a_page_can_be_made_at_any_moment(tmp_path: Path):
     assert page.count("<figure data-chart") == len(MEASURES) - 1 + 3
     assert 'data-chart="tasks/a/b/acc_norm"' in page
     assert "<span>a/b <small>acc_norm</small></span><output>0.25</output>" in page
+    load = {"expert_load_most": 1.75, "dead_experts": 2.0}
+    page = make_page(make_run(tmp_path / "h", [record(s) | load for s in range(1, 9)], []))
+    assert page.count("<figure data-chart") == len(MEASURES) - 1 + 2
+    assert "<output>1.75</output>" in page
     fork = make_run(tmp_path / "f", [record(s) for s in range(5001, 5009)], [start(0, 5000)])
     path = re.search(r'<path class="line" d="M([\d.]+) ', make_page(fork))
     assert path is not None

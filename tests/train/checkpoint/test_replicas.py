@@ -34,7 +34,7 @@ def test_a_flipped_bit_of_one_copy_is_found_with_its_device(spec):
     with jax.set_mesh(mesh):
         check_replicas(good)
         # The flipped bit is in the part of only one of the two devices of this copy.
-        of_copy = [mesh.devices[0, 2, 0, 0, i].id for i in range(2)]
+        of_copy = [mesh.devices[0, 2, 0, 0, 0, i].id for i in range(2)]
         bad = good | {"weights": {"a": put(mesh, spec, VALUE, dict.fromkeys(of_copy, FLIPPED))}}
         with pytest.raises(Fault, match="copies of weights.a differ") as caught:
             check_replicas(bad)
