@@ -24,10 +24,11 @@ from train.config.config import Config
 from train.config.reading import make_config
 from train.devices.mesh import make_mesh
 from train.planning.compilation import Compilation, compile_step
-from train.planning.operations import Program
+from train.planning.operations import Program, total
 from train.planning.plan import argument_bytes
 from train.planning.reader import read_program
 from train.planning.topology import topology_devices, without_jax_cache
+from train.step.flops import flops_per_token
 from train.step.optimizer import make_optimizer
 from train.step.state import abstract_state
 
@@ -286,3 +287,22 @@ def test_a_program_is_as_large_for_98_layers_as_for_7():
     few, many = step_of(Case(GPU, "context")), step_of(DEEP)
     assert many.program.instructions <= few.program.instructions
     assert len(many.compilation.text) <= len(few.compilation.text)
+
+
+def test_a_mixture_multiplies_the_chosen_experts_alone_and_the_plan_counts_them():
+    """XLA's own grouped product multiplies all rows by all experts on a GPU."""
+    require(COMPILERS["h"])
+    experts, chosen, width = 8, 2, 256
+    fields = {"num_layers": L, "model_dim": D, "num_heads": H, "head_dim": C, "feedforward_dim": F, "vocab_size": V}
+    model = fields | {"num_experts": experts, "experts_per_token": chosen, "expert_dim": width}
+    config = make_config({"model": model, "data": {"segment_length": T}, "train": {"batch_size": 4 * ROWS}}).resolved()
+    mesh = make_mesh(config, topology_devices(GPU))
+    program = read_program(compile_step(config, mesh).text, dict(mesh.shape))
+    grouped = sum(kernel.flops * times for kernel, times in program.kernels.items() if kernel.is_grouped)
+    # Forward and backward are three products of each matrix.
+    assert grouped == 3 * 2 * ROWS * T * chosen * (3 * D * width) * L
+    others = 6 * ROWS * T * (L * 4 * D * H * C + D * V + L * D * experts)
+    assert total(program.operations, "flops") == others
+    # The model's formula has attention, too, which is a kernel of its own.
+    assert grouped + others < flops_per_token(config.model, T) * ROWS * T < 1.3 * (grouped + others)
+    assert not [array for array in program.arrays if array.elements >= ROWS * T * chosen * experts * D]
