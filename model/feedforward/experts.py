@@ -204,14 +204,18 @@ def _feed_forward(
     sizes: jax.Array,
     is_own_M1: jax.Array | None = None,
     dtype: Any = None,
+    expected: int | None = None,
 ) -> jax.Array:
     """Maps sorted rows [M, D] through their experts; the router's weight is a factor of the hidden rows [M, F].
 
     Rows that are not own are undefined, and have no part in the gradients of weights.
+
+    Args:
+        expected: the own rows where the load is balanced; by default all.
     """
     gate_up, down = weights["gate_up"], weights["down"]
     E, D, _, F = gate_up.shape
-    h_MF = grouped_product(x_MD, gate_up.reshape(E, D, 2 * F), sizes)
+    h_MF = grouped_product(x_MD, gate_up.reshape(E, D, 2 * F), sizes, expected=expected)
     has_bias = "gate_up_bias" in weights
     if has_bias:
         ends = jnp.cumsum(sizes)
@@ -222,7 +226,7 @@ def _feed_forward(
         h_MF = h_MF if is_own_M1 is None else jnp.where(is_own_M1, h_MF, 0)
     h_MF = activate(config.activation, h_MF[:, :F], h_MF[:, F:])
     h_MF = (h_MF * weight_M[:, None]).astype(down.dtype)
-    y_MD = grouped_product(h_MF, down, sizes, dtype)
+    y_MD = grouped_product(h_MF, down, sizes, dtype, expected)
     if has_bias:
         y_MD = y_MD + ((hot_ME * weight_M[:, None]).astype(down.dtype) @ weights["down_bias"]).astype(y_MD.dtype)
     return y_MD
@@ -301,9 +305,13 @@ _in_blocks.defvjp(_in_blocks_forward, _in_blocks_backward)
 
 
 def _block_size(config: ResolvedModelConfig, rows: Rows) -> int:
+    return min(-(-math.ceil(ROWS_AT_ONCE * _balanced(config, rows)) // 8) * 8, len(rows.order))
+
+
+def _balanced(config: ResolvedModelConfig, rows: Rows) -> float:
+    """Returns the own rows of a device where all experts have as many."""
     assert config.num_experts
-    balanced = len(rows.order) * len(rows.sizes) / config.num_experts
-    return min(-(-math.ceil(ROWS_AT_ONCE * balanced) // 8) * 8, len(rows.order))
+    return len(rows.order) * len(rows.sizes) / config.num_experts
 
 
 def _num_blocks(config: ResolvedModelConfig, rows: Rows) -> jax.Array:
@@ -329,7 +337,8 @@ def _block(
     choice_R = jnp.where(is_own_R, rows.order[jnp.minimum(row_R, M - 1)], M)
     sizes = jnp.clip(ends - b * R, 0, R) - jnp.clip(ends - rows.sizes - b * R, 0, R)
     x_RD, weight_R = _taken(x_ND, choice_R // k), _taken(weights_M, choice_R)
-    y_RD = _feed_forward(config, x_RD, weight_R, weights, sizes, is_own_R[:, None], jnp.float32)
+    expected = min(R, math.ceil(_balanced(config, rows)))
+    y_RD = _feed_forward(config, x_RD, weight_R, weights, sizes, is_own_R[:, None], jnp.float32, expected)
     return _added(len(x_ND), x_ND.dtype, y_RD, choice_R // k)
 
 

@@ -1,10 +1,12 @@
-"""The training step beside PyTorch's: tokens a second of two Llama-like models on this machine.
+"""The training step beside PyTorch's: tokens a second of two Llama-like models and a mixture on this machine.
 
     python -m tests.benchmarks.train_step [--model=33.6M] [--dtype=float32] [--turns=4]
 
-Model, batch and optimizer (AdamW) are the same on both sides: 33.6 million parameters and 4,096 tokens a step, or the
-shapes of the preset `tiny`. The peer is the plain PyTorch model below, eager and compiled, with fused AdamW; bfloat16
-is autocast there, and compute_dtype here. Each contestant has a process of its own (one library's threads slow the
+Model, batch and optimizer (AdamW) are the same on both sides: 33.6 million parameters and 4,096 tokens a step, the
+shapes of the preset `tiny`, or a small OLMoE whose tokens choose 8 of 64 experts. The peer is the plain PyTorch model
+below, eager and compiled, with fused AdamW; for the mixture it is that of Transformers with the same weights, eager
+with its loop over experts and compiled with its grouped products, and the first losses must agree. bfloat16 is autocast
+there, and compute_dtype here. Each contestant has a process of its own (one library's threads slow the
 other's in the same one) with the same memory settings; they take turns, and each figure is the median of a
 contestant's steps. The first step of a turn does not count: while the others had theirs, the machine may have taken
 memory back. A side's peak is the best matrix product that its own library does in that dtype. "cores" are those a
@@ -16,9 +18,11 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,7 +38,9 @@ SIDES = ("ziggurat", "torch eager", "torch compiled")
 # Rows, summed, columns: square, and the products of a feed-forward layer of the model below.
 PEAK_SHAPES = ((2048, 2048, 2048), (4096, 512, 2048), (4096, 2048, 512))
 TURNS, STEPS, PEAK_REPEATS = 4, 3, 3
-MODELS = ("33.6M", "tiny")
+MODELS = ("33.6M", "tiny", "mixture")
+# Relative distance of the first losses of two sides with the same weights.
+SAME_LOSS = {"float32": 1e-5, "bfloat16": 3e-3}
 
 
 def config_of(model: str, dtype: str) -> Config:
@@ -44,6 +50,11 @@ def config_of(model: str, dtype: str) -> Config:
         # The other side has no norm of queries and keys.
         shapes = {"vocab_size": 4096} | preset["model"] | {"qk_norm": False}
         segment_length, batch_size = preset["data"].get("segment_length", 256), preset["train"]["batch_size"]
+    elif model == "mixture":
+        shapes = {"model_dim": 512, "num_layers": 4, "num_heads": 8, "vocab_size": 8192, "feedforward_dim": 192}
+        shapes |= {"num_experts": 64, "experts_per_token": 8, "router_normalize": False, "tie_embeddings": False}
+        shapes |= {"qk_norm": True, "qk_norm_over": "all_heads"}
+        segment_length, batch_size = 512, 8
     else:
         shapes = {"model_dim": 512, "num_layers": 6, "num_heads": 8, "feedforward_dim": 2048, "vocab_size": 8192}
         segment_length, batch_size = 512, 8
@@ -121,8 +132,55 @@ def ziggurat(config: Config) -> tuple[Callable[[], float], Callable[[], float]]:
 # ── PyTorch ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def pytorch(config: Config, compiled: bool) -> tuple[Callable[[], float], Callable[[], float]]:
-    """The same of PyTorch."""
+def pytorch(config: Config, compiled: bool, folder: Path | None) -> tuple[Callable[[], float], Callable[[], float]]:
+    """The same of PyTorch, with the weights in the folder if there is one."""
+    import torch
+    from torch.nn import functional
+
+    m = config.model
+    model = transformers_model(folder, compiled) if folder else plain_model(config)
+    c = config.optimizer
+    optimizer = torch.optim.AdamW(
+        model.parameters(), c.learning_rate, (c.beta1, c.beta2), c.epsilon, c.weight_decay, fused=True
+    )
+    batch = {name: torch.tensor(array, dtype=torch.long) for name, array in batch_of(config).items()}
+    dtype = getattr(torch, m.compute_dtype)
+
+    def loss_of() -> Any:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            logits = model(batch["tokens"])
+        logits = logits.logits if folder else logits
+        return functional.cross_entropy(logits.float().flatten(0, 1), batch["targets"].flatten())
+
+    forward = torch.compile(loss_of) if compiled else loss_of
+
+    def step() -> float:
+        optimizer.zero_grad()
+        loss = forward()
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    def multiply(rows: int, summed: int, columns: int) -> Callable[[], Any]:
+        a, b = torch.ones(rows, summed, dtype=dtype), torch.ones(summed, columns, dtype=dtype)
+        return lambda: a @ b
+
+    return step, lambda: best_rate(multiply)
+
+
+def transformers_model(folder: Path, compiled: bool) -> Any:
+    """The model of the folder, with the form of its experts that is faster eager, or compiled."""
+    import torch
+    import transformers
+
+    experts = "grouped_mm" if compiled else "eager"
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, experts_implementation=experts, use_cache=False
+    )
+
+
+def plain_model(config: Config) -> Any:
+    """The Llama-like model."""
     import torch
     from torch import nn
     from torch.nn import functional
@@ -161,46 +219,44 @@ def pytorch(config: Config, compiled: bool) -> tuple[Callable[[], float], Callab
             y = self.norms[1](x)
             return x + self.down(functional.silu(self.gate(y)) * self.up(y))
 
-    model = nn.Sequential(
+    return nn.Sequential(
         nn.Embedding(m.vocab_size, m.model_dim),
         *(Block() for _ in range(m.num_layers)),
         nn.RMSNorm(m.model_dim, eps=m.norm_epsilon),
         nn.Linear(m.model_dim, m.vocab_size, bias=False),
     )
-    c = config.optimizer
-    optimizer = torch.optim.AdamW(
-        model.parameters(), c.learning_rate, (c.beta1, c.beta2), c.epsilon, c.weight_decay, fused=True
-    )
-    batch = {name: torch.tensor(array, dtype=torch.long) for name, array in batch_of(config).items()}
-    dtype = getattr(torch, m.compute_dtype)
 
-    def loss_of() -> Any:
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
-            logits = model(batch["tokens"])
-        return functional.cross_entropy(logits.float().flatten(0, 1), batch["targets"].flatten())
 
-    forward = torch.compile(loss_of) if compiled else loss_of
+def write_weights(config: Config, folder: Path) -> None:
+    """Writes the weights with which our side starts, as a model of Transformers."""
+    import jax
+    from safetensors.numpy import save_file
 
-    def step() -> float:
-        optimizer.zero_grad()
-        loss = forward()
-        loss.backward()
-        optimizer.step()
-        return loss.item()
+    from model.interchange.huggingface import Interchange
+    from model.interchange.tensors import reader_of
+    from model.parameters import initial_weights
+    from train.devices.mesh import one_device_mesh
+    from train.devices.rules import training_layout
 
-    def multiply(rows: int, summed: int, columns: int) -> Callable[[], Any]:
-        a, b = torch.ones(rows, summed, dtype=dtype), torch.ones(summed, columns, dtype=dtype)
-        return lambda: a @ b
-
-    return step, lambda: best_rate(multiply)
+    with jax.set_mesh(one_device_mesh()):
+        layout = training_layout(config.mesh)
+        weights = jax.device_get(jax.jit(lambda: initial_weights(config.model, config.train.seed, layout))())
+    interchange = Interchange(config.model, config.data.segment_length)
+    (folder / "config.json").write_text(json.dumps(interchange.export_config(1, 2)))
+    tensors = {name: np.ascontiguousarray(x) for name, x in interchange.export_tensors(reader_of(weights))}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 # ── The contest ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def compete(side: str, config: Config) -> None:
-    """A contestant's process: for each line on standard input a turn, [seconds, CPU seconds, peak FLOP/s] a step."""
-    step, peak = ziggurat(config) if side == "ziggurat" else pytorch(config, compiled=side == "torch compiled")
+def compete(side: str, config: Config, folder: Path | None) -> None:
+    """A contestant's process: the first loss, then a turn for each line on standard input.
+
+    A turn is [seconds, CPU seconds, peak FLOP/s] of each step.
+    """
+    step, peak = ziggurat(config) if side == "ziggurat" else pytorch(config, side == "torch compiled", folder)
+    print(step(), flush=True)
     for _ in sys.stdin:
         step()
         turn = []
@@ -211,18 +267,21 @@ def compete(side: str, config: Config) -> None:
         print(json.dumps(turn), flush=True)
 
 
-def contest(model: str, dtype: str, turns: int) -> dict[str, np.ndarray]:
+def contest(model: str, dtype: str, turns: int, folder: Path | None) -> dict[str, np.ndarray]:
     """Side → a row a counted step: seconds, CPU seconds, FLOP/s of a product."""
     environment = os.environ | {"GLIBC_TUNABLES": memory_for(config_of(model, dtype))}
-    processes = {}
+    processes, losses = {}, {}
     for side in SIDES:
         command = [sys.executable, "-m", "tests.benchmarks.train_step", "--model", model, "--dtype", dtype]
         processes[side] = subprocess.Popen(
-            [*command, "--side", side],
+            [*command, "--side", side, *(["--weights", str(folder)] if folder else [])],
             env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
         )  # fmt: skip
+        losses[side] = float(processes[side].stdout.readline())
+    if folder and not np.allclose(list(losses.values()), losses["ziggurat"], rtol=SAME_LOSS[dtype]):
+        sys.exit(f"the first losses differ: {losses}")
     found: dict[str, list[list[list[float]]]] = {side: [] for side in processes}
-    for _ in range(turns + 1):
+    for _ in range(turns):
         for side, process in processes.items():
             assert process.stdin
             assert process.stdout
@@ -230,8 +289,7 @@ def contest(model: str, dtype: str, turns: int) -> dict[str, np.ndarray]:
             found[side].append(json.loads(process.stdout.readline()))
     for process in processes.values():
         process.communicate()
-    # The first turn compiles.
-    return {side: np.concatenate(of_side[1:]) for side, of_side in found.items()}
+    return {side: np.concatenate(of_side) for side, of_side in found.items()}
 
 
 def report(model: str, dtype: str, results: dict[str, np.ndarray]) -> dict[str, float]:
@@ -272,20 +330,27 @@ def report(model: str, dtype: str, results: dict[str, np.ndarray]) -> dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, help="only this one [both]")
+    parser.add_argument("--model", choices=MODELS, help="only this one [all]")
     parser.add_argument("--dtype", choices=DTYPES, help="only this one [both]")
     parser.add_argument("--turns", type=int, default=TURNS, help="that count, after the first [%(default)s]")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--weights", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
-        return compete(arguments.side, config_of(arguments.model, arguments.dtype))
+        return compete(arguments.side, config_of(arguments.model, arguments.dtype), arguments.weights)
 
+    # What runs on other devices is not to be compared here.
+    os.environ["JAX_PLATFORMS"] = "cpu"
     cores = os.cpu_count() or 1
     figures: dict[str, Any] = {"turns": arguments.turns, "cores": cores, "processor": processor()}
     busy_cores = float(cores)
     for model in [arguments.model] if arguments.model else MODELS:
         for dtype in [arguments.dtype] if arguments.dtype else DTYPES:
-            results = contest(model, dtype, arguments.turns)
+            with tempfile.TemporaryDirectory() as temporary:
+                folder = Path(temporary) if model == "mixture" else None
+                if folder:
+                    write_weights(config_of(model, dtype), folder)
+                results = contest(model, dtype, arguments.turns, folder)
             seconds, cpu_seconds, _ = results["torch compiled"].T
             busy_cores = min(busy_cores, float(np.median(cpu_seconds / seconds)))
             prefix = "" if model == MODELS[0] else f"{model}_"

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from model.feedforward.grouped import PLATFORM_KERNELS, rows_tile, wasted_rows
 from model.layers import layer_kinds
 from model.parameters import Parameter, parameter_table
 from model.sharding import as_tuple
@@ -131,6 +132,7 @@ class _Step:
         self.stored = {"expert_model": of_experts, "model": self.layer - of_experts}
         self.worked = sum(m.layers * m.worked for m in self.matrices) / L
         self.results = self.inside * sum(m.layers * m.worked / m.inputs for m in self.matrices if not m.is_last) / L
+        self.wasted = self.wasted_share()
         # Of the layer that has the most.
         alone = lambda kind: sum(m.elements for m in self.matrices if kind.has(m.part))
         self.largest = max(map(alone, layer_kinds(self.model)))
@@ -154,6 +156,16 @@ class _Step:
         is_last = rest[-1] in ("output", "down")
         return _Matrix(part, p.shape[0], elements, share * elements, inputs, is_last, has_experts)
 
+    def wasted_share(self) -> float:
+        """Returns the multiplications of experts' tiles that belong to other rows, as a share of all."""
+        if not self.model.num_experts:
+            return 0.0
+        experts = self.model.num_experts // self.size("experts")
+        rows = round(self.inside * self.model.experts_per_token)
+        worked = sum(m.layers * m.worked for m in self.matrices if m.has_experts) / self.model.num_layers
+        wasted = wasted_rows(PLATFORM_KERNELS[self.chip.platform], experts, rows_tile(rows, experts))
+        return worked / self.worked * wasted / rows
+
     def size(self, *axes: str) -> int:
         """Returns the number of devices that share any of these logical axes."""
         return math.prod(self.machine.shape[name] for name in self.layout.mesh_axes(*axes))
@@ -164,7 +176,7 @@ class _Step:
         chip = self.chip
         downs = sum(m.layers * m.worked for m in self.matrices if m.is_last and m.part != "attention") / L
         repeated = self.worked - downs if self.repeats_products else 0.0
-        products = 2 * self.inside * (L * (3 * self.worked + repeated) + 3 * self.head)
+        products = 2 * self.inside * (L * (3 * self.worked + repeated) * (1 + self.wasted) + 3 * self.head)
         forward, backward = ATTENTION_PRODUCTS[self.machine.kernel]
         pairs = 2 * self.inside * self.keys_met() * self.heads
         kernel = pairs * (backward + forward * (2 if self.repeats_kernel else 1))

@@ -3,6 +3,7 @@
 Sums over the tree weight the body of a loop by its trip count, which XLA's own `cost_analysis` does not.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -11,8 +12,8 @@ from functools import cached_property
 
 from train.planning.hlo import Array
 
-# A part of the name of every grouped product's operation.
-GROUPED = "grouped_"
+# The name of every grouped product's operation, which states the rows that it multiplies.
+GROUPED = re.compile(r"grouped_(?:rows|weights)_(\d+)")
 # Number of products over all pairs of positions in an attention kernel, by a part of its name.
 ATTENTION_PRODUCTS = {"mha_fwd": 2, "mha_dq": 3, "mha_dkv": 4, "SoftmaxBackward": 5, "fmha": 2}
 
@@ -49,21 +50,21 @@ class Kernel:
 
     @property
     def flops(self) -> float:
-        """The FLOPs that the kernel states, or else those of attention or of a grouped product."""
-        if self.estimate is not None:
-            return self.estimate
-        return self.grouped_flops if self.is_grouped else self.attention_flops
+        """The FLOPs of a grouped product's tiles, those that another kernel states, or else those of attention."""
+        if rows := GROUPED.search(self.source):
+            return int(rows[1]) * self.flops_of_row
+        return self.attention_flops if self.estimate is None else self.estimate
 
     @property
     def is_grouped(self) -> bool:
         """True for the product of rows with the matrices of their experts (see `model.feedforward.grouped`)."""
-        return GROUPED in self.source
+        return bool(GROUPED.search(self.source))
 
     @property
-    def grouped_flops(self) -> float:
-        """FLOPs of a grouped product: of x, its first array, each row with a matrix, or with a row of gradients."""
-        x = next(array for array in self.operands if re.match(r"b?f\d", array.dtype))
-        return 2.0 * x.elements * self.results[0].dims[-1]
+    def flops_of_row(self) -> float:
+        """FLOPs of a row of a grouped product, by the experts' matrices or their gradients."""
+        matrices = next(array for array in (*self.operands, *self.results) if len(array.dims) == 3)
+        return 2.0 * math.prod(matrices.dims[-2:])
 
     @property
     def attention_flops(self) -> float:

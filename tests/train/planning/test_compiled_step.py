@@ -298,9 +298,13 @@ def test_a_mixture_multiplies_the_chosen_experts_alone_and_the_plan_counts_them(
     config = make_config({"model": model, "data": {"segment_length": T}, "train": {"batch_size": 4 * ROWS}}).resolved()
     mesh = make_mesh(config, topology_devices(GPU))
     program = read_program(compile_step(config, mesh).text, dict(mesh.shape))
-    grouped = sum(kernel.flops * times for kernel, times in program.kernels.items() if kernel.is_grouped)
+    kernels = {kernel: times for kernel, times in program.kernels.items() if kernel.is_grouped}
     # Forward and backward are three products of each matrix.
-    assert grouped == 3 * 2 * ROWS * T * chosen * (3 * D * width) * L
+    a_row = sum(kernel.flops_of_row * times for kernel, times in kernels.items())
+    assert a_row == 3 * 2 * (3 * D * width) * L
+    grouped = ROWS * T * chosen * a_row
+    # The plan counts half a tile of each expert more.
+    assert sum(kernel.flops * times for kernel, times in kernels.items()) == grouped + experts * 64 * a_row
     others = 6 * ROWS * T * (L * 4 * D * H * C + D * V + L * D * experts)
     assert total(program.operations, "flops") == others
     # The model's formula has the same, and attention, which is a kernel of its own.
