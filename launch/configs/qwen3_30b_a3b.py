@@ -27,6 +27,8 @@ def get_config() -> ConfigDict:
         "qk_norm": True,
         "norm_epsilon": 1e-6,
         "remat_policy": "full",
+        # Each chunk adds to the unembedding's gradient, of 1.2 GB.
+        "loss_chunk": 1024,
     }
     config.data = {"segment_length": 4096}
     config.tokenizer = {"vocab_size": 151_669}

@@ -107,7 +107,7 @@ def _on_one_device(
     stored: dict[str, jax.Array],
 ) -> jax.Array:
     """Computes a device's own experts for the tokens that it is to gather, and scatters the sums."""
-    weights = {name: _gathered(w, layout, WEIGHTS[name]) for name, w in stored.items()}
+    weights = {name: _gathered(_joined(name, w), layout, WEIGHTS[name]) for name, w in stored.items()}
     if "down_bias" in weights:
         # All devices that share an expert's width add it up, so it is in the sum of one.
         first = math.prod(jax.lax.axis_index(axis) == 0 for axis in _shared_by(layout, "feedforward"))
@@ -154,7 +154,8 @@ def sorted_by_expert(
     """Returns the sums of own experts [N, D] for all tokens, whose rows are sorted to be multiplied in groups.
 
     Args:
-        weights: the arrays of `WEIGHTS` of this device's experts, whose first has the number `first_expert`.
+        weights: the arrays of `WEIGHTS` of this device's experts, gate and up joined; `first_expert` is the first
+            one's number.
     """
     E = len(weights["down"])
     has_all = config.num_experts == E
@@ -171,6 +172,11 @@ def _shared_by(layout: Layout, axis: str) -> list[str]:
     """Returns the mesh axes of more than one device that a logical axis is sharded over."""
     sizes = jax.sharding.get_abstract_mesh().shape
     return [mesh for mesh in _of(layout, axis) if sizes[mesh] > 1]
+
+
+def _joined(name: str, weight: jax.Array) -> jax.Array:
+    """Returns gate and up side by side, [..., 2F]: on a TPU an axis of two is padded, and slow to gather."""
+    return weight.reshape(*weight.shape[:-2], -1) if name.startswith("gate_up") else weight
 
 
 def _gathered(weight: jax.Array, layout: Layout, axes: tuple[str | None, ...]) -> jax.Array:
@@ -214,17 +220,17 @@ def _feed_forward(
         expected: the own rows where the load is balanced; by default all.
     """
     gate_up, down = weights["gate_up"], weights["down"]
-    E, D, _, F = gate_up.shape
-    h_MF = grouped_product(x_MD, gate_up.reshape(E, D, 2 * F), sizes, expected=expected)
+    E, F, _ = down.shape
+    h_MG = grouped_product(x_MD, gate_up, sizes, expected=expected)
     has_bias = "gate_up_bias" in weights
     if has_bias:
         ends = jnp.cumsum(sizes)
         ids_M = jnp.sum(jnp.arange(len(x_MD))[:, None] >= ends, axis=1)
         hot_ME = (ids_M[:, None] == jnp.arange(E)).astype(down.dtype)
-        h_MF = h_MF + hot_ME @ weights["gate_up_bias"].reshape(E, 2 * F)
+        h_MG = h_MG + hot_ME @ weights["gate_up_bias"]
         # The gradients of biases are sums over all rows.
-        h_MF = h_MF if is_own_M1 is None else jnp.where(is_own_M1, h_MF, 0)
-    h_MF = activate(config.activation, h_MF[:, :F], h_MF[:, F:])
+        h_MG = h_MG if is_own_M1 is None else jnp.where(is_own_M1, h_MG, 0)
+    h_MF = activate(config.activation, h_MG[:, :F], h_MG[:, F:])
     h_MF = (h_MF * weight_M[:, None]).astype(down.dtype)
     y_MD = grouped_product(h_MF, down, sizes, dtype, expected)
     if has_bias:

@@ -26,15 +26,15 @@ class Weights(NamedTuple):
     """The experts' weights.
 
     Attributes:
-        gate_up_ED2F: the matrices of gate and up, on the third axis.
+        gate_up_EDG: the matrices of gate and up, side by side.
         down_EFD: the matrices back to the model's width.
-        gate_up_bias_E2F: the biases of gate and up, or None.
+        gate_up_bias_EG: the biases of gate and up, or None.
         down_bias_ED: the biases of the result, or None.
     """
 
-    gate_up_ED2F: jax.Array
+    gate_up_EDG: jax.Array
     down_EFD: jax.Array
-    gate_up_bias_E2F: jax.Array | None = None
+    gate_up_bias_EG: jax.Array | None = None
     down_bias_ED: jax.Array | None = None
 
 
@@ -159,9 +159,9 @@ def _forward(
     activation: str, x_ND: jax.Array, slots: Slots, experts: Weights, unit: int, keep: bool
 ) -> tuple[jax.Array, jax.Array | None]:
     """Returns y and, if `keep`, the bits of gate and up before the activation."""
-    E, D, _, F = experts.gate_up_ED2F.shape
+    F = experts.down_EFD.shape[1]
     dtype = x_ND.dtype
-    x, gate_up, down = _bits(x_ND), _bits(experts.gate_up_ED2F).reshape(E, D, 2 * F), _bits(experts.down_EFD)
+    x, gate_up, down = _bits(x_ND), _bits(experts.gate_up_EDG), _bits(experts.down_EFD)
 
     def expert(e: jax.Array, carry: Any) -> Any:
         gate_up_DG, down_FD = _unbits(gate_up[e]), _unbits(down[e])
@@ -191,10 +191,10 @@ def _backward(
     activation: str, x_ND: jax.Array, dy_ND: jax.Array, slots: Slots, gate_up_PG: jax.Array, experts: Weights, unit: int
 ) -> tuple[jax.Array, jax.Array, Weights]:
     """Returns the gradients of x, of the weight in each slot, and of the experts."""
-    E, D, _, F = experts.gate_up_ED2F.shape
+    E, F, D = experts.down_EFD.shape
     dtype = x_ND.dtype
     x, dy = _bits(x_ND), _bits(dy_ND)
-    gate_up, down = _bits(experts.gate_up_ED2F).reshape(E, D, 2 * F), _bits(experts.down_EFD)
+    gate_up, down = _bits(experts.gate_up_EDG), _bits(experts.down_EFD)
 
     def expert(e: jax.Array, carry: Any) -> Any:
         dx_ND, of_weight_P, written = carry
@@ -242,9 +242,9 @@ def _backward(
 
 def _biases(experts: Weights, e: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
     """Returns the biases of expert e, [G] and [D] in float32, where there are any."""
-    of_gate_up, of_down = experts.gate_up_bias_E2F, experts.down_bias_ED
+    of_gate_up, of_down = experts.gate_up_bias_EG, experts.down_bias_ED
     return (
-        None if of_gate_up is None else of_gate_up.astype(jnp.float32)[e].reshape(-1),
+        None if of_gate_up is None else of_gate_up.astype(jnp.float32)[e],
         None if of_down is None else of_down.astype(jnp.float32)[e],
     )
 

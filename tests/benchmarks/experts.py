@@ -58,7 +58,7 @@ def sides(case: Case, dtype: str) -> tuple[dict[str, tuple[Callable[..., Any], t
     hidden = np.asarray(x_ND, np.float32) + 0.7 * random.normal(size=D)
     logits_NE = hidden @ random.normal(size=(D, E)) * D**-0.5 - skew * np.log(np.arange(1, E + 1))
     weights_Nk, ids_Nk = jax.lax.top_k(jax.nn.softmax(jnp.asarray(logits_NE, jnp.float32)), k)
-    experts = Weights(normal(E, D, 2, F, scale=D**-0.5), normal(E, F, D, scale=F**-0.5))
+    experts = Weights(normal(E, D, 2 * F, scale=D**-0.5), normal(E, F, D, scale=F**-0.5))
     wide = [normal(D, k * F, scale=D**-0.5), normal(D, k * F, scale=D**-0.5), normal(k * F, D, scale=F**-0.5)]
 
     def of_dense(dy_ND, *arguments):

@@ -20,8 +20,8 @@ def drawn(ids: np.ndarray, biased: bool = False, dtype: str = "float32", widths:
     D, F = widths
     random = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(random.normal(size=shape), dtype)
-    biases = (normal(E, 2, F), normal(E, D)) if biased else (None, None)
-    experts = Weights(normal(E, D, 2, F) * D**-0.5, normal(E, F, D) * F**-0.5, *biases)
+    biases = (normal(E, 2 * F), normal(E, D)) if biased else (None, None)
+    experts = Weights(normal(E, D, 2 * F) * D**-0.5, normal(E, F, D) * F**-0.5, *biases)
     weights = jnp.asarray(random.random(ids.shape), jnp.float32)
     return (normal(len(ids), D), jnp.asarray(ids), weights, experts), normal(len(ids), D)
 
@@ -37,10 +37,11 @@ def reference(activation: str, x_ND, ids_Nk, weights_Nk, experts: Weights, first
     chosen_NkE = ids_Nk[:, :, None] - first_expert == jnp.arange(E)
     weight_NE = jnp.sum(chosen_NkE * weights_Nk[:, :, None], axis=1)
     multiply = partial(jnp.einsum, precision="highest")
-    hidden_NE2F = multiply("nd,edgf->negf", x_ND, experts.gate_up_ED2F)
-    if experts.gate_up_bias_E2F is not None:
-        hidden_NE2F += experts.gate_up_bias_E2F
-    y_NED = multiply("nef,efd->ned", activate(activation, hidden_NE2F[:, :, 0], hidden_NE2F[:, :, 1]), experts.down_EFD)
+    hidden_NEG = multiply("nd,edg->neg", x_ND, experts.gate_up_EDG)
+    if experts.gate_up_bias_EG is not None:
+        hidden_NEG += experts.gate_up_bias_EG
+    hidden_NEF = activate(activation, *jnp.split(hidden_NEG, 2, axis=2))
+    y_NED = multiply("nef,efd->ned", hidden_NEF, experts.down_EFD)
     if experts.down_bias_ED is not None:
         y_NED += experts.down_bias_ED
     return multiply("ned,ne->nd", y_NED, weight_NE)
