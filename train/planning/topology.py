@@ -9,7 +9,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -85,7 +85,7 @@ def parse_topology(text: str, slices: int = 1) -> tuple[Chip, tuple[int, ...]]:
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
         raise InputError(f"--topology={text}: {shape!r} is not a shape; give one as in {examples}")
     sizes = tuple(map(int, shape.split("x")))
-    dimensions = small.count("x") + 1
+    dimensions = _dimensions(chip)
     if len(sizes) != dimensions:
         form = f"{dimensions} dimensions" if chip.platform == "tpu" else "hosts × GPUs of each"
         raise InputError(f"--topology={text}: the shape of {name} has {form}, as in {examples}")
@@ -153,14 +153,28 @@ def without_jax_cache() -> Iterator[None]:
 
 def _within_slice(group: list[Any], mesh: Mesh, chip: Chip) -> float:
     total = 0.0
-    for dimension in range(len(group[0].coords)):
+    extents = [max(places) + 1 for places in zip(*(device.coords for device in mesh.devices.flat), strict=True)]
+    closed = _closed(chip, extents)
+    for dimension in range(_dimensions(chip)):
         mine = sorted({device.coords[dimension] for device in group})
-        extent = max(device.coords[dimension] for device in mesh.devices.flat) + 1
         if len(mine) > 1:
             stride = (mine[-1] - mine[0]) / (len(mine) - 1)
-            is_ring = extent % chip.full_ring == 0 and stride * len(mine) == extent
+            is_ring = closed[dimension] and stride * len(mine) == extents[dimension]
             total += chip.link_bandwidth * (1 if is_ring else 0.5) / stride
     return total
+
+
+def _dimensions(chip: Chip) -> int:
+    return EXAMPLES.get(chip.name, ("1x8",))[0].count("x") + 1
+
+
+def _closed(chip: Chip, sizes: Sequence[int]) -> list[bool]:
+    """Returns for each of three dimensions whether its ends are linked.
+
+    In two dimensions those of full length are; in three all are, or none, as optical switches link whole cubes.
+    """
+    full = [size % chip.full_ring == 0 for size in sizes[: _dimensions(chip)]]
+    return [all(full)] * 3 if len(full) == 3 else [*full, False]
 
 
 def _tpus(text: str, chip: Chip, shape: tuple[int, ...], slices: int) -> list[Any]:
@@ -170,7 +184,8 @@ def _tpus(text: str, chip: Chip, shape: tuple[int, ...], slices: int) -> list[An
         )
     for name, value in LIBTPU.items():
         os.environ.setdefault(name, value)
-    settings: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    # Without its rings the compiler would gather over a whole slice by sums of zeros.
+    settings: dict[str, Any] = {"wrap": _closed(chip, shape)} | ({"num_slices": slices} if slices > 1 else {})
     if math.prod(shape) == 1:
         settings["chips_per_host_bounds"] = [1, 1, 1]
     if chip.name == "v4":

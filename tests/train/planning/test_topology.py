@@ -7,17 +7,19 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
-from jax.sharding import Mesh
+from jax.experimental import mesh_utils, topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from data.errors import InputError
 from tests.peers import require
 from tests.small import mesh_of
 from train.devices.hardware import CHIPS, chip_of
 from train.devices.mesh import explicit_mesh
-from train.planning.topology import bandwidth_over, topology_devices
+from train.planning.reader import read_program
+from train.planning.topology import bandwidth_over, topology_devices, without_jax_cache
 
 ROOT = Path(__file__).resolve().parents[3]
 WRONG = [
@@ -120,6 +122,16 @@ assert dict(os.environ) == before
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+def test_a_whole_torus_is_gathered_over_its_rings():
+    """A compiler that does not know of them sums zeros instead, in twice the time."""
+    devices = mesh_utils.create_device_mesh((64,), tpus("v5p:4x4x4"), allow_split_physical_axes=True)
+    fsdp = mesh(devices.tolist(), fsdp=64)
+    array = jax.ShapeDtypeStruct((8192, 128), jnp.bfloat16, sharding=NamedSharding(fsdp, PartitionSpec("fsdp")))
+    with jax.set_mesh(fsdp), without_jax_cache():
+        program = jax.jit(lambda x: jax.reshard(x, PartitionSpec())).lower(array).compile().as_text()
+    assert [c.kind for c in read_program(program, dict(fsdp.shape)).collectives] == ["all-gather"]
+
+
 def mesh(devices: list, **axes: int) -> Mesh:
     shape = tuple(axes.get(name, 1) for name in ("slice", "data", "fsdp", "expert", "context", "tensor"))
     return explicit_mesh(np.array(devices).reshape(shape))
@@ -138,6 +150,12 @@ def test_links_are_counted_by_the_rings_and_lines_that_an_axis_spans():
     # An edge of 4 closes to a ring on v5p, not on v5e.
     cube = sorted(tpus("v5p:4x4x4"), key=lambda device: device.coords)
     assert bandwidth_over(mesh(cube, fsdp=16, tensor=4), ["tensor"], v5p) == v5p.link_bandwidth
+    # Half a cube is linked nowhere, and of a v5e's 8 × 16 the longer dimension.
+    half = sorted(tpus("v5p:2x4x4"), key=lambda device: device.coords)
+    assert bandwidth_over(mesh(half, fsdp=8, tensor=4), ["tensor"], v5p) == v5p.link_bandwidth / 2
+    long = sorted(tpus("v5e:8x16"), key=lambda device: device.coords)
+    assert bandwidth_over(mesh(long, fsdp=8, tensor=16), ["tensor"], v5e) == v5e.link_bandwidth
+    assert bandwidth_over(mesh(long, fsdp=8, tensor=16), ["fsdp"], v5e) == v5e.link_bandwidth / 2
     square = sorted(tpus("v5e:4x4"), key=lambda device: device.coords)
     assert bandwidth_over(mesh(square, fsdp=4, tensor=4), ["tensor"], v5e) == v5e.link_bandwidth / 2
 
