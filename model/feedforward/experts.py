@@ -107,7 +107,7 @@ def _on_one_device(
     stored: dict[str, jax.Array],
 ) -> jax.Array:
     """Computes a device's own experts for the tokens that it is to gather, and scatters the sums."""
-    weights = {name: _gathered(_joined(name, w), layout, WEIGHTS[name]) for name, w in stored.items()}
+    weights = {name: _gathered(name, w, layout) for name, w in stored.items()}
     if "down_bias" in weights:
         # All devices that share an expert's width add it up, so it is in the sum of one.
         first = math.prod(jax.lax.axis_index(axis) == 0 for axis in _shared_by(layout, "feedforward"))
@@ -154,8 +154,7 @@ def sorted_by_expert(
     """Returns the sums of own experts [N, D] for all tokens, whose rows are sorted to be multiplied in groups.
 
     Args:
-        weights: the arrays of `WEIGHTS` of this device's experts, gate and up joined; `first_expert` is the first
-            one's number.
+        weights: the arrays of this device's experts from `_gathered`; `first_expert` is the first one's number.
     """
     E = len(weights["down"])
     has_all = config.num_experts == E
@@ -174,13 +173,17 @@ def _shared_by(layout: Layout, axis: str) -> list[str]:
     return [mesh for mesh in _of(layout, axis) if sizes[mesh] > 1]
 
 
-def _joined(name: str, weight: jax.Array) -> jax.Array:
-    """Returns gate and up side by side, [..., 2F]: on a TPU an axis of two is padded, and slow to gather."""
-    return weight.reshape(*weight.shape[:-2], -1) if name.startswith("gate_up") else weight
+def _gathered(name: str, weight: jax.Array, layout: Layout) -> jax.Array:
+    """Gathers the stored axis of a weight; the backward pass scatters its gradient, a mesh axis at a time.
 
-
-def _gathered(weight: jax.Array, layout: Layout, axes: tuple[str | None, ...]) -> jax.Array:
-    """Gathers the stored axis of a weight; the backward pass scatters its gradient, a mesh axis at a time."""
+    Gate and up are joined before, since a TPU pads an axis of two. Down is transposed on accelerators, [E, D, F], as
+    the last axis cannot be gathered without a copy of the whole.
+    """
+    axes = WEIGHTS[name]
+    if name.startswith("gate_up"):
+        weight = weight.reshape(*weight.shape[:-2], -1)
+    if name == "down" and platform() != "cpu":
+        weight, axes = weight.swapaxes(1, 2), (axes[0], axes[2], axes[1])
     if "expert_model" not in axes:
         return weight
     for mesh in reversed(_shared_by(layout, "expert_model")):
@@ -220,7 +223,7 @@ def _feed_forward(
         expected: the own rows where the load is balanced; by default all.
     """
     gate_up, down = weights["gate_up"], weights["down"]
-    E, F, _ = down.shape
+    E, _, F = down.shape
     h_MG = grouped_product(x_MD, gate_up, sizes, expected=expected)
     has_bias = "gate_up_bias" in weights
     if has_bias:
@@ -232,7 +235,7 @@ def _feed_forward(
         h_MG = h_MG if is_own_M1 is None else jnp.where(is_own_M1, h_MG, 0)
     h_MF = activate(config.activation, h_MG[:, :F], h_MG[:, F:])
     h_MF = (h_MF * weight_M[:, None]).astype(down.dtype)
-    y_MD = grouped_product(h_MF, down, sizes, dtype, expected)
+    y_MD = grouped_product(h_MF, down, sizes, dtype, expected, transposed=True)
     if has_bias:
         y_MD = y_MD + ((hot_ME * weight_M[:, None]).astype(down.dtype) @ weights["down_bias"]).astype(y_MD.dtype)
     return y_MD
@@ -244,25 +247,37 @@ def _all_at_once(
     """Returns the tokens' sums [N, D] where a device has all experts, so that no row is another device's."""
     N, k = len(x_ND), config.experts_per_token
     inverse = checkpoint_name(jnp.argsort(rows.order), "routing")
-    x_MD, weight_M = _spread(x_ND, rows.order // k, inverse), _permuted(weights_M, rows.order, inverse)
+    tokens_M, rows_kN = rows.order // k, inverse.reshape(N, k).T
+    x_MD, weight_M = _spread(x_ND, tokens_M, rows_kN), _permuted(weights_M, rows.order, inverse)
     y_MD = _feed_forward(config, x_MD, weight_M, weights, rows.sizes)
-    y_NkD = _permuted(y_MD, inverse, rows.order).reshape(N, k, -1)
-    return jnp.sum(y_NkD, axis=1, dtype=jnp.float32).astype(x_ND.dtype)
+    return _summed(y_MD, tokens_M, rows_kN)
 
 
 @jax.custom_vjp
-def _spread(x_ND: jax.Array, tokens_M: jax.Array, inverse_M: jax.Array) -> jax.Array:
-    """Returns the row of each choice's token; the backward pass adds up by a gather, where it would scatter."""
+def _spread(x_ND: jax.Array, tokens_M: jax.Array, rows_kN: jax.Array) -> jax.Array:
+    """Returns the row of each choice's token; the backward pass is `_summed`, where it would scatter."""
     return x_ND[tokens_M]
 
 
-def _spread_backward(kept: tuple[jax.Array, int], dy_MD: jax.Array) -> tuple[jax.Array, None, None]:
-    inverse_M, N = kept
-    dy_NkD = dy_MD[inverse_M].reshape(N, -1, dy_MD.shape[1])
-    return jnp.sum(dy_NkD, axis=1, dtype=jnp.float32).astype(dy_MD.dtype), None, None
+@jax.custom_vjp
+def _summed(y_MD: jax.Array, tokens_M: jax.Array, rows_kN: jax.Array) -> jax.Array:
+    """Returns the sum of each token's rows, [N, D]; the backward pass is `_spread`.
+
+    The rows of all first choices come first, and so on, so that TPUs add whole arrays.
+    """
+    y_kND = y_MD[rows_kN.reshape(-1)].reshape(*rows_kN.shape, -1)
+    total: jax.Array = sum(y_ND.astype(jnp.float32) for y_ND in y_kND)  # type: ignore[assignment]
+    return total.astype(y_MD.dtype)
 
 
-_spread.defvjp(lambda x, tokens, inverse: (x[tokens], (inverse, len(x))), _spread_backward)
+_spread.defvjp(
+    lambda x, tokens, rows: (_spread(x, tokens, rows), (tokens, rows)),
+    lambda kept, dy_MD: (_summed(dy_MD, *kept), None, None),
+)
+_summed.defvjp(
+    lambda y, tokens, rows: (_summed(y, tokens, rows), (tokens, rows)),
+    lambda kept, dy_ND: (_spread(dy_ND, *kept), None, None),
+)
 
 
 @jax.custom_vjp

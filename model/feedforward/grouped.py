@@ -25,7 +25,12 @@ OUTPUTS = 1024
 
 
 def grouped_product(
-    x_MK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array, dtype: Any = None, expected: int | None = None
+    x_MK: jax.Array,
+    w_EKN: jax.Array,
+    sizes_E: jax.Array,
+    dtype: Any = None,
+    expected: int | None = None,
+    transposed: bool = False,
 ) -> jax.Array:
     """Returns y [M, N]: each row of x times the matrix of its expert, summed in float32.
 
@@ -39,11 +44,12 @@ def grouped_product(
             those of the gradient of x; the gradient of w doesn't depend on the rows of x or of y's gradient there.
         dtype: the dtype of y; by default that of w.
         expected: the sum of sizes_E that `ziggurat plan` is to count; by default M.
+        transposed: whether the matrices are [E, N, K].
     """
-    return product_by(PLATFORM_KERNELS.get(platform(), "ragged"), x_MK, w_EKN, sizes_E, dtype, expected)
+    return product_by(PLATFORM_KERNELS.get(platform(), "ragged"), x_MK, w_EKN, sizes_E, dtype, expected, transposed)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 4, 5, 6))
 def product_by(
     kernel: str,
     x_MK: jax.Array,
@@ -51,23 +57,25 @@ def product_by(
     sizes_E: jax.Array,
     dtype: Any = None,
     expected: int | None = None,
+    transposed: bool = False,
 ) -> jax.Array:
     """Returns `grouped_product` by one kernel: megablox, triton or ragged.
 
     The first two are interpreted, slowly, on other platforms than their own.
     """
-    return _rows(kernel, x_MK, w_EKN, sizes_E, dtype or w_EKN.dtype, expected)
+    return _rows(kernel, x_MK, w_EKN, sizes_E, dtype or w_EKN.dtype, expected, transposed)
 
 
-def _forward(kernel, x_MK, w_EKN, sizes_E, dtype, expected):  # type: ignore[no-untyped-def]
-    return product_by(kernel, x_MK, w_EKN, sizes_E, dtype, expected), (x_MK, w_EKN, sizes_E)
+def _forward(kernel, x_MK, w_EKN, sizes_E, dtype, expected, transposed):  # type: ignore[no-untyped-def]
+    return product_by(kernel, x_MK, w_EKN, sizes_E, dtype, expected, transposed), (x_MK, w_EKN, sizes_E)
 
 
-def _backward(kernel, _, expected, operands, dy_MN):  # type: ignore[no-untyped-def]
+def _backward(kernel, _, expected, transposed, operands, dy_MN):  # type: ignore[no-untyped-def]
     x_MK, w_EKN, sizes_E = operands
-    dx_MK = _rows(kernel, dy_MN, w_EKN, sizes_E, x_MK.dtype, expected, transposed=True)
-    dw_EKN = _weights(kernel, x_MK.astype(w_EKN.dtype), dy_MN.astype(w_EKN.dtype), sizes_E, expected)
-    return dx_MK, dw_EKN, None
+    dx_MK = _rows(kernel, dy_MN, w_EKN, sizes_E, x_MK.dtype, expected, not transposed)
+    x_MK, dy_MN = x_MK.astype(w_EKN.dtype), dy_MN.astype(w_EKN.dtype)
+    rows = (dy_MN, x_MK) if transposed else (x_MK, dy_MN)
+    return dx_MK, _weights(kernel, *rows, sizes_E, expected), None
 
 
 product_by.defvjp(_forward, _backward)
@@ -80,7 +88,7 @@ def _rows(
     sizes_E: jax.Array,
     dtype: Any,
     expected: int | None,
-    transposed: bool = False,
+    transposed: bool,
 ) -> jax.Array:
     """Returns each row times its expert's matrix or, transposed, times that of shape [N, K]."""
     x_MK = x_MK.astype(w_EKN.dtype)

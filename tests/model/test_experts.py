@@ -38,17 +38,23 @@ def poisoned(rows: jax.Array, sizes: jax.Array) -> jax.Array:
     return jnp.where((jnp.arange(len(rows)) < jnp.sum(sizes))[:, None], rows, jnp.nan)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def product_with_undefined_rows(
-    x: jax.Array, w: jax.Array, sizes: jax.Array, dtype: Any = None, expected: int | None = None
+    x: jax.Array,
+    w: jax.Array,
+    sizes: jax.Array,
+    dtype: Any = None,
+    expected: int | None = None,
+    transposed: bool = False,
 ) -> jax.Array:
     """A grouped product of which rows without an expert are NaN, and so is their gradient."""
-    return poisoned(product_by("ragged", x, w, sizes, dtype), sizes)
+    return poisoned(product_by("ragged", x, w, sizes, dtype, expected, transposed), sizes)
 
 
-def _backward(_: Any, __: Any, kept: tuple[jax.Array, ...], dy: jax.Array) -> tuple[Any, ...]:
+def _backward(_: Any, expected: int | None, transposed: bool, kept: tuple[jax.Array, ...], dy: jax.Array) -> Any:
     x, w, sizes = kept
-    dx, dw = jax.vjp(lambda x, w: product_by("ragged", x, w, sizes), x, w)[1](dy)
+    product = lambda x, w: product_by("ragged", x, w, sizes, None, expected, transposed)
+    dx, dw = jax.vjp(product, x, w)[1](dy)
     return poisoned(dx, sizes), dw, None
 
 

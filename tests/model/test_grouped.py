@@ -74,6 +74,14 @@ def test_a_kernel_gives_the_results_and_gradients_of_all_experts_masked(kernel: 
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+def test_matrices_may_be_transposed(kernel: str):
+    x, w, dy, sizes = inputs("rows of none")
+    product = lambda x, w, sizes: product_by(kernel, x, w, sizes, None, None, True)
+    y, dx, dw = result_and_gradients(product, x, np.ascontiguousarray(w.swapaxes(1, 2)), dy, sizes)
+    assert_close((y, dx, dw.swapaxes(1, 2)), dense(x, w, dy, sizes), 1e-6)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_bfloat16_is_summed_in_float32_and_rounded_once(kernel: str):
     arrays = inputs("rows of none", jnp.bfloat16)
     actual = result_and_gradients(lambda *operands: product_by(kernel, *operands), *arrays)
