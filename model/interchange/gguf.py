@@ -164,6 +164,7 @@ class GGUFExport:
         module = LAST_PART.sub("", first)
         name = self.architecture.names.get(module, NAMES[module])
         name = FUSED_NAMES[name] if tensor.parameters[1:] else name
+        # Queries that are made of a latent.
         name = f"{name}_b" if tensor.requires else name
         name = f"{name}.{'bias' if first.endswith(('bias', 'balance')) else 'weight'}"
         parameter = parameters[first]

@@ -74,19 +74,16 @@ def is_lite(config: ResolvedModelConfig) -> bool:
     return config.num_layers in (26, 27) or (config.num_layers, config.vocab_size) == (48, 128_256)
 
 
-def yarn_scales(config: ResolvedModelConfig) -> tuple[float | None, float | None]:
-    """Returns deepseek2's (log multiplier m, factor f) that give our rotated length and scale of scores; None for none.
+def log_multiplier(config: ResolvedModelConfig) -> float | None:
+    """Returns the m with which deepseek2 has our scale of scores; None without yarn.
 
-    It makes rotated vectors f long, and multiplies q·k by (f + f·m·ln(rope_factor))² / √head_dim. If m is 0, as
-    without it, (1 + 0.1 ln(rope_factor)) · f takes the place of f.
+    With rotated vectors of length f it multiplies q·k by (f + f·m·ln(rope_factor))² / √head_dim. An m of 0 would give
+    them another length, so it is never exactly 0.
     """
     if config.rope_scaling != "yarn":
-        return None, None
-    length, log_factor = rotated_length(config), math.log(config.rope_factor)
+        return None
     root = math.sqrt((config.attention_scale or config.head_dim**-0.5) * math.sqrt(config.head_dim))
-    if root == length:
-        return None, length / (1 + 0.1 * log_factor)
-    return (root / length - 1) / log_factor, length
+    return (root / rotated_length(config) - 1) / math.log(config.rope_factor) or 1e-9
 
 
 WINDOW = "attention.sliding_window"
@@ -116,7 +113,7 @@ DEEPSEEK2 = Architecture(
     limits={
         "query_latent_dim": lambda config: config.query_latent_dim is None or not is_lite(config),
         "rope_factor": lambda config: config.rope_scaling != "yarn" or config.rope_factor > 1,
-        # The best groups are those whose two best experts have the highest scores.
+        # It finds the best groups as DeepSeek-V3 does, by their two best experts.
         "router_groups": lambda config: config.router_score == "sigmoid" or not has_groups(config),
     },
     keys={
@@ -128,12 +125,12 @@ DEEPSEEK2 = Architecture(
         "attention.kv_lora_rank": attrgetter("kv_latent_dim"),
         # The cache holds the latent and the rotated key, which all heads share.
         "attention.head_count_kv": lambda config: 1,
-        "attention.key_length": lambda config: config.kv_latent_dim + config.rope_dim,
+        "attention.key_length": lambda config: (config.kv_latent_dim or 0) + config.rope_dim,
         "attention.value_length": attrgetter("kv_latent_dim"),
         "attention.key_length_mla": attrgetter("head_dim"),
         "attention.value_length_mla": attrgetter("value_dim"),
-        "rope.scaling.yarn_log_multiplier": lambda config: yarn_scales(config)[0],
-        "rope.scaling.attn_factor": lambda config: yarn_scales(config)[1],
+        "rope.scaling.yarn_log_multiplier": log_multiplier,
+        "rope.scaling.attn_factor": rotated_length,
     },
 )
 LLAMA = Architecture("llama", WITH_LLAMA3, interleaved=True)

@@ -217,7 +217,8 @@ class TensorMap:
         Experts that are stored together, or heads that are apart, are its first axis.
         """
         sizes = self._sizes(parameter, tensor)
-        stack = tuple(sizes.pop(axis) for axis in ("heads" if tensor.heads_apart else "experts",) if axis in sizes)
+        stacked = "heads" if tensor.heads_apart else "experts"
+        stack = (sizes.pop(stacked),) if stacked in sizes else ()
         if parameter.fan_in:
             inputs = math.prod(sizes[axis] for axis in parameter.fan_in)
             return *stack, inputs, math.prod(sizes.values()) // inputs

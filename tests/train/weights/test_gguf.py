@@ -103,6 +103,10 @@ COHERE2_FIELDS: dict[str, Any] = {
     **{"norm": "layernorm", "norm_bias": False, "block": "parallel_one_norm", "tie_embeddings": True},
     **{"sliding_window": 5, "layer_pattern": "SN"},
 }
+LATENT_FIELDS: dict[str, Any] = {
+    **{"kv_latent_dim": 24, "query_latent_dim": 20, "head_dim": 24, "rope_dim": 8, "num_kv_heads": 4},
+    **{"norm_epsilon": 1e-6, "num_experts": 4, "shared_expert_dim": 96, "router_normalize": False},
+}
 # Configs of classes in Transformers, beside `SIZES` and `KV`.
 CLASSES: list[tuple[str, dict[str, Any]]] = [
     ("ministral", {"head_dim": 32, "layer_types": [FULL] * 4}),
@@ -359,6 +363,13 @@ def test_choices_that_llama_cpp_computes_differently_are_refused_by_name(tokeniz
         (NEOX_FIELDS | {"activation": "gelu"}, "gptneox has no model.activation = gelu"),
         (COHERE2_FIELDS | {"attention_bias": True}, "cohere2 has no model.attention_bias = True"),
         (COHERE2_FIELDS | {"tie_embeddings": False}, "cohere2 has no model.tie_embeddings = False"),
+        (LATENT_FIELDS | {"num_layers": 26}, "deepseek2 has no model.query_latent_dim = 20"),
+        (LATENT_FIELDS | {"num_layers": 27}, "deepseek2 has no model.query_latent_dim = 20"),
+        (LATENT_FIELDS | {"num_layers": 48, "vocab_size": 128_256}, "deepseek2 has no model.query_latent_dim = 20"),
+        (LATENT_FIELDS | YARN | {"rope_factor": 1.0}, "deepseek2 has no model.rope_factor = 1.0"),
+        (LATENT_FIELDS | YARN | {"rope_low_turns": 2.0}, "deepseek2 has no model.rope_low_turns = 2.0"),
+        (LATENT_FIELDS | {"router_groups": 2}, "deepseek2 has no model.router_groups = 2"),
+        (LATENT_FIELDS | {"activation": "relu"}, "deepseek2 has no model.activation = relu"),
         ({"vocab_size": tokenizer.vocab_size - 1}, f"has {tokenizer.vocab_size} ids, the model"),
     ]:
         config = model_of(tokenizer, changes)
