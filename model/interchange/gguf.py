@@ -5,213 +5,21 @@ a warning. A model is therefore written only if the architecture has every one o
 """
 
 import functools
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from model.config import ResolvedModelConfig
 from model.interchange.experts import DOWN, GATE_UP, ROUTER, SHARED
-from model.interchange.family import Choices
+from model.interchange.gguf_architectures import ARCHITECTURES, USUAL, WINDOW, YARN_TURNS
 from model.interchange.huggingface import Interchange
-from model.interchange.layer_types import dense_numbers, letters_of
-from model.interchange.layernorm import heads_divide_width
 from model.interchange.llama import adjacent
 from model.interchange.tensors import ParameterReader, Tensor, TensorMap
 from model.parameters import Parameter, parameter_table
 from model.position import frequencies
-
-# Values that an architecture computes unless it says otherwise.
-USUAL: Choices = {"activation": ("silu",), "rope_scaling": ("none", "linear", "yarn"), "rope_length": (None,)}
-WITH_LLAMA3: Choices = {"rope_scaling": ("none", "linear", "yarn", "llama3")}
-# llama.cpp does not read these from a file.
-YARN_TURNS: Choices = {"rope_high_turns": (32.0,), "rope_low_turns": (1.0,), "rope_truncate": (True,)}
-
-
-class Architecture(NamedTuple):
-    """An architecture of llama.cpp.
-
-    Attributes:
-        choices: values that it computes, by field, besides `USUAL`; other fields follow from the Transformers class.
-        limits: predicates of a config that it requires, by field.
-        keys: functions from a config to its own settings, by key; None is not written.
-        names: names of modules that differ from `NAMES`.
-        interleaved: true if components that are rotated together are adjacent.
-        own_output: true if it has no tied embeddings; the table of a tied model is written twice.
-    """
-
-    name: str
-    choices: Choices
-    limits: Mapping[str, Callable[[ResolvedModelConfig], bool]] = {}
-    keys: Mapping[str, Callable[[ResolvedModelConfig], Any]] = {}
-    names: Mapping[str, str] = {}
-    interleaved: bool = False
-    own_output: bool = False
-
-
-def window_pattern(config: ResolvedModelConfig) -> int | list[bool] | None:
-    """Returns p if layers p, 2p, … are full and all others have the window; else true for each layer with a window."""
-    if config.sliding_window is None:
-        return None
-    windows = [letter == "S" for letter in letters_of(config)]
-    periods = range(1, len(windows) + 2)
-    return next((p for p in periods if windows == [(i + 1) % p > 0 for i in range(len(windows))]), windows)
-
-
-def scaled_for_head(layers_of_27b: int) -> Callable[[ResolvedModelConfig], bool]:
-    """Returns a predicate of a Gemma: q·k is divided by √head_dim, or in the model of 27B by √(D/H)."""
-
-    def holds(config: ResolvedModelConfig) -> bool:
-        is_27b = config.num_layers == layers_of_27b
-        divisor = config.model_dim // config.num_heads if is_27b else config.head_dim
-        return math.isclose(config.attention_scale or config.head_dim**-0.5, divisor**-0.5)
-
-    return holds
-
-
-def unscaled_in_windows(config: ResolvedModelConfig) -> bool:
-    """True if no layer with a window scales its rotations."""
-    return config.sliding_window is None or config.rope_scaling == "none" or not config.window_rope_scaling
-
-
-WINDOW = "attention.sliding_window"
-WINDOW_KEYS: dict[str, Callable[[ResolvedModelConfig], Any]] = {
-    WINDOW: attrgetter("sliding_window"),
-    f"{WINDOW}_pattern": window_pattern,
-}
-TIED: Choices = {"tie_embeddings": (True,)}
-NO_BIAS: Choices = {"attention_bias": (False,)}
-GELU: Choices = {"activation": ("gelu_tanh",)}
-# All heads together are as wide as the model.
-HEADS = {"head_dim": heads_divide_width}
-# Scores are sigmoids (2), the first layers are dense, and a shared expert is made of several.
-SIGMOID_KEYS: dict[str, Callable[[ResolvedModelConfig], Any]] = {
-    "expert_gating_func": lambda config: 2,
-    "expert_weights_scale": attrgetter("router_scale"),
-    "expert_weights_norm": attrgetter("router_normalize"),
-    "expert_shared_count": lambda config: (config.shared_expert_dim or 0) // config.expert_dim,
-    "leading_dense_block_count": attrgetter("dense_layers"),
-}
-# Every layer has experts.
-NO_DENSE = {"dense_layers": lambda config: not dense_numbers(config)}
-
-LLAMA = Architecture("llama", WITH_LLAMA3, interleaved=True)
-OLMO2 = Architecture(
-    "olmo2",
-    NO_BIAS | {"window_rope_base": (None,)},
-    limits=HEADS | {"window_rope_scaling": unscaled_in_windows},
-    keys=WINDOW_KEYS,
-    names={"blocks.attention_norm": "post_attention_norm", "blocks.feedforward_norm": "post_ffw_norm"},
-    own_output=True,
-)
-# Architectures by the model_type of Transformers.
-ARCHITECTURES = {
-    "llama": LLAMA,
-    "mistral": LLAMA,
-    "ministral": LLAMA,
-    "qwen2": Architecture("qwen2", {}, limits=HEADS),
-    "qwen3": Architecture("qwen3", NO_BIAS),
-    "smollm3": Architecture(
-        "smollm3",
-        NO_BIAS | {"feedforward_bias": (False,)},
-        limits={
-            "layer_pattern": lambda config: letters_of(config) == ("FFFN" * config.num_layers)[: config.num_layers]
-        },
-        interleaved=True,
-    ),
-    "phi3": Architecture("phi3", {}, limits=HEADS),
-    "granite": Architecture(
-        "granite",
-        WITH_LLAMA3,
-        keys={
-            "attention.scale": attrgetter("attention_scale"),
-            "embedding_scale": attrgetter("embedding_multiplier"),
-            "residual_scale": attrgetter("residual_multiplier"),
-            "logit_scale": lambda config: 1 / config.logit_multiplier,
-        },
-        interleaved=True,
-    ),
-    "glm4": Architecture("glm4", {}, interleaved=True),
-    "olmo2": OLMO2,
-    "olmo3": OLMO2,
-    "gemma": Architecture("gemma", GELU | TIED | NO_BIAS),
-    "gemma2": Architecture(
-        "gemma2",
-        GELU | TIED | NO_BIAS,
-        limits={
-            "attention_scale": scaled_for_head(46),
-            "attention_softcap": lambda config: config.attention_softcap is not None,
-            "logit_softcap": lambda config: config.logit_softcap is not None,
-            "sliding_window": lambda config: config.sliding_window is not None,
-        },
-        keys={
-            **WINDOW_KEYS,
-            "attn_logit_softcapping": attrgetter("attention_softcap"),
-            "final_logit_softcapping": attrgetter("logit_softcap"),
-        },
-    ),
-    "gemma3_text": Architecture(
-        "gemma3",
-        GELU | NO_BIAS,
-        limits={"attention_scale": scaled_for_head(62), "window_rope_scaling": unscaled_in_windows},
-        keys={
-            **WINDOW_KEYS,
-            "final_logit_softcapping": attrgetter("logit_softcap"),
-            "rope.freq_base_swa": lambda config: config.window_rope_base or config.rope_base,
-        },
-    ),
-    "gpt2": Architecture("gpt2", GELU),
-    "gpt_neox": Architecture(
-        "gptneox",
-        GELU | {"attention_bias": (True,)},
-        keys={"use_parallel_residual": lambda config: config.block == "parallel"},
-        own_output=True,
-    ),
-    "stablelm": Architecture("stablelm", {}, own_output=True),
-    "starcoder2": Architecture("starcoder2", GELU | {"attention_bias": (True,)}, limits=HEADS),
-    "cohere2": Architecture(
-        "cohere2",
-        TIED | NO_BIAS,
-        limits={"sliding_window": lambda config: config.sliding_window is not None},
-        keys={**WINDOW_KEYS, "logit_scale": attrgetter("logit_multiplier")},
-        interleaved=True,
-    ),
-    "mixtral": LLAMA,
-    "olmoe": Architecture(
-        "olmoe",
-        NO_BIAS | {"router_normalize": (False,)},
-        # It takes the norm of keys to be as wide as that of queries.
-        limits={"num_kv_heads": lambda config: config.num_kv_heads == config.num_heads},
-        own_output=True,
-    ),
-    "qwen3_moe": Architecture("qwen3moe", NO_BIAS | {"router_normalize": (True,)}, limits=NO_DENSE, own_output=True),
-    "qwen2_moe": Architecture(
-        "qwen2moe",
-        {"attention_bias": (True,), "router_normalize": (False,)},
-        limits=HEADS | NO_DENSE,
-        keys={"expert_shared_feed_forward_length": attrgetter("shared_expert_dim")},
-        own_output=True,
-    ),
-    "glm4_moe": Architecture(
-        "glm4moe",
-        {"router_groups": (1,)},
-        keys=SIGMOID_KEYS,
-        names={"blocks.feedforward_norm": "post_attention_norm"},
-        own_output=True,
-    ),
-    "gpt_oss": Architecture(
-        "gpt-oss",
-        {"activation": ("clamped_swiglu",), "attention_bias": (True,)},
-        limits={"layer_pattern": lambda config: letters_of(config) == ("SF" * config.num_layers)[: config.num_layers]},
-        keys=WINDOW_KEYS,
-        names={"blocks.feedforward_norm": "post_attention_norm"},
-        own_output=True,
-    ),
-}
 
 # GGUF names by those of our parameters, without their last part.
 NAMES = {
@@ -225,6 +33,10 @@ NAMES = {
     "blocks.attention.value": "attn_v",
     "blocks.attention.query_norm": "attn_q_norm",
     "blocks.attention.key_norm": "attn_k_norm",
+    "blocks.attention.query_latent": "attn_q_a",
+    "blocks.attention.query_latent_norm": "attn_q_a_norm",
+    "blocks.attention.latent": "attn_kv_a",
+    "blocks.attention.latent_norm": "attn_kv_a_norm",
     "blocks.attention.output": "attn_output",
     "blocks.attention_output_norm": "post_attention_norm",
     "blocks.feedforward_norm": "ffn_norm",
@@ -244,7 +56,9 @@ NAMES = {
 # The names of experts' gate and up, which we store together.
 BRANCHES = ("ffn_gate_exps", "ffn_up_exps")
 # Names of one tensor with the parameters of several, by that of the first.
-FUSED_NAMES = {"attn_q": "attn_qkv", "ffn_gate": "ffn_up"}
+FUSED_NAMES = {"attn_q": "attn_qkv", "ffn_gate": "ffn_up", "attn_kv_a": "attn_kv_a_mqa"}
+# Keys and values that are made of a latent, in one tensor of Transformers.
+OF_LATENT = ("blocks.attention.key", "blocks.attention.value")
 LAST_PART = re.compile(r"\.(table|matrix|scale)$|[._](bias)$")
 ROPE_FREQUENCIES = "rope_freqs.weight"
 # Ends of the names of tensors that are always float32, as vectors are.
@@ -262,8 +76,7 @@ class GGUFExport:
         self.model = model
         model_type = model.family.model_type
         if model_type not in ARCHITECTURES:
-            name = "norm_placement" if model.config.kv_latent_dim is None else "kv_latent_dim"
-            raise ValueError(f"llama.cpp has no model.{name} = {getattr(model.config, name)} here")
+            raise ValueError(f"llama.cpp has no model.norm_placement = {model.config.norm_placement} here")
         self.architecture = ARCHITECTURES[model_type]
         self.config = config = replace(
             model.widened, tie_embeddings=model.widened.tie_embeddings and not self.architecture.own_output
@@ -335,6 +148,12 @@ class GGUFExport:
     def _tensors(self, tensor: Tensor, parameters: Mapping[str, Parameter]) -> list[Tensor]:
         """Returns the GGUF tensors with the parameters of one in Transformers; all experts of a layer are in one."""
         first = tensor.parameters[0]
+        if tensor.parameters == OF_LATENT:
+            # Queries are multiplied with the weights of keys, and sums of latents with those of values.
+            return [
+                Tensor(f"blk.{{layer}}.{name}.weight", (parameter,), transposed, heads_apart=True)
+                for name, parameter, transposed in zip(("attn_k_b", "attn_v_b"), OF_LATENT, (False, True), strict=True)
+            ]
         if first.startswith(GATE_UP):
             end, transposed = ("bias", False) if first.endswith("bias") else ("weight", True)
             names = BRANCHES if tensor.branch in (0, None) else ()
@@ -345,12 +164,18 @@ class GGUFExport:
         module = LAST_PART.sub("", first)
         name = self.architecture.names.get(module, NAMES[module])
         name = FUSED_NAMES[name] if tensor.parameters[1:] else name
+        # Queries that are made of a latent.
+        name = f"{name}_b" if tensor.requires else name
         name = f"{name}.{'bias' if first.endswith(('bias', 'balance')) else 'weight'}"
         parameter = parameters[first]
         named = Tensor(
             f"blk.{{layer}}.{name}" if "layers" in parameter.axes else name,
             tensor.parameters,
             transposed=bool(parameter.fan_in),
+            pairs=tensor.pairs,
+            rotated_last=tensor.rotated_last,
+            requires=tensor.requires,
+            without=tensor.without,
         )
         return [adjacent(named) if self.architecture.interleaved else named]
 

@@ -39,6 +39,7 @@ class Tensor(NamedTuple):
         branch: which of experts' gate and up, which we store together, it holds: 0 for the gate, 1 for up.
         interleaved: the columns of gate and up alternate; ours are in two halves.
         one_row: a vector that is stored as a matrix of one row.
+        heads_apart: each head has a matrix of its own; such a tensor is only written.
         float32: it stays float32 in files of another dtype.
     """
 
@@ -53,6 +54,7 @@ class Tensor(NamedTuple):
     branch: int | None = None
     interleaved: bool = False
     one_row: bool = False
+    heads_apart: bool = False
     float32: bool = False
 
 
@@ -156,6 +158,8 @@ class TensorMap:
                 values = np.roll(values, -self._rope_dim, axis=-1)
             if tensor.interleaved:
                 values = values.swapaxes(-1, -2)
+            if tensor.heads_apart:
+                values = values.swapaxes(0, 1)
             parts.append(values if tensor.by_head else values.reshape(self._shape(parameter, tensor)))
         values = np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
         if tensor.by_head:
@@ -210,10 +214,11 @@ class TensorMap:
     def _shape(self, parameter: Parameter, tensor: Tensor) -> tuple[int, ...]:
         """Returns the shape of one array as [inputs, outputs], a vector, or a table, without padding.
 
-        Experts that are stored together are its first axis.
+        Experts that are stored together, or heads that are apart, are its first axis.
         """
         sizes = self._sizes(parameter, tensor)
-        stack = (sizes.pop("experts"),) if "experts" in sizes else ()
+        stacked = "heads" if tensor.heads_apart else "experts"
+        stack = (sizes.pop(stacked),) if stacked in sizes else ()
         if parameter.fan_in:
             inputs = math.prod(sizes[axis] for axis in parameter.fan_in)
             return *stack, inputs, math.prod(sizes.values()) // inputs

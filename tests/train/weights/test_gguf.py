@@ -24,7 +24,7 @@ from data.tokenizer.tokenizer import Tokenizer
 from data.tokenizer.training import train_tokenizer
 from model.config import ModelConfig
 from model.decoder import Decoder
-from model.interchange.gguf import ARCHITECTURES
+from model.interchange.gguf_architectures import ARCHITECTURES
 from model.interchange.huggingface import Interchange
 from model.interchange.tensors import nested_weights, reader_of
 from model.parameters import parameter_table
@@ -80,6 +80,13 @@ GEMMA_27B = GEMMA2 | {"query_pre_attn_scalar": 16, "final_logit_softcapping": 2.
 NEOX = {"hidden_act": "gelu_new"}
 GLM = {"n_routed_experts": 8, "moe_intermediate_size": 32, "n_shared_experts": 2, "routed_scaling_factor": 1.5}
 EXPERTS = {"num_hidden_layers": 2, "num_experts": 6, "num_experts_per_tok": 2}
+# Three groups of two experts behind a dense layer.
+LATENT = {"kv_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12}
+LATENT |= {"num_key_value_heads": 4, "n_routed_experts": 6, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
+LATENT |= {"num_hidden_layers": 3, "first_k_dense_replace": 1, "n_shared_experts": 2, "n_group": 3, "topk_group": 2}
+V2 = LATENT | {"q_lora_rank": None, "routed_scaling_factor": 1.5}
+V3 = LATENT | {"q_lora_rank": 20}
+SCALES = HF_YARN | {"mscale": 0.7, "mscale_all_dim": 0.7}
 GEMMA2_FIELDS = GEMMA | {
     **{"export_as": "gemma2", "norm_placement": "both", "sliding_window": 5, "layer_pattern": "SF"},
     **{"attention_softcap": 50.0, "logit_softcap": 30.0},
@@ -95,6 +102,10 @@ NEOX_FIELDS: dict[str, Any] = {
 COHERE2_FIELDS: dict[str, Any] = {
     **{"norm": "layernorm", "norm_bias": False, "block": "parallel_one_norm", "tie_embeddings": True},
     **{"sliding_window": 5, "layer_pattern": "SN"},
+}
+LATENT_FIELDS: dict[str, Any] = {
+    **{"kv_latent_dim": 24, "query_latent_dim": 20, "head_dim": 24, "rope_dim": 8, "num_kv_heads": 4},
+    **{"norm_epsilon": 1e-6, "num_experts": 4, "shared_expert_dim": 96, "router_normalize": False},
 }
 # Configs of classes in Transformers, beside `SIZES` and `KV`.
 CLASSES: list[tuple[str, dict[str, Any]]] = [
@@ -151,6 +162,15 @@ CLASSES: list[tuple[str, dict[str, Any]]] = [
     ("qwen3_moe", EXPERTS | {"norm_topk_prob": True, "head_dim": 32, "moe_intermediate_size": 32}),
     ("qwen2_moe", EXPERTS | {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 64}),
     ("glm4_moe", EXPERTS | GLM | {"head_dim": 32, "attention_bias": True, "use_qk_norm": True}),
+    ("deepseek_v2", V2),
+    ("deepseek_v2", V2 | {"q_lora_rank": 20, "n_shared_experts": 1, "rope_parameters": SCALES}),
+    ("deepseek_v2", V2 | {"first_k_dense_replace": 0, "rope_parameters": HF_YARN | {"attention_factor": 1.0}}),
+    ("deepseek_v2", V2 | {"num_hidden_layers": 27, "rope_parameters": HF_YARN}),
+    ("deepseek_v3", V3),
+    ("deepseek_v3", V3 | {"n_group": 2, "topk_group": 1, "num_experts_per_tok": 3, "rope_parameters": SCALES}),
+    ("deepseek_v3", V3 | {"n_group": 1, "topk_group": 1, "q_lora_rank": None, "norm_topk_prob": False}),
+    ("deepseek_v3", V3 | {"topk_group": 3, "tie_word_embeddings": True, "rope_parameters": SCALES | {"mscale": 2.0}}),
+    ("deepseek_v3", V3 | {"first_k_dense_replace": 3}),
     ("gpt_oss", EXPERTS | {"num_local_experts": 4, "head_dim": 32, "sliding_window": 5, "rope_parameters": PLAIN}),
 ]
 # The largest difference of log-probabilities in nats, which spread by about one. In float32 it comes from the order of
@@ -343,6 +363,13 @@ def test_choices_that_llama_cpp_computes_differently_are_refused_by_name(tokeniz
         (NEOX_FIELDS | {"activation": "gelu"}, "gptneox has no model.activation = gelu"),
         (COHERE2_FIELDS | {"attention_bias": True}, "cohere2 has no model.attention_bias = True"),
         (COHERE2_FIELDS | {"tie_embeddings": False}, "cohere2 has no model.tie_embeddings = False"),
+        (LATENT_FIELDS | {"num_layers": 26}, "deepseek2 has no model.query_latent_dim = 20"),
+        (LATENT_FIELDS | {"num_layers": 27}, "deepseek2 has no model.query_latent_dim = 20"),
+        (LATENT_FIELDS | {"num_layers": 48, "vocab_size": 128_256}, "deepseek2 has no model.query_latent_dim = 20"),
+        (LATENT_FIELDS | YARN | {"rope_factor": 1.0}, "deepseek2 has no model.rope_factor = 1.0"),
+        (LATENT_FIELDS | YARN | {"rope_low_turns": 2.0}, "deepseek2 has no model.rope_low_turns = 2.0"),
+        (LATENT_FIELDS | {"router_groups": 2}, "deepseek2 has no model.router_groups = 2"),
+        (LATENT_FIELDS | {"activation": "relu"}, "deepseek2 has no model.activation = relu"),
         ({"vocab_size": tokenizer.vocab_size - 1}, f"has {tokenizer.vocab_size} ids, the model"),
     ]:
         config = model_of(tokenizer, changes)
