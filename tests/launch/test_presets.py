@@ -21,6 +21,7 @@ from train.step.schedule import batch_size
 
 COUNTS = {
     "tiny": 2_360_512,
+    "tiny_experts": 4_427_984,
     "small": 125_849_856,
     "small_cpu": 12_588_672,
     "vaswani_base": 37_846_016,
