@@ -1,7 +1,7 @@
 """ziggurat pretrain --config=tiny_experts
 
-What experts buy in as many multiplications for a token as `tiny` has: of 4,427,984 parameters it uses 2,363,600. Half of
-the feed-forward computes every token; the other half is one of 8 experts (docs/training.md).
+What experts buy in as many multiplications for a token as `tiny` has: 4,427,968 parameters, of which a token uses
+2,363,584. Half of a feed-forward computes every token; the other half is one of 8 experts (docs/training.md).
 """
 
 from ml_collections import ConfigDict
