@@ -21,6 +21,7 @@ from model.feedforward import experts_on_cpu
 from model.feedforward.dense import FeedForward, activate
 from model.feedforward.grouped import grouped_product
 from model.feedforward.router import Router, Routing
+from model.feedforward.rows import added, permuted, spread, summed, taken
 from model.linear import Linear
 from model.sharding import Layout, as_tuple
 
@@ -173,13 +174,15 @@ def _shared_by(layout: Layout, axis: str) -> list[str]:
     return [mesh for mesh in _of(layout, axis) if sizes[mesh] > 1]
 
 
-def _gathered(name: str, weight: jax.Array, layout: Layout) -> jax.Array:
+def _gathered(name: str, weight: jax.Array, layout: Layout) -> Any:
     """Gathers the stored axis of a weight; the backward pass scatters its gradient, a mesh axis at a time.
 
-    Gate and up are joined before, since a TPU pads an axis of two. Down is transposed on accelerators, [E, D, F], as
-    the last axis cannot be gathered without a copy of the whole.
+    Gate and up are two arrays where `_apart`, and else joined before: TPUs pad an axis of two. Down is transposed on
+    accelerators, [E, D, F], as the last axis cannot be gathered without a copy of the whole.
     """
     axes = WEIGHTS[name]
+    if name == "gate_up" and _apart(weight):
+        return tuple(_gathered("gate_up", weight[:, :, half : half + 1], layout) for half in range(2))
     if name.startswith("gate_up"):
         weight = weight.reshape(*weight.shape[:-2], -1)
     if name == "down" and platform() != "cpu":
@@ -189,6 +192,16 @@ def _gathered(name: str, weight: jax.Array, layout: Layout) -> jax.Array:
     for mesh in reversed(_shared_by(layout, "expert_model")):
         weight = jax.lax.all_gather(weight, mesh, axis=axes.index("expert_model"), tiled=True)
     return weight
+
+
+def _apart(gate_up_ED2F: jax.Array) -> bool:
+    """True where gate and up are better multiplied apart.
+
+    Joined, their gradients, two numbers of F in a row, are read and written again; apart, the two gradients of x are
+    read, and their sum is written.
+    """
+    _, D, halves, F = gate_up_ED2F.shape
+    return halves == 2 and platform() != "cpu" and 4 * F > 3 * D
 
 
 def _first_expert(layout: Layout, E: int) -> jax.Array | int:
@@ -223,17 +236,21 @@ def _feed_forward(
         expected: the own rows where the load is balanced; by default all.
     """
     gate_up, down = weights["gate_up"], weights["down"]
-    E, _, F = down.shape
-    h_MG = grouped_product(x_MD, gate_up, sizes, expected=expected)
+    E = len(down)
+    if isinstance(gate_up, tuple):
+        halves = [grouped_product(x_MD, half_EDF, sizes, expected=expected) for half_EDF in gate_up]
+    else:
+        halves = jnp.split(grouped_product(x_MD, gate_up, sizes, expected=expected), 2, axis=1)
     has_bias = "gate_up_bias" in weights
     if has_bias:
         ends = jnp.cumsum(sizes)
         ids_M = jnp.sum(jnp.arange(len(x_MD))[:, None] >= ends, axis=1)
         hot_ME = (ids_M[:, None] == jnp.arange(E)).astype(down.dtype)
-        h_MG = h_MG + hot_ME @ weights["gate_up_bias"]
+        biases = jnp.split(hot_ME @ weights["gate_up_bias"], 2, axis=1)
+        halves = [half_MF + bias_MF for half_MF, bias_MF in zip(halves, biases, strict=True)]
         # The gradients of biases are sums over all rows.
-        h_MG = h_MG if is_own_M1 is None else jnp.where(is_own_M1, h_MG, 0)
-    h_MF = activate(config.activation, h_MG[:, :F], h_MG[:, F:])
+        halves = halves if is_own_M1 is None else [jnp.where(is_own_M1, half_MF, 0) for half_MF in halves]
+    h_MF = activate(config.activation, *halves)
     h_MF = (h_MF * weight_M[:, None]).astype(down.dtype)
     y_MD = grouped_product(h_MF, down, sizes, dtype, expected, transposed=True)
     if has_bias:
@@ -248,45 +265,9 @@ def _all_at_once(
     N, k = len(x_ND), config.experts_per_token
     inverse = checkpoint_name(jnp.argsort(rows.order), "routing")
     tokens_M, rows_kN = rows.order // k, inverse.reshape(N, k).T
-    x_MD, weight_M = _spread(x_ND, tokens_M, rows_kN), _permuted(weights_M, rows.order, inverse)
+    x_MD, weight_M = spread(x_ND, tokens_M, rows_kN), permuted(weights_M, rows.order, inverse)
     y_MD = _feed_forward(config, x_MD, weight_M, weights, rows.sizes)
-    return _summed(y_MD, tokens_M, rows_kN)
-
-
-@jax.custom_vjp
-def _spread(x_ND: jax.Array, tokens_M: jax.Array, rows_kN: jax.Array) -> jax.Array:
-    """Returns the row of each choice's token; the backward pass is `_summed`, where it would scatter."""
-    return x_ND[tokens_M]
-
-
-@jax.custom_vjp
-def _summed(y_MD: jax.Array, tokens_M: jax.Array, rows_kN: jax.Array) -> jax.Array:
-    """Returns the sum of each token's rows, [N, D]; the backward pass is `_spread`.
-
-    The rows of all first choices come first, and so on, so that TPUs add whole arrays.
-    """
-    y_kND = y_MD[rows_kN.reshape(-1)].reshape(*rows_kN.shape, -1)
-    total: jax.Array = sum(y_ND.astype(jnp.float32) for y_ND in y_kND)  # type: ignore[assignment]
-    return total.astype(y_MD.dtype)
-
-
-_spread.defvjp(
-    lambda x, tokens, rows: (_spread(x, tokens, rows), (tokens, rows)),
-    lambda kept, dy_MD: (_summed(dy_MD, *kept), None, None),
-)
-_summed.defvjp(
-    lambda y, tokens, rows: (_summed(y, tokens, rows), (tokens, rows)),
-    lambda kept, dy_ND: (_spread(dy_ND, *kept), None, None),
-)
-
-
-@jax.custom_vjp
-def _permuted(y: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
-    """Returns rows in another order; the backward pass gathers by the inverse."""
-    return y[order]
-
-
-_permuted.defvjp(lambda y, order, inverse: (y[order], inverse), lambda inverse, dy: (dy[inverse], None, None))
+    return summed(y_MD, tokens_M, rows_kN)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -357,38 +338,7 @@ def _block(
     is_own_R = row_R < ends[-1]
     choice_R = jnp.where(is_own_R, rows.order[jnp.minimum(row_R, M - 1)], M)
     sizes = jnp.clip(ends - b * R, 0, R) - jnp.clip(ends - rows.sizes - b * R, 0, R)
-    x_RD, weight_R = _taken(x_ND, choice_R // k), _taken(weights_M, choice_R)
+    x_RD, weight_R = taken(x_ND, choice_R // k), taken(weights_M, choice_R)
     expected = min(R, math.ceil(_balanced(config, rows)))
     y_RD = _feed_forward(config, x_RD, weight_R, weights, sizes, is_own_R[:, None], jnp.float32, expected)
-    return _added(len(x_ND), x_ND.dtype, y_RD, choice_R // k)
-
-
-@jax.custom_vjp
-def _taken(x: jax.Array, index: jax.Array) -> jax.Array:
-    """Returns rows of x in float32, as their gradients are summed; an index behind the end takes any row."""
-    return x[jnp.minimum(index, len(x) - 1)].astype(jnp.float32)
-
-
-def _taken_backward(kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, None]:
-    index, x = kept
-    zeros = jnp.zeros(x.shape, jnp.float32)
-    return zeros.at[index].add(dy, mode="drop").astype(x.dtype), None
-
-
-_taken.defvjp(lambda x, index: (_taken(x, index), (index, x)), _taken_backward)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _added(N: int, dtype: Any, y_RD: jax.Array, token_R: jax.Array) -> jax.Array:
-    """Returns the sums of each token's rows, float32 [N, D]; rows of token N are dropped, and have any gradient.
-
-    Args:
-        dtype: the dtype of the gradient, which is gathered in it, as it moves fewer bytes.
-    """
-    return jnp.zeros((N, y_RD.shape[1]), jnp.float32).at[token_R].add(y_RD, mode="drop")
-
-
-_added.defvjp(
-    lambda N, dtype, y, token: (_added(N, dtype, y, token), token),
-    lambda N, dtype, token, dy: (dy.astype(dtype)[jnp.minimum(token, N - 1)].astype(jnp.float32), None),
-)
+    return added(len(x_ND), x_ND.dtype, y_RD, choice_R // k)

@@ -23,13 +23,16 @@ from tests.small import mesh_of, small_model, small_weights
 from train.devices.rules import GENERATION, TRAINING
 
 E, B, T = 8, 2, 24
-# How a device computes: a CPU's own way, and that of accelerators, here with a product that is known to be right.
-WAYS = ("cpu", "accelerator")
+# How a device computes: a CPU's own way, and that of accelerators, here with a product that is known to be right, where
+# gate and up are joined or apart.
+WAYS = ("cpu", "accelerator", "apart")
 
 
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "accelerator":
+    if request.param != "cpu":
+        apart = request.param == "apart"
+        monkeypatch.setattr(model.feedforward.experts, "_apart", lambda weight: apart and weight.shape[2] == 2)
         monkeypatch.setattr(model.feedforward.experts, "platform", lambda: "other")
         monkeypatch.setattr(model.feedforward.experts, "grouped_product", product_with_undefined_rows)
 
