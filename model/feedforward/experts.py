@@ -250,12 +250,30 @@ def _feed_forward(
         halves = [half_MF + bias_MF for half_MF, bias_MF in zip(halves, biases, strict=True)]
         # The gradients of biases are sums over all rows.
         halves = halves if is_own_M1 is None else [jnp.where(is_own_M1, half_MF, 0) for half_MF in halves]
-    h_MF = activate(config.activation, *halves)
-    h_MF = (h_MF * weight_M[:, None]).astype(down.dtype)
+    h_MF = _hidden(config.activation, weight_M, *halves)
     y_MD = grouped_product(h_MF, down, sizes, dtype, expected, transposed=True)
     if has_bias:
         y_MD = y_MD + ((hot_ME * weight_M[:, None]).astype(down.dtype) @ weights["down_bias"]).astype(y_MD.dtype)
     return y_MD
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _hidden(activation: str, weight_M: jax.Array, gate_MF: jax.Array, up_MF: jax.Array) -> jax.Array:
+    """Returns the hidden rows times the router's weights; the backward pass keeps nothing more than the arguments."""
+    h_MF = activate(activation, gate_MF.astype(jnp.float32), up_MF.astype(jnp.float32))
+    return (h_MF * weight_M[:, None]).astype(gate_MF.dtype)
+
+
+def _hidden_backward(activation: str, kept: tuple[jax.Array, ...], of_h_MF: jax.Array) -> tuple[jax.Array, ...]:
+    weight_M, *halves = kept
+    h_MF, pull = jax.vjp(partial(activate, activation), *(half.astype(jnp.float32) for half in halves))
+    of_h_MF = of_h_MF.astype(jnp.float32)
+    of_weight_M = jnp.sum(h_MF * of_h_MF, axis=1).astype(weight_M.dtype)
+    of_halves = pull(of_h_MF * weight_M[:, None])
+    return of_weight_M, *(of_half.astype(half.dtype) for of_half, half in zip(of_halves, halves, strict=True))
+
+
+_hidden.defvjp(lambda activation, *inputs: (_hidden(activation, *inputs), inputs), _hidden_backward)
 
 
 def _all_at_once(
