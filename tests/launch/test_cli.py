@@ -92,9 +92,9 @@ def test_presets_are_listed_with_their_parameters(capsys):
         ("ziggurat pre", ["presets", "pretrain"]),
         ("ziggurat inspect ", ["attention", "data", "embedding", "loss", "weights"]),
         ("ziggurat inspect loss r --", ["--help", "--json", "--prompt="]),
-        ("ziggurat pretrain --config=ti", ["--config=tiny"]),
+        ("ziggurat pretrain --config=ti", ["--config=tiny", "--config=tiny_experts"]),
         ("ziggurat pretrain --config=tiny --config.mesh.f", ["--config.mesh.fsdp="]),
-        ("ziggurat launch local --processes=2 -- pretrain --config=ti", ["--config=tiny"]),
+        ("ziggurat launch local --processes=2 -- pretrain --config=ti", ["--config=tiny", "--config=tiny_experts"]),
         ("ziggurat export run --format=", ["--format=gguf", "--format=hf"]),
         ("ziggurat nothing ", []),
     ],
@@ -115,5 +115,5 @@ def completed_by_bash(line: str, tmp_path: Path) -> list[str]:
 
 def test_bash_completes_words_and_values(tmp_path: Path):
     assert completed_by_bash("ziggurat inspect lo", tmp_path) == ["loss"]
-    assert completed_by_bash("ziggurat pretrain --config=tin", tmp_path) == ["tiny"]
+    assert completed_by_bash("ziggurat pretrain --config=tin", tmp_path) == ["tiny", "tiny_experts"]
     assert completed_by_bash("ziggurat pretrain --config.train.run_d", tmp_path) == ["--config.train.run_dir="]
