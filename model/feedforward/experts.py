@@ -197,8 +197,8 @@ def _gathered(name: str, weight: jax.Array, layout: Layout) -> Any:
 def _apart(gate_up_ED2F: jax.Array) -> bool:
     """True where gate and up are better multiplied apart.
 
-    Joined, their gradients, two numbers of F in a row, are read and written again; apart, the two gradients of x are
-    read, and their sum is written.
+    Joined, a row's gradients of both are read and written once more, 4F numbers; apart, its two gradients of x are read
+    and their sum is written, 3D.
     """
     _, D, halves, F = gate_up_ED2F.shape
     return halves == 2 and platform() != "cpu" and 4 * F > 3 * D
