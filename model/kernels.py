@@ -82,6 +82,31 @@ def _obstacle(kernel: str, config: ResolvedModelConfig, layout: Layout, T: int) 
     return next((reason for is_met, reason in obstacles[kernel] if is_met), None)
 
 
+def visited_pairs(kernel: str, T: int, window: int | None, shards: int) -> int:
+    """Returns the pairs of positions whose scores a device computes for a head of a row, masked ones included.
+
+    Splash attention skips blocks that are all later keys, or all before the window, and cuDNN such tiles, which are
+    taken to be of one pair; not in zigzag order.
+
+    Args:
+        kernel: plain, splash or cudnn.
+        T: positions of a row.
+        window: number of keys that a query sees at most, or None.
+        shards: number of devices that share the positions.
+    """
+    if kernel == "plain" or (kernel == "cudnn" and shards > 1):
+        return T * T // shards
+    block = _block(T // shards) if kernel == "splash" else 1
+    blocks = T // block
+    seen = blocks if window is None else min(blocks, -(-(window - 1) // block) + 1)
+    return (blocks * seen - seen * (seen - 1) // 2) * block**2 // shards
+
+
+def _block(T: int) -> int:
+    """Returns the side of splash attention's blocks for T positions of a device."""
+    return next(size for size in BLOCKS if T % size == 0)
+
+
 def attention_over(
     config: ResolvedModelConfig, layout: Layout, segment_ids_BT: jax.Array, window: int | None
 ) -> Attend:
@@ -89,11 +114,15 @@ def attention_over(
 
     It is computed by the kernel for the ambient mesh; T is in `zigzag_order`.
     """
-    kernel = choose_kernel(config, layout, segment_ids_BT.shape[1]).kernel
+    T = segment_ids_BT.shape[1]
+    kernel = choose_kernel(config, layout, T).kernel
+    # The only way to tell a reader of the compiled program how much of its scores a kernel computes.
+    name = f"attention_pairs_{visited_pairs(kernel, T, window, layout.size('time'))}"
     if kernel == "splash":
-        return lambda q, k, v, keys_B, *sinks: _splash(config, layout, segment_ids_BT, window, sinks, q, k, v)
+        splash = lambda q, k, v, keys_B, *sinks: _splash(config, layout, segment_ids_BT, window, sinks, q, k, v)
+        return jax.named_scope(name)(splash)
     if kernel == "cudnn":
-        return lambda q, k, v, keys_B: _cudnn(layout, segment_ids_BT, window, q, k, v)
+        return jax.named_scope(name)(lambda q, k, v, keys_B: _cudnn(layout, segment_ids_BT, window, q, k, v))
     mask_B1TS = causal_mask(segment_ids_BT, window, layout)
 
     def plain(
@@ -136,7 +165,7 @@ def _splash(
     if window is not None:
         mask = masks.LocalMask((T, T), (window - 1, 0), offset=0, shard_count=n)
     mask.q_sequence = zigzag_order(T, layout)
-    block = next(size for size in BLOCKS if T // n % size == 0)
+    block = _block(T // n)
     kernel = kernels.make_splash_mha(
         masks.MultiHeadMask([mask] * (config.num_heads // layout.size("heads"))),
         block_sizes=kernels.BlockSizes(

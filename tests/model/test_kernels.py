@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
+from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import process_mask
 from jax.sharding import AxisType
 
 import model.cpu_attention
@@ -16,7 +18,7 @@ import model.kernels
 from model.attention import attend, causal_mask
 from model.config import ModelConfig
 from model.context_parallel import zigzag_order
-from model.kernels import KernelChoice, attention_over, choose_kernel
+from model.kernels import KernelChoice, attention_over, choose_kernel, visited_pairs
 from model.sharding import UNSHARDED
 from tests.small import mesh_of, small_model
 from train.devices.mesh import one_device_mesh
@@ -255,3 +257,22 @@ def test_a_length_that_blocks_do_not_divide_is_attended_to_as_a_whole():
     mask = causal_mask(jnp.ones((1, positions), jnp.int32), None, UNSHARDED)
     whole = attend(q, k, v, mask)
     np.testing.assert_allclose(model.cpu_attention.attend_in_blocks(q, k, v, mask), whole, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 1, 512, 700])
+@pytest.mark.parametrize(("T", "shards"), [(768, 1), (8192, 1), (8192, 4)])
+def test_the_pairs_that_splash_attention_visits_are_those_of_its_own_table(T: int, shards: int, window: int | None):
+    mask = splash_attention_mask.CausalMask((T, T), shard_count=shards)
+    if window is not None:
+        mask = splash_attention_mask.LocalMask((T, T), (window - 1, 0), 0, shards)
+    with jax.set_mesh(mesh_of(context=shards)):
+        mask.q_sequence = zigzag_order(T, TRAINING)
+    block = 512 if T % 512 == 0 else 256
+    table, _ = process_mask(splash_attention_mask.MultiHeadMask([mask]), (block, block), q_seq_shards=shards)
+    assert visited_pairs("splash", T, window, shards) * shards == np.count_nonzero(table.block_mask) * block**2
+
+
+def test_the_pairs_that_cudnn_visits_are_those_of_the_mask_unless_positions_are_shared():
+    assert visited_pairs("cudnn", 6, None, 1) == 21
+    assert visited_pairs("cudnn", 6, 2, 1) == 11
+    assert visited_pairs("cudnn", 6, 2, 2) == visited_pairs("plain", 6, None, 2) == 18

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from model.feedforward.grouped import PLATFORM_KERNELS, rows_tile, wasted_rows
+from model.kernels import visited_pairs
 from model.layers import layer_kinds
 from model.parameters import Parameter, parameter_table
 from model.sharding import as_tuple
@@ -178,20 +179,18 @@ class _Step:
         repeated = self.worked - downs if self.repeats_products else 0.0
         products = 2 * self.inside * (L * (3 * self.worked + repeated) * (1 + self.wasted) + 3 * self.head)
         forward, backward = ATTENTION_PRODUCTS[self.machine.kernel]
-        pairs = 2 * self.inside * self.keys_met() * self.heads
-        kernel = pairs * (backward + forward * (2 if self.repeats_kernel else 1))
+        kernel = 2 * self.rows * self.pairs() * self.heads * (backward + forward * (2 if self.repeats_kernel else 1))
         streams = (MEMORY_PASSES[0] + 4 * self.copies) * self.stream
         moved = L * BF16 * (streams + MEMORY_PASSES[1] * self.results)
         part_seconds = products / MATMUL_EFFICIENCY.get(chip.name, 1.0) / chip.peak_flops + kernel / chip.peak_flops
         part_seconds += moved / chip.memory_bandwidth
         return self.parts * part_seconds + 2.5 * self.state_bytes / chip.memory_bandwidth
 
-    def keys_met(self) -> float:
-        """Returns the keys that a query meets in all layers: kernels skip those before a window, not masked ones."""
-        T = self.config.data.segment_length
-        if self.machine.kernel == "plain":
-            return self.model.num_layers * T
-        return sum(min(kind.window or T, T) for kind in layer_kinds(self.model))
+    def pairs(self) -> int:
+        """Returns the pairs of positions that a device's attention computes for a head of a row in all layers."""
+        T, shards = self.config.data.segment_length, self.size("time")
+        kinds = layer_kinds(self.model)
+        return sum(visited_pairs(self.machine.kernel, T, kind.window, shards) for kind in kinds)
 
     def communication_seconds(self) -> float:
         """Seconds of communication for weights, gradients, residuals, keys and look-ups."""

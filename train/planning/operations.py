@@ -14,7 +14,9 @@ from train.planning.hlo import Array
 
 # The name of every grouped product's operation, which states the rows that it multiplies.
 GROUPED = re.compile(r"grouped_(?:rows|weights)_(\d+)")
-# Number of products over all pairs of positions in an attention kernel, by a part of its name.
+# The name of our attention kernels' operations, which states the pairs of positions in a head of a row.
+PAIRS = re.compile(r"attention_pairs_(\d+)")
+# Number of products over the pairs of positions in an attention kernel, by a part of its name.
 ATTENTION_PRODUCTS = {"mha_fwd": 2, "mha_dq": 3, "mha_dkv": 4, "SoftmaxBackward": 5, "fmha": 2}
 
 
@@ -46,7 +48,6 @@ class Kernel:
     results: tuple[Array, ...]
     estimate: float | None  # FLOPs that the kernel itself states (Pallas's `cost_estimate`)
     source: str  # the operation of the traced program
-    window: int | None = None  # keys that each query of cuDNN meets at most
 
     @property
     def flops(self) -> float:
@@ -68,22 +69,19 @@ class Kernel:
 
     @property
     def attention_flops(self) -> float:
-        """FLOPs of an attention kernel's products over the pairs of positions that it visits, masked ones included.
+        """FLOPs of an attention kernel's products over the pairs of positions that it visits (`visited_pairs`).
 
-        Splash attention takes [..., H, T, C], cuDNN [B, T, H, C]; queries come first, then keys. Other kernels have 0.
+        These are all pairs if the program does not say. Splash attention takes [..., H, T, C], cuDNN [B, T, H, C];
+        queries come first, then keys. Other kernels have 0.
         """
         products = next((number for part, number in ATTENTION_PRODUCTS.items() if part in self.name), 0)
         arrays = [array for array in self.operands if len(array.dims) > 2 and re.match(r"b?f\d", array.dtype)]
         if not products or len(arrays) < 2:
             return 0.0
-        keys = arrays[1].dims[-3 if "fmha" in self.name else -2]
-        return 2.0 * products * arrays[0].elements * min(keys, self.window or keys) * self._visited
-
-    @property
-    def _visited(self) -> float:
-        """The share of blocks of pairs that splash attention visits: its table of blocks is narrower with a window."""
-        tables = [array.dims for array in self.operands if "mha" in self.name and re.match("s8|s16", array.dtype)]
-        return min(tables[0][-2:]) / max(tables[0][-2:]) if tables else 1.0
+        positions = -3 if "fmha" in self.name else -2
+        queries, keys = (array.dims[positions] for array in arrays[:2])
+        pairs = PAIRS.search(self.source)
+        return 2.0 * products * arrays[0].elements / queries * (int(pairs[1]) if pairs else queries * keys)
 
 
 @dataclass(frozen=True)

@@ -229,9 +229,7 @@ def _kernel(at: Instruction) -> Kernel | None:
         return None
     estimate = at.find(r'cost_estimate"?:\s*\{[^}]*?"flops":\s*"?(\d+)')
     name = re.sub(r"(\.(\d+|clone|remat\d*))+$", "", at.name) if at.target == "tpu_custom_call" else at.target
-    window = numbers(at.find(r'sliding_window_length"?:\s*"?(\d+)'))
-    stated = float(estimate) if estimate else None
-    return Kernel(name, at.inputs, at.results, stated, at.source, window[0] if window and window[0] else None)
+    return Kernel(name, at.inputs, at.results, float(estimate) if estimate else None, at.source)
 
 
 def _flops(at: Instruction) -> float:

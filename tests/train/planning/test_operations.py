@@ -355,18 +355,17 @@ def test_kernels_are_named_with_their_arrays_and_what_they_say_of_themselves():
     assert total(program.operations, "flops") == 0
 
 
-def test_kernels_with_a_window_visit_fewer_pairs():
+def test_attention_is_counted_over_the_pairs_that_its_name_states():
     entry = """  %q = bf16[4,16,8]{2,1,0} parameter(0)
   %k = bf16[4,32,8]{2,1,0} parameter(1)
-  %blocks = s8[1,8,3]{2,1,0} parameter(2)
-  %splash_mha_dq.1 = bf16[4,16,8]{2,1,0} custom-call(%blocks, %q, %k), custom_call_target="tpu_custom_call"
-  %a = bf16[2,32,4,8]{3,2,1,0} parameter(3)
-  %fmha.1 = bf16[2,32,4,8]{3,2,1,0} custom-call(%a, %a), custom_call_target="__cudnn$fmhaSoftmax", backend_config={"cudnn_fmha_backend_config":{"sliding_window_length":5}}
-  ROOT %fmha.2 = bf16[2,32,4,8]{3,2,1,0} custom-call(%a, %a), custom_call_target="__cudnn$fmhaSoftmax", backend_config={"cudnn_fmha_backend_config":{"sliding_window_length":0}}"""  # noqa: E501
-    splash, windowed, whole = read(entry).kernels
-    assert splash.attention_flops == 3 * 2 * (4 * 16 * 8) * 32 * 3 / 8
-    assert windowed.attention_flops == 2 * 2 * (2 * 32 * 4 * 8) * 5
-    assert whole.attention_flops == 2 * 2 * (2 * 32 * 4 * 8) * 32
+  %splash_mha_dq.1 = bf16[4,16,8]{2,1,0} custom-call(%q, %k), custom_call_target="tpu_custom_call", metadata={op_name="attention_pairs_300/pallas_call"}
+  %a = bf16[2,32,4,8]{3,2,1,0} parameter(2)
+  %fmha.1 = bf16[2,32,4,8]{3,2,1,0} custom-call(%a, %a), custom_call_target="__cudnn$fmhaSoftmax", metadata={op_name="attention_pairs_528/fwd"}
+  ROOT %fmha.2 = bf16[2,32,4,8]{3,2,1,0} custom-call(%a, %a), custom_call_target="__cudnn$fmhaSoftmax\""""  # noqa: E501
+    splash, causal, whole = read(entry).kernels
+    assert splash.attention_flops == 3 * 2 * 4 * 8 * 300
+    assert causal.attention_flops == 2 * 2 * 2 * 4 * 8 * 528
+    assert whole.attention_flops == 2 * 2 * 2 * 4 * 8 * 32 * 32
 
 
 def test_an_estimate_that_cannot_be_is_left_out_and_said():
