@@ -5,7 +5,8 @@
 Model, batch and optimizer (AdamW) are the same on both sides: 33.6 million parameters and 4,096 tokens a step, the
 shapes of the preset `tiny`, or a small OLMoE whose tokens choose 8 of 64 experts. The peer is the plain PyTorch model
 below, eager and compiled, with fused AdamW; for the mixture it is that of Transformers with the same weights, eager
-with its loop over experts and compiled with its grouped products, and the first losses must agree. bfloat16 is autocast
+with its loop over experts and compiled with its grouped products, and the first losses must agree; a fourth contestant
+is our dense model of the active size. bfloat16 is autocast
 there, and compute_dtype here. Each contestant has a process of its own (one library's threads slow the
 other's in the same one) with the same memory settings; they take turns, and each figure is the median of a
 contestant's steps. The first step of a turn does not count: while the others had theirs, the machine may have taken
@@ -35,6 +36,7 @@ from train.config.reading import make_config
 
 DTYPES = ("float32", "bfloat16")
 SIDES = ("ziggurat", "torch eager", "torch compiled")
+DENSE = "ziggurat dense"
 # Rows, summed, columns: square, and the products of a feed-forward layer of the model below.
 PEAK_SHAPES = ((2048, 2048, 2048), (4096, 512, 2048), (4096, 2048, 512))
 TURNS, STEPS, PEAK_REPEATS = 4, 3, 3
@@ -43,8 +45,8 @@ MODELS = ("33.6M", "tiny", "mixture")
 SAME_LOSS = {"float32": 1e-5, "bfloat16": 3e-3}
 
 
-def config_of(model: str, dtype: str) -> Config:
-    """The contest."""
+def config_of(model: str, dtype: str, side: str = "ziggurat") -> Config:
+    """What a side trains."""
     if model == "tiny":
         preset = tiny.get_config().to_dict()
         # The other side has no norm of queries and keys.
@@ -52,8 +54,9 @@ def config_of(model: str, dtype: str) -> Config:
         segment_length, batch_size = preset["data"].get("segment_length", 256), preset["train"]["batch_size"]
     elif model == "mixture":
         shapes = {"model_dim": 512, "num_layers": 4, "num_heads": 8, "vocab_size": 8192, "feedforward_dim": 192}
-        shapes |= {"num_experts": 64, "experts_per_token": 8, "router_normalize": False, "tie_embeddings": False}
-        shapes |= {"qk_norm": True, "qk_norm_over": "all_heads"}
+        shapes |= {"qk_norm": True, "qk_norm_over": "all_heads", "tie_embeddings": False}
+        experts = {"num_experts": 64, "experts_per_token": 8, "router_normalize": False}
+        shapes |= {"feedforward_dim": 8 * 192} if side == DENSE else experts
         segment_length, batch_size = 512, 8
     else:
         shapes = {"model_dim": 512, "num_layers": 6, "num_heads": 8, "feedforward_dim": 2048, "vocab_size": 8192}
@@ -255,7 +258,7 @@ def compete(side: str, config: Config, folder: Path | None) -> None:
 
     A turn is [seconds, CPU seconds, peak FLOP/s] of each step.
     """
-    step, peak = ziggurat(config) if side == "ziggurat" else pytorch(config, side == "torch compiled", folder)
+    step, peak = ziggurat(config) if side in ("ziggurat", DENSE) else pytorch(config, side == "torch compiled", folder)
     print(step(), flush=True)
     for _ in sys.stdin:
         step()
@@ -271,14 +274,15 @@ def contest(model: str, dtype: str, turns: int, folder: Path | None) -> dict[str
     """Side → a row a counted step: seconds, CPU seconds, FLOP/s of a product."""
     environment = os.environ | {"GLIBC_TUNABLES": memory_for(config_of(model, dtype))}
     processes, losses = {}, {}
-    for side in SIDES:
+    for side in [*SIDES, DENSE] if folder else SIDES:
         command = [sys.executable, "-m", "tests.benchmarks.train_step", "--model", model, "--dtype", dtype]
         processes[side] = subprocess.Popen(
             [*command, "--side", side, *(["--weights", str(folder)] if folder else [])],
             env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
         )  # fmt: skip
         losses[side] = float(processes[side].stdout.readline())
-    if folder and not np.allclose(list(losses.values()), losses["ziggurat"], rtol=SAME_LOSS[dtype]):
+    of_mixtures = [loss for side, loss in losses.items() if side != DENSE]
+    if folder and not np.allclose(of_mixtures, losses["ziggurat"], rtol=SAME_LOSS[dtype]):
         sys.exit(f"the first losses differ: {losses}")
     found: dict[str, list[list[list[float]]]] = {side: [] for side in processes}
     for _ in range(turns):
@@ -301,30 +305,32 @@ def report(model: str, dtype: str, results: dict[str, np.ndarray]) -> dict[str, 
     tokens = config.train.batch_size * config.data.segment_length
     flops = flops_per_token(config.model, config.data.segment_length)
     medians = {side: np.median(rows, axis=0) for side, rows in results.items()}
-    rates = {side: tokens / medians[side][0] for side in SIDES}
-    peaks = {side: results[side][:, 2].max() for side in SIDES}
-    peaks |= dict.fromkeys(SIDES[1:], max(peaks[side] for side in SIDES[1:]))
+    rates = {side: tokens / medians[side][0] for side in results}
+    # A library's best, whichever of its sides had it.
+    library = {side: side.split()[0] for side in results}
+    peaks = {of: max(results[side][:, 2].max() for side in results if library[side] == of) for of in library.values()}
     figures: dict[str, float] = {}
     columns = ("tokens/s", "slowest", "fastest", "ours/its", "CPU s", "cores", "peak GF/s", "of peak")
     print(f"{model + ' ' + dtype:24}" + "".join(f"{column:>10}" for column in columns))
-    for side in SIDES:
+    for side in results:
         seconds, cpu_seconds, _ = medians[side]
-        ratio, share = rates["ziggurat"] / rates[side], rates[side] * flops / peaks[side]
+        peak = peaks[library[side]]
+        ratio, share = rates["ziggurat"] / rates[side], rates[side] * flops / peak
         slowest, fastest = tokens / results[side][:, 0].max(), tokens / results[side][:, 0].min()
         print(
             f"{side:24}{rates[side]:10,.0f}{slowest:10,.0f}{fastest:10,.0f}{ratio:10.2f}"
-            f"{cpu_seconds:10.2f}{cpu_seconds / seconds:10.2f}{peaks[side] / 1e9:10,.0f}{share:10.0%}"
+            f"{cpu_seconds:10.2f}{cpu_seconds / seconds:10.2f}{peak / 1e9:10,.0f}{share:10.0%}"
         )
         if side == "ziggurat":
             figures[f"peak_share_{dtype}"] = share
         else:
-            kind = side.removeprefix("torch ")
+            kind = side.split()[1]
             figures[f"ratio_{dtype}_{kind}"] = ratio
             figures[f"cpu_ratio_{dtype}_{kind}"] = cpu_seconds / medians["ziggurat"][1]
-            figures[f"torch_peak_share_{dtype}_{kind}"] = share
+            figures[f"peak_share_{dtype}_{kind}"] = share
         name = f"{side} {dtype}".replace(" ", "_")
         figures[f"tokens_per_second_{name}"] = rates[side]
-        figures[f"peak_gflops_{name}"] = peaks[side] / 1e9
+        figures[f"peak_gflops_{name}"] = peak / 1e9
     return figures
 
 
@@ -337,7 +343,8 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
-        return compete(arguments.side, config_of(arguments.model, arguments.dtype), arguments.weights)
+        config = config_of(arguments.model, arguments.dtype, arguments.side)
+        return compete(arguments.side, config, arguments.weights)
 
     # What runs on other devices is not to be compared here.
     os.environ["JAX_PLATFORMS"] = "cpu"

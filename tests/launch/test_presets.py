@@ -21,7 +21,7 @@ from train.step.schedule import batch_size
 
 COUNTS = {
     "tiny": 2_360_512,
-    "tiny_experts": 4_427_968,
+    "tiny_experts": 4_133_056,
     "small": 125_849_856,
     "small_cpu": 12_588_672,
     "vaswani_base": 37_846_016,
@@ -45,7 +45,7 @@ COUNTS = {
     "gpt_oss_20b": 20_914_757_184,
 }
 # Biases that balance the load, which are no parameters of their class.
-BIASES = {"tiny_experts": 16, "deepseek_v3": 14_848, "kimi_k2": 23_040}
+BIASES = {"deepseek_v3": 14_848, "kimi_k2": 23_040}
 LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "v_head_dim": 128, "qk_nope_head_dim": 128, "moe_layer_freq": 1}
 LATENT |= {"hidden_act": "silu", "rms_norm_eps": 1e-6, "attention_bias": False, "attention_dropout": 0.0}
 LATENT |= {"aux_loss_alpha": 0.001, "seq_aux": True, "tie_word_embeddings": False}
