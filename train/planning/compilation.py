@@ -21,6 +21,7 @@ from data.errors import InputError
 from data.files.atomic import atomic_file
 from train.config.config import ResolvedConfig
 from train.devices.xla import compiler_options
+from train.planning.operations import COUNTING_NAME
 from train.planning.topology import without_jax_cache
 from train.step.optimizer import make_optimizer
 from train.step.state import abstract_state
@@ -61,7 +62,7 @@ def compile_step(config: ResolvedConfig, mesh: Mesh, cache: Path | None = None) 
             hits = len(_cache_hits())
             compiled = _compiled(lowered, lowering)
             return replace(compiled, cached=len(_cache_hits()) > hits)
-        file = cache / f"{_key(config, mesh, lowered.as_text())}.json.gz" if cache else None
+        file = cache / f"{_key(config, mesh, lowered)}.json.gz" if cache else None
         if file and (kept := _kept(file)):
             return replace(kept, lower_seconds=lowering, cached=True)
         with without_jax_cache():
@@ -111,14 +112,16 @@ def _keep(file: Path, compilation: Compilation) -> None:
         log.warning("the compiled program was not cached: %s", error)
 
 
-def _key(config: ResolvedConfig, mesh: Mesh, lowered: str) -> str:
+def _key(config: ResolvedConfig, mesh: Mesh, lowered: jax.stages.Lowered) -> str:
     """Hashes everything that the compiled program depends on."""
     devices = [(device.device_kind, device.process_index, getattr(device, "coords", None),
                 getattr(device, "slice_index", 0)) for device in mesh.devices.flat]  # fmt: skip
     versions = {name: _version(name) for name in COMPILERS}
     flags = [compiler_options(), *(os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"))]
+    names = sorted(set(COUNTING_NAME.findall(lowered.as_text(debug_info=True))))
     # The text omits the content of large constants, such as masks, which follows from the settings.
-    parts = [asdict(config.model), config.data.segment_length, dict(mesh.shape), devices, versions, flags, lowered]
+    program = [asdict(config.model), config.data.segment_length, dict(mesh.shape), lowered.as_text(), names]
+    parts = [*program, devices, versions, flags]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -12,10 +12,11 @@ from functools import cached_property
 
 from train.planning.hlo import Array
 
-# The name of every grouped product's operation, which states the rows that it multiplies.
+# The names of our kernels' operations: a grouped product states the rows that it multiplies, and attention the pairs of
+# positions in a head of a row.
 GROUPED = re.compile(r"grouped_(?:rows|weights)_(\d+)")
-# The name of our attention kernels' operations, which states the pairs of positions in a head of a row.
 PAIRS = re.compile(r"attention_pairs_(\d+)")
+COUNTING_NAME = re.compile(r"(?:grouped_rows|grouped_weights|attention_pairs)_\d+")
 # Number of products over the pairs of positions in an attention kernel, by a part of its name.
 ATTENTION_PRODUCTS = {"mha_fwd": 2, "mha_dq": 3, "mha_dkv": 4, "SoftmaxBackward": 5, "fmha": 2}
 

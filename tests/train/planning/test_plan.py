@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import pytest
 
+import model.kernels
 from data.errors import InputError
 from model.parameters import count_parameters
 from tests.peers import require
@@ -194,14 +195,23 @@ def test_a_program_for_a_topology_is_kept_for_the_next_time(tmp_path: Path, monk
     with monkeypatch.context() as changed, pytest.raises(TypeError):
         changed.setitem(OPTIONS, "tpu", {})
         compile_step(config, mesh, tmp_path)
+    # A plan reads the names of kernels, which the text of a program does not have.
     monkeypatch.setattr(jax.stages.Lowered, "compile", compile_once)
+    named = small(model={"num_layers": 1, "attention_kernel": "splash"}, data={"segment_length": 128})
+    compile_step(named, mesh, tmp_path)
+    with monkeypatch.context() as changed:
+        changed.setattr(model.kernels, "visited_pairs", lambda *_: 7)
+        assert not compile_step(named, mesh, tmp_path).cached
+    assert compile_step(named, mesh, tmp_path).cached
+    assert len(compiled) == 3
     # What cannot be read is compiled anew, and what cannot be written is no reason to fail.
-    next(tmp_path.iterdir()).write_bytes(b"torn")
+    for file in tmp_path.iterdir():
+        file.write_bytes(b"torn")
     anew = compile_step(config, mesh, tmp_path)
     assert (anew.memory, anew.cached) == (first.memory, False)
     (tmp_path / "file").touch()
     assert compile_step(config, mesh, tmp_path / "file" / "folder").memory == first.memory
-    assert len(compiled) == 3
+    assert len(compiled) == 5
 
 
 @pytest.mark.parametrize("text", ["h100:2x2"])
