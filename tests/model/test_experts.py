@@ -68,7 +68,9 @@ def floor(**changes: Any) -> tuple[Any, dict[str, jax.Array]]:
     """A config, and the weights of its last layer's experts."""
     config = small_model(**{"num_experts": E, "expert_dim": 24} | changes)
     assert config.problems() == []
-    return config, jax.tree.map(lambda w: w[-1], small_weights(config)["blocks"]["experts"])
+    weights = jax.tree.map(lambda w: w[-1], small_weights(config)["blocks"]["experts"])
+    # Scores differ as much as the biases that balance them, so that each token has groups and experts of its own.
+    return config, weights | {"router": 8 * weights["router"]}
 
 
 def inputs(config: Any, seed: int = 0) -> jax.Array:
