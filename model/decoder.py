@@ -26,6 +26,9 @@ from model.product import weight_gradients_first
 from model.sharding import UNSHARDED, Layout
 from model.unembedding import Unembedding
 
+# Names of the products of attention and of feed-forwards; "attention" is what the heads give.
+_PROJECTIONS = ("query_latent", "query", "latent", "rotated_key", "key", "value", "output")
+_FEEDFORWARD = ("gate", "up", "down", "experts")
 _save = jax.checkpoint_policies.save_only_these_names
 _offload = partial(
     jax.checkpoint_policies.save_and_offload_only_these_names,
@@ -35,11 +38,12 @@ _offload = partial(
 # the rest is recomputed.
 REMAT_POLICIES = {
     "none": None,
-    "products": _save("product", "attention", "routing"),
+    "products": _save("attention", *_PROJECTIONS, *_FEEDFORWARD, "routing"),
+    "projections": _save("attention", *_PROJECTIONS, "routing"),
     "attention": _save("attention", "routing"),
     "full": _save("routing"),
     # These two keep it in the host's memory; "offload" moves the layers' inputs there, and keeps nothing else.
-    "offload_products": _offload(names_which_can_be_offloaded=("product", "attention")),
+    "offload_products": _offload(names_which_can_be_offloaded=("attention", *_PROJECTIONS, *_FEEDFORWARD)),
     "offload": _offload(names_which_can_be_offloaded=("residual",)),
 }
 # Results of a layer by name, besides its output.

@@ -277,8 +277,8 @@ class ModelFields:
     remat_policy: str = setting(
         "none",
         "what the forward pass keeps for the backward pass: none (no remat) keeps all, products the outputs of matrix "
-        "products and attention, attention its output, full each layer's input alone; offload_products and offload "
-        "keep products, or the inputs, in the host's memory",
+        "products and attention, projections those of the attention floor, attention that of its heads, full each "
+        "layer's input alone; offload_products and offload keep products, or the inputs, in the host's memory",
         resume="free",
-        choices=("none", "products", "attention", "full", "offload_products", "offload"),
+        choices=("none", "products", "projections", "attention", "full", "offload_products", "offload"),
     )

@@ -34,20 +34,21 @@ class Linear(nnx.Module):
     ):
         self.weight = nnx.Param(weights[name])
         self.bias = nnx.Param(weights[f"{name}_bias"]) if f"{name}_bias" in weights else None
+        self.name = name
         self.equation = equation
         self.axes = axes
         self.layout = layout
         self.sums_over = sums_over
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps x to y, which is named "product" for remat policies."""
+        """Maps x to y, which has the weight's name for remat policies."""
         y = self.product(x)
         if self.bias is not None:
             x_letters, weight_letters, y_letters = self.equation.replace("->", ",").split(",")
             outputs = set(weight_letters) - set(x_letters)
             shape = tuple(slice(None) if letter in outputs else None for letter in y_letters)
             y = y + self.bias[...].astype(x.dtype)[shape]
-        return checkpoint_name(y, "product")
+        return checkpoint_name(y, self.name)
 
     def product(self, x: jax.Array) -> jax.Array:
         """Returns the product with the weight alone."""

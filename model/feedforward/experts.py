@@ -62,7 +62,7 @@ class Experts(nnx.Module):
         y_BTD = self._experts(x_BTD, ids_BTk, weights_BTk, stored)
         if self.shared is not None:
             y_BTD = y_BTD + self._shared(x_BTD)
-        return checkpoint_name(y_BTD, "product"), routing
+        return checkpoint_name(y_BTD, "experts"), routing
 
     def _shared(self, x_BTD: jax.Array) -> jax.Array:
         assert self.shared

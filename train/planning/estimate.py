@@ -52,13 +52,15 @@ class Estimate(NamedTuple):
 
 
 # Arrays that each remat policy keeps for the backward pass, in the device's memory and in the host's. The backward pass
-# repeats the products of a layer (but the last) and the attention kernel if their outputs are in neither.
+# repeats the products of a layer (but the last) and the attention kernel if their outputs are in neither; projections
+# are the products of the attention floor.
 KEPT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "none": (("residual", "attention", "products", "weights"), ()),
-    "products": (("residual", "attention", "products"), ()),
+    "none": (("residual", "attention", "projections", "feedforward", "weights"), ()),
+    "products": (("residual", "attention", "projections", "feedforward"), ()),
+    "projections": (("residual", "attention", "projections"), ()),
     "attention": (("residual", "attention"), ()),
     "full": (("residual",), ()),
-    "offload_products": (("residual",), ("attention", "products")),
+    "offload_products": (("residual",), ("attention", "projections", "feedforward")),
     "offload": ((), ("residual",)),
 }
 
@@ -102,6 +104,11 @@ class _Matrix(NamedTuple):
     is_last: bool
     has_experts: bool
 
+    @property
+    def kept_as(self) -> str:
+        """The array of `KEPT` that has its result."""
+        return "projections" if self.part == "attention" else "feedforward"
+
 
 class _Step:
     def __init__(self, config: ResolvedConfig, machine: Machine):
@@ -111,9 +118,7 @@ class _Step:
         self.model = config.model
         self.layout = training_layout(config.mesh)
         self.kept, self.offloaded = KEPT[config.model.remat_policy]
-        stored = self.kept + self.offloaded
-        self.repeats_products = "products" not in stored
-        self.repeats_kernel = "attention" not in stored
+        self.has = {*self.kept, *self.offloaded}
         self.parts = config.train.accumulation_steps
         T = config.data.segment_length
         D = config.model.model_dim
@@ -132,7 +137,9 @@ class _Step:
         self.layer = sum(m.layers * m.elements for m in self.matrices) / L
         self.stored = {"expert_model": of_experts, "model": self.layer - of_experts}
         self.worked = sum(m.layers * m.worked for m in self.matrices) / L
-        self.results = self.inside * sum(m.layers * m.worked / m.inputs for m in self.matrices if not m.is_last) / L
+        self.results = dict.fromkeys(("projections", "feedforward"), 0.0)
+        for m in self.matrices:
+            self.results[m.kept_as] += self.inside * m.layers * m.worked / m.inputs / L * (not m.is_last)
         self.wasted = self.wasted_share()
         # Of the layer that has the most.
         alone = lambda kind: sum(m.elements for m in self.matrices if kind.has(m.part))
@@ -175,13 +182,16 @@ class _Step:
         """Seconds of products, the attention kernel and other memory traffic."""
         L = self.model.num_layers
         chip = self.chip
-        downs = sum(m.layers * m.worked for m in self.matrices if m.is_last and m.part != "attention") / L
-        repeated = self.worked - downs if self.repeats_products else 0.0
+        # The last product of a layer is not needed again.
+        is_repeated = lambda m: m.kept_as not in self.has and (m.kept_as == "projections" or not m.is_last)
+        repeated = sum(m.layers * m.worked for m in self.matrices if is_repeated(m)) / L
         products = 2 * self.inside * (L * (3 * self.worked + repeated) * (1 + self.wasted) + 3 * self.head)
         forward, backward = ATTENTION_PRODUCTS[self.machine.kernel]
-        kernel = 2 * self.rows * self.pairs() * self.heads * (backward + forward * (2 if self.repeats_kernel else 1))
+        kernel = (
+            2 * self.rows * self.pairs() * self.heads * (backward + forward * (1 if "attention" in self.has else 2))
+        )
         streams = (MEMORY_PASSES[0] + 4 * self.copies) * self.stream
-        moved = L * BF16 * (streams + MEMORY_PASSES[1] * self.results)
+        moved = L * BF16 * (streams + MEMORY_PASSES[1] * sum(self.results.values()))
         part_seconds = products / MATMUL_EFFICIENCY.get(chip.name, 1.0) / chip.peak_flops + kernel / chip.peak_flops
         part_seconds += moved / chip.memory_bandwidth
         return self.parts * part_seconds + 2.5 * self.state_bytes / chip.memory_bandwidth
@@ -206,7 +216,7 @@ class _Step:
         seconds += parts * with_experts * (4 + repeats) * travel
         over = self.layout.mesh_axes("sequence") - self.layout.mesh_axes("time")
         # A layer's residuals move 8 times, and the backward pass repeats two or three of these transfers.
-        transfers = 8 + 2 * repeats + self.repeats_products
+        transfers = 8 + 2 * repeats + ("projections" not in self.has)
         seconds += parts * L * transfers * self.sent("gather", stream, over)
         # The unembedding all-gathers the positions and reduces their gradients.
         seconds += parts * 2 * self.sent("gather", stream, over)
@@ -240,8 +250,8 @@ class _Step:
         each = {
             "residual": stream,
             "attention": self.inside * self.heads,
-            "products": self.results + 2 * stream,
-            "weights": self.layer + 2 * self.stream + 2 * self.results,
+            **{name: results + stream for name, results in self.results.items()},
+            "weights": self.layer + 2 * self.stream + 2 * sum(self.results.values()),
         }
         return self.model.num_layers * BF16 * sum(each[name] for name in names)
 
@@ -252,5 +262,5 @@ class _Step:
         chunk = min(self.model.loss_chunk or math.inf, self.between) * self.size("vocabulary")
         loss = self.head * (BF16 + F32) + chunk * 2 * F32 * self.head / self.model.model_dim
         streams = HELD_COPIES[0] + self.copies
-        layer = BF16 * (streams * self.stream + HELD_COPIES[1] * self.largest + 2 * self.results)
+        layer = BF16 * (streams * self.stream + HELD_COPIES[1] * self.largest + 2 * sum(self.results.values()))
         return self.state_bytes + self.bytes_of(self.kept) + max(gradients + layer, loss)
