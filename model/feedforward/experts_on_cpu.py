@@ -17,8 +17,8 @@ from jax import lax
 from model.feedforward.dense import activate
 
 # Rows of a unit, of which a tile has up to LARGEST_TILE. Larger tiles pack the weights less often, smaller ones stay in
-# the caches (in bfloat16 a tile of 4 units takes 0.8 of the time of one of 8), and smaller units leave fewer rows empty.
-# Each size of a tile is compiled. Where experts have few rows, units are small.
+# the caches (in bfloat16 4 units take 0.8 of the time of 8), and smaller units leave fewer rows empty. Each size of a
+# tile is compiled. Where experts have few rows, units are small.
 UNIT, SMALL_UNIT, LARGEST_TILE = 64, 8, 4
 FEW_ROWS = 16
 
