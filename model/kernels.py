@@ -23,7 +23,7 @@ from model.cpu_attention import attend_in_blocks
 from model.dropout import DropoutKeys
 from model.sharding import Layout
 
-# Side lengths of splash attention's blocks of scores, of which the largest that divides the positions is taken.
+# Side lengths of splash attention's blocks of scores, of which the largest that divides a piece of a row is taken.
 BLOCKS = (512, 256, 128)
 PLATFORM_KERNELS = {"tpu": "splash", "gpu": "cudnn"}
 _patching_jax = threading.Lock()
@@ -85,8 +85,8 @@ def _obstacle(kernel: str, config: ResolvedModelConfig, layout: Layout, T: int) 
 def visited_pairs(kernel: str, T: int, window: int | None, shards: int) -> int:
     """Returns the pairs of positions whose scores a device computes for a head of a row, masked ones included.
 
-    Splash attention skips blocks that are all later keys, or all before the window, and cuDNN such tiles, which are
-    taken to be of one pair; not in zigzag order.
+    Splash attention skips blocks that are all later keys, or all before the window. cuDNN is counted as if it skipped
+    single pairs; with shared positions it computes all. Where devices share positions it is their mean.
 
     Args:
         kernel: plain, splash or cudnn.
@@ -96,15 +96,16 @@ def visited_pairs(kernel: str, T: int, window: int | None, shards: int) -> int:
     """
     if kernel == "plain" or (kernel == "cudnn" and shards > 1):
         return T * T // shards
-    block = _block(T // shards) if kernel == "splash" else 1
+    block = _block(T, shards) if kernel == "splash" else 1
     blocks = T // block
     seen = blocks if window is None else min(blocks, -(-(window - 1) // block) + 1)
     return (blocks * seen - seen * (seen - 1) // 2) * block**2 // shards
 
 
-def _block(T: int) -> int:
-    """Returns the side of splash attention's blocks for T positions of a device."""
-    return next(size for size in BLOCKS if T % size == 0)
+def _block(T: int, shards: int) -> int:
+    """Returns the side of splash attention's blocks. They lie in one piece of a row, or little is skipped."""
+    piece = T if shards == 1 else T // shards // 2
+    return next((size for size in BLOCKS if piece % size == 0), BLOCKS[-1])
 
 
 def attention_over(
@@ -165,7 +166,7 @@ def _splash(
     if window is not None:
         mask = masks.LocalMask((T, T), (window - 1, 0), offset=0, shard_count=n)
     mask.q_sequence = zigzag_order(T, layout)
-    block = _block(T // n)
+    block = _block(T, n)
     kernel = kernels.make_splash_mha(
         masks.MultiHeadMask([mask] * (config.num_heads // layout.size("heads"))),
         block_sizes=kernels.BlockSizes(

@@ -339,7 +339,7 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, help="only this one [all]")
     parser.add_argument("--dtype", choices=DTYPES, help="only this one [both]")
     parser.add_argument("--turns", type=int, default=TURNS, help="that count, after the first [%(default)s]")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=(*SIDES, DENSE), help=argparse.SUPPRESS)
     parser.add_argument("--weights", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:

@@ -113,12 +113,12 @@ def _keep(file: Path, compilation: Compilation) -> None:
 
 
 def _key(config: ResolvedConfig, mesh: Mesh, lowered: jax.stages.Lowered) -> str:
-    """Hashes everything that the compiled program depends on."""
+    """Hashes everything that the compiled program depends on, and the names in it that a plan reads."""
     devices = [(device.device_kind, device.process_index, getattr(device, "coords", None),
                 getattr(device, "slice_index", 0)) for device in mesh.devices.flat]  # fmt: skip
     versions = {name: _version(name) for name in COMPILERS}
     flags = [compiler_options(), *(os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"))]
-    names = sorted(set(COUNTING_NAME.findall(lowered.as_text(debug_info=True))))
+    names = sorted({name[0] for name in COUNTING_NAME.finditer(lowered.as_text(debug_info=True))})
     # The text omits the content of large constants, such as masks, which follows from the settings.
     program = [asdict(config.model), config.data.segment_length, dict(mesh.shape), lowered.as_text(), names]
     parts = [*program, devices, versions, flags]

@@ -26,7 +26,7 @@ MATMUL_EFFICIENCY = {"v4": 0.8, "v5e": 0.82, "v5p": 0.8, "v6e": 0.6}
 MEMORY_PASSES = (60.0, 9.5)
 # Copies of (a layer's residual stream, its weights) that its backward pass holds at once; fitted.
 HELD_COPIES = (6.0, 4.0)
-# Number of products over all pairs of positions in attention: (forward, backward).
+# Number of products over the visited pairs of positions in attention: (forward, backward).
 ATTENTION_PRODUCTS = {"splash": (2, 7), "cudnn": (2, 5), "plain": (2, 4)}
 BF16, F32 = 2, 4
 # Axes by which weights are only stored.

@@ -16,7 +16,7 @@ from train.planning.hlo import Array
 # positions in a head of a row.
 GROUPED = re.compile(r"grouped_(?:rows|weights)_(\d+)")
 PAIRS = re.compile(r"attention_pairs_(\d+)")
-COUNTING_NAME = re.compile(r"(?:grouped_rows|grouped_weights|attention_pairs)_\d+")
+COUNTING_NAME = re.compile(f"{GROUPED.pattern}|{PAIRS.pattern}")
 # Number of products over the pairs of positions in an attention kernel, by a part of its name.
 ATTENTION_PRODUCTS = {"mha_fwd": 2, "mha_dq": 3, "mha_dkv": 4, "SoftmaxBackward": 5, "fmha": 2}
 
