@@ -1,12 +1,12 @@
 """The decoder: embedding, position, L blocks of attention and feed-forward, unembedding."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax._src.ad_checkpoint import name_p
 from jax.ad_checkpoint import checkpoint_name
 
 from model.attention import Attend, Attention, causal_mask
@@ -26,14 +26,40 @@ from model.product import weight_gradients_first
 from model.sharding import UNSHARDED, Layout
 from model.unembedding import Unembedding
 
+# What a remat policy says of the results of an operation.
+Policy = Callable[..., Any]
 # Names of the products of attention and of feed-forwards; "attention" is what the heads give.
 _PROJECTIONS = ("query_latent", "query", "latent", "rotated_key", "key", "value", "output")
 _FEEDFORWARD = ("gate", "up", "down", "experts")
-_save = jax.checkpoint_policies.save_only_these_names
-_offload = partial(
-    jax.checkpoint_policies.save_and_offload_only_these_names,
-    names_which_can_be_saved=("routing",), offload_src="device", offload_dst="pinned_host",
-)  # fmt: skip
+
+
+def _save(*names: str) -> Policy:
+    return _with_cudnn(jax.checkpoint_policies.save_only_these_names(*names))
+
+
+def _offload(*names: str) -> Policy:
+    offload = jax.checkpoint_policies.save_and_offload_only_these_names
+    return _with_cudnn(
+        offload(
+            names_which_can_be_saved=("routing",),
+            names_which_can_be_offloaded=names,
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    )
+
+
+def _with_cudnn(policy: Policy) -> Policy:
+    """Returns the policy that treats the results of cuDNN's kernel, to which JAX gives no name, as "attention"."""
+
+    def decision(primitive: Any, *arrays: Any, **parameters: Any) -> Any:
+        if primitive.name == "dot_product_attention_fwd_wrapper":
+            return policy(name_p, name="attention")
+        return policy(primitive, *arrays, **parameters)
+
+    return decision
+
+
 # Policies by what the forward pass keeps for the backward pass, besides each layer's input and the choice of experts;
 # the rest is recomputed.
 REMAT_POLICIES = {
@@ -43,8 +69,8 @@ REMAT_POLICIES = {
     "attention": _save("attention", "routing"),
     "full": _save("routing"),
     # These two keep it in the host's memory; "offload" moves the layers' inputs there, and keeps nothing else.
-    "offload_products": _offload(names_which_can_be_offloaded=("attention", *_PROJECTIONS, *_FEEDFORWARD)),
-    "offload": _offload(names_which_can_be_offloaded=("residual",)),
+    "offload_products": _offload("attention", *_PROJECTIONS, *_FEEDFORWARD),
+    "offload": _offload("residual"),
 }
 # Results of a layer by name, besides its output.
 Results = Mapping[str, Any]

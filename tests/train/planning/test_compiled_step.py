@@ -51,6 +51,7 @@ class Case(NamedTuple):
     layers: int = L
     parts: int = 1
     rows: int = ROWS
+    remat: str = "full"
 
     def __str__(self) -> str:
         more = (f"{self.layers} layers" * (self.layers != L), f"{self.parts} parts" * (self.parts > 1))
@@ -106,7 +107,7 @@ def step_of(case: Case) -> Step:
     values: dict[str, Any] = {
         "model": {
             "num_layers": case.layers, "model_dim": D, "num_heads": H, "head_dim": C, "feedforward_dim": F,
-            "vocab_size": V - 8, "loss_chunk": CHUNK, "remat_policy": "full",
+            "vocab_size": V - 8, "loss_chunk": CHUNK, "remat_policy": case.remat,
         },
         "data": {"segment_length": T * on_axis.get("context", 1)},
         "mesh": on_axis,
@@ -280,6 +281,13 @@ def test_attention_is_done_by_kernels(case: Case):
     on_gpu = {"__cudnn$fmhaScaleBiasSoftmax": 2, "__cudnn$fmhaScaleBiasSoftmaxBackward": 1}
     # Forward twice, because of remat.
     assert times == {name: each * n for name, n in (on_tpu if case.topology == TPU else on_gpu).items()}
+
+
+@pytest.mark.parametrize("topology", [TPU, GPU])
+def test_kept_attention_is_not_done_again(topology: str):
+    program = step_of(Case(topology, remat="attention")).program
+    times = Counter({kernel.name: count for kernel, count in program.kernels.items() if kernel.attention_flops})
+    assert set(times.values()) == {L}
 
 
 def test_a_program_is_as_large_for_98_layers_as_for_7():
