@@ -269,12 +269,18 @@ def test_the_weights_of_all_layers_are_never_whole(case: Case):
 # --- What is called ---
 
 
-@over_meshes
-def test_attention_is_done_by_kernels(case: Case):
+def attention_kernels(program: Program) -> Counter[str]:
+    """How often each kernel of attention runs, by name."""
     times: Counter[str] = Counter()
-    for kernel, count in step_of(case).program.kernels.items():
+    for kernel, count in program.kernels.items():
         if kernel.attention_flops:
             times[kernel.name] += count
+    return times
+
+
+@over_meshes
+def test_attention_is_done_by_kernels(case: Case):
+    times = attention_kernels(step_of(case).program)
     each = case.layers * case.parts
     on_tpu = {"splash_mha_fwd_segmented_residuals": 2, "splash_mha_dq_segmented_no_residuals": 1}
     on_tpu |= {"splash_mha_dkv_segmented_no_residuals": 1}
@@ -285,8 +291,7 @@ def test_attention_is_done_by_kernels(case: Case):
 
 @pytest.mark.parametrize("topology", [TPU, GPU])
 def test_kept_attention_is_not_done_again(topology: str):
-    program = step_of(Case(topology, remat="attention")).program
-    times = Counter({kernel.name: count for kernel, count in program.kernels.items() if kernel.attention_flops})
+    times = attention_kernels(step_of(Case(topology, remat="attention")).program)
     assert set(times.values()) == {L}
 
 
