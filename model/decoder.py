@@ -34,25 +34,24 @@ _FEEDFORWARD = ("gate", "up", "down", "experts")
 
 
 def _save(*names: str) -> Policy:
-    return _with_cudnn(jax.checkpoint_policies.save_only_these_names(*names))
+    """Returns the policy that keeps these results, and the choice of experts."""
+    return _with_cudnn(jax.checkpoint_policies.save_only_these_names(*names, "routing"))
 
 
 def _offload(*names: str) -> Policy:
-    offload = jax.checkpoint_policies.save_and_offload_only_these_names
-    return _with_cudnn(
-        offload(
-            names_which_can_be_saved=("routing",),
-            names_which_can_be_offloaded=names,
-            offload_src="device",
-            offload_dst="pinned_host",
-        )
-    )
+    """Returns the policy that keeps these results in the host's memory, and the choice of experts in the device's."""
+    policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=("routing",), names_which_can_be_offloaded=names,
+        offload_src="device", offload_dst="pinned_host",
+    )  # fmt: skip
+    return _with_cudnn(policy)
 
 
 def _with_cudnn(policy: Policy) -> Policy:
     """Returns the policy that treats the results of cuDNN's kernel, to which JAX gives no name, as "attention"."""
 
     def decision(primitive: Any, *arrays: Any, **parameters: Any) -> Any:
+        # `name_p` is the primitive of `checkpoint_name`.
         if primitive.name == "dot_product_attention_fwd_wrapper":
             return policy(name_p, name="attention")
         return policy(primitive, *arrays, **parameters)
@@ -64,10 +63,10 @@ def _with_cudnn(policy: Policy) -> Policy:
 # the rest is recomputed.
 REMAT_POLICIES = {
     "none": None,
-    "products": _save("attention", *_PROJECTIONS, *_FEEDFORWARD, "routing"),
-    "projections": _save("attention", *_PROJECTIONS, "routing"),
-    "attention": _save("attention", "routing"),
-    "full": _save("routing"),
+    "products": _save("attention", *_PROJECTIONS, *_FEEDFORWARD),
+    "projections": _save("attention", *_PROJECTIONS),
+    "attention": _save("attention"),
+    "full": _save(),
     # These two keep it in the host's memory; "offload" moves the layers' inputs there, and keeps nothing else.
     "offload_products": _offload("attention", *_PROJECTIONS, *_FEEDFORWARD),
     "offload": _offload("residual"),

@@ -1,16 +1,19 @@
 """The stack: causality (C12), packing (C3), remat policies, and a program that does not grow with depth."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.ad_checkpoint import name_p
 
 import model.kernels
 from model.config import ModelConfig
-from model.decoder import Block, Decoder
+from model.decoder import REMAT_POLICIES, Block, Decoder
 from model.loss import token_losses
+from model.parameters import parameter_table
 from model.sharding import UNSHARDED
 from settings import choices_of
 from tests.small import VOCAB_SIZE, small_batch, small_model, small_weights
@@ -100,6 +103,23 @@ def test_remat_policies_trade_memory_and_leave_gradients_as_they_are():
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
     assert memory["none"] > 2 * memory["products"] > 2 * memory["full"], memory
     assert memory["products"] > memory["projections"] > memory["full"], memory
+
+
+LATENTS = {"kv_latent_dim": 16, "query_latent_dim": 16, "rope_dim": 4, "num_kv_heads": 4}
+MIXTURE = {"num_experts": 4, "expert_dim": 12, "shared_expert_dim": 12, "dense_layers": 1}
+
+
+@pytest.mark.parametrize("changes", [{}, LATENTS, MIXTURE])
+def test_policies_know_the_names_of_all_products(changes: dict):
+    config, batch = small_model(remat_policy="full", **changes), small_batch(2)
+    arguments = [jnp.array(batch[name]) for name in ("tokens", "positions", "segment_ids")]
+    program = str(jax.make_jaxpr(gradient_of(config))(small_weights(config), *arguments))
+    results = set(re.findall(r"name\[name=(\w+)\]", program)) - {"residual", "routing"}
+    of_attention = {name.split(".")[2] for name in parameter_table(config) if name.startswith("blocks.attention.")}
+    kept_by = lambda policy: {name for name in results if REMAT_POLICIES[policy](name_p, name=name)}
+    assert kept_by("products") == results
+    assert kept_by("projections") == results & of_attention
+    assert kept_by("full") == set()
 
 
 def test_without_remat_the_backward_pass_recomputes_nothing():

@@ -187,9 +187,8 @@ class _Step:
         repeated = sum(m.layers * m.worked for m in self.matrices if is_repeated(m)) / L
         products = 2 * self.inside * (L * (3 * self.worked + repeated) * (1 + self.wasted) + 3 * self.head)
         forward, backward = ATTENTION_PRODUCTS[self.machine.kernel]
-        kernel = (
-            2 * self.rows * self.pairs() * self.heads * (backward + forward * (1 if "attention" in self.has else 2))
-        )
+        times = backward + forward * (1 if "attention" in self.has else 2)
+        kernel = 2 * self.rows * self.pairs() * self.heads * times
         streams = (MEMORY_PASSES[0] + 4 * self.copies) * self.stream
         moved = L * BF16 * (streams + MEMORY_PASSES[1] * sum(self.results.values()))
         part_seconds = products / MATMUL_EFFICIENCY.get(chip.name, 1.0) / chip.peak_flops + kernel / chip.peak_flops
