@@ -23,8 +23,11 @@ from model.cpu_attention import attend_in_blocks
 from model.dropout import DropoutKeys
 from model.sharding import Layout
 
-# Side lengths of splash attention's blocks of scores, of which the largest that divides a piece of a row is taken.
-BLOCKS = (512, 256, 128)
+# Side lengths of splash attention's blocks of scores, of which the largest that divides a piece of a row is taken, up
+# to a quarter of the row: larger blocks have less to start and to write, but more masked pairs.
+BLOCKS = (2048, 1024, 512, 256, 128)
+# The most keys of a block that are multiplied at once: the scores of more would not fit the vector memory.
+KEYS_AT_ONCE = 512
 PLATFORM_KERNELS = {"tpu": "splash", "gpu": "cudnn"}
 _patching_jax = threading.Lock()
 
@@ -105,7 +108,7 @@ def visited_pairs(kernel: str, T: int, window: int | None, shards: int) -> int:
 def _block(T: int, shards: int) -> int:
     """Returns the side of splash attention's blocks. They lie in one piece of a row, or little is skipped."""
     piece = T if shards == 1 else T // shards // 2
-    return next((size for size in BLOCKS if piece % size == 0), BLOCKS[-1])
+    return next((size for size in BLOCKS if piece % size == 0 and 4 * size <= T), BLOCKS[-1])
 
 
 def attention_over(
@@ -167,10 +170,22 @@ def _splash(
         mask = masks.LocalMask((T, T), (window - 1, 0), offset=0, shard_count=n)
     mask.q_sequence = zigzag_order(T, layout)
     block = _block(T, n)
+    # One kernel gives all gradients, where two would compute the scores twice. It leaves sums of the queries' gradients
+    # to be added, one array for each block of keys, and visits what a window hides.
+    is_fused = window is None and T // block <= 8
+    block_of_queries = None if is_fused else block
     kernel = kernels.make_splash_mha(
         masks.MultiHeadMask([mask] * (config.num_heads // layout.size("heads"))),
         block_sizes=kernels.BlockSizes(
-            block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+            block_q=block,
+            block_kv=block,
+            block_kv_compute=min(block, KEYS_AT_ONCE),
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_kv_dkv_compute=min(block, KEYS_AT_ONCE),
+            block_q_dq=block_of_queries,
+            block_kv_dq=block_of_queries,
+            use_fused_bwd_kernel=is_fused,
         ),
         attn_logits_soft_cap=config.attention_softcap,
         head_shards=1,

@@ -269,7 +269,7 @@ def test_the_pairs_that_splash_attention_visits_are_those_of_its_own_table(T: in
         mask.q_sequence = zigzag_order(T, TRAINING)
     # In zigzag order a device has two pieces.
     piece = T if shards == 1 else T // shards // 2
-    block = 512 if piece % 512 == 0 else 256
+    block = max(size for size in (128, 256, 512, 1024, 2048) if piece % size == 0 and 4 * size <= T)
     table, _ = process_mask(splash_attention_mask.MultiHeadMask([mask]), (block, block), q_seq_shards=shards)
     assert visited_pairs("splash", T, window, shards) * shards == np.count_nonzero(table.block_mask) * block**2
 

@@ -76,6 +76,8 @@ class Kernel:
         queries come first, then keys. Other kernels have 0.
         """
         products = next((number for part, number in ATTENTION_PRODUCTS.items() if part in self.name), 0)
+        # The one that gives the gradients of queries, too.
+        products += "mha_dkv" in self.name and sum(len(array.dims) > 2 for array in self.results) > 2
         arrays = [array for array in self.operands if len(array.dims) > 2 and re.match(r"b?f\d", array.dtype)]
         if not products or len(arrays) < 2:
             return 0.0
