@@ -78,7 +78,7 @@ def time_lines(plan: "Plan") -> list[str]:
     assert plan.days
     unit, digits = (1.0, "s ") if step >= 1 else (1e3, "ms")
     lines = [
-        f"step         {seconds_text(step)} estimated, {plan.estimated_mfu:.1%} MFU, {plan.tokens_per_second:,.0f} "
+        f"step         {seconds_text(step)}{_range_text(plan)}, {plan.estimated_mfu:.1%} MFU, {plan.tokens_per_second:,.0f} "
         f"tokens/s; bottleneck: {plan.bottleneck}"
     ]
     for part, seconds in plan.breakdown:
@@ -96,6 +96,13 @@ def time_lines(plan: "Plan") -> list[str]:
     compiled = "compiled before, in" if plan.compiled_before else "compiled in"
     lines.append(f"{compiled} {plan.compile_seconds:.1f} s, lowered in {plan.lower_seconds:.1f} s")
     return lines
+
+
+def _range_text(plan: "Plan") -> str:
+    if not plan.estimated_range:
+        return " estimated"
+    least, most = map(seconds_text, plan.estimated_range)
+    return f" estimated ({least} to {most})"
 
 
 def size_text(size: float) -> str:

@@ -20,6 +20,7 @@ from model.kernels import attention_over
 from model.latent_attention import attention_class
 from model.layers import LayerKind, layer_kinds, scan_layers
 from model.linear import Linear
+from model.memory import gradient_in_memory
 from model.norm import Norm, final_norm, stack_norm
 from model.position import Position, Rotation
 from model.product import weight_gradients_first
@@ -122,7 +123,7 @@ class Block(nnx.Module):
         norm = self.feedforward_norm or self.attention_norm
         read_BTD, feedforward = weight_gradients_first(x_BTD if self.parallel else sum_BTD, self.feedforward)
         sum_BTD = sum_BTD if self.parallel else read_BTD
-        y_BTD, results = norm(read_BTD) if self.placement in ("pre", "both") else read_BTD, {}
+        y_BTD, results = gradient_in_memory(norm(read_BTD)) if self.placement in ("pre", "both") else read_BTD, {}
         if isinstance(self.feedforward, Experts):
             y_BTD, routing = feedforward(y_BTD, counted_BT)
             results = {"routing": routing} if routing else {}
@@ -134,7 +135,7 @@ class Block(nnx.Module):
 
     def attention_input(self, x_BTD: jax.Array) -> jax.Array:
         """Returns what attention reads of the block's input."""
-        return self.attention_norm(x_BTD) if self.placement in ("pre", "both") else x_BTD
+        return gradient_in_memory(self.attention_norm(x_BTD)) if self.placement in ("pre", "both") else x_BTD
 
     def _scaled(self, y_BTD: jax.Array, norm: Norm, output_norm: Norm | None) -> jax.Array:
         """Returns a branch's output as it is added."""

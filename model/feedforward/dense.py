@@ -15,6 +15,7 @@ from flax import nnx
 from model.collectives import gather_time
 from model.config import ResolvedModelConfig
 from model.linear import Linear
+from model.memory import gradient_in_memory, result_in_memory
 from model.sharding import Layout
 
 # The bound of gpt-oss's gate, and of both sides of what it gates.
@@ -65,4 +66,4 @@ class FeedForward(nnx.Module):
         """Maps [B, T, D] to [B, T, D]."""
         x_BTD = gather_time(x_BTD, self.layout, "feedforward")
         inputs = (self.up(x_BTD),) if self.gate is None else (self.gate(x_BTD), self.up(x_BTD))
-        return self.down(activate(self.activation, *inputs))
+        return self.down(result_in_memory(activate(self.activation, *map(gradient_in_memory, inputs))))

@@ -30,7 +30,7 @@ from train.planning.compilation import compile_step
 from train.planning.plan import make_plan
 from train.planning.topology import parse_topology, topology_devices
 
-# What the rows were read from; all but llama3_8b-v6e-8 are of MaxText.
+# What the rows were read from; all but those of an own trainer are of MaxText.
 SOURCES = {
     "v5e": "AI-Hypercomputer/maxtext, configs/v5e/README.md and 16b.sh, 32b.sh, 64b.sh (2023)",
     "v5p": "AI-Hypercomputer/maxtext, configs/v5p/README.md and 32b.sh, 64b.sh, 128b.sh (2024)",
@@ -38,6 +38,7 @@ SOURCES = {
     "wiki": "vlasenkoalexey/tpu_performance_autoresearch_wiki (2026): an own JAX trainer with a profile, and MaxText",
     "toolbox": "NVIDIA/JAX-Toolbox, docs/frameworks/maxtext (2025)",
     "gpu-recipes": "AI-Hypercomputer/gpu-recipes, training/a3mega (2025)",
+    "a3ultra": "AI-Hypercomputer/gpu-recipes, training/a3ultra (2025)",
     "dgxc": "NVIDIA/dgxc-benchmarking, MaxText Llama 2 and 3 (2024)",
 }
 
@@ -92,14 +93,16 @@ ROWS = {
     "16b-v5e-256": Measured(10.03, "v5e:16x16", "llama2_7b", 1536, 2048, "v5e", WIDE_16B),
     "32b-v5e-256": Measured(12.02, "v5e:16x16", "llama2_7b", 1024, 2048, "v5e", WIDE_32B, fitted=True),
     "64b-v5e-256": Measured(13.30, "v5e:16x16", "llama2_7b", 512, 2048, "v5e", WIDE_64B),
-    "32b-v5p-64": Measured(8.44, "v5p:4x4x4", "llama2_7b", 448, 2048, "v5p", WIDE_32B, {"tensor": 4}, "products",
-        fitted=True, theirs=KEEPS_LESS),
+    "32b-v5p-64": Measured(7.23, "v5p:4x4x4", "llama2_7b", 384, 2048, "v5p", WIDE_32B, {"tensor": 4}, "products",
+        fitted=True, theirs="measured with 448 rows, 8.44 s; " + KEEPS_LESS),
     "64b-v5p-64": Measured(7.30, "v5p:4x4x4", "llama2_7b", 192, 2048, "v5p", WIDE_64B, {"tensor": 4}, "products",
         theirs=KEEPS_LESS),
     "128b-v5p-128": Measured(4.96, "v5p:4x4x8", "llama2_7b", 128, 2048, "v5p", WIDE_128B, {"tensor": 8}, "products",
         theirs=KEEPS_LESS),
-    "llama3_8b-v6e-8": Measured(4.217, "v6e:2x4", "llama3_8b", 32, 8192, "wiki", fitted=True,
-        theirs="splash of tokamax, with one kernel backward"),
+    "llama3_8b-v6e-8": Measured(4.588, "v6e:2x4", "llama3_8b", 32, 8192, "wiki", fitted=True,
+        theirs="measured with 40 rows, 5.735 s"),
+    "llama3_8b-v6e-8-tokamax": Measured(4.217, "v6e:2x4", "llama3_8b", 32, 8192, "wiki",
+        theirs="tokamax's splash attention"),
     "llama3_8b-v6e-8-maxtext": Measured(3.443, "v6e:2x4", "llama3_8b", 24, 8192, "recipes", theirs=OFFLOADS),
     "llama3_8b-v6e-256": Measured(4.546, "v6e:16x16", "llama3_8b", 1024, 8192, "recipes", theirs=OFFLOADS),
     "llama3_70b-v6e-256": Measured(42.656, "v6e:16x16", "llama3_8b", 1280, 8192, "recipes", LLAMA_70B,
@@ -111,11 +114,13 @@ ROWS = {
         theirs=OFFLOADS),
     "llama2_7b-h100-8": Measured(0.721, "h100:1x8", "llama2_7b", 16, 4096, "toolbox", remat="products", fitted=True),
     "llama2_7b-h100-256": Measured(1.500, "h100:32x8", "llama2_7b", 1024, 4096, "gpu-recipes", mesh={"data": 32},
-        remat="products"),
+        remat="products", theirs="network cards of half the speed"),
     "llama3_70b-h100-128": Measured(15.563, "h100:16x8", "llama3_8b", 256, 8192, "dgxc", LLAMA_70B, fitted=True,
-        remat="projections", theirs="keeps queries, keys and values alone"),
+        theirs="keeps queries, keys and values"),
     "llama2_70b-h100-64": Measured(6.999, "h100:8x8", "llama2_7b", 128, 4096, "dgxc", LLAMA_70B,
         remat="projections", theirs="does not say what it keeps"),
+    "llama3_70b-h200-256": Measured(15.516, "h200:32x8", "llama3_8b", 512, 8192, "a3ultra", LLAMA_70B, {"data": 2},
+        remat="projections"),
 }
 # fmt: on
 

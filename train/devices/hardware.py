@@ -24,6 +24,7 @@ class Chip:
     cycles_per_second: float = 0.0  # rate of the `estimated_cycles` that the TPU compiler writes, or 0 without any
     full_ring: int = 0  # multiples of this length close a torus dimension to a ring; 0 without a torus
     max_devices: int = 8  # the most devices that a slice or a host has
+    vector_units: int = 0  # operations of a cycle outside a TPU's matrix units: 4 × 8 × 128 on each core
 
 
 # TPU: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, read in 2026.
@@ -39,11 +40,11 @@ class Chip:
 # NVLink is given for both directions (600, 900, 1,800 GB/s). Memory: XLA's xla/backends/gpu/target_config/specs.
 # fmt: off
 _TABLE = (
-    # name, JAX's names, FLOP/s, memory, its bytes/s, links, network, host; TPU: cycles/s, full ring, devices of a slice
-    ("v4", ("TPU v4",), 275e12, int(30.75 * GIB), 1200e9, 100e9, 6.25e9, 16e9, 1.05e9, 4, 4096),
-    ("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, int(15.75 * GIB), 819e9, 100e9, 3.125e9, 16e9, 1.5e9, 16, 256),
-    ("v5p", ("TPU v5", "TPU v5p"), 459e12, int(95.73 * GIB), 2765e9, 200e9, 6.25e9, 16e9, 1.75e9, 4, 6144),
-    ("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, int(31.24 * GIB), 1638e9, 200e9, 12.5e9, 32e9, 1.75e9, 16, 256),
+    # name, JAX's names, FLOP/s, memory, its bytes/s, links, network, host; TPU: cycles/s, full ring, devices of a slice, vector
+    ("v4", ("TPU v4",), 275e12, int(30.75 * GIB), 1200e9, 100e9, 6.25e9, 16e9, 1.05e9, 4, 4096, 8192),
+    ("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, int(15.75 * GIB), 819e9, 100e9, 3.125e9, 16e9, 1.5e9, 16, 256, 4096),
+    ("v5p", ("TPU v5", "TPU v5p"), 459e12, int(95.73 * GIB), 2765e9, 200e9, 6.25e9, 16e9, 1.75e9, 4, 6144, 8192),
+    ("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, int(31.24 * GIB), 1638e9, 200e9, 12.5e9, 32e9, 1.75e9, 16, 256, 4096),
     ("a100", ("NVIDIA A100-SXM4-80GB",), 312e12, 85_100_068_864, 2039e9, 300e9, 25e9, 32e9),
     ("h100", ("NVIDIA H100 80GB HBM3",), 989e12, 84_942_979_072, 3352e9, 450e9, 50e9, 64e9),
     ("h200", ("NVIDIA H200",), 989e12, 151_397_597_184, 4800e9, 450e9, 50e9, 64e9),

@@ -18,6 +18,7 @@ from model.sharding import as_tuple
 from train.config.config import ResolvedConfig
 from train.devices.hardware import Chip
 from train.devices.rules import training_layout
+from train.planning.speed import attention_seconds, reached
 from train.planning.timeline import Bandwidth
 
 # Share of peak FLOP/s that large matmuls reach on a TPU, by the compiler's cycles.
@@ -27,7 +28,7 @@ MEMORY_PASSES = (60.0, 9.5)
 # Copies of (a layer's residual stream, its weights) that its backward pass holds at once; fitted.
 HELD_COPIES = (6.0, 4.0)
 # Number of products over the visited pairs of positions in attention: (forward, backward).
-ATTENTION_PRODUCTS = {"splash": (2, 7), "cudnn": (2, 5), "plain": (2, 4)}
+ATTENTION_PRODUCTS = {"splash": (2, 5), "cudnn": (2, 5), "plain": (2, 4)}
 BF16, F32 = 2, 4
 # Axes by which weights are only stored.
 STORED = ("model", "latent", "expert_model")
@@ -187,13 +188,16 @@ class _Step:
         repeated = sum(m.layers * m.worked for m in self.matrices if is_repeated(m)) / L
         products = 2 * self.inside * (L * (3 * self.worked + repeated) * (1 + self.wasted) + 3 * self.head)
         forward, backward = ATTENTION_PRODUCTS[self.machine.kernel]
-        times = backward + forward * (1 if "attention" in self.has else 2)
-        kernel = 2 * self.rows * self.pairs() * self.heads * times
+        scores = self.rows * self.pairs() * self.heads / self.model.head_dim
+        flops = 2 * scores * self.model.head_dim
+        attention = attention_seconds(True, backward * flops, scores, chip)
+        attention += attention_seconds(False, forward * flops, scores, chip) * (1 if "attention" in self.has else 2)
         streams = (MEMORY_PASSES[0] + 4 * self.copies) * self.stream
         moved = L * BF16 * (streams + MEMORY_PASSES[1] * sum(self.results.values()))
-        part_seconds = products / MATMUL_EFFICIENCY.get(chip.name, 1.0) / chip.peak_flops + kernel / chip.peak_flops
-        part_seconds += moved / chip.memory_bandwidth
-        return self.parts * part_seconds + 2.5 * self.state_bytes / chip.memory_bandwidth
+        share = MATMUL_EFFICIENCY.get(chip.name, reached(chip).products)
+        bandwidth = chip.memory_bandwidth * reached(chip).memory
+        part_seconds = products / share / chip.peak_flops + attention + moved / bandwidth
+        return self.parts * part_seconds + 2.5 * self.state_bytes / bandwidth
 
     def pairs(self) -> int:
         """Returns the pairs of positions that a device's attention computes for a head of a row in all layers."""

@@ -70,21 +70,35 @@ class Kernel:
 
     @property
     def attention_flops(self) -> float:
-        """FLOPs of an attention kernel's products over the pairs of positions that it visits (`visited_pairs`).
+        """FLOPs of an attention kernel's products over the scores that it computes; 0 for other kernels."""
+        return 2.0 * self.attention_products * self.scores * self._attention_arrays[0].dims[-1] if self.scores else 0.0
 
-        These are all pairs if the program does not say. Splash attention takes [..., H, T, C], cuDNN [B, T, H, C];
-        queries come first, then keys. Other kernels have 0.
-        """
+    @property
+    def attention_products(self) -> int:
+        """Number of products over pairs of positions: 2 forward, more backward, 0 in other kernels."""
         products = next((number for part, number in ATTENTION_PRODUCTS.items() if part in self.name), 0)
         # The one that gives the gradients of queries, too.
-        products += "mha_dkv" in self.name and sum(len(array.dims) > 2 for array in self.results) > 2
-        arrays = [array for array in self.operands if len(array.dims) > 2 and re.match(r"b?f\d", array.dtype)]
-        if not products or len(arrays) < 2:
+        return products + ("mha_dkv" in self.name and sum(len(array.dims) > 2 for array in self.results) > 2)
+
+    @property
+    def scores(self) -> float:
+        """Scores that an attention kernel computes: heads of rows × the pairs of positions that it visits.
+
+        These are all pairs if the program does not say (`visited_pairs`). Splash attention takes [..., H, T, C], cuDNN
+        [B, T, H, C]; queries come first, then keys. Other kernels have 0.
+        """
+        arrays = self._attention_arrays
+        if not self.attention_products or len(arrays) < 2:
             return 0.0
         positions = -3 if "fmha" in self.name else -2
         queries, keys = (array.dims[positions] for array in arrays[:2])
         pairs = PAIRS.search(self.source)
-        return 2.0 * products * arrays[0].elements / queries * (int(pairs[1]) if pairs else queries * keys)
+        heads = arrays[0].elements / queries / arrays[0].dims[-1]
+        return heads * (int(pairs[1]) if pairs else queries * keys)
+
+    @property
+    def _attention_arrays(self) -> list[Array]:
+        return [array for array in self.operands if len(array.dims) > 2 and re.match(r"b?f\d", array.dtype)]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from train.devices.rules import training_layout
 from train.planning.compilation import Compilation
 from train.planning.operations import Program, total, walked
 from train.planning.reader import read_program
-from train.planning.timeline import Bandwidth, Timeline, own_seconds, timeline
+from train.planning.speed import own_seconds, reached, seconds_range
+from train.planning.timeline import Bandwidth, Timeline, timeline
 from train.planning.topology import bandwidth_over
 from train.step.flops import flops_per_token
 from train.step.optimizer import make_optimizer
@@ -26,7 +27,7 @@ from train.step.schedule import rows_between
 from train.step.state import abstract_state
 from train.step.step import abstract_batch
 
-ROOFLINE = "a roofline: each operation at the peak of FLOPs or of memory bandwidth, so no kernel is slower than that"
+ROOFLINE = "a roofline: each operation takes as long as its FLOPs or its bytes of memory, whichever take longer"
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -61,6 +62,8 @@ class Plan:
     collectives: list[dict[str, Any]] = field(default_factory=list)  # one record for each kind, mesh axes and dtype
     compute_seconds: float | None = None  # computation in a step, by the compiler's own cycles if it has them
     estimated_step_seconds: float | None = None  # simulated time of the compiled schedule with the chip's figures
+    # The least and the most seconds, by the errors of estimates of steps that others have measured; None for this machine.
+    estimated_range: tuple[float, float] | None = None
     estimated_by: str | None = None  # source of the operations' times; communication is always bytes sent / bandwidth
     estimated_mfu: float | None = None  # model FLOPs over the estimated time, as a share of the chip's peak
     tokens_per_second: float | None = None
@@ -166,7 +169,7 @@ def budget(tokens: float, speed: float, devices: int, price: float | None) -> tu
 def _with_estimate(plan: Plan, mesh: Mesh, chip: Chip, text: str) -> Plan:
     """Adds the figures that are read from the compiled program."""
     program = read_program(text, dict(mesh.shape))
-    bandwidth = functools.cache(lambda axes: bandwidth_over(mesh, axes, chip))
+    bandwidth = functools.cache(lambda axes: bandwidth_over(mesh, axes, chip) * reached(chip).links)
     line = timeline(program, chip, bandwidth)
     flops = total(program.operations, "flops") + sum(kernel.flops * times for kernel, times in program.kernels.items())
     collectives = _collectives(program, bandwidth)
@@ -181,6 +184,7 @@ def _with_estimate(plan: Plan, mesh: Mesh, chip: Chip, text: str) -> Plan:
         collective_bytes_per_device=sum(c["bytes"] for c in collectives),
         compute_seconds=line.compute,
         estimated_step_seconds=line.total,
+        estimated_range=seconds_range(line.total, chip),
         estimated_by="the compiler's cycles" if chip.cycles_per_second else ROOFLINE,
         estimated_mfu=plan.model_flops_per_device / chip.peak_flops / line.total,
         tokens_per_second=tokens_per_second,

@@ -21,6 +21,7 @@ from train.devices.mesh_checks import mesh_problems
 from train.devices.rules import AXES, training_layout
 from train.planning.estimate import Estimate, Machine, estimate
 from train.planning.plan import argument_bytes
+from train.planning.speed import reached
 from train.planning.topology import bandwidth_over
 
 AXES_IN_SLICE = AXES[1:]
@@ -127,5 +128,5 @@ def _machine(config: ResolvedConfig, devices: Sequence[Any], chip: Chip, state: 
     mesh = make_mesh(config, devices)
     with jax.set_mesh(mesh):
         kernel = choose_kernel(config.model, training_layout(config.mesh), config.data.segment_length).kernel
-    bandwidth = functools.cache(lambda axes: bandwidth_over(mesh, axes, chip))
+    bandwidth = functools.cache(lambda axes: bandwidth_over(mesh, axes, chip) * reached(chip).links)
     return Machine(dict(mesh.shape), chip, bandwidth, kernel, state)

@@ -7,6 +7,7 @@ from typing import Any
 
 from train.devices.hardware import Chip
 from train.planning.operations import Operation, Program
+from train.planning.speed import own_seconds
 
 # Function from mesh axes to the bytes/s that a device sends along them.
 Bandwidth = Callable[[tuple[str, ...]], float]
@@ -23,14 +24,6 @@ class Timeline:
     transfer: float  # seconds of all copies to and from the host, hidden or exposed
     waiting: dict[tuple[str, ...], float]  # exposed seconds of communication, by mesh axes
     communication: dict[tuple[str, ...], float]  # seconds of all communication, hidden or exposed, by mesh axes
-
-
-def own_seconds(operation: Operation, chip: Chip) -> float:
-    """Returns the seconds of an operation's own work, by the compiler's cycles or else by a roofline."""
-    if operation.cycles and chip.cycles_per_second:
-        return operation.cycles / chip.cycles_per_second
-    flops = operation.kernel.flops if operation.kernel else operation.flops
-    return max(flops / chip.peak_flops, operation.bytes / chip.memory_bandwidth)
 
 
 def timeline(program: Program, chip: Chip, bandwidth: Bandwidth) -> Timeline:

@@ -378,6 +378,15 @@ def test_an_estimate_that_cannot_be_is_left_out_and_said():
     assert simulated(program).total == pytest.approx(2000 / 1e9)
 
 
+def test_a_plain_sum_takes_the_time_of_its_memory_and_not_the_compilers_cycles():
+    program = read(
+        "  %p = f32[4,250]{1,0} parameter(0)\n  %zero = f32[] constant(0)\n"
+        '  ROOT %sum = f32[250]{0} reduce(%p, %zero), dimensions={0}, backend_config={"estimated_cycles":"1000000"}'
+    )
+    assert total(program.operations, "cycles") == 0
+    assert simulated(program).total == pytest.approx(5004 / 1e9)
+
+
 def test_the_arrays_of_a_program_are_those_that_lie_in_memory():
     fused = """%fused (a: f32[4]) -> f32[4] {
   %a = f32[4]{0} parameter(0)
