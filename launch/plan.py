@@ -4,6 +4,8 @@ The real compiler compiles the training step for a topology that need not be the
 a TPU slice; --slices=N of them) or h100:16x8 (hosts × GPUs). Without --topology it plans for this machine, and compares
 its estimate with measured steps. No text is read: the vocabulary is model.vocab_size, or else tokenizer.vocab_size.
 
+With a RUN it plans the run's own config for the devices that the run had, and compares the plan with its logged steps.
+
 --search finds the fastest mesh, number of accumulation parts (train.accumulation_steps) and remat policy on a topology,
 among all that are legal. Those of these fields that are given as flags stay. It compiles at most N programs.
 """
@@ -15,14 +17,22 @@ import os
 import signal
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data.errors import InputError
-from launch.arguments import add_json, one_line
+from launch.arguments import add_json, one_line, path
+from launch.plan_run import check_devices, check_mesh, comparison_text, read_run
 from launch.plan_text import mesh_text, plan_text
 from launch.presets import add_config_arguments, load_config
 from launch.program_cache import cache_folder
 from train.config.config import ResolvedConfig
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from train.devices.hardware import Chip
+    from train.planning.compilation import Compilation
+    from train.planning.plan import Plan
 
 log = logging.getLogger("ziggurat")
 # Longer steps, by the estimate, are not measured.
@@ -33,6 +43,9 @@ MAX_COMPILED = 6
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `ziggurat plan`."""
     parser.add_argument(
+        "run_folder", metavar="RUN", type=path, nargs="?", help="a run's folder, to compare its steps; or give --config"
+    )
+    parser.add_argument(
         "--topology", type=one_line, metavar="CHIP:SHAPE", help="v5e:16x16, v5p:8x8x8, h100:16x8, ... [this machine]"
     )
     parser.add_argument("--slices", metavar="N", default="1", help="TPU slices of this shape [1]")
@@ -41,61 +54,114 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help = f"rank meshes, parts of the batch and remat policies; compile at most N programs [{MAX_COMPILED}]"
     parser.add_argument("--search", metavar="N", nargs="?", const=str(MAX_COMPILED), help=help)
     add_json(parser)
-    add_config_arguments(parser)
+    add_config_arguments(parser, required=False)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the plan."""
     tokens, price = positive("--tokens", arguments.tokens), positive("--price", arguments.price)
     check(arguments)
-    config = load_config(arguments.config, arguments.overrides)
-    config = config.resolved(config.tokenizer.vocab_size)
-    import jax
-
-    if arguments.topology is not None:
-        # Planning for other devices leaves this machine's accelerators free for other programs.
-        jax.config.update("jax_platforms", "cpu")
-    from train.devices.hardware import with_usable_memory
-    from train.devices.mesh import make_mesh
-    from train.planning.compilation import compile_step
-    from train.planning.plan import make_plan
-    from train.planning.this_machine import local_chip, measured_step
-    from train.planning.topology import parse_topology, topology_devices
-
-    if arguments.topology is None:
-        devices, topology = jax.devices(), "this machine"
+    measured = None
+    if arguments.run_folder is not None:
+        config, measured = read_run(arguments.run_folder)
     else:
-        slices = int(arguments.slices)
-        devices = topology_devices(arguments.topology, slices)
-        topology = arguments.topology + (f" × {slices} slices" if slices > 1 else "")
+        written = load_config(arguments.config, arguments.overrides)
+        config = written.resolved(written.tokenizer.vocab_size)
+    devices, topology = find_devices(arguments)
     if arguments.search is not None:
         return search(arguments, config, devices)
+    from train.devices.mesh import make_mesh
+    from train.planning.measured_steps import compare
+    from train.planning.plan import make_plan
+
+    if measured:
+        check_devices(measured, devices, arguments.topology)
     mesh = make_mesh(config, devices)
-    log.info("compiling for %d × %s as %s", mesh.size, devices[0].device_kind, mesh_text(mesh.shape))
-    # Python's own handler of Ctrl-C would first wait for the compiler, for minutes perhaps.
-    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        compilation = compile_step(config, mesh, cache_folder(os.environ))
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    if arguments.topology is None:
-        log.info("measuring this machine")
-        chip = local_chip(config.model.compute_dtype)
-    else:
-        chip = with_usable_memory(parse_topology(arguments.topology)[0])
+    if measured:
+        check_mesh(measured, dict(mesh.shape))
+    compilation = compiled(config, mesh)
+    chip = find_chip(arguments.topology, config)
     plan = make_plan(config, mesh, chip, compilation, topology, tokens, price)
-    if arguments.topology is None and plan.fits and plan.estimated_step_seconds:
-        if plan.estimated_step_seconds <= MAX_MEASURED_SECONDS:
-            log.info("running some steps")
-            plan = replace(plan, measured_step_seconds=measured_step(config, mesh, compilation.executable))
-        else:
-            log.info("a step takes too long to be measured")
-    print(json.dumps(asdict(plan)) if arguments.json else plan_text(plan, arguments.config))
+    if arguments.topology is None and not measured:
+        plan = with_measured_step(plan, config, mesh, compilation)
+    comparisons = compare(plan, measured) if measured else {}
+    if arguments.json:
+        run = (
+            {"run": asdict(measured), "comparison": {n: c._asdict() for n, c in comparisons.items()}}
+            if measured
+            else {}
+        )
+        print(json.dumps(asdict(plan) | run))
+        return 0
+    print(plan_text(plan, arguments.config or str(arguments.run_folder)))
+    if measured:
+        print("\n" + comparison_text(measured, comparisons))
     return 0
 
 
+def find_devices(arguments: argparse.Namespace) -> tuple[Sequence[Any], str]:
+    """Returns the devices to plan for, of --topology or of this machine, and their name."""
+    import jax
+
+    if arguments.topology is None:
+        return jax.devices(), "this machine"
+    # Planning for other devices leaves this machine's accelerators free for other programs.
+    jax.config.update("jax_platforms", "cpu")
+    from train.planning.topology import topology_devices
+
+    slices = int(arguments.slices)
+    devices = topology_devices(arguments.topology, slices)
+    return devices, arguments.topology + (f" × {slices} slices" if slices > 1 else "")
+
+
+def compiled(config: ResolvedConfig, mesh: "Mesh") -> "Compilation":
+    """Returns the compiled step of a config. Ctrl-C ends the program at once."""
+    from train.planning.compilation import compile_step
+
+    log.info("compiling for %d × %s as %s", mesh.size, mesh.devices.flat[0].device_kind, mesh_text(mesh.shape))
+    # Python's own handler of Ctrl-C would first wait for the compiler, for minutes perhaps.
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        return compile_step(config, mesh, cache_folder(os.environ))
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def find_chip(topology: str | None, config: ResolvedConfig) -> "Chip":
+    """Returns the figures of one device of a topology, or of this machine, some of which are measured."""
+    from train.devices.hardware import with_usable_memory
+    from train.planning.this_machine import local_chip
+    from train.planning.topology import parse_topology
+
+    if topology is not None:
+        return with_usable_memory(parse_topology(topology)[0])
+    log.info("measuring this machine")
+    return local_chip(config.model.compute_dtype)
+
+
+def with_measured_step(plan: "Plan", config: ResolvedConfig, mesh: "Mesh", compilation: "Compilation") -> "Plan":
+    """Returns the plan with the measured seconds of this machine's own steps, unless they take too long."""
+    from train.planning.this_machine import measured_step
+
+    if not plan.fits or not plan.estimated_step_seconds:
+        return plan
+    if plan.estimated_step_seconds > MAX_MEASURED_SECONDS:
+        log.info("a step takes too long to be measured")
+        return plan
+    log.info("running some steps")
+    return replace(plan, measured_step_seconds=measured_step(config, mesh, compilation.executable))
+
+
 def check(arguments: argparse.Namespace) -> None:
-    """Raises InputError where --slices or --search is wrong."""
+    """Raises InputError where RUN, --config, --slices or --search is wrong, or does not go with another."""
+    if (arguments.run_folder is None) == (arguments.config is None):
+        raise InputError("give --config=NAME|FILE|RUN, or a RUN whose steps the plan is compared with, one of the two")
+    if arguments.run_folder is not None:
+        remedy = f"give it with --config={arguments.run_folder}, which compares no steps"
+        for name in arguments.overrides:
+            raise InputError(f"--config.{name} would plan another step than the run's; {remedy}")
+        if arguments.search is not None:
+            raise InputError(f"--search would plan other steps than the run's; {remedy}")
     if not arguments.slices.isdecimal():
         raise InputError(f"--slices={arguments.slices}: give a whole number, at least 1")
     if arguments.slices != "1" and arguments.topology is None:
