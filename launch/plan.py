@@ -7,13 +7,15 @@ its estimate with measured steps. No text is read: the vocabulary is model.vocab
 With a RUN it plans the run's own config for the devices that the run had, and compares the plan with its logged steps.
 
 --search finds the fastest mesh, number of accumulation parts (train.accumulation_steps) and remat policy on a topology,
-among all that are legal. Those of these fields that are given as flags stay. It compiles at most N programs.
+among all that are legal. Those of these fields that are given as flags stay. It compiles at most N programs. The batch
+size affects learning, so it searches only the sizes that --batch-sizes asks for, and compares them by the same tokens.
 """
 
 import argparse
 import json
 import logging
 import os
+import re
 import signal
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -38,6 +40,7 @@ log = logging.getLogger("ziggurat")
 # Longer steps, by the estimate, are not measured.
 MAX_MEASURED_SECONDS = 60.0
 MAX_COMPILED = 6
+BATCH = "train.batch_size"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--price", metavar="P", help="dollars for a device-hour")
     help = f"rank meshes, parts of the batch and remat policies; compile at most N programs [{MAX_COMPILED}]"
     parser.add_argument("--search", metavar="N", nargs="?", const=str(MAX_COMPILED), help=help)
+    help = "with --search: rows of a step, as in 256,512,1024 [train.batch_size alone]"
+    parser.add_argument("--batch-sizes", metavar="B,...", help=help)
     add_json(parser)
     add_config_arguments(parser, required=False)
 
@@ -170,6 +175,15 @@ def check(arguments: argparse.Namespace) -> None:
         raise InputError(f"--search={arguments.search}: give a whole number of programs to compile, at least 1")
     if arguments.search is not None and arguments.topology is None:
         raise InputError("--search goes with --topology=CHIP:SHAPE; for GPUs of this machine, too, as in h100:1x8")
+    if (sizes := arguments.batch_sizes) is not None:
+        if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", sizes, re.ASCII):
+            raise InputError(f"--batch-sizes={sizes}: give whole numbers of rows, as in --batch-sizes=256,512,1024")
+        if arguments.search is None:
+            raise InputError(
+                f"--batch-sizes={sizes} goes with --search; for a single plan: --config.train.batch_size=B"
+            )
+        if BATCH in arguments.overrides:
+            raise InputError(f"--batch-sizes={sizes} and --config.{BATCH}: give one of the two")
 
 
 def positive(flag: str, text: str | None) -> float | None:
@@ -190,11 +204,16 @@ def search(arguments: argparse.Namespace, config: ResolvedConfig, devices: Seque
     """Prints a ranking of the candidates that were compiled, and the plan of the fastest."""
     from launch.plan_search import compile_best, search_text
     from train.devices.hardware import with_usable_memory
-    from train.planning.search import SEARCHED, candidates
+    from train.planning.plan import tokens_of_run
+    from train.planning.search import SEARCHED, candidates, interleaved
     from train.planning.topology import parse_topology
 
     chip = with_usable_memory(parse_topology(arguments.topology)[0])
-    legal = candidates(config, devices, chip, arguments.overrides)
+    configs = [config]
+    if arguments.batch_sizes is not None:
+        configs = with_batch_sizes(arguments)
+        arguments.tokens = arguments.tokens or str(tokens_of_run(config))
+    legal = interleaved([candidates(of_size, devices, chip, arguments.overrides) for of_size in configs])
     log.info("%s legal ways to run the step may fit; compiling the most promising", f"{len(legal):,}")
     shared = {name: getattr(arguments, name) for name in ("config", "topology", "slices", "tokens", "price")}
     flags = [f"--{name}={value}" for name, value in shared.items() if value is not None]
@@ -208,3 +227,12 @@ def search(arguments: argparse.Namespace, config: ResolvedConfig, devices: Seque
     if plans and plans[0].fits:
         print("\n" + plan_text(plans[0], arguments.config))
     return 0
+
+
+def with_batch_sizes(arguments: argparse.Namespace) -> list[ResolvedConfig]:
+    """Returns the config with each size of --batch-sizes. Raises InputError where one is not legal."""
+    configs = []
+    for size in dict.fromkeys(arguments.batch_sizes.split(",")):
+        config = load_config(arguments.config, arguments.overrides | {BATCH: size})
+        configs.append(config.resolved(config.tokenizer.vocab_size))
+    return configs

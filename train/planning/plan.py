@@ -97,7 +97,7 @@ def make_plan(
     with jax.set_mesh(mesh):
         attention = str(choose_kernel(config.model, training_layout(config.mesh), T))
     if tokens is None:
-        tokens = float(rows_between(config, 0, config.train.num_steps) * T)
+        tokens = float(tokens_of_run(config))
     plan = Plan(
         topology=topology,
         device_kind=mesh.devices.flat[0].device_kind,
@@ -121,6 +121,11 @@ def make_plan(
         price=price,
     )
     return plan if compilation.refused else _with_estimate(plan, mesh, chip, compilation.text)
+
+
+def tokens_of_run(config: ResolvedConfig) -> int:
+    """Returns the tokens of all `train.num_steps` steps."""
+    return rows_between(config, 0, config.train.num_steps) * config.data.segment_length
 
 
 def argument_bytes(config: ResolvedConfig, mesh: Mesh) -> dict[str, int]:
