@@ -5,6 +5,7 @@ a TPU slice; --slices=N of them) or h100:16x8 (hosts × GPUs). Without --topolog
 its estimate with measured steps. No text is read: the vocabulary is model.vocab_size, or else tokenizer.vocab_size.
 
 With a RUN it plans the run's own config for the devices that the run had, and compares the plan with its logged steps.
+--html also writes a page: memory, the time of a step, the compiled schedule as a timeline, and a roofline.
 
 --search finds the fastest mesh, number of accumulation parts (train.accumulation_steps) and remat policy on a topology,
 among all that are legal. Those of these fields that are given as flags stay. It compiles at most N programs. The batch
@@ -22,7 +23,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from data.errors import InputError
-from launch.arguments import add_json, one_line, path
+from launch.arguments import add_json, check_output, one_line, path
 from launch.plan_run import check_devices, check_mesh, comparison_text, read_run
 from launch.plan_text import mesh_text, plan_text
 from launch.presets import add_config_arguments, load_config
@@ -58,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--search", metavar="N", nargs="?", const=str(MAX_COMPILED), help=help)
     help = "with --search: rows of a step, as in 256,512,1024 [train.batch_size alone]"
     parser.add_argument("--batch-sizes", metavar="B,...", help=help)
+    parser.add_argument("--html", metavar="FILE", type=path, help="write the plan as one HTML page, too")
     add_json(parser)
     add_config_arguments(parser, required=False)
 
@@ -77,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
         return search(arguments, config, devices)
     from train.devices.mesh import make_mesh
     from train.planning.measured_steps import compare
-    from train.planning.plan import make_plan
+    from train.planning.plan import make_plan, simulate
 
     if measured:
         check_devices(measured, devices, arguments.topology)
@@ -86,21 +88,26 @@ def run(arguments: argparse.Namespace) -> int:
         check_mesh(measured, dict(mesh.shape))
     compilation = compiled(config, mesh)
     chip = find_chip(arguments.topology, config)
-    plan = make_plan(config, mesh, chip, compilation, topology, tokens, price)
+    simulation = None if compilation.refused else simulate(compilation.text, mesh, chip)
+    plan = make_plan(config, mesh, chip, compilation, topology, tokens, price, simulation)
     if arguments.topology is None and not measured:
         plan = with_measured_step(plan, config, mesh, compilation)
     comparisons = compare(plan, measured) if measured else {}
+    name = arguments.config or str(arguments.run_folder)
+    next_to_run = comparison_text(measured, comparisons) if measured else ""
+    if arguments.html is not None:
+        from data.files.atomic import atomic_file
+        from launch.plan_page import make_plan_page
+
+        with atomic_file(arguments.html) as partial:
+            partial.write_text(make_plan_page(name, plan, config, chip, simulation, next_to_run))
+        log.info("the page of the plan is %s", arguments.html)
     if arguments.json:
-        run = (
-            {"run": asdict(measured), "comparison": {n: c._asdict() for n, c in comparisons.items()}}
-            if measured
-            else {}
-        )
+        figures = {figure: comparison._asdict() for figure, comparison in comparisons.items()}
+        run = {"run": asdict(measured), "comparison": figures} if measured else {}
         print(json.dumps(asdict(plan) | run))
         return 0
-    print(plan_text(plan, arguments.config or str(arguments.run_folder)))
-    if measured:
-        print("\n" + comparison_text(measured, comparisons))
+    print("\n\n".join(filter(None, [plan_text(plan, name), next_to_run])))
     return 0
 
 
@@ -175,6 +182,12 @@ def check(arguments: argparse.Namespace) -> None:
         raise InputError(f"--search={arguments.search}: give a whole number of programs to compile, at least 1")
     if arguments.search is not None and arguments.topology is None:
         raise InputError("--search goes with --topology=CHIP:SHAPE; for GPUs of this machine, too, as in h100:1x8")
+    if arguments.html is not None:
+        from launch.plan_page import GENERATOR
+
+        check_output(arguments.html, "--html", GENERATOR, "page of a plan")
+        if arguments.search is not None:
+            raise InputError(f"--html={arguments.html} goes with one plan: give it with the flags that --search finds")
     if (sizes := arguments.batch_sizes) is not None:
         if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", sizes, re.ASCII):
             raise InputError(f"--batch-sizes={sizes}: give whole numbers of rows, as in --batch-sizes=256,512,1024")

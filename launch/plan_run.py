@@ -65,10 +65,11 @@ def check_mesh(measured: "MeasuredSteps", mesh: dict[str, int]) -> None:
 
 def comparison_text(measured: "MeasuredSteps", comparisons: dict[str, "Comparison"]) -> str:
     """Returns a table of a plan's figures and the run's own."""
+    is_cpu = measured.device_kind == "cpu"
     rows: list[tuple[str, ...]] = [("", "planned", "measured", "planned / measured")]
     for name, (planned, value, ratio) in comparisons.items():
         title, text = FIGURES[name]
-        if name == "peak_bytes" and measured.device_kind == "cpu":
+        if name == "peak_bytes" and is_cpu:
             title = "peak of a process"
         rows.append((title, text(planned), text(value), f"{ratio:.2f}"))
     processes = f" of {measured.processes} processes" if measured.processes > 1 else ""
@@ -78,7 +79,8 @@ def comparison_text(measured: "MeasuredSteps", comparisons: dict[str, "Compariso
         columns(rows, right=range(1, 4)),
     ]
     wait = f"waiting for data took {seconds_text(measured.data_wait_seconds)} of a step"
-    lines.append(f"{wait}; the peak of memory counts evaluations, too")
-    if measured.device_kind == "cpu" and measured.host != socket.gethostname():
+    counted = "all of Python, the compiler and evaluations" if is_cpu else "evaluations"
+    lines.append(f"{wait}; the measured peak of memory counts {counted}, too")
+    if is_cpu and measured.host != socket.gethostname():
         lines.append(f"the run's CPUs are of {measured.host}, the plan's of this machine")
     return "\n".join(lines)

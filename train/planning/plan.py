@@ -6,7 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -73,6 +73,14 @@ class Plan:
     notes: list[str] = field(default_factory=list)  # sentences about parts of the program that could not be read
 
 
+class Simulation(NamedTuple):
+    """A compiled step as one device runs it: its operations, the bandwidth of its links, and their simulated times."""
+
+    program: Program
+    bandwidth: Bandwidth
+    timeline: Timeline
+
+
 def make_plan(
     config: ResolvedConfig,
     mesh: Mesh,
@@ -81,6 +89,7 @@ def make_plan(
     topology: str,
     tokens: float | None = None,
     price: float | None = None,
+    simulation: Simulation | None = None,
 ) -> Plan:
     """Makes the plan of a compiled step.
 
@@ -88,6 +97,7 @@ def make_plan(
         chip: figures of one device, with the memory that a program can use.
         tokens: tokens to train on; by default those of `train.num_steps`.
         price: dollars for one device-hour.
+        simulation: the result of `simulate` for this step, if it is there already.
     """
     T = config.data.segment_length
     rows = config.train.batch_size
@@ -120,7 +130,16 @@ def make_plan(
         tokens=tokens,
         price=price,
     )
-    return plan if compilation.refused else _with_estimate(plan, mesh, chip, compilation.text)
+    if compilation.refused:
+        return plan
+    return _with_estimate(plan, chip, simulation or simulate(compilation.text, mesh, chip))
+
+
+def simulate(text: str, mesh: Mesh, chip: Chip) -> Simulation:
+    """Reads the text of a compiled program, and simulates its schedule on a mesh of chips."""
+    program = read_program(text, dict(mesh.shape))
+    bandwidth = functools.cache(lambda axes: bandwidth_over(mesh, axes, chip))
+    return Simulation(program, bandwidth, timeline(program, chip, bandwidth))
 
 
 def tokens_of_run(config: ResolvedConfig) -> int:
@@ -168,11 +187,9 @@ def budget(tokens: float, speed: float, devices: int, price: float | None) -> tu
     return seconds / 86_400, hours, None if price is None else hours * price
 
 
-def _with_estimate(plan: Plan, mesh: Mesh, chip: Chip, text: str) -> Plan:
+def _with_estimate(plan: Plan, chip: Chip, simulation: Simulation) -> Plan:
     """Adds the figures that are read from the compiled program."""
-    program = read_program(text, dict(mesh.shape))
-    bandwidth = functools.cache(lambda axes: bandwidth_over(mesh, axes, chip))
-    line = timeline(program, chip, bandwidth)
+    program, bandwidth, line = simulation
     flops = total(program.operations, "flops") + sum(kernel.flops * times for kernel, times in program.kernels.items())
     collectives = _collectives(program, bandwidth)
     busy = {f"communication over {' × '.join(axes)}": seconds for axes, seconds in line.communication.items()}
