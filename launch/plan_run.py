@@ -78,9 +78,9 @@ def comparison_text(measured: "MeasuredSteps", comparisons: dict[str, "Compariso
         "steady steps:",
         columns(rows, right=range(1, 4)),
     ]
-    wait = f"waiting for data took {seconds_text(measured.data_wait_seconds)} of a step"
-    counted = "all of Python, the compiler and evaluations" if is_cpu else "evaluations"
-    lines.append(f"{wait}; the measured peak of memory counts {counted}, too")
+    counted = "Python, the compiler and evaluations" if is_cpu else "evaluations"
+    lines.append(f"the run waited for data for {seconds_text(measured.data_wait_seconds)} of a step")
+    lines.append(f"its peak of memory counts {counted}, too")
     if is_cpu and measured.host != socket.gethostname():
         lines.append(f"the run's CPUs are of {measured.host}, the plan's of this machine")
     return "\n".join(lines)
