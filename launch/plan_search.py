@@ -1,7 +1,8 @@
 """The search of `ziggurat plan --search` for the fastest way to run a step on a topology.
 
 All candidates are estimated and the most promising are compiled, each by its own `ziggurat plan --json`, as many at
-once as this machine has room for. They are ranked by what these commands print. An interrupt ends the search early.
+once as this machine has room for. They are ranked by the tokens a second that these commands print, which on the same
+devices is the order of tokens a dollar, too. An interrupt ends the search early.
 """
 
 import json
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from launch.plan_text import mesh_text, seconds_text, size_text
+from launch.plan_text import days_text, mesh_text, seconds_text, size_text
 from train.planning.plan import Plan
 from train.planning.search import PARTS, REMAT, Candidate, worth_compiling
 from train.planning.this_machine import memory_available
@@ -43,6 +44,11 @@ class Outcome:
         plan = self.plan
         return plan.estimated_step_seconds if plan and plan.fits and plan.estimated_step_seconds else math.inf
 
+    @property
+    def tokens_per_second(self) -> float:
+        """Estimated tokens a second; 0 where the step does not fit."""
+        return self.plan.tokens_per_step / self.seconds if self.plan else 0.0
+
 
 class Compiler(NamedTuple):
     """A running `ziggurat plan`, with output to `files`.json and `files`.log: it never blocks on a full pipe."""
@@ -53,9 +59,10 @@ class Compiler(NamedTuple):
 
 
 def compile_best(candidates: Sequence[Candidate], most: int, flags: Sequence[str]) -> list[Outcome]:
-    """Compiles at most `most` candidates, until no other may be faster; returns the outcomes, the fastest first.
+    """Compiles at most `most` candidates, until no other may be faster than the best of its batch size.
 
-    The candidates are sorted by their estimates and share these flags of `ziggurat plan`.
+    Returns the outcomes, those with the most tokens a second first. The candidates are sorted by their estimates and
+    share these flags of `ziggurat plan`.
     """
     outcomes: list[Outcome] = []
     waiting = list(candidates)
@@ -84,7 +91,7 @@ def compile_best(candidates: Sequence[Candidate], most: int, flags: Sequence[str
             for compiler in running:
                 compiler.process.kill()
                 compiler.process.wait()
-    return sorted(outcomes, key=lambda outcome: outcome.seconds)
+    return sorted(outcomes, key=lambda outcome: -outcome.tokens_per_second)
 
 
 def max_compilers() -> int:
@@ -114,10 +121,10 @@ def change_flags(candidate: Candidate) -> list[str]:
 
 
 def candidate_text(candidate: Candidate) -> str:
-    """Returns a candidate as in "fsdp 8 × tensor 2, 4 rows, full"."""
+    """Returns a candidate as in "batch 64 on fsdp 8 × tensor 2, 4 rows × 2 parts, full"."""
     parts = candidate.changes[PARTS]
-    rows = f"{candidate.rows} row{'s' * (candidate.rows > 1)}" + (f" × {parts} parts" if parts != "1" else "")
-    return f"{mesh_text(candidate.mesh)}, {rows}, {candidate.changes[REMAT]}"
+    rows = f"{candidate.rows:,} row{'s' * (candidate.rows > 1)}" + (f" × {parts} parts" if parts != "1" else "")
+    return f"batch {candidate.batch_size:,} on {mesh_text(candidate.mesh)}, {rows}, {candidate.changes[REMAT]}"
 
 
 def outcome_text(outcome: Outcome) -> str:
@@ -126,17 +133,25 @@ def outcome_text(outcome: Outcome) -> str:
     if plan is None:
         return f"{name}: failed: {outcome.problem}"
     memory = size_text(plan.peak_bytes_per_device)
-    if not plan.fits or plan.estimated_step_seconds is None or plan.estimated_mfu is None:
+    if not plan.fits or plan.estimated_step_seconds is None or plan.estimated_mfu is None or plan.days is None:
         return f"{name}: does not fit: {memory}"
-    return f"{name}: {seconds_text(plan.estimated_step_seconds)}, {plan.estimated_mfu:.1%} MFU, {memory}"
+    cost = "" if plan.cost is None else f", ${plan.cost:,.0f}"
+    speed = f"{seconds_text(plan.estimated_step_seconds)}, {outcome.tokens_per_second:,.0f} tokens/s"
+    return f"{name}: {speed}, {plan.estimated_mfu:.1%} MFU, {memory}, {days_text(plan.days)}{cost}"
 
 
 def search_text(outcomes: Sequence[Outcome], count: int) -> str:
     """Returns the ranking of outcomes, the fastest first, and the flags of the best; `count` is of all candidates."""
     lines = [f"{count:,} legal ways to run the step that may fit, {len(outcomes)} compiled; the fastest:"]
     lines += [f"{place:>4}  {outcome_text(outcome)}" for place, outcome in enumerate(outcomes[:MAX_SHOWN], 1)]
-    if outcomes and outcomes[0].seconds < math.inf:
-        lines += ["the best, as flags of plan and pretrain:", *change_flags(outcomes[0].candidate)]
+    best = outcomes[0] if outcomes else None
+    if best and best.plan and best.plan.fits:
+        flags, tokens = change_flags(best.candidate), ""
+        if len({outcome.candidate.batch_size for outcome in outcomes}) > 1:
+            # Batches of another size come to the same tokens in another number of steps.
+            flags.append(f"--config.train.num_steps={math.ceil(best.plan.tokens / best.plan.tokens_per_step)}")
+            tokens = f" for {best.plan.tokens:.3g} tokens"
+        lines += [f"the best, as flags of plan and pretrain{tokens}:", *flags]
     else:
         lines.append("none of them fits")
     return "\n".join(lines)

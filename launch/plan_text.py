@@ -90,7 +90,7 @@ def time_lines(plan: "Plan") -> list[str]:
         measured = seconds_text(plan.measured_step_seconds)
         lines.append(f"  measured here: {measured}; the estimate is off by {error:+.0%}")
     lines += [f"  {note}" for note in plan.notes]
-    time = f"{plan.days:,.1f} days" if plan.days >= 2 else duration(plan.days * 86_400)
+    time = days_text(plan.days)
     cost = "" if plan.cost is None else f", ${plan.cost:,.0f} at ${plan.price:g} each"
     lines.append(f"{plan.tokens:.3g} tokens  {time}, {plan.device_hours:,.1f} device-hours{cost}")
     compiled = "compiled before, in" if plan.compiled_before else "compiled in"
@@ -108,6 +108,11 @@ def _range_text(plan: "Plan") -> str:
 def size_text(size: float) -> str:
     """Returns bytes as in 4.13 GiB or 0.52 MiB."""
     return f"{size / 2**30:,.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:,.2f} MiB"
+
+
+def days_text(days: float) -> str:
+    """Returns days as in 38.9 days or 1 h 53 min."""
+    return f"{days:,.1f} days" if days >= 2 else duration(days * 86_400)
 
 
 def seconds_text(seconds: float) -> str:

@@ -34,7 +34,7 @@ def html_page(title: str, generator: str, body: Html, data: Any, name: str) -> s
     data there is no script. The style sheet is style.css and, where there is one, `NAME.css`.
     """
     files = resources.files("launch.page")
-    script = files.joinpath(f"{name}.js").read_text()
+    script = files.joinpath(f"{name}.js").read_text() if data else ""
     own_style = files.joinpath(f"{name}.css")
     style = files.joinpath("style.css").read_text() + (own_style.read_text() if own_style.is_file() else "")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -22,20 +22,21 @@ from train.planning.search import SEARCHED, Candidate
 MESH = {"slice": 1, "data": 1, "fsdp": 4, "context": 1, "tensor": 1}
 
 
-def candidate(seconds: float) -> Candidate:
+def candidate(seconds: float, batch_size: int = 8) -> Candidate:
     """A candidate with this estimate in seconds; its number of rows identifies it."""
-    return Candidate(dict.fromkeys(SEARCHED, "1"), MESH, round(seconds * 100), Estimate(1.0, 1.0, seconds, 0.0, 0.0))
+    changes = dict.fromkeys(SEARCHED, "1") | {"train.batch_size": str(batch_size)}
+    return Candidate(changes, MESH, batch_size, round(seconds * 100), Estimate(1.0, 1.0, seconds, 0.0, 0.0))
 
 
-def plan_of(seconds: float, fits: bool = True) -> dict[str, Any]:
-    """The object that `plan --json` prints for a step of this duration."""
+def plan_of(seconds: float, fits: bool = True, rows: int = 8) -> dict[str, Any]:
+    """The object that `plan --json` prints for a step of this duration, in rows of one token."""
     return asdict(
         Plan(
             topology="t", device_kind="TPU v5 lite", devices=4, mesh=MESH, attention="plain", remat_policy="full",
-            rows_per_step=8, tokens_per_step=8, fits=fits, refused=None, memory_bytes_per_device=2**34,
+            rows_per_step=rows, tokens_per_step=rows, fits=fits, refused=None, memory_bytes_per_device=2**34,
             peak_bytes_per_device=2**30, argument_bytes_per_device=0, memory={}, model_flops_per_device=1.0,
-            lower_seconds=0.1, compile_seconds=1.0, compiled_before=False, tokens=1.0, estimated_step_seconds=seconds,
-            estimated_mfu=0.5,
+            lower_seconds=0.1, compile_seconds=1.0, compiled_before=False, tokens=100.0, estimated_step_seconds=seconds,
+            estimated_mfu=0.5, days=3.0, cost=1234.5,
         )
     )  # fmt: skip
 
@@ -74,6 +75,19 @@ def test_programs_are_compiled_in_the_order_of_their_estimates_until_none_can_be
 def test_no_more_are_compiled_than_asked(compilers):
     begun = compilers({s: prints(plan_of(s)) for s in (1.0, 1.01, 1.02)})
     assert len(compile_best([candidate(s) for s in (1.0, 1.01, 1.02)], 2, [])) == len(begun) == 2
+
+
+def test_batches_are_ranked_by_tokens_a_second_with_days_and_dollars(compilers):
+    compilers({1.0: prints(plan_of(1.0)), 1.5: prints(plan_of(1.5, rows=16)), 4.0: prints(plan_of(4.0, rows=24))})
+    outcomes = compile_best([candidate(1.0), candidate(1.5, 16), candidate(4.0, 24)], 3, [])
+    assert [outcome.candidate.batch_size for outcome in outcomes] == [16, 8, 24]
+    assert [outcome.tokens_per_second for outcome in outcomes] == [16 / 1.5, 8.0, 6.0]
+    text = search_text(outcomes, 3)
+    assert "   1  batch 16 on fsdp 4, 150 rows, 1: 1.50 s, 11 tokens/s, 50.0% MFU, 1.00 GiB, 3.0 days, $1,23" in text
+    assert "--config.train.batch_size=16\n" in text
+    assert "flags of plan and pretrain for 100 tokens:" in text
+    assert text.endswith("--config.train.num_steps=7")
+    assert "num_steps" not in search_text(outcomes[:1], 1)
 
 
 def test_what_does_not_fit_or_fails_is_ranked_last_and_said(compilers):
@@ -120,3 +134,43 @@ def test_the_best_of_a_search_is_the_best_of_all(tmp_path: Path, capsys):
     assert found["candidates"] == 3
     assert found["plans"][0]["estimated_step_seconds"] == min(seconds)
     assert found["plans"][0]["compiled_before"] is True
+
+
+def test_batch_sizes_that_are_asked_for_are_compared_by_the_same_tokens(tmp_path: Path, capsys):
+    require("libtpu")
+    file = write_config(tmp_path)
+    flags = [f"--config={file}", "--topology=v5e:2x2", "--config.mesh.tensor=1", "--config.mesh.context=1",
+             "--config.mesh.data=1", "--config.train.accumulation_steps=1", "--config.model.remat_policy=full",
+             "--search", "--batch-sizes=4,8", "--price=2"]  # fmt: skip
+    assert here("plan", *flags, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["candidates"] == 2
+    assert {plan["rows_per_step"] for plan in found["plans"]} == {4, 8}
+    assert {plan["tokens"] for plan in found["plans"]} == {12 * 8 * 32}
+    speeds = [plan["tokens_per_second"] for plan in found["plans"]]
+    assert speeds == sorted(speeds, reverse=True)
+    assert [plan["cost"] for plan in found["plans"]] == sorted(plan["cost"] for plan in found["plans"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--search", "--batch-sizes=256,"], "--batch-sizes=256,: give whole numbers of rows, as in"),
+        (["--search", "--batch-sizes=0"], "--batch-sizes=0: give whole numbers"),
+        (["--batch-sizes=8"], "goes with --search; for a single plan: --config.train.batch_size=B"),
+        (["--search", "--batch-sizes=8", "--config.train.batch_size=8"], "give one of the two"),
+        (["--search", "--batch-sizes=8,6", "--config.mesh.fsdp=4"], "nearest size that works"),
+        (["--search", "--batch-sizes=8,12", "--config.data.num_streams=8"], "train.batch_size = 12"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_batch_sizes_that_cannot_be_are_said_before_anything_is_compiled(
+    flags: list[str], words: str, tmp_path: Path, monkeypatch, capsys
+):
+    require("libtpu")
+    monkeypatch.setattr(search, "compile_best", None)
+    assert here("plan", f"--config={write_config(tmp_path)}", "--topology=v5e:2x2", *flags) == 2
+    out, err = capsys.readouterr()
+    assert words in err
+    assert "Traceback" not in err
+    assert out == ""

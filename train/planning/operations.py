@@ -116,6 +116,7 @@ class Operation:
     waits_for: str | None = None  # name of the asynchronous operation that ends with this one
     body: tuple["Operation", ...] = ()
     trips: int = 1  # number of times that the body runs
+    source: str = ""  # the operation of the traced program, where the instruction computes something
 
 
 @dataclass(frozen=True)

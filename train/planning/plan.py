@@ -6,7 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -76,6 +76,14 @@ class Plan:
     notes: list[str] = field(default_factory=list)  # sentences about parts of the program that could not be read
 
 
+class Simulation(NamedTuple):
+    """A compiled step as one device runs it: its operations, the bandwidth of its links, and their simulated times."""
+
+    program: Program
+    bandwidth: Bandwidth
+    timeline: Timeline
+
+
 def make_plan(
     config: ResolvedConfig,
     mesh: Mesh,
@@ -84,6 +92,7 @@ def make_plan(
     topology: str,
     tokens: float | None = None,
     price: float | None = None,
+    simulation: Simulation | None = None,
 ) -> Plan:
     """Makes the plan of a compiled step.
 
@@ -91,6 +100,7 @@ def make_plan(
         chip: figures of one device, with the memory that a program can use.
         tokens: tokens to train on; by default those of `train.num_steps`.
         price: dollars for one device-hour.
+        simulation: the result of `simulate` for this step, if it is there already.
     """
     T = config.data.segment_length
     rows = config.train.batch_size
@@ -100,7 +110,7 @@ def make_plan(
     with jax.set_mesh(mesh):
         attention = str(choose_kernel(config.model, training_layout(config.mesh), T))
     if tokens is None:
-        tokens = float(rows_between(config, 0, config.train.num_steps) * T)
+        tokens = float(tokens_of_run(config))
     plan = Plan(
         topology=topology,
         device_kind=mesh.devices.flat[0].device_kind,
@@ -123,7 +133,21 @@ def make_plan(
         tokens=tokens,
         price=price,
     )
-    return plan if compilation.refused else _with_estimate(plan, mesh, chip, compilation.text)
+    if compilation.refused:
+        return plan
+    return _with_estimate(plan, chip, simulation or simulate(compilation.text, mesh, chip))
+
+
+def simulate(text: str, mesh: Mesh, chip: Chip) -> Simulation:
+    """Reads the text of a compiled program, and simulates its schedule on a mesh of chips."""
+    program = read_program(text, dict(mesh.shape))
+    bandwidth = functools.cache(lambda axes: bandwidth_over(mesh, axes, chip) * reached(chip).links)
+    return Simulation(program, bandwidth, timeline(program, chip, bandwidth))
+
+
+def tokens_of_run(config: ResolvedConfig) -> int:
+    """Returns the tokens of all `train.num_steps` steps."""
+    return rows_between(config, 0, config.train.num_steps) * config.data.segment_length
 
 
 def argument_bytes(config: ResolvedConfig, mesh: Mesh) -> dict[str, int]:
@@ -166,11 +190,9 @@ def budget(tokens: float, speed: float, devices: int, price: float | None) -> tu
     return seconds / 86_400, hours, None if price is None else hours * price
 
 
-def _with_estimate(plan: Plan, mesh: Mesh, chip: Chip, text: str) -> Plan:
+def _with_estimate(plan: Plan, chip: Chip, simulation: Simulation) -> Plan:
     """Adds the figures that are read from the compiled program."""
-    program = read_program(text, dict(mesh.shape))
-    bandwidth = functools.cache(lambda axes: bandwidth_over(mesh, axes, chip) * reached(chip).links)
-    line = timeline(program, chip, bandwidth)
+    program, bandwidth, line = simulation
     flops = total(program.operations, "flops") + sum(kernel.flops * times for kernel, times in program.kernels.items())
     collectives = _collectives(program, bandwidth)
     busy = {f"communication over {' × '.join(axes)}": seconds for axes, seconds in line.communication.items()}

@@ -86,7 +86,7 @@ class _Reader:
 
         parts = [at, *self.inside(at)]
         flops = sum(map(_flops, parts))
-        operation = Operation(at.name, flops, self.bytes(at), self.cycles(at), kernel=_kernel(at))
+        operation = Operation(at.name, flops, self.bytes(at), self.cycles(at), kernel=_kernel(at), source=at.source)
         holder = next((i for i in parts if i.kind), None)
         if holder is None:
             return operation

@@ -1,4 +1,4 @@
-"""Searches the meshes, accumulation parts and remat policies of a run on given devices for the fastest step."""
+"""Searches the meshes, accumulation parts, remat policies and batch sizes of a run on given devices for the fastest."""
 
 import functools
 import itertools
@@ -25,9 +25,10 @@ from train.planning.speed import reached
 from train.planning.topology import bandwidth_over
 
 AXES_IN_SLICE = AXES[1:]
+BATCH = "train.batch_size"
 PARTS = "train.accumulation_steps"
 REMAT = "model.remat_policy"
-SEARCHED = (*(f"mesh.{axis}" for axis in AXES_IN_SLICE), PARTS, REMAT)
+SEARCHED = (*(f"mesh.{axis}" for axis in AXES_IN_SLICE), BATCH, PARTS, REMAT)
 # Largest expected relative error of an estimated peak, and of estimated seconds after correction by compiled steps of
 # the same topology: docs/scaling.md has the measured errors.
 PEAK_ERROR = 0.2
@@ -39,15 +40,21 @@ class Candidate(NamedTuple):
 
     changes: dict[str, str]  # fields in which it differs from other candidates, as the command line takes them
     mesh: dict[str, int]  # size by mesh axis
+    batch_size: int  # rows of a step
     rows: int  # rows of one accumulation part on one device
     estimate: Estimate  # figures from sizes alone, before compilation
+
+
+def interleaved(by_batch: Sequence[Sequence[Candidate]]) -> list[Candidate]:
+    """Returns the candidates of several batch sizes in one list: the first of each size, then the second, and so on."""
+    return [c for of_each_size in itertools.zip_longest(*by_batch) for c in of_each_size if c is not None]
 
 
 def candidates(config: ResolvedConfig, devices: Sequence[Any], chip: Chip, given: Collection[str]) -> list[Candidate]:
     """Returns all candidates that are legal and may fit, by estimated time; those that may not fit come last.
 
-    The batch of a step is never changed, because it affects learning. A device's share of it follows from the mesh and
-    the number of accumulation parts. Raises InputError if no candidate is legal, or none may fit.
+    All have the config's batch size, because it affects learning. A device's share of it follows from the mesh and the
+    number of accumulation parts. Raises InputError if no candidate is legal, or none may fit.
     Fields that are `given` keep the config's values.
     """
     legal = list(_legal(config, devices, chip, given))
@@ -59,22 +66,22 @@ def candidates(config: ResolvedConfig, devices: Sequence[Any], chip: Chip, given
     if not fitting:
         least = min(c.estimate.peak_bytes for c in legal) / 2**30
         raise InputError(
-            f"none of {len(legal)} legal steps may fit: the smallest is estimated at {least:.1f} GiB of "
-            f"{chip.memory_bytes / 2**30:.1f} GiB a device; give more devices or a smaller model"
+            f"none of {len(legal)} legal steps of {config.train.batch_size:,} rows may fit: the smallest is estimated "
+            f"at {least:.1f} GiB of {chip.memory_bytes / 2**30:.1f} GiB a device; give more devices or a smaller model"
         )
     return sorted(fitting, key=lambda c: (c.estimate.peak_bytes > chip.memory_bytes, c.estimate.step_seconds))
 
 
 def worth_compiling(candidate: Candidate, compiled: Sequence[tuple[Candidate, float]]) -> bool:
-    """True if a candidate may be faster than the best compiled one, within the error of the estimates.
+    """True if a candidate may be faster than the best compiled one of its batch size, within the estimates' error.
 
     The seconds of the `compiled` candidates' steps correct the common error of all estimates.
     """
-    if not compiled:
+    of_its_size = [seconds for other, seconds in compiled if other.batch_size == candidate.batch_size]
+    if not of_its_size:
         return True
     correction = statistics.median(seconds / other.estimate.step_seconds for other, seconds in compiled)
-    best = min(seconds for _, seconds in compiled)
-    return candidate.estimate.step_seconds * correction * (1 - SECONDS_ERROR) < best
+    return candidate.estimate.step_seconds * correction * (1 - SECONDS_ERROR) < min(of_its_size)
 
 
 def _legal(config: ResolvedConfig, devices: Sequence[Any], chip: Chip, given: Collection[str]) -> Iterator[Candidate]:
@@ -102,8 +109,9 @@ def _legal(config: ResolvedConfig, devices: Sequence[Any], chip: Chip, given: Co
             share = rows // parts // math.prod(machine.shape[name] for name in batch_axes)
             for policy in policies:
                 changed = replace(in_parts, model=replace(in_parts.model, remat_policy=policy))
-                changes = {name: str(value) for name, value in (mesh_fields | {PARTS: parts, REMAT: policy}).items()}
-                yield Candidate(changes, dict(machine.shape), share, estimate(changed, machine))
+                fields = mesh_fields | {BATCH: rows, PARTS: parts, REMAT: policy}
+                changes = {name: str(value) for name, value in fields.items()}
+                yield Candidate(changes, dict(machine.shape), rows, share, estimate(changed, machine))
 
 
 def _divisors(number: int) -> list[int]:

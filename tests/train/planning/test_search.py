@@ -14,7 +14,16 @@ from train.devices.mesh import make_mesh
 from train.devices.mesh_checks import mesh_problems
 from train.devices.rules import AXES
 from train.planning.plan import argument_bytes
-from train.planning.search import PARTS, REMAT, SEARCHED, SECONDS_ERROR, Candidate, candidates, worth_compiling
+from train.planning.search import (
+    PARTS,
+    REMAT,
+    SEARCHED,
+    SECONDS_ERROR,
+    Candidate,
+    candidates,
+    interleaved,
+    worth_compiling,
+)
 from train.planning.topology import topology_devices
 
 CHIP = CHIPS["v5e"]
@@ -51,7 +60,8 @@ def test_candidates_are_legal_different_and_the_fastest_come_first(found: list[C
         assert math.prod(candidate.mesh.values()) == 32
         assert mesh_problems(config, tuple(candidate.mesh.values())) == []
         parts, copies = config.train.accumulation_steps, math.prod(candidate.mesh[a] for a in ("slice", "data", "fsdp"))
-        assert candidate.rows * parts * copies == config.train.batch_size
+        assert candidate.rows * parts * copies == config.train.batch_size == candidate.batch_size
+        assert candidate.changes["train.batch_size"] == str(candidate.batch_size)
     order = [(c.estimate.peak_bytes > CHIP.memory_bytes, c.estimate.step_seconds) for c in found]
     assert order == sorted(order)
     for axis in ("data", "fsdp", "context", "tensor"):
@@ -104,7 +114,7 @@ def test_more_is_held_and_less_is_done_where_less_is_made_again():
 def test_what_cannot_be_is_said_with_what_to_do():
     require("libtpu")
     devices = topology_devices("v5e:2x2")
-    with pytest.raises(InputError, match=r"none of \d+ legal steps may fit: the smallest is estimated at"):
+    with pytest.raises(InputError, match=r"none of \d+ legal steps of 64 rows may fit: the smallest is estimated at"):
         candidates(config_of(model__num_layers=400), devices, CHIP, ())
     with pytest.raises(InputError, match="nearest size that works"):
         candidates(config_of(train__batch_size=3, mesh__fsdp=4), devices, CHIP, ("mesh.fsdp",))
@@ -121,3 +131,18 @@ def test_nothing_is_compiled_that_cannot_be_faster(found: list[Candidate]):
     assert not worth_compiling(last, [(first, 2 * seconds)])
     # One step out of three is off otherwise than the others.
     assert not worth_compiling(last, [(first, 2 * seconds), (first, seconds), (first, 2.1 * seconds)])
+
+
+def test_a_batch_size_is_compiled_until_none_of_its_own_can_be_faster(found: list[Candidate]):
+    first, last = found[0], found[-1]
+    other = last._replace(batch_size=2 * last.batch_size)
+    tried = [(first, first.estimate.step_seconds)]
+    assert not worth_compiling(last, tried)
+    assert worth_compiling(other, tried)
+    assert not worth_compiling(other, [*tried, (first._replace(batch_size=other.batch_size), 1e-9)])
+
+
+def test_batch_sizes_take_turns(found: list[Candidate]):
+    a, b = found[:3], [c._replace(batch_size=8) for c in found[:2]]
+    assert interleaved([a, b]) == [a[0], b[0], a[1], b[1], a[2]]
+    assert interleaved([a]) == a
