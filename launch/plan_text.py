@@ -78,8 +78,8 @@ def time_lines(plan: "Plan") -> list[str]:
     assert plan.days
     unit, digits = (1.0, "s ") if step >= 1 else (1e3, "ms")
     lines = [
-        f"step         {seconds_text(step)}{_range_text(plan)}, {plan.estimated_mfu:.1%} MFU, {plan.tokens_per_second:,.0f} "
-        f"tokens/s; bottleneck: {plan.bottleneck}"
+        f"step         {seconds_text(step)}{_range_text(plan)}, {plan.estimated_mfu:.1%} MFU, "
+        f"{plan.tokens_per_second:,.0f} tokens/s; bottleneck: {plan.bottleneck}"
     ]
     for part, seconds in plan.breakdown:
         if abs(seconds) >= step / 1000:

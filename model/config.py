@@ -11,8 +11,8 @@ from model.fields import ModelFields
 from settings import problems_of, unused_problems
 
 VOCABULARY_MULTIPLE = 128
-# 1 GiB in float32. With fewer, adding to the sum of the unembedding's gradient, which is read and written for each chunk,
-# takes longer than the chunk's products.
+# 1 GiB in float32. Each chunk reads and writes the sum of the unembedding's gradient: with fewer logits that takes
+# longer than the chunk's products.
 LOGITS_AT_ONCE = 2**28
 # Turns over the original context above which a rotary pair keeps its frequency: the published values.
 HIGH_TURNS = {"llama3": 4.0, "yarn": 32.0}

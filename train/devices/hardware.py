@@ -40,7 +40,7 @@ class Chip:
 # NVLink is given for both directions (600, 900, 1,800 GB/s). Memory: XLA's xla/backends/gpu/target_config/specs.
 # fmt: off
 _TABLE = (
-    # name, JAX's names, FLOP/s, memory, its bytes/s, links, network, host; TPU: cycles/s, full ring, devices of a slice, vector
+    # name, JAX's names, FLOP/s, memory, its bytes/s, links, network, host; TPU: cycles/s, full ring, slice, vector
     ("v4", ("TPU v4",), 275e12, int(30.75 * GIB), 1200e9, 100e9, 6.25e9, 16e9, 1.05e9, 4, 4096, 8192),
     ("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, int(15.75 * GIB), 819e9, 100e9, 3.125e9, 16e9, 1.5e9, 16, 256, 4096),
     ("v5p", ("TPU v5", "TPU v5p"), 459e12, int(95.73 * GIB), 2765e9, 200e9, 6.25e9, 16e9, 1.75e9, 4, 6144, 8192),

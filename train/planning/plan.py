@@ -62,7 +62,7 @@ class Plan:
     collectives: list[dict[str, Any]] = field(default_factory=list)  # one record for each kind, mesh axes and dtype
     compute_seconds: float | None = None  # computation in a step, by the compiler's own cycles if it has them
     estimated_step_seconds: float | None = None  # simulated time of the compiled schedule with the chip's figures
-    # The least and the most seconds, by the errors of estimates of steps that others have measured; None for this machine.
+    # The least and the most seconds, by the errors of estimates of steps that others have measured; None on CPUs.
     estimated_range: tuple[float, float] | None = None
     estimated_by: str | None = None  # source of the operations' times; communication is always bytes sent / bandwidth
     estimated_mfu: float | None = None  # model FLOPs over the estimated time, as a share of the chip's peak

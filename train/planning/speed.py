@@ -8,7 +8,7 @@ needs, at the share of the data sheet's figure that programs reach. Shares are f
 from typing import NamedTuple
 
 from train.devices.hardware import Chip
-from train.planning.operations import Kernel, Operation
+from train.planning.operations import Operation
 
 
 class Reached(NamedTuple):
@@ -23,8 +23,8 @@ class Reached(NamedTuple):
 
 # The figures of other devices are measured.
 REACHED = {"tpu": Reached(), "gpu": Reached(products=0.65, forward=0.55, backward=0.45, memory=0.9, links=0.8)}
-# Vector operations of splash attention for a score. They come from its measured time on a v6e (forward 9.41 ms, backward
-# 13.87 ms for 4.03e9 scores), where they take longer than the products.
+# Vector operations of splash attention for a score, forward and backward. They follow from its measured time on a v6e
+# (9.41 and 13.87 ms for 4.03e9 scores), where they take longer than the products.
 VECTOR_OPERATIONS = (17, 25)
 # The largest error of an estimated step that nothing was fitted to, by platform (docs/scaling.md).
 LARGEST_ERROR = {"tpu": 0.25, "gpu": 0.25}
