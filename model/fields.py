@@ -139,6 +139,13 @@ class ModelFields:
         resume="warn",
         choices=("auto", "plain", "splash", "cudnn"),
     )
+    context_attention: str = setting(
+        "auto",
+        "how the devices of mesh.context attend to all keys of a row: all_gather them, or send them around a ring (Liu "
+        "et al. 2023); auto is ring where each device has long pieces of a row",
+        resume="warn",
+        choices=("auto", "all_gather", "ring"),
+    )
 
     # ── Floor 4: feed-forward ──────────────────────────────────────────────────────────────────────────────────────
     activation: str = setting(
