@@ -21,7 +21,8 @@ from model.config import ResolvedModelConfig
 from model.context_parallel import all_positions, zigzag_order
 from model.cpu_attention import attend_in_blocks
 from model.dropout import DropoutKeys
-from model.ring_attention import PieceKernel, PlainPieces, Ring, SplashPieces, ring_attention
+from model.halo_attention import halo_attention, plain_halo, splash_halo
+from model.ring_attention import Keys, PieceKernel, PlainPieces, Queries, Ring, SplashPieces, ring_attention
 from model.sharding import Layout, as_tuple
 
 # Side lengths of splash attention's blocks of scores, of which the largest that divides a piece of a row is taken, up
@@ -90,10 +91,11 @@ def _choose_ring(kernel: str, config: ResolvedModelConfig, layout: Layout, T: in
     if n == 1:
         return False, ""
     piece = T // n // 2
+    window = 0 if config.sliding_window is None else _halo(kernel, piece, config.sliding_window)
     obstacles = {
         "cuDNN's gradients take no sum of exponentials of other keys": kernel == "cudnn",
         "model.attention_dropout is done by an all-gather alone": config.attention_dropout,
-        "model.sliding_window hides most pieces": config.sliding_window is not None,
+        f"model.sliding_window = {config.sliding_window} is longer than pieces of {piece} positions": window > piece,
         f"pieces of {piece} positions are not a multiple of {BLOCKS[-1]}": kernel == "splash" and piece % BLOCKS[-1],
     }
     obstacle = next((reason for reason, is_met in obstacles.items() if is_met), None)
@@ -142,8 +144,12 @@ def visited_pairs(kernel: str, T: int, window: int | None, shards: int, is_ring:
         shards: number of devices that share the positions.
         is_ring: they use ring attention.
     """
-    if is_ring:
+    if is_ring and window is None:
         return visited_pairs(kernel, T // shards, None, 1) + 2 * (shards - 1) * (T // shards // 2) ** 2
+    if is_ring:
+        piece = T // shards // 2
+        block = _block(piece, 1) if kernel == "splash" else piece
+        return 2 * piece * (_halo(kernel, piece, window) + block)
     if kernel == "plain" or (kernel == "cudnn" and shards > 1):
         return T * T // shards
     block = _block(T, shards) if kernel == "splash" else 1
@@ -158,6 +164,12 @@ def _block(T: int, shards: int) -> int:
     return next((size for size in BLOCKS if piece % size == 0 and 4 * size <= T), BLOCKS[-1])
 
 
+def _halo(kernel: str, piece: int, window: int) -> int:
+    """Returns the number of keys before a piece that its queries get for a window, in whole blocks of a kernel."""
+    block = _block(piece, 1) if kernel == "splash" else 1
+    return -(-(window - 1) // block) * block
+
+
 def attention_over(
     config: ResolvedModelConfig, layout: Layout, segment_ids_BT: jax.Array, window: int | None
 ) -> Attend:
@@ -168,7 +180,7 @@ def attention_over(
     T = segment_ids_BT.shape[1]
     kernel, _, is_ring, _ = choose_kernel(config, layout, T)
     if is_ring:
-        return lambda q, k, v, keys_B, *sinks: _ring(config, layout, kernel, segment_ids_BT, sinks, q, k, v)
+        return lambda q, k, v, keys_B, *sinks: _ring(config, layout, kernel, segment_ids_BT, window, sinks, q, k, v)
     # The only way to tell a reader of the compiled program how much of its scores a kernel computes.
     name = f"attention_pairs_{visited_pairs(kernel, T, window, layout.size('time'))}"
     if kernel == "splash":
@@ -279,22 +291,30 @@ def _ring(
     layout: Layout,
     name: str,
     segment_ids_BT: jax.Array,
+    window: int | None,
     sinks: tuple[jax.Array, ...],
     *qkv: jax.Array,
 ) -> jax.Array:
-    """Runs ring attention with a kernel for pairs of pieces."""
+    """Runs ring attention, or sends the halos of a window, with a kernel's attention to pieces."""
     ring = Ring(as_tuple(layout.rules["time"]), layout.size("time"))
+    softcap, interpret = config.attention_softcap, platform() != "tpu"
     own = segment_ids_BT.shape[1] // ring.size
-    kernel: PieceKernel = PlainPieces(config.attention_softcap)
+    kernel: PieceKernel = PlainPieces(softcap)
     if name == "splash":
-        pairs = visited_pairs(name, own, None, 1)
-        kernel = SplashPieces(config.attention_softcap, _block_sizes, pairs, platform() != "tpu")
+        kernel = SplashPieces(softcap, _block_sizes, visited_pairs(name, own, None, 1), interpret)
 
     def on_device(
         ids_BT: jax.Array, sinks: tuple[jax.Array, ...], q: jax.Array, k: jax.Array, v: jax.Array
     ) -> jax.Array:
         q = _scaled(q) if name == "splash" else q
-        return ring_attention(kernel, ring, q, k, v, ids_BT, sinks[0] if sinks else None)
+        if window is None:
+            return ring_attention(kernel, ring, q, k, v, ids_BT, sinks[0] if sinks else None)
+        in_halo = plain_halo(window, softcap)
+        if name == "splash":
+            pairs = visited_pairs(name, own * ring.size, window, ring.size, True) // 2
+            in_halo = splash_halo(window, softcap, _block_sizes(own // 2, 1, window), pairs, interpret)
+        halo = _halo(name, own // 2, window)
+        return halo_attention(in_halo, ring, halo, Queries(q, ids_BT), Keys(k, v, ids_BT), *sinks)
 
     specs = (layout.spec("batch", "time"), tuple(layout.spec("heads") for _ in sinks))
     return _on_each_device(on_device, layout, specs, (segment_ids_BT, sinks), *qkv)

@@ -69,10 +69,10 @@ class Ring(NamedTuple):
     axes: tuple[str, ...]
     size: int
 
-    def send(self, arrays: Any) -> Any:
-        """Sends arrays to the next device, and returns those of the device before."""
-        to_next = [(i, (i + 1) % self.size) for i in range(self.size)]
-        return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axes, to_next), arrays)
+    def send(self, arrays: Any, by: int = 1) -> Any:
+        """Sends arrays to the next device, or by -1 to the one before, and returns those that arrive from the other."""
+        pairs = [(i, (i + by) % self.size) for i in range(self.size)]
+        return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axes, pairs), arrays)
 
     def second(self, step: jax.Array) -> jax.Array:
         """Returns the piece (0 is the front) of both queries and keys in a step's second pair."""

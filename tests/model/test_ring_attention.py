@@ -38,6 +38,9 @@ def both(kernel: str, shape: dict[str, int], changes: dict, dtype=jnp.float32):
         ({"context": 8}, {"attention_softcap": 2.0}),
         ({"context": 8}, {"num_kv_heads": 4} | SINKS),
         (MIXED, SINKS),
+        ({"context": 2}, {"sliding_window": 2}),
+        ({"context": 8}, {"sliding_window": 17}),
+        (MIXED, {"sliding_window": 40} | SINKS),
     ],
     ids=str,
 )
@@ -51,6 +54,7 @@ def test_a_ring_of_plain_attention_is_one_device(shape: dict, changes: dict):
         (512, {"context": 2}, {}),
         (2048, {"context": 8}, {"attention_softcap": 2.0, "num_kv_heads": 1}),
         (1024, {"context": 2, "tensor": 2}, SINKS),
+        (1024, {"context": 2}, {"sliding_window": 40}),
     ],
     indirect=["positions"],
     ids=str,
@@ -85,7 +89,8 @@ def test_later_positions_and_other_segments_change_no_bit_of_a_ring(positions: i
         ({}, 4, 8192, "all-gather of keys (no ring: pieces of 1024 positions are shorter than 2048)"),
         ({"context_attention": "ring"}, 4, 16, "ring of keys (model.context_attention asks for it)"),
         ({"context_attention": "all_gather"}, 4, 16384, "all-gather of keys (model.context_attention asks for it)"),
-        ({"sliding_window": 9}, 4, 16384, "no ring: model.sliding_window hides most pieces"),
+        ({"sliding_window": 2049}, 4, 16384, "ring of keys (pieces of 2048 positions)"),
+        ({"sliding_window": 2050}, 4, 16384, "no ring: model.sliding_window = 2050 is longer than pieces of 2048"),
         ({"attention_dropout": 0.1}, 4, 16384, "no ring: model.attention_dropout"),
     ],
     ids=str,
@@ -98,7 +103,7 @@ def test_the_choice_of_a_ring_says_why(changes: dict, context: int, length: int,
 @pytest.mark.parametrize(
     ("kernel", "changes", "length", "words"),
     [
-        ("plain", {"sliding_window": 9}, 1024, "model.sliding_window"),
+        ("plain", {"sliding_window": 130}, 1024, "model.sliding_window = 130 is longer than pieces of 128 positions"),
         ("plain", {"attention_dropout": 0.1}, 1024, "model.attention_dropout"),
         ("splash", {}, 512, "pieces of 64 positions are not a multiple of 128"),
     ],
@@ -116,3 +121,10 @@ def test_a_ring_computes_the_pairs_of_causal_attention_and_of_the_blocks_at_its_
     causal = (T // block) * (T // block + 1) // 2 * block**2
     assert visited_pairs("splash", T, None, shards, True) * shards == causal
     assert visited_pairs("plain", 16, None, 4, True) == 4 * 4 + 3 * 2 * 2 * 2
+
+
+def test_halos_are_counted_in_the_blocks_that_a_window_reaches():
+    # In pieces of 1024 positions blocks have 256; a window of 258 reaches two blocks before that of the query.
+    assert visited_pairs("splash", 4096, 257, 2, True) == 2 * 1024 * (256 + 256)
+    assert visited_pairs("splash", 4096, 258, 2, True) == 2 * 1024 * (512 + 256)
+    assert visited_pairs("plain", 64, 5, 2, True) == 2 * 16 * (4 + 16)
