@@ -141,8 +141,8 @@ class ModelFields:
     )
     context_attention: str = setting(
         "auto",
-        "how the devices of mesh.context attend to all keys of a row: all_gather them, or send them around a ring (Liu "
-        "et al. 2023); auto is ring where each device has long pieces of a row",
+        "how the devices of mesh.context get the keys of a row: all_gather them, or send them around a ring (Liu et "
+        "al. 2023); auto is ring where rows are so long that products hide what is sent",
         resume="warn",
         choices=("auto", "all_gather", "ring"),
     )

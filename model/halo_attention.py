@@ -28,12 +28,12 @@ def halo_attention(
         queries: those of a device, in zigzag order as all arrays.
     """
     rows = Queries(_as_rows(in_pieces(queries.q, 2)), _as_rows(in_pieces(queries.ids, 1)))
-    with_halo = [_as_rows(_with_halo(x, ring, axis, halo)) for x, axis in ((keys.k, 2), (keys.v, 2))]
-    ids = _with_halo(keys.ids, ring, 1, halo)
+    k, v, ids = (_with_halo(x, ring, axis, halo) for x, axis in ((keys.k, 2), (keys.v, 2), (keys.ids, 1)))
     # There is nothing before the first piece of a row, and no document has this number.
     is_first = (jnp.arange(2) == 0) & (jax.lax.axis_index(ring.axes) == 0)
     hides = is_first[:, None, None] & (jnp.arange(ids.shape[2]) < halo)
-    y = attend_to_halo(rows, Keys(*with_halo, _as_rows(jnp.where(hides, -1, ids))), *sinks)
+    before_and_among = Keys(_as_rows(k), _as_rows(v), _as_rows(jnp.where(hides, -1, ids)))
+    y = attend_to_halo(rows, before_and_among, *sinks)
     front, back = jnp.split(y, 2)
     return jnp.concatenate([front, back], axis=2)
 

@@ -31,9 +31,9 @@ BLOCKS = (2048, 1024, 512, 256, 128)
 # The most keys of a block that are multiplied at once: the scores of more would not fit the vector memory.
 KEYS_AT_ONCE = 512
 PLATFORM_KERNELS = {"tpu": "splash", "gpu": "cudnn"}
-# The fewest positions of a piece for which keys go around a ring unless the config asks for it. The products of a step
-# grow with their square, what a step sends with their number.
-RING_PIECE = 2048
+# The fewest FLOPs for each byte sent for which keys go around a ring unless the config asks for it: about a TPU v6e's
+# FLOP/s over the bytes/s of one link (918e12 / 100e9), the most of all TPUs, so that products hide what is sent.
+RING_FLOPS_A_BYTE = 8192
 _patching_jax = threading.Lock()
 
 
@@ -105,9 +105,11 @@ def _choose_ring(kernel: str, config: ResolvedModelConfig, layout: Layout, T: in
         return wanted == "ring", "model.context_attention asks for it"
     if obstacle:
         return False, f"no ring: {obstacle}"
-    if piece < RING_PIECE:
-        return False, f"no ring: pieces of {piece} positions are shorter than {RING_PIECE}"
-    return True, f"pieces of {piece} positions"
+    # A step multiplies two pairs of pieces twice, forward, and sends keys and values of two pieces.
+    intensity = piece * config.num_heads // config.num_kv_heads
+    if intensity < RING_FLOPS_A_BYTE:
+        return False, f"no ring: it would have {intensity:,} FLOPs a byte sent, below {RING_FLOPS_A_BYTE:,}"
+    return True, f"{intensity:,} FLOPs a byte sent"
 
 
 def _obstacle(kernel: str, config: ResolvedModelConfig, layout: Layout, T: int) -> str | None:
@@ -144,12 +146,12 @@ def visited_pairs(kernel: str, T: int, window: int | None, shards: int, is_ring:
         shards: number of devices that share the positions.
         is_ring: they use ring attention.
     """
-    if is_ring and window is None:
-        return visited_pairs(kernel, T // shards, None, 1) + 2 * (shards - 1) * (T // shards // 2) ** 2
-    if is_ring:
-        piece = T // shards // 2
+    piece = T // shards // 2
+    if is_ring and window is not None:
         block = _block(piece, 1) if kernel == "splash" else piece
         return 2 * piece * (_halo(kernel, piece, window) + block)
+    if is_ring:
+        return visited_pairs(kernel, T // shards, None, 1) + 2 * (shards - 1) * piece**2
     if kernel == "plain" or (kernel == "cudnn" and shards > 1):
         return T * T // shards
     block = _block(T, shards) if kernel == "splash" else 1

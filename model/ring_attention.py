@@ -234,7 +234,7 @@ class PlainPieces:
         """Returns the scores of visible keys, and the lowest number for others, float32 [R, K, G, T, S]."""
         mask_RTS = queries.ids[:, :, None] == keys.ids[:, None, :]
         if is_causal:
-            mask_RTS &= jnp.tri(*mask_RTS.shape[1:], dtype=bool)
+            mask_RTS &= jnp.tri(mask_RTS.shape[1], mask_RTS.shape[2], dtype=bool)
         return jnp.where(mask_RTS[:, None, None], scores(queries.q, keys.k, self.softcap), jnp.finfo(jnp.float32).min)
 
     def _sums(
