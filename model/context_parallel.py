@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.sharding import Layout
+from model.sharding import Layout, as_tuple
 
 
 def zigzag_order(T: int, layout: Layout) -> np.ndarray:
@@ -33,6 +33,6 @@ def all_positions(x: jax.Array, layout: Layout, axis: int) -> jax.Array:
     n = layout.size("time")
     if n == 1:
         return x
-    x = jax.lax.all_gather(x, tuple(layout.mesh_axes("time")), axis=axis, tiled=True)
+    x = jax.lax.all_gather(x, as_tuple(layout.rules["time"]), axis=axis, tiled=True)
     pieces = jnp.split(x, 2 * n, axis)
     return jnp.concatenate([*pieces[::2], *pieces[1::2][::-1]], axis)

@@ -139,6 +139,13 @@ class ModelFields:
         resume="warn",
         choices=("auto", "plain", "splash", "cudnn"),
     )
+    context_attention: str = setting(
+        "auto",
+        "how the devices of mesh.context get the keys of a row: all_gather them, or send them around a ring (Liu et "
+        "al. 2023); auto is ring where rows are so long that products hide what is sent",
+        resume="warn",
+        choices=("auto", "all_gather", "ring"),
+    )
 
     # ── Floor 4: feed-forward ──────────────────────────────────────────────────────────────────────────────────────
     activation: str = setting(

@@ -21,7 +21,9 @@ from model.config import ResolvedModelConfig
 from model.context_parallel import all_positions, zigzag_order
 from model.cpu_attention import attend_in_blocks
 from model.dropout import DropoutKeys
-from model.sharding import Layout
+from model.halo_attention import halo_attention, plain_halo, splash_halo
+from model.ring_attention import Keys, PieceKernel, PlainPieces, Queries, Ring, SplashPieces, ring_attention
+from model.sharding import Layout, as_tuple
 
 # Side lengths of splash attention's blocks of scores, of which the largest that divides a piece of a row is taken, up
 # to a quarter of the row: larger blocks have less to start and to write, but more masked pairs.
@@ -29,25 +31,44 @@ BLOCKS = (2048, 1024, 512, 256, 128)
 # The most keys of a block that are multiplied at once: the scores of more would not fit the vector memory.
 KEYS_AT_ONCE = 512
 PLATFORM_KERNELS = {"tpu": "splash", "gpu": "cudnn"}
+# The fewest FLOPs for each byte sent for which keys go around a ring unless the config asks for it: about a TPU v6e's
+# FLOP/s over the bytes/s of one link (918e12 / 100e9), the most of all TPUs, so that products hide what is sent.
+RING_FLOPS_A_BYTE = 8192
 _patching_jax = threading.Lock()
 
 
 class KernelChoice(NamedTuple):
-    """A kernel (plain, splash or cudnn), and the reason for it."""
+    """A kernel (plain, splash or cudnn), and the reason for it.
+
+    Attributes:
+        is_ring: keys of other devices' positions arrive by ring attention; else they are all-gathered.
+        ring_reason: the reason for that, or nothing where devices share no positions.
+    """
 
     kernel: str
     reason: str
+    is_ring: bool = False
+    ring_reason: str = ""
 
     def __str__(self) -> str:
-        return f"{self.kernel} ({self.reason})"
+        text = f"{self.kernel} ({self.reason})"
+        if self.ring_reason:
+            text += f", {'ring' if self.is_ring else 'all-gather'} of keys ({self.ring_reason})"
+        return text
 
 
 def choose_kernel(config: ResolvedModelConfig, layout: Layout, T: int) -> KernelChoice:
     """Returns the kernel for segments of T positions on the ambient mesh.
 
     Raises:
-        ValueError: `model.attention_kernel` names a kernel that cannot compute this model's attention.
+        ValueError: `model.attention_kernel` or `model.context_attention` asks for what cannot compute this model's
+            attention.
     """
+    kernel, reason = _choose_kernel(config, layout, T)
+    return KernelChoice(kernel, reason, *_choose_ring(kernel, config, layout, T))
+
+
+def _choose_kernel(config: ResolvedModelConfig, layout: Layout, T: int) -> tuple[str, str]:
     name = platform()
     wanted = config.attention_kernel
     kernel = PLATFORM_KERNELS.get(name, "plain") if wanted == "auto" else wanted
@@ -56,12 +77,39 @@ def choose_kernel(config: ResolvedModelConfig, layout: Layout, T: int) -> Kernel
         if obstacle:
             raise ValueError(f"model.attention_kernel = {wanted}: {obstacle}; leave it at auto")
         interpreted = ", interpreted here" if kernel == "splash" and name != "tpu" else ""
-        return KernelChoice(kernel, f"model.attention_kernel asks for it{interpreted}")
+        return kernel, f"model.attention_kernel asks for it{interpreted}"
     if kernel == "plain":
-        return KernelChoice("plain", f"there is no kernel for {name}")
+        return "plain", f"there is no kernel for {name}"
     if obstacle:
-        return KernelChoice("plain", f"not {kernel}: {obstacle}")
-    return KernelChoice(kernel, f"on {name}")
+        return "plain", f"not {kernel}: {obstacle}"
+    return kernel, f"on {name}"
+
+
+def _choose_ring(kernel: str, config: ResolvedModelConfig, layout: Layout, T: int) -> tuple[bool, str]:
+    """Returns whether devices that share positions use ring attention, and the reason."""
+    n, wanted = layout.size("time"), config.context_attention
+    if n == 1:
+        return False, ""
+    piece = T // n // 2
+    window = 0 if config.sliding_window is None else _halo(kernel, piece, config.sliding_window)
+    obstacles = {
+        "cuDNN's gradients take no sum of exponentials of other keys": kernel == "cudnn",
+        "model.attention_dropout is done by an all-gather alone": config.attention_dropout,
+        f"model.sliding_window = {config.sliding_window} is longer than pieces of {piece} positions": window > piece,
+        f"pieces of {piece} positions are not a multiple of {BLOCKS[-1]}": kernel == "splash" and piece % BLOCKS[-1],
+    }
+    obstacle = next((reason for reason, is_met in obstacles.items() if is_met), None)
+    if wanted == "ring" and obstacle:
+        raise ValueError(f"model.context_attention = ring: {obstacle}; leave it at auto")
+    if wanted != "auto":
+        return wanted == "ring", "model.context_attention asks for it"
+    if obstacle:
+        return False, f"no ring: {obstacle}"
+    # A step multiplies two pairs of pieces twice, forward, and sends keys and values of two pieces.
+    intensity = piece * config.num_heads // config.num_kv_heads
+    if intensity < RING_FLOPS_A_BYTE:
+        return False, f"no ring: it would have {intensity:,} FLOPs a byte sent, below {RING_FLOPS_A_BYTE:,}"
+    return True, f"{intensity:,} FLOPs a byte sent"
 
 
 def _obstacle(kernel: str, config: ResolvedModelConfig, layout: Layout, T: int) -> str | None:
@@ -85,7 +133,7 @@ def _obstacle(kernel: str, config: ResolvedModelConfig, layout: Layout, T: int) 
     return next((reason for is_met, reason in obstacles[kernel] if is_met), None)
 
 
-def visited_pairs(kernel: str, T: int, window: int | None, shards: int) -> int:
+def visited_pairs(kernel: str, T: int, window: int | None, shards: int, is_ring: bool = False) -> int:
     """Returns the pairs of positions whose scores a device computes for a head of a row, masked ones included.
 
     Splash attention skips blocks that are all later keys, or all before the window. cuDNN is counted as if it skipped
@@ -96,7 +144,14 @@ def visited_pairs(kernel: str, T: int, window: int | None, shards: int) -> int:
         T: positions of a row.
         window: number of keys that a query sees at most, or None.
         shards: number of devices that share the positions.
+        is_ring: they use ring attention.
     """
+    piece = T // shards // 2
+    if is_ring and window is not None:
+        block = _block(piece, 1) if kernel == "splash" else piece
+        return 2 * piece * (_halo(kernel, piece, window) + block)
+    if is_ring:
+        return visited_pairs(kernel, T // shards, None, 1) + 2 * (shards - 1) * piece**2
     if kernel == "plain" or (kernel == "cudnn" and shards > 1):
         return T * T // shards
     block = _block(T, shards) if kernel == "splash" else 1
@@ -111,6 +166,12 @@ def _block(T: int, shards: int) -> int:
     return next((size for size in BLOCKS if piece % size == 0 and 4 * size <= T), BLOCKS[-1])
 
 
+def _halo(kernel: str, piece: int, window: int) -> int:
+    """Returns the number of keys before a piece that its queries get for a window, in whole blocks of a kernel."""
+    block = _block(piece, 1) if kernel == "splash" else 1
+    return -(-(window - 1) // block) * block
+
+
 def attention_over(
     config: ResolvedModelConfig, layout: Layout, segment_ids_BT: jax.Array, window: int | None
 ) -> Attend:
@@ -119,7 +180,9 @@ def attention_over(
     It is computed by the kernel for the ambient mesh; T is in `zigzag_order`.
     """
     T = segment_ids_BT.shape[1]
-    kernel = choose_kernel(config, layout, T).kernel
+    kernel, _, is_ring, _ = choose_kernel(config, layout, T)
+    if is_ring:
+        return lambda q, k, v, keys_B, *sinks: _ring(config, layout, kernel, segment_ids_BT, window, sinks, q, k, v)
     # The only way to tell a reader of the compiled program how much of its scores a kernel computes.
     name = f"attention_pairs_{visited_pairs(kernel, T, window, layout.size('time'))}"
     if kernel == "splash":
@@ -169,24 +232,9 @@ def _splash(
     if window is not None:
         mask = masks.LocalMask((T, T), (window - 1, 0), offset=0, shard_count=n)
     mask.q_sequence = zigzag_order(T, layout)
-    block = _block(T, n)
-    # One kernel gives all gradients, where two would compute the scores twice. It leaves sums of the queries' gradients
-    # to be added, one array for each block of keys, and visits what a window hides.
-    is_fused = window is None and T // block <= 8
-    block_of_queries = None if is_fused else block
     kernel = kernels.make_splash_mha(
         masks.MultiHeadMask([mask] * (config.num_heads // layout.size("heads"))),
-        block_sizes=kernels.BlockSizes(
-            block_q=block,
-            block_kv=block,
-            block_kv_compute=min(block, KEYS_AT_ONCE),
-            block_q_dkv=block,
-            block_kv_dkv=block,
-            block_kv_dkv_compute=min(block, KEYS_AT_ONCE),
-            block_q_dq=block_of_queries,
-            block_kv_dq=block_of_queries,
-            use_fused_bwd_kernel=is_fused,
-        ),
+        block_sizes=_block_sizes(T, n, window),
         attn_logits_soft_cap=config.attention_softcap,
         head_shards=1,
         q_seq_shards=n,
@@ -202,14 +250,76 @@ def _splash(
     def on_device(
         kernel: Any, ids_BT: jax.Array, sinks: tuple[jax.Array, ...], q: jax.Array, k: jax.Array, v: jax.Array
     ) -> jax.Array:
-        # The kernel expects scaled queries.
-        q = (q.astype(jnp.float32) / math.sqrt(q.shape[-1])).astype(q.dtype)
+        q = _scaled(q)
         k, v = all_positions(k, layout, 2), all_positions(v, layout, 2)
         ids = kernels.SegmentIds(ids_BT, all_positions(ids_BT, layout, 1))
         return jax.vmap(lambda *arrays: kernel(*arrays, *(sink.astype(jnp.float32) for sink in sinks)))(q, k, v, ids)
 
     specs = (kernel_specs, layout.spec("batch", "time"), tuple(layout.spec("heads") for _ in sinks))
     return _on_each_device(on_device, layout, specs, (kernel, segment_ids_BT, sinks), *qkv)
+
+
+def _block_sizes(T: int, shards: int = 1, window: int | None = None) -> Any:
+    """Returns the blocks of splash attention's kernels.
+
+    A fused kernel gives all gradients, where two would compute the scores twice. It leaves sums of the queries'
+    gradients to be added, one array for each block of keys, and visits what a window hides.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import BlockSizes
+
+    block = _block(T, shards)
+    is_fused = window is None and T // block <= 8
+    block_of_queries = None if is_fused else block
+    return BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=min(block, KEYS_AT_ONCE),
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=min(block, KEYS_AT_ONCE),
+        block_q_dq=block_of_queries,
+        block_kv_dq=block_of_queries,
+        use_fused_bwd_kernel=is_fused,
+    )
+
+
+def _scaled(q: jax.Array) -> jax.Array:
+    """Returns the queries as splash attention expects them."""
+    return (q.astype(jnp.float32) / math.sqrt(q.shape[-1])).astype(q.dtype)
+
+
+def _ring(
+    config: ResolvedModelConfig,
+    layout: Layout,
+    name: str,
+    segment_ids_BT: jax.Array,
+    window: int | None,
+    sinks: tuple[jax.Array, ...],
+    *qkv: jax.Array,
+) -> jax.Array:
+    """Runs ring attention, or sends the halos of a window, with a kernel's attention to pieces."""
+    ring = Ring(as_tuple(layout.rules["time"]), layout.size("time"))
+    softcap, interpret = config.attention_softcap, platform() != "tpu"
+    own = segment_ids_BT.shape[1] // ring.size
+    kernel: PieceKernel = PlainPieces(softcap)
+    if name == "splash":
+        kernel = SplashPieces(softcap, _block_sizes, visited_pairs(name, own, None, 1), interpret)
+
+    def on_device(
+        ids_BT: jax.Array, sinks: tuple[jax.Array, ...], q: jax.Array, k: jax.Array, v: jax.Array
+    ) -> jax.Array:
+        q = _scaled(q) if name == "splash" else q
+        if window is None:
+            return ring_attention(kernel, ring, q, k, v, ids_BT, sinks[0] if sinks else None)
+        in_halo = plain_halo(window, softcap)
+        if name == "splash":
+            pairs = visited_pairs(name, own * ring.size, window, ring.size, True) // 2
+            in_halo = splash_halo(window, softcap, _block_sizes(own // 2, 1, window), pairs, interpret)
+        halo = _halo(name, own // 2, window)
+        return halo_attention(in_halo, ring, halo, Queries(q, ids_BT), Keys(k, v, ids_BT), *sinks)
+
+    specs = (layout.spec("batch", "time"), tuple(layout.spec("heads") for _ in sinks))
+    return _on_each_device(on_device, layout, specs, (segment_ids_BT, sinks), *qkv)
 
 
 def _cudnn(layout: Layout, segment_ids_BT: jax.Array, window: int | None, *qkv: jax.Array) -> jax.Array:
@@ -224,7 +334,7 @@ def _cudnn(layout: Layout, segment_ids_BT: jax.Array, window: int | None, *qkv: 
 
     def on_device(mask: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         if not in_order:
-            k, v = (jax.lax.all_gather(x, tuple(layout.mesh_axes("time")), axis=2, tiled=True) for x in (k, v))
+            k, v = (jax.lax.all_gather(x, as_tuple(layout.rules["time"]), axis=2, tiled=True) for x in (k, v))
         q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
         with _without_gradient_of_mask():
             y = jax.nn.dot_product_attention(

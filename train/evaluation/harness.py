@@ -175,7 +175,8 @@ def make_scoring_step(config: ResolvedConfig) -> Callable[[Any, Batch], tuple[ja
     The targets of a row are where `loss_weights` is not zero. Every process gets all results.
     """
     # The run's own kernel may not support short rows.
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention_kernel="auto"))
+    model = dataclasses.replace(config.model, attention_kernel="auto", context_attention="auto")
+    config = dataclasses.replace(config, model=model)
     layout = training_layout(config.mesh)
 
     def scoring_step(weights: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from model.feedforward.grouped import PLATFORM_KERNELS, rows_tile, wasted_rows
-from model.kernels import visited_pairs
+from model.kernels import KernelChoice, visited_pairs
 from model.layers import layer_kinds
 from model.parameters import Parameter, parameter_table
 from model.sharding import as_tuple
@@ -72,7 +72,7 @@ class Machine(NamedTuple):
     shape: Mapping[str, int]  # size by mesh axis
     chip: Chip
     bandwidth: Bandwidth
-    kernel: str
+    attention: KernelChoice
     state: float  # bytes of a step's state for each byte of the weights
 
 
@@ -187,23 +187,24 @@ class _Step:
         is_repeated = lambda m: m.kept_as not in self.has and (m.kept_as == "projections" or not m.is_last)
         repeated = sum(m.layers * m.worked for m in self.matrices if is_repeated(m)) / L
         products = 2 * self.inside * (L * (3 * self.worked + repeated) * (1 + self.wasted) + 3 * self.head)
-        forward, backward = ATTENTION_PRODUCTS[self.machine.kernel]
-        scores = self.rows * self.pairs() * self.heads / self.model.head_dim
-        flops = 2 * scores * self.model.head_dim
-        attention = attention_seconds(True, backward * flops, scores, chip)
-        attention += attention_seconds(False, forward * flops, scores, chip) * (1 if "attention" in self.has else 2)
         streams = (MEMORY_PASSES[0] + 4 * self.copies) * self.stream
         moved = L * BF16 * (streams + MEMORY_PASSES[1] * sum(self.results.values()))
         share = MATMUL_EFFICIENCY.get(chip.name, reached(chip).products)
         bandwidth = chip.memory_bandwidth * reached(chip).memory
-        part_seconds = products / share / chip.peak_flops + attention + moved / bandwidth
+        part_seconds = products / share / chip.peak_flops + self.attention_seconds() + moved / bandwidth
         return self.parts * part_seconds + 2.5 * self.state_bytes / bandwidth
 
-    def pairs(self) -> int:
-        """Returns the pairs of positions that a device's attention computes for a head of a row in all layers."""
+    def attention_seconds(self) -> float:
+        """Seconds of the attention kernels of all layers, for a part of the batch."""
         T, shards = self.config.data.segment_length, self.size("time")
-        kinds = layer_kinds(self.model)
-        return sum(visited_pairs(self.machine.kernel, T, kind.window, shards) for kind in kinds)
+        kernel, _, is_ring, _ = self.machine.attention
+        pairs = sum(visited_pairs(kernel, T, kind.window, shards, is_ring) for kind in layer_kinds(self.model))
+        forward, backward = ATTENTION_PRODUCTS[kernel]
+        flops = 2 * self.rows * pairs * self.heads
+        scores = self.rows * pairs * self.heads / self.model.head_dim
+        seconds = attention_seconds(False, forward * flops, scores, self.chip)
+        again = 1 if "attention" in self.has else 2
+        return again * seconds + attention_seconds(True, backward * flops, scores, self.chip)
 
     def communication_seconds(self) -> float:
         """Seconds of communication for weights, gradients, residuals, keys and look-ups."""
@@ -223,8 +224,18 @@ class _Step:
         seconds += parts * L * transfers * self.sent("gather", stream, over)
         # The unembedding all-gathers the positions and reduces their gradients.
         seconds += parts * 2 * self.sent("gather", stream, over)
-        keys = self.rows * self.config.data.segment_length * 2 * self.keys * BF16
-        return seconds + parts * L * (2 + repeats) * self.sent("gather", keys, self.layout.mesh_axes("time"))
+        return seconds + parts * self.keys_seconds()
+
+    def keys_seconds(self) -> float:
+        """Seconds to send all layers' keys and values forward and backward, of a ring those that kernels don't hide."""
+        over = self.layout.mesh_axes("time")
+        keys = self.model.num_layers * self.rows * self.config.data.segment_length * 2 * self.keys * BF16
+        if not self.machine.attention.is_ring:
+            return (2 + ("weights" not in self.kept)) * self.sent("gather", keys, over)
+        # Each device's keys go around whenever the kernel runs, and their float32 gradients once.
+        rounds = 2 + ("attention" not in self.has) + F32 / BF16
+        n = self.size("time")
+        return max(0.0, rounds * self.sent("gather", keys * n / (n - 1), over) - self.attention_seconds())
 
     def weights(self, count: float, gathers: int, axis: str) -> float:
         """Seconds to all-gather `count` weights and reduce their gradients, one mesh axis after the other."""

@@ -135,6 +135,6 @@ def _meshes(config: ResolvedConfig, devices: int, given: Collection[str]) -> Ite
 def _machine(config: ResolvedConfig, devices: Sequence[Any], chip: Chip, state: float) -> Machine:
     mesh = make_mesh(config, devices)
     with jax.set_mesh(mesh):
-        kernel = choose_kernel(config.model, training_layout(config.mesh), config.data.segment_length).kernel
+        attention = choose_kernel(config.model, training_layout(config.mesh), config.data.segment_length)
     bandwidth = functools.cache(lambda axes: bandwidth_over(mesh, axes, chip) * reached(chip).links)
-    return Machine(dict(mesh.shape), chip, bandwidth, kernel, state)
+    return Machine(dict(mesh.shape), chip, bandwidth, attention, state)

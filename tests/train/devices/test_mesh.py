@@ -45,6 +45,13 @@ def test_a_mesh_begins_with_the_same_bits_and_trains_the_same(shape):
     assert_within("float32", three_steps(config_for(), shape), one_device())
 
 
+@pytest.mark.parametrize("shape", [{"context": 8}, {"fsdp": 2, "context": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("policy", ["none", "attention"])
+def test_a_ring_of_keys_trains_the_same(shape, policy: str):
+    config = config_for(context_attention="ring", remat_policy=policy)
+    assert_within("float32", three_steps(config, shape), one_device())
+
+
 # These two have all axes.
 @pytest.mark.parametrize("shape", MIXED[1:3], ids=str)
 def test_in_bfloat16_meshes_agree_to_its_precision(shape):

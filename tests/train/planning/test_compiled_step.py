@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from model.kernels import visited_pairs
 from model.parameters import padded_vocabulary, parameter_table
 from tests.peers import require
 from train.config.config import Config
@@ -293,6 +294,29 @@ def test_attention_is_done_by_kernels(case: Case):
 def test_kept_attention_is_not_done_again(topology: str):
     times = attention_kernels(step_of(Case(topology, remat="attention")).program)
     assert set(times.values()) == {L}
+
+
+def test_a_ring_sends_keys_around_and_gathers_none_and_the_plan_counts_its_pairs():
+    require(COMPILERS["v"])
+    layers, n, length = 2, 4, 1024
+    fields = {"num_layers": layers, "model_dim": D, "num_heads": H, "num_kv_heads": H // 2, "head_dim": C}
+    fields |= {"feedforward_dim": F, "vocab_size": V, "remat_policy": "full", "context_attention": "ring"}
+    values = {"model": fields, "data": {"segment_length": length}, "mesh": {"context": n}, "train": {"batch_size": 1}}
+    config = make_config(values).resolved()
+    mesh = make_mesh(config, topology_devices(TPU))
+    program = read_program(compile_step(config, mesh).text, dict(mesh.shape))
+    sent: Counter[tuple[str, str]] = Counter()
+    for c in program.collectives:
+        sent[c.kind, c.dtype] += c.payload_bytes * c.count
+    keys = 2 * (length // n) * (H // 2) * C  # numbers in the keys and values of a device
+    # Forward, in the layer's repetition and backward they go around; the two passes share what is sent first.
+    assert sent["permute", "bf16"] == layers * (3 * n - 1) * keys * BF16
+    assert sent["permute", "f32"] == layers * n * keys * FLOAT
+    weights = 2 * layers * (2 * D * H * C + 2 * D * (H // 2) * C + 3 * D * F) * BF16 + TABLE
+    assert 0 <= sent["all-gather", "bf16"] - weights < keys * BF16
+    # Two products forward, twice, and five backward.
+    pairs = visited_pairs("splash", length, None, n, True)
+    assert sum(kernel.flops * times for kernel, times in program.kernels.items()) == 9 * 2 * H * C * pairs * layers
 
 
 def test_a_program_is_as_large_for_98_layers_as_for_7():
