@@ -191,7 +191,10 @@ class _Step:
         kernel = 2 * self.rows * self.pairs() * self.heads * times
         streams = (MEMORY_PASSES[0] + 4 * self.copies) * self.stream
         moved = L * BF16 * (streams + MEMORY_PASSES[1] * sum(self.results.values()))
-        part_seconds = products / MATMUL_EFFICIENCY.get(chip.name, 1.0) / chip.peak_flops + kernel / chip.peak_flops
+        # The gradients of weights and the unembedding stay in the compute dtype.
+        eight_bit = 2 * self.inside * L * (2 * self.worked + repeated) if self.model.matmul_dtype else 0.0
+        product_seconds = chip.product_seconds(products, eight_bit) / MATMUL_EFFICIENCY.get(chip.name, 1.0)
+        part_seconds = product_seconds + kernel / chip.peak_flops
         part_seconds += moved / chip.memory_bandwidth
         return self.parts * part_seconds + 2.5 * self.state_bytes / chip.memory_bandwidth
 

@@ -30,7 +30,7 @@ def own_seconds(operation: Operation, chip: Chip) -> float:
     if operation.cycles and chip.cycles_per_second:
         return operation.cycles / chip.cycles_per_second
     flops = operation.kernel.flops if operation.kernel else operation.flops
-    return max(flops / chip.peak_flops, operation.bytes / chip.memory_bandwidth)
+    return max(chip.product_seconds(flops, operation.eight_bit_flops), operation.bytes / chip.memory_bandwidth)
 
 
 def timeline(program: Program, chip: Chip, bandwidth: Bandwidth) -> Timeline:
