@@ -4,7 +4,7 @@ Each operand is divided by a scale for every slice along the summed axes, so tha
 the largest that the dtype holds, and rounded. So a position's result depends on no other position, nor on how the batch
 is sharded. The forward product and the gradient of the activations are computed so; the gradient of the weight, a sum
 over the positions of all devices, stays in the compute dtype. This is rowwise scaling with gradients of weights in high
-precision (torchao's `rowwise_with_gw_hp`; AQT's default for int8), with float8 as in Micikevicius et al. 2022
+precision (torchao's `rowwise_with_gw_hp`; AQT's default for int8); float8 is the e4m3 of Micikevicius et al. 2022
 (arXiv:2209.05433).
 """
 
@@ -18,9 +18,9 @@ from jax.sharding import PartitionSpec
 from model.backend import platform
 from model.product import einsum, gradient_sharding
 
-# By `model.matmul_dtype`, the dtype of activations and weights, and that of gradients.
-DTYPES = {"float8": (jnp.float8_e4m3fn, jnp.float8_e5m2), "int8": (jnp.int8, jnp.int8)}
-# Of a power of two, the least scale: slices that are smaller than rounding at this scale become zeros.
+# By `model.matmul_dtype`. With a scale for each row, gradients do not need the range of e5m2, which rounds more.
+DTYPES = {"float8": jnp.float8_e4m3fn, "int8": jnp.int8}
+# The least scale is this power of two; smaller numbers become zeros.
 LEAST_EXPONENT = -100
 
 
@@ -58,7 +58,7 @@ def quantized_product(
         equation: an einsum such as "btd,df->btf"; each letter is in two of its three terms.
         out_sharding: the result's sharding, where it does not follow from the operands.
     """
-    dtype, _ = DTYPES[matmul_dtype]
+    dtype = DTYPES[matmul_dtype]
     x_letters, weight_letters, y_letters = equation.replace("->", ",").split(",")
     of_x = quantize(_plain(x), _axes_without(y_letters, x_letters), dtype)
     of_weight = quantize(_plain(weight), _axes_without(y_letters, weight_letters), dtype)
@@ -74,11 +74,11 @@ def _backward(matmul_dtype, equation, out_sharding, operands, gradient):  # type
     x, weight = operands
     gradient = gradient.astype(x.dtype)
     x_letters, weight_letters, y_letters = equation.replace("->", ",").split(",")
-    dtype, of_gradients = DTYPES[matmul_dtype]
+    dtype = DTYPES[matmul_dtype]
     # The weight is rounded as in the forward pass. The scales of its columns are factors of the gradient.
     of_weight = quantize(_plain(weight), _axes_without(y_letters, weight_letters), dtype)
     scaled = _scaled(_plain(gradient), y_letters, {weight_letters: of_weight.scale})
-    of_gradient = quantize(scaled, _axes_without(x_letters, y_letters), of_gradients)
+    of_gradient = quantize(scaled, _axes_without(x_letters, y_letters), dtype)
     to_x = f"{y_letters},{weight_letters}->{x_letters}"
     sums = _sums(to_x, of_gradient.numbers, of_weight.numbers, gradient_sharding(x), x.dtype)
     dx = _scaled(sums, x_letters, {y_letters: of_gradient.scale})
@@ -98,8 +98,8 @@ def _sums(equation: str, x: jax.Array, y: jax.Array, out_sharding: PartitionSpec
     """Returns the einsum of 8-bit numbers in float32, or of float8 in `dtype`."""
     if platform() == "cpu":
         # bfloat16 holds them all. Without the barrier XLA may take the numbers before they were rounded.
-        in_bfloat16 = (numbers.astype(jnp.bfloat16) for numbers in jax.lax.optimization_barrier((x, y)))
-        sums = einsum(equation, *in_bfloat16, out_sharding)
+        x, y = jax.lax.optimization_barrier((x, y))
+        sums = einsum(equation, x.astype(jnp.bfloat16), y.astype(jnp.bfloat16), out_sharding)
     else:
         summed_in = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
         sums = jnp.einsum(equation, x, y, preferred_element_type=summed_in, out_sharding=out_sharding)
