@@ -91,8 +91,7 @@ def open_run(folder: Path) -> tuple[Run, ResolvedConfig, Tokenizer]:
         raise InputError(f"{folder} has no checkpoint yet; let its `ziggurat pretrain` reach the first one")
     tokenizer = load_tokenizer(run.tokenizer)
     config = config.resolved(tokenizer.vocab_size)
-    numerics: dict[str, Any] = {"compute_dtype": "float32", "matmul_dtype": None, "attention_kernel": "auto"}
-    model = dataclasses.replace(config.model, **numerics)
+    model = dataclasses.replace(config.model, compute_dtype="float32", attention_kernel="auto", matmul_dtype=None)
     return run, dataclasses.replace(config, model=model, mesh=MeshConfig()), tokenizer
 
 
