@@ -158,6 +158,8 @@ class ModelConfig(ModelFields):
             return unused_problems("model", self, dict.fromkeys(EXPERT_FIELDS, "no model.num_experts"))
         given = f"model.num_experts = {E}"
         problems = []
+        if self.matmul_dtype:
+            problems.append(f"{given}: experts are multiplied in model.compute_dtype; leave model.matmul_dtype at none")
         if k > E:
             problems.append(f"{given} is below model.experts_per_token = {k}")
         if not self.gated:

@@ -19,7 +19,7 @@ from model.feedforward.router import Routing
 from model.kernels import attention_over
 from model.latent_attention import attention_class
 from model.layers import LayerKind, layer_kinds, scan_layers
-from model.linear import Linear
+from model.linear import LINEARS, Linear
 from model.memory import gradient_in_memory
 from model.norm import Norm, final_norm, stack_norm
 from model.position import Position, Rotation
@@ -191,7 +191,7 @@ class Decoder(nnx.Module):
 
         def layer(kind: LayerKind, in_loop: bool) -> Callable[..., tuple[jax.Array, Results]]:
             def body(x_BTD: jax.Array, weights: Mapping[str, Any]) -> tuple[jax.Array, Results]:
-                block, keys = Block(self.config, weights, self.layout), fold_keys(keys_B, weights["number"])
+                block, keys = self._block(weights), fold_keys(keys_B, weights["number"])
                 x_BTD, results = block(x_BTD, rotations[kind.rope], attention[kind.window], keys, counted_BT)
                 # x already has this sharding; stating it fixes the sharding of its gradient, too. Without it every
                 # device would sum the gradients of biases over all positions.
@@ -203,6 +203,9 @@ class Decoder(nnx.Module):
         stacked = {**self.blocks, "number": numbers}
         x_BTD, results = scan_layers(layer, x_BTD, stacked, layer_kinds(self.config), unrolls=not remat)
         return x_BTD if self.norm is None else self.norm(x_BTD), results.get("routing")
+
+    def _block(self, weights: Mapping[str, Any]) -> Block:
+        return Block(self.config, weights, self.layout, LINEARS[self.config.matmul_dtype])
 
     def _attention(self, segment_ids_BT: jax.Array) -> dict[int | None, Attend]:
         """Returns attention within documents, by the window of a layer's kind."""
@@ -235,7 +238,7 @@ class Decoder(nnx.Module):
 
         def layer(kind: LayerKind, _: bool) -> Callable[..., tuple[jax.Array, Results]]:
             def body(x_BTD: jax.Array, weights: Mapping[str, Any]) -> tuple[jax.Array, Results]:
-                block, rotation = Block(self.config, weights, self.layout), rotations[kind.rope]
+                block, rotation = self._block(weights), rotations[kind.rope]
                 y_BTD = block.attention_input(x_BTD)
                 result = method(block.attention, y_BTD, rotation, masks_B1TS[kind.window])
                 x_BTD, _ = block(x_BTD, rotation, attention[kind.window])

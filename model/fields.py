@@ -281,6 +281,14 @@ class ModelFields:
         resume="warn",
         choices=("bfloat16", "float32"),
     )
+    matmul_dtype: str | None = setting(
+        None,
+        "dtype of the products with the weights of attention and feed-forward, forward and for the gradients of "
+        "activations; float8 and int8 have a scale for each row and column",
+        unset="compute_dtype",
+        resume="warn",
+        choices=("float8", "int8"),
+    )
     remat_policy: str = setting(
         "none",
         "what the forward pass keeps for the backward pass: none (no remat) keeps all, products the outputs of matrix "

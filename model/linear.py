@@ -1,6 +1,7 @@
 """A linear map of the decoder: the product with a weight, wherever its shards are, and an optional bias."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import jax
 from flax import nnx
@@ -8,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from model.collectives import gather_weight, partial_sums, scatter_time
 from model.product import product
+from model.quantized_product import quantized_product
 from model.sharding import Layout
 
 
@@ -57,3 +59,19 @@ class Linear(nnx.Module):
             return self.multiply(self.equation, x, weight)
         sums_BTD = self.multiply(self.equation, x, weight, partial_sums(self.layout, self.sums_over))
         return scatter_time(sums_BTD, self.layout)
+
+
+class Float8Linear(Linear):
+    """`Linear` by products of float8."""
+
+    multiply = staticmethod(partial(quantized_product, "float8"))
+
+
+class Int8Linear(Linear):
+    """`Linear` by products of int8."""
+
+    multiply = staticmethod(partial(quantized_product, "int8"))
+
+
+# The linear maps of training by `model.matmul_dtype`.
+LINEARS: dict[str | None, type[Linear]] = {None: Linear, "float8": Float8Linear, "int8": Int8Linear}

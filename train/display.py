@@ -247,6 +247,7 @@ def opening_lines(inputs: RunInputs, estimate: DataEstimate, step: int, peak: st
     tokens = f"{full:,} tokens each"
     if first < full:
         tokens += f", the first {config.train.batch_ramp_steps} steps on a ramp from {first:,}"
+    products = f", {config.model.matmul_dtype} products" if config.model.matmul_dtype else ""
     action = f"resumes at step {step}" if step else "starts"
     lines = [
         f"{config.train.run_dir} {action} of {config.train.num_steps} steps, {tokens}",
@@ -257,7 +258,7 @@ def opening_lines(inputs: RunInputs, estimate: DataEstimate, step: int, peak: st
             for source in inputs.mixture.sources
         ),
         f"tokenizer: {inputs.tokenizer.vocab_size:,} token ids",
-        f"model: {parameters_text(config.model)} parameters, {config.model.compute_dtype} compute",
+        f"model: {parameters_text(config.model)} parameters, {config.model.compute_dtype} compute{products}",
         f"devices: {jax.device_count()} {jax.devices()[0].device_kind}{mesh and f' as {mesh}'}; "
         f"processes: {jax.process_count()}",
         f"attention: {kernel}",

@@ -62,6 +62,7 @@ EXPERT_MESHES = [{"fsdp": 8}, {"expert": 8}, {"data": 2, "fsdp": 4}, {"fsdp": 2,
 BOUNDS = {
     "float32": {"loss": 2e-6, "grad_norm": 5e-6, "gradients": 5e-6, "weights": 5e-4},
     "bfloat16": {"loss": 2e-3, "grad_norm": 2e-2, "gradients": 5e-2, "weights": 3e-1},
+    "8 bits": {"loss": 2e-3, "grad_norm": 2e-2, "gradients": 5e-2, "weights": 3e-1},
     "every floor": {"loss": 5e-6, "grad_norm": 2e-5},
     "experts": {"loss": 5e-6, "grad_norm": 5e-6, "gradients": 5e-6, "weights": 5e-4},
     "processes": {"loss": 1e-5, "grad_norm": 1e-4},
@@ -138,6 +139,8 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", 8)
     worst: dict[str, dict[str, float]] = {}
     cases = [(d, config_for(compute_dtype=d), config_for(compute_dtype=d), AXES + MIXED) for d in list(BOUNDS)[:2]]
+    for dtype in ("float8", "int8"):
+        cases += [("8 bits", config_for(matmul_dtype=dtype), config_for(matmul_dtype=dtype), AXES + MIXED)]
     cases += [("every floor", config_for(**f), config_for(2, **f), MIXED[:1]) for f in FAMILIES.values()]
     for fields in ROUTERS.values():
         alone = config_for(rows=32, **fields)

@@ -62,7 +62,9 @@ def evaluated(capsys, *arguments: object) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize(("field", "value"), [("attention_kernel", "cudnn"), ("compute_dtype", "bfloat16")])
+@pytest.mark.parametrize(
+    ("field", "value"), [("attention_kernel", "cudnn"), ("compute_dtype", "bfloat16"), ("matmul_dtype", "int8")]
+)
 def test_a_run_is_evaluated_as_its_export_whatever_it_computed_with(
     finished: Path, tmp_path: Path, capsys, field: str, value: str
 ):

@@ -172,7 +172,7 @@ HUB: dict[str, dict[str, Any]] = {
     **HUB_EXPERTS,
 }
 # Fields of ours that no config.json has, and those of a later stage of training.
-OF_TRAINING = {"compute_dtype", "remat_policy", "loss_chunk", "z_loss", "router_z_loss"}
+OF_TRAINING = {"compute_dtype", "matmul_dtype", "remat_policy", "loss_chunk", "z_loss", "router_z_loss"}
 EXTENDED = {"olmo3_7b": {"rope_scaling", "rope_factor", "rope_original_context", "rope_high_turns"}}
 EXTENDED["olmo3_7b"] |= {"window_rope_scaling"}
 YARN = {"rope_scaling", "rope_factor", "rope_original_context", "rope_high_turns"}

@@ -23,6 +23,11 @@ def test_what_is_left_out_is_derived():
         ({"num_heads": 4, "num_kv_heads": 3}, "model.num_kv_heads = 3 does not divide"),
         ({"head_dim": 7}, "model.head_dim is odd"),
         ({"compute_dtype": "float16"}, "must be one of bfloat16, float32"),
+        ({"matmul_dtype": "bfloat16"}, "model.matmul_dtype is 'bfloat16'; it must be one of float8, int8"),
+        (
+            {"matmul_dtype": "int8", "num_experts": 4},
+            "model.num_experts = 4: experts are multiplied in model.compute_dtype; leave model.matmul_dtype at none",
+        ),
         ({"remat_policy": "some"}, "must be one of none, products, projections, attention, full"),
         ({"rope_base": 1.0}, "model.rope_base is 1.0; it must be above 1"),
         ({"rope_high_turns": 0.0}, "model.rope_high_turns is 0.0; it must be above 0"),

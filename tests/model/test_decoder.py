@@ -109,7 +109,7 @@ LATENTS = {"kv_latent_dim": 16, "query_latent_dim": 16, "rope_dim": 4, "num_kv_h
 MIXTURE = {"num_experts": 4, "expert_dim": 12, "shared_expert_dim": 12, "dense_layers": 1}
 
 
-@pytest.mark.parametrize("changes", [{}, LATENTS, MIXTURE])
+@pytest.mark.parametrize("changes", [{}, LATENTS, MIXTURE, {"matmul_dtype": "int8"}])
 def test_policies_know_the_names_of_all_products(changes: dict):
     config, batch = small_model(remat_policy="full", **changes), small_batch(2)
     arguments = [jnp.array(batch[name]) for name in ("tokens", "positions", "segment_ids")]

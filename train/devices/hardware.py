@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, replace
+from typing import Any
 
 GIB = 2**30
 
@@ -14,6 +15,8 @@ class Chip:
     device_kinds: tuple[str, ...]  # JAX's names of the device
     platform: str  # tpu, gpu or cpu
     peak_flops: float  # FLOP/s of dense products in bfloat16
+    matmul_dtypes: tuple[str, ...]  # the values of `model.matmul_dtype` whose products are faster
+    eight_bit_flops: float  # FLOP/s of their dense products, or 0 without any
     memory_bytes: int  # the memory that the compiler lets a program use on a TPU; otherwise all memory of the device
     memory_bandwidth: float  # bytes/s, from the data sheet
     # Bytes/s that a device can send to others of its slice or host. For a TPU, along one dimension of the torus
@@ -25,6 +28,11 @@ class Chip:
     full_ring: int = 0  # multiples of this length close a torus dimension to a ring; 0 without a torus
     max_devices: int = 8  # the most devices that a slice or a host has
     vector_units: int = 0  # operations of a cycle outside a TPU's matrix units: 4 × 8 × 128 on each core
+
+    def product_seconds(self, flops: float, eight_bit_flops: float = 0.0) -> float:
+        """Returns the least seconds of dense products, of whose FLOPs some have operands of 8 bits."""
+        rate = self.eight_bit_flops or self.peak_flops
+        return (flops - eight_bit_flops) / self.peak_flops + eight_bit_flops / rate
 
 
 # TPU: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, read in 2026.
@@ -51,7 +59,25 @@ _TABLE = (
     ("b200", ("NVIDIA B200",), 2250e12, 191_514_411_008, 7672e9, 900e9, 50e9, 64e9),
 )
 # fmt: on
-CHIPS = {row[0]: Chip(row[0], row[1], "tpu" if len(row) > 8 else "gpu", *row[2:]) for row in _TABLE}
+# Faster dtypes and FLOP/s of their dense products, from the same sheets. A v4 multiplies int8 as fast as bfloat16.
+_BOTH = ("float8", "int8")
+_EIGHT_BITS = {
+    "v5e": (("int8",), 394e12),
+    "v5p": (("int8",), 918e12),
+    "v6e": (("int8",), 1836e12),
+    "a100": (("int8",), 624e12),
+    "h100": (_BOTH, 1979e12),
+    "h200": (_BOTH, 1979e12),
+    "b200": (_BOTH, 4500e12),
+}
+
+
+def _chip(name: str, kinds: tuple[str, ...], peak_flops: float, *figures: Any) -> Chip:
+    platform = "tpu" if len(figures) > 5 else "gpu"
+    return Chip(name, kinds, platform, peak_flops, *_EIGHT_BITS.get(name, ((), 0.0)), *figures)
+
+
+CHIPS = {row[0]: _chip(*row) for row in _TABLE}
 
 
 def chip_of(device_kind: str) -> Chip | None:

@@ -15,7 +15,7 @@ from model.kernels import choose_kernel
 from model.sharding import Layout
 from train.config.config import ResolvedConfig
 from train.config.run_config import MeshConfig
-from train.devices.mesh_checks import mesh_problems, rule_problems, weight_problems
+from train.devices.mesh_checks import matmul_problems, mesh_problems, rule_problems, weight_problems
 from train.devices.rules import AXES, TRAINING, training_layout
 
 
@@ -55,7 +55,7 @@ def make_mesh(config: ResolvedConfig, devices: Sequence[Any] | None = None) -> M
     if problems := rule_problems(config.mesh):
         raise InputError("\n".join(problems))
     shape = mesh_shape(config.mesh, len(devices), slices)
-    if problems := mesh_problems(config, shape):
+    if problems := mesh_problems(config, shape) + matmul_problems(config.model, devices[0].device_kind):
         raise InputError("\n".join(problems))
     if slices > 1:
         within = (shape[0] // slices, *shape[1:])

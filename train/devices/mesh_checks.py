@@ -11,6 +11,7 @@ from model.sharding import Layout, as_tuple
 from train.config.config import ResolvedConfig
 from train.config.reading import divisors
 from train.config.run_config import MeshConfig
+from train.devices.hardware import chip_of
 from train.devices.rules import ACTIVATIONS, AXES, DEFAULT_RULES, training_layout
 
 
@@ -121,3 +122,15 @@ def divisibility_problems(
     most = f"; nearest size that works: {works[-1]}" if works else ""
     times = f" in {pieces} pieces each" if pieces > 1 else ""
     return [f"{name} = {number} cannot be shared by {shown} = {by // pieces}{times}{most}"]
+
+
+def matmul_problems(config: ResolvedModelConfig, device_kind: str) -> list[str]:
+    """Returns a line if a chip with figures does not multiply `model.matmul_dtype` faster than bfloat16."""
+    chip = chip_of(device_kind)
+    if config.matmul_dtype is None or chip is None or config.matmul_dtype in chip.matmul_dtypes:
+        return []
+    instead = f"give {' or '.join(chip.matmul_dtypes)}, or " if chip.matmul_dtypes else ""
+    return [
+        f"model.matmul_dtype = {config.matmul_dtype}: {device_kind} does not multiply it faster than bfloat16; "
+        f"{instead}leave it at none"
+    ]

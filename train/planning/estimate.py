@@ -189,9 +189,11 @@ class _Step:
         products = 2 * self.inside * (L * (3 * self.worked + repeated) * (1 + self.wasted) + 3 * self.head)
         streams = (MEMORY_PASSES[0] + 4 * self.copies) * self.stream
         moved = L * BF16 * (streams + MEMORY_PASSES[1] * sum(self.results.values()))
+        # The gradients of weights and the unembedding stay in the compute dtype.
+        eight_bit = 2 * self.inside * L * (2 * self.worked + repeated) if self.model.matmul_dtype else 0.0
         share = MATMUL_EFFICIENCY.get(chip.name, reached(chip).products)
         bandwidth = chip.memory_bandwidth * reached(chip).memory
-        part_seconds = products / share / chip.peak_flops + self.attention_seconds() + moved / bandwidth
+        part_seconds = chip.product_seconds(products, eight_bit) / share + self.attention_seconds() + moved / bandwidth
         return self.parts * part_seconds + 2.5 * self.state_bytes / bandwidth
 
     def attention_seconds(self) -> float:

@@ -107,6 +107,7 @@ class Operation:
 
     name: str  # name of the instruction in the module
     flops: float = 0.0  # FLOPs of matrix products, 2·M·N·K each, without those of kernels
+    eight_bit_flops: float = 0.0  # those of them whose operands have 8 bits
     bytes: int = 0  # bytes read from and written to the device's memory
     cycles: int = 0  # the TPU compiler's estimate with memory traffic and without collectives; 0 if it has none
     collective: Collective | None = None  # the communication that the operation starts, apart from its own computation

@@ -65,7 +65,7 @@ class Plan:
     # The least and the most seconds, by the errors of estimates of steps that others have measured; None on CPUs.
     estimated_range: tuple[float, float] | None = None
     estimated_by: str | None = None  # source of the operations' times; communication is always bytes sent / bandwidth
-    estimated_mfu: float | None = None  # model FLOPs over the estimated time, as a share of the chip's peak
+    estimated_mfu: float | None = None  # model FLOPs over the estimated time, as a share of the chip's peak in bfloat16
     tokens_per_second: float | None = None
     bottleneck: str | None = None  # the resource that is busy for longest
     breakdown: list[tuple[str, float]] = field(default_factory=list)  # terms of the estimate as (words, seconds)
@@ -238,15 +238,19 @@ def _breakdown(model_flops: float, program: Program, chip: Chip, line: Timeline)
     """Splits the estimate into terms that add up to it."""
     at_peak: dict[str, float] = defaultdict(float)
     below_peak: dict[str, float] = defaultdict(float)
+    done_flops = 0.0
     for operation, times in walked(program.operations):
         kernel_flops = operation.kernel.flops if operation.kernel else 0.0
         if flops := operation.flops + kernel_flops:
             is_attention = operation.kernel and kernel_flops and not operation.kernel.is_grouped
             work = "attention kernels" if is_attention else "matrix products"
-            at_peak[work] += times * flops / chip.peak_flops
-            below_peak[work] += times * (own_seconds(operation, chip) - flops / chip.peak_flops)
-    useful = model_flops / chip.peak_flops
+            least = chip.product_seconds(flops, operation.eight_bit_flops)
+            done_flops += times * flops
+            at_peak[work] += times * least
+            below_peak[work] += times * (own_seconds(operation, chip) - least)
     done = sum(at_peak.values())
+    # At the peak rates of the dtypes that the program multiplies, as it mixes them.
+    useful = model_flops * done / done_flops if done_flops else model_flops / chip.peak_flops
     lost = sum(below_peak.values())
     parts = [
         ("model FLOPs at the chip's peak", useful),

@@ -86,7 +86,10 @@ class _Reader:
 
         parts = [at, *self.inside(at)]
         flops = sum(map(_flops, parts))
-        operation = Operation(at.name, flops, self.bytes(at), self.cycles(at), kernel=_kernel(at), source=at.source)
+        eight_bit = sum(_flops(part) for part in parts if _has_eight_bits(part))
+        operation = Operation(
+            at.name, flops, eight_bit, self.bytes(at), self.cycles(at), kernel=_kernel(at), source=at.source
+        )
         holder = next((i for i in parts if i.kind), None)
         if holder is None:
             return operation
@@ -246,6 +249,10 @@ def _flops(at: Instruction) -> float:
     if at.is_product and not contracted:
         contracted = [len(dims) - 1]
     return 2.0 * at.results[0].elements * math.prod(dims[axis] for axis in contracted)
+
+
+def _has_eight_bits(at: Instruction) -> bool:
+    return bool(at.inputs) and re.match(r"f8|s8", at.inputs[0].dtype) is not None
 
 
 def _rendezvous(at: Instruction) -> str:

@@ -51,7 +51,7 @@ def own_seconds(operation: Operation, chip: Chip) -> float:
         is_backward = kernel.attention_products > 2
         return max(seconds, attention_seconds(is_backward, kernel.attention_flops, kernel.scores, chip))
     flops = kernel.flops if kernel else operation.flops
-    return max(seconds, flops / chip.peak_flops / reached(chip).products)
+    return max(seconds, chip.product_seconds(flops, operation.eight_bit_flops) / reached(chip).products)
 
 
 def attention_seconds(is_backward: bool, flops: float, scores: float, chip: Chip) -> float:

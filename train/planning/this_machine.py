@@ -41,6 +41,8 @@ def local_chip(dtype: str) -> Chip:
         device_kinds=(device.device_kind,),
         platform=device.platform,
         peak_flops=peak_flops(dtype)[0] / jax.device_count(),
+        matmul_dtypes=(),
+        eight_bit_flops=0.0,
         memory_bytes=memory,
         memory_bandwidth=bandwidth,
         # CPU devices communicate by copying, which reads and writes every byte.

@@ -91,7 +91,7 @@ def open_run(folder: Path) -> tuple[Run, ResolvedConfig, Tokenizer]:
         raise InputError(f"{folder} has no checkpoint yet; let its `ziggurat pretrain` reach the first one")
     tokenizer = load_tokenizer(run.tokenizer)
     config = config.resolved(tokenizer.vocab_size)
-    model = dataclasses.replace(config.model, compute_dtype="float32", attention_kernel="auto")
+    model = dataclasses.replace(config.model, compute_dtype="float32", attention_kernel="auto", matmul_dtype=None)
     return run, dataclasses.replace(config, model=model, mesh=MeshConfig()), tokenizer
 
 

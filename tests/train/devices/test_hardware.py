@@ -38,6 +38,16 @@ def test_the_peak_is_that_of_the_units_that_multiply_dense_bfloat16(name: str):
 
 
 @pytest.mark.parametrize("name", CHIPS)
+def test_products_of_8_bits_take_half_the_time(name: str):
+    chip = CHIPS[name]
+    assert bool(chip.matmul_dtypes) == (chip.eight_bit_flops > 0) == (name != "v4")
+    assert chip.product_seconds(chip.peak_flops) == 1
+    assert chip.product_seconds(3 * chip.peak_flops, 2 * chip.peak_flops) == pytest.approx(
+        1 + 2 * (1 if name == "v4" else 1 / 2), rel=2e-3
+    )
+
+
+@pytest.mark.parametrize("name", CHIPS)
 def test_memory_links_and_network_are_those_of_the_data_sheet(name: str):
     chip = CHIPS[name]
     memory, bandwidth, links, network = SHEETS[name]

@@ -19,7 +19,7 @@ from tests.small import mesh_of, small_batch
 from train.config.reading import make_config
 from train.config.run_config import MeshConfig
 from train.devices.mesh import batch_sharding, count_slices, make_mesh, mesh_shape
-from train.devices.mesh_checks import mesh_problems, rule_problems
+from train.devices.mesh_checks import matmul_problems, mesh_problems, rule_problems
 from train.step.optimizer import make_optimizer
 from train.step.state import abstract_state, make_state
 from train.step.step import make_train_step
@@ -57,6 +57,12 @@ def test_a_ring_of_keys_trains_the_same(shape, policy: str):
 def test_in_bfloat16_meshes_agree_to_its_precision(shape):
     steps = three_steps(config_for(compute_dtype="bfloat16"), shape)
     assert_within("bfloat16", steps, one_device("bfloat16"))
+
+
+@pytest.mark.parametrize("matmul_dtype", ["float8", "int8"])
+def test_with_products_of_8_bits_meshes_agree_to_their_precision(matmul_dtype: str):
+    config = config_for(matmul_dtype=matmul_dtype)
+    assert_within("8 bits", three_steps(config, MIXED[1]), three_steps(config, {}))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -197,6 +203,22 @@ def test_a_size_that_cannot_be_sharded_is_named_with_the_axis_and_a_size_that_wo
         model = {"attention_kernel": kernel, "compute_dtype": "float32"}
         with pytest.raises(InputError, match=words):
             make_mesh(make_config({"model": model, "data": {"segment_length": 40}}).resolved(4096))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind", "words"),
+    [
+        ("float8", "TPU v5 lite", "TPU v5 lite does not multiply it faster than bfloat16; give int8, or leave it"),
+        ("float8", "NVIDIA A100-SXM4-80GB", "give int8, or leave it at none"),
+        ("int8", "TPU v4", "model.matmul_dtype = int8: TPU v4 does not multiply it faster than bfloat16; leave it"),
+    ],
+)
+def test_a_matmul_dtype_that_a_chip_does_not_have_is_named(dtype: str, kind: str, words: str):
+    config = make_config({"model": {"matmul_dtype": dtype}}).resolved(4096)
+    with pytest.raises(InputError, match=re.escape(words)):
+        make_mesh(config, [SimpleNamespace(platform="gpu", device_kind=kind)])
+    for good in ("NVIDIA H100 80GB HBM3", "cpu", "a chip without figures"):
+        assert matmul_problems(config.model, good) == []
 
 
 @pytest.mark.parametrize(

@@ -53,10 +53,11 @@ class Case(NamedTuple):
     parts: int = 1
     rows: int = ROWS
     remat: str = "full"
+    matmul: str | None = None
 
     def __str__(self) -> str:
         more = (f"{self.layers} layers" * (self.layers != L), f"{self.parts} parts" * (self.parts > 1))
-        return " ".join(filter(None, (self.topology, self.axis, *more)))
+        return " ".join(filter(None, (self.topology, self.axis, *more, self.matmul)))
 
 
 class Step(NamedTuple):
@@ -78,6 +79,7 @@ TPU, GPU = "v5e:2x2", "h100:1x4"
 IN_PARTS, DEEP = Case(TPU, "data", parts=2), Case(GPU, layers=14 * L)
 MESHES = [Case(TPU, "tensor"), Case(TPU, "context"), IN_PARTS, Case(TPU, "slice")]
 MESHES += [DEEP, Case(GPU, "tensor"), Case(GPU, "context")]
+EIGHT_BITS = [Case(GPU, matmul="float8"), Case(TPU, matmul="int8")]
 over_meshes = pytest.mark.parametrize("case", MESHES, ids=str)
 
 
@@ -109,6 +111,7 @@ def step_of(case: Case) -> Step:
         "model": {
             "num_layers": case.layers, "model_dim": D, "num_heads": H, "head_dim": C, "feedforward_dim": F,
             "vocab_size": V - 8, "loss_chunk": CHUNK, "remat_policy": case.remat,
+            "matmul_dtype": case.matmul,
         },
         "data": {"segment_length": T * on_axis.get("context", 1)},
         "mesh": on_axis,
@@ -165,7 +168,7 @@ def expected_traffic(size: Mapping[str, int], L: int, parts: int) -> Counter[tup
     return Counter({key: number for key, number in of_parts.items() if size[key[1]] > 1})
 
 
-@over_meshes
+@pytest.mark.parametrize("case", MESHES + EIGHT_BITS, ids=str)
 def test_a_step_sends_what_the_formula_says_and_nothing_else(case: Case):
     step = step_of(case)
     found: Counter[tuple[str, tuple[str, ...], str]] = Counter()
@@ -317,6 +320,23 @@ def test_a_ring_sends_keys_around_and_gathers_none_and_the_plan_counts_its_pairs
     # Two products forward, twice, and five backward.
     pairs = visited_pairs("splash", length, None, n, True)
     assert sum(kernel.flops * times for kernel, times in program.kernels.items()) == 9 * 2 * H * C * pairs * layers
+
+
+@pytest.mark.parametrize("case", EIGHT_BITS, ids=str)
+def test_products_with_weights_have_8_bits_but_for_the_gradients_of_weights(case: Case):
+    program = step_of(case).program
+    of_one = 2 * ROWS * T * D * F
+    assert H * C == F
+    # A layer has seven matrices; remat repeats all products but the last.
+    assert total(program.operations, "eight_bit_flops") == L * (7 + 6 + 7) * of_one
+    others = L * 7 * of_one + 3 * 2 * ROWS * T * D * V
+    flops = total(program.operations, "flops") - total(program.operations, "eight_bit_flops")
+    # A TPU rotates queries and keys by a product: forward, once more, and backward.
+    rotations = 3 * 2 * L * 2 * ROWS * T * H * C * C if case.topology == TPU else 0
+    assert flops == others + rotations
+    # The operands as the multipliers take them; whatever widened them first would not count.
+    dtypes = {array.dtype for array in program.arrays}
+    assert dtypes >= ({"f8e4m3fn"} if case.matmul == "float8" else {"s8"})
 
 
 def test_a_program_is_as_large_for_98_layers_as_for_7():

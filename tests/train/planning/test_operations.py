@@ -183,6 +183,17 @@ def test_a_matrix_product_is_two_flops_for_each_of_its_terms_however_it_is_writt
     assert not program.kernels
 
 
+@pytest.mark.parametrize(("dtype", "share"), [("s8", 1), ("f8e4m3fn", 1), ("f8e5m2", 1), ("bf16", 0), ("f32", 0)])
+def test_products_of_8_bits_are_counted_apart_at_their_own_rate(dtype: str, share: int):
+    product = "dot(%x, %y), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+    x, y = (f"{dtype}[400,400]{{1,0}} parameter({number})" for number in (0, 1))
+    program = read(f"  %x = {x}\n  %y = {y}\n  ROOT %z = f32[400,400]{{1,0}} {product}")
+    flops = total(program.operations, "flops")
+    assert total(program.operations, "eight_bit_flops") == share * flops == share * 2 * 400**3
+    chip = replace(CHIP, eight_bit_flops=2e9)
+    assert timeline(program, chip, lambda axes: 1.0).compute == flops / 1e9 / (1 + share)
+
+
 GPU = """  %p = bf16[16,8]{1,0} parameter(0)
   %q = bf16[4,8]{1,0} parameter(1)
   %start = ((bf16[16,8]{1,0}, bf16[4,8]{1,0}), (bf16[32,8]{1,0}, bf16[8,8]{1,0})) all-gather-start(%p, %q), REST

@@ -7,12 +7,14 @@ import pytest
 
 from data.errors import InputError
 from launch.presets import load_config
+from model.parameters import parameter_table
 from tests.peers import require
 from train.config.config import Config
 from train.devices.hardware import CHIPS
 from train.devices.mesh import make_mesh
 from train.devices.mesh_checks import mesh_problems
 from train.devices.rules import AXES
+from train.planning.estimate import Machine, estimate
 from train.planning.plan import argument_bytes
 from train.planning.search import (
     PARTS,
@@ -43,6 +45,17 @@ def with_changes(config: Config, candidate: Candidate) -> Config:
     train = replace(config.train, accumulation_steps=int(candidate.changes["train.accumulation_steps"]))
     sizes = {axis: int(candidate.changes[f"mesh.{axis}"]) for axis in AXES[1:]}
     return replace(config, model=model, train=train, mesh=replace(config.mesh, **sizes))
+
+
+def test_products_of_8_bits_are_estimated_at_their_rate():
+    chip = CHIPS["h100"]
+    machine = Machine(dict.fromkeys(AXES, 1), chip, lambda axes: 1e9, "cudnn", 3.0)
+    none, float8 = (config_of(model__remat_policy="none", model__matmul_dtype=dtype) for dtype in ("none", "float8"))
+    matrices = sum(math.prod(p.shape) for p in parameter_table(none.model).values() if p.role == "matrix")
+    # Forward, and the gradients of activations.
+    flops = 2 * 2 * matrices * none.train.batch_size * none.data.segment_length
+    saved = estimate(none, machine).compute_seconds - estimate(float8, machine).compute_seconds
+    assert saved == pytest.approx(flops / chip.peak_flops - flops / chip.eight_bit_flops)
 
 
 @pytest.fixture(scope="module")
