@@ -17,8 +17,8 @@ OPTIONS: dict[str, dict[str, bool | str]] = {
     # XLA of jax 0.10 turns an all-gather whose result is sliced back to the device's own shard into a
     # collective-permute without pairs, which returns zeros.
     "gpu": {"xla_disable_hlo_passes": "all-gather-to-collective-permute-simplifier"},
-    # A v6e has 128 MiB of vector memory. By default a program uses 16, which hold only small tiles of a product. With 96
-    # a step takes a quarter less time, and four times as long to compile.
+    # A v6e has 128 MiB of vector memory. By default a program uses 16, which hold only small tiles of a product. With
+    # 96 a step takes a quarter less time, and four times as long to compile.
     "TPU v6 lite": {"xla_tpu_scoped_vmem_limit_kib": "98304"},
 }
 
