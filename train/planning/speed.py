@@ -26,8 +26,8 @@ REACHED = {"tpu": Reached(), "gpu": Reached(products=0.65, forward=0.55, backwar
 # Vector operations of splash attention for a score, forward and backward. They follow from its measured time on a v6e
 # (9.41 and 13.87 ms for 4.03e9 scores), where they take longer than the products.
 VECTOR_OPERATIONS = (17, 25)
-# The largest error of an estimated step that nothing was fitted to, by platform (docs/scaling.md).
-LARGEST_ERROR = {"tpu": 0.25, "gpu": 0.25}
+# The largest error of the estimates of steps that others have measured (docs/scaling.md).
+LARGEST_ERROR = {"tpu": 0.16, "gpu": 0.25}
 
 
 def reached(chip: Chip) -> Reached:
