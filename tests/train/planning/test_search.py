@@ -7,6 +7,7 @@ import pytest
 
 from data.errors import InputError
 from launch.presets import load_config
+from model.kernels import KernelChoice
 from model.parameters import parameter_table
 from tests.peers import require
 from train.config.config import Config
@@ -26,6 +27,7 @@ from train.planning.search import (
     interleaved,
     worth_compiling,
 )
+from train.planning.speed import reached
 from train.planning.topology import topology_devices
 
 CHIP = CHIPS["v5e"]
@@ -49,13 +51,13 @@ def with_changes(config: Config, candidate: Candidate) -> Config:
 
 def test_products_of_8_bits_are_estimated_at_their_rate():
     chip = CHIPS["h100"]
-    machine = Machine(dict.fromkeys(AXES, 1), chip, lambda axes: 1e9, "cudnn", 3.0)
+    machine = Machine(dict.fromkeys(AXES, 1), chip, lambda axes: 1e9, KernelChoice("cudnn", ""), 3.0)
     none, float8 = (config_of(model__remat_policy="none", model__matmul_dtype=dtype) for dtype in ("none", "float8"))
     matrices = sum(math.prod(p.shape) for p in parameter_table(none.model).values() if p.role == "matrix")
     # Forward, and the gradients of activations.
     flops = 2 * 2 * matrices * none.train.batch_size * none.data.segment_length
     saved = estimate(none, machine).compute_seconds - estimate(float8, machine).compute_seconds
-    assert saved == pytest.approx(flops / chip.peak_flops - flops / chip.eight_bit_flops)
+    assert saved == pytest.approx((flops / chip.peak_flops - flops / chip.eight_bit_flops) / reached(chip).products)
 
 
 @pytest.fixture(scope="module")
