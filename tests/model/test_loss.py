@@ -88,7 +88,7 @@ def test_smoothing_and_z_loss_have_the_gradients_of_their_definitions():
 
 
 def test_a_large_vocabulary_fits_in_memory():
-    B, T, D, vocab_size = 16, 1024, 64, 200_000
+    B, T, D, vocab_size = 64, 1024, 64, 200_000
     chunk = ModelConfig().resolved(vocab_size).loss_chunk
     assert chunk is not None
 
@@ -100,7 +100,7 @@ def test_a_large_vocabulary_fits_in_memory():
     targets, weights = (jax.ShapeDtypeStruct((B, T), dtype) for dtype in (jnp.int32, jnp.float32))
     compiled = jax.jit(jax.grad(loss, (0, 1))).lower(x, matrix, targets, weights).compile()
     memory = compiled.memory_analysis().temp_size_in_bytes
-    # The matrix's gradient in float32, and less than six arrays of a chunk's logits; those of the batch are 13 GB.
+    # The matrix's gradient in float32, and less than six arrays of a chunk's logits; those of the batch are 52 GB.
     assert memory < 4 * D * vocab_size + 6 * 4 * chunk * vocab_size < 4 * B * T * vocab_size / 6
     assert memory > 4 * chunk * vocab_size / 2
 
