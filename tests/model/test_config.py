@@ -12,7 +12,7 @@ def test_what_is_left_out_is_derived():
     assert ModelConfig(vocab_size=50).resolved(1000).vocab_size == 50
     assert ModelConfig(gated=False).resolved(1000).feedforward_dim == 1024
     assert ModelConfig(position="learned").resolved(1000, 32).max_positions == 32
-    assert ModelConfig().resolved(200_000).loss_chunk == 335
+    assert ModelConfig().resolved(200_000).loss_chunk == 1342
 
 
 @pytest.mark.parametrize(
