@@ -260,7 +260,7 @@ class ModelFields:
     loss_chunk: int | None = setting(
         None,
         "positions on a device whose logits exist at once in the loss",
-        unset="2²⁶ logits",
+        unset="2²⁸ logits",
         resume="free",
         at_least=1,
     )
