@@ -197,6 +197,10 @@ def check(arguments: argparse.Namespace) -> None:
             )
         if BATCH in arguments.overrides:
             raise InputError(f"--batch-sizes={sizes} and --config.{BATCH}: give one of the two")
+        if int(arguments.search) < len(sizes.split(",")):
+            raise InputError(
+                f"--search={arguments.search}: give at least one program for each of --batch-sizes={sizes}"
+            )
 
 
 def positive(flag: str, text: str | None) -> float | None:
@@ -236,7 +240,7 @@ def search(arguments: argparse.Namespace, config: ResolvedConfig, devices: Seque
     if arguments.json:
         print(json.dumps({"candidates": len(legal), "plans": [asdict(plan) for plan in plans]}))
         return 0
-    print(search_text(outcomes, len(legal)))
+    print(search_text(outcomes, len(legal), arguments.batch_sizes is not None))
     if plans and plans[0].fits:
         print("\n" + plan_text(plans[0], arguments.config))
     return 0

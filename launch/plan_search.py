@@ -140,14 +140,20 @@ def outcome_text(outcome: Outcome) -> str:
     return f"{name}: {speed}, {plan.estimated_mfu:.1%} MFU, {memory}, {days_text(plan.days)}{cost}"
 
 
-def search_text(outcomes: Sequence[Outcome], count: int) -> str:
-    """Returns the ranking of outcomes, the fastest first, and the flags of the best; `count` is of all candidates."""
+def search_text(outcomes: Sequence[Outcome], count: int, same_tokens: bool = False) -> str:
+    """Returns the ranking of outcomes, the fastest first, and the flags of the best.
+
+    Args:
+        outcomes: what was compiled.
+        count: number of all candidates.
+        same_tokens: whether the flags give the number of steps, too, as batches of another size need.
+    """
     lines = [f"{count:,} legal ways to run the step that may fit, {len(outcomes)} compiled; the fastest:"]
     lines += [f"{place:>4}  {outcome_text(outcome)}" for place, outcome in enumerate(outcomes[:MAX_SHOWN], 1)]
     best = outcomes[0] if outcomes else None
     if best and best.plan and best.plan.fits:
         flags, tokens = change_flags(best.candidate), ""
-        if len({outcome.candidate.batch_size for outcome in outcomes}) > 1:
+        if same_tokens:
             # Batches of another size come to the same tokens in another number of steps.
             flags.append(f"--config.train.num_steps={math.ceil(best.plan.tokens / best.plan.tokens_per_step)}")
             tokens = f" for {best.plan.tokens:.3g} tokens"

@@ -89,7 +89,7 @@ def _choose_ring(kernel: str, config: ResolvedModelConfig, layout: Layout, T: in
     """Returns whether devices that share positions use ring attention, and the reason."""
     n, wanted = layout.size("time"), config.context_attention
     if n == 1:
-        return False, ""
+        return False, "" if wanted == "auto" else f"model.context_attention = {wanted} needs mesh.context above 1"
     piece = T // n // 2
     window = 0 if config.sliding_window is None else _halo(kernel, piece, config.sliding_window)
     obstacles = {
@@ -158,6 +158,11 @@ def visited_pairs(kernel: str, T: int, window: int | None, shards: int, is_ring:
     blocks = T // block
     seen = blocks if window is None else min(blocks, -(-(window - 1) // block) + 1)
     return (blocks * seen - seen * (seen - 1) // 2) * block**2 // shards
+
+
+def has_one_backward_kernel(T: int, window: int | None, shards: int) -> bool:
+    """Returns True where one kernel of splash attention gives all gradients, and no second one the queries'."""
+    return window is None and T // _block(T, shards) <= 8
 
 
 def _block(T: int, shards: int) -> int:
@@ -268,7 +273,7 @@ def _block_sizes(T: int, shards: int = 1, window: int | None = None) -> Any:
     from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import BlockSizes
 
     block = _block(T, shards)
-    is_fused = window is None and T // block <= 8
+    is_fused = has_one_backward_kernel(T, window, shards)
     block_of_queries = None if is_fused else block
     return BlockSizes(
         block_q=block,

@@ -11,15 +11,14 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from model.feedforward.grouped import PLATFORM_KERNELS, rows_tile, wasted_rows
-from model.kernels import KernelChoice, visited_pairs
+from model.kernels import KernelChoice, has_one_backward_kernel, visited_pairs
 from model.layers import layer_kinds
 from model.parameters import Parameter, parameter_table
 from model.sharding import as_tuple
 from train.config.config import ResolvedConfig
 from train.devices.hardware import Chip
 from train.devices.rules import training_layout
-from train.planning.speed import attention_seconds, reached
-from train.planning.timeline import Bandwidth
+from train.planning.speed import Bandwidth, attention_seconds, reached
 
 # Share of peak FLOP/s that large matmuls reach on a TPU, by the compiler's cycles.
 MATMUL_EFFICIENCY = {"v4": 0.8, "v5e": 0.85, "v5p": 0.8, "v6e": 0.73}
@@ -29,6 +28,8 @@ MEMORY_PASSES = (60.0, 9.5)
 HELD_COPIES = (6.0, 4.0)
 # Number of products over the visited pairs of positions in attention: (forward, backward).
 ATTENTION_PRODUCTS = {"splash": (2, 5), "cudnn": (2, 5), "plain": (2, 4)}
+# Those of splash attention's two backward kernels, where one does not give all gradients.
+IN_TWO_KERNELS = (3, 4)
 BF16, F32 = 2, 4
 # Axes by which weights are only stored.
 STORED = ("model", "latent", "expert_model")
@@ -200,13 +201,18 @@ class _Step:
         """Seconds of the attention kernels of all layers, for a part of the batch."""
         T, shards = self.config.data.segment_length, self.size("time")
         kernel, _, is_ring, _ = self.machine.attention
-        pairs = sum(visited_pairs(kernel, T, kind.window, shards, is_ring) for kind in layer_kinds(self.model))
         forward, backward = ATTENTION_PRODUCTS[kernel]
-        flops = 2 * self.rows * pairs * self.heads
-        scores = self.rows * pairs * self.heads / self.model.head_dim
-        seconds = attention_seconds(False, forward * flops, scores, self.chip)
-        again = 1 if "attention" in self.has else 2
-        return again * seconds + attention_seconds(True, backward * flops, scores, self.chip)
+        forward_runs = 1 if "attention" in self.has else 2
+        total = 0.0
+        for kind in layer_kinds(self.model):
+            in_two = kernel == "splash" and not has_one_backward_kernel(T, kind.window, shards)
+            heads = self.rows * visited_pairs(kernel, T, kind.window, shards, is_ring) * self.heads
+            seconds = lambda products, heads=heads: attention_seconds(
+                products > forward, 2 * products * heads, heads / self.model.head_dim, self.chip
+            )
+            total += forward_runs * seconds(forward)
+            total += sum(map(seconds, IN_TWO_KERNELS if in_two else (backward,)))
+        return total
 
     def communication_seconds(self) -> float:
         """Seconds of communication for weights, gradients, residuals, keys and look-ups."""

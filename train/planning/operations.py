@@ -77,8 +77,9 @@ class Kernel:
     def attention_products(self) -> int:
         """Number of products over pairs of positions: 2 forward, more backward, 0 in other kernels."""
         products = next((number for part, number in ATTENTION_PRODUCTS.items() if part in self.name), 0)
-        # The one that gives the gradients of queries, too.
-        return products + ("mha_dkv" in self.name and sum(len(array.dims) > 2 for array in self.results) > 2)
+        # The one that gives the gradients of queries, too, has a sum of them for each block of keys.
+        most_dims = max((len(array.dims) for array in self._attention_arrays), default=0)
+        return products + ("mha_dkv" in self.name and any(len(array.dims) > most_dims for array in self.results))
 
     @property
     def scores(self) -> float:

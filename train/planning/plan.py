@@ -1,6 +1,5 @@
 """The plan of a training step on given devices: memory, work, traffic and time, read from its compiled program."""
 
-import functools
 import math
 import re
 from collections import Counter, defaultdict
@@ -18,16 +17,16 @@ from train.devices.rules import training_layout
 from train.planning.compilation import Compilation
 from train.planning.operations import Program, total, walked
 from train.planning.reader import read_program
-from train.planning.speed import own_seconds, reached, seconds_range
-from train.planning.timeline import Bandwidth, Timeline, timeline
-from train.planning.topology import bandwidth_over
+from train.planning.speed import Bandwidth, own_seconds, reached_bandwidth, seconds_range
+from train.planning.timeline import Timeline, timeline
 from train.step.flops import flops_per_token
 from train.step.optimizer import make_optimizer
 from train.step.schedule import rows_between
 from train.step.state import abstract_state
 from train.step.step import abstract_batch
 
-ROOFLINE = "a roofline: each operation takes as long as its FLOPs or its bytes of memory, whichever take longer"
+CYCLES = "the compiler's cycles, and attention by its products or its softmax"
+ROOFLINE = "a roofline: each operation takes as long as its FLOPs or its bytes, at the speeds that programs reach"
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -141,7 +140,7 @@ def make_plan(
 def simulate(text: str, mesh: Mesh, chip: Chip) -> Simulation:
     """Reads the text of a compiled program, and simulates its schedule on a mesh of chips."""
     program = read_program(text, dict(mesh.shape))
-    bandwidth = functools.cache(lambda axes: bandwidth_over(mesh, axes, chip) * reached(chip).links)
+    bandwidth = reached_bandwidth(mesh, chip)
     return Simulation(program, bandwidth, timeline(program, chip, bandwidth))
 
 
@@ -194,6 +193,7 @@ def _with_estimate(plan: Plan, chip: Chip, simulation: Simulation) -> Plan:
     """Adds the figures that are read from the compiled program."""
     program, bandwidth, line = simulation
     flops = total(program.operations, "flops") + sum(kernel.flops * times for kernel, times in program.kernels.items())
+    has_experts = any(kernel.is_grouped for kernel in program.kernels)
     collectives = _collectives(program, bandwidth)
     busy = {f"communication over {' × '.join(axes)}": seconds for axes, seconds in line.communication.items()}
     busy |= {"compute": line.compute, "the host's memory": line.transfer}
@@ -206,8 +206,9 @@ def _with_estimate(plan: Plan, chip: Chip, simulation: Simulation) -> Plan:
         collective_bytes_per_device=sum(c["bytes"] for c in collectives),
         compute_seconds=line.compute,
         estimated_step_seconds=line.total,
-        estimated_range=seconds_range(line.total, chip),
-        estimated_by="the compiler's cycles" if chip.cycles_per_second else ROOFLINE,
+        # No measured step of experts was found.
+        estimated_range=None if has_experts else seconds_range(line.total, chip),
+        estimated_by=CYCLES if chip.cycles_per_second else ROOFLINE,
         estimated_mfu=plan.model_flops_per_device / chip.peak_flops / line.total,
         tokens_per_second=tokens_per_second,
         breakdown=_breakdown(plan.model_flops_per_device, program, chip, line),

@@ -1,6 +1,5 @@
 """Searches the meshes, accumulation parts, remat policies and batch sizes of a run on given devices for the fastest."""
 
-import functools
 import itertools
 import math
 import statistics
@@ -21,8 +20,7 @@ from train.devices.mesh_checks import mesh_problems
 from train.devices.rules import AXES, training_layout
 from train.planning.estimate import Estimate, Machine, estimate
 from train.planning.plan import argument_bytes
-from train.planning.speed import reached
-from train.planning.topology import bandwidth_over
+from train.planning.speed import reached_bandwidth
 
 AXES_IN_SLICE = AXES[1:]
 BATCH = "train.batch_size"
@@ -136,5 +134,5 @@ def _machine(config: ResolvedConfig, devices: Sequence[Any], chip: Chip, state: 
     mesh = make_mesh(config, devices)
     with jax.set_mesh(mesh):
         attention = choose_kernel(config.model, training_layout(config.mesh), config.data.segment_length)
-    bandwidth = functools.cache(lambda axes: bandwidth_over(mesh, axes, chip) * reached(chip).links)
+    bandwidth = reached_bandwidth(mesh, chip)
     return Machine(dict(mesh.shape), chip, bandwidth, attention, state)

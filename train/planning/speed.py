@@ -5,10 +5,18 @@ needs, at the share of the data sheet's figure that programs reach. Shares are f
 `tests/benchmarks/truth.py` that are set aside for that.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
-from train.devices.hardware import Chip
+from jax.sharding import Mesh
+
+from train.devices.hardware import CHIPS, Chip
 from train.planning.operations import Operation
+from train.planning.topology import bandwidth_over
+
+# Function from mesh axes to the bytes/s that a device sends along them.
+Bandwidth = Callable[[tuple[str, ...]], float]
 
 
 class Reached(NamedTuple):
@@ -21,7 +29,7 @@ class Reached(NamedTuple):
     links: float = 1.0  # of the links' bandwidth
 
 
-# The figures of other devices are measured.
+# The figures of devices that have no data sheet here are measured.
 REACHED = {"tpu": Reached(), "gpu": Reached(products=0.65, forward=0.55, backward=0.45, memory=0.9, links=0.8)}
 # Vector operations of splash attention for a score, forward and backward. They follow from its measured time on a v6e
 # (9.41 and 13.87 ms for 4.03e9 scores), where they take longer than the products.
@@ -32,13 +40,20 @@ LARGEST_ERROR = {"tpu": 0.16, "gpu": 0.25}
 
 def reached(chip: Chip) -> Reached:
     """Returns the shares for a chip."""
-    return REACHED.get(chip.platform, Reached())
+    return REACHED[chip.platform] if chip.name in CHIPS else Reached()
+
+
+def reached_bandwidth(mesh: Mesh, chip: Chip) -> Bandwidth:
+    """Returns the function from mesh axes to the bytes/s that a device of the mesh sends along them in fact."""
+    return functools.cache(lambda axes: bandwidth_over(mesh, axes, chip) * reached(chip).links)
 
 
 def seconds_range(seconds: float, chip: Chip) -> tuple[float, float] | None:
     """Returns (the least, the most) seconds that a step takes of which these are estimated, or None without errors."""
-    error = LARGEST_ERROR.get(chip.platform)
-    return None if error is None else (seconds / (1 + error), seconds / (1 - error))
+    if chip.name not in CHIPS:
+        return None
+    error = LARGEST_ERROR[chip.platform]
+    return seconds / (1 + error), seconds / (1 - error)
 
 
 def own_seconds(operation: Operation, chip: Chip) -> float:

@@ -1,16 +1,12 @@
 """The time of a compiled program: its schedule, simulated at a chip's speeds."""
 
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from train.devices.hardware import Chip
 from train.planning.operations import Operation, Program
-from train.planning.speed import own_seconds
-
-# Function from mesh axes to the bytes/s that a device sends along them.
-Bandwidth = Callable[[tuple[str, ...]], float]
+from train.planning.speed import Bandwidth, own_seconds
 
 
 class Interval(NamedTuple):

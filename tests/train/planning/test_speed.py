@@ -1,5 +1,7 @@
 """The model of time, held against figures that others have measured."""
 
+from dataclasses import replace
+
 import pytest
 
 from train.devices.hardware import CHIPS
@@ -14,7 +16,9 @@ SOURCE = f"attention_pairs_{10 * 2048**2}/splash"
 
 
 def kernel(name: str, results: int, head: Array = HEADS, source: str = SOURCE) -> Operation:
-    return Operation(name, kernel=Kernel(name, (head, head, head), (head,) * results, None, source))
+    """The third result is a sum of the queries' gradients for each block of keys."""
+    sums = Array(head.dtype, (head.dims[0], 4, *head.dims[1:]))
+    return Operation(name, kernel=Kernel(name, (head, head, head), (head, head, sums)[:results], None, source))
 
 
 @pytest.mark.parametrize(
@@ -46,6 +50,20 @@ def test_a_gpu_reaches_shares_of_its_data_sheet():
     backward = kernel("__cudnn$fmhaScaleBiasSoftmaxBackward", 3, arrays, "attention_pairs_1000000")
     assert own_seconds(backward, H100) == pytest.approx(10 * 32e6 * 128 / 989e12 / shares.backward)
     assert 0.4 < shares.backward <= shares.forward <= shares.products < 0.8
+
+
+def test_a_backward_kernel_that_leaves_the_queries_gradients_has_one_product_less():
+    scratch = Array("f32", (3, 2, 1024, 128))
+    split = Kernel("splash_mha_dkv", (HEADS,) * 3, (HEADS, HEADS, scratch, scratch), None, SOURCE)
+    fused = kernel("splash_mha_dkv", 3).kernel
+    assert fused
+    assert (split.attention_products, fused.attention_products) == (4, 5)
+
+
+def test_a_device_that_was_measured_reaches_its_own_figures_and_has_no_range():
+    mine = replace(H100, name="NVIDIA L4", peak_flops=1e14)
+    assert own_seconds(Operation("product", flops=1e14), mine) == pytest.approx(1.0)
+    assert seconds_range(1.0, mine) is None
 
 
 def test_a_range_has_the_seconds_that_the_largest_error_allows():
