@@ -8,6 +8,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +28,9 @@ from model.sharding import Layout, as_tuple
 
 # Side lengths of splash attention's blocks of scores, of which the largest that divides a piece of a row is taken, up
 # to a quarter of the row: larger blocks have less to start and to write, but more masked pairs.
-BLOCKS = (2048, 1024, 512, 256, 128)
+BLOCKS = (1024, 512, 256, 128)
+# The largest for heads of more than 128: the 16 MiB of vector memory that a kernel has by default hold no more.
+WIDE_BLOCK = 512
 # The most keys of a block that are multiplied at once: the scores of more would not fit the vector memory.
 KEYS_AT_ONCE = 512
 PLATFORM_KERNELS = {"tpu": "splash", "gpu": "cudnn"}
@@ -91,7 +94,7 @@ def _choose_ring(kernel: str, config: ResolvedModelConfig, layout: Layout, T: in
     if n == 1:
         return False, "" if wanted == "auto" else f"model.context_attention = {wanted} needs mesh.context above 1"
     piece = T // n // 2
-    window = 0 if config.sliding_window is None else _halo(kernel, piece, config.sliding_window)
+    window = 0 if config.sliding_window is None else _halo(kernel, piece, config.sliding_window, has_wide_heads(config))
     obstacles = {
         "cuDNN's gradients take no sum of exponentials of other keys": kernel == "cudnn",
         "model.attention_dropout is done by an all-gather alone": config.attention_dropout,
@@ -133,7 +136,9 @@ def _obstacle(kernel: str, config: ResolvedModelConfig, layout: Layout, T: int) 
     return next((reason for is_met, reason in obstacles[kernel] if is_met), None)
 
 
-def visited_pairs(kernel: str, T: int, window: int | None, shards: int, is_ring: bool = False) -> int:
+def visited_pairs(
+    kernel: str, T: int, window: int | None, shards: int, is_ring: bool = False, is_wide: bool = False
+) -> int:
     """Returns the pairs of positions whose scores a device computes for a head of a row, masked ones included.
 
     Splash attention skips blocks that are all later keys, or all before the window. cuDNN is counted as if it skipped
@@ -145,35 +150,42 @@ def visited_pairs(kernel: str, T: int, window: int | None, shards: int, is_ring:
         window: number of keys that a query sees at most, or None.
         shards: number of devices that share the positions.
         is_ring: they use ring attention.
+        is_wide: heads are wide (`has_wide_heads`).
     """
     piece = T // shards // 2
     if is_ring and window is not None:
-        block = _block(piece, 1) if kernel == "splash" else piece
-        return 2 * piece * (_halo(kernel, piece, window) + block)
+        block = _block(piece, 1, is_wide) if kernel == "splash" else piece
+        return 2 * piece * (_halo(kernel, piece, window, is_wide) + block)
     if is_ring:
-        return visited_pairs(kernel, T // shards, None, 1) + 2 * (shards - 1) * piece**2
+        return visited_pairs(kernel, T // shards, None, 1, is_wide=is_wide) + 2 * (shards - 1) * piece**2
     if kernel == "plain" or (kernel == "cudnn" and shards > 1):
         return T * T // shards
-    block = _block(T, shards) if kernel == "splash" else 1
+    block = _block(T, shards, is_wide) if kernel == "splash" else 1
     blocks = T // block
     seen = blocks if window is None else min(blocks, -(-(window - 1) // block) + 1)
     return (blocks * seen - seen * (seen - 1) // 2) * block**2 // shards
 
 
-def has_one_backward_kernel(T: int, window: int | None, shards: int) -> bool:
+def has_wide_heads(config: ResolvedModelConfig) -> bool:
+    """Returns True where queries or keys have more than 128 numbers a head, as those of latent attention do."""
+    return config.head_dim > 128 or config.kv_latent_dim is not None
+
+
+def has_one_backward_kernel(T: int, window: int | None, shards: int, is_wide: bool = False) -> bool:
     """Returns True where one kernel of splash attention gives all gradients, and no second one the queries'."""
-    return window is None and T // _block(T, shards) <= 8
+    return window is None and T // _block(T, shards, is_wide) <= 8
 
 
-def _block(T: int, shards: int) -> int:
+def _block(T: int, shards: int, is_wide: bool) -> int:
     """Returns the side of splash attention's blocks. They lie in one piece of a row, or little is skipped."""
     piece = T if shards == 1 else T // shards // 2
-    return next((size for size in BLOCKS if piece % size == 0 and 4 * size <= T), BLOCKS[-1])
+    most = min(T // 4, WIDE_BLOCK if is_wide else BLOCKS[0])
+    return next((size for size in BLOCKS if piece % size == 0 and size <= most), BLOCKS[-1])
 
 
-def _halo(kernel: str, piece: int, window: int) -> int:
+def _halo(kernel: str, piece: int, window: int, is_wide: bool) -> int:
     """Returns the number of keys before a piece that its queries get for a window, in whole blocks of a kernel."""
-    block = _block(piece, 1) if kernel == "splash" else 1
+    block = _block(piece, 1, is_wide) if kernel == "splash" else 1
     return -(-(window - 1) // block) * block
 
 
@@ -189,7 +201,7 @@ def attention_over(
     if is_ring:
         return lambda q, k, v, keys_B, *sinks: _ring(config, layout, kernel, segment_ids_BT, window, sinks, q, k, v)
     # The only way to tell a reader of the compiled program how much of its scores a kernel computes.
-    name = f"attention_pairs_{visited_pairs(kernel, T, window, layout.size('time'))}"
+    name = f"attention_pairs_{visited_pairs(kernel, T, window, layout.size('time'), is_wide=has_wide_heads(config))}"
     if kernel == "splash":
         splash = lambda q, k, v, keys_B, *sinks: _splash(config, layout, segment_ids_BT, window, sinks, q, k, v)
         return jax.named_scope(name)(splash)
@@ -239,7 +251,7 @@ def _splash(
     mask.q_sequence = zigzag_order(T, layout)
     kernel = kernels.make_splash_mha(
         masks.MultiHeadMask([mask] * (config.num_heads // layout.size("heads"))),
-        block_sizes=_block_sizes(T, n, window),
+        block_sizes=_block_sizes(T, n, window, has_wide_heads(config)),
         attn_logits_soft_cap=config.attention_softcap,
         head_shards=1,
         q_seq_shards=n,
@@ -264,7 +276,7 @@ def _splash(
     return _on_each_device(on_device, layout, specs, (kernel, segment_ids_BT, sinks), *qkv)
 
 
-def _block_sizes(T: int, shards: int = 1, window: int | None = None) -> Any:
+def _block_sizes(T: int, shards: int = 1, window: int | None = None, is_wide: bool = False) -> Any:
     """Returns the blocks of splash attention's kernels.
 
     A fused kernel gives all gradients, where two would compute the scores twice. It leaves sums of the queries'
@@ -272,8 +284,8 @@ def _block_sizes(T: int, shards: int = 1, window: int | None = None) -> Any:
     """
     from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import BlockSizes
 
-    block = _block(T, shards)
-    is_fused = has_one_backward_kernel(T, window, shards)
+    block = _block(T, shards, is_wide)
+    is_fused = has_one_backward_kernel(T, window, shards, is_wide)
     block_of_queries = None if is_fused else block
     return BlockSizes(
         block_q=block,
@@ -306,9 +318,11 @@ def _ring(
     ring = Ring(as_tuple(layout.rules["time"]), layout.size("time"))
     softcap, interpret = config.attention_softcap, platform() != "tpu"
     own = segment_ids_BT.shape[1] // ring.size
+    is_wide = has_wide_heads(config)
+    block_sizes = partial(_block_sizes, is_wide=is_wide)
     kernel: PieceKernel = PlainPieces(softcap)
     if name == "splash":
-        kernel = SplashPieces(softcap, _block_sizes, visited_pairs(name, own, None, 1), interpret)
+        kernel = SplashPieces(softcap, block_sizes, visited_pairs(name, own, None, 1, is_wide=is_wide), interpret)
 
     def on_device(
         ids_BT: jax.Array, sinks: tuple[jax.Array, ...], q: jax.Array, k: jax.Array, v: jax.Array
@@ -318,9 +332,9 @@ def _ring(
             return ring_attention(kernel, ring, q, k, v, ids_BT, sinks[0] if sinks else None)
         in_halo = plain_halo(window, softcap)
         if name == "splash":
-            pairs = visited_pairs(name, own * ring.size, window, ring.size, True) // 2
-            in_halo = splash_halo(window, softcap, _block_sizes(own // 2, 1, window), pairs, interpret)
-        halo = _halo(name, own // 2, window)
+            pairs = visited_pairs(name, own * ring.size, window, ring.size, True, is_wide) // 2
+            in_halo = splash_halo(window, softcap, block_sizes(own // 2, 1, window), pairs, interpret)
+        halo = _halo(name, own // 2, window, is_wide)
         return halo_attention(in_halo, ring, halo, Queries(q, ids_BT), Keys(k, v, ids_BT), *sinks)
 
     specs = (layout.spec("batch", "time"), tuple(layout.spec("heads") for _ in sinks))

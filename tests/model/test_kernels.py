@@ -18,7 +18,13 @@ import model.kernels
 from model.attention import attend, causal_mask
 from model.config import ModelConfig
 from model.context_parallel import zigzag_order
-from model.kernels import KernelChoice, attention_over, choose_kernel, visited_pairs
+from model.kernels import (
+    KernelChoice,
+    attention_over,
+    choose_kernel,
+    has_one_backward_kernel,
+    visited_pairs,
+)
 from model.sharding import UNSHARDED
 from tests.small import mesh_of, small_model
 from train.devices.mesh import one_device_mesh
@@ -269,9 +275,17 @@ def test_the_pairs_that_splash_attention_visits_are_those_of_its_own_table(T: in
         mask.q_sequence = zigzag_order(T, TRAINING)
     # In zigzag order a device has two pieces.
     piece = T if shards == 1 else T // shards // 2
-    block = max(size for size in (128, 256, 512, 1024, 2048) if piece % size == 0 and 4 * size <= T)
+    block = max(size for size in (128, 256, 512, 1024) if piece % size == 0 and (4 * size <= T or size == 128))
     table, _ = process_mask(splash_attention_mask.MultiHeadMask([mask]), (block, block), q_seq_shards=shards)
     assert visited_pairs("splash", T, window, shards) * shards == np.count_nonzero(table.block_mask) * block**2
+
+
+def test_wide_heads_have_blocks_that_fit_the_vector_memory():
+    assert visited_pairs("splash", 8192, None, 1) == 36 * 1024**2
+    assert visited_pairs("splash", 8192, None, 1, is_wide=True) == 136 * 512**2
+    assert has_one_backward_kernel(8192, None, 1)
+    assert not has_one_backward_kernel(8192, None, 1, is_wide=True)
+    assert not has_one_backward_kernel(8192, 1024, 1)
 
 
 def test_the_pairs_that_cudnn_visits_are_those_of_the_mask_unless_positions_are_shared():

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from model.feedforward.grouped import PLATFORM_KERNELS, rows_tile, wasted_rows
-from model.kernels import KernelChoice, has_one_backward_kernel, visited_pairs
+from model.kernels import KernelChoice, has_one_backward_kernel, has_wide_heads, visited_pairs
 from model.layers import layer_kinds
 from model.parameters import Parameter, parameter_table
 from model.sharding import as_tuple
@@ -203,10 +203,11 @@ class _Step:
         kernel, _, is_ring, _ = self.machine.attention
         forward, backward = ATTENTION_PRODUCTS[kernel]
         forward_runs = 1 if "attention" in self.has else 2
+        is_wide = has_wide_heads(self.model)
         total = 0.0
         for kind in layer_kinds(self.model):
-            in_two = kernel == "splash" and not has_one_backward_kernel(T, kind.window, shards)
-            heads = self.rows * visited_pairs(kernel, T, kind.window, shards, is_ring) * self.heads
+            in_two = kernel == "splash" and not has_one_backward_kernel(T, kind.window, shards, is_wide)
+            heads = self.rows * visited_pairs(kernel, T, kind.window, shards, is_ring, is_wide) * self.heads
             seconds = lambda products, heads=heads: attention_seconds(
                 products > forward, 2 * products * heads, heads / self.model.head_dim, self.chip
             )
