@@ -93,7 +93,7 @@ def test_the_figures_of_a_slice_agree_with_each_other(on_v5e: Plan):
     check(on_v5e, small())
     assert (on_v5e.devices, on_v5e.device_kind, on_v5e.mesh["fsdp"]) == (4, "TPU v5 lite", 4)
     assert on_v5e.attention == "splash (on tpu)"
-    assert on_v5e.estimated_by == "the compiler's cycles"
+    assert str(on_v5e.estimated_by).startswith("the compiler's cycles")
     assert on_v5e.memory_bytes_per_device == CHIPS["v5e"].memory_bytes
 
 
@@ -200,7 +200,7 @@ def test_a_program_for_a_topology_is_kept_for_the_next_time(tmp_path: Path, monk
     named = small(model={"num_layers": 1, "attention_kernel": "splash"}, data={"segment_length": 128})
     compile_step(named, mesh, tmp_path)
     with monkeypatch.context() as changed:
-        changed.setattr(model.kernels, "visited_pairs", lambda *_: 7)
+        changed.setattr(model.kernels, "visited_pairs", lambda *_, **__: 7)
         assert not compile_step(named, mesh, tmp_path).cached
     assert compile_step(named, mesh, tmp_path).cached
     assert len(compiled) == 3
