@@ -206,10 +206,12 @@ class _Step:
         is_wide = has_wide_heads(self.model)
         total = 0.0
         for kind in layer_kinds(self.model):
-            in_two = kernel == "splash" and not has_one_backward_kernel(T, kind.window, shards, is_wide)
-            heads = self.rows * visited_pairs(kernel, T, kind.window, shards, is_ring, is_wide) * self.heads
-            seconds = lambda products, heads=heads: attention_seconds(
-                products > forward, 2 * products * heads, heads / self.model.head_dim, self.chip
+            # The kernels of a ring see the positions of a device.
+            seen = (T // shards, kind.window, 1) if is_ring else (T, kind.window, shards)
+            in_two = kernel == "splash" and not has_one_backward_kernel(*seen, is_wide)
+            terms = self.rows * visited_pairs(kernel, T, kind.window, shards, is_ring, is_wide) * self.heads
+            seconds = lambda products, terms=terms: attention_seconds(
+                products > forward, 2 * products * terms, terms / self.model.head_dim, self.chip
             )
             total += forward_runs * seconds(forward)
             total += sum(map(seconds, IN_TWO_KERNELS if in_two else (backward,)))
