@@ -18,7 +18,7 @@ import logging
 import os
 import re
 import signal
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from train.devices.hardware import Chip
     from train.planning.compilation import Compilation
     from train.planning.plan import Plan
+    from train.planning.search import Candidate
 
 log = logging.getLogger("ziggurat")
 # Longer steps, by the estimate, are not measured.
@@ -222,7 +223,7 @@ def search(arguments: argparse.Namespace, config: ResolvedConfig, devices: Seque
     from launch.plan_search import compile_best, search_text
     from train.devices.hardware import with_usable_memory
     from train.planning.plan import tokens_of_run
-    from train.planning.search import SEARCHED, candidates, interleaved
+    from train.planning.search import SEARCHED, interleaved
     from train.planning.topology import parse_topology
 
     chip = with_usable_memory(parse_topology(arguments.topology)[0])
@@ -230,7 +231,7 @@ def search(arguments: argparse.Namespace, config: ResolvedConfig, devices: Seque
     if arguments.batch_sizes is not None:
         configs = with_batch_sizes(arguments)
         arguments.tokens = arguments.tokens or str(tokens_of_run(config))
-    legal = interleaved([candidates(of_size, devices, chip, arguments.overrides) for of_size in configs])
+    legal = interleaved(candidates_by_size(configs, devices, chip, arguments.overrides))
     log.info("%s legal ways to run the step may fit; compiling the most promising", f"{len(legal):,}")
     shared = {name: getattr(arguments, name) for name in ("config", "topology", "slices", "tokens", "price")}
     flags = [f"--{name}={value}" for name, value in shared.items() if value is not None]
@@ -244,6 +245,25 @@ def search(arguments: argparse.Namespace, config: ResolvedConfig, devices: Seque
     if plans and plans[0].fits:
         print("\n" + plan_text(plans[0], arguments.config))
     return 0
+
+
+def candidates_by_size(
+    configs: Sequence[ResolvedConfig], devices: Sequence[Any], chip: "Chip", given: Collection[str]
+) -> "list[list[Candidate]]":
+    """Returns the candidates of each batch size, without sizes of which none may fit. Raises InputError if all are."""
+    from train.planning.search import NothingFits, candidates
+
+    by_size = []
+    for config in configs:
+        try:
+            by_size.append(candidates(config, devices, chip, given))
+        except NothingFits as error:
+            if len(configs) == 1:
+                raise
+            log.warning("left out: %s", error)
+    if not by_size:
+        raise InputError("no step of any of these batch sizes may fit: give more devices or a smaller model")
+    return by_size
 
 
 def with_batch_sizes(arguments: argparse.Namespace) -> list[ResolvedConfig]:

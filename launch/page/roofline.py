@@ -33,7 +33,7 @@ def roofline_chart(points: Sequence[Point], peak: float, bandwidth: float, descr
         return axes.x(min(max(math.log10(intensity), left), right))
 
     def y(speed: float) -> float:
-        return axes.y(math.log10(speed))
+        return axes.y(max(math.log10(speed), low))
 
     # The roof begins where the bandwidth meets the chart's left edge or its floor.
     begin = max(10.0**left, 10.0**low / bandwidth)

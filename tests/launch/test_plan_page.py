@@ -126,6 +126,8 @@ def test_a_roofline_has_its_corner_where_peak_and_bandwidth_meet():
     assert 'cx="220.0" cy="156.0" r="8.0"' in chart
     assert decades([5.0, 2000.0]) == (0, 4)
     assert decades([1e-9, 2.0]) == (-5, 1)
+    slowest = roofline_chart([Point("p", 100.0, 1e2, 0.25)], 1e14, 1e12, "")
+    assert 'cy="156.0"' in slowest, "an operation slower than the chart's floor is drawn below it"
 
 
 def test_an_operation_has_the_name_of_what_was_traced_and_its_pass():

@@ -152,6 +152,22 @@ def test_batch_sizes_that_are_asked_for_are_compared_by_the_same_tokens(tmp_path
     assert [plan["cost"] for plan in found["plans"]] == sorted(plan["cost"] for plan in found["plans"])
 
 
+def test_a_batch_size_that_cannot_fit_is_left_out_of_those_that_are_compared(
+    tmp_path: Path, monkeypatch, capsys, caplog
+):
+    require("libtpu")
+    compared = []
+    monkeypatch.setattr(search, "compile_best", lambda found, *_: compared.extend(found) or [])
+    flags = [f"--config={write_config(tmp_path)}", "--topology=v5e:2x2", "--config.train.accumulation_steps=1",
+             "--config.data.num_streams=4", "--config.model.num_layers=16", "--config.model.remat_policy=full",
+             "--search"]  # fmt: skip
+    assert here("plan", *flags, "--batch-sizes=8,16777216", "--json") == 0
+    assert {candidate.batch_size for candidate in compared} == {8}
+    assert "left out: none of" in caplog.text
+    assert here("plan", *flags, "--batch-sizes=16777212,16777216") == 2
+    assert "no step of any of these batch sizes may fit" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -86,6 +86,16 @@ def test_splash_attention_is_plain_attention(changes: dict):
     assert_close(splash, plain, 2e-6)
 
 
+@pytest.mark.parametrize("changes", [{}, SINKS], ids=str)
+def test_a_block_whose_keys_are_computed_in_parts_gives_the_same(changes: dict, monkeypatch):
+    arrays = inputs(config_for("plain", **changes))
+    plain = result_and_gradients(config_for("plain", **changes), mesh_of(), TRAINING, arrays)
+    monkeypatch.setattr(model.kernels, "_block", lambda *_: T)
+    monkeypatch.setattr(model.kernels, "KEYS_AT_ONCE", T // 2)
+    splash = result_and_gradients(config_for("splash", **changes), mesh_of(), TRAINING, arrays)
+    assert_close(splash, plain, 2e-6)
+
+
 @pytest.mark.parametrize("shape", [{}, {"context": 2, "tensor": 2}], ids=str)
 @pytest.mark.parametrize(
     "changes",

@@ -33,6 +33,10 @@ PEAK_ERROR = 0.2
 SECONDS_ERROR = 0.2
 
 
+class NothingFits(InputError):
+    """No legal way to run a step may fit into the memory of the devices."""
+
+
 class Candidate(NamedTuple):
     """One way to run a step."""
 
@@ -52,7 +56,7 @@ def candidates(config: ResolvedConfig, devices: Sequence[Any], chip: Chip, given
     """Returns all candidates that are legal and may fit, by estimated time; those that may not fit come last.
 
     All have the config's batch size, because it affects learning. A device's share of it follows from the mesh and the
-    number of accumulation parts. Raises InputError if no candidate is legal, or none may fit.
+    number of accumulation parts. Raises InputError if no candidate is legal, NothingFits if none may fit.
     Fields that are `given` keep the config's values.
     """
     legal = list(_legal(config, devices, chip, given))
@@ -63,7 +67,7 @@ def candidates(config: ResolvedConfig, devices: Sequence[Any], chip: Chip, given
     fitting = [c for c in legal if c.estimate.peak_bytes * (1 - PEAK_ERROR) <= chip.memory_bytes]
     if not fitting:
         least = min(c.estimate.peak_bytes for c in legal) / 2**30
-        raise InputError(
+        raise NothingFits(
             f"none of {len(legal)} legal steps of {config.train.batch_size:,} rows may fit: the smallest is estimated "
             f"at {least:.1f} GiB of {chip.memory_bytes / 2**30:.1f} GiB a device; give more devices or a smaller model"
         )
