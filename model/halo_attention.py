@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from model.attention import attend, visible
-from model.ring_attention import Keys, Queries, Ring, in_pieces
+from model.ring_attention import Keys, Queries, Ring
 
 # A function of rows of queries, the keys before and among them, and sinks; it returns [R, H, T, C].
 AttendToHalo = Callable[..., jax.Array]
@@ -27,7 +27,7 @@ def halo_attention(
         halo: the number of keys before a piece that its queries get; at most all of a piece.
         queries: those of a device, in zigzag order as all arrays.
     """
-    rows = Queries(_as_rows(in_pieces(queries.q, 2)), _as_rows(in_pieces(queries.ids, 1)))
+    rows = Queries(_as_rows(_in_pieces(queries.q, 2)), _as_rows(_in_pieces(queries.ids, 1)))
     k, v, ids = (_with_halo(x, ring, axis, halo) for x, axis in ((keys.k, 2), (keys.v, 2), (keys.ids, 1)))
     # There is nothing before the first piece of a row, and no document has this number.
     is_first = (jnp.arange(2) == 0) & (jax.lax.axis_index(ring.axes) == 0)
@@ -38,9 +38,14 @@ def halo_attention(
     return jnp.concatenate([front, back], axis=2)
 
 
+def _in_pieces(x: jax.Array, axis: int) -> jax.Array:
+    """Returns a device's positions at an axis as its two pieces, [2, ...], the front first."""
+    return jnp.stack(jnp.split(x, 2, axis))
+
+
 def _with_halo(x: jax.Array, ring: Ring, axis: int, halo: int) -> jax.Array:
     """Returns a device's two pieces [2, ...], each behind the last positions of the piece before it."""
-    pieces = in_pieces(x, axis)
+    pieces = _in_pieces(x, axis)
     fronts_end, backs_end = jax.lax.slice_in_dim(pieces, pieces.shape[axis + 1] - halo, None, axis=axis + 1)
     is_last = jax.lax.axis_index(ring.axes) == ring.size - 1
     before_back = jnp.where(is_last, fronts_end, ring.send(backs_end, -1))

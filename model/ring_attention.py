@@ -8,12 +8,9 @@ again, and their gradients with them.
 A piece of queries sees all keys of another piece, or none. So device i computes, in zigzag order:
 
     step 0, its own pieces: causal attention, as of a row
-    step s, the pieces of device j = i - s: its back to their front; and its front to their front if j < i, else its
-        back to their back
+    step s, the pieces of device j = i - s: both of its own to their front if j < i, else its back to both of theirs
 
 Each step after the first is two whole pairs of pieces on every device, and no pair is computed in vain.
-
-Arrays in pieces are [2, B, ...], the front first.
 """
 
 from collections.abc import Callable
@@ -52,7 +49,10 @@ class Attended(NamedTuple):
 
 
 class PieceKernel(Protocol):
-    """Attention of rows [R, ...] of queries to as many rows of keys, causal or to all keys, within documents."""
+    """Attention of rows [R, ...] of queries to as many rows of keys, causal or to all keys, within documents.
+
+    Rows of queries and keys are equally long if it is causal; else one of the two may be twice as long.
+    """
 
     def forward(self, queries: Queries, keys: Keys, is_causal: bool) -> Attended:
         """Returns the softmax over these keys alone times their values."""
@@ -74,9 +74,9 @@ class Ring(NamedTuple):
         pairs = [(i, (i + by) % self.size) for i in range(self.size)]
         return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axes, pairs), arrays)
 
-    def second(self, step: jax.Array) -> jax.Array:
-        """Returns the piece (0 is the front) of both queries and keys in a step's second pair."""
-        return jnp.where(step <= jax.lax.axis_index(self.axes), 0, 1)
+    def is_ahead(self, step: jax.Array) -> jax.Array:
+        """Returns True where this device comes after the one whose keys it has at a step."""
+        return step <= jax.lax.axis_index(self.axes)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -99,54 +99,60 @@ def ring_attention(
 
 
 def _forward(kernel, ring, q_BHTC, k_BKTC, v_BKTC, ids_BT, sink_H):  # type: ignore[no-untyped-def]
-    ids = in_pieces(ids_BT, 1)
-    queries = Queries(in_pieces(q_BHTC, 2), ids)
-    keys = Keys(in_pieces(k_BKTC, 2), in_pieces(v_BKTC, 2), ids)
-    own = kernel.forward(Queries(q_BHTC, ids_BT), Keys(k_BKTC, v_BKTC, ids_BT), True)
-    attended = jax.tree.map(lambda x: in_pieces(x.astype(jnp.float32), 2), own)
+    queries, keys = Queries(q_BHTC, ids_BT), Keys(k_BKTC, v_BKTC, ids_BT)
+    back = _half(queries, 1)
+    own = jax.tree.map(lambda x: x.astype(jnp.float32), kernel.forward(queries, keys, True))
 
     def step(s: jax.Array, carry: tuple[Keys, Attended]) -> tuple[Keys, Attended]:
         keys, attended = carry
         # It does not depend on this step's products, so XLA sends while they are computed.
         arriving = ring.send(keys)
-        second = ring.second(s)
-        parts = kernel.forward(_pair(queries, 1, second), _pair(keys, 0, second), False)
-        of_first, of_second = _halves(parts)
-        return arriving, _merge(_merge(attended, 1, of_first), second, of_second)
 
-    _, attended = jax.lax.fori_loop(1, ring.size, step, (ring.send(keys), attended))
+        def to_front(before: Attended) -> Attended:
+            return _merge(before, kernel.forward(queries, _half(keys, 0), False))
+
+        def from_back(before: Attended) -> Attended:
+            return _with_half(before, 1, _merge(_half(before, 1), kernel.forward(back, keys, False)))
+
+        return arriving, jax.lax.cond(ring.is_ahead(s), to_front, from_back, attended)
+
+    _, attended = jax.lax.fori_loop(1, ring.size, step, (ring.send(keys), own))
     if sink_H is not None:
         total = jnp.logaddexp(attended.logsumexp, sink_H.astype(jnp.float32)[:, None])
         attended = Attended(attended.y * jnp.exp(attended.logsumexp - total)[..., None], total)
-    y_BHTC = checkpoint_name(_in_row(attended.y, 2).astype(v_BKTC.dtype), "attention")
-    logsumexp_BHT = checkpoint_name(_in_row(attended.logsumexp, 2), "attention")
+    y_BHTC = checkpoint_name(attended.y.astype(v_BKTC.dtype), "attention")
+    logsumexp_BHT = checkpoint_name(attended.logsumexp, "attention")
     return y_BHTC, (q_BHTC, k_BKTC, v_BKTC, ids_BT, sink_H, y_BHTC, logsumexp_BHT)
 
 
 def _backward(kernel, ring, kept, gradient_BHTC):  # type: ignore[no-untyped-def]
     q_BHTC, k_BKTC, v_BKTC, ids_BT, sink_H, y_BHTC, logsumexp_BHT = kept
-    ids = in_pieces(ids_BT, 1)
-    attended = Attended(in_pieces(y_BHTC, 2), in_pieces(logsumexp_BHT, 2))
-    ours = (Queries(in_pieces(q_BHTC, 2), ids), attended, in_pieces(gradient_BHTC, 2))
-    keys = Keys(in_pieces(k_BKTC, 2), in_pieces(v_BKTC, 2), ids)
+    keys = Keys(k_BKTC, v_BKTC, ids_BT)
+    ours = (Queries(q_BHTC, ids_BT), Attended(y_BHTC, logsumexp_BHT), gradient_BHTC)
+    back = _half(ours, 1)
 
     def gradients(ours: Any, keys: Keys, is_causal: bool) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         queries, attended, gradient = ours
-        dq, dk, dv = kernel.backward(queries, keys, is_causal, attended, gradient)
+        dq, dk, dv = (x.astype(jnp.float32) for x in kernel.backward(queries, keys, is_causal, attended, gradient))
         return dq, (dk, dv)
 
-    own = (Queries(q_BHTC, ids_BT), Attended(y_BHTC, logsumexp_BHT), gradient_BHTC)
-    own_gradients = gradients(own, Keys(k_BKTC, v_BKTC, ids_BT), True)
-    dq, dkv = jax.tree.map(lambda x: in_pieces(x.astype(jnp.float32), 2), own_gradients)
+    dq, dkv = gradients(ours, keys, True)
 
     def step(s: jax.Array, carry: tuple[Keys, Any, jax.Array]) -> tuple[Keys, Any, jax.Array]:
         keys, dkv, dq = carry
         arriving, dkv = ring.send((keys, dkv))
-        second = ring.second(s)
-        parts = gradients(_pair(ours, 1, second), _pair(keys, 0, second), False)
-        (of_q, of_kv), (of_second_q, of_second_kv) = _halves(parts)
-        dq = _add(_add(dq, 1, of_q), second, of_second_q)
-        return arriving, _add(_add(dkv, 0, of_kv), second, of_second_kv), dq
+
+        def to_front(dq: jax.Array) -> tuple[jax.Array, Any]:
+            of_q, of_front = gradients(ours, _half(keys, 0), False)
+            return dq + of_q, jax.tree.map(lambda x: jnp.concatenate([x, jnp.zeros_like(x)], axis=2), of_front)
+
+        def from_back(dq: jax.Array) -> tuple[jax.Array, Any]:
+            of_back, of_kv = gradients(back, keys, False)
+            return _with_half(dq, 1, _half(dq, 1) + of_back), of_kv
+
+        dq, of_kv = jax.lax.cond(ring.is_ahead(s), to_front, from_back, dq)
+        # The sums of others are added last, so that they too are sent while this device computes.
+        return arriving, jax.tree.map(jnp.add, dkv, of_kv), dq
 
     _, dkv, dq = jax.lax.fori_loop(1, ring.size, step, (ring.send(keys), dkv, dq))
     dk, dv = ring.send(dkv)  # home
@@ -154,49 +160,38 @@ def _backward(kernel, ring, kept, gradient_BHTC):  # type: ignore[no-untyped-def
     if sink_H is not None:
         share_BHT = jnp.exp(sink_H.astype(jnp.float32)[:, None] - logsumexp_BHT)
         dsink = -jnp.sum(share_BHT * _row_sums(y_BHTC, gradient_BHTC), axis=(0, 2)).astype(sink_H.dtype)
-    back = zip((dq, dk, dv), (q_BHTC, k_BKTC, v_BKTC), strict=True)
-    return *(_in_row(x, 2).astype(like.dtype) for x, like in back), None, dsink
+    totals = zip((dq, dk, dv), (q_BHTC, k_BKTC, v_BKTC), strict=True)
+    return *(x.astype(like.dtype) for x, like in totals), None, dsink
 
 
 ring_attention.defvjp(_forward, _backward)
 
 
-def in_pieces(x: jax.Array, axis: int) -> jax.Array:
-    """Returns a device's positions at an axis as its two pieces, [2, ...]."""
-    return jnp.stack(jnp.split(x, 2, axis))
+def _half(tree: Any, half: int) -> Any:
+    """Returns one of a device's two pieces (0 is the front) of arrays [B, T] or [B, H, T, ...]."""
+
+    def of(x: jax.Array) -> jax.Array:
+        axis = min(x.ndim - 1, 2)
+        return jnp.split(x, 2, axis)[half]
+
+    return jax.tree.map(of, tree)
 
 
-def _in_row(x: jax.Array, axis: int) -> jax.Array:
-    """Returns the two pieces one after the other at an axis."""
-    return jnp.concatenate([x[0], x[1]], axis)
+def _with_half(tree: Any, half: int, piece: Any) -> Any:
+    """Returns arrays [B, H, T, ...] with another piece in the place of one half."""
+
+    def of(x: jax.Array, piece: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(x, piece, half * piece.shape[2], axis=2)
+
+    return jax.tree.map(of, tree, piece)
 
 
-def _piece(tree: Any, piece: int | jax.Array) -> Any:
-    return jax.tree.map(lambda x: x[piece], tree)
-
-
-def _pair(tree: Any, first: int, second: jax.Array) -> Any:
-    """Returns two pieces, which may be the same, as rows [2B, ...]."""
-    return jax.tree.map(lambda x: jnp.concatenate([x[first], x[second]]), tree)
-
-
-def _halves(tree: Any) -> tuple[Any, Any]:
-    """Returns the first and the second half of the rows."""
-    middle = jax.tree.leaves(tree)[0].shape[0] // 2
-    return jax.tree.map(lambda x: x[:middle], tree), jax.tree.map(lambda x: x[middle:], tree)
-
-
-def _add(tree: Any, piece: int | jax.Array, parts: Any) -> Any:
-    return jax.tree.map(lambda x, part: x.at[piece].add(part.astype(x.dtype)), tree, parts)
-
-
-def _merge(attended: Attended, piece: int | jax.Array, part: Attended) -> Attended:
-    """Adds the result over further keys to that of a piece of queries."""
-    before = _piece(attended, piece)
-    total = jnp.logaddexp(before.logsumexp, part.logsumexp)
-    shares = (jnp.exp(x.logsumexp - total)[..., None] for x in (before, part))
-    y = before.y * next(shares) + part.y.astype(jnp.float32) * next(shares)
-    return Attended(attended.y.at[piece].set(y), attended.logsumexp.at[piece].set(total))
+def _merge(before: Attended, further: Attended) -> Attended:
+    """Returns the result over the keys of both, in float32."""
+    total = jnp.logaddexp(before.logsumexp, further.logsumexp)
+    shares = (jnp.exp(x.logsumexp - total)[..., None] for x in (before, further))
+    y = before.y * next(shares) + further.y.astype(jnp.float32) * next(shares)
+    return Attended(y, total)
 
 
 def _row_sums(y_BHTC: jax.Array, gradient_BHTC: jax.Array) -> jax.Array:
@@ -265,13 +260,13 @@ class SplashPieces:
         """Implements `PieceKernel.forward`."""
         from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 
-        kernel = self._kernel(queries, is_causal)
+        kernel = self._kernel(queries, keys, is_causal)
 
         def of_row(queries: Queries, keys: Keys) -> Attended:
             y, (logsumexp,) = kernel(queries.q, keys.k, keys.v, kernels.SegmentIds(queries.ids, keys.ids))
             return Attended(y, logsumexp)
 
-        return self._named(of_row, queries, is_causal)(queries, keys)
+        return self._named(of_row, queries, keys, is_causal)(queries, keys)
 
     def backward(
         self, queries: Queries, keys: Keys, is_causal: bool, attended: Attended, gradient: jax.Array
@@ -279,7 +274,7 @@ class SplashPieces:
         """Implements `PieceKernel.backward`."""
         from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 
-        kernel = self._kernel(queries, is_causal)
+        kernel = self._kernel(queries, keys, is_causal)
 
         def of_row(queries: Queries, keys: Keys, attended: Attended, gradient: jax.Array) -> tuple[jax.Array, ...]:
             ids = kernels.SegmentIds(queries.ids, keys.ids)
@@ -289,18 +284,18 @@ class SplashPieces:
             # whole row, it gives the part of these keys. No public function takes them.
             return kernels._splash_attention_bwd(**kernel.kwargs, res=kept, do=gradient)[3:6]
 
-        dq, dk, dv = self._named(of_row, queries, is_causal)(queries, keys, attended, gradient)
+        dq, dk, dv = self._named(of_row, queries, keys, is_causal)(queries, keys, attended, gradient)
         return dq, dk, dv
 
-    def _kernel(self, queries: Queries, is_causal: bool) -> Any:
+    def _kernel(self, queries: Queries, keys: Keys, is_causal: bool) -> Any:
         from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
         from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-        _, H, T, _ = queries.q.shape
-        mask = masks.CausalMask((T, T)) if is_causal else masks.FullMask((T, T))
+        (_, H, T, _), S = queries.q.shape, keys.k.shape[2]
+        mask = masks.CausalMask((T, S)) if is_causal else masks.FullMask((T, S))
         return kernels.make_splash_mha(
             masks.MultiHeadMask([mask] * H),
-            block_sizes=self.block_sizes(T),
+            block_sizes=self.block_sizes(min(T, S)),
             save_residuals=True,
             attn_logits_soft_cap=self.softcap,
             head_shards=1,
@@ -308,7 +303,7 @@ class SplashPieces:
             interpret=self.interpret,
         )
 
-    def _named(self, of_row: Callable[..., Any], queries: Queries, is_causal: bool) -> Callable[..., Any]:
+    def _named(self, of_row: Callable[..., Any], queries: Queries, keys: Keys, is_causal: bool) -> Callable[..., Any]:
         """Returns the function over rows, whose operations have the name that `model.kernels` explains."""
-        pairs = self.causal_pairs if is_causal else queries.q.shape[2] ** 2
+        pairs = self.causal_pairs if is_causal else queries.q.shape[2] * keys.k.shape[2]
         return jax.named_scope(f"attention_pairs_{pairs}")(jax.vmap(of_row))

@@ -25,7 +25,7 @@ from train.config.config import Config
 from train.config.reading import make_config
 from train.devices.mesh import make_mesh
 from train.planning.compilation import Compilation, compile_step
-from train.planning.operations import Program, total
+from train.planning.operations import Program, total, walked
 from train.planning.plan import argument_bytes
 from train.planning.reader import read_program
 from train.planning.topology import topology_devices, without_jax_cache
@@ -208,6 +208,25 @@ def test_gradients_are_summed_for_each_part_of_a_batch():
         return sum(c.payload_bytes * c.count for c in of)
 
     assert summed(IN_PARTS) == IN_PARTS.parts * summed(Case(TPU, "slice")) == IN_PARTS.parts * (L * LAYER + TABLE)
+
+
+@pytest.mark.parametrize(
+    ("case", "kind", "axis", "least"),
+    [
+        (Case(TPU, "slice"), "all-gather", "fsdp", 0.75),
+        (Case(TPU, "slice"), "all-reduce", "slice", 0.99),
+        (DEEP, "all-gather", "fsdp", 0.9),
+        (DEEP, "reduce-scatter", "fsdp", 0.9),
+    ],
+    ids=str,
+)
+def test_what_is_sent_is_hidden_by_what_is_computed_meanwhile(case: Case, kind: str, axis: str, least: float):
+    sent: Counter[bool] = Counter()
+    for operation, times in walked(step_of(case).program.operations):
+        collective = operation.collective
+        if collective and (collective.kind, collective.axes) == (kind, (axis,)):
+            sent[operation.asynchronous] += times * collective.payload_bytes
+    assert sent[True] / sent.total() >= least
 
 
 @pytest.mark.parametrize("case", [case for case in MESHES if case.topology == GPU], ids=str)
