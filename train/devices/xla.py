@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from model.backend import platform
 
 # Gathers and sums are started on the SparseCores, which a v5p and a v6e have beside their TensorCores, and run while
-# these compute. Without it a v5p's are synchronous: a step of GPT-3 with `tensor` waits for them for a quarter of it.
+# these compute. Without it theirs are synchronous: on a v5p a step of GPT-3 with `tensor` waits for a quarter of it.
 SPARSE_CORES: dict[str, bool | str] = {
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
     "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": True,
@@ -30,7 +30,7 @@ OPTIONS: dict[str, dict[str, bool | str]] = {
     "TPU v5": SPARSE_CORES,
     # A v6e has 128 MiB of vector memory. By default a program uses 16, which hold only small tiles of a product. With
     # 96 a step takes a quarter less time, and four times as long to compile.
-    "TPU v6 lite": {"xla_tpu_scoped_vmem_limit_kib": "98304"},
+    "TPU v6 lite": SPARSE_CORES | {"xla_tpu_scoped_vmem_limit_kib": "98304"},
 }
 
 

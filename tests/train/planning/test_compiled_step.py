@@ -74,7 +74,7 @@ class Step(NamedTuple):
         return self.mesh.shape
 
 
-TPU, GPU = "v5e:2x2", "h100:1x4"
+TPU, V5P, GPU = "v5e:2x2", "v5p:2x2x1", "h100:1x4"
 # Four TPUs on fsdp alone are a slice of "slice"; a batch in parts and many layers have a mesh each, not programs more.
 IN_PARTS, DEEP = Case(TPU, "data", parts=2), Case(GPU, layers=14 * L)
 MESHES = [Case(TPU, "tensor"), Case(TPU, "context"), IN_PARTS, Case(TPU, "slice")]
@@ -215,6 +215,9 @@ def test_gradients_are_summed_for_each_part_of_a_batch():
     [
         (Case(TPU, "slice"), "all-gather", "fsdp", 0.75),
         (Case(TPU, "slice"), "all-reduce", "slice", 0.99),
+        (Case(V5P, "tensor"), "all-gather", "fsdp", 0.99),
+        (Case(V5P, "tensor"), "all-gather", "tensor", 0.99),
+        (Case(V5P, "tensor"), "reduce-scatter", "tensor", 0.99),
         (DEEP, "all-gather", "fsdp", 0.9),
         (DEEP, "reduce-scatter", "fsdp", 0.9),
     ],
