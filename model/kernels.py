@@ -117,7 +117,8 @@ def _choose_ring(kernel: str, config: ResolvedModelConfig, layout: Layout, T: in
 
 def _obstacle(kernel: str, config: ResolvedModelConfig, layout: Layout, T: int) -> str | None:
     """Returns the reason why a kernel cannot compute this model's attention, or None."""
-    shard, head_dim = T // layout.size("time"), config.head_dim
+    n, head_dim = layout.size("time"), config.head_dim
+    shard, evens = T // n, 2 if n == 1 else 4
     dropout = (config.attention_dropout, "model.attention_dropout is done by plain attention alone")
     obstacles = {
         "plain": [],
@@ -130,7 +131,7 @@ def _obstacle(kernel: str, config: ResolvedModelConfig, layout: Layout, T: int) 
             (config.attention_sinks, "it gives no sum of exponentials, which model.attention_sinks add to"),
             (config.kv_latent_dim is not None, "keys and values of latent attention differ in their width"),
             (head_dim > 128 or head_dim % 8, f"model.head_dim = {head_dim} is not a multiple of 8 up to 128"),
-            (shard % 2, "the positions of a device are an odd number"),
+            (shard % evens, f"{shard} positions a device are not a multiple of {evens}"),
         ],
     }
     return next((reason for is_met, reason in obstacles[kernel] if is_met), None)
@@ -142,7 +143,8 @@ def visited_pairs(
     """Returns the pairs of positions whose scores a device computes for a head of a row, masked ones included.
 
     Splash attention skips blocks that are all later keys, or all before the window. cuDNN is counted as if it skipped
-    single pairs; with shared positions it computes all. Where devices share positions it is their mean.
+    single pairs; with shared positions it skips the later half of the row for the earlier. Where devices share positions
+    it is their mean.
 
     Args:
         kernel: plain, splash or cudnn.
@@ -158,8 +160,10 @@ def visited_pairs(
         return 2 * piece * (_halo(kernel, piece, window, is_wide) + block)
     if is_ring:
         return visited_pairs(kernel, T // shards, None, 1, is_wide=is_wide) + 2 * (shards - 1) * piece**2
-    if kernel == "plain" or (kernel == "cudnn" and shards > 1):
+    if kernel == "plain":
         return T * T // shards
+    if kernel == "cudnn" and shards > 1:
+        return T * T * 3 // 4 // shards
     block = _block(T, shards, is_wide) if kernel == "splash" else 1
     blocks = T // block
     seen = blocks if window is None else min(blocks, -(-(window - 1) // block) + 1)
@@ -206,7 +210,9 @@ def attention_over(
         splash = lambda q, k, v, keys_B, *sinks: _splash(config, layout, segment_ids_BT, window, sinks, q, k, v)
         return jax.named_scope(name)(splash)
     if kernel == "cudnn":
-        return jax.named_scope(name)(lambda q, k, v, keys_B: _cudnn(layout, segment_ids_BT, window, q, k, v))
+        cudnn = lambda q, k, v, keys_B: _cudnn(layout, segment_ids_BT, window, q, k, v)
+        # With shared positions it computes every score of its two calls.
+        return jax.named_scope(name)(cudnn) if layout.size("time") == 1 else cudnn
     mask_B1TS = causal_mask(segment_ids_BT, window, layout)
 
     def plain(
@@ -347,18 +353,27 @@ def _cudnn(layout: Layout, segment_ids_BT: jax.Array, window: int | None, *qkv: 
     The documents' offsets would cost more (docs/gpus.md). Each layer computes the mask, so that none outlives a layer.
     """
     # In the order of the row cuDNN itself skips later keys and those before the window. In zigzag order the mask does.
-    in_order = layout.size("time") == 1
-    mask_B1TS = causal_mask(segment_ids_BT, None if in_order else window, layout)
-    own_window = (window - 1, 0) if in_order and window is not None else None
+    n = layout.size("time")
+    mask_B1TS = causal_mask(segment_ids_BT, None if n == 1 else window, layout)
+    own_window = (window - 1, 0) if n == 1 and window is not None else None
+    attend_to = partial(
+        jax.nn.dot_product_attention, is_causal=n == 1, local_window_size=own_window, implementation="cudnn"
+    )
 
     def on_device(mask: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        if not in_order:
+        if n > 1:
             k, v = (jax.lax.all_gather(x, as_tuple(layout.rules["time"]), axis=2, tiled=True) for x in (k, v))
         q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
         with _without_gradient_of_mask():
-            y = jax.nn.dot_product_attention(
-                q, k, v, mask=mask, is_causal=in_order, local_window_size=own_window, implementation="cudnn"
-            )
+            if n == 1:
+                y = attend_to(q, k, v, mask=mask)
+            else:
+                # The front pieces of all devices are the row's earlier half, and see no key of a back piece.
+                front, back = jnp.split(q, 2, axis=1)
+                of_front, of_back = jnp.split(mask, 2, axis=2)
+                fronts = lambda x, axis: jnp.concatenate(jnp.split(x, 2 * n, axis)[::2], axis)
+                y_of_front = attend_to(front, fronts(k, 1), fronts(v, 1), mask=fronts(of_front, 3))
+                y = jnp.concatenate([y_of_front, attend_to(back, k, v, mask=of_back)], axis=1)
         return y.swapaxes(1, 2)
 
     return _on_each_device(on_device, layout, (layout.spec("batch", None, "time", None),), (mask_B1TS,), *qkv)

@@ -116,7 +116,8 @@ def test_what_cudnn_is_asked_for_is_plain_attention(shape: dict, changes: dict, 
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
     monkeypatch.setattr(model.kernels, "choose_kernel", lambda *_: KernelChoice("cudnn", ""))
     cudnn = result_and_gradients(config_for("plain", **changes), mesh_of(**shape), TRAINING, arrays)
-    assert asked == ["cudnn"]
+    # Where positions are shared, the earlier half of a row is asked for apart.
+    assert asked == ["cudnn"] * (2 if shape else 1)
     assert_close(cudnn, plain, 2e-6)
 
 
@@ -212,6 +213,7 @@ def platform(name: str):
         ("tpu", {}, 256, "splash", "on tpu"),
         ("tpu", {"attention_softcap": 3.0, "sliding_window": 9}, 256, "splash", "on tpu"),
         ("tpu", {}, 200, "plain", "not splash: 200 positions a device are not a multiple of 128"),
+        ("gpu", {"compute_dtype": "bfloat16"}, 201, "plain", "not cudnn: 201 positions a device are not a multiple of 2"),
         ("tpu", {"attention_dropout": 0.1}, 256, "plain", "not splash: model.attention_dropout"),
         ("gpu", {"compute_dtype": "bfloat16"}, 256, "cudnn", "on gpu"),
         ("gpu", {"compute_dtype": "bfloat16", "attention_dropout": 0.1}, 256, "plain", "model.attention_dropout"),
@@ -301,4 +303,6 @@ def test_wide_heads_have_blocks_that_fit_the_vector_memory():
 def test_the_pairs_that_cudnn_visits_are_those_of_the_mask_unless_positions_are_shared():
     assert visited_pairs("cudnn", 6, None, 1) == 21
     assert visited_pairs("cudnn", 6, 2, 1) == 11
-    assert visited_pairs("cudnn", 6, 2, 2) == visited_pairs("plain", 6, None, 2) == 18
+    # Two devices: the earlier half of the row to itself, the later one to all.
+    assert visited_pairs("cudnn", 8, 2, 2) == (4 * 4 + 4 * 8) // 2
+    assert visited_pairs("plain", 8, None, 2) == 8 * 8 // 2
