@@ -213,7 +213,7 @@ def platform(name: str):
         ("tpu", {}, 256, "splash", "on tpu"),
         ("tpu", {"attention_softcap": 3.0, "sliding_window": 9}, 256, "splash", "on tpu"),
         ("tpu", {}, 200, "plain", "not splash: 200 positions a device are not a multiple of 128"),
-        ("gpu", {"compute_dtype": "bfloat16"}, 201, "plain", "not cudnn: 201 positions a device are not a multiple of 2"),
+        ("gpu", {"compute_dtype": "bfloat16"}, 201, "plain", "201 positions a device are not a multiple of 2"),
         ("tpu", {"attention_dropout": 0.1}, 256, "plain", "not splash: model.attention_dropout"),
         ("gpu", {"compute_dtype": "bfloat16"}, 256, "cudnn", "on gpu"),
         ("gpu", {"compute_dtype": "bfloat16", "attention_dropout": 0.1}, 256, "plain", "model.attention_dropout"),
