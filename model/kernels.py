@@ -143,8 +143,8 @@ def visited_pairs(
     """Returns the pairs of positions whose scores a device computes for a head of a row, masked ones included.
 
     Splash attention skips blocks that are all later keys, or all before the window. cuDNN is counted as if it skipped
-    single pairs; with shared positions it skips the keys of the later half of a row for the queries of the earlier. Where
-    devices share positions it is their mean.
+    single pairs; with shared positions it skips only the later half of a row for the earlier. Where devices share
+    positions it is their mean.
 
     Args:
         kernel: plain, splash or cudnn.
