@@ -144,17 +144,17 @@ def test_a_run_may_go_on_elsewhere_and_longer(finished: Path, tmp_path: Path, ca
 
 
 def test_a_run_of_an_older_version_goes_on_although_its_config_lacks_fields_that_came_since(tmp_path: Path):
-    config = write_config(tmp_path)
-    assert here("pretrain", f"--config={config}", "--config.train.num_steps=4") == 0
+    train = ["pretrain", f"--config={write_config(tmp_path)}", *TRAINING_ALONE]
+    assert here(*train, "--config.train.num_steps=4") == 0
     file = tmp_path / "run" / "config.json"
     settings = json.loads(file.read_text())
     for name in ("rope_dim", "value_dim", "attention_output_bias", "layer_pattern"):
         del settings["model"][name]
     file.write_text(json.dumps(settings))
-    assert here("pretrain", f"--config={config}", "--config.train.num_steps=5") == 0
+    assert here(*train, "--config.train.num_steps=5") == 0
     assert json.loads(file.read_text())["model"]["rope_dim"] == 8
     fork = [f"--config.train.init_from={tmp_path / 'run'}@4", f"--config.train.run_dir={tmp_path / 'fork'}"]
-    assert here("pretrain", f"--config={config}", *fork, "--config.train.num_steps=6") == 0
+    assert here(*train, *fork, "--config.train.num_steps=6") == 0
 
 
 def test_a_batch_ramp_resumes_exactly_and_an_average_is_what_is_evaluated_and_exported(tmp_path: Path, capsys):
@@ -220,7 +220,7 @@ def test_the_first_step_is_compiled_once_while_the_tokenizer_is_trained(tmp_path
     monkeypatch.setattr(train.loop, "MUCH_TEXT", 2**16)
     caplog.set_level(logging.DEBUG, "jax._src.dispatch")
     # A vocabulary that this small corpus supports.
-    flags = ["--config.tokenizer.vocab_size=320", "--config.train.num_steps=1"]
+    flags = ["--config.tokenizer.vocab_size=320", "--config.train.num_steps=1", *TRAINING_ALONE]
     assert here("pretrain", f"--config={write_config(tmp_path)}", *flags) == 0
     assert had_tokenizer[0] is False
     assert caplog.text.count("Finished XLA compilation of jit(train_step)") == 1
