@@ -64,7 +64,7 @@ def run_command(argv: Sequence[str]) -> int:
     except SystemExit:  # of argparse, after --help
         return 0
     if argv[0] not in WITHOUT_JAX:
-        check_environment(os.environ)
+        check_environment()
     return run(arguments)
 
 

@@ -1,10 +1,10 @@
 """Variables of the environment that keep JAX from starting: checked before a command, or after one has failed."""
 
+import functools
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
 
 from data.errors import InputError
 from launch.program_cache import LEAST_SECONDS
@@ -16,16 +16,22 @@ OUR_JAX_SETTINGS = f"JAX_(ENABLE_X64|COMPILATION_CACHE_DIR|PERSISTENT_CACHE_MIN_
 START_XLA = "from jaxlib import xla_client; xla_client.make_cpu_client()"
 
 
-def check_environment(environment: Mapping[str, str]) -> None:
+def check_environment() -> None:
     """Raises InputError for flags with which XLA would end the process of a command."""
-    flags = environment.get("XLA_FLAGS", "")
+    flags = os.environ.get("XLA_FLAGS", "")
+    if problem := _problem_of_flags(flags):
+        raise InputError(f"XLA_FLAGS={flags}: {problem}; correct it, or unset it")
+
+
+# XLA reads its flags once a process, so the answer stays for all commands that Python code runs in one.
+@functools.cache
+def _problem_of_flags(flags: str) -> str:
     if all(flag.startswith(OUR_XLA_FLAGS) for flag in flags.split()):
-        return
+        return ""
     # XLA ends its process where it does not know a flag.
-    done = subprocess.run([sys.executable, "-P", "-c", START_XLA], capture_output=True, env={**environment})
+    done = subprocess.run([sys.executable, "-P", "-c", START_XLA], capture_output=True)
     fatal = [line.partition("] ")[2] for line in done.stderr.decode(errors="replace").splitlines() if line[:1] == "F"]
-    if done.returncode and fatal:
-        raise InputError(f"XLA_FLAGS={flags}: {fatal[0]}; correct it, or unset it")
+    return fatal[0] if done.returncode and fatal else ""
 
 
 def environment_problem(failure: BaseException) -> tuple[int, str]:

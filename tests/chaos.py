@@ -111,8 +111,9 @@ class Chaos:
 
     def command(self, run: str, processes: int, *flags: str) -> list[str]:
         """Of the launcher, for this run or one beside it."""
-        fields = {"train.num_steps": self.steps, "checkpoint.every_steps": 10, "evaluation.every_steps": 10**6,
+        fields = {"train.num_steps": self.steps, "checkpoint.every_steps": 10,
                   "data.num_streams": 4, "data.positions_every_steps": 7, "checkpoint.export": "false",
+                  "data.validation_fraction": 0,
                   "recovery.max_skipped_batches": 10**6, "optimizer.learning_rate": 1e-3}  # fmt: skip
         return [
             sys.executable, "-m", "launch.cli", "launch", "local", f"--processes={processes}",

@@ -3,14 +3,22 @@
 import gc
 import os
 import signal
+import sys
 from pathlib import Path
 
 import hypothesis
 import jaxlib.version
+import pytest
 
+CACHE = Path(__file__).parent.parent / ".pytest_cache"
+if sys.dont_write_bytecode:
+    # Each process that a test starts would compile the source of all libraries, which takes twice as long as to run it.
+    sys.dont_write_bytecode, sys.pycache_prefix = False, str(CACHE / "bytecode")
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Most of the suite's time would be the same programs compiled again, in this process and in those that tests start.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".pytest_cache" / "compiled")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE / "compiled")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # The same programs, but compiled in a sixth of the time. Newer compilers have fusion emitters alone.
@@ -28,3 +36,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("suite")
+
+# Each file runs in one process. Those that take longest start first, so that none is left to run alone at the end.
+LONGEST = {"test_compiled_step.py", "test_local.py", "test_processes.py", "test_pretrain.py", "test_chaos.py"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)

@@ -28,6 +28,9 @@ def get_config():
     return config
 """
 
+# For tests in which no evaluation, sample or export has a part: they would compile two programs more in each process.
+TRAINING_ALONE = ("--config.data.validation_fraction=0", "--config.checkpoint.export=false")
+
 
 def write_corpus(path: Path) -> Path:
     """Writes about 120 kB of documents from which a model can learn something."""

@@ -14,7 +14,7 @@ import pytest
 
 from data.corpus import open_corpus
 from data.tokenizer.folder import load_tokenizer
-from tests.launch.small_run import here, metrics, write_config, write_corpus, ziggurat
+from tests.launch.small_run import TRAINING_ALONE, here, metrics, write_config, write_corpus, ziggurat
 from train.checkpoint.checkpoint import Checkpoints
 from train.run.folder import Run
 
@@ -285,15 +285,11 @@ def test_two_processes_read_what_one_reads(tmp_path: Path):
         gzip.compress((tmp_path / "corpus.jsonl").read_bytes().replace(b"cat", b"cow"))
     )
     common = ["pretrain", f"--config={config}", f"--config.data.corpus={json.dumps(mixture)}",
-              "--config.checkpoint.export=false", "--config.train.num_steps=6",
-              "--config.checkpoint.every_steps=3"]  # fmt: skip
-    logged = []
-    for number in (1, 2):
-        run = tmp_path / f"run{number}"
-        words = ["launch", "local", f"--processes={number}", "--", *common] if number > 1 else common
-        done = ziggurat(*words, f"--config.train.run_dir={run}")
-        assert done.returncode == 0, done.stderr
-        logged.append(positions(run))
-        losses = [record["loss"] for record in metrics(run)]
-    assert logged[0] == logged[1]
-    assert losses == pytest.approx([record["loss"] for record in metrics(tmp_path / "run1")], rel=1e-5)
+              "--config.train.num_steps=6", "--config.checkpoint.every_steps=3", *TRAINING_ALONE]  # fmt: skip
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert here(*common, f"--config.train.run_dir={one}") == 0
+    done = ziggurat("launch", "local", "--processes=2", "--", *common, f"--config.train.run_dir={two}")
+    assert done.returncode == 0, done.stderr
+    assert positions(two) == positions(one)
+    losses = [record["loss"] for record in metrics(two)]
+    assert losses == pytest.approx([record["loss"] for record in metrics(one)], rel=1e-5)

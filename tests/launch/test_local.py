@@ -15,7 +15,7 @@ import pytest
 
 from data.errors import InputError
 from launch.local import Exit, add_arguments, free_port, newest_step, process_environment, run, run_processes, supervise
-from tests.launch.small_run import ROOT, command, environment, write_config, ziggurat
+from tests.launch.small_run import ROOT, TRAINING_ALONE, command, environment, here, write_config
 
 
 def environments(number: int) -> list[dict[str, str]]:
@@ -138,7 +138,7 @@ class Loader(train.loop.Loader):
 
 if os.environ["ZIGGURAT_PROCESS_ID"] == "1":
     train.loop.Loader = Loader
-sys.exit(main(["pretrain", "--config={write_config(tmp_path)}"]))
+sys.exit(main(["pretrain", "--config={write_config(tmp_path)}", *{TRAINING_ALONE}]))
 """
     joined = environment() | {
         "ZIGGURAT_COORDINATOR": f"127.0.0.1:{free_port()}",
@@ -152,10 +152,11 @@ sys.exit(main(["pretrain", "--config={write_config(tmp_path)}"]))
     assert "[1] RuntimeError: a fault" in capfd.readouterr().err
 
 
-def test_a_signal_to_the_launcher_saves_on_all_processes_and_the_same_command_goes_on(tmp_path: Path):
-    train = ["launch", "local", "--processes=2", "--", "pretrain", f"--config={write_config(tmp_path)}",
-             "--config.checkpoint.every_steps=1000000"]  # fmt: skip
-    launcher = command(*train, "--config.train.num_steps=1000000", stderr=subprocess.PIPE)
+def test_a_signal_to_the_launcher_saves_on_all_processes_and_one_process_goes_on(tmp_path: Path, capsys):
+    train = ["pretrain", f"--config={write_config(tmp_path)}", "--config.checkpoint.every_steps=1000000",
+             *TRAINING_ALONE]  # fmt: skip
+    launcher = command("launch", "local", "--processes=2", "--", *train, "--config.train.num_steps=1000000",
+                       stderr=subprocess.PIPE)  # fmt: skip
     try:
         assert launcher.stderr is not None
         assert any(" loss " in line for line in itertools.islice(launcher.stderr, 100))
@@ -170,10 +171,8 @@ def test_a_signal_to_the_launcher_saves_on_all_processes_and_the_same_command_go
     stopped = re.search(r"stopped after step (\d+); the same command resumes the run", said)
     assert stopped, said
     step = int(stopped[1])
-    again = command(*train, f"--config.train.num_steps={step + 2}", stderr=subprocess.PIPE)
-    _, said = again.communicate(timeout=120)
-    assert again.returncode == 0, said
-    assert f"resumes at step {step} of {step + 2} steps" in said
+    assert here(*train, f"--config.train.num_steps={step + 2}") == 0
+    assert f"resumes at step {step} of {step + 2} steps" in capsys.readouterr().err
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     kinds = [(event["event"], event["step"]) for event in events]
     assert kinds == [
@@ -189,7 +188,7 @@ def test_a_signal_to_the_launcher_saves_on_all_processes_and_the_same_command_go
 def test_a_signal_to_one_process_stops_all_after_the_same_step_and_they_start_again(tmp_path: Path):
     launcher = command("launch", "local", "--processes=2", "--", "pretrain", f"--config={write_config(tmp_path)}",
                        "--config.checkpoint.every_steps=1000000", "--config.train.num_steps=1000000",
-                       stderr=subprocess.PIPE)  # fmt: skip
+                       *TRAINING_ALONE, stderr=subprocess.PIPE)  # fmt: skip
     try:
         assert launcher.stderr is not None
         assert any(" loss " in line for line in itertools.islice(launcher.stderr, 100))
@@ -206,7 +205,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step_and_they_start_ag
 
 
 def test_a_second_signal_ends_at_once(tmp_path: Path):
-    run = command("pretrain", f"--config={write_config(tmp_path)}", "--config.train.num_steps=1000000",
+    run = command("pretrain", f"--config={write_config(tmp_path)}", "--config.train.num_steps=1000000", *TRAINING_ALONE,
                   stderr=subprocess.PIPE)  # fmt: skip
     try:
         assert run.stderr is not None
@@ -224,11 +223,11 @@ def test_a_second_signal_ends_at_once(tmp_path: Path):
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGHUP, 75)])
 def test_a_signal_before_training_ends_at_once_and_the_same_command_begins_again(
-    tmp_path: Path, number: signal.Signals, status: int
+    tmp_path: Path, number: signal.Signals, status: int, capsys
 ):
     if signal.getsignal(number) is signal.SIG_IGN:
         pytest.skip("nohup ignores it")
-    arguments = ("pretrain", f"--config={write_config(tmp_path)}", "--config.train.num_steps=1")
+    arguments = ("pretrain", f"--config={write_config(tmp_path)}", "--config.train.num_steps=1", *TRAINING_ALONE)
     run = command(*arguments, stderr=subprocess.PIPE)
     try:
         assert run.stderr is not None
@@ -238,9 +237,9 @@ def test_a_signal_before_training_ends_at_once_and_the_same_command_begins_again
         assert run.stderr.read().splitlines()[-1] == f"ziggurat: {number.name}: ended at once; the same command resumes"
     finally:
         run.kill()
-    again = ziggurat(*arguments)
-    assert again.returncode == 0, again.stderr
-    assert "waiting" not in again.stderr
+    capsys.readouterr()
+    assert here(*arguments) == 0
+    assert "waiting" not in capsys.readouterr().err
 
 
 def test_a_run_whose_data_stalls_shows_its_threads_and_ends(tmp_path: Path):

@@ -347,10 +347,9 @@ def test_published_recipes_are_those_of_their_papers(name: str):
 # The published recipes, at a size that a test can train.
 SHRUNK = {
     "model.num_layers": 2, "model.model_dim": 32, "model.num_heads": 4, "model.feedforward_dim": 128,
-    "model.vocab_size": "none", "data.segment_length": 32, "data.validation_fraction": 0.1,
+    "model.vocab_size": "none", "data.segment_length": 32, "data.validation_fraction": 0,
     "tokenizer.vocab_size": 512, "train.batch_size": 16, "train.accumulation_steps": 2, "train.log_every_steps": 1,
-    "checkpoint.every_steps": 6, "evaluation.every_steps": 12, "evaluation.max_bytes": 3000,
-    "evaluation.loop_bytes": 1000, "evaluation.sample_tokens": 4, "optimizer.warmup_steps": 2,
+    "checkpoint.every_steps": 6, "checkpoint.export": "false", "optimizer.warmup_steps": 2,
 }  # fmt: skip
 
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 import train.loop
-from tests.launch.small_run import here, metrics, write_config
+from tests.launch.small_run import TRAINING_ALONE, here, metrics, write_config
 from tests.launch.test_pretrain import assert_same_end, without_times
 from train.run.ledger import MOST_RETRIES
 
-FLAGS = ["--config.train.num_steps=10", "--config.checkpoint.export=false", "--config.data.validation_fraction=0"]
+FLAGS = ["--config.train.num_steps=10", *TRAINING_ALONE]
 
 
 def events(run: Path, name: str) -> list[dict]:

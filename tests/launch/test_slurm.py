@@ -12,7 +12,7 @@ from data.errors import InputError
 from launch.commands import parse
 from launch.slurm import newest_step_command, script, submit
 from tests.launch.slurm_cluster import require_slurm, slurm_cluster
-from tests.launch.small_run import environment, here, metrics, write_config
+from tests.launch.small_run import TRAINING_ALONE, environment, here, metrics, write_config
 
 
 def arguments(*flags: str) -> argparse.Namespace:
@@ -148,7 +148,7 @@ def test_a_job_that_is_told_to_stop_goes_back_to_the_queue_and_completes(tmp_pat
             monkeypatch.setenv(name, slurm.environment[name])
         assert here("launch", "slurm", "--nodes=2", "--time=10", "--submit", "--", "pretrain", f"--config={config}",
                     "--config.train.num_steps=100", "--config.checkpoint.every_steps=1000000",
-                    "--config.evaluation.every_steps=1000000", "--config.evaluation.sample_tokens=0") == 0  # fmt: skip
+                    *TRAINING_ALONE) == 0  # fmt: skip
         job = capsys.readouterr().out.strip()
         slurm.wait(lambda: (run / "metrics.jsonl").exists() and metrics(run), 90, "the run does not start")
         slurm.run("scancel", "--signal=TERM", job)

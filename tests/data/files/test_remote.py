@@ -447,13 +447,13 @@ def test_protocols_that_are_unknown_or_need_a_package_are_said(monkeypatch):
 @pytest.mark.parametrize("server", ["s3", "http"])
 def test_streams_are_those_of_local_files_and_resume_with_little_read(server, request, tmp_path: Path):
     store = request.getfixturevalue(server)
-    content = b"".join(CONTENT.replace(b"document", b"text %04d" % i) for i in range(20))
+    content = b"".join(CONTENT.replace(b"document", b"text %04d" % i) for i in range(10))
     (tmp_path / "large.jsonl").write_bytes(content)
     if server == "s3":
         store.put_object(Bucket="corpus", Key="large.jsonl", Body=content)
     else:
         store.files["/large.jsonl"] = content
-    config = DataConfig(segment_length=2000, num_streams=2, chunk_bytes=2**18, shuffle_window=2**18)
+    config = DataConfig(segment_length=2000, num_streams=2, chunk_bytes=2**17, shuffle_window=2**17)
 
     def rows(where: str, number: int, begin: np.ndarray | None = None) -> tuple[list[list[Any]], np.ndarray]:
         mixture = open_mixture(dataclasses.replace(config, corpus=where), lambda: "")
@@ -471,11 +471,11 @@ def test_streams_are_those_of_local_files_and_resume_with_little_read(server, re
         return found, np.stack([stream.positions for stream in streams.values()])
 
     where = "s3://corpus/large.jsonl" if server == "s3" else f"{store.url}/large.jsonl"
-    expected, _ = rows(str(tmp_path / "large.jsonl"), 1000)
-    found, after = rows(where, 940)
-    assert found == expected[: 2 * 940]
+    expected, _ = rows(str(tmp_path / "large.jsonl"), 500)
+    found, after = rows(where, 470)
+    assert found == expected[: 2 * 470]
     READ_TOTALS.clear()
-    rest, _ = rows(where, 60, after)
-    assert rest == expected[2 * 940 :]
+    rest, _ = rows(where, 30, after)
+    assert rest == expected[2 * 470 :]
     # Two windows a stream at most, with the fields around the texts.
-    assert 2**18 < READ_TOTALS["bytes"] < 2 * 2 * 1.5 * 2**18 < len(content) / 5
+    assert 2**17 < READ_TOTALS["bytes"] < 2 * 2 * 1.5 * 2**17 < len(content) / 5

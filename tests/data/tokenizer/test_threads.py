@@ -103,10 +103,10 @@ def test_a_long_text_is_taken_apart_a_little_ahead(tokenizer: Tokenizer, make_th
 @pytest.mark.parametrize("number", [1, 3])
 def test_many_iterators_are_pulled_in_turn(tokenizer: Tokenizer, make_threads, number: int):
     threads = make_threads(number)
-    texts = [[f"stream {v}, text {i} " * (500 * v + 1) for i in range(30 + v)] for v in range(6)]
+    texts = [[f"stream {v}, text {i} " * (500 * v + 1) for i in range(10 + v)] for v in range(6)]
     streams = [threads(own) for own in texts]
     found: list[list[np.ndarray]] = [[] for _ in texts]
-    for _ in range(36):
+    for _ in range(16):
         for own, stream in zip(found, streams, strict=True):
             own.extend(islice(stream, 1))
     for own, expected in zip(found, texts, strict=True):

@@ -75,11 +75,11 @@ def encode_whole(tokenizer: Tokenizer, text: str) -> np.ndarray:
 
 
 def test_the_ids_of_a_long_text_are_those_of_the_whole(tokenizer: Tokenizer):
-    line = "value = [0, 1, 2]; " * 100_000
+    line = "value = [0, 1, 2]; " * 20_000
     ids = tokenizer.encode(line)
     np.testing.assert_array_equal(ids, encode_whole(tokenizer, line))
     assert len(ids) < len(line) / 2
-    text = "".join(code())
+    text = "".join(code()[::4])
     for long in (text, text.replace(" ", ""), "\ue000 \u2581\n".join(code()[:20])):
         np.testing.assert_array_equal(tokenizer.encode(long), encode_whole(tokenizer, long))
 
@@ -104,8 +104,8 @@ def test_a_text_without_a_place_to_cut_comes_back(tokenizer: Tokenizer, text: st
     [
         ("", 0),
         ("=" * (2 * MAX_PART_CHARACTERS + 7), MAX_PART_CHARACTERS),
-        ("value = [0, 1, 2]; " * 100_000, PART_CHARACTERS + 40),
-        ("値は零です" * 200_000, PART_CHARACTERS + 40),
+        ("value = [0, 1, 2]; " * 20_000, PART_CHARACTERS + 40),
+        ("値は零です" * 50_000, PART_CHARACTERS + 40),
         ("a b" + "=" * (MAX_PART_CHARACTERS + PART_CHARACTERS), MAX_PART_CHARACTERS),
     ],
     ids=["empty", "a run", "words", "no spaces", "a run after words"],

@@ -75,11 +75,12 @@ class Step(NamedTuple):
 
 
 TPU, V5P, GPU = "v5e:2x2", "v5p:2x2x1", "h100:1x4"
-# Four TPUs on fsdp alone are a slice of "slice"; a batch in parts and many layers have a mesh each, not programs more.
-IN_PARTS, DEEP = Case(TPU, "data", parts=2), Case(GPU, layers=14 * L)
-MESHES = [Case(TPU, "tensor"), Case(TPU, "context"), IN_PARTS, Case(TPU, "slice")]
+# Four TPUs on fsdp alone are a slice of "slice"; a batch in parts, many layers and products of 8 bits have a mesh each,
+# not programs more. So does attention that is kept, of a single row and with float8.
+IN_PARTS, DEEP, INT8 = Case(TPU, "data", parts=2), Case(GPU, layers=14 * L), Case(TPU, "slice", matmul="int8")
+MESHES = [Case(TPU, "tensor"), Case(TPU, "context"), IN_PARTS, INT8]
 MESHES += [DEEP, Case(GPU, "tensor"), Case(GPU, "context")]
-EIGHT_BITS = [Case(GPU, matmul="float8"), Case(TPU, matmul="int8")]
+SINGLE_ROW, FLOAT8 = Case(TPU, "tensor", rows=1, remat="attention"), Case(GPU, matmul="float8", remat="attention")
 over_meshes = pytest.mark.parametrize("case", MESHES, ids=str)
 
 
@@ -168,7 +169,7 @@ def expected_traffic(size: Mapping[str, int], L: int, parts: int) -> Counter[tup
     return Counter({key: number for key, number in of_parts.items() if size[key[1]] > 1})
 
 
-@pytest.mark.parametrize("case", MESHES + EIGHT_BITS, ids=str)
+@pytest.mark.parametrize("case", [*MESHES, FLOAT8], ids=str)
 def test_a_step_sends_what_the_formula_says_and_nothing_else(case: Case):
     step = step_of(case)
     found: Counter[tuple[str, tuple[str, ...], str]] = Counter()
@@ -197,7 +198,7 @@ def test_small_sums_are_few(case: Case):
 
 
 def test_the_residuals_of_a_single_row_are_scattered_too():
-    step = step_of(Case(TPU, "tensor", rows=1))
+    step = step_of(SINGLE_ROW)
     whole = [c for c in step.program.collectives if c.kind == "all-reduce" and "tensor" in c.axes]
     assert max(c.payload_bytes for c in whole) < T * D * BF16 // 4
 
@@ -207,14 +208,14 @@ def test_gradients_are_summed_for_each_part_of_a_batch():
         of = [c for c in step_of(case).program.collectives if c.kind == "reduce-scatter"]
         return sum(c.payload_bytes * c.count for c in of)
 
-    assert summed(IN_PARTS) == IN_PARTS.parts * summed(Case(TPU, "slice")) == IN_PARTS.parts * (L * LAYER + TABLE)
+    assert summed(IN_PARTS) == IN_PARTS.parts * summed(INT8) == IN_PARTS.parts * (L * LAYER + TABLE)
 
 
 @pytest.mark.parametrize(
     ("case", "kind", "axis", "least"),
     [
-        (Case(TPU, "slice"), "all-gather", "fsdp", 0.75),
-        (Case(TPU, "slice"), "all-reduce", "slice", 0.99),
+        (INT8, "all-gather", "fsdp", 0.75),
+        (INT8, "all-reduce", "slice", 0.99),
         (Case(V5P, "tensor"), "all-gather", "fsdp", 0.99),
         (Case(V5P, "tensor"), "all-gather", "tensor", 0.99),
         (Case(V5P, "tensor"), "reduce-scatter", "tensor", 0.99),
@@ -315,9 +316,9 @@ def test_attention_is_done_by_kernels(case: Case):
     assert times == {name: each * n for name, n in (on_tpu if case.topology == TPU else on_gpu).items()}
 
 
-@pytest.mark.parametrize("topology", [TPU, GPU])
-def test_kept_attention_is_not_done_again(topology: str):
-    times = attention_kernels(step_of(Case(topology, remat="attention")).program)
+@pytest.mark.parametrize("case", [SINGLE_ROW, FLOAT8], ids=str)
+def test_kept_attention_is_not_done_again(case: Case):
+    times = attention_kernels(step_of(case).program)
     assert set(times.values()) == {L}
 
 
@@ -344,7 +345,7 @@ def test_a_ring_sends_keys_around_and_gathers_none_and_the_plan_counts_its_pairs
     assert sum(kernel.flops * times for kernel, times in program.kernels.items()) == 9 * 2 * H * C * pairs * layers
 
 
-@pytest.mark.parametrize("case", EIGHT_BITS, ids=str)
+@pytest.mark.parametrize("case", [FLOAT8, INT8], ids=str)
 def test_products_with_weights_have_8_bits_but_for_the_gradients_of_weights(case: Case):
     program = step_of(case).program
     of_one = 2 * ROWS * T * D * F
