@@ -214,7 +214,7 @@ def test_gradients_are_summed_for_each_part_of_a_batch():
 @pytest.mark.parametrize(
     ("case", "kind", "axis", "least"),
     [
-        (INT8, "all-gather", "fsdp", 0.75),
+        (IN_PARTS, "all-gather", "fsdp", 0.75),
         (INT8, "all-reduce", "slice", 0.99),
         (Case(V5P, "tensor"), "all-gather", "fsdp", 0.99),
         (Case(V5P, "tensor"), "all-gather", "tensor", 0.99),
