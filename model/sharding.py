@@ -42,6 +42,11 @@ class Layout:
         """The mesh axes that shard the positions of a batch: a weight's gradient is summed over them."""
         return self.mesh_axes("batch", "time")
 
+    @property
+    def replica_axes(self) -> frozenset[str]:
+        """The mesh axes that shard the rows of a batch, and no weight: their devices have copies of the weights."""
+        return self.mesh_axes("batch") - self.mesh_axes(*self.rules.keys() - {"batch", "sequence", "time"})
+
     def size(self, axis: str) -> int:
         """Returns the number of shards of a logical axis on the ambient mesh."""
         sizes = jax.sharding.get_abstract_mesh().shape

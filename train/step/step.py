@@ -8,14 +8,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from model.context_parallel import to_zigzag
 from model.decoder import Decoder
 from model.dropout import DropoutKeys, row_keys
 from model.feedforward.balance import fullest_shard, load_figures, load_of_groups, moved_bias, routing_loss
 from model.loss import summed_losses
+from model.parameters import Parameter, parameter_table
 from model.sharding import Layout
+from model.trees import nested
 from train.config.config import ResolvedConfig
 from train.devices.mesh import batch_sharding
 from train.devices.rules import training_layout
@@ -117,11 +119,29 @@ def accumulated(
             count = lambda total, part: (total + load_of(config, weights, *part), None)
             whole = whole._replace(load_LE=jnp.sum(jax.lax.scan(count, sums["load"], split)[0], axis=1))
 
-    def add(total: Any, part: tuple[Batch, DropoutKeys]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, sums_and_gradients(config, weights, *part, whole)), None
+    # Copies of a matrix have sums of their own, which are added once after the last part.
+    replicas = training_layout(config.mesh).replica_axes
+    later = nested(
+        {name: replicas if sums_later(p) else frozenset() for name, p in parameter_table(config.model).items()}
+    )
+    copies = jax.tree.map(lambda w, axes: _resharded(w, reduced=axes), weights, later)
+    zeros = jax.tree.map(lambda w, axes: _resharded(jnp.zeros_like(w), unreduced=axes), weights, later)
 
-    result: tuple[Sums, Weights] = jax.lax.scan(add, (sums, jax.tree.map(jnp.zeros_like, weights)), split)[0]
-    return result
+    def add(total: Any, part: tuple[Batch, DropoutKeys]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, sums_and_gradients(config, copies, *part, whole)), None
+
+    sums, gradients = jax.lax.scan(add, (sums, zeros), split)[0]
+    return sums, jax.tree.map(_resharded, gradients)
+
+
+def sums_later(parameter: Parameter) -> bool:
+    """True for weights that `gather_weight` gathers for use, whose gradient it leaves unsummed over copies."""
+    return parameter.role in ("matrix", "unembedding") and "experts" not in parameter.axes
+
+
+def _resharded(x: jax.Array, **partial: frozenset[str]) -> jax.Array:
+    """Returns an array in the same shards, whose sums over replicas are done, or are still to be done."""
+    return jax.reshard(x, PartitionSpec(*jax.typeof(x).sharding.spec.partitions, **partial))
 
 
 def make_train_step(
