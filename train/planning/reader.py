@@ -192,7 +192,9 @@ class _Reader:
         moved = sum(min(_in_memory(operands[int(i.inner)]), _part(i)) for i in parameters)
         root = next(i for i in body.values() if i.is_root)
         roots = [body[name] for name in root.operands] if root.opcode == "tuple" else [root]
-        for array, result in zip(at.results, roots, strict=False):
+        # The result tuple of a fusion-start begins with its operands.
+        skipped = sum(map(len, operands)) if at.opcode == "fusion-start" else 0
+        for array, result in zip(at.results[skipped:], roots, strict=False):
             while result.opcode in ("bitcast", "convert", "copy"):
                 result = body[result.operands[0]]
             updates = {"dynamic-update-slice": slice(1, 2), "scatter": slice(2, 3)}.get(result.opcode)

@@ -347,6 +347,26 @@ def test_a_fusion_moves_the_slices_that_it_takes_and_updates():
     assert (operation.bytes, times) == (2 * 4 * 8 * 4 + 4, 1)
 
 
+def test_a_started_fusion_moves_as_much_as_one_that_is_not():
+    body = (
+        "%slicing (a: f32[9,4,8], i: s32[]) -> f32[1,4,8] {\n"
+        "  %a = f32[9,4,8]{2,1,0} parameter(0)\n"
+        "  %i = s32[] parameter(1)\n"
+        "  ROOT %one = f32[1,4,8]{2,1,0} dynamic-slice(%a, %i), dynamic_slice_sizes={1,4,8}\n"
+        "}\n"
+    )
+    program = read(
+        "  %all = f32[9,4,8]{2,1,0} parameter(0)\n"
+        "  %i = s32[] parameter(1)\n"
+        "  %start = ((f32[9,4,8]{2,1,0}, s32[]), f32[1,4,8]{2,1,0}, u32[]) fusion-start(%all, %i), kind=kLoop, "
+        "calls=%slicing\n"
+        "  ROOT %done = f32[1,4,8]{2,1,0} fusion-done(%start)",
+        body,
+    )
+    # It reads and writes the slice; the number of the slice has 4 bytes.
+    assert total(program.operations, "bytes") == 2 * 4 * 8 * 4 + 4
+
+
 def test_kernels_are_named_with_their_arrays_and_what_they_say_of_themselves():
     entry = """  %q = bf16[2,4,16,8]{3,2,1,0} parameter(0)
   %k = bf16[2,4,32,8]{3,2,1,0} parameter(1)
