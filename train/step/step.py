@@ -120,10 +120,8 @@ def accumulated(
             whole = whole._replace(load_LE=jnp.sum(jax.lax.scan(count, sums["load"], split)[0], axis=1))
 
     # Copies of a matrix have sums of their own, which are added once after the last part.
-    replicas = training_layout(config.mesh).replica_axes
-    later = nested(
-        {name: replicas if sums_later(p) else frozenset() for name, p in parameter_table(config.model).items()}
-    )
+    replicas, table = training_layout(config.mesh).replica_axes, parameter_table(config.model)
+    later = nested({name: replicas if sums_later(table[name]) else frozenset() for name in table})
     copies = jax.tree.map(lambda w, axes: _resharded(w, reduced=axes), weights, later)
     zeros = jax.tree.map(lambda w, axes: _resharded(jnp.zeros_like(w), unreduced=axes), weights, later)
 

@@ -136,11 +136,11 @@ def stream(size: Mapping[str, int]) -> int:
     return ROWS * T * D * BF16 // size["tensor"]
 
 
-def expected_traffic(size: Mapping[str, int], L: int, parts: int) -> Counter[tuple[str, str]]:
-    """Bytes a step by kind and mesh axis, all in bfloat16: the formula that the sharding was designed to.
+def expected_traffic(size: Mapping[str, int], L: int, parts: int) -> Counter[tuple[str, str, str]]:
+    """Bytes a step by kind, mesh axis and dtype: the formula that the sharding was designed to.
 
     Layers are gathered for each of the two passes, their gradients are summed once; for each part of a batch again, but
-    for the embedding's, which copies sum after the last part.
+    for the sums over copies, which follow the last part. All is bfloat16, but for sums of what parts have added.
     """
     sent: Counter[tuple[str, str]] = Counter()
     fsdp, context, tensor = size["fsdp"], size["context"], size["tensor"]
@@ -150,8 +150,6 @@ def expected_traffic(size: Mapping[str, int], L: int, parts: int) -> Counter[tup
     for axis, shards in (("fsdp", 1), ("context", fsdp)):
         sent["all-gather", axis] += (2 * layers + matrix) // shards
         sent["reduce-scatter", axis] += (layers + matrix) // shards
-    for axis in ("data", "slice"):
-        sent["all-reduce", axis] += (layers + matrix + TABLE) // (fsdp * context)
     # Each device looks up a part of D for all and gets all of D for its own positions; backward the other way round.
     for axis in ("fsdp", "context", "tensor"):
         sent["all-to-all", axis] += 2 * x
@@ -164,9 +162,12 @@ def expected_traffic(size: Mapping[str, int], L: int, parts: int) -> Counter[tup
     # needs all but the last scatter. The loss does it once.
     sent["all-gather", "tensor"] += (2 + 2 + 2) * L * x * tensor + x * tensor
     sent["reduce-scatter", "tensor"] += (2 + 1 + 2) * L * x * tensor + x * tensor
-    once = {("all-reduce", axis): TABLE // (fsdp * context) for axis in ("data", "slice")}
-    of_parts = {key: parts * (number - once.get(key, 0)) + once.get(key, 0) for key, number in sent.items()}
-    return Counter({key: number for key, number in of_parts.items() if size[key[1]] > 1})
+    traffic = Counter({(*key, "bf16"): parts * number for key, number in sent.items()})
+    for axis in ("data", "slice"):
+        traffic["all-reduce", axis, "bf16"] += TABLE // (fsdp * context)
+        dtype, wider = ("bf16", 1) if parts == 1 else ("f32", FLOAT // BF16)
+        traffic["all-reduce", axis, dtype] += (layers + matrix) // (fsdp * context) * wider
+    return Counter({key: number for key, number in traffic.items() if size[key[1]] > 1})
 
 
 @pytest.mark.parametrize("case", [*MESHES, FLOAT8], ids=str)
@@ -176,7 +177,7 @@ def test_a_step_sends_what_the_formula_says_and_nothing_else(case: Case):
     for c in step.program.collectives:
         found[c.kind, c.axes, c.dtype] += c.payload_bytes * c.count
     expected = expected_traffic(step.size, case.layers, case.parts)
-    wanted = {(kind, (axis,), "bf16"): number for (kind, axis), number in expected.items()}
+    wanted = {(kind, (axis,), dtype): number for (kind, axis, dtype), number in expected.items()}
     # Ids, norms, the softmax's and the metrics' sums; together less than half a device's residual stream, or of many
     # layers little more than the gradients of their two norms.
     most = max(stream(step.size) // 2, int(1.1 * 2 * D * FLOAT * case.layers))
