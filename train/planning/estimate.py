@@ -224,6 +224,8 @@ class _Step:
         repeats = "weights" not in self.kept
         gathered = sum(self.weights(count, 1 + repeats, axis) for axis, count in self.stored.items())
         seconds = parts * (L * gathered + self.weights(self.head, 1, "model"))
+        seconds += L * sum(self.sums_over_copies(count, axis) for axis, count in self.stored.items())
+        seconds += self.sums_over_copies(self.head, "model")
         stream = self.stream * BF16
         # Tokens travel to experts and their sums back, and so do the gradients.
         with_experts = sum(kind.experts for kind in layer_kinds(self.model))
@@ -249,7 +251,7 @@ class _Step:
         return max(0.0, rounds * self.sent("gather", keys * n / (n - 1), over) - self.attention_seconds())
 
     def weights(self, count: float, gathers: int, axis: str) -> float:
-        """Seconds to all-gather `count` weights and reduce their gradients, one mesh axis after the other."""
+        """Seconds to all-gather `count` weights and scatter their gradients' sums, one mesh axis after the other."""
         stored = as_tuple(self.layout.rules.get(axis))
         seconds = 0.0
         left = count * BF16
@@ -258,8 +260,15 @@ class _Step:
             kind = "sum" if whole and self.chip.platform == "tpu" else "scatter"
             seconds += gathers * self.sent("gather", left, {name}) + self.sent(kind, left, {name})
             left /= self.machine.shape[name]
-        own = self.layout.mesh_axes("experts") if axis == "expert_model" else frozenset()
-        return seconds + self.sent("sum", left, self.layout.token_axes - set(stored) - own)
+        return seconds
+
+    def sums_over_copies(self, count: float, axis: str) -> float:
+        """Seconds to sum the gradients of `count` weights over copies: once a step, but for experts' each part."""
+        is_of_experts = axis == "expert_model"
+        own = self.layout.mesh_axes("experts") if is_of_experts else frozenset()
+        over = self.layout.token_axes - self.layout.mesh_axes(axis) - own
+        sums, size = (self.parts, BF16) if is_of_experts or self.parts == 1 else (1, F32)
+        return sums * self.sent("sum", count * size / self.size(axis), over)
 
     def sent(self, kind: str, payload: float, over: frozenset[str] | set[str]) -> float:
         """Seconds that a ring takes for a payload as `train.planning.operations` counts it."""
