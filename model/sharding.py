@@ -44,8 +44,10 @@ class Layout:
 
     @property
     def replica_axes(self) -> frozenset[str]:
-        """The mesh axes that shard the rows of a batch, and no weight: their devices have copies of the weights."""
-        return self.mesh_axes("batch") - self.mesh_axes(*self.rules.keys() - {"batch", "sequence", "time"})
+        """The axes of the ambient mesh whose devices have rows of their own, and copies of all weights."""
+        sizes = jax.sharding.get_abstract_mesh().shape
+        of_weights = self.mesh_axes(*self.rules.keys() - {"batch", "sequence", "time"})
+        return frozenset(axis for axis in self.mesh_axes("batch") - of_weights if sizes[axis] > 1)
 
     def size(self, axis: str) -> int:
         """Returns the number of shards of a logical axis on the ambient mesh."""

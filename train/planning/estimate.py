@@ -267,8 +267,8 @@ class _Step:
         is_of_experts = axis == "expert_model"
         own = self.layout.mesh_axes("experts") if is_of_experts else frozenset()
         over = self.layout.token_axes - self.layout.mesh_axes(axis) - own
-        sums, size = (self.parts, BF16) if is_of_experts or self.parts == 1 else (1, F32)
-        return sums * self.sent("sum", count * size / self.size(axis), over)
+        sums = self.parts if is_of_experts else 1
+        return sums * self.sent("sum", count * BF16 / self.size(axis), over)
 
     def sent(self, kind: str, payload: float, over: frozenset[str] | set[str]) -> float:
         """Seconds that a ring takes for a payload as `train.planning.operations` counts it."""

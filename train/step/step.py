@@ -129,7 +129,10 @@ def accumulated(
         return jax.tree.map(jnp.add, total, sums_and_gradients(config, copies, *part, whole)), None
 
     sums, gradients = jax.lax.scan(add, (sums, zeros), split)[0]
-    return sums, jax.tree.map(_resharded, gradients)
+    # They are sent in the dtype of those of a whole batch.
+    dtype = jnp.dtype(config.model.compute_dtype)
+    summed = lambda x, axes: _resharded(x.astype(dtype)).astype(x.dtype) if axes else x
+    return sums, jax.tree.map(summed, gradients, later)
 
 
 def sums_later(parameter: Parameter) -> bool:
