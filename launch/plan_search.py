@@ -28,6 +28,9 @@ log = logging.getLogger("ziggurat")
 # Memory of a compiler with the program of a large model.
 COMPILER_BYTES = 3 * 2**30
 MAX_SHOWN = 10
+# No program is started later in a search, so that it ends within about a quarter of an hour: two cores have then
+# compiled two programs for a v6e, each of which takes eight minutes, and six for another chip.
+MOST_SECONDS = 360.0
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Compiler(NamedTuple):
 
 
 def compile_best(candidates: Sequence[Candidate], most: int, flags: Sequence[str]) -> list[Outcome]:
-    """Compiles at most `most` candidates, until no other may be faster than the best of its batch size.
+    """Compiles at most `most` candidates, until no other may be faster than the best of its batch size or time is up.
 
     Returns the outcomes, those with the most tokens a second first. The candidates are sorted by their estimates and
     share these flags of `ziggurat plan`.
@@ -74,6 +77,8 @@ def compile_best(candidates: Sequence[Candidate], most: int, flags: Sequence[str
                 compiled = [(outcome.candidate, outcome.seconds) for outcome in outcomes if outcome.seconds < math.inf]
                 waiting = [candidate for candidate in waiting if worth_compiling(candidate, compiled)]
                 waiting = waiting[: most - len(outcomes) - len(running)]
+                if running or outcomes:
+                    waiting = waiting if time.monotonic() - start < MOST_SECONDS else []
                 while waiting and len(running) < max_compilers():
                     files = f"{folder}/{len(outcomes) + len(running)}"
                     running.append(start_compiler(waiting.pop(0), flags, files))

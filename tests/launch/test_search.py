@@ -77,6 +77,12 @@ def test_no_more_are_compiled_than_asked(compilers):
     assert len(compile_best([candidate(s) for s in (1.0, 1.01, 1.02)], 2, [])) == len(begun) == 2
 
 
+def test_none_is_started_when_time_is_up(compilers, monkeypatch):
+    begun = compilers({s: prints(plan_of(s)) for s in (1.0, 1.01, 1.02)})
+    monkeypatch.setattr(search, "MOST_SECONDS", 0.0)
+    assert len(compile_best([candidate(s) for s in (1.0, 1.01, 1.02)], 3, [])) == len(begun) == 1
+
+
 def test_batches_are_ranked_by_tokens_a_second_with_days_and_dollars(compilers):
     compilers({1.0: prints(plan_of(1.0)), 1.5: prints(plan_of(1.5, rows=16)), 4.0: prints(plan_of(4.0, rows=24))})
     outcomes = compile_best([candidate(1.0), candidate(1.5, 16), candidate(4.0, 24)], 3, [])

@@ -1,6 +1,6 @@
 """Compiler options by platform or chip, used alike to train and to plan, and one runtime workaround."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,11 @@ def compiler_options() -> dict[str, bool | str] | None:
     device = jax.sharding.get_abstract_mesh().abstract_device
     kind = device.device_kind if device else jax.devices()[0].device_kind
     return OPTIONS.get(platform(), {}) | OPTIONS.get(kind, {}) or None
+
+
+def has_sparse_cores(device_kinds: Collection[str]) -> bool:
+    """Returns True for devices that JAX names so where SparseCores carry out the collectives."""
+    return any(SPARSE_CORES.items() <= OPTIONS.get(kind, {}).items() for kind in device_kinds)
 
 
 def one_time_options() -> dict[str, bool | str | int] | None:
