@@ -8,13 +8,15 @@ With a RUN it plans the run's own config for the devices that the run had, and c
 --html also writes a page: memory, the time of a step, the compiled schedule as a timeline, and a roofline.
 
 --search finds the fastest mesh, number of accumulation parts (train.accumulation_steps) and remat policy on a topology,
-among all that are legal. Those of these fields that are given as flags stay. It compiles at most N programs. The batch
-size affects learning, so it searches only the sizes that --batch-sizes asks for, and compares them by the same tokens.
+among all that are legal. Those of these fields that are given as flags stay. It compiles at most N programs, by default
+those that it can start in six minutes. The batch size affects learning, so it searches only the sizes that
+--batch-sizes asks for, and compares them by the same tokens.
 """
 
 import argparse
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -56,8 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--slices", metavar="N", default="1", help="TPU slices of this shape [1]")
     parser.add_argument("--tokens", metavar="N", help="tokens to train on, as in 2e12 [those of train.num_steps]")
     parser.add_argument("--price", metavar="P", help="dollars for a device-hour")
-    help = f"rank meshes, parts of the batch and remat policies; compile at most N programs [{MAX_COMPILED}]"
-    parser.add_argument("--search", metavar="N", nargs="?", const=str(MAX_COMPILED), help=help)
+    help = f"rank meshes, parts of the batch and remat policies; compile N programs [{MAX_COMPILED}, while time allows]"
+    parser.add_argument("--search", metavar="N", nargs="?", const="", help=help)
     help = "with --search: rows of a step, as in 256,512,1024 [train.batch_size alone]"
     parser.add_argument("--batch-sizes", metavar="B,...", help=help)
     parser.add_argument("--html", metavar="FILE", type=path, help="write the plan as one HTML page, too")
@@ -179,7 +181,7 @@ def check(arguments: argparse.Namespace) -> None:
         raise InputError(f"--slices={arguments.slices}: give a whole number, at least 1")
     if arguments.slices != "1" and arguments.topology is None:
         raise InputError(f"--slices={arguments.slices} goes with --topology=CHIP:SHAPE")
-    if arguments.search is not None and not (arguments.search.isdecimal() and int(arguments.search)):
+    if arguments.search and not (arguments.search.isdecimal() and int(arguments.search)):
         raise InputError(f"--search={arguments.search}: give a whole number of programs to compile, at least 1")
     if arguments.search is not None and arguments.topology is None:
         raise InputError("--search goes with --topology=CHIP:SHAPE; for GPUs of this machine, too, as in h100:1x8")
@@ -198,7 +200,7 @@ def check(arguments: argparse.Namespace) -> None:
             )
         if BATCH in arguments.overrides:
             raise InputError(f"--batch-sizes={sizes} and --config.{BATCH}: give one of the two")
-        if int(arguments.search) < len(sizes.split(",")):
+        if arguments.search and int(arguments.search) < len(sizes.split(",")):
             raise InputError(
                 f"--search={arguments.search}: give at least one program for each of --batch-sizes={sizes}"
             )
@@ -220,7 +222,7 @@ def positive(flag: str, text: str | None) -> float | None:
 
 def search(arguments: argparse.Namespace, config: ResolvedConfig, devices: Sequence[Any]) -> int:
     """Prints a ranking of the candidates that were compiled, and the plan of the fastest."""
-    from launch.plan_search import compile_best, search_text
+    from launch.plan_search import MOST_SECONDS, compile_best, search_text
     from train.devices.hardware import with_usable_memory
     from train.planning.plan import tokens_of_run
     from train.planning.search import SEARCHED, interleaved
@@ -236,7 +238,10 @@ def search(arguments: argparse.Namespace, config: ResolvedConfig, devices: Seque
     shared = {name: getattr(arguments, name) for name in ("config", "topology", "slices", "tokens", "price")}
     flags = [f"--{name}={value}" for name, value in shared.items() if value is not None]
     flags += [f"--config.{name}={value}" for name, value in arguments.overrides.items() if name not in SEARCHED]
-    outcomes = compile_best(legal, int(arguments.search), flags)
+    most, most_seconds = max(MAX_COMPILED, len(configs)), MOST_SECONDS
+    if arguments.search:
+        most, most_seconds = int(arguments.search), math.inf
+    outcomes = compile_best(legal, most, flags, most_seconds)
     plans = [outcome.plan for outcome in outcomes if outcome.plan]
     if arguments.json:
         print(json.dumps({"candidates": len(legal), "plans": [asdict(plan) for plan in plans]}))

@@ -28,8 +28,8 @@ log = logging.getLogger("ziggurat")
 # Memory of a compiler with the program of a large model.
 COMPILER_BYTES = 3 * 2**30
 MAX_SHOWN = 10
-# No program is started later in a search, so that it ends within about a quarter of an hour: two cores have then
-# compiled two programs for a v6e, each of which takes eight minutes, and six for another chip.
+# How long a search that is not told how many programs to compile starts them, so that it ends within about a quarter of
+# an hour: two cores have then compiled two for a v6e, each of which takes eight minutes.
 MOST_SECONDS = 360.0
 
 
@@ -61,11 +61,14 @@ class Compiler(NamedTuple):
     files: str
 
 
-def compile_best(candidates: Sequence[Candidate], most: int, flags: Sequence[str]) -> list[Outcome]:
-    """Compiles at most `most` candidates, until no other may be faster than the best of its batch size or time is up.
+def compile_best(
+    candidates: Sequence[Candidate], most: int, flags: Sequence[str], most_seconds: float = math.inf
+) -> list[Outcome]:
+    """Compiles at most `most` candidates, until no other may be faster than the best of its batch size.
 
-    Returns the outcomes, those with the most tokens a second first. The candidates are sorted by their estimates and
-    share these flags of `ziggurat plan`.
+    After `most_seconds` it starts only those of a batch size of which none fits yet, one at a time. Returns the
+    outcomes, those with the most tokens a second first. The candidates are sorted by their estimates and share these
+    flags of `ziggurat plan`.
     """
     outcomes: list[Outcome] = []
     waiting = list(candidates)
@@ -77,9 +80,14 @@ def compile_best(candidates: Sequence[Candidate], most: int, flags: Sequence[str
                 compiled = [(outcome.candidate, outcome.seconds) for outcome in outcomes if outcome.seconds < math.inf]
                 waiting = [candidate for candidate in waiting if worth_compiling(candidate, compiled)]
                 waiting = waiting[: most - len(outcomes) - len(running)]
-                if running or outcomes:
-                    waiting = waiting if time.monotonic() - start < MOST_SECONDS else []
-                while waiting and len(running) < max_compilers():
+                is_late = time.monotonic() - start > most_seconds
+                if is_late and not running:
+                    done_sizes = {candidate.batch_size for candidate, _ in compiled}
+                    late = [candidate for candidate in waiting if candidate.batch_size in done_sizes]
+                    waiting = [candidate for candidate in waiting if candidate.batch_size not in done_sizes]
+                    if late:
+                        log.info("time is up: %d more may be faster; --search=N compiles N", len(late))
+                while waiting and len(running) < (1 if is_late else max_compilers()):
                     files = f"{folder}/{len(outcomes) + len(running)}"
                     running.append(start_compiler(waiting.pop(0), flags, files))
                 time.sleep(0.1)
@@ -87,8 +95,8 @@ def compile_best(candidates: Sequence[Candidate], most: int, flags: Sequence[str
                     running.remove(compiler)
                     outcomes.append(read_outcome(compiler))
                     done, remaining = len(outcomes), len(waiting) + len(running)
-                    most_seconds = (time.monotonic() - start) / done * remaining
-                    time_left = f"; at most {duration(most_seconds)} more" if remaining else ""
+                    left_seconds = (time.monotonic() - start) / done * remaining
+                    time_left = f"; at most {duration(left_seconds)} more" if remaining else ""
                     log.info("%d of %d  %s%s", done, done + remaining, outcome_text(outcomes[-1]), time_left)
         except KeyboardInterrupt:
             log.info("interrupted: ranking what is compiled")

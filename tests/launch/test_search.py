@@ -77,10 +77,14 @@ def test_no_more_are_compiled_than_asked(compilers):
     assert len(compile_best([candidate(s) for s in (1.0, 1.01, 1.02)], 2, [])) == len(begun) == 2
 
 
-def test_none_is_started_when_time_is_up(compilers, monkeypatch):
-    begun = compilers({s: prints(plan_of(s)) for s in (1.0, 1.01, 1.02)})
-    monkeypatch.setattr(search, "MOST_SECONDS", 0.0)
-    assert len(compile_best([candidate(s) for s in (1.0, 1.01, 1.02)], 3, [])) == len(begun) == 1
+def test_when_time_is_up_none_is_started_but_for_sizes_of_which_none_fits_yet(compilers, caplog):
+    caplog.set_level("INFO", "ziggurat")
+    begun = compilers({1.0: prints(plan_of(1.0, fits=False)), 1.01: prints(plan_of(1.01)), 1.02: prints(plan_of(1.02)),
+                       1.5: prints(plan_of(1.5, rows=16))})  # fmt: skip
+    found = [candidate(1.0), candidate(1.01), candidate(1.02), candidate(1.5, 16)]
+    assert len(compile_best(found, 4, [], 0.0)) == 3
+    assert begun == [1.0, 1.01, 1.5]
+    assert "time is up: 1 more may be faster; --search=N compiles N" in caplog.text
 
 
 def test_batches_are_ranked_by_tokens_a_second_with_days_and_dollars(compilers):

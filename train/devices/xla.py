@@ -1,11 +1,12 @@
 """Compiler options by platform or chip, used alike to train and to plan, and one runtime workaround."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
 from model.backend import platform
+from train.devices.hardware import Chip, chip_of
 
 # Gathers and sums are started on the SparseCores, which a v5p and a v6e have beside their TensorCores, and run while
 # these compute. Without it theirs are synchronous: on a v5p a step of GPT-3 with `tensor` waits for a quarter of it.
@@ -17,6 +18,7 @@ SPARSE_CORES: dict[str, bool | str] = {
     "xla_tpu_enable_sparse_core_reduce_scatter_v2": True,
     "xla_tpu_use_tc_device_shape_on_sc": True,
 }
+# By platform, and by chip.
 OPTIONS: dict[str, dict[str, bool | str]] = {
     "tpu": {
         # Otherwise the compiler also keeps all layers' weights in bfloat16, because every layer uses them so.
@@ -27,23 +29,23 @@ OPTIONS: dict[str, dict[str, bool | str]] = {
     # XLA of jax 0.10 turns an all-gather whose result is sliced back to the device's own shard into a
     # collective-permute without pairs, which returns zeros.
     "gpu": {"xla_disable_hlo_passes": "all-gather-to-collective-permute-simplifier"},
-    "TPU v5": SPARSE_CORES,
+    "v5p": SPARSE_CORES,
     # A v6e has 128 MiB of vector memory. By default a program uses 16, which hold only small tiles of a product. With
     # 96 a step takes a quarter less time, and four times as long to compile.
-    "TPU v6 lite": SPARSE_CORES | {"xla_tpu_scoped_vmem_limit_kib": "98304"},
+    "v6e": SPARSE_CORES | {"xla_tpu_scoped_vmem_limit_kib": "98304"},
 }
 
 
 def compiler_options() -> dict[str, bool | str] | None:
     """Returns the `compiler_options` of `jax.jit` for the ambient mesh's devices, or None for the defaults."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    kind = device.device_kind if device else jax.devices()[0].device_kind
-    return OPTIONS.get(platform(), {}) | OPTIONS.get(kind, {}) or None
+    chip = chip_of(device.device_kind if device else jax.devices()[0].device_kind)
+    return OPTIONS.get(platform(), {}) | OPTIONS.get(chip.name if chip else "", {}) or None
 
 
-def has_sparse_cores(device_kinds: Collection[str]) -> bool:
-    """Returns True for devices that JAX names so where SparseCores carry out the collectives."""
-    return any(SPARSE_CORES.items() <= OPTIONS.get(kind, {}).items() for kind in device_kinds)
+def sparse_cores_send(chip: Chip) -> bool:
+    """True for chips whose SparseCores carry out the collectives."""
+    return SPARSE_CORES.items() <= OPTIONS.get(chip.name, {}).items()
 
 
 def one_time_options() -> dict[str, bool | str | int] | None:

@@ -18,7 +18,7 @@ from model.sharding import as_tuple
 from train.config.config import ResolvedConfig
 from train.devices.hardware import Chip
 from train.devices.rules import training_layout
-from train.devices.xla import has_sparse_cores
+from train.devices.xla import sparse_cores_send
 from train.planning.speed import Bandwidth, attention_seconds, reached
 
 # Share of peak FLOP/s that large matmuls reach on a TPU, by the compiler's cycles.
@@ -84,10 +84,12 @@ def estimate(config: ResolvedConfig, machine: Machine) -> Estimate:
     """Estimates the step of a resolved config on a mesh on which it is legal."""
     step = _Step(config, machine)
     transfers = 2 * step.parts * step.bytes_of(step.offloaded) / machine.chip.host_bandwidth
-    compute, communication = step.compute_seconds(), step.communication_seconds()
-    if has_sparse_cores(machine.chip.device_kinds):
+    compute, communication, last = step.compute_seconds(), step.communication_seconds(), step.copies_seconds()
+    if sparse_cores_send(machine.chip):
         communication = max(EXPOSED * communication, communication - compute)
-    return Estimate(step.peak_bytes(), step.state_bytes, compute, communication, transfers)
+        # Sums of one part run during its backward pass; those of several follow the last.
+        last *= EXPOSED if step.parts == 1 else 1
+    return Estimate(step.peak_bytes(), step.state_bytes, compute, communication + last, transfers)
 
 
 class _Matrix(NamedTuple):
@@ -222,14 +224,12 @@ class _Step:
         return total
 
     def communication_seconds(self) -> float:
-        """Seconds of communication for weights, gradients, residuals, keys and look-ups."""
+        """Seconds of communication for weights, shards of gradients, residuals, keys and look-ups."""
         L = self.model.num_layers
         parts = self.parts
         repeats = "weights" not in self.kept
         gathered = sum(self.weights(count, 1 + repeats, axis) for axis, count in self.stored.items())
         seconds = parts * (L * gathered + self.weights(self.head, 1, "model"))
-        seconds += L * sum(self.sums_over_copies(count, axis) for axis, count in self.stored.items())
-        seconds += self.sums_over_copies(self.head, "model")
         stream = self.stream * BF16
         # Tokens travel to experts and their sums back, and so do the gradients.
         with_experts = sum(kind.experts for kind in layer_kinds(self.model))
@@ -265,6 +265,11 @@ class _Step:
             seconds += gathers * self.sent("gather", left, {name}) + self.sent(kind, left, {name})
             left /= self.machine.shape[name]
         return seconds
+
+    def copies_seconds(self) -> float:
+        """Seconds to sum the gradients over copies of the weights."""
+        of_layer = sum(self.sums_over_copies(count, axis) for axis, count in self.stored.items())
+        return self.model.num_layers * of_layer + self.sums_over_copies(self.head, "model")
 
     def sums_over_copies(self, count: float, axis: str) -> float:
         """Seconds to sum the gradients of `count` weights over copies: once a step, but for experts' each part."""

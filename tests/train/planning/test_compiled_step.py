@@ -57,6 +57,7 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         more = (f"{self.layers} layers" * (self.layers != L), f"{self.parts} parts" * (self.parts > 1))
+        more += (f"{self.rows} row" * (self.rows == 1), f"{self.remat} kept" * (self.remat != "full"))
         return " ".join(filter(None, (self.topology, self.axis, *more, self.matmul)))
 
 

@@ -67,6 +67,21 @@ def found() -> list[Candidate]:
     return candidates(config_of(), topology_devices("v5e:4x8"), CHIP, ())
 
 
+def test_sparse_cores_send_during_the_products_but_sums_of_parts_over_copies_are_last():
+    def sent(chip: str, parts: int) -> float:
+        machine = Machine(dict.fromkeys(AXES, 1) | {"data": 4, "fsdp": 4}, CHIPS[chip], lambda axes: 1e11,
+                          KernelChoice("splash", ""), 3.0)  # fmt: skip
+        return estimate(config_of(train__accumulation_steps=parts), machine).communication_seconds
+
+    last = config_of()
+    table = parameter_table(last.model).values()
+    shards = sum(math.prod(p.shape) for p in table if p.role in ("matrix", "unembedding")) * 2 / 4
+    copies = shards * 3 / 4 * 2 / 1e11
+    assert sent("v5e", 4) - copies == pytest.approx(4 * (sent("v5e", 1) - copies), rel=1e-3)
+    assert sent("v5p", 1) == pytest.approx(0.1 * sent("v5e", 1), rel=1e-3)
+    assert sent("v5p", 4) - copies == pytest.approx(0.1 * (sent("v5e", 4) - copies), rel=1e-3)
+
+
 def test_candidates_are_legal_different_and_the_fastest_come_first(found: list[Candidate]):
     assert len({tuple(c.changes.items()) for c in found}) == len(found) > 100
     assert all(set(c.changes) == set(SEARCHED) for c in found)
