@@ -28,8 +28,8 @@ log = logging.getLogger("ziggurat")
 # Memory of a compiler with the program of a large model.
 COMPILER_BYTES = 3 * 2**30
 MAX_SHOWN = 10
-# How long a search that is not told how many programs to compile starts them, so that it ends within about a quarter of
-# an hour: two cores have then compiled two for a v6e, each of which takes eight minutes.
+# How long a search without a number of programs starts them, so that it ends within about a quarter of an hour: two
+# cores have then compiled two for a v6e, each of which takes eight minutes.
 MOST_SECONDS = 360.0
 
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from model.backend import platform
 from train.devices.hardware import Chip, chip_of
 
-# Gathers and sums are started on the SparseCores, which a v5p and a v6e have beside their TensorCores, and run while
-# these compute. Without it theirs are synchronous: on a v5p a step of GPT-3 with `tensor` waits for a quarter of it.
+# Gathers and sums are started on the SparseCores, which a v5p and a v6e also have, and run while the TensorCores
+# compute. Without it theirs are synchronous: on a v5p a step of GPT-3 with `tensor` waits for a quarter of it.
 SPARSE_CORES: dict[str, bool | str] = {
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
     "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": True,
