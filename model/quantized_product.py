@@ -22,6 +22,8 @@ from model.product import einsum, gradient_sharding
 DTYPES = {"float8": jnp.float8_e4m3fn, "int8": jnp.int8}
 # The least scale is this power of two; smaller numbers become zeros.
 LEAST_EXPONENT = -100
+# The bits of a float32 that hold its exponent.
+EXPONENT_BITS = 0x7F800000
 
 
 class Quantized(NamedTuple):
@@ -41,9 +43,11 @@ def quantize(x: jax.Array, axes: tuple[int, ...], dtype: Any) -> Quantized:
     if dtype == jnp.int8:
         scale = jnp.maximum(largest / 127, 2.0**LEAST_EXPONENT)
         return Quantized(jnp.round(x.astype(jnp.float32) * (1 / scale)).astype(dtype), scale)
-    # The largest magnitude is in (1/2, 1] of the greatest finite number.
-    _, exponent = jnp.frexp(largest / float(jnp.finfo(dtype).max))
-    scale = jnp.ldexp(jnp.ones_like(largest), jnp.maximum(exponent, LEAST_EXPONENT))
+    # The power of two below the largest magnitude is in its bits; twice as much leaves the magnitude in [1/2, 1) of the
+    # greatest finite number. (XLA would gather the integers of `jnp.frexp` from all devices.)
+    bits = jax.lax.bitcast_convert_type(largest / float(jnp.finfo(dtype).max), jnp.int32)
+    below = jax.lax.bitcast_convert_type(bits & EXPONENT_BITS, jnp.float32)
+    scale = jnp.maximum(2 * below, 2.0**LEAST_EXPONENT)
     return Quantized((x.astype(jnp.float32) * (1 / scale)).astype(dtype), scale)
 
 

@@ -312,8 +312,9 @@ def test_attention_is_done_by_kernels(case: Case):
     # One kernel gives the gradients of queries, keys and values.
     on_tpu = {"splash_mha_fwd_segmented_residuals": 2, "splash_mha_dkv_segmented_no_residuals": 1}
     on_gpu = {"__cudnn$fmhaScaleBiasSoftmax": 2, "__cudnn$fmhaScaleBiasSoftmaxBackward": 1}
-    # Forward twice, because of remat.
-    assert times == {name: each * n for name, n in (on_tpu if case.topology == TPU else on_gpu).items()}
+    # Forward twice, because of remat. cuDNN computes the earlier half of shared positions apart.
+    calls = each * (2 if case == Case(GPU, "context") else 1)
+    assert times == {name: calls * n for name, n in (on_tpu if case.topology == TPU else on_gpu).items()}
 
 
 @pytest.mark.parametrize("case", [SINGLE_ROW, FLOAT8], ids=str)
