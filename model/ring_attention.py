@@ -112,7 +112,7 @@ def _forward(kernel, ring, q_BHTC, k_BKTC, v_BKTC, ids_BT, sink_H):  # type: ign
             return _merge(before, kernel.forward(queries, _half(keys, 0), False))
 
         def from_back(before: Attended) -> Attended:
-            return _with_half(before, 1, _merge(_half(before, 1), kernel.forward(back, keys, False)))
+            return _with_back(before, _merge(_half(before, 1), kernel.forward(back, keys, False)))
 
         return arriving, jax.lax.cond(ring.is_ahead(s), to_front, from_back, attended)
 
@@ -148,7 +148,7 @@ def _backward(kernel, ring, kept, gradient_BHTC):  # type: ignore[no-untyped-def
 
         def from_back(dq: jax.Array) -> tuple[jax.Array, Any]:
             of_back, of_kv = gradients(back, keys, False)
-            return _with_half(dq, 1, _half(dq, 1) + of_back), of_kv
+            return _with_back(dq, _half(dq, 1) + of_back), of_kv
 
         dq, of_kv = jax.lax.cond(ring.is_ahead(s), to_front, from_back, dq)
         # The sums of others are added last, so that they too are sent while this device computes.
@@ -177,13 +177,13 @@ def _half(tree: Any, half: int) -> Any:
     return jax.tree.map(of, tree)
 
 
-def _with_half(tree: Any, half: int, piece: Any) -> Any:
-    """Returns arrays [B, H, T, ...] with another piece in the place of one half."""
+def _with_back(tree: Any, back: Any) -> Any:
+    """Returns arrays [B, H, T, ...] with another back piece."""
 
     def of(x: jax.Array, piece: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(x, piece, half * piece.shape[2], axis=2)
+        return jax.lax.dynamic_update_slice_in_dim(x, piece, piece.shape[2], axis=2)
 
-    return jax.tree.map(of, tree, piece)
+    return jax.tree.map(of, tree, back)
 
 
 def _merge(before: Attended, further: Attended) -> Attended:
