@@ -24,7 +24,13 @@ from launch.arguments import one_line, path, too_small
 from launch.submission import check_command, write_submission
 
 # GKE's names of the TPUs that `--topology` names.
-TPUS = {"v4": "tpu-v4-podslice", "v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice", "v6e": "tpu-v6e-slice"}
+TPUS = {
+    "v4": "tpu-v4-podslice",
+    "v5e": "tpu-v5-lite-podslice",
+    "v5p": "tpu-v5p-slice",
+    "v6e": "tpu-v6e-slice",
+    "tpu7x": "tpu7x",
+}
 RESOURCES = {"tpu": "google.com/tpu", "gpu": "nvidia.com/gpu"}
 # The process that holds a run's folder renews its lease every five seconds.
 STALE_MINUTES = 5
@@ -69,9 +75,9 @@ def manifest(arguments: argparse.Namespace) -> dict[str, Any]:
     chip, shape = parse_topology(arguments.topology, arguments.slices)
     if chip.platform == "tpu" and chip.name not in TPUS:
         raise InputError(f"--topology={arguments.topology}: Kubernetes has {', '.join(TPUS)}")
-    num_devices = math.prod(shape)
-    devices_per_host = shape[1] if chip.platform == "gpu" else tpus_per_host(shape)
-    config = check_command(arguments.command, num_devices * arguments.slices, arguments.slices)
+    num_chips = math.prod(shape)
+    chips_per_host = shape[1] if chip.platform == "gpu" else tpus_per_host(shape)
+    config = check_command(arguments.command, num_chips * chip.devices * arguments.slices, arguments.slices)
     run_dir = PurePosixPath(config.train.run_dir)
     name = arguments.name or re.sub(r"[^a-z0-9]+", "-", run_dir.name.lower()).strip("-")
     claim, _, mount = arguments.volume.partition(":")
@@ -101,8 +107,8 @@ def manifest(arguments: argparse.Namespace) -> dict[str, Any]:
         "claim": claim,
         "mount": mount,
         "is_lease_fresh": unexpanded(f'test ! -e {lease} || test -n "$(find {lease} -mmin -{STALE_MINUTES})"'),
-        "hosts": num_devices // devices_per_host,
-        "devices": devices_per_host,
+        "hosts": num_chips // chips_per_host,
+        "devices": chips_per_host,
         "slices": arguments.slices,
         "restarts": arguments.restarts,
     }

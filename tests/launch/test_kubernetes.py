@@ -31,7 +31,8 @@ def arguments(*flags: str) -> argparse.Namespace:
 
 
 def written(*flags: str) -> dict:
-    return manifest(arguments(*flags, *PRETRAIN))
+    command = [] if "--" in flags else PRETRAIN
+    return manifest(arguments(*flags, *command))
 
 
 def job_of(jobset: dict) -> dict:
@@ -111,6 +112,9 @@ def test_pods_with_tpus_are_placed_and_left_to_be_told_by_gke():
     assert container_of(jobset)["resources"] == {"limits": {"google.com/tpu": "4"}}
     assert "env" not in container_of(jobset)
     assert list(jobset["metadata"]["annotations"].values()) == ["cloud.google.com/gke-nodepool"]
+    # A TPU7x is two devices, of which a mesh of one host then has eight.
+    dies = written("--topology=tpu7x:2x2x1", *TPUS[2:], *PRETRAIN, "--config.mesh.fsdp=8")
+    assert container_of(dies)["resources"] == {"limits": {"google.com/tpu": "4"}}
     assert list(map(tpus_per_host, [(1, 1), (2, 2), (2, 4), (4, 4), (2, 2, 1), (2, 2, 2)])) == [1, 4, 8, 4, 4, 4]
 
 

@@ -22,7 +22,7 @@ from train.devices.xla import sparse_cores_send
 from train.planning.speed import Bandwidth, attention_seconds, reached
 
 # Share of peak FLOP/s that large matmuls reach on a TPU, by the compiler's cycles.
-MATMUL_EFFICIENCY = {"v4": 0.8, "v5e": 0.85, "v5p": 0.8, "v6e": 0.73}
+MATMUL_EFFICIENCY = {"v4": 0.8, "v5e": 0.85, "v5p": 0.8, "v6e": 0.73, "tpu7x": 0.8}
 # How often a layer reads or writes (the residual stream, the outputs of its matmuls) outside the matmuls; fitted.
 MEMORY_PASSES = (60.0, 9.5)
 # Copies of (a layer's residual stream, its weights) that its backward pass holds at once; fitted.

@@ -24,7 +24,13 @@ from train.config.reading import nearest
 from train.devices.hardware import CHIPS, Chip
 
 # A small and a large shape of each chip in messages; GPUs are in hosts × GPUs of each.
-EXAMPLES = {"v4": ("2x2x1", "4x4x8"), "v5e": ("2x2", "16x16"), "v5p": ("2x2x1", "8x8x8"), "v6e": ("2x2", "16x16")}
+EXAMPLES = {
+    "v4": ("2x2x1", "4x4x8"),
+    "v5e": ("2x2", "16x16"),
+    "v5p": ("2x2x1", "8x8x8"),
+    "v6e": ("2x2", "16x16"),
+    "tpu7x": ("2x2x1", "8x8x8"),
+}
 # Environment that libtpu needs without a TPU, and with other processes that load it.
 LIBTPU = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -121,8 +127,9 @@ def bandwidth_over(mesh: Mesh, axes: Collection[str], chip: Chip) -> float:
 
     Collectives run as rings (Thakur et al. 2005; Chan et al. 2007). In a slice, every dimension of the torus that the
     axes span adds its links, both ways round if the ends are linked and one way if not; a dimension taken with gaps
-    shares its links with the groups in the gaps. Axes that span slices or hosts share the network cards of a slice or
-    host, and the slower of both ways counts. Latency is ignored.
+    shares its links with the groups in the gaps. Of a chip that is two devices, the two of one group are neighbours in
+    its rings, which leave the chip once; those of different groups share its links. Axes that span slices or hosts
+    share the network cards of a slice or host, and the slower of both ways counts. Latency is ignored.
     """
     index = tuple(slice(None) if axis in axes else 0 for axis in mesh.axis_names)
     group = np.atleast_1d(mesh.devices[index]).ravel().tolist()
@@ -152,6 +159,9 @@ def without_jax_cache() -> Iterator[None]:
 
 
 def _within_slice(group: list[Any], mesh: Mesh, chip: Chip) -> float:
+    chips = len({tuple(device.coords) for device in group})
+    if chips == 1:
+        return chip.die_bandwidth
     total = 0.0
     extents = [max(places) + 1 for places in zip(*(device.coords for device in mesh.devices.flat), strict=True)]
     closed = _closed(chip, extents)
@@ -161,7 +171,7 @@ def _within_slice(group: list[Any], mesh: Mesh, chip: Chip) -> float:
             stride = (mine[-1] - mine[0]) / (len(mine) - 1)
             is_ring = closed[dimension] and stride * len(mine) == extents[dimension]
             total += chip.link_bandwidth * (1 if is_ring else 0.5) / stride
-    return total
+    return total * len(group) / chips / chip.devices
 
 
 def _dimensions(chip: Chip) -> int:

@@ -70,3 +70,8 @@ def test_a_range_has_the_seconds_that_the_largest_error_allows():
     least, most = seconds_range(2.0, V5E) or (0, 0)
     assert 2.0 / least - 1 == pytest.approx(LARGEST_ERROR["tpu"])
     assert 2.0 / most - 1 == pytest.approx(-LARGEST_ERROR["tpu"])
+
+
+def test_a_chip_that_no_measured_step_was_held_against_has_a_wider_range():
+    (least, most), (known_least, known_most) = (seconds_range(1.0, chip) or (0, 0) for chip in (CHIPS["tpu7x"], V5E))
+    assert least < known_least < 1 < known_most < most

@@ -18,6 +18,7 @@ from tests.peers import require
 from tests.small import mesh_of
 from train.devices.hardware import CHIPS, chip_of
 from train.devices.mesh import explicit_mesh
+from train.devices.xla import compiler_options
 from train.planning.reader import read_program
 from train.planning.topology import bandwidth_over, topology_devices, without_jax_cache
 
@@ -31,6 +32,8 @@ WRONG = [
     ("v5p:4x4", 1, "the shape of v5p has 3 dimensions, as in v5p:2x2x1"),
     ("v6e:3x4", 1, "the first two sizes are even, as in v6e:2x2"),
     ("v5e:32x32", 1, "at most 256 chips; give several, as in --topology=v5e:16x16 --slices=4"),
+    ("tpu7x:2x2", 1, "the shape of tpu7x has 3 dimensions, as in tpu7x:2x2x1"),
+    ("tpu7x:16x32x32", 1, "at most 9216 chips"),
     ("v5e:2x2", 0, "--slices=0: give at least 1"),
     ("h100:8", 1, "hosts × GPUs of each, as in h100:1x8 or h100:16x8"),
     ("h100:1x16", 1, "a host has at most 8 GPUs"),
@@ -56,8 +59,11 @@ def test_a_wrong_topology_is_refused_with_what_would_be_right(text: str, slices:
         topology_devices(text, slices)
 
 
-@pytest.mark.parametrize(("text", "devices"), [("v4:2x2x1", 4), ("v5e:16x16", 256), ("v5e:1x1", 1), ("v5p:4x4x8", 128)])
-def test_a_slice_has_a_device_for_each_chip_of_the_kind_in_the_table(text: str, devices: int):
+SIZES = [("v4:2x2x1", 4), ("v5e:16x16", 256), ("v5e:1x1", 1), ("v5p:4x4x8", 128), ("tpu7x:2x2x1", 8)]
+
+
+@pytest.mark.parametrize(("text", "devices"), SIZES)
+def test_a_slice_has_the_devices_of_each_chip_of_the_kind_in_the_table(text: str, devices: int):
     found = tpus(text)
     assert len(found) == devices
     assert {chip_of(device.device_kind) for device in found} == {CHIPS[text.split(":")[0]]}
@@ -122,14 +128,21 @@ assert dict(os.environ) == before
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_a_whole_torus_is_gathered_over_its_rings():
-    """A compiler that does not know of them sums zeros instead, in twice the time."""
-    devices = mesh_utils.create_device_mesh((64,), tpus("v5p:4x4x4"), allow_split_physical_axes=True)
-    fsdp = mesh(devices.tolist(), fsdp=64)
+@pytest.mark.parametrize("slices", [1, 2])
+def test_a_whole_torus_is_gathered_over_its_rings(slices: int):
+    """A compiler that does not know of them, or that sees a torus in each slice, sums zeros, of twice the bytes."""
+    devices = tpus("v5p:4x4x4", slices)
+    tori = [[device for device in devices if getattr(device, "slice_index", 0) == at] for at in range(slices)]
+    placed = [mesh_utils.create_device_mesh((64,), torus, allow_split_physical_axes=True) for torus in tori]
+    fsdp = mesh(placed, slice=slices, fsdp=64)
     array = jax.ShapeDtypeStruct((8192, 128), jnp.bfloat16, sharding=NamedSharding(fsdp, PartitionSpec("fsdp")))
     with jax.set_mesh(fsdp), without_jax_cache():
-        program = jax.jit(lambda x: jax.reshard(x, PartitionSpec())).lower(array).compile().as_text()
-    assert [c.kind for c in read_program(program, dict(fsdp.shape)).collectives] == ["all-gather"]
+        gather = jax.jit(lambda x: jax.reshard(x, PartitionSpec()), compiler_options=compiler_options())
+        program = gather.lower(array).compile().as_text()
+    collectives = read_program(program, dict(fsdp.shape)).collectives
+    assert [(c.kind, c.axes) for c in collectives] == [("all-gather", ("fsdp",))]
+    # The algorithm that uses all three dimensions.
+    assert "3DAllGather" in program
 
 
 def mesh(devices: list, **axes: int) -> Mesh:
@@ -138,7 +151,7 @@ def mesh(devices: list, **axes: int) -> Mesh:
 
 
 def test_links_are_counted_by_the_rings_and_lines_that_an_axis_spans():
-    v5e, v5p, h100 = (CHIPS[name] for name in ("v5e", "v5p", "h100"))
+    v5e, v5p = CHIPS["v5e"], CHIPS["v5p"]
     by_place = sorted(tpus("v5e:16x16"), key=lambda device: device.coords)
     # Two rings of 16, one of them, a line of 4 in one direction, and 4 that leave gaps of 4 to three other groups.
     assert bandwidth_over(mesh(by_place, fsdp=256), ["fsdp"], v5e) == 2 * v5e.link_bandwidth
@@ -159,6 +172,21 @@ def test_links_are_counted_by_the_rings_and_lines_that_an_axis_spans():
     square = sorted(tpus("v5e:4x4"), key=lambda device: device.coords)
     assert bandwidth_over(mesh(square, fsdp=4, tensor=4), ["tensor"], v5e) == v5e.link_bandwidth / 2
 
+def test_two_devices_of_a_chip_share_its_links_and_have_one_between_them():
+    chip = CHIPS["tpu7x"]
+    link, die = chip.link_bandwidth, chip.die_bandwidth
+    by_place = sorted(tpus("tpu7x:4x4x4"), key=lambda device: (device.coords, device.core_on_chip))
+    dies = mesh(by_place, data=16, fsdp=4, tensor=2)
+    assert bandwidth_over(dies, ["tensor"], chip) == die
+    # Rings of one die of each chip share links with those of the others; a ring of both leaves a chip once.
+    assert bandwidth_over(dies, ["fsdp"], chip) == link / 2
+    assert bandwidth_over(dies, ["fsdp", "tensor"], chip) == link
+    assert bandwidth_over(dies, ["data", "fsdp"], chip) == 3 * link / 2
+    assert bandwidth_over(mesh(by_place, fsdp=128), ["fsdp"], chip) == 3 * link
+
+
+def test_slices_and_hosts_are_linked_by_their_network_cards():
+    v5e, h100 = CHIPS["v5e"], CHIPS["h100"]
     two = sorted(tpus("v5e:4x4", slices=2), key=lambda device: device.slice_index)
     assert bandwidth_over(mesh(two, slice=2, fsdp=16), ["slice"], v5e) == v5e.network_bandwidth
     assert bandwidth_over(mesh(two, slice=2, fsdp=16), ["slice", "fsdp"], v5e) == 16 * v5e.network_bandwidth
