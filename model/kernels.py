@@ -35,8 +35,7 @@ WIDE_BLOCK = 512
 KEYS_AT_ONCE = 512
 PLATFORM_KERNELS = {"tpu": "splash", "gpu": "cudnn"}
 # The fewest FLOPs for each byte sent for which keys go around a ring unless the config asks for it: about a TPU v6e's
-# FLOP/s over the bytes/s of one link (918e12 / 100e9), so that products hide what is sent. All chips of the plan need
-# fewer, but for a TPU7x: 11,535 where a ring has both devices of a chip, else twice as many.
+# FLOP/s over the bytes/s of one link (918e12 / 100e9), so that products hide what is sent on all but a TPU7x (11,535).
 RING_FLOPS_A_BYTE = 8192
 _patching_jax = threading.Lock()
 

@@ -50,9 +50,9 @@ class Chip:
 # - Memory: what the compiler reports if a program is too large (libtpu 0.0.50), a little less than the data sheet's.
 # - Cycles: peak / FLOPs of a cycle, 2 × 128² on each of 4 matrix units a core (v6e: 2 × 256² × 2 rows on each of 2). Of
 #   large products the compiler's cycles then come to 91 to 98% of peak at best.
-# - TPU7x (…/tpu7x, read in 2026) has two dies a chip, and each is a device with half of the chip's figures; the links are
-#   the chip's. A die sends to the other six times what a link carries one way. Its clock is in no data sheet: it follows
-#   from the peak, with matrix units as a v6e's (jax/_src/tpu_info.py has 2 of 256 columns). Host: PCIe 5 × 16 a chip.
+# - TPU7x (…/tpu7x, read in 2026) has two dies a chip, each a device with half of the figures; only the links
+#   are the chip's. A die sends to the other six times what a link carries one way. Its clock is in no data sheet, but
+#   follows from the peak and matrix units as a v6e's (jax/_src/tpu_info.py has 2). Host: PCIe 5 × 16 for a chip.
 # GPU: NVIDIA's data sheets of the SXM boards, and of a DGX of 8 that has a card of 200 (A100) or 400 Gbit/s for each.
 # NVLink is given for both directions (600, 900, 1,800 GB/s). Memory: XLA's xla/backends/gpu/target_config/specs.
 # fmt: off
@@ -69,7 +69,8 @@ _TABLE = (
     ("b200", ("NVIDIA B200",), 2250e12, 191_514_411_008, 7672e9, 900e9, 50e9, 64e9),
 )
 # fmt: on
-# Faster dtypes and FLOP/s of their dense products, from the same sheets. A v4 multiplies int8 as fast as bfloat16, a TPU7x not at all.
+# Faster dtypes and FLOP/s of their dense products, from the same sheets. A v4 multiplies int8 as fast as bfloat16, and
+# a TPU7x not at all.
 _BOTH = ("float8", "int8")
 _EIGHT_BITS = {
     "v5e": (("int8",), 394e12),

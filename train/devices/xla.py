@@ -33,15 +33,19 @@ OPTIONS: dict[str, dict[str, bool | str]] = {
     # A v6e has 128 MiB of vector memory. By default a program uses 16, which hold only small tiles of a product. With
     # 96 a step takes a quarter less time, and four times as long to compile.
     "v6e": SPARSE_CORES | {"xla_tpu_scoped_vmem_limit_kib": "98304"},
-    # A TPU7x has 64 MiB for each device. With 60 a product of 8,192 or 16,384 takes 13% or 9% fewer cycles. (Of the other
-    # options of MaxText's recipes none is needed: its SparseCores send without being asked.)
+    # A TPU7x has 64 MiB for each device. With 60 a product of 8,192 or 16,384 takes 13% or 9% fewer cycles. Its
+    # SparseCores send without being asked.
     "tpu7x": {"xla_tpu_scoped_vmem_limit_kib": "61440"},
 }
 # A gather over all chips of a 3D torus runs around its three dimensions, but libtpu 0.0.50 makes it a sum of zeros, of
 # twice the bytes, if there are several such groups (its `ReplicaGroupsOn3DPlane`). Several slices are several groups
-# only until a later pass leaves each slice its own; so nothing is lost without the pass that makes it a sum.
-WHOLE_SLICE_GATHERS: dict[str, bool | str] = {"xla_disable_hlo_passes": "all_gather_decomposer"}
-CHIPS_OF_CUBES = ("v4", "v5p", "tpu7x")
+# only until a later pass leaves each slice its own; so nothing is lost without the pass that makes it a sum. The
+# SparseCores, which would have carried out the sum, must then be given the gather by name.
+WHOLE_SLICE_GATHERS: dict[str, bool | str] = {
+    "xla_disable_hlo_passes": "all_gather_decomposer",
+    "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather": True,
+}
+CHIPS_OF_CUBES = ("v5p", "tpu7x")
 
 
 def compiler_options() -> dict[str, bool | str] | None:
