@@ -162,7 +162,8 @@ def document_pairs(
 
     def pieces(document: Document) -> tuple[Pieces, Pieces]:
         infill = infilling and infilling.infill(document)
-        prompt, text = [document.prompt], infill.pieces(document.text) if infill else [document.text]
+        prompt: Pieces = [document.prompt]
+        text: Pieces = infill.pieces(document.text) if infill else [document.text]
         return (infilling.without_marks(prompt), infilling.without_marks(text)) if infilling else (prompt, text)
 
     # Texts are tokenized ahead, so the pieces of a document are made twice, and never kept for a whole window.
