@@ -120,9 +120,10 @@ class DataConfig:
             unused = dict.fromkeys(("fim_spm_rate", "fim_tokens"), "data.fim_rate = 0")
             return unused_problems("data", self, unused)
         names = self.fim_tokens.split(",") if self.fim_tokens is not None else []
-        if self.fim_tokens is not None and (len(names) != 3 or len({*names}) < 3 or not all(names)):
-            example = "as in <PRE>,<SUF>,<MID>"
-            return [f"data.fim_tokens is {self.fim_tokens!r}; it must be three names with commas between, {example}"]
+        if self.fim_tokens is not None and (len(names) != 3 or len({*names}) < 3 or min(map(len, names)) < 2):
+            # A name of one character could not be kept out of texts (see `Infilling.without_marks`).
+            wanted = "three names of two characters or more, with commas between, as in <PRE>,<SUF>,<MID>"
+            return [f"data.fim_tokens is {self.fim_tokens!r}; it must be {wanted}"]
         return []
 
 

@@ -111,8 +111,12 @@ def _describe_infill(
             shown += trained[since : ends[i]].decode(errors="ignore") + tokenizer.pieces[tokens[i]]
             since = ends[i]
     shown += trained[since : ends[-1]].decode(errors="ignore")
-    places = list(itertools.chain.from_iterable(range(*span) for span in spans))[slice(*covered)] or [infill.begin]
-    characters = [min(places), max(places) + (covered[1] > covered[0])]
+    places, at = [], 0
+    for first, last in spans:
+        begin, end = max(covered[0], at), min(covered[1], at + last - first)
+        places += [first + begin - at, first + end - at] if begin < end else []
+        at += last - first
+    characters = [min(places, default=infill.begin), max(places, default=infill.begin)]
     how = {"fim": "SPM" if infill.spm else "PSM", "middle": [infill.begin, infill.end]}
     return {"characters": characters, **count, **how, "text": shown}
 

@@ -62,7 +62,8 @@ def prepare_run(
         when_new(mixture)
         on_first_process(lambda: claim(config, run, mixture))
     tokenizer = run_tokenizer(config, run, mixture)
-    check_vocabulary(config, tokenizer)
+    if config.data.fills_in:
+        mark_names(config.data, tokenizer)
     config = config.resolved(tokenizer.vocab_size)
     on_first_process(lambda: None if has_held_out(config, run) else save_held_out(config, run, mixture))
     held_out = run.held_out_texts()

@@ -20,7 +20,8 @@ from pathlib import Path
 
 FLAGS = [
     "--config=tiny", "--config.model.model_dim=96", "--config.data.segment_length=128", "--config.train.num_steps=600",
-    "--config.evaluation.every_steps=600", "--config.tokenizer.vocab_size=2048",
+    "--config.evaluation.every_steps=600", "--config.evaluation.max_bytes=200_000",
+    "--config.tokenizer.vocab_size=2048",
 ]  # fmt: skip
 
 
@@ -60,7 +61,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0", help="one trunk and branch for each [0]")
     arguments = parser.parse_args()
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
-    spans = (60, 120, 180)
+    spans = (60, 180)
     of_seeds = [
         measure(arguments.to / f"seed-{seed}", [*FLAGS, f"--config.train.seed={seed}"], 600, 20, spans)
         for seed in seeds

@@ -59,8 +59,11 @@ def test_a_tokenizer_without_marks_is_refused_and_with_named_ones_used(filled: P
     start = ["pretrain", f"--config={write_config(tmp_path)}", *FIM, "--config.data.validation_fraction=0"]
     for flags, words in (
         ([f"--config.tokenizer.path={plain}"], "has no tokens that are known to mark prefix, suffix and middle"),
-        ([f"--config.tokenizer.path={plain}", "--config.data.fim_tokens=a,b,c"], "has no added token 'a'; it has"),
-        (["--config.data.fim_tokens=a,b"], "data.fim_tokens is 'a,b'; it must be three names with commas between"),
+        ([f"--config.tokenizer.path={plain}", "--config.data.fim_tokens=ab,cd,ef"], "has no added token 'ab'; it has"),
+        (
+            ["--config.data.fim_tokens=a,b"],
+            "data.fim_tokens is 'a,b'; it must be three names of two characters or more",
+        ),
     ):
         capsys.readouterr()
         assert here(*start, *flags) == 2
