@@ -4,14 +4,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from settings import problems_of, setting
+from settings import problems_of, setting, unused_problems
 
 # Fields of a corpus in a mixture: the text, its weight, and fields of DataConfig that it may set for itself.
 TEXT_FIELDS = ("text_field", "prompt_field", "text_separator")
-PER_CORPUS_FIELDS = (*TEXT_FIELDS, "epochs")
+PER_CORPUS_FIELDS = (*TEXT_FIELDS, "epochs", "fim_rate")
 MIXTURE_FIELDS = ("corpus", "weight", *PER_CORPUS_FIELDS)
 MIXTURE_EXAMPLE = '{"web": {"corpus": "web/*.jsonl", "weight": 3}, "code": {"corpus": "code", "weight": 1}}'
 CORPUS_HELP = "'stdlib' (the running Python's standard library), or a file, folder, glob or URL of text"
+# Fields that say which documents are filled in the middle, and how (see `data.infilling`).
+FIM_FIELDS = ("fim_rate", "fim_spm_rate", "fim_tokens")
 NO_CORPUS = f"data.corpus is not given; name it with --config.data.corpus=CORPUS: {CORPUS_HELP}"
 
 
@@ -64,6 +66,15 @@ class DataConfig:
     train_last_position: bool = setting(
         True, "train on the last position of a segment too; otherwise the next segment begins with it"
     )
+    fim_rate: float = setting(
+        0.0, "share of the documents whose middle is trained on last, after prefix and suffix", at_least=0, at_most=1
+    )
+    fim_spm_rate: float = setting(0.5, "share of those whose suffix comes before the prefix", at_least=0, at_most=1)
+    fim_tokens: str | None = setting(
+        None,
+        "tokens that mark prefix, suffix and middle, as in <PRE>,<SUF>,<MID>",
+        unset="those that the tokenizer is known for",
+    )
     num_workers: int = setting(
         0, "threads that tokenize ahead; 0: the loader's own thread does", resume="free", at_least=0, at_most=1024
     )
@@ -80,12 +91,19 @@ class DataConfig:
         """True if positions start at 0 in each document."""
         return self.document_mask if self.restart_positions is None else self.restart_positions
 
+    @property
+    def fills_in(self) -> bool:
+        """True if documents of some corpus may have their middle trained on last."""
+        several = self.corpus.values() if isinstance(self.corpus, Mapping) else ()
+        rates = [values.get("fim_rate", self.fim_rate) for values in several if isinstance(values, Mapping)]
+        return any(rates or [self.fim_rate])
+
     def problems(self) -> list[str]:
         """Returns one line for everything that is wrong with these values, naming the field."""
         problems = problems_of("data", self)
         if self.segment_length == 1 and not self.train_last_position:
             problems.append("data.segment_length is 1; it must be at least 2")
-        problems += _text_problems("data.", vars(self))
+        problems += _text_problems("data.", vars(self)) + self._fim_problems()
         if self.corpus is not None and not self.corpus:
             problems.append(f"data.corpus is empty; give {CORPUS_HELP}")
         elif isinstance(self.corpus, Mapping):
@@ -96,6 +114,17 @@ class DataConfig:
             if not problems:
                 problems += _weight_problems([stages(values.get("weight", 1)) for values in self.corpus.values()])
         return problems
+
+    def _fim_problems(self) -> list[str]:
+        if not self.fills_in:
+            unused = dict.fromkeys(("fim_spm_rate", "fim_tokens"), "data.fim_rate = 0")
+            return unused_problems("data", self, unused)
+        names = self.fim_tokens.split(",") if self.fim_tokens is not None else []
+        if self.fim_tokens is not None and (len(names) != 3 or len({*names}) < 3 or min(map(len, names)) < 2):
+            # A name of one character could not be kept out of texts (see `Infilling.without_marks`).
+            wanted = "three names of two characters or more, with commas between, as in <PRE>,<SUF>,<MID>"
+            return [f"data.fim_tokens is {self.fim_tokens!r}; it must be {wanted}"]
+        return []
 
 
 class ResolvedDataConfig(DataConfig):
@@ -148,6 +177,9 @@ def _corpus_problems(where: str, values: Any) -> list[str]:
     epochs = values.get("epochs")
     if epochs is not None and (type(epochs) is not int or epochs < 1):
         problems.append(f"{where}: epochs is {epochs!r}; it must be a whole number of at least 1, or left out")
+    rate = values.get("fim_rate", 0)
+    if type(rate) not in (int, float) or not 0 <= rate <= 1:
+        problems.append(f"{where}: fim_rate is {rate!r}; it must be a number from 0 to 1")
     weight = values.get("weight", 1)
     if not _is_weight(weight) and not _is_schedule(weight):
         problems.append(

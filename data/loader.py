@@ -76,7 +76,7 @@ class Loader:
         mine = sorted({v for shard in shards if shard for v in range(config.num_streams)[shard[0]]})
         begin = initial_positions(mixture, config.num_streams) if positions is None else positions
         tokenize = self._tokenizing or tokenizer.encode_all
-        self._streams = open_streams(mixture, tokenize, tokenizer.bos_ids, tokenizer.eos_id, seed, mine, begin)
+        self._streams = open_streams(mixture, tokenizer, tokenize, seed, mine, begin)
         self._batches = self._in_order(enumerate(batch_sizes, start=step))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._pending: deque[Future[LoadedBatch]] = deque()

@@ -18,8 +18,10 @@ import numpy as np
 from data.config import NO_CORPUS, ResolvedDataConfig, stages, weight_at
 from data.corpus import Corpus, open_corpus
 from data.errors import InputError
+from data.infilling import open_infillings
 from data.segmenter import SegmentPart
 from data.stream import Rows, Stream, StreamPosition, Tokenize, open_readers
+from data.tokenizer.tokenizer import Tokenizer
 
 # Credits are integers, so that they are the same on every machine; a row costs this many.
 CREDITS_PER_ROW = 2**32
@@ -174,17 +176,22 @@ class MixedStream:
 
 def open_streams(
     mixture: Mixture,
+    tokenizer: Tokenizer,
     tokenize: Tokenize,
-    bos_ids: Sequence[int],
-    eos_id: int,
     seed: int,
     streams: Sequence[int],
     positions: np.ndarray,
 ) -> dict[int, MixedStream]:
-    """Opens the streams with some indices, from positions [V, K, `POSITION_SIZE`] on."""
+    """Opens the streams with some indices, from positions [V, K, `POSITION_SIZE`] on.
+
+    Raises InputError if documents are to be filled in the middle, and the tokenizer has no marks for it.
+    """
     rows: dict[int, list[Rows]] = {v: [] for v in streams}
-    for k, source in enumerate(mixture.sources):
+    infillings = open_infillings([source.config for source in mixture.sources], tokenizer, seed)
+    bos_ids, eos_id = tokenizer.bos_ids, tokenizer.eos_id
+    for k, (source, infilling) in enumerate(zip(mixture.sources, infillings, strict=True)):
         starts = {v: StreamPosition(*positions[v, k, :-1].tolist()) for v in streams}
         for v, reader in open_readers(source.corpus, source.config, seed, starts).items():
-            rows[v].append(Stream(reader, tokenize, bos_ids, eos_id, source.config, v).rows(starts[v]))
+            stream = Stream(reader, tokenize, bos_ids, eos_id, source.config, v, infilling)
+            rows[v].append(stream.rows(starts[v]))
     return {v: MixedStream(mixture, rows[v], positions[v]) for v in streams}

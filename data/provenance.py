@@ -9,9 +9,11 @@ import numpy as np
 from data import formats
 from data.corpus import Corpus, stable_hash
 from data.files.ranges import READ_TOTALS
+from data.infilling import Infilling, open_infillings
 from data.mixture import CREDITS_PER_ROW, MixedStream, Mixture, corpus_field
 from data.printable import printable_name, without_credentials
-from data.segmenter import DocumentPairs, SegmentPart, concatenate, make_pairs, pack
+from data.segmenter import DocumentPairs, SegmentPart, concatenate, pack
+from data.stream import Tokenize, document_pairs
 from data.tokenizer.tokenizer import Tokenizer
 
 # UTF-8 bytes of each corpus that a summary samples.
@@ -51,7 +53,10 @@ def describe_row(
     Each part has "file"; the beginning of the document or piece as "byte" (in the file, or in the content of a
     compressed one) or "table_row" (of a .parquet); "characters", the span [begin, end) of its text that the targets
     cover; "tokens", their number; "end", true if the end of the document is one of them; and "text", the covered text.
-    With a prompt, which precedes the text of a document, it also has "prompt_characters", the prompt's length.
+    With a prompt, which precedes the text of a document, it also has "prompt_characters", the prompt's length. A part
+    of a document that is filled in the middle has "fim", the order of its pieces (PSM or SPM), and "middle", the span
+    of the middle; its "characters" reach from the first to the last that is covered, and its "text" is in the order of
+    training, with the names of the marks.
     """
     source = mixture.sources[k]
     origin: dict[str, Any] = {"row": row} | ({"corpus": source.name} if source.name else {})
@@ -63,6 +68,13 @@ def _describe_part(corpus: Corpus, tokenizer: Tokenizer, part: SegmentPart) -> d
     document = pairs.document
     file = corpus.files[document.file]
     tokens = pairs.targets[: len(pairs.targets) - document.ends]
+    origin: dict[str, Any] = {
+        "file": printable_name(without_credentials(file.path)),
+        "table_row" if file.name.endswith(".parquet") else "byte": document.place,
+    }
+    count = {"tokens": end - begin, "end": bool(document.ends and end == len(pairs.targets))}
+    if pairs.infill:
+        return origin | _describe_infill(tokenizer, part, tokens[:end].tolist(), count)
     # The first of `bos_ids` is an input alone.
     before = len(tokenizer.bos_ids) - 1
     lengths = [0 if i < before else len(tokenizer.token_bytes(token)) for i, token in enumerate(tokens[:end].tolist())]
@@ -74,16 +86,39 @@ def _describe_part(corpus: Corpus, tokenizer: Tokenizer, part: SegmentPart) -> d
         behind_prompt = len(document.prompt.encode()) + 1 if document.prompt else len(encoded)
         sizes = sizes - (sizes > 0) - (sizes > behind_prompt)
     first, last = (len(encoded[: sizes[min(at, len(sizes) - 1)]].decode(errors="ignore")) for at in (begin, end))
-    origin: dict[str, Any] = {
-        "file": printable_name(without_credentials(file.path)),
-        "table_row" if file.name.endswith(".parquet") else "byte": document.place,
-        "characters": [first, last],
-        "tokens": end - begin,
-        "end": bool(document.ends and end == len(pairs.targets)),
-    }
+    origin |= {"characters": [first, last]} | count
     if document.prompt:
         origin["prompt_characters"] = len(document.prompt)
     return origin | {"text": whole[first:last]}
+
+
+def _describe_infill(
+    tokenizer: Tokenizer, part: SegmentPart, tokens: list[int], count: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the rest of a part's origin where its document is filled in the middle; `tokens` reach to its end."""
+    infill, text = part.pairs.infill, part.pairs.document.text
+    # The first of `bos_ids` is an input alone.
+    before = len(tokenizer.bos_ids) - 1
+    texts = [i >= before and token not in infill.marks for i, token in enumerate(tokens)]
+    sizes = [len(tokenizer.token_bytes(token)) if is_text else 0 for is_text, token in zip(texts, tokens, strict=True)]
+    ends = [0, *itertools.accumulate(sizes)]
+    spans = infill.spans(len(text))
+    trained = "".join(text[first:last] for first, last in spans).encode()
+    since, shown = ends[min(part.begin, len(tokens))], ""
+    covered = [len(trained[:size].decode(errors="ignore")) for size in (since, ends[-1])]
+    for i in range(part.begin, len(tokens)):
+        if tokens[i] in infill.marks and i >= before:
+            shown += trained[since : ends[i]].decode(errors="ignore") + tokenizer.pieces[tokens[i]]
+            since = ends[i]
+    shown += trained[since : ends[-1]].decode(errors="ignore")
+    places, at = [], 0
+    for first, last in spans:
+        begin, end = max(covered[0], at), min(covered[1], at + last - first)
+        places += [first + begin - at, first + end - at] if begin < end else []
+        at += last - first
+    characters = [min(places, default=infill.begin), max(places, default=infill.begin)]
+    how = {"fim": "SPM" if infill.spm else "PSM", "middle": [infill.begin, infill.end]}
+    return {"characters": characters, **count, **how, "text": shown}
 
 
 def summarize(
@@ -104,9 +139,10 @@ def summarize(
     """
     cuts = {step for source in mixture.sources for step, _ in source.weights}
     summaries = []
-    for k, source in enumerate(mixture.sources):
+    infillings = open_infillings([source.config for source in mixture.sources], tokenizer, seed)
+    for k, (source, infilling) in enumerate(zip(mixture.sources, infillings, strict=True)):
         config = source.config
-        documents, size, stored = _sample(source.corpus, tokenizer, seed, sample_bytes)
+        documents, size, stored = _sample(source.corpus, tokenizer, infilling, seed, sample_bytes)
         pairs = sum(len(document.inputs) for document in documents)
         rows = pack(documents, config) if config.segmentation == "pack" else [*concatenate(documents, config)]
         scale = sum(chunk.end - chunk.begin for chunk in source.corpus.chunks) / max(stored, 1)
@@ -144,7 +180,9 @@ def _cut(stages: Sequence[tuple[int, int, int]], cuts: set[int]) -> Iterator[tup
         yield from ((first, last, value) for first, last in itertools.pairwise(inside))
 
 
-def _sample(corpus: Corpus, tokenizer: Tokenizer, seed: int, sample_bytes: int) -> tuple[list[DocumentPairs], int, int]:
+def _sample(
+    corpus: Corpus, tokenizer: Tokenizer, infilling: Infilling | None, seed: int, sample_bytes: int
+) -> tuple[list[DocumentPairs], int, int]:
     """Reads a sample of a corpus: (documents, UTF-8 bytes of their text, stored bytes that were read)."""
     documents: list[DocumentPairs] = []
     size = stored = 0
@@ -155,9 +193,8 @@ def _sample(corpus: Corpus, tokenizer: Tokenizer, seed: int, sample_bytes: int) 
         splits = splits and chunk.end - chunk.begin <= max(sample_bytes, MAX_WHOLE_CHUNK)
         before = READ_TOTALS["bytes"]
         for document in corpus.documents(chunk):
-            prompt = tokenizer.encode(document.prompt)
-            tokens = np.concatenate([prompt, tokenizer.encode(document.text)])
-            documents.append(make_pairs(tokens, tokenizer.bos_ids, tokenizer.eos_id, document.ends))
+            encode: Tokenize = lambda texts: map(tokenizer.encode, texts)
+            documents += document_pairs([document], encode, tokenizer.bos_ids, tokenizer.eos_id, infilling)
             size += len((document.prompt + document.text).encode())
             if size >= sample_bytes and not splits:
                 break

@@ -26,6 +26,7 @@ class DocumentPairs(NamedTuple):
         prompt_length: number of first pairs that belong to the prompt and have no weight.
         first_pair: pair at which the rows begin.
         document: the source document, kept for `describe_row`.
+        infill: its `data.infilling.Infill`, if it is trained on with its middle last, kept for the same.
     """
 
     inputs: np.ndarray
@@ -33,6 +34,7 @@ class DocumentPairs(NamedTuple):
     prompt_length: int = 0
     first_pair: int = 0
     document: Any = None
+    infill: Any = None
 
 
 class SegmentPart(NamedTuple):

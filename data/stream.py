@@ -25,6 +25,7 @@ import numpy as np
 from data.config import ResolvedDataConfig
 from data.corpus import Corpus, Document, stable_hash
 from data.errors import InputError
+from data.infilling import Infilling, Pieces
 from data.segmenter import DocumentPairs, SegmentPart, concatenate, make_pairs, pack
 
 Tokenize = Callable[[Iterable[str]], Iterator[np.ndarray]]
@@ -149,12 +150,47 @@ def open_readers(
     return {v: WindowReader(corpus, config, seed, {v: start}) for v, start in starts.items()}
 
 
+def document_pairs(
+    documents: Sequence[Document],
+    tokenize: Tokenize,
+    bos_ids: Sequence[int],
+    eos_id: int,
+    infilling: Infilling | None = None,
+    first: int = 0,
+) -> Iterator[DocumentPairs]:
+    """Yields the pairs of each document, transformed by `infilling`; the first document begins at its pair `first`."""
+
+    def pieces(document: Document) -> tuple[Pieces, Pieces]:
+        infill = infilling and infilling.infill(document)
+        prompt: Pieces = [document.prompt]
+        text: Pieces = infill.pieces(document.text) if infill else [document.text]
+        return (infilling.without_marks(prompt), infilling.without_marks(text)) if infilling else (prompt, text)
+
+    # Texts are tokenized ahead, so the pieces of a document are made twice, and never kept for a whole window.
+    tokens = tokenize(
+        piece for d in documents for part in pieces(d) for piece in part if isinstance(piece, str) and piece
+    )
+
+    def encoded(part: Pieces) -> list[np.ndarray]:
+        return [
+            next(tokens) if isinstance(piece, str) else np.array([piece], np.int32) for piece in part if piece != ""
+        ]
+
+    for document in documents:
+        prompt, text = map(encoded, pieces(document))
+        ids = np.concatenate([np.empty(0, np.int32), *prompt, *text])
+        pairs = make_pairs(ids, bos_ids, eos_id, document.ends, first, sum(map(len, prompt)), document)
+        yield pairs._replace(infill=infilling and infilling.infill(document))
+        first = 0
+
+
 @dataclass(frozen=True)
 class Stream:
     """The stream with index v.
 
     Attributes:
         tokenize: function from texts to their tokens, int32, lazy and in order.
+        infilling: transform of the documents, if there is one.
     """
 
     reader: WindowReader
@@ -163,6 +199,7 @@ class Stream:
     eos_id: int
     config: ResolvedDataConfig
     v: int
+    infilling: Infilling | None = None
 
     def rows(self, position: StreamPosition = BEGINNING) -> Rows:
         """Returns the rows from a position on, to the end of the last epoch, if `config.epochs` is set.
@@ -189,12 +226,7 @@ class Stream:
 
     def _pairs(self, documents: Sequence[Document], first: int = 0) -> Iterator[DocumentPairs]:
         """Yields the pairs of each document; the first document begins at its pair `first`."""
-        tokens = self.tokenize(text for document in documents for text in (document.prompt, document.text) if text)
-        for document in documents:
-            prompt = next(tokens) if document.prompt else np.empty(0, np.int32)
-            ids = np.concatenate([prompt, next(tokens)])
-            yield make_pairs(ids, self.bos_ids, self.eos_id, document.ends, first, len(prompt), document)
-            first = 0
+        return document_pairs(documents, self.tokenize, self.bos_ids, self.eos_id, self.infilling, first)
 
     def _concatenated(self, position: StreamPosition) -> Rows:
         at = [position]  # position of the newest document; `concatenate` knows its next pair

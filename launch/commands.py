@@ -26,6 +26,7 @@ COMMANDS = {
     "plan": ("launch.plan", "memory, speed, days and cost of a run, on this machine or on one that you don't have"),
     "export": ("launch.export", "write a run's weights for inference elsewhere"),
     "import": ("launch.import_weights", "make a run of weights from elsewhere"),
+    "merge": ("launch.merge", "average checkpoints, as a run"),
     "launch local": ("launch.local", "run a command as several processes on this machine"),
     "launch slurm": ("launch.slurm", "pretrain on a Slurm cluster"),
     "launch kubernetes": ("launch.kubernetes", "write the manifest that pretrains on a Kubernetes cluster"),

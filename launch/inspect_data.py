@@ -145,6 +145,8 @@ def row_text(row: dict[str, Any]) -> str:
         place = f"byte {part['byte']}" if "byte" in part else f"row {part['table_row']}"
         first, last = part["characters"]
         prompt = f" (the first {part['prompt_characters']} are its prompt)" if "prompt_characters" in part else ""
+        if "fim" in part:
+            prompt = f" ({part['fim']}, its middle is characters {part['middle'][0]} to {part['middle'][1]})"
         end = ", with its end" if part["end"] else ""
         lines.append(f"  {part['file']}, {place}, characters {first} to {last}{prompt}: {part['tokens']} tokens{end}")
         lines += [f"  | {line}" for line in part["text"].split("\n")]

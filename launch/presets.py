@@ -115,7 +115,7 @@ def run_values(folder: Path, step: int | None, overrides: Mapping[str, str]) -> 
     values["data"]["accept_changes"] = False
     values["train"]["run_dir"] = str(folder)
     if step is not None:
-        # Step 0 is a checkpoint of imported weights, which has nothing else.
+        # Step 0 is a checkpoint of imported or merged weights, which has nothing else.
         values["train"] |= {"init_from": f"{folder}@{step}", "init_with": "all" if step else "weights"}
         values["checkpoint"]["dir"] = None
     return values

@@ -58,6 +58,11 @@ class LlamaCpp:
         """The text of token ids."""
         return self._ask("detokenize", {"tokens": ids})["content"]
 
+    def infill(self, prefix: str, suffix: str) -> str:
+        """The prompt, as a text, that it makes of what is before and after a gap."""
+        request = {"input_prefix": prefix, "input_suffix": suffix, "prompt": "", "n_predict": 1, "temperature": 0}
+        return str(self._ask("infill", request | {"cache_prompt": False})["prompt"])
+
     def _ask(self, what: str, content: dict[str, Any]) -> Any:
         url = f"{self._server.listening_address}/{what}"
         request = urllib.request.Request(url, json.dumps(content).encode(), {"Content-Type": "application/json"})

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from data.config import PER_CORPUS_FIELDS
+from data.config import FIM_FIELDS, PER_CORPUS_FIELDS
 from data.errors import InputError
 from data.mixture import MixedStream, Mixture, corpus_field, initial_positions, open_streams
 from data.tokenizer.tokenizer import Tokenizer
@@ -44,15 +44,19 @@ class RunInputs:
 
 
 def identity_of(config: Config, mixture: Mixture) -> dict[str, Any]:
-    """Returns the settings that the order of the data follows from (C1); fingerprints are added to them."""
+    """Returns the settings that the order of the data follows from (C1); fingerprints are added to them.
+
+    Those of fill-in-the-middle are among them where it is used, so that runs from before there was any can go on.
+    """
+    unused = () if config.data.fills_in else FIM_FIELDS
     identity = {
         f"data.{name}": getattr(config.data, name)
         for group, name, field in config_fields()
-        if group == "data" and field.metadata["resume"] == "frozen"
+        if group == "data" and field.metadata["resume"] == "frozen" and name not in unused
     }
     for source in mixture.sources if isinstance(config.data.corpus, dict) else []:
         identity[f"{corpus_field(source.name)}.weight"] = [list(stage) for stage in source.weights]
-        for name in PER_CORPUS_FIELDS:
+        for name in sorted({*PER_CORPUS_FIELDS} - {*unused}):
             identity[f"{corpus_field(source.name)}.{name}"] = getattr(source.config, name)
     return identity | {"train.seed": config.train.seed}
 
@@ -139,9 +143,7 @@ def streams_before(
         begin = before[-1]["step"]
         positions = np.array(before[-1]["positions"], np.int64)
     numbers = range(config.num_streams)
-    return begin, open_streams(
-        mixture, tokenizer.encode_all, tokenizer.bos_ids, tokenizer.eos_id, config.train.seed, numbers, positions
-    )
+    return begin, open_streams(mixture, tokenizer, tokenizer.encode_all, config.train.seed, numbers, positions)
 
 
 def check_same_everywhere(fingerprints: dict[str, str]) -> None:

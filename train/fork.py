@@ -4,8 +4,8 @@
 - all: weights, optimizer, number of steps and place in the data. Without changes it does what the parent would have
   done; with other steps and another schedule it is a decay branch.
 - optimizer: the same except for the data, which may be other data and is read from its beginning.
-- weights: those alone, as they are evaluated (their average, if there is one). Steps count from 0. Imported weights, a
-  checkpoint of step 0, can be taken over in no other way.
+- weights: those alone, as they are evaluated (their average, if there is one). Steps count from 0. Imported or
+  merged weights, a checkpoint of step 0, can be taken over in no other way.
 
 The tokenizer is the parent's. Once the fork has a checkpoint of its own, it resumes from that.
 """

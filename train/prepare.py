@@ -13,9 +13,10 @@ from data.errors import InputError
 from data.files.atomic import atomic_file, unfinished
 from data.files.writable import why_not_writable
 from data.formats.stdlib import snapshot_stdlib
+from data.infilling import mark_names
 from data.mixture import Mixture, open_mixture, shares_of
 from data.tokenizer.folder import holds_tokenizer, load_tokenizer, write_tokenizer
-from data.tokenizer.tokenizer import Tokenizer
+from data.tokenizer.tokenizer import FIM_TOKENS, Tokenizer
 from data.tokenizer.training import train_tokenizer
 from train.config.changes import changes_of, table
 from train.config.config import Config
@@ -61,6 +62,8 @@ def prepare_run(
         when_new(mixture)
         on_first_process(lambda: claim(config, run, mixture))
     tokenizer = run_tokenizer(config, run, mixture)
+    if config.data.fills_in:
+        mark_names(config.data, tokenizer)
     config = config.resolved(tokenizer.vocab_size)
     on_first_process(lambda: None if has_held_out(config, run) else save_held_out(config, run, mixture))
     held_out = run.held_out_texts()
@@ -127,7 +130,7 @@ def check_folder(config: Config, run: Run) -> None:
         return
     if last_step == 0:
         raise InputError(
-            f"train.run_dir = {run.folder} holds imported weights, from which another run can start: "
+            f"train.run_dir = {run.folder} holds weights alone, from which another run can start: "
             f"--config={run.folder}@0 --config.train.run_dir=FOLDER"
         )
     saved = run.load_config()
@@ -191,10 +194,10 @@ def is_claimed(run: Run) -> bool:
 
 
 def check_not_imported(run: Run) -> None:
-    """Raises InputError if the run holds only imported weights, so it has neither steps nor data of its own."""
+    """Raises InputError if the run holds imported or merged weights alone, without steps and data of its own."""
     if run.last_step() == 0:
         raise InputError(
-            f"{run.folder} holds imported weights, which have no steps and no data; give a run begun with them"
+            f"{run.folder} holds weights alone, which have no steps and no data; give a run begun with them"
         )
 
 
@@ -259,6 +262,9 @@ def new_tokenizer(config: Config, mixture: Mixture) -> Mapping[str, bytes]:
         source = tokenizer_source(config)
         tokenizer = load_tokenizer(source) if source else train_run_tokenizer(config, mixture, Path(folder))
         check_vocabulary(config, tokenizer)
+        if config.data.fills_in:
+            # The run's own copy names them, so that its exports do.
+            tokenizer.fim_tokens = mark_names(config.data, tokenizer)
         return tokenizer.files()
 
 
@@ -274,7 +280,8 @@ def train_run_tokenizer(config: Config, mixture: Mixture, folder: Path) -> Token
         texts = source.corpus.training_texts(config.train.seed)
         size = config.tokenizer.sample_bytes * share // sum(shares)
         sample += [text.text for text in take_bytes(map(HeldOutDocument, texts), size)] if size else []
-    return train_tokenizer(sample, config.tokenizer.vocab_size, folder)
+    control_tokens = FIM_TOKENS if config.data.fills_in else ()
+    return train_tokenizer(sample, config.tokenizer.vocab_size, folder, control_tokens)
 
 
 def tokenizer_source(config: Config) -> Path | None:
@@ -285,7 +292,9 @@ def tokenizer_source(config: Config) -> Path | None:
 
 
 def check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
-    """Raises InputError if the model's vocabulary is smaller than the tokenizer's."""
+    """Raises InputError if the model's vocabulary is too small for the tokenizer, or the tokenizer lacks marks."""
+    if config.data.fills_in:
+        mark_names(config.data, tokenizer)
     vocab_size = config.model.vocab_size
     if vocab_size is not None and vocab_size < tokenizer.vocab_size:
         raise InputError(

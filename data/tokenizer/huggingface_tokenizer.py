@@ -20,7 +20,7 @@ import tokenizers
 
 from data.errors import InputError
 from data.files.json_file import parse_json, read_json, read_small_file
-from data.tokenizer.tokenizer import JSON_FILE, SPACE, Tokenizer
+from data.tokenizer.tokenizer import FIM_TOKENS, JSON_FILE, SPACE, Tokenizer
 
 CONFIG_FILE = "tokenizer_config.json"
 # The template of chat models, which is only copied.
@@ -29,6 +29,17 @@ ADDED_FILE = "added_tokens.json"
 GENERATION_FILE = "generation_config.json"
 # Other files that may hold the id of the EOS token.
 MODEL_CONFIG_FILES = (GENERATION_FILE, "config.json")
+# Tokens that mark prefix, suffix and middle: Qwen's, which are ours too, and those of StarCoder, SantaCoder,
+# DeepSeek-Coder and Code Llama.
+KNOWN_FIM_TOKENS = (
+    FIM_TOKENS,
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+    ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),
+    ("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"),
+    ("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>"),
+)
+# The key of `tokenizer_config.json` under which a run's copy names others.
+FIM_KEY = "fim_tokens"
 # Classes of Transformers that take this setting of `tokenizer_config.json` before that of GPT-2's pre-tokenizer.
 PREFIX_SPACE = "add_prefix_space"
 PREFIX_SPACE_CLASSES = {"GPT2Tokenizer", "GPT2TokenizerFast", "CodeGenTokenizer", "CodeGenTokenizerFast"}
@@ -120,6 +131,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.chat_template = named if isinstance(named, str) else None
         if template.is_file():
             self.chat_template = read_small_file(template).decode(errors="replace")
+        self.fim_tokens = self._find_fim_tokens(config)
         self.adds_space = b"".join(map(self.token_bytes, self.encode("a"))) == b" a"
 
     def _check_growth(self) -> None:
@@ -198,6 +210,12 @@ class HuggingFaceTokenizer(Tokenizer):
             '{"eos_token": "..."} alone'
         )
 
+    def _find_fim_tokens(self, config: Mapping[str, Any]) -> tuple[str, str, str] | None:
+        named, added = config.get(FIM_KEY), self.added_tokens
+        is_named = isinstance(named, list) and len(named) == 3 and all(isinstance(name, str) for name in named)
+        known = (*([tuple(named)] if is_named and named else []), *KNOWN_FIM_TOKENS)
+        return next((names for names in known if {*names} <= added), None)
+
     def steps(self, part: str) -> list[dict[str, Any]]:
         """Returns the steps of the normalizer, pre_tokenizer or decoder as a list."""
         settings = self.settings.get(part)
@@ -214,6 +232,8 @@ class HuggingFaceTokenizer(Tokenizer):
         config = _read(self.folder / CONFIG_FILE)
         if _eos_token(config) is None:
             config["eos_token"] = self.pieces[self.eos_id]
+        if self.fim_tokens and self.fim_tokens != self._find_fim_tokens(config):
+            config[FIM_KEY] = [*self.fim_tokens]
         kept = {name: self.folder / name for name in (TEMPLATE_FILE, ADDED_FILE)}
         generation = {GENERATION_FILE: (json.dumps(self.generation_config, indent=2) + "\n").encode()}
         return {name: read_small_file(file) for name, file in kept.items() if file.is_file()} | {

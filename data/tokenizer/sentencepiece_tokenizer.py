@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from data.tokenizer.tokenizer import END_OF_TEXT, ESCAPES, MODEL_FILE, SPACE, Tokenizer, plain_text
+from data.tokenizer.tokenizer import END_OF_TEXT, ESCAPES, FIM_TOKENS, MODEL_FILE, SPACE, Tokenizer, plain_text
 
 log = logging.getLogger("ziggurat")
 # SentencePiece's time for a text grows a little faster than its length, its memory by 50 bytes a character. So a text
@@ -37,6 +37,7 @@ class SentencePieceTokenizer(Tokenizer):
             raise ValueError("a SentencePiece model, but not ours")
         self.eos_id = self.pieces.index(END_OF_TEXT)
         self.bos_ids = [self.eos_id]
+        self.fim_tokens = FIM_TOKENS if {*FIM_TOKENS} <= self.added_tokens else None
 
     def scores(self) -> list[float]:
         """The score of each id; of all pairs that form a piece, the one with the highest score is merged first."""

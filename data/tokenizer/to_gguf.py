@@ -51,6 +51,8 @@ def gguf_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         "add_bos_token": True,
         "add_eos_token": False,
     }
+    if marks := tokenizer.fim_ids():
+        metadata |= dict(zip(("fim_pre_token_id", "fim_suf_token_id", "fim_mid_token_id"), marks, strict=True))
     if isinstance(tokenizer, SentencePieceTokenizer):
         scores = tokenizer.scores()
         for i, (text, kind) in enumerate(zip(tokenizer.pieces, tokenizer.token_kinds, strict=True)):

@@ -53,7 +53,7 @@ def write_huggingface_tokenizer(tokenizer: Tokenizer, folder: Path, context: int
         },
     }
     (folder / JSON_FILE).write_text(json.dumps(written, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    config = {
+    config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context,
         "bos_token": END_OF_TEXT,
@@ -62,6 +62,10 @@ def write_huggingface_tokenizer(tokenizer: Tokenizer, folder: Path, context: int
         # A document that contains the text of a special token means the text.
         "split_special_tokens": True,
     }
+    if tokenizer.fim_tokens:
+        # Attributes of Transformers' tokenizer: `fim_prefix_token`, `fim_prefix_token_id` and so on.
+        names = ("fim_prefix_token", "fim_suffix_token", "fim_middle_token")
+        config["extra_special_tokens"] = dict(zip(names, tokenizer.fim_tokens, strict=True))
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

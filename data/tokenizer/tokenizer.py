@@ -11,6 +11,8 @@ import numpy as np
 
 # Ends a document and precedes the next. Inside a document it is ordinary text.
 END_OF_TEXT = "<|endoftext|>"
+# Mark prefix, suffix and middle of a document that is filled in the middle, in tokenizers of ours and Qwen's.
+FIM_TOKENS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 MODEL_FILE = "tokenizer.model"
 # The file of tokenizers of other projects.
 JSON_FILE = "tokenizer.json"
@@ -42,6 +44,7 @@ class Tokenizer(ABC):
         bos_ids: ids of the tokens before a document, at least one: the tokenizer's own, or else `eos_id`.
         fingerprint: SHA-256 (hex) of everything that its ids follow from.
         pieces: the text of each id as its file writes it.
+        fim_tokens: the added tokens that mark prefix, suffix and middle, if it has any that are known.
         adds_space: true if a text is encoded as if a space preceded it; never for our own.
     """
 
@@ -51,6 +54,7 @@ class Tokenizer(ABC):
     bos_ids: list[int]
     fingerprint: str
     pieces: list[str]
+    fim_tokens: tuple[str, str, str] | None = None
     adds_space: bool = False
     generation_config: Mapping[str, Any] = MappingProxyType({})
     chat_template: str | None = None
@@ -61,6 +65,19 @@ class Tokenizer(ABC):
         named = self.generation_config.get("eos_token_id")
         named = named if isinstance(named, list) else [named]
         return [self.eos_id, *(i for i in named if type(i) is int and i != self.eos_id)]
+
+    @property
+    def added_tokens(self) -> set[str]:
+        """The tokens that no pieces are merged to: a mark has no meaning of its own in a text."""
+        kinds = zip(self.pieces, self.token_kinds, strict=True)
+        return {piece for piece, kind in kinds if kind in ("control", "whole")}
+
+    def fim_ids(self) -> tuple[int, int, int] | None:
+        """Returns the ids of `fim_tokens`, or None without them."""
+        if self.fim_tokens is None:
+            return None
+        prefix, suffix, middle = map(self.pieces.index, self.fim_tokens)
+        return prefix, suffix, middle
 
     @abstractmethod
     def files(self) -> dict[str, bytes]:

@@ -19,7 +19,9 @@ PIECES_PER_WHITESPACE = 64
 RESERVED = str.maketrans("", "", "\0\u2585")
 
 
-def train_tokenizer(texts: Sequence[str], vocab_size: int, folder: Path) -> Tokenizer:
+def train_tokenizer(
+    texts: Sequence[str], vocab_size: int, folder: Path, control_tokens: Sequence[str] = ()
+) -> Tokenizer:
     """Trains a tokenizer on texts and writes it to `folder/tokenizer.model`, atomically.
 
     The same texts give the same bytes. If they support fewer ids than `vocab_size`, the tokenizer has those, and a log
@@ -27,6 +29,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, folder: Path) -> Toke
 
     Args:
         vocab_size: requested number of ids, including bytes, special and whitespace pieces.
+        control_tokens: names of special tokens, which are never found in a text.
 
     Raises:
         InputError: there is no text, or `vocab_size` is too small for its characters.
@@ -35,7 +38,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, folder: Path) -> Toke
         raise InputError("the corpus has no text to train a tokenizer on; check data.corpus")
     whole = [*ESCAPES.values(), *whitespace_pieces(texts, vocab_size // PIECES_PER_WHITESPACE)]
     size = vocab_size
-    while isinstance(model := _train(texts, size, whole), int):
+    while isinstance(model := _train(texts, size, whole, control_tokens), int):
         size = model
     if size < vocab_size:
         log.info("tokenizer: the text supports %d token ids; %d were asked for", size, vocab_size)
@@ -49,7 +52,7 @@ def whitespace_pieces(texts: Iterable[str], number: int) -> list[str]:
     return sorted(saved, key=lambda run: (-saved[run], run))[:number]
 
 
-def _train(texts: Sequence[str], vocab_size: int, whole: Sequence[str]) -> bytes | int:
+def _train(texts: Sequence[str], vocab_size: int, whole: Sequence[str], control_tokens: Sequence[str]) -> bytes | int:
     """Returns the bytes of the model, or the largest vocabulary that the texts support."""
     out = io.BytesIO()
     try:
@@ -58,6 +61,7 @@ def _train(texts: Sequence[str], vocab_size: int, whole: Sequence[str]) -> bytes
             model_writer=out,
             model_type="bpe",
             vocab_size=vocab_size,
+            control_symbols=[*control_tokens],
             user_defined_symbols=[piece.replace(" ", SPACE) for piece in whole],
             byte_fallback=True,
             # Pieces such as "self." and "):" make code a tenth shorter.

@@ -85,15 +85,17 @@ def reader_of(weights: Mapping[str, Any]) -> ParameterReader:
 
 def nested_weights(config: ResolvedModelConfig, read: ParameterReader) -> dict[str, Any]:
     """Returns all parameters of a reader as nested float32 arrays: the inverse of `reader_of`."""
-    weights = {}
-    for name, parameter in parameter_table(config).items():
-        if "layers" not in parameter.axes:
-            weights[name] = read(name, None)
-            continue
-        weights[name] = np.empty(parameter.shape, np.float32)
-        for layer in range(parameter.axes["layers"]):
-            weights[name][layer] = read(name, layer)
-    return nested(weights)
+    return nested({name: whole_parameter(name, p, read) for name, p in parameter_table(config).items()})
+
+
+def whole_parameter(name: str, parameter: Parameter, read: ParameterReader) -> np.ndarray:
+    """Returns one parameter of a reader, float32, with all of its layers."""
+    if "layers" not in parameter.axes:
+        return read(name, None)
+    array = np.empty(parameter.shape, np.float32)
+    for layer in range(parameter.axes["layers"]):
+        array[layer] = read(name, layer)
+    return array
 
 
 class TensorMap:

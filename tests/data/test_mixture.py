@@ -24,7 +24,7 @@ from data.mixture import (
     open_streams,
 )
 from data.stream import BEGINNING, Stream, open_readers
-from tests.data.stand_in import tokenize
+from tests.data.stand_in import ByteTokenizer, tokenize
 
 CONFIG = DataConfig(segment_length=16, num_streams=4, chunk_bytes=400, shuffle_window=900, validation_fraction=0.1)
 
@@ -56,7 +56,7 @@ def mixture_of(folder: Path, config: DataConfig = CONFIG, **weights: object) -> 
 
 def streams_of(mixture: Mixture, positions: np.ndarray | None = None) -> dict[int, MixedStream]:
     begin = initial_positions(mixture, 4) if positions is None else positions
-    return open_streams(mixture, tokenize, [0], 0, 0, range(4), begin)
+    return open_streams(mixture, ByteTokenizer(), tokenize, 0, range(4), begin)
 
 
 @given(weights=st.lists(st.integers(1, 10**6), min_size=1, max_size=6), rows=st.integers(1, 3000))
@@ -90,7 +90,7 @@ def test_each_corpus_comes_in_the_order_that_it_has_alone(folder: Path):
     taken = [stream.take(step) for step in range(60)]
     for k, source in enumerate(mixture.sources):
         reader = open_readers(source.corpus, source.config, 0, {2: BEGINNING})[2]
-        alone = Stream(reader, tokenize, [0], 0, source.config, 2).rows()
+        alone = Stream(reader, tokenize, [257], 0, source.config, 2).rows()
         for parts in (parts for corpus, parts in taken if corpus == k):
             assert texts(parts) == texts(next(alone)[0])
 

@@ -100,9 +100,9 @@ def test_a_run_begins_with_imported_weights_and_learns_another_corpus(imported: 
 
     # It cannot be resumed in its own folder: it has no optimizer state and no position in any data.
     for flags, words in (
-        (["report", imported], "holds imported weights, which have no steps and no data"),
-        (["inspect", "data", imported, "--step=1"], "holds imported weights, which have no steps and no data"),
-        (["pretrain", f"--config={imported}"], "holds imported weights, from which another run can start"),
+        (["report", imported], "holds weights alone, which have no steps and no data"),
+        (["inspect", "data", imported, "--step=1"], "holds weights alone, which have no steps and no data"),
+        (["pretrain", f"--config={imported}"], "holds weights alone, from which another run can start"),
         ([*start, "--config.train.run_dir=x", "--config.train.init_with=all"], "set train.init_with=weights"),
     ):
         capsys.readouterr()

@@ -8,7 +8,7 @@ import numpy as np
 
 from data.mixture import initial_positions, open_mixture
 from train.config.reading import make_config
-from train.data_identity import RunInputs, continue_data
+from train.data_identity import RunInputs, continue_data, identity_of
 
 
 def test_no_stream_repeats_an_epoch_that_any_has_begun_before_a_change(tmp_path: Path):
@@ -26,3 +26,21 @@ def test_no_stream_repeats_an_epoch_that_any_has_begun_before_a_change(tmp_path:
     assert after.held_out
     held_out = {document.text for document in inputs.mixture.sources[0].corpus.held_out()}
     assert {text.text for text in after.held_out} == held_out
+
+
+def test_fill_in_the_middle_is_part_of_the_identity_only_where_it_is_used(tmp_path: Path):
+    """Runs from before there was any have no such fields, and go on."""
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(200)))
+
+    def fields(**data: Any) -> dict[str, Any]:
+        config = make_config({"data": {"corpus": str(path), "num_streams": 1} | data}).resolved()
+        identity = identity_of(config, open_mixture(config.data, lambda: ""))
+        return {name: value for name, value in identity.items() if "fim" in name}
+
+    assert fields() == {}
+    assert fields(fim_rate=0.5) == {"data.fim_rate": 0.5, "data.fim_spm_rate": 0.5, "data.fim_tokens": None}
+    several = {"web": {"corpus": str(path)}, "code": {"corpus": str(path), "fim_rate": 0.25}}
+    rates = {name: value for name, value in fields(corpus=several).items() if name.endswith("fim_rate")}
+    assert rates == {"data.fim_rate": 0.0, "data.corpus['code'].fim_rate": 0.25, "data.corpus['web'].fim_rate": 0.0}
+    assert fields(corpus={"web": {"corpus": str(path)}}) == {}

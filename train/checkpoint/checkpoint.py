@@ -173,9 +173,11 @@ class Checkpoints:
         raise InputError(f"{self.folder} holds no checkpoint that can be read")
 
     def open_weights(
-        self, parameters: Mapping[str, Parameter], step: int | None = None
+        self, parameters: Mapping[str, Parameter], step: int | None = None, averaged: bool = True
     ) -> tuple[int, CheckpointReader]:
         """Returns (step, weights) as `restore_weights` does, to be read layer by layer. One process alone may call it.
+
+        Without `averaged` they are the trained weights themselves, even where the checkpoint has their average.
 
         Raises InputError if there is no such checkpoint, or its progress is damaged.
         """
@@ -183,7 +185,7 @@ class Checkpoints:
             place = self.folder / str(candidate)
             try:
                 progress = self.progress(candidate)
-                item = "average" if "average" in progress["checksums"] else "weights"
+                item = "average" if averaged and "average" in progress["checksums"] else "weights"
                 return candidate, CheckpointReader(place / item, flattened(progress["checksums"][item]), parameters)
             except DAMAGE_ERRORS as error:
                 self._warn(candidate, str(error))

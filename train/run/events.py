@@ -24,7 +24,7 @@ from data.files.json_file import parse_json
 from data.printable import without_credentials
 from train.config.config import Config, to_json
 from train.run.goodput import TimeAccount
-from train.run.json_lines import Record, is_count, is_moment, read_log
+from train.run.json_lines import Record, is_count, is_moment, is_number, read_log
 from train.run.storage import storage_errors
 
 log = logging.getLogger("ziggurat")
@@ -134,6 +134,18 @@ def _is_event(record: Record) -> bool:
         and all(map(is_moment, seconds.values()))
         and is_moment(record.get("alive_until", 0))
         and is_moment(record.get("stall_seconds", 0))
+        and (name != "merge" or _has_origins(record))
+    )
+
+
+def _has_origins(record: Record) -> bool:
+    """True if a `merge` names the checkpoints that were averaged, with their weights."""
+    origins = record.get("of")
+    return (
+        isinstance(record.get("scheme"), str)
+        and isinstance(origins, list)
+        and all(isinstance(o, dict) and isinstance(o.get("run"), str) for o in origins)
+        and all(is_count(o.get("step")) and is_number(o.get("weight")) for o in origins)
     )
 
 

@@ -55,7 +55,7 @@ class Run:
         return cls(folder, config.checkpoint.dir), config
 
     def last_step(self) -> int | None:
-        """Returns the step of the newest complete checkpoint, or None. Imported weights have step 0."""
+        """Returns the step of the newest complete checkpoint, or None. Imported and merged weights have step 0."""
         return max(checkpoint_steps_in(self.checkpoints), default=None)
 
     def save_config(self, config: Config) -> None:

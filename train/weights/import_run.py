@@ -2,22 +2,19 @@
 
 import dataclasses
 from pathlib import Path
-
-import jax
+from typing import Any
 
 from data.config import DataConfig
 from data.errors import InputError
-from data.files.atomic import atomic_folder, check_new
-from data.tokenizer.folder import write_tokenizer
+from data.files.atomic import check_new
 from model.config import ModelConfig
-from train.checkpoint.checkpoint import Checkpoints
-from train.config.config import CheckpointConfig, Config
+from train.config.config import Config
 from train.config.run_config import TrainConfig
-from train.devices.mesh import one_device_mesh
 from train.run.folder import Run
 from train.run.storage import check_place
 from train.weights.huggingface import open_huggingface
 from train.weights.upcycling import mixture_config, mixture_weights
+from train.weights.weights_run import write_weights_run
 
 
 def import_weights(folder: Path, to: Path, experts: tuple[int, int] | None = None) -> Run:
@@ -36,16 +33,11 @@ def import_weights(folder: Path, to: Path, experts: tuple[int, int] | None = Non
     model: ModelConfig = dataclasses.replace(weights.config, compute_dtype=ModelConfig.compute_dtype)
     if experts:
         model = mixture_config(model, *experts)
-    arrays = weights.in_memory()
-    if experts:
-        arrays = mixture_weights(model, arrays)
+
+    def make_weights() -> dict[str, Any]:
+        arrays = weights.in_memory()
+        return mixture_weights(model, arrays) if experts else arrays
+
     data = DataConfig(segment_length=weights.context)
-    with atomic_folder(to) as partial, jax.set_mesh(one_device_mesh()):
-        run = Run(partial)
-        run.save_config(Config(model=model, data=data, train=TrainConfig(run_dir=str(to))))
-        write_tokenizer(weights.tokenizer.files(), run.tokenizer)
-        checkpoints = Checkpoints(run.checkpoints, CheckpointConfig())
-        checkpoints.save({"step": 0, "weights": jax.tree.map(jax.numpy.asarray, arrays)}, {})
-        checkpoints.wait()
-        checkpoints.close()
-    return Run(to)
+    config = Config(model=model, data=data, train=TrainConfig(run_dir=str(to)))
+    return write_weights_run(to, config, weights.tokenizer, make_weights)

@@ -20,6 +20,8 @@ def model_card(weights: WeightSource, run: Run | None = None) -> str:
     facts = {"parameters": parameters_text(weights.config), **_model(weights)}
     if run is not None and weights.step:
         facts |= _training(run, weights.step)
+    elif run is not None:
+        facts |= _merged(run)
     facts["written by"] = f"Ziggurat {version('ziggurat')}"
     rows = "\n".join(f"| {name} | {cell(value)} |" for name, value in facts.items())
     architecture = weights.interchange().family.architecture
@@ -67,6 +69,17 @@ def _model(weights: WeightSource) -> dict[str, str]:
         "vocabulary": f"{config.vocab_size:,}{tied}",
         "context": f"{weights.context:,} tokens",
     }
+
+
+def _merged(run: Run) -> dict[str, str]:
+    """Returns the checkpoints that a merged run is the average of; nothing for an imported one."""
+    merges = [event for event in read_events(run.events) if event["event"] == "merge"]
+    if not merges:
+        return {}
+    names = (
+        f"{os.path.basename(origin['run'])}@{origin['step']} × {origin['weight']:.4g}" for origin in merges[-1]["of"]
+    )
+    return {"average of": ", ".join(names), "weights of the average": merges[-1]["scheme"]}
 
 
 def _training(run: Run, step: int) -> dict[str, Any]:

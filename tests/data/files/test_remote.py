@@ -21,7 +21,7 @@ from data.files.listing import File, fingerprint, list_files, open_file
 from data.files.ranges import READ_TOTALS
 from data.formats import ENDINGS, Fields, RawDocument, parquet, read_documents
 from data.mixture import initial_positions, open_mixture, open_streams
-from tests.data.stand_in import tokenize
+from tests.data.stand_in import ByteTokenizer, tokenize
 from tests.peers import require
 
 CONTENT = b"".join(b'{"text": "document %06d %s"}\n' % (i, b"x" * (i % 90)) for i in range(6000))
@@ -458,7 +458,7 @@ def test_streams_are_those_of_local_files_and_resume_with_little_read(server, re
     def rows(where: str, number: int, begin: np.ndarray | None = None) -> tuple[list[list[Any]], np.ndarray]:
         mixture = open_mixture(dataclasses.replace(config, corpus=where), lambda: "")
         positions = initial_positions(mixture, 2) if begin is None else begin
-        streams = open_streams(mixture, tokenize, [0], 0, 0, range(2), positions)
+        streams = open_streams(mixture, ByteTokenizer(), tokenize, 0, range(2), positions)
         found = []
         for step in range(number):
             if server == "http":

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from data.tokenizer.folder import load_tokenizer
 from data.tokenizer.to_huggingface import write_huggingface_tokenizer
+from data.tokenizer.tokenizer import FIM_TOKENS
 from data.tokenizer.training import train_tokenizer
 from tests.data.texts import NASTY, code
 from tests.peers import require
@@ -53,3 +54,24 @@ def test_special_tokens_length_and_our_own_file(both):
     assert theirs.model_max_length == 256
     assert theirs.decode([ours.eos_id], skip_special_tokens=True) == ""
     assert load_tokenizer(Path(exported)).fingerprint == ours.fingerprint
+
+
+def test_marks_of_a_middle_have_the_same_ids_and_are_no_text(tmp_path: Path):
+    transformers = require("transformers")
+    ours = train_tokenizer(code()[:10], 800, tmp_path / "ours", FIM_TOKENS)
+    (tmp_path / "theirs").mkdir()
+    write_huggingface_tokenizer(ours, tmp_path / "theirs", context=256)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")
+    ids = (theirs.fim_prefix_token_id, theirs.fim_suffix_token_id, theirs.fim_middle_token_id)
+    assert ids == ours.fim_ids() == tuple(theirs.convert_tokens_to_ids([*FIM_TOKENS]))
+    assert set(FIM_TOKENS) <= set(theirs.all_special_tokens)
+    P, S, M = FIM_TOKENS
+    for text in (f"a{P}b", f"{P}{S}{M}", f" {M} ", code()[20][:500]):
+        assert theirs(text)["input_ids"] == ours.encode_with_bos(text)
+        assert not {*ids} & {*ours.encode(text).tolist()}
+        assert theirs.decode(theirs(text)["input_ids"], skip_special_tokens=True) == text
+    # A prompt whose marks are meant, as Transformers reads it.
+    prompt = theirs(f"{P}def f{S}return{M}", split_special_tokens=False)["input_ids"]
+    expected = [ours.eos_id, ids[0], *ours.encode("def f"), ids[1], *ours.encode("return"), ids[2]]
+    assert prompt == expected
+    assert load_tokenizer(tmp_path / "theirs").fim_tokens == FIM_TOKENS

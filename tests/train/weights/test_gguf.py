@@ -20,7 +20,7 @@ from data.files.atomic import unfinished
 from data.tokenizer.folder import load_tokenizer
 from data.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
 from data.tokenizer.to_gguf import gguf_metadata
-from data.tokenizer.tokenizer import Tokenizer
+from data.tokenizer.tokenizer import FIM_TOKENS, Tokenizer
 from data.tokenizer.training import train_tokenizer
 from model.config import ModelConfig
 from model.decoder import Decoder
@@ -330,6 +330,20 @@ def test_llama_cpp_finds_the_tokens_of_other_peoples_tokenizers(tokenizer, kind:
         text = unicodedata.normalize("NFC", text.replace("\u2581", ""))
         assert served.tokenize(text) == foreign.encode(text).tolist()
     assert served.tokenize("a", special=True) == foreign.encode_with_bos("a")
+
+
+def test_llama_cpp_knows_the_marks_of_a_middle(tmp_path: Path):
+    ours = train_tokenizer(code()[:10], 800, tmp_path / "ours", FIM_TOKENS)
+    ids = dict(zip(("fim_pre_token_id", "fim_suf_token_id", "fim_mid_token_id"), ours.fim_ids(), strict=True))
+    assert gguf_metadata(ours, 800).items() >= ids.items()
+    config = model_of(ours, {"num_layers": 1})
+    served = LlamaCpp(write(tmp_path / "model.gguf", config, weights_of(config), ours), context=8192)
+    P, S, M = FIM_TOKENS
+    for text in (f"a{P}b", f"{P}{S}{M}", code()[20][:500]):
+        assert served.tokenize(text) == ours.encode(text).tolist()
+    # Its own endpoint for infills puts the pieces between the marks; it refuses a model without them.
+    before, after = "def f(a):\n", "\n    return b\n"
+    assert served.infill(before, after) == f"<|endoftext|>{P}{before}{S}{after}{M}"
 
 
 LONGROPE_FIELDS = {"rope_scaling": "longrope", "rope_factor": 2.0, "rope_original_context": 8}
