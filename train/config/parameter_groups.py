@@ -64,9 +64,8 @@ def group_problems(config: Config, has_table: bool) -> list[str]:
         if not isinstance(fields, dict) or not fields:
             problems.append(f'{label} is {short_repr(fields)}; it must hold settings, as in {{"learning_rate": 0.02}}')
             continue
-        wrong = _value_problems(config, label, fields)
-        problems += wrong
-        right |= {} if wrong else {group: fields}
+        of_values, right[group] = _checked(config, label, fields)
+        problems += of_values
     if has_table and c.name in RULES:
         # The size of the vocabulary, which may follow from the tokenizer, changes no name.
         table = parameter_table(config.model.resolved(VOCABULARY_MULTIPLE, config.data.segment_length))
@@ -75,8 +74,8 @@ def group_problems(config: Config, has_table: bool) -> list[str]:
     return problems
 
 
-def _value_problems(config: Config, label: str, fields: Mapping[str, Any]) -> list[str]:
-    """Returns what is wrong with a group's settings, whatever parameters it has."""
+def _checked(config: Config, label: str, fields: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """Returns what is wrong with a group's settings, whatever parameters it has, and those of the right type."""
     problems: list[str] = []
     values: dict[str, Any] = {}
     for field, value in fields.items():
@@ -92,7 +91,7 @@ def _value_problems(config: Config, label: str, fields: Mapping[str, Any]) -> li
     base = replace(config.optimizer, groups={})
     of_base = base.value_problems(label, config.train.num_steps)
     of_group = replace(base, **values).value_problems(label, config.train.num_steps)
-    return problems + [line for line in of_group if line not in of_base]
+    return problems + [line for line in of_group if line not in of_base], values
 
 
 def _match_problems(c: OptimizerConfig, group: str, table: Mapping[str, Parameter]) -> list[str]:
@@ -100,7 +99,7 @@ def _match_problems(c: OptimizerConfig, group: str, table: Mapping[str, Paramete
     label = f"optimizer.groups[{short_repr(group)}]"
     matched = {name: p for name, p in table.items() if _has(group, name, p)}
     if not matched:
-        names = nearest(group, list(table)) or f"; roles: {', '.join(ROLES)}; names are like {next(reversed(table))}"
+        names = nearest(group, [*ROLES, *table]) or f"; roles: {', '.join(ROLES)}; names: {', '.join(table)}"
         return [f"{label} has none of the model's parameters{names}"]
     problems = []
     of_each = [_unused(_settings(c, name, p), p) for name, p in matched.items()]
@@ -112,4 +111,6 @@ def _match_problems(c: OptimizerConfig, group: str, table: Mapping[str, Paramete
 
 def _unused(settings: OptimizerConfig, p: Parameter) -> dict[str, str]:
     rule = RULES[settings.name][p.role != "matrix"]
-    return settings.unused([rule]) | (dict.fromkeys(DECAY, "norms and biases, which do not decay") if p.role in CONSTANT else {})
+    return settings.unused([rule]) | (
+        dict.fromkeys(DECAY, "norms and biases, which do not decay") if p.role in CONSTANT else {}
+    )

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import typing
 from collections.abc import Mapping
 from typing import Any
 

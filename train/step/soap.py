@@ -1,8 +1,8 @@
 """SOAP (Vyas et al. 2024, arXiv:2409.11321): Adam in the eigenbases of Shampoo's preconditioners, one for each side.
 
 A side of a matrix is its rows or its columns. Its statistics are the running mean of G Gᵀ or of Gᵀ G over gradients G,
-and its basis holds their eigenvectors, of the largest eigenvalue first. Statistics and bases [..., m, m] are stored with
-their layers and experts on the devices that get those for Muon, and their rows over the mesh axes that remain.
+and its basis holds their eigenvectors, those of the largest eigenvalues first. Layers and experts of statistics and
+bases [..., m, m] are stored where Muon puts those of matrices, and their rows are shared by the mesh axes that remain.
 """
 
 import math
@@ -23,12 +23,31 @@ from train.step.muon import whole_matrices
 from train.step.schedule import momentum_at
 from train.step.state import Weights
 
-# The sides of a matrix: their fields of the state, their axis, the product of the matrix with itself over the other side,
-# and the products of the matrix with the side's basis, into the basis and back.
-SIDES = {
-    "rows": ("row_statistics", "row_bases", -2, "...mn,...kn->...mk", "...mn,...mk->...kn", "...kn,...mk->...mn"),
-    "columns": ("column_statistics", "column_bases", -1, "...mn,...mk->...nk", "...mn,...nk->...mk", "...mk,...nk->...mn"),
-}
+
+class Side(NamedTuple):
+    """A side of a matrix [..., m, n].
+
+    Attributes:
+        statistics, basis: the fields of the state that hold them.
+        axis: the side's axis of the matrix.
+        gram: the product of the matrix with itself over the other side.
+        into, back: the products of the matrix with the basis [..., m, k], into the basis and back.
+    """
+
+    statistics: str
+    basis: str
+    axis: int
+    gram: str
+    into: str
+    back: str
+
+
+SIDES = (
+    Side("row_statistics", "row_bases", -2, "...mn,...kn->...mk", "...mn,...mk->...kn", "...kn,...mk->...mn"),
+    Side("column_statistics", "column_bases", -1, "...mn,...mk->...nk", "...mn,...nk->...mk", "...mk,...nk->...mn"),
+)
+# The fields of the state that hold them.
+FIELDS = [field for side in SIDES for field in (side.statistics, side.basis)]
 # Faster products of float32, with TF32 or bfloat16, would round the small eigenvalues away.
 product = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
@@ -62,7 +81,7 @@ def scale_by_soap(table: Mapping[str, Parameter], c: OptimizerConfig) -> optax.G
         momentum = nested({name: jnp.where(state.step == 0, old[name], x) for name, x in moved.items()})
         count = jnp.maximum(state.step, 1).astype(jnp.float32)
         scale = jnp.sqrt(1 - c.beta2**count) / (1 - c.beta1**count)
-        updates, state = _precondition(table, c, gradients, momentum, state._replace(momentum=momentum))
+        updates, state = _precondition(table, c, False, gradients, momentum, state._replace(momentum=momentum))
         return jax.tree.map(lambda x: scale * x, updates), state
 
     return optax.GradientTransformation(partial(_init, table, c), update)
@@ -82,7 +101,7 @@ def momentum_by_soap(table: Mapping[str, Parameter], c: OptimizerConfig) -> opta
         decay = momentum_at(c, step)
         sums = jax.tree.map(lambda old, x: decay * old + x, state.momentum, gradients)
         momentum = jax.tree.map(lambda total, x: decay * total + x, sums, gradients)
-        updates, after = _precondition(table, c, momentum, momentum, state._replace(momentum=sums), gradients)
+        updates, after = _precondition(table, c, True, gradients, momentum, state._replace(momentum=sums))
         return jax.tree.map(lambda x, y: jnp.where(state.step == 0, x, y), momentum, updates), after
 
     return optax.GradientTransformationExtraArgs(partial(_init, table, c), update)
@@ -95,14 +114,14 @@ def mean(old: jax.Array, new: jax.Array, decay: float) -> jax.Array:
 
 def _init(table: Mapping[str, Parameter], c: OptimizerConfig, weights: Weights) -> SoapState:
     zeros = jax.tree.map(jnp.zeros_like, weights)
-    sides: dict[str, dict[str, jax.Array]] = {field: {} for fields in SIDES.values() for field in fields[:2]}
+    stored: dict[str, dict[str, jax.Array]] = {field: {} for field in FIELDS}
     for name, x in flattened(weights).items():
         matrices = jax.eval_shape(lambda x, p=table[name]: whole_matrices(x, p)[0], x)
-        for statistics, bases, axis, *_ in SIDES.values():
-            if (m := matrices.shape[axis]) <= c.soap_max_dim:
+        for side in SIDES:
+            if (m := matrices.shape[side.axis]) <= c.soap_max_dim:
                 zero = jnp.zeros((*matrices.shape[:-2], m, m), out_sharding=_stored_spec(matrices, m))
-                sides[statistics][name] = sides[bases][name] = zero
-    return SoapState(jnp.zeros((), jnp.int32), zeros, zeros, **{field: nested(of) for field, of in sides.items()})
+                stored[side.statistics][name] = stored[side.basis][name] = zero
+    return SoapState(jnp.zeros((), jnp.int32), zeros, zeros, **{field: nested(of) for field, of in stored.items()})
 
 
 def _stored_spec(matrices: Any, side: int) -> PartitionSpec:
@@ -126,65 +145,70 @@ def _stacks(matrices: Any) -> list[tuple[str, ...]]:
 def _precondition(
     table: Mapping[str, Parameter],
     c: OptimizerConfig,
-    squared: Weights,
+    of_momentum: bool,
+    gradients: Weights,
     momentum: Weights,
     state: SoapState,
-    gradients: Weights | None = None,
 ) -> tuple[Weights, SoapState]:
-    """Returns `momentum` divided by the root of the running mean square of `squared`, all in the bases, and the state.
+    """Returns `momentum` divided by the root of `state.squares` in the bases, and the state after the step.
 
     Args:
-        gradients: those of the statistics, where they are not `squared`.
+        of_momentum: the squares are those of `momentum`, not of the gradients.
     """
-    flat = [flattened(tree) for tree in (gradients or squared, squared, momentum, state.squares)]
-    fields = {field: flattened(getattr(state, field)) for side in SIDES.values() for field in side[:2]}
+    trees = [flattened(tree) for tree in (gradients, momentum, state.squares)]
+    stored = {field: flattened(getattr(state, field)) for field in FIELDS}
     updates, squares = {}, {}
-    for name in flat[0]:
-        views = [whole_matrices(tree[name], table[name]) for tree in flat]
+    for name in trees[0]:
+        views = [whole_matrices(tree[name], table[name]) for tree in trees]
         matrices, as_parameter = [view[0] for view in views], views[0][1]
         whole = PartitionSpec(*_stacks(matrices[0]), None, None)
-        here = [field for field, of in fields.items() if name in of]
-        sides = {field: jax.reshard(fields[field][name], whole) for field in here}
-        step = jax.shard_map(partial(_of_matrices, c), in_specs=(PartitionSpec(), whole, whole), out_specs=whole)
-        update, square, sides = step(state.step, matrices, sides)
+        old = {field: jax.reshard(of[name], whole) for field, of in stored.items() if name in of}
+        specs = (PartitionSpec(), whole, whole)
+        of_device = jax.shard_map(partial(_of_device, c, of_momentum), in_specs=specs, out_specs=whole)
+        update, square, new = of_device(state.step, matrices, old)
         updates[name], squares[name] = as_parameter(update), as_parameter(square)
-        for field, x in sides.items():
-            fields[field][name] = jax.reshard(x, _stored_spec(matrices[0], x.shape[-1]))
-    after = {field: nested(of) for field, of in fields.items()}
+        for field, x in new.items():
+            stored[field][name] = jax.reshard(x, _stored_spec(matrices[0], x.shape[-1]))
+    after = {field: nested(of) for field, of in stored.items()}
     return nested(updates), state._replace(step=state.step + 1, squares=nested(squares), **after)
 
 
-def _of_matrices(
-    c: OptimizerConfig, step: jax.Array, matrices: list[jax.Array], old: dict[str, jax.Array]
+def _of_device(
+    c: OptimizerConfig, of_momentum: bool, step: jax.Array, matrices: list[jax.Array], old: Mapping[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    """Does a step with the matrices [..., rows, columns] of one device: (update, mean squares, statistics and bases)."""
-    gradient, squared, momentum, squares = matrices
-    sides = [side for side in SIDES.values() if side[0] in old]
-    for _, basis, _, _, into, _ in sides:
-        squared, momentum = product(into, squared, old[basis]), product(into, momentum, old[basis])
+    """Does a step with the matrices of one device: returns update, squares, and statistics and bases by field.
+
+    Args:
+        matrices: gradient, momentum and squares [..., rows, columns].
+    """
+    gradient, momentum, squares = matrices
+    sides = [side for side in SIDES if side.basis in old]
+    squared = momentum if of_momentum else gradient
+    for side in sides:
+        momentum = product(side.into, momentum, old[side.basis])
+        squared = product(side.into, squared, old[side.basis])
     squares = mean(squares, jnp.square(squared), c.beta2)
     update = momentum / (jnp.sqrt(squares) + c.epsilon)
-    for _, basis, _, _, _, back in sides:
-        update = product(back, update, old[basis])
-    new = {side[0]: mean(old[side[0]], product(side[3], gradient, gradient), c.beta2) for side in sides}
-    bases = {side[1]: old[side[1]] for side in sides}
+    for side in sides:
+        update = product(side.back, update, old[side.basis])
+    gram = {side.statistics: product(side.gram, gradient, gradient) for side in sides}
+    new = {field: mean(old[field], x, c.beta2) for field, x in gram.items()}
 
     def keep(squares: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return squares, bases
+        return squares, {side.basis: old[side.basis] for side in sides}
 
     def move(squares: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        moved = {}
-        for statistics, basis, axis, *_ in sides:
-            turned = product("...mk,...kn->...mn", new[statistics], bases[basis])
-            # Eigenvectors whose eigenvalues have changed places do so, too, and their mean squares with them.
-            order = jnp.argsort(jnp.sum(bases[basis] * turned, -2), descending=True)
-            places = order[..., None, :]
-            moved[basis] = jnp.linalg.qr(jnp.take_along_axis(turned, places, -1)).Q
-            squares = jnp.take_along_axis(squares, places if axis == -1 else order[..., None], axis)
-        return squares, moved
+        bases = {}
+        for side in sides:
+            turned = product("...mk,...kn->...mn", new[side.statistics], old[side.basis])
+            # Eigenvectors whose eigenvalues have changed places do so, too, and their squares with them.
+            places = jnp.argsort(jnp.sum(old[side.basis] * turned, -2), descending=True)
+            bases[side.basis] = jnp.linalg.qr(jnp.take_along_axis(turned, places[..., None, :], -1)).Q
+            squares = jnp.take_along_axis(squares, jnp.expand_dims(places, -3 - side.axis), side.axis)
+        return squares, bases
 
     def find(squares: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return squares, {basis: jnp.linalg.eigh(new[gram]).eigenvectors[..., ::-1] for gram, basis, *_ in sides}
+        return squares, {side.basis: jnp.linalg.eigh(new[side.statistics])[1][..., ::-1] for side in sides}
 
     case = jnp.where(step == 0, 2, jnp.where(step % c.soap_every_steps == 0, 1, 0))
     squares, bases = jax.lax.switch(case, [keep, move, find], squares)
