@@ -6,6 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from data.errors import InputError
+from train.config.changes import Change, changes_of
 from train.config.config import Config, to_json
 from train.config.parameter_groups import parameter_settings
 from train.config.reading import make_config
@@ -88,15 +89,18 @@ def test_everything_wrong_with_groups_is_said_at_once():
         }
     )
     expected = (
-        "optimizer.groups['embeding'] has none of the model's parameters; roles: embedding,",
+        "optimizer.groups['embeding'] has none of the model's parameters; did you mean embedding?",
         "optimizer.groups['matrix']: 'learning_rat' is no setting of a group; did you mean learning_rate?",
         "optimizer.groups['matrix']: 'momentum' is no setting of a group; did you mean muon_momentum?",
+        "optimizer.groups['matrix'].beta1 has no effect with muon; leave it out",
         "optimizer.groups['blocks.atention.*'] has none of the model's parameters",
         "optimizer.groups['blocks.atention.*'].beta2 is 2.0; it must be in [0, 1)",
         "optimizer.groups['unembedding'].weight_decay is -1.0; it must be at least 0",
+        "optimizer.groups['unembedding'].muon_momentum has no effect with muon; leave it out",
         "optimizer.groups['vector'].weight_decay has no effect with norms and biases, which do not decay; leave it out",
         "optimizer.groups['router'] has none of the model's parameters",
         "optimizer.groups['*.query'].learning_rate is 'fast'; it must be a number",
+        "optimizer.groups['*.query'].decay_fraction has no effect with the schedule cosine; leave it out",
         "optimizer.groups['*.key'] is {}; it must hold settings",
         "optimizer.groups['*.value'] is 3; it must hold settings",
     )
@@ -149,6 +153,12 @@ def test_a_wrong_model_or_a_wrong_default_is_said_once_and_groups_are_still_chec
     assert [line.split(" is ")[0] for line in found] == [
         "model.num_heads", "optimizer.beta2", "optimizer.groups['embedding'].beta1",
     ]  # fmt: skip
+
+
+def test_other_groups_on_resume_are_shown_in_a_warning():
+    before, now = config_with({}), config_with({"embedding": {"beta1": 0.5}})
+    change = Change("optimizer.groups", {}, {"embedding": {"beta1": 0.5}})
+    assert changes_of(before, now) == {"frozen": [], "warn": [change], "free": []}
 
 
 def test_settings_without_groups_are_the_optimizers():
