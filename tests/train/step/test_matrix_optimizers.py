@@ -58,7 +58,7 @@ class NorMuon:
 
 
 class Soap:
-    """Vyas et al. 2024, algorithms 3 and 4, as in the authors' code; with `muon` of modded-nanogpt's SOAP-Muon."""
+    """Vyas et al. 2024, algorithms 3 and 4, 20 rounds for the first bases; with `muon`, SOAP-Muon of modded-nanogpt."""
 
     def __init__(self, config: Config, muon: bool = False):
         self.c, self.muon, self.step = config.optimizer, muon, 0
@@ -92,15 +92,12 @@ class Soap:
         new = [g @ g.T, g.T @ g]
         self.grams = [self.c.beta2 * old + (1 - self.c.beta2) * x for old, x in zip(self.grams, new, strict=True)]
         bases = [np.eye(m) for m in g.shape] if t == 0 else [self.rows, self.columns]
-        for side, gram in enumerate(self.grams):
-            if len(gram) > self.c.soap_max_dim:
-                continue
-            if t == 0:
-                bases[side] = np.linalg.eigh(gram)[1][:, ::-1]
-            elif t % self.c.soap_every_steps == 0:
-                order = np.argsort(-np.diag(bases[side].T @ gram @ bases[side]))
-                bases[side] = np.linalg.qr(gram @ bases[side][:, order])[0]
-                self.squares = np.take(self.squares, order, side)
+        for _ in range(20 if t == 0 else int(t % self.c.soap_every_steps == 0)):
+            for side, gram in enumerate(self.grams):
+                if len(gram) <= self.c.soap_max_dim:
+                    order = np.argsort(-np.diag(bases[side].T @ gram @ bases[side]))
+                    bases[side] = np.linalg.qr(gram @ bases[side][:, order])[0]
+                    self.squares = np.take(self.squares, order, side) if t else 0.0
         self.rows, self.columns = bases
 
 
