@@ -81,7 +81,7 @@ class Parser(argparse.ArgumentParser):
         for word in words[: words.index("--")] if "--" in words else words:
             name = word.partition("=")[0]
             if name.startswith("--") and name not in flags and not name.startswith(OVERRIDE):
-                from train.config.reading import nearest
+                from train.config.values import nearest
 
                 self.error(f"{word}: there is no such flag{nearest(name, flags)}")
         arguments, unknown = self.parse_known_args(words)

@@ -18,7 +18,8 @@ from data.printable import printable_name
 from launch.arguments import one_line
 from settings import help_of, kind_of
 from train.config.config import NOT_KEPT, Config, config_fields
-from train.config.reading import make_config, nearest
+from train.config.reading import make_config
+from train.config.values import nearest
 from train.run.run_name import CONFIG_FILE, read_config, split_name
 
 PRESETS = Path(__file__).parent / "configs"

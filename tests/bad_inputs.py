@@ -38,7 +38,8 @@ WORDS = [
     "true", '"a"', '{"a": 1, "a": 2}', "\udcff", "a\nb", "\x1b[31mred", "~nosuchuser/x", "~", ".", "/", "/dev/zero",
     "/proc/self/mem", "/proc/x/y", "no/such/parent/x", "[x]", "a\\b", "*", "**", "$(id)", "$HOME", "%j", "x@1", "x@",
     "s3://", "nowhere://a", "http://user:pass@127.0.0.1:9/x", "gs://", "file:///etc/passwd", "n" * 300, "1/0", "0x10",
-    "1_000", "١", "1,2", ",", "=", "--", "-",
+    "1_000", "١", "1,2", ",", "=", "--", "-", '{"*": {"learning_rate": "x"}}', '{"[": {"beta2": null}}',
+    '{"matrix": {"schedule": {}, "x": 1}}', '{"": {"warmup_steps": 1e400}}', '{"embedding": {"beta1": 2}}',
 ]  # fmt: skip
 VALUES: list[Any] = [
     None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, 1e308, 1e-320, "", "x", "²", "\x00", "\ud800", "a\nb", [], {},

@@ -26,7 +26,7 @@ from train.run.storage import checkpoint_steps_in
 log = logging.getLogger("ziggurat")
 
 # Fields that cannot change if the optimizer is taken over, because its state depends on them.
-OPTIMIZER_STATE_FIELDS = ("optimizer.name", "optimizer.moment_dtype")
+OPTIMIZER_STATE_FIELDS = ("optimizer.name", "optimizer.moment_dtype", "optimizer.soap_max_dim")
 
 
 class Parent(NamedTuple):

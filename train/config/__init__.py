@@ -1,6 +1,6 @@
 """Settings of a run: one dataclass for each group, how they are read and checked, and what may change on resume.
 
-May import `settings`, `model.config`, `data.config`, `data.errors` and `data.files.remote`.
+May import `settings`, `model.config`, `model.parameters`, `data.config`, `data.errors` and `data.files.remote`.
 
 - written config: the fields as a user sets them, with None where a value is derived (`Config`).
 - resolved config: the same fields with every derived value filled in (`ResolvedConfig`).

@@ -1,17 +1,15 @@
 """Makes a config from the values of a preset, a file or a run, and from flags."""
 
 import dataclasses
-import difflib
 import math
-import types
-import typing
 from collections.abc import Mapping
 from typing import Any
 
 from data.errors import InputError
-from data.files.json_file import parse_json
-from data.printable import name_problem, printable_name
+from data.printable import name_problem
 from train.config.config import Config, config_fields
+from train.config.parameter_groups import group_problems
+from train.config.values import check_value, nearest, parse_text, short_repr, shown_name, types_of
 
 # Fields that may hold any text; all other texts are names.
 TEXTS = ("train.on_event", "evaluation.prompt", "data.text_separator", "data.text_field", "data.prompt_field")
@@ -65,6 +63,7 @@ def config_problems(config: Config) -> list[str]:
     groups = (c.model, c.data, c.tokenizer, c.mesh, c.train, c.checkpoint, c.recovery, c.evaluation)
     problems = [problem for group in groups for problem in group.problems()]
     problems += c.optimizer.problems(c.train.num_steps)
+    problems += group_problems(config, has_table=not (c.model.problems() or c.data.problems()))
     for group, name, _ in config_fields():
         field = f"{group}.{name}"
         if field in TEXTS or any(known.startswith((f"{field} ", f"{field}[", f"{field}:")) for known in problems):
@@ -79,9 +78,9 @@ def config_problems(config: Config) -> list[str]:
     first = "batch_size" if c.train.batch_ramp_start is None else "batch_ramp_start"
     rows = getattr(c.train, first)
     if c.num_streams >= 1 and 1 <= rows <= 2**24 and rows % c.num_streams:
-        nearest = min(divisors(rows), key=lambda d: abs(d - c.num_streams))
+        divisor = min(divisors(rows), key=lambda d: abs(d - c.num_streams))
         problems.append(
-            f"data.num_streams = {c.num_streams} does not divide train.{first} = {rows}; nearest that does: {nearest}"
+            f"data.num_streams = {c.num_streams} does not divide train.{first} = {rows}; nearest that does: {divisor}"
         )
     return problems
 
@@ -92,115 +91,8 @@ def divisors(number: int) -> list[int]:
     return sorted({*small, *(number // d for d in small)})
 
 
-def short_repr(value: Any) -> str:
-    """Returns the repr of any value of a user, shortened."""
-    try:
-        text = repr(value)
-    except BaseException as error:  # whatever the value's own type raises; or it is nested too deeply, or too long
-        return f"a {type(value).__name__} that cannot be shown ({type(error).__name__})"
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
-
-
-def shown_name(name: Any) -> str:
-    """Returns the name of a group or field as a user's file has it: any value, shown on one line."""
-    return printable_name(name)[:MAX_SHOWN] if type(name) is str else short_repr(name)
-
-
-def nearest(name: str, names: list[str]) -> str:
-    """Returns "; did you mean ...?" with the nearest of some names, or an empty text if none is near."""
-    matches = difflib.get_close_matches(name, sorted(set(names)), n=1, cutoff=0.6)
-    if not matches and "." in name:
-        matches = [known for known in sorted(set(names)) if known.endswith("." + name.rsplit(".", 1)[1])]
-    return f"; did you mean {matches[0]}?" if matches else ""
-
-
 def _texts_in(value: Any) -> list[str]:
     """Returns a text, or all texts in a mapping."""
     if isinstance(value, Mapping):
         return [text for pair in value.items() for part in pair for text in _texts_in(part)]
     return [value] if isinstance(value, str) else []
-
-
-PAIR = tuple[int, int]
-# Levels of a mapping, bits of a whole number, and characters of a wrong value that are shown.
-MAX_DEPTH, MAX_BITS, MAX_SHOWN = 16, 1024, 100
-PLAIN = (type(None), bool, int, float, str, list, tuple, dict)
-
-
-def types_of(field: dataclasses.Field) -> tuple[type, ...]:
-    """Returns the types that the value of a field may have."""
-    annotation = field.type
-    kinds = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (typing.cast(type, annotation),)
-    return tuple(dict if typing.get_origin(kind) is dict else kind for kind in kinds)
-
-
-def check_value(value: Any, kinds: tuple[type, ...]) -> Any:
-    """Returns a Python value as one of these types, or raises ValueError with the types in words."""
-    if float in kinds and type(value) is int:
-        try:
-            value = float(value)
-        except OverflowError:
-            value = math.inf
-    if PAIR in kinds and isinstance(value, list | tuple) and [type(number) for number in value] == [int, int]:
-        check_values(value)
-        return tuple(value)  # JSON has no tuples
-    if type(value) in kinds:
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError("a finite number")
-        check_values(value)
-        return value
-    raise ValueError(_kinds_text(kinds))
-
-
-def parse_text(text: str, kinds: tuple[type, ...]) -> Any:
-    """Parses the text of a flag as one of these types, or raises ValueError with the types in words."""
-    if types.NoneType in kinds and text.lower() == "none":
-        return None
-    if dict in kinds and text.startswith("{"):
-        try:
-            value = parse_json(text)
-        except ValueError as error:
-            raise ValueError(f"JSON where it begins with {{: {error}") from None
-        check_values(value)
-        return value
-    if str in kinds:
-        return text
-    try:
-        if bool in kinds:
-            return {"true": True, "false": False}[text.lower()]
-        if PAIR in kinds:
-            inner = text[1:-1] if text.startswith("(") and text.endswith(")") else text
-            first, second = map(int, inner.split(","))
-            return first, second
-        if not {int, float} & set(kinds):
-            raise ValueError
-        number = float(text)
-        if int not in kinds and math.isfinite(number):
-            return number
-        if int in kinds and "e" not in text.lower():
-            return int(text)
-        if int in kinds and number == int(number):
-            return int(number)
-    except (KeyError, ValueError, OverflowError):
-        pass
-    raise ValueError(_kinds_text(kinds))
-
-
-def check_values(value: Any, depth: int = 0) -> None:
-    """Raises ValueError if a value is nested too deeply, or is or holds anything that JSON cannot hold."""
-    if depth > MAX_DEPTH:
-        raise ValueError(f"nested at most {MAX_DEPTH} levels deep")
-    if type(value) not in PLAIN:
-        raise ValueError("made of texts, numbers, lists and mappings")
-    if isinstance(value, int) and value.bit_length() > MAX_BITS:
-        raise ValueError(f"a number of at most {MAX_BITS} bits")
-    if isinstance(value, dict):
-        value = [*value.keys(), *value.values()]
-    for inner in value if isinstance(value, list | tuple) else ():
-        check_values(inner, depth + 1)
-
-
-def _kinds_text(kinds: tuple[type, ...]) -> str:
-    names: dict[Any, str] = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-    names |= {PAIR: "two whole numbers, as in (5,8),", dict: "a mapping", types.NoneType: "none"}
-    return " or ".join(names[kind] for kind in kinds)

@@ -28,7 +28,7 @@ from data.errors import InputError
 from data.tokenizer.tokenizer import Tokenizer
 from model.generation.sampling import Sampling
 from train.config.config import ResolvedConfig
-from train.config.reading import nearest
+from train.config.values import nearest
 from train.devices.mesh import batch_sharding
 from train.devices.rules import training_layout
 from train.devices.xla import compiler_options

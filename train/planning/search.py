@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from data.errors import InputError
 from model.decoder import REMAT_POLICIES
@@ -90,8 +91,8 @@ def _legal(config: ResolvedConfig, devices: Sequence[Any], chip: Chip, given: Co
     rows = config.train.batch_size
     all_parts = [config.train.accumulation_steps] if PARTS in given else _divisors(rows)
     policies = [config.model.remat_policy] if REMAT in given else list(REMAT_POLICIES)
-    sizes = argument_bytes(config, one_device_mesh())
-    state = (sum(sizes.values()) - sizes["batch"]) / sizes["weights"]
+    # SOAP's bases are shared by more devices than the weights, on every mesh by others.
+    state = None if config.optimizer.name in ("soap", "soap_muon") else _state_share(config, one_device_mesh())
     batch_axes = training_layout(config.mesh).mesh_axes("batch")
     num_slices = config.mesh.slices or count_slices(devices)
     for axis_sizes in _meshes(config, len(devices) // num_slices, given):
@@ -134,8 +135,15 @@ def _meshes(config: ResolvedConfig, devices: int, given: Collection[str]) -> Ite
             yield dict(zip(AXES_IN_SLICE, sizes, strict=True))
 
 
-def _machine(config: ResolvedConfig, devices: Sequence[Any], chip: Chip, state: float) -> Machine:
+def _state_share(config: ResolvedConfig, mesh: Mesh) -> float:
+    """Returns the bytes of a step's state on a device of the mesh for each byte of its weights."""
+    sizes = argument_bytes(config, mesh)
+    return (sum(sizes.values()) - sizes["batch"]) / sizes["weights"]
+
+
+def _machine(config: ResolvedConfig, devices: Sequence[Any], chip: Chip, state: float | None) -> Machine:
     mesh = make_mesh(config, devices)
+    state = _state_share(config, mesh) if state is None else state
     with jax.set_mesh(mesh):
         attention = choose_kernel(config.model, training_layout(config.mesh), config.data.segment_length)
     bandwidth = reached_bandwidth(mesh, chip)

@@ -20,7 +20,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from data.errors import InputError
-from train.config.reading import nearest
+from train.config.values import nearest
 from train.devices.hardware import CHIPS, Chip
 
 # A small and a large shape of each chip in messages; GPUs are in hosts × GPUs of each.

@@ -5,7 +5,7 @@ accumulate in float32; optax's would change the saved state and the bits of ever
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import combinations
 
 import jax
@@ -31,29 +31,36 @@ def orthogonalize(table: Mapping[str, Parameter], dtype: jnp.dtype) -> optax.Gra
     arXiv:2502.16982). The matrix products are in `dtype`.
     """
 
+    def orthogonal(x: jax.Array, p: Parameter) -> jax.Array:
+        matrices, as_parameter = whole_matrices(x.astype(dtype), p)
+        update = newton_schulz(matrices) * (0.2 * math.sqrt(max(matrices.shape[-2:])))
+        return as_parameter(update).astype(x.dtype)
+
     def update(updates: Weights, _: Weights | None) -> Weights:
-        return nested({name: _orthogonalize(x, table[name], dtype) for name, x in flattened(updates).items()})
+        return nested({name: orthogonal(x, table[name]) for name, x in flattened(updates).items()})
 
     return optax.stateless(update)
 
 
-def _orthogonalize(x: jax.Array, p: Parameter, dtype: jnp.dtype) -> jax.Array:
+def whole_matrices(x: jax.Array, p: Parameter) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    """Returns a parameter as matrices [..., rows, columns] that no device holds in part, and the inverse function."""
     layer_axes = [axis for axis in p.axes if axis not in (*p.fan_in, *p.fan_out)]
     order = [list(p.axes).index(axis) for axis in (*layer_axes, *p.fan_in, *p.fan_out)]
     rows = math.prod(p.axes[axis] for axis in p.fan_in)
     columns = math.prod(p.axes[axis] for axis in p.fan_out)
     stacks = {i: size for i, (axis, size) in enumerate(p.axes.items()) if axis in ("layers", "experts")}
     specs = specs_to_whole_matrices(x, stacks)
-    update = x.astype(dtype)
     for spec in specs[1:]:
-        update = jax.reshard(update, spec)
-    transposed = update.transpose(order)
-    matrices = transposed.reshape(*transposed.shape[: len(layer_axes)], rows, columns)
-    update = newton_schulz(matrices) * (0.2 * math.sqrt(max(rows, columns)))
-    update = update.reshape(transposed.shape).transpose([order.index(i) for i in range(x.ndim)])
-    for spec in specs[-2::-1]:
-        update = jax.reshard(update, spec)
-    return update.astype(x.dtype)
+        x = jax.reshard(x, spec)
+    transposed = x.transpose(order)
+
+    def as_parameter(matrices: jax.Array) -> jax.Array:
+        y = matrices.reshape(transposed.shape).transpose([order.index(i) for i in range(x.ndim)])
+        for spec in specs[-2::-1]:
+            y = jax.reshard(y, spec)
+        return y
+
+    return transposed.reshape(*transposed.shape[: len(layer_axes)], rows, columns), as_parameter
 
 
 def specs_to_whole_matrices(x: jax.Array, stacks: Mapping[int, int]) -> list[PartitionSpec]:

@@ -1,11 +1,14 @@
-"""Schedules over the steps of a run: the learning rate and the batch size."""
+"""Schedules over the steps of a run: the learning rate, weight decay, Muon's momentum and the batch size."""
 
 import itertools
+from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import optax
 
 from train.config.config import Config
+from train.config.optimizer_config import OptimizerConfig
 
 
 def learning_rate(config: Config) -> optax.Schedule:
@@ -39,6 +42,32 @@ def learning_rate(config: Config) -> optax.Schedule:
     joined = optax.join_schedules([rise, falls[c.schedule]], [warmup])
     # Rounding can take a linear decay slightly below zero.
     return lambda step: jnp.maximum(joined(step), 0.0)
+
+
+def weight_decay_factor(config: Config) -> optax.Schedule | None:
+    """Returns the function from update number to what weight decay is multiplied by, besides the learning rate.
+
+    - rate: nothing (None).
+    - corrected: the learning rate's share of its peak, as in AdamC (Defazio 2025, arXiv:2506.02285), so that the ratio
+      of gradients to weights does not rise as the rate falls.
+    - linear, cosine: from 1 at the first update to 0 after the last.
+    """
+    c, num_steps = config.optimizer, config.train.num_steps
+    schedules: dict[str, optax.Schedule | None] = {
+        "rate": None,
+        "corrected": learning_rate(replace(config, optimizer=replace(c, learning_rate=1.0))),
+        "linear": lambda step: jnp.maximum(1 - step / num_steps, 0.0),
+        "cosine": lambda step: (1 + jnp.cos(jnp.pi * jnp.minimum(step / num_steps, 1.0))) / 2,
+    }
+    return schedules[c.weight_decay_schedule]
+
+
+def momentum_at(c: OptimizerConfig, step: jax.Array) -> jax.Array | float:
+    """Returns Muon's momentum of an update: a linear rise from `muon_momentum_start`, if there is one."""
+    if c.muon_momentum_start is None:
+        return c.muon_momentum
+    done = jnp.minimum(step / c.muon_momentum_warmup_steps, 1.0)
+    return (1 - done) * c.muon_momentum_start + done * c.muon_momentum
 
 
 def batch_size(config: Config, step: int) -> int:

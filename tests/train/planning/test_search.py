@@ -129,6 +129,18 @@ def test_the_estimated_state_is_what_the_devices_are_given(found: list[Candidate
         assert candidate.estimate.state_bytes == pytest.approx(sum(given.values()) - given["batch"], rel=1e-3)
 
 
+def test_the_estimated_state_of_soap_is_so_too_though_not_shared_as_the_weights_are():
+    require("libtpu")
+    config, devices = config_of(optimizer__name="soap", model__num_layers=6), topology_devices("v5e:2x4")
+    found = candidates(config, devices, ROOMY, {PARTS, REMAT})
+    shares = set()
+    for candidate in found:
+        given = argument_bytes(with_changes(config, candidate), make_mesh(with_changes(config, candidate), devices))
+        assert candidate.estimate.state_bytes == pytest.approx(sum(given.values()) - given["batch"], rel=1e-3)
+        shares.add(round(given["optimizer"] / given["weights"], 3))
+    assert len(shares) > 1
+
+
 def test_more_is_held_and_less_is_done_where_less_is_made_again():
     require("libtpu")
     everything = candidates(config_of(), topology_devices("v5e:4x8"), ROOMY, ())

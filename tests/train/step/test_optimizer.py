@@ -8,116 +8,32 @@ import numpy as np
 import pytest
 
 from model.parameters import parameter_table
-from model.trees import flattened, nested
+from model.trees import flattened
 from tests import peers
+from tests.optimizers import (
+    DECAY,
+    EXPERTS,
+    RATES,
+    assert_close,
+    by_torch,
+    config_for,
+    in_layers,
+    is_matrix,
+    random_trees,
+    rate,
+    shardings,
+    updated_on,
+)
 from tests.small import mesh_of, small_batch, small_model
 from train.checkpoint.checkpoint import Checkpoints
 from train.config.config import CheckpointConfig, Config
-from train.config.reading import make_config
 from train.devices.mesh import batch_sharding, one_device_mesh
-from train.devices.rules import TRAINING
 from train.step.muon import newton_schulz
 from train.step.optimizer import make_optimizer
 from train.step.state import abstract_state, make_state
 from train.step.step import make_train_step
 
-# A rate at which each learns the small model.
-RATES = {"adamw": 1e-2, "lion": 2e-3, "adafactor": 5e-2, "muon": 1e-2}
-STEPS, DECAY = 4, 0.5
-# A layer with a dense feed-forward, and one with experts.
-EXPERTS = {"num_experts": 4, "expert_dim": 24, "dense_layers": 1, "balance_bias": True}
-
-
-def config_for(name: str, **changes: object) -> Config:
-    """Without clipping; linear from the first update on to a tenth at update 99."""
-    values = {"name": name, "learning_rate": RATES[name], "schedule": "linear", "warmup_steps": 0, "clip_norm": 0.0}
-    config = make_config({"train": {"batch_size": 8, "num_steps": 100}, "optimizer": values | changes})
-    return dataclasses.replace(config, model=small_model(num_kv_heads=4))
-
-
-def random_trees(config: Config) -> list[dict[str, np.ndarray]]:
-    """Weights, and then gradients for STEPS updates, by name."""
-    random = np.random.default_rng(0)
-    shapes = {name: p.shape for name, p in parameter_table(config.model).items()}
-    return [
-        {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()} for _ in range(1 + STEPS)
-    ]
-
-
-def updated_on(config: Config, shape: dict[str, int] | None = None, trees: list | None = None) -> dict[str, np.ndarray]:
-    """The weights of `random_trees`, or of others, after an update by each of its gradients, on a mesh."""
-    table = parameter_table(config.model)
-    with jax.set_mesh(mesh_of(**shape or {})):
-        weights, *gradients = (
-            nested({name: jax.device_put(x, TRAINING.spec(*table[name].axes)) for name, x in tree.items()})
-            for tree in trees or random_trees(config)
-        )
-        optimizer = make_optimizer(config)
-        state = jax.jit(optimizer.init)(weights)
-        before = shardings(state)
-
-        @jax.jit
-        def step(gradients, state, weights):
-            updates, state = optimizer.update(gradients, state, weights)
-            return jax.tree.map(jnp.add, weights, updates), state
-
-        for gradient in gradients:
-            weights, state = step(gradient, state, weights)
-        assert shardings(state) == before
-        return flattened(jax.device_get(weights))
-
-
-def shardings(tree):
-    return jax.tree.map(lambda x: x.sharding, tree)
-
-
-def assert_close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float) -> None:
-    assert set(found) == set(expected)
-    for name, array in expected.items():
-        error = np.linalg.norm(found[name] - array) / np.linalg.norm(array)
-        assert error < tolerance, (name, error)
-
-
 # ── Against others ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-# Rows and columns of the small model's matrices, all layers alike; the others are vectors.
-MATRICES = {"query": (32, 32), "key": (32, 32), "value": (32, 32), "output": (32, 32)}
-MATRICES |= {"gate": (32, 64), "up": (32, 64), "down": (64, 32)}
-TABLES = {"embedding.table": (384, 32), "unembedding.matrix": (32, 384)}
-
-
-def in_layers(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Single matrices and vectors, by name and layer."""
-    found = {}
-    for name, array in arrays.items():
-        last = name.split(".")[-1]
-        shape = TABLES.get(name) or MATRICES.get(last) or (32,)
-        found |= {f"{name} {layer}": x for layer, x in enumerate(array.reshape(-1, *shape))}
-    return found
-
-
-def is_matrix(name: str) -> bool:
-    return name.split()[0].split(".")[-1] in MATRICES
-
-
-def by_torch(config: Config, make) -> dict[str, np.ndarray]:
-    """The same updates, layer by layer, by the PyTorch optimizers that `make(named parameters)` gives."""
-    torch = peers.require("torch")
-    before, *gradients = (in_layers(tree) for tree in random_trees(config))
-    weights = {name: torch.nn.Parameter(torch.tensor(x)) for name, x in before.items()}
-    optimizers = make(weights)
-    for step, gradient in enumerate(gradients):
-        for name, x in gradient.items():
-            weights[name].grad = torch.tensor(x)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate(config, step)
-            optimizer.step()
-    return {name: weight.detach().numpy() for name, weight in weights.items()}
-
-
-def rate(config: Config, step: int) -> float:
-    return config.optimizer.learning_rate * (1 - 0.9 * step / 99)
 
 
 def split(weights: dict) -> list[dict]:
@@ -208,10 +124,12 @@ def test_newton_schulz_brings_all_singular_values_near_one_whatever_the_shape(dt
 # ── What all must do ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("name", ["lion", "adafactor", "muon"])
+@pytest.mark.parametrize("name", ["lion", "adafactor", "muon", "normuon", "soap", "soap_muon"])
 def test_every_mesh_updates_as_one_device_does(name: str):
-    config = config_for(name)
-    config = dataclasses.replace(config, model=small_model(num_kv_heads=4, **EXPERTS))
+    # A side of 64 has eigenvectors that the first gradient does not determine.
+    soap = {"soap_max_dim": 32, "soap_every_steps": 2} if "soap" in name else {}
+    config = config_for(name, **soap)
+    config = dataclasses.replace(config, model=small_model(num_kv_heads=4, **EXPERTS | {"expert_dim": 32}))
     before, expected = random_trees(config)[0], updated_on(config)
     for shape in ({"fsdp": 2, "context": 2, "tensor": 2}, {"data": 2, "fsdp": 2, "expert": 2}):
         after = updated_on(config, shape)
@@ -219,7 +137,7 @@ def test_every_mesh_updates_as_one_device_does(name: str):
         assert_close(moved, {name: expected[name] - x for name, x in before.items()}, 1e-4)
 
 
-@pytest.mark.parametrize("name", ["adafactor", "muon"])
+@pytest.mark.parametrize("name", ["adafactor", "muon", "normuon"])
 def test_each_experts_matrices_are_updated_as_those_of_a_dense_model(name: str):
     config = config_for(name)
     mixture = dataclasses.replace(config, model=small_model(num_kv_heads=4, **EXPERTS | {"dense_layers": 0}))
@@ -299,6 +217,10 @@ def test_states_are_as_small_as_their_papers_say():
     assert size("adamw", moment_dtype="bfloat16") == pytest.approx(1, rel=1e-3)
     assert size("lion") == pytest.approx(1, rel=1e-3)
     assert 1 < size("muon") < 2
+    assert size("muon") < size("normuon") < size("muon") + 0.02
+    # The small model's tables are as large as its matrices.
+    assert size("soap", soap_max_dim=31) == pytest.approx(2, rel=1e-3)
+    assert size("soap", soap_max_dim=31) < size("soap", soap_max_dim=32) < size("soap") == size("soap_muon")
     assert size("adafactor") < 0.1
 
 
