@@ -18,6 +18,7 @@ from model.collectives import gather_keys, gather_time
 from model.config import ResolvedModelConfig
 from model.context_parallel import zigzag_order
 from model.dropout import DropoutKeys, dropout
+from model.embedding import gated
 from model.linear import Linear
 from model.norm import Norm
 from model.position import Rotation, rotate
@@ -137,7 +138,11 @@ def _visible_scores(q_BHTC: jax.Array, k_BKSC: jax.Array, mask_B1TS: jax.Array, 
 
 
 class Attention(nnx.Module):
-    """The projections to queries, keys and values, attention in every head, and the projection back to width D."""
+    """The projections to queries, keys and values, attention in every head, and the projection back to width D.
+
+    With `attention_gate` each head's output is multiplied by σ(w·x), where x is the input of the projections: the
+    headwise gate of Qiu et al. 2025, arXiv:2505.06708.
+    """
 
     def __init__(
         self, config: ResolvedModelConfig, weights: Mapping[str, Any], layout: Layout, linear: type[Linear] = Linear
@@ -153,19 +158,42 @@ class Attention(nnx.Module):
         self.query_norm = Norm(config, weights["query_norm"], axes=axes) if config.qk_norm else None
         self.key_norm = Norm(config, weights["key_norm"], axes=axes) if config.qk_norm else None
         self.sink = nnx.Param(weights["sink"]) if config.attention_sinks else None
+        # In the compute dtype whatever the other products are in.
+        gate = ("btd,dh->bht", weights, "head_gate", ("model", "heads"), layout)
+        self.head_gate = Linear(*gate) if config.attention_gate else None
         self.config = config
         self.layout = layout
 
     def __call__(
-        self, x_BTD: jax.Array, rotation: Rotation, attention: Attend, keys_B: DropoutKeys = None
+        self,
+        x_BTD: jax.Array,
+        rotation: Rotation,
+        attention: Attend,
+        keys_B: DropoutKeys = None,
+        value_embedding: Callable[[jax.Array], jax.Array] | None = None,
     ) -> jax.Array:
-        """Maps [B, T, D] to [B, T, D]; `attention` applies the mask."""
+        """Maps [B, T, D] to [B, T, D].
+
+        Args:
+            attention: applies the mask to queries, keys and values.
+            value_embedding: function of the input of the projections to what is added to values.
+        """
         sinks = () if self.sink is None else (self.sink[...],)
-        return self.output(self.mixed(attention(*self.heads(x_BTD, rotation), keys_B, *sinks)))
+        x_BTD = self.gathered(x_BTD)
+        q_BHTC, k_BKTC, v_BKTC = self.heads(x_BTD, rotation)
+        if value_embedding:
+            v_BKTC = v_BKTC + value_embedding(x_BTD)
+        y_BHTC = self.mixed(attention(q_BHTC, k_BKTC, v_BKTC, keys_B, *sinks))
+        if self.head_gate:
+            y_BHTC = gated(y_BHTC, jax.nn.sigmoid(self.head_gate(x_BTD).astype(jnp.float32)))
+        return self.output(y_BHTC)
+
+    def gathered(self, x_BTD: jax.Array) -> jax.Array:
+        """Returns the input of the projections, of all positions that the devices which share heads have."""
+        return gather_time(x_BTD, self.layout, "heads")
 
     def heads(self, x_BTD: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns rotated queries [B, H, T, C] and keys [B, K, T, C], of products to divide by √C; and values."""
-        x_BTD = gather_time(x_BTD, self.layout, "heads")
         q_BHTC, k_BKTC = self.query(x_BTD), self.key(x_BTD)
         if self.query_norm and self.key_norm:
             q_BHTC, k_BKTC = self.query_norm(q_BHTC), self.key_norm(k_BKTC)
@@ -184,7 +212,7 @@ class Attention(nnx.Module):
 
     def weights(self, x_BTD: jax.Array, rotation: Rotation, mask_B1TS: jax.Array) -> jax.Array:
         """Returns the float32 weights [B, H, T, T] of `attention_weights`."""
-        q_BHTC, k_BKTC, _ = self.heads(x_BTD, rotation)
+        q_BHTC, k_BKTC, _ = self.heads(self.gathered(x_BTD), rotation)
         sink_H = None if self.sink is None else self.sink[...]
         k_BKSC = gather_keys(k_BKTC, self.layout)
         return attention_weights(q_BHTC, k_BKSC, mask_B1TS, self.config.attention_softcap, sink_H)
@@ -194,7 +222,7 @@ class Attention(nnx.Module):
 
         Its growth precedes divergence (Dehghani et al. 2023, arXiv:2302.05442; Wortsman et al. 2023, arXiv:2309.14322).
         """
-        q_BHTC, k_BKTC, _ = self.heads(x_BTD, rotation)
+        q_BHTC, k_BKTC, _ = self.heads(self.gathered(x_BTD), rotation)
         q_BHTC = self.layout.reshard(q_BHTC, "batch", "heads", None, None)
         k_BKTC = self.layout.reshard(k_BKTC, "batch", "kv_heads", None, None)
         q_TBKGC = jnp.moveaxis(split_axis(q_BHTC, 1, k_BKTC.shape[1]), 3, 0)

@@ -148,7 +148,10 @@ class ModelConfig(ModelFields):
         if (self.num_kv_heads or self.num_heads) != self.num_heads:
             problems.append(f"{given} has keys for every head; leave out model.num_kv_heads")
         chosen = [name for name in ("attention_bias", "attention_output_bias", "qk_norm") if getattr(self, name)]
-        return problems + [f"{given}: there is no model.{name} with latents" for name in chosen]
+        problems += [f"{given}: there is no model.{name} with latents" for name in chosen]
+        if self.value_embedding_every:
+            problems.append(f"{given}: values are made of latents; leave model.value_embedding_every at none")
+        return problems
 
     def _expert_problems(self) -> list[str]:
         E, k, groups, chosen = (

@@ -28,6 +28,19 @@ def to_zigzag(x_BT: jax.Array, layout: Layout) -> jax.Array:
     return layout.reshard(whole[:, zigzag_order(x_BT.shape[1], layout)], "batch", "time")
 
 
+def previous_tokens(tokens_BT: jax.Array, segment_ids_BT: jax.Array, layout: Layout) -> jax.Array:
+    """Returns the id of the token before each position in its document, int32 [B, T]; -1 where there is none.
+
+    All arrays are in `zigzag_order`. Ids of all positions are gathered, because that before one may be elsewhere.
+    """
+    order_T = zigzag_order(tokens_BT.shape[1], layout)
+    # The place of the position before; of the first position, that of the last.
+    before_T = np.argsort(order_T)[order_T - 1]
+    tokens_BT, ids_BT = (layout.reshard(x_BT, "batch", None) for x_BT in (tokens_BT, segment_ids_BT))
+    is_inside_BT = (ids_BT[:, before_T] == ids_BT) & (order_T > 0)
+    return layout.reshard(jnp.where(is_inside_BT, tokens_BT[:, before_T], -1), "batch", "time")
+
+
 def all_positions(x: jax.Array, layout: Layout, axis: int) -> jax.Array:
     """All-gathers the positions at an axis, inside `jax.shard_map`, and returns them in the order of the row."""
     n = layout.size("time")

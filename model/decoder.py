@@ -1,7 +1,8 @@
 """The decoder: embedding, position, L blocks of attention and feed-forward, unembedding."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from model.attention import Attend, Attention, causal_mask
 from model.config import ResolvedModelConfig
+from model.context_parallel import previous_tokens
 from model.dropout import DropoutKeys, dropout, fold_keys
-from model.embedding import Embedding
+from model.embedding import Embedding, ValueEmbedding
 from model.feedforward.dense import FeedForward
 from model.feedforward.experts import Experts
 from model.feedforward.router import Routing
@@ -30,7 +32,7 @@ from model.unembedding import Unembedding
 # What a remat policy says of the results of an operation.
 Policy = Callable[..., Any]
 # Names of the products of attention and of feed-forwards; "attention" is what the heads give.
-_PROJECTIONS = ("query_latent", "query", "latent", "rotated_key", "key", "value", "output")
+_PROJECTIONS = ("query_latent", "query", "latent", "rotated_key", "key", "value", "output", "head_gate", "value_gate")
 _FEEDFORWARD = ("gate", "up", "down", "experts")
 
 
@@ -76,6 +78,34 @@ REMAT_POLICIES = {
 Results = Mapping[str, Any]
 
 
+class Inputs(NamedTuple):
+    """The arrays that a layer may read besides the residual stream.
+
+    Attributes:
+        tokens_BT: token ids of the rows, for value embeddings.
+        first_BTD: the first layer's input, for residual scalars.
+    """
+
+    tokens_BT: jax.Array
+    first_BTD: jax.Array
+
+
+class ResidualScalars(nnx.Module):
+    """r x + s x₀, of the residual stream x and the first layer's input x₀, with a layer's own r and s.
+
+    The scalars are modded-nanogpt's (https://github.com/KellerJordan/modded-nanogpt); nanochat has them, too.
+    """
+
+    def __init__(self, weights: Mapping[str, jax.Array]):
+        self.residual = nnx.Param(weights["residual"])
+        self.first = nnx.Param(weights["first"])
+
+    def __call__(self, x_BTD: jax.Array, first_BTD: jax.Array) -> jax.Array:
+        """Returns the sum [B, T, D], computed in float32."""
+        x, first = x_BTD.astype(jnp.float32), first_BTD.astype(jnp.float32)
+        return (self.residual[...] * x + self.first[...] * first).astype(x_BTD.dtype)
+
+
 class Block(nnx.Module):
     """One layer: attention, then feed-forward, each a branch f that is added to the residual stream.
 
@@ -95,6 +125,9 @@ class Block(nnx.Module):
         self.attention_norm = norms["attention_norm"]
         self.attention_output_norm = norms.get("attention_output_norm")
         self.attention = attention_class(config, cached)(config, weights["attention"], layout, linear)
+        values = weights.get("value_embedding")
+        self.value_embedding = ValueEmbedding(config, values, layout) if values else None
+        self.scalars = ResidualScalars(weights["scalars"]) if "scalars" in weights else None
         self.feedforward_norm = norms.get("feedforward_norm")
         self.feedforward_output_norm = norms.get("feedforward_output_norm")
         floor = Experts if "experts" in weights else FeedForward
@@ -111,10 +144,15 @@ class Block(nnx.Module):
         attention: Attend,
         keys_B: DropoutKeys = None,
         counted_BT: jax.Array | None = None,
+        inputs: Inputs | None = None,
     ) -> tuple[jax.Array, Results]:
-        """Maps [B, T, D] to [B, T, D], and returns what else there is: "routing", of experts with `counted_BT`."""
-        x_BTD = checkpoint_name(x_BTD, "residual")
-        y_BTD = self.attention(self.attention_input(x_BTD), rotation, attention, fold_keys(keys_B, 0))
+        """Maps [B, T, D] to [B, T, D], and returns what else there is: "routing", of experts with `counted_BT`.
+
+        Layers with residual scalars or a value embedding need `inputs`.
+        """
+        x_BTD = self.stream(checkpoint_name(x_BTD, "residual"), inputs)
+        y_BTD = self.attention_input(x_BTD)
+        y_BTD = self.attention(y_BTD, rotation, attention, fold_keys(keys_B, 0), self._values(inputs))
         y_BTD = self._scaled(y_BTD, self.attention_norm, self.attention_output_norm)
         sum_BTD = x_BTD + dropout(y_BTD, self.dropout_rate, fold_keys(keys_B, 1))
         sum_BTD = self.attention_norm(sum_BTD) if self.placement == "post" else sum_BTD
@@ -133,9 +171,23 @@ class Block(nnx.Module):
         sum_BTD = sum_BTD + dropout(y_BTD, self.dropout_rate, fold_keys(keys_B, 2))
         return norm(sum_BTD) if self.placement == "post" else sum_BTD, results
 
+    def stream(self, x_BTD: jax.Array, inputs: Inputs | None) -> jax.Array:
+        """Returns the residual stream that the branches read and add to, given the block's input."""
+        if self.scalars is None:
+            return x_BTD
+        assert inputs
+        return self.scalars(x_BTD, inputs.first_BTD)
+
     def attention_input(self, x_BTD: jax.Array) -> jax.Array:
-        """Returns what attention reads of the block's input."""
+        """Returns what attention reads of the residual stream."""
         return gradient_in_memory(self.attention_norm(x_BTD)) if self.placement in ("pre", "both") else x_BTD
+
+    def _values(self, inputs: Inputs | None) -> Callable[[jax.Array], jax.Array] | None:
+        """Returns a function of attention's input to what is added to its values."""
+        if self.value_embedding is None:
+            return None
+        assert inputs
+        return partial(self.value_embedding, inputs.tokens_BT)
 
     def _scaled(self, y_BTD: jax.Array, norm: Norm, output_norm: Norm | None) -> jax.Array:
         """Returns a branch's output as it is added."""
@@ -182,8 +234,9 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, Routing | None]:
         """Returns the vectors, and what the routers did in all layers with experts, stacked; None without experts."""
         attention = self._attention(segment_ids_BT)
-        x_BTD, rotations = self.position(self.embedding(tokens_BT), positions_BT)
+        x_BTD, rotations = self.position(self._embedded(tokens_BT, segment_ids_BT), positions_BT)
         x_BTD = dropout(x_BTD, self.config.embedding_dropout, fold_keys(keys_B, 0))
+        inputs = Inputs(tokens_BT, x_BTD)
         counted_BT = segment_ids_BT > 0
         if self.config.num_experts:
             counted_BT = self.layout.reshard(counted_BT, "batch", "sequence")
@@ -192,7 +245,7 @@ class Decoder(nnx.Module):
         def layer(kind: LayerKind, in_loop: bool) -> Callable[..., tuple[jax.Array, Results]]:
             def body(x_BTD: jax.Array, weights: Mapping[str, Any]) -> tuple[jax.Array, Results]:
                 block, keys = self._block(weights), fold_keys(keys_B, weights["number"])
-                x_BTD, results = block(x_BTD, rotations[kind.rope], attention[kind.window], keys, counted_BT)
+                x_BTD, results = block(x_BTD, rotations[kind.rope], attention[kind.window], keys, counted_BT, inputs)
                 # x already has this sharding; stating it fixes the sharding of its gradient, too. Without it every
                 # device would sum the gradients of biases over all positions.
                 return self.layout.reshard(x_BTD, "batch", "sequence", None), results
@@ -203,6 +256,10 @@ class Decoder(nnx.Module):
         stacked = {**self.blocks, "number": numbers}
         x_BTD, results = scan_layers(layer, x_BTD, stacked, layer_kinds(self.config), unrolls=not remat)
         return x_BTD if self.norm is None else self.norm(x_BTD), results.get("routing")
+
+    def _embedded(self, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+        previous = previous_tokens(tokens_BT, segment_ids_BT, self.layout) if self.config.smear else None
+        return self.embedding(tokens_BT, previous)
 
     def _block(self, weights: Mapping[str, Any]) -> Block:
         return Block(self.config, weights, self.layout, LINEARS[self.config.matmul_dtype])
@@ -234,14 +291,15 @@ class Decoder(nnx.Module):
             window: self.layout.reshard(mask_B1TS, "batch", None, None, None)
             for window, mask_B1TS in masks_B1TS.items()
         }
-        x_BTD, rotations = self.position(self.embedding(tokens_BT), positions_BT)
+        x_BTD, rotations = self.position(self._embedded(tokens_BT, segment_ids_BT), positions_BT)
+        inputs = Inputs(tokens_BT, x_BTD)
 
         def layer(kind: LayerKind, _: bool) -> Callable[..., tuple[jax.Array, Results]]:
             def body(x_BTD: jax.Array, weights: Mapping[str, Any]) -> tuple[jax.Array, Results]:
                 block, rotation = self._block(weights), rotations[kind.rope]
-                y_BTD = block.attention_input(x_BTD)
+                y_BTD = block.attention_input(block.stream(x_BTD, inputs))
                 result = method(block.attention, y_BTD, rotation, masks_B1TS[kind.window])
-                x_BTD, _ = block(x_BTD, rotation, attention[kind.window])
+                x_BTD, _ = block(x_BTD, rotation, attention[kind.window], inputs=inputs)
                 return x_BTD, {"rms": jnp.sqrt(jnp.mean(jnp.square(x_BTD.astype(jnp.float32)))), "result": result}
 
             return body

@@ -1,4 +1,4 @@
-"""Floor 1, token embedding: each token id becomes a vector."""
+"""Floor 1, token embedding: each token id becomes a vector; and the vectors of tokens that attention adds to values."""
 
 import itertools
 import math
@@ -11,7 +11,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from model.config import ResolvedModelConfig
-from model.sharding import Layout, as_tuple
+from model.linear import Linear
+from model.sharding import Layout, as_tuple, split_axis
 
 
 def embedding_lookup(table: jax.Array, ids_BT: jax.Array, layout: Layout) -> jax.Array:
@@ -80,14 +81,56 @@ _rows.defvjp(_forward, _backward)
 
 
 class Embedding(nnx.Module):
-    """A table with a row for each token; its rows may be scaled, as by √D (Vaswani et al. 2017, section 3.4)."""
+    """A table with a row for each token; its rows may be scaled, as by √D (Vaswani et al. 2017, section 3.4).
+
+    With `smear` a token's vector is e + λ σ(w·e) e₋, where e₋ is the vector of the token before it in its document
+    (modded-nanogpt, https://github.com/KellerJordan/modded-nanogpt, whose w reads the first 12 components of e).
+    """
 
     def __init__(self, config: ResolvedModelConfig, weights: Mapping[str, jax.Array], layout: Layout):
         self.table = nnx.Param(weights["table"])
+        self.smear = nnx.Param(weights["smear"]) if config.smear else None
+        self.smear_gate = nnx.Param(weights["smear_gate"]) if config.smear else None
         self.scale = (math.sqrt(config.model_dim) if config.scale_embeddings else 1.0) * config.embedding_multiplier
         self.dtype = config.compute_dtype
         self.layout = layout
 
-    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        """Maps token ids [B, T] to vectors [B, T, D]."""
-        return embedding_lookup(self.table[...].astype(self.dtype), tokens_BT, self.layout) * self.scale
+    def __call__(self, tokens_BT: jax.Array, previous_BT: jax.Array | None = None) -> jax.Array:
+        """Maps token ids [B, T], and for `smear` their `previous_tokens`, to vectors [B, T, D]."""
+        look_up = lambda ids_BT: embedding_lookup(self.table[...].astype(self.dtype), ids_BT, self.layout) * self.scale
+        x_BTD = look_up(tokens_BT)
+        if self.smear is None or self.smear_gate is None:
+            return x_BTD
+        assert previous_BT is not None
+        # By its id, because the position before may be on another device.
+        before_BTD = look_up(jnp.maximum(previous_BT, 0)).astype(jnp.float32)
+        logits_BT1 = jnp.sum(x_BTD.astype(jnp.float32) * self.smear_gate[...], axis=-1, keepdims=True)
+        has_previous_BT = self.layout.reshard(previous_BT >= 0, "batch", "sequence")
+        gate_BT1 = jnp.where(has_previous_BT[..., None], self.smear[...] * jax.nn.sigmoid(logits_BT1), 0.0)
+        return (x_BTD.astype(jnp.float32) + gate_BT1 * before_BTD).astype(x_BTD.dtype)
+
+
+class ValueEmbedding(nnx.Module):
+    """A layer's own table of tokens, whose rows attention adds to its values: 2 σ(Wx) v for each key/value head.
+
+    The form is nanochat's (https://github.com/karpathy/nanochat, `nanochat/gpt.py`), where W reads the first components
+    of x; modded-nanogpt had the tables first, after value residuals (Zhou et al. 2024, arXiv:2410.17897).
+    """
+
+    def __init__(self, config: ResolvedModelConfig, weights: Mapping[str, jax.Array], layout: Layout):
+        self.table = nnx.Param(weights["table"])
+        self.gate = Linear("btd,dk->bkt", weights, "value_gate", ("model", "kv_heads"), layout)
+        self.num_kv_heads = config.num_kv_heads
+        self.layout = layout
+
+    def __call__(self, tokens_BT: jax.Array, x_BTD: jax.Array) -> jax.Array:
+        """Returns what is added to the values [B, K, T, C] of tokens; x is the input of attention's products."""
+        rows_BTN = embedding_lookup(self.table[...].astype(x_BTD.dtype), tokens_BT, self.layout)
+        v_BKTC = jnp.moveaxis(split_axis(rows_BTN, 2, self.num_kv_heads), 2, 1)
+        v_BKTC = self.layout.reshard(v_BKTC, "batch", "kv_heads", "time", None)
+        return gated(v_BKTC, 2 * jax.nn.sigmoid(self.gate(x_BTD).astype(jnp.float32)))
+
+
+def gated(x_BHTC: jax.Array, gate_BHT: jax.Array) -> jax.Array:
+    """Returns heads' vectors, each multiplied by its float32 factor; the dtype stays the same."""
+    return (x_BHTC.astype(jnp.float32) * gate_BHT[..., None]).astype(x_BHTC.dtype)

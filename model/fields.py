@@ -45,6 +45,9 @@ class ModelFields:
     tie_embeddings: bool = setting(False, "use the transposed embedding as the unembedding")
     scale_embeddings: bool = setting(False, "multiply embeddings by √model_dim (Vaswani et al. 2017, section 3.4)")
     embedding_multiplier: float = setting(1.0, "factor of the embeddings (Granite; muP, Yang et al. 2022)", above=0)
+    smear: bool = setting(
+        False, "add to a token's embedding a gated part of that of the token before it in its document (modded-nanogpt)"
+    )
     embedding_dropout: float = setting(
         0.0, "share of the embeddings that is dropped, after positions are added", resume="warn", at_least=0, below=1
     )
@@ -129,6 +132,17 @@ class ModelFields:
     )
     attention_sinks: bool = setting(
         False, "a learned score in each head's softmax, without a value (gpt-oss; Xiao et al. 2023)"
+    )
+    attention_gate: bool = setting(
+        False, "a learned factor between 0 and 1 of each head's output, by the layer's input (Qiu et al. 2025)"
+    )
+    value_embedding_every: int | None = setting(
+        None,
+        "every n-th layer, counted back from the last, adds to attention's values a learned vector of the token, times "
+        "a learned gate (modded-nanogpt; nanochat has 2)",
+        unset="no layer",
+        at_least=1,
+        at_most=10_000,
     )
     attention_dropout: float = setting(
         0.0, "share of the attention weights that is dropped", resume="warn", at_least=0, below=1
@@ -241,6 +255,14 @@ class ModelFields:
         choices=("sequential", "parallel", "parallel_one_norm"),
     )
     residual_multiplier: float = setting(1.0, "factor of the outputs of attention and feed-forward (Granite)", above=0)
+    residual_scalars: bool = setting(
+        False,
+        "a layer's input is r times the residual stream plus s times the first layer's input, with its own learned r "
+        "and s, which start at 1 and 0 (modded-nanogpt)",
+    )
+    zero_init_outputs: bool = setting(
+        False, "the matrices that write to the residual stream start at zero (modded-nanogpt; nanochat)"
+    )
     norm_epsilon: float = setting(1e-5, "added to the mean square under the root of a norm", above=0)
     residual_dropout: float = setting(
         0.0, "share of the outputs of attention and feed-forward that is dropped", resume="warn", at_least=0, below=1

@@ -40,10 +40,13 @@ class LatentAttention(Attention):
         self.key = linear("btr,rhc->bhtc", weights, "key", up, layout)
         self.value = linear("btr,rhc->bhtc", weights, "value", up, layout)
 
+    def gathered(self, x_BTD: jax.Array) -> jax.Array:
+        """Returns the input of the projections, of all positions that the devices which share heads have."""
+        # All of them compute the latents, whose gradients they sum.
+        return self.layout.reshard(x_BTD, "batch", "time", None)
+
     def heads(self, x_BTD: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns rotated queries and keys [B, H, T, C], and values [B, H, T, value_dim]."""
-        # All devices that share the heads compute the latents, whose gradients they sum.
-        x_BTD = self.layout.reshard(x_BTD, "batch", "time", None)
         q_BHTC = self.queries(x_BTD, rotation)
         latent_BTr, rotated_B1TR = self.latents(x_BTD, rotation)
         k_BHTC = self.key(latent_BTr)
@@ -71,7 +74,6 @@ class CachedLatentAttention(LatentAttention):
 
     def heads(self, x_BTD: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns queries [B, H, T, R + r], and the key and value of all heads, [B, 1, T, R + r] and [B, 1, T, r]."""
-        x_BTD = self.layout.reshard(x_BTD, "batch", "time", None)
         q_BHTC = self.queries(x_BTD, rotation)
         latent_BTr, rotated_B1TR = self.latents(x_BTD, rotation)
         R, r = rotated_B1TR.shape[3], latent_BTr.shape[2]

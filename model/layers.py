@@ -32,22 +32,29 @@ class LayerKind(NamedTuple):
         window: newest positions that each position attends to, or None for all.
         rope: its rotary positions, or None where it rotates nothing.
         experts: True if its feed-forward is a mixture of experts.
+        value_embedding: True if its attention adds a vector of the token to values.
     """
 
     window: int | None
     rope: Rope | None
     experts: bool = False
+    value_embedding: bool = False
 
     def has(self, part: str) -> bool:
         """True if a layer of this kind has this part of a block's weights."""
+        if part == "value_embedding":
+            return self.value_embedding
         return part != ("feedforward" if self.experts else "experts")
 
 
 def layer_kinds(config: ResolvedModelConfig) -> tuple[LayerKind, ...]:
-    """Returns the kind of every layer, as `layer_pattern` and `dense_layers` say."""
+    """Returns the kind of every layer, as `layer_pattern`, `dense_layers` and `value_embedding_every` say."""
     pattern = config.layer_pattern or DEFAULT_PATTERN[config.sliding_window is not None]
     letters = (pattern[i % len(pattern)] for i in range(config.num_layers))
-    return tuple(_kind(config, letter, i >= config.dense_layers) for i, letter in enumerate(letters))
+    kinds = [_kind(config, letter, i >= config.dense_layers) for i, letter in enumerate(letters)]
+    every = config.value_embedding_every
+    has_values = [every is not None and (config.num_layers - 1 - i) % every == 0 for i in range(config.num_layers)]
+    return tuple(kind._replace(value_embedding=has) for kind, has in zip(kinds, has_values, strict=True))
 
 
 def layers_with(config: ResolvedModelConfig, part: str) -> list[int]:

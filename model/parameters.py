@@ -19,7 +19,7 @@ from model.sharding import UNSHARDED, Layout
 from model.trees import nested
 
 # Roles whose initial values are constant.
-CONSTANT = ("norm", "bias", "balance")
+CONSTANT = ("norm", "bias", "balance", "gate", "scalar")
 # Axes over which a parameter is a stack of matrices.
 STACKED = ("layers", "experts", "branches")
 
@@ -30,10 +30,11 @@ class Parameter:
 
     Attributes:
         axes: logical axis name → size, in the array's order.
-        fan_in: the axes that the forward pass sums over; empty for tables, norms and biases.
-        role: embedding, position, matrix, router, unembedding, norm, bias, or balance, which has no gradient.
-        scale: norms and biases start at this constant; other initial values have the standard deviation
-            scale/√(product of fan_in).
+        fan_in: the axes that the forward pass sums over; empty for tables, norms, biases and scalars.
+        role: embedding, position, matrix, router, unembedding, norm, bias, gate, scalar, or balance, which has no
+            gradient.
+        scale: the constant at which norms, biases, gates and scalars start; other initial values have the standard
+            deviation scale/√(product of fan_in).
     """
 
     axes: Mapping[str, int]
@@ -53,7 +54,7 @@ class Parameter:
 
     @property
     def decay(self) -> bool:
-        """True where weight decay applies: for matrices and tables, not for norms and biases."""
+        """True where weight decay applies: for matrices and tables, not for norms, biases, gates and scalars."""
         return self.role not in CONSTANT
 
 
@@ -69,21 +70,31 @@ def parameter_table(config: ResolvedModelConfig) -> dict[str, Parameter]:
     to give logits of variance one. Learned positions start at half of the embedded tokens' deviation (the proportion of
     GPT-2, Radford et al. 2019). Matrices start at 1/√fan_in. The two of a pre-norm block that write to the residual
     stream start lower by √(2L) (GPT-2, too) and by the embedded tokens' deviation, so that all blocks together add no
-    more than the embedding did. Norms start as the identity, biases at zero.
+    more than the embedding did; with `zero_init_outputs` they start at zero. Norms start as the identity, biases at
+    zero. Gates start at zero, so that none depends on its input yet.
     """
     c = config
     table_deviation = 1 / math.sqrt(c.model_dim) if c.tie_embeddings or c.scale_embeddings else 1.0
     stream = table_deviation * (math.sqrt(c.model_dim) if c.scale_embeddings else 1.0) * c.embedding_multiplier
     residual = stream / math.sqrt(2 * c.num_layers) if c.norm_placement == "pre" else 1.0
+    residual = 0.0 if c.zero_init_outputs else residual
     model, vocabulary = {"model": c.model_dim}, {"vocabulary": padded_vocabulary(c)}
     layers, width = {"layers": c.num_layers}, {"width": c.model_dim}
 
     table = {"embedding.table": Parameter(vocabulary | model, (), "embedding", table_deviation)}
+    if c.smear:
+        table["embedding.smear"] = Parameter({}, (), "scalar", 0.0)
+        table["embedding.smear_gate"] = Parameter(width, ("width",), "gate", 0.0)
     if c.position == "learned":
         assert c.max_positions
         table["position.table"] = Parameter({"positions": c.max_positions} | model, (), "position", stream / 2)
+    if c.residual_scalars:
+        table["blocks.scalars.residual"] = Parameter(layers, (), "scalar", 1.0)
+        table["blocks.scalars.first"] = Parameter(layers, (), "scalar", 0.0)
     table |= _norm(c, "blocks.attention_norm", layers | width)
     table |= _attention(c, residual)
+    if c.value_embedding_every:
+        table |= _value_embedding(c)
     if c.norm_placement == "both":
         table |= _norm(c, "blocks.attention_output_norm", layers | width)
     if c.block != "parallel_one_norm":
@@ -134,8 +145,7 @@ def _attention(c: ResolvedModelConfig, residual: float) -> dict[str, Parameter]:
         for name, of_heads in (("query", heads), ("key", kv_heads)):
             axes = layers | (of_heads if c.qk_norm_over == "all_heads" else {}) | head
             table[f"blocks.attention.{name}_norm.scale"] = Parameter(axes, (), "norm", 1.0 - c.norm_offset)
-    if c.attention_sinks:
-        table["blocks.attention.sink"] = Parameter(layers | heads, (), "bias", 0.0)
+    table |= _of_heads(c)
     return table | _linear(c, "blocks.attention.output", heads | head, model, c.attention_output_bias, residual)
 
 
@@ -156,9 +166,30 @@ def _latent_attention(c: ResolvedModelConfig, residual: float) -> dict[str, Para
     table |= _linear(c, "blocks.attention.rotated_key", model, {"latent_width": c.rope_dim}, False)
     table |= _linear(c, "blocks.attention.key", latent, heads | {"head": c.head_dim - c.rope_dim}, False)
     table |= _linear(c, "blocks.attention.value", latent, heads | value, False)
+    return table | _of_heads(c) | _linear(c, "blocks.attention.output", heads | value, model, False, residual)
+
+
+def _of_heads(c: ResolvedModelConfig) -> dict[str, Parameter]:
+    """Returns the parameters of each head as a whole."""
+    layers, heads = {"layers": c.num_layers}, {"heads": c.num_heads}
+    table = {}
     if c.attention_sinks:
         table["blocks.attention.sink"] = Parameter(layers | heads, (), "bias", 0.0)
-    return table | _linear(c, "blocks.attention.output", heads | value, model, False, residual)
+    if c.attention_gate:
+        gate = layers | {"model": c.model_dim} | heads
+        table["blocks.attention.head_gate"] = Parameter(gate, ("model",), "gate", 0.0)
+    return table
+
+
+def _value_embedding(c: ResolvedModelConfig) -> dict[str, Parameter]:
+    """A table has all key/value heads' vectors of a token, which start as narrow as a row of a matrix (nanochat)."""
+    layers = {"layers": len(layers_with(c, "value_embedding"))}
+    table = layers | {"vocabulary": padded_vocabulary(c), "model": c.num_kv_heads * c.head_dim}
+    gate = layers | {"model": c.model_dim, "kv_heads": c.num_kv_heads}
+    return {
+        "blocks.value_embedding.table": Parameter(table, (), "embedding", 1 / math.sqrt(c.model_dim)),
+        "blocks.value_embedding.value_gate": Parameter(gate, ("model",), "gate", 0.0),
+    }
 
 
 def _feedforward(c: ResolvedModelConfig, residual: float) -> dict[str, Parameter]:
@@ -237,7 +268,7 @@ def initial_weights(config: ResolvedModelConfig, seed: int, layout: Layout = UNS
 def initial_value(name: str, p: Parameter, seed: int, layout: Layout = UNSHARDED) -> jax.Array:
     """Returns the initial values of one parameter, as `initial_weights` does."""
     sharding = layout.out_sharding(*p.axes)
-    if p.role in CONSTANT:
+    if p.role in CONSTANT or p.scale == 0:
         return jnp.full(p.shape, p.scale, jnp.float32, out_sharding=sharding)
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
     deviation = p.scale / math.sqrt(math.prod(p.axes[axis] for axis in p.fan_in))

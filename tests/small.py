@@ -15,6 +15,17 @@ from model.trees import flattened, nested
 from train.devices.mesh import explicit_mesh
 
 VOCAB_SIZE = 300
+# What records of training speed add to a decoder, all at once.
+RECORDS: dict[str, Any] = {
+    "smear": True,
+    "attention_gate": True,
+    "value_embedding_every": 2,
+    "residual_scalars": True,
+    "zero_init_outputs": True,
+    "activation": "relu2",
+    "gated": False,
+    "logit_softcap": 15.0,
+}
 
 
 def small_model(**changes: Any) -> ModelConfig:
@@ -25,7 +36,7 @@ def small_model(**changes: Any) -> ModelConfig:
 
 
 def small_weights(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
-    """Initial weights, with norms and biases that are not all the same."""
+    """Initial weights, with norms, biases and others that begin alike so that they are not all the same."""
     # New arrays each time: a step takes the memory of those that it is given.
     return nested({name: jnp.array(value) for name, value in _weights(config, seed).items()})
 
@@ -38,7 +49,7 @@ def _weights(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _made(config: ModelConfig, seed: int) -> dict[str, jax.Array]:
     weights = flattened(initial_weights(config, seed))
-    constant = [name for name, parameter in parameter_table(config).items() if parameter.role in CONSTANT]
+    constant = [name for name, p in parameter_table(config).items() if p.role in CONSTANT or p.scale == 0]
     for name, key in zip(constant, jax.random.split(jax.random.key(seed), len(constant)), strict=True):
         weights[name] += 0.2 * jax.random.normal(key, weights[name].shape)
     return weights

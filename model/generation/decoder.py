@@ -11,8 +11,9 @@ from flax import nnx
 from model.attention import attend_to_parts, visible
 from model.backend import platform
 from model.config import ResolvedModelConfig
+from model.context_parallel import previous_tokens
 from model.cpu import ColumnLinear, ColumnUnembedding
-from model.decoder import Block
+from model.decoder import Block, Inputs
 from model.embedding import Embedding
 from model.kernels import attention_over
 from model.layers import LayerKind, layer_kinds
@@ -60,10 +61,17 @@ class CachedDecoder(nnx.Module):
             return attention[self.kinds[layer].window](q, k, v, *rest)
 
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        return self._vectors(tokens_BT, positions_BT, remember), cache
+        previous_BT = previous_tokens(tokens_BT, ids_BT, self.layout) if self.config.smear else None
+        return self._vectors(tokens_BT, previous_BT, positions_BT, remember), cache
 
     def step(
-        self, tokens_B1: jax.Array, i: jax.Array, lengths_B: jax.Array, cache: list[Cache], recent: list[Cache]
+        self,
+        tokens_B1: jax.Array,
+        i: jax.Array,
+        lengths_B: jax.Array,
+        cache: list[Cache],
+        recent: list[Cache],
+        previous_B1: jax.Array | None = None,
     ) -> tuple[jax.Array, list[Cache]]:
         """Returns the vectors [B, 1, D] of one more token a row, and `recent` with its keys and values.
 
@@ -73,6 +81,7 @@ class CachedDecoder(nnx.Module):
             cache: keys and values from earlier calls. They stay as they are: in a loop, XLA would copy an array that it
                 both reads and extends.
             recent: those of this call, with room for N, in all rows at the same place.
+            previous_B1: the token before in each row, for `model.smear`.
         """
         N = recent[0]["key"].shape[3]
         masks = {}
@@ -100,18 +109,25 @@ class CachedDecoder(nnx.Module):
             mask = masks[self.kinds[layer].window]
             return attend_to_parts(q, keys, values, mask, self.config.attention_softcap, *sinks)
 
-        return self._vectors(tokens_B1, (lengths_B + i)[:, None], attention), extended
+        return self._vectors(tokens_B1, previous_B1, (lengths_B + i)[:, None], attention), extended
 
     def _cached(self, k: jax.Array, v: jax.Array) -> Cache:
         """Returns keys and values [B, K, T, C] as the cache has them."""
         key = {"key": k.swapaxes(2, 3)}
         return key if self.config.kv_latent_dim else key | {"value": v}
 
-    def _vectors(self, tokens_BT: jax.Array, positions_BT: jax.Array, attention: Callable[..., jax.Array]) -> jax.Array:
+    def _vectors(
+        self,
+        tokens_BT: jax.Array,
+        previous_BT: jax.Array | None,
+        positions_BT: jax.Array,
+        attention: Callable[..., jax.Array],
+    ) -> jax.Array:
         """Returns the vectors [B, T, D]; `attention` takes the number of the layer before what an Attend takes."""
-        x_BTD, rotations = self.position(self.embedding(tokens_BT), positions_BT)
+        x_BTD, rotations = self.position(self.embedding(tokens_BT, previous_BT), positions_BT)
+        inputs = Inputs(tokens_BT, x_BTD)
         for layer, (kind, block) in enumerate(zip(self.kinds, self.blocks, strict=True)):
-            x_BTD, _ = block(x_BTD, rotations[kind.rope], partial(attention, layer))
+            x_BTD, _ = block(x_BTD, rotations[kind.rope], partial(attention, layer), inputs=inputs)
         return x_BTD if self.norm is None else self.norm(x_BTD)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:

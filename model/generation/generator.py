@@ -156,7 +156,7 @@ class Scheduler:
             if not any(self.slots):
                 return
             tokens_BN, self.state = decode_steps(
-                self.model, _row_state(self.slots), self.state, eos_id, limit, capacity
+                self.model, self._row_state(self.slots), self.state, eos_id, limit, capacity
             )
             yield from self.collect(np.asarray(tokens_BN))
 
@@ -188,7 +188,7 @@ class Scheduler:
         length = request.cache_length = len(request.window)
         T = min(next_power_of_two(length), self.generator.context)
         tokens_1T = np.array([request.window + [0] * (T - length)], np.int32)
-        token_1, row = prefill(self.model, _row_state([request]), tokens_1T, self._seen_tokens([request]))
+        token_1, row = prefill(self.model, self._row_state([request]), tokens_1T, self._seen_tokens([request]))
         self.state = insert_row(self.state, row, slot)
         return np.asarray(token_1).tolist()
 
@@ -205,6 +205,15 @@ class Scheduler:
         if ended or request.prompt_index in self.stopped:
             self.slots[slot] = None
 
+    def _row_state(self, requests: Sequence[Request | None]) -> RowState:
+        empty = RowState(NO_TOKEN, 0, 0, 0)
+        rows = [RowState(r.window[-1], r.cache_length, r.prompt_index, r.num_drawn) if r else empty for r in requests]
+        state = RowState(*np.array([row[:4] for row in rows], np.int32).T)
+        if not self.generator.config.smear:
+            return state
+        # A window of one token is only prefilled, which needs none before.
+        return state._replace(previous=np.array([r.window[-2:][0] if r else 0 for r in requests], np.int32))
+
     def _seen_tokens(self, requests: Sequence[Request | None]) -> jax.Array | None:
         if not self.sampling.penalizes:
             return None
@@ -212,12 +221,6 @@ class Scheduler:
         for row, request in enumerate(requests):
             seen_BV[row, request.tokens if request else []] = True
         return jnp.asarray(seen_BV)
-
-
-def _row_state(requests: Sequence[Request | None]) -> RowState:
-    empty = RowState(NO_TOKEN, 0, 0, 0)
-    rows = [RowState(r.window[-1], r.cache_length, r.prompt_index, r.num_drawn) if r else empty for r in requests]
-    return RowState(*np.array(rows, np.int32).T)
 
 
 def round_up(n: int) -> int:

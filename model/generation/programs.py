@@ -37,12 +37,14 @@ class RowState(NamedTuple):
 
     Attributes:
         token: the newest token, which the cache doesn't hold yet, or NO_TOKEN in a row that is empty or has ended.
+        previous: the token before it, for `model.smear`; else None.
     """
 
     token: Any
     cache_length: Any
     prompt_index: Any
     num_drawn: Any
+    previous: Any = None
 
 
 class DecodeState(NamedTuple):
@@ -108,12 +110,14 @@ def decode_steps(
         i, rows, recent, seen_BV, tokens_BN = carry
         active_B = is_active(rows)
         tokens_B1 = jnp.where(active_B, rows.token, 0)[:, None]
-        x_B1D, recent = decoder.step(tokens_B1, i, lengths_B, state.cache, recent)
+        previous_B1 = None if rows.previous is None else rows.previous[:, None]
+        x_B1D, recent = decoder.step(tokens_B1, i, lengths_B, state.cache, recent, previous_B1)
         token_B = jnp.where(active_B, sample_next(model, decoder, x_B1D, rows, seen_BV), NO_TOKEN)
         num_drawn_B = rows.num_drawn + active_B
         ended_B = jnp.any(token_B[:, None] == eos_ids_K, axis=1) | (num_drawn_B >= max_new_tokens)
         next_B = jnp.where(active_B, jnp.where(ended_B, NO_TOKEN, token_B), rows.token)
-        rows = RowState(next_B, rows.cache_length + active_B, rows.prompt_index, num_drawn_B)
+        previous_B = None if rows.previous is None else rows.token
+        rows = RowState(next_B, rows.cache_length + active_B, rows.prompt_index, num_drawn_B, previous_B)
         tokens_BN = jax.lax.dynamic_update_slice(tokens_BN, token_B[:, None], (0, i))
         return i + 1, rows, recent, mark_seen(seen_BV, token_B), tokens_BN
 

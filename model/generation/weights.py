@@ -17,11 +17,13 @@ from model.trees import flattened, nested
 
 # The roles of parameters that are multiplied with activations.
 MULTIPLIED = ("matrix", "unembedding")
+# Those of parameters that stay float32.
+FLOAT32 = ("norm", "router", "balance", "gate", "scalar")
 
 
 @partial(jax.jit, static_argnums=(0, 2))
 def decoding_weights(config: ResolvedModelConfig, weights: Mapping[str, Any], int8: bool = False) -> dict[str, Any]:
-    """Returns a copy of the weights for `CachedDecoder`, in the compute dtype but for norms, sinks and routers.
+    """Returns a copy of the weights for `CachedDecoder`, in the compute dtype but for norms, sinks, routers and gates.
 
     "blocks" is a list with the arrays of each layer, so that no decode step slices them out of a stack. On CPUs the
     contracted axes of each matrix come last: see `model.cpu.column_product`.
@@ -38,7 +40,7 @@ def decoding_weights(config: ResolvedModelConfig, weights: Mapping[str, Any], in
         axes = [axis for axis in parameter.axes if axis != "layers"]
         if jax.sharding.get_abstract_mesh().size == 1:
             array = jax.reshard(array, PartitionSpec())
-        if parameter.role in ("norm", "router", "balance") or name.endswith((".sink", ".router_bias")):
+        if parameter.role in FLOAT32 or name.endswith((".sink", ".router_bias")):
             return {name: array}
         # Latent attention multiplies queries and sums with its weights of keys and values.
         absorbed = config.kv_latent_dim is not None and name in ("blocks.attention.key", "blocks.attention.value")

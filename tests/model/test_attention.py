@@ -49,6 +49,22 @@ def test_the_module_projects_rotates_and_attends():
     np.testing.assert_allclose(actual, jnp.einsum("bhtc,hcd->btd", mixed, weights["output"]), atol=1e-6)
 
 
+def test_each_heads_output_has_a_gate_and_values_have_what_the_token_adds():
+    config = small_model(attention_gate=True)
+    weights = {name: array[0] for name, array in small_weights(config)["blocks"]["attention"].items()}
+    random = np.random.default_rng(1)
+    x = jnp.asarray(random.normal(size=(2, 7, config.model_dim)), jnp.float32)
+    added = jnp.asarray(random.normal(size=(2, 2, 7, 8)), jnp.float32)
+    ids = jnp.ones((2, 7), jnp.int32)
+    attention = attention_over(config, UNSHARDED, ids, None)
+    actual = Attention(config, weights, UNSHARDED)(x, None, attention, value_embedding=lambda x: added + 0 * x[0, 0, 0])
+    query, key, value = (jnp.einsum("btd,dhc->bhtc", x, weights[name]) for name in ("query", "key", "value"))
+    gates = 1 / (1 + np.exp(-np.einsum("btd,dh->bht", x, weights["head_gate"])))
+    assert np.ptp(gates) > 0.5
+    mixed = attend(query, key, value + added, causal_mask(ids)) * gates[..., None]
+    np.testing.assert_allclose(actual, jnp.einsum("bhtc,hcd->btd", mixed, weights["output"]), atol=1e-5)
+
+
 def test_a_sink_takes_its_share_of_the_weights_and_adds_no_value():
     random = np.random.default_rng(0)
     q, k, v = (jnp.asarray(random.normal(size=(1, heads, 5, 8)), jnp.float32) for heads in (4, 2, 2))

@@ -38,6 +38,11 @@ def test_what_is_left_out_is_derived():
         ({"label_smoothing": -0.1}, "model.label_smoothing is -0.1"),
         ({"z_loss": -1.0}, "model.z_loss is -1.0"),
         ({"sliding_window": 0}, "model.sliding_window is 0"),
+        ({"value_embedding_every": 0}, "model.value_embedding_every is 0; it must be from 1 to"),
+        (
+            {"kv_latent_dim": 8, "rope_dim": 2, "head_dim": 8, "value_embedding_every": 2},
+            "model.kv_latent_dim = 8: values are made of latents; leave model.value_embedding_every at none",
+        ),
         ({"attention_softcap": 0.0}, "model.attention_softcap is 0.0; it must be above 0"),
         ({"max_positions": 9}, "model.max_positions is for learned positions"),
         ({"position": "sinusoidal", "model_dim": 33, "num_heads": 3}, "model.model_dim = 33 is odd"),

@@ -11,12 +11,14 @@ from jax._src.ad_checkpoint import name_p
 
 import model.kernels
 from model.config import ModelConfig
-from model.decoder import REMAT_POLICIES, Block, Decoder
+from model.context_parallel import previous_tokens
+from model.decoder import REMAT_POLICIES, Block, Decoder, Inputs
 from model.loss import token_losses
-from model.parameters import parameter_table
+from model.parameters import initial_weights, parameter_table
 from model.sharding import UNSHARDED
+from model.trees import flattened
 from settings import choices_of
-from tests.small import VOCAB_SIZE, small_batch, small_model, small_weights
+from tests.small import RECORDS, VOCAB_SIZE, small_batch, small_model, small_weights
 
 
 def one_document(tokens: np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -109,17 +111,51 @@ LATENTS = {"kv_latent_dim": 16, "query_latent_dim": 16, "rope_dim": 4, "num_kv_h
 MIXTURE = {"num_experts": 4, "expert_dim": 12, "shared_expert_dim": 12, "dense_layers": 1}
 
 
-@pytest.mark.parametrize("changes", [{}, LATENTS, MIXTURE, {"matmul_dtype": "int8"}])
+@pytest.mark.parametrize("changes", [{}, LATENTS, MIXTURE, {"matmul_dtype": "int8"}, RECORDS])
 def test_policies_know_the_names_of_all_products(changes: dict):
     config, batch = small_model(remat_policy="full", **changes), small_batch(2)
     arguments = [jnp.array(batch[name]) for name in ("tokens", "positions", "segment_ids")]
     program = str(jax.make_jaxpr(gradient_of(config))(small_weights(config), *arguments))
     results = set(re.findall(r"name\[name=(\w+)\]", program)) - {"residual", "routing"}
-    of_attention = {name.split(".")[2] for name in parameter_table(config) if name.startswith("blocks.attention.")}
+    parts = ("blocks.attention.", "blocks.value_embedding.")
+    of_attention = {name.split(".")[2] for name in parameter_table(config) if name.startswith(parts)}
     kept_by = lambda policy: {name for name in results if REMAT_POLICIES[policy](name_p, name=name)}
     assert kept_by("products") == results
     assert kept_by("projections") == results & of_attention
     assert kept_by("full") == set()
+
+
+def test_each_layer_reads_its_own_sum_of_the_stream_and_of_the_first_layers_input():
+    config = small_model(num_layers=3, residual_scalars=True, position="learned", max_positions=16)
+    weights, batch = small_weights(config), small_batch(2)
+    tokens, positions, ids = (jnp.array(batch[name]) for name in ("tokens", "positions", "segment_ids"))
+    actual = Decoder(config, weights)(tokens, positions, ids)
+    plain = small_model(num_layers=3, position="learned", max_positions=16)
+    decoder = Decoder(plain, weights)
+    first, _ = decoder.position(decoder.embedding(tokens), positions)
+    attention, x = model.kernels.attention_over(plain, UNSHARDED, ids, None), first
+    for layer in range(3):
+        of_layer = jax.tree.map(lambda w, layer=layer: w[layer], weights["blocks"])
+        scalars = of_layer.pop("scalars")
+        assert abs(scalars["residual"] - 1) > 0.01 < abs(scalars["first"])
+        x, _ = Block(plain, of_layer, UNSHARDED)(scalars["residual"] * x + scalars["first"] * first, None, attention)
+    np.testing.assert_allclose(actual, decoder.norm(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("placement", ["pre", "post", "output"])
+def test_with_outputs_that_start_at_zero_each_layer_is_the_identity_up_to_its_norms(placement: str):
+    config = small_model(zero_init_outputs=True, norm_placement=placement, num_experts=4, expert_dim=12,
+                         dense_layers=1, shared_expert_dim=12)  # fmt: skip
+    weights, arguments = initial_weights(config, 0), one_document(np.arange(9))
+    x = Decoder(config, weights).embedding(arguments[0])
+    normed = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + config.norm_epsilon)
+    np.testing.assert_allclose(Decoder(config, weights)(*arguments), normed, rtol=1e-4, atol=1e-4)
+    others = flattened(
+        initial_weights(small_model(num_experts=4, expert_dim=12, dense_layers=1, shared_expert_dim=12), 0)
+    )
+    for name, value in flattened(weights).items():
+        zero = name.endswith((".output", ".down"))
+        np.testing.assert_array_equal(value, 0 * others[name] if zero else others[name], err_msg=name)
 
 
 def test_without_remat_the_backward_pass_recomputes_nothing():
@@ -166,10 +202,13 @@ def test_on_one_cpu_few_layers_are_unrolled(changes: dict, devices: int, scanned
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
+WATCHED = RECORDS | {"value_embedding_every": 1}
+
+
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"qk_norm": True, "sliding_window": 3, "attention_softcap": 1.0}, {"norm_placement": "post"}],
-    ids=["plain", "norms and a window", "post-norm"],
+    [{}, {"qk_norm": True, "sliding_window": 3, "attention_softcap": 1.0}, {"norm_placement": "post"}, WATCHED],
+    ids=["plain", "norms and a window", "post-norm", "records"],
 )
 def test_watch_gives_the_largest_logit_of_visible_keys_and_the_rms_of_each_layers_output(changes: dict, monkeypatch):
     config = small_model(**changes)
@@ -185,11 +224,13 @@ def test_watch_gives_the_largest_logit_of_visible_keys_and_the_rms_of_each_layer
 
     monkeypatch.setattr(model.kernels, "attend", recording)
     decoder = Decoder(config, weights)
-    x, rotations = decoder.position(decoder.embedding(arguments[0]), arguments[1])
+    previous = previous_tokens(arguments[0], arguments[2], UNSHARDED)
+    x, rotations = decoder.position(decoder.embedding(arguments[0], previous), arguments[1])
+    inputs = Inputs(arguments[0], x)
     (rotation,) = filter(None, rotations.values())
     attention = model.kernels.attention_over(config, UNSHARDED, arguments[2], config.sliding_window)
     for layer in range(2):
         block = Block(config, jax.tree.map(lambda w, i=layer: w[i], weights["blocks"]), UNSHARDED)
-        x, _ = block(x, rotation, attention, None)
+        x, _ = block(x, rotation, attention, inputs=inputs)
         np.testing.assert_allclose(actual["residual_rms"][layer], np.sqrt(np.mean(np.square(x))), rtol=1e-5)
     np.testing.assert_allclose(actual["largest_logit"], logits, rtol=1e-5)

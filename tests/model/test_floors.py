@@ -56,6 +56,7 @@ def models(draw: st.DrawFn) -> ModelConfig:
         "vocab_size": VOCAB_SIZE,
         "tie_embeddings": draw(st.booleans()),
         "scale_embeddings": draw(st.booleans()),
+        "smear": draw(st.booleans()),
         "position": position,
         "max_positions": T if position == "learned" else None,
         "rope_scaling": scaling,
@@ -70,6 +71,8 @@ def models(draw: st.DrawFn) -> ModelConfig:
         "qk_norm_over": drawn("head", "all_heads") if qk_norm else "head",
         "attention_scale": drawn(None, 0.3),
         "attention_sinks": draw(st.booleans()),
+        "attention_gate": draw(st.booleans()),
+        "value_embedding_every": None if "kv_latent_dim" in latent else drawn(None, 1, 2),
         "sliding_window": window,
         "attention_softcap": drawn(None, 2.0),
         "activation": activation,
@@ -82,6 +85,8 @@ def models(draw: st.DrawFn) -> ModelConfig:
         "block": block,
         "embedding_multiplier": drawn(1.0, 3.0),
         "residual_multiplier": drawn(1.0, 0.3),
+        "residual_scalars": draw(st.booleans()),
+        "zero_init_outputs": draw(st.booleans()),
         "logit_multiplier": drawn(1.0, 0.3),
         "logit_softcap": drawn(None, 2.0),
         # Neither changes the result of a pass without dropout keys.
@@ -179,7 +184,8 @@ def check(config: ModelConfig, seed: int) -> None:
     for begin in range(T - PART, T, CALL):
         recent, lengths = empty_cache(config, 1, CALL), np.array([begin])
         for place in range(begin, min(begin + CALL, T)):
-            log_p, recent = step(weights, tokens[None, place : place + 1], place - begin, lengths, cache, recent)
+            token, before = tokens[None, place : place + 1], tokens[None, place - 1 : place]
+            log_p, recent = step(weights, token, place - begin, lengths, cache, recent, before)
             decoded.append(log_p[0, 0])
         cache = extended_cache(config, cache, recent, lengths)
     np.testing.assert_allclose(np.stack(decoded), whole, atol=2e-5)

@@ -10,7 +10,7 @@ import pytest
 import model.layers
 from model.attention import attend, causal_mask
 from model.config import ModelConfig, ResolvedModelConfig
-from model.decoder import Block, Decoder
+from model.decoder import Block, Decoder, Inputs
 from model.generation.decoder import empty_cache
 from model.generation.generator import Generator
 from model.generation.sampling import Sampling
@@ -19,6 +19,7 @@ from model.parameters import initial_weights
 from tests.small import small_model, small_weights
 
 PATTERNS = ("SSF", "SNFS", "NF", "SSSSSF")
+RECORDS = {"residual_scalars": True, "attention_gate": True, "value_embedding_every": 3}
 WITH_EXPERTS = "SfF"
 
 
@@ -60,32 +61,37 @@ def a_batch(config: ResolvedModelConfig) -> tuple[jax.Array, jax.Array, jax.Arra
 
 
 @functools.cache
-def one_by_one(pattern: str) -> tuple[jax.Array, dict]:
+def one_by_one(pattern: str, records: bool) -> tuple[jax.Array, dict]:
     """The sum and its gradient by eight layers, each called on its own."""
-    config = patterned(pattern, 8)
+    config = patterned(pattern, 8, **(RECORDS if records else {}))
     tokens, positions, ids, slope = a_batch(config)
 
     def summed(weights: dict) -> jax.Array:
         decoder = Decoder(config, weights)
         x, rotations = decoder.position(decoder.embedding(tokens), positions)
+        inputs = Inputs(tokens, x)
         for layer, kind in enumerate(layer_kinds(config)):
             block = Block(config, of_layer(config, weights, layer), decoder.layout)
             mask = causal_mask(ids, kind.window)
-            x, _ = block(x, rotations[kind.rope], lambda q, k, v, _, mask=mask: attend(q, k, v, mask))
+            over = lambda q, k, v, _, mask=mask: attend(q, k, v, mask)
+            x, _ = block(x, rotations[kind.rope], over, inputs=inputs)
         return jnp.vdot(decoder.norm(x), slope)
 
     return jax.jit(jax.value_and_grad(summed))(small_weights(config))
 
 
 @pytest.mark.parametrize(
-    ("pattern", "remat_policy", "most_unrolled"),
-    [(p, *way) for p in PATTERNS for way in (("none", 12), ("full", 0))]
-    + [("SSF", "none", 0), (WITH_EXPERTS, "full", 0)],
+    ("pattern", "records", "remat_policy", "most_unrolled"),
+    [(p, False, *way) for p in PATTERNS for way in (("none", 12), ("full", 0))]
+    + [("SSF", False, "none", 0), (WITH_EXPERTS, False, "full", 0)]
+    + [("NF", True, "none", 12), ("NF", True, "none", 0), (WITH_EXPERTS, True, "projections", 0)],
 )
-def test_a_stack_is_its_layers_one_by_one(pattern: str, remat_policy: str, most_unrolled: int, monkeypatch):
-    expected, expected_gradient = one_by_one(pattern)
+def test_a_stack_is_its_layers_one_by_one(
+    pattern: str, records: bool, remat_policy: str, most_unrolled: int, monkeypatch
+):
+    expected, expected_gradient = one_by_one(pattern, records)
     monkeypatch.setattr(model.layers, "MOST_UNROLLED", most_unrolled)
-    config = patterned(pattern, 8, remat_policy=remat_policy)
+    config = patterned(pattern, 8, remat_policy=remat_policy, **(RECORDS if records else {}))
     *batch, slope = a_batch(config)
     stacked = lambda w: jnp.vdot(Decoder(config, w)(*batch), slope)
     actual, gradient = jax.jit(jax.value_and_grad(stacked))(small_weights(config))
@@ -126,6 +132,18 @@ def test_greedy_tokens_are_those_of_whole_passes_beyond_the_window(pattern: str)
     best = np.argmax(logits[..., : config.vocab_size], axis=-1)
     for row, prompt, tokens in zip(best, prompts, found, strict=True):
         assert tokens == row[len(prompt) - 1 :][:20].tolist()
+
+
+@pytest.mark.parametrize(
+    ("every", "expected"), [(None, []), (1, range(7)), (2, [0, 2, 4, 6]), (3, [0, 3, 6]), (9, [6])]
+)
+def test_every_nth_layer_from_the_last_on_has_a_value_embedding(every: int | None, expected: list):
+    config = small_model(num_layers=7, value_embedding_every=every)
+    assert layers_with(config, "value_embedding") == list(expected)
+    weights = initial_weights(config, 0)["blocks"]
+    assert len(weights.get("value_embedding", {"table": []})["table"]) == len(expected)
+    # Half of the layers, and a period of two.
+    assert prefix_and_period(layer_kinds(small_model(num_layers=8, value_embedding_every=2))) == (0, 2)
 
 
 def test_a_layer_with_a_window_keeps_the_window_alone():

@@ -9,7 +9,7 @@ import pytest
 from model.config import ModelConfig
 from model.parameters import count_parameters, initial_weights, parameter_table
 from model.trees import flattened, nested
-from tests.small import small_model
+from tests.small import RECORDS, small_model
 
 
 @pytest.mark.parametrize(
@@ -78,3 +78,26 @@ def test_nested_and_flattened_are_inverse():
     flat = {"a.b": 1, "a.c.d": 2, "e": 3}
     assert flattened(nested(flat)) == flat
     assert jax.tree.leaves(nested(flat)) == [1, 2, 3]
+
+
+def test_gates_and_scalars_start_where_they_change_least_and_never_decay():
+    config = small_model(num_layers=4, **RECORDS)
+    added = parameter_table(config).keys() - parameter_table(small_model(num_layers=4, gated=False)).keys()
+    found = {name: (parameter_table(config)[name].role, parameter_table(config)[name].decay) for name in added}
+    gate, scalar = ("gate", False), ("scalar", False)
+    assert found == {
+        "embedding.smear": scalar,
+        "embedding.smear_gate": gate,
+        "blocks.scalars.residual": scalar,
+        "blocks.scalars.first": scalar,
+        "blocks.attention.head_gate": gate,
+        "blocks.value_embedding.table": ("embedding", True),
+        "blocks.value_embedding.value_gate": gate,
+    }
+    weights = flattened(initial_weights(config, 0))
+    for name in added - {"blocks.value_embedding.table"}:
+        np.testing.assert_array_equal(weights[name], float(name == "blocks.scalars.residual"))
+    assert np.std(weights["blocks.value_embedding.table"]) == pytest.approx(1 / math.sqrt(32), rel=0.02)
+    # Two tables of 300 rows of two heads, of which the padding is not counted.
+    more = count_parameters(config) - count_parameters(small_model(num_layers=4, gated=False))
+    assert more == (1 + 32) + 2 * 4 + 4 * 32 * 4 + 2 * (300 * 16 + 32 * 2)

@@ -16,7 +16,7 @@ from train.config.optimizer_config import OF_GROUPS, RULES, OptimizerConfig
 from train.config.values import check_value, nearest, short_repr, types_of
 
 # The table's roles that share a group.
-VECTORS = ("norm", "bias")
+VECTORS = ("norm", "bias", "gate", "scalar")
 ROLES = ("embedding", "position", "matrix", "router", "unembedding", "vector")
 DECAY = ("weight_decay", "weight_decay_schedule", "cautious_weight_decay")
 
@@ -111,6 +111,4 @@ def _match_problems(c: OptimizerConfig, group: str, table: Mapping[str, Paramete
 
 def _unused(settings: OptimizerConfig, p: Parameter) -> dict[str, str]:
     rule = RULES[settings.name][p.role != "matrix"]
-    return settings.unused([rule]) | (
-        dict.fromkeys(DECAY, "norms and biases, which do not decay") if p.role in CONSTANT else {}
-    )
+    return settings.unused([rule]) | (dict.fromkeys(DECAY, "vectors, which do not decay") if p.role in CONSTANT else {})

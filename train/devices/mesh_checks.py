@@ -101,7 +101,8 @@ def weight_problems(config: ResolvedModelConfig, layout: Layout, size: Mapping[s
     problems = []
     for axis, number in dict.fromkeys(item for p in parameter_table(config).values() for item in p.axes.items()):
         if layout.mesh_axes(axis):
-            name = next((field for field in fields.get(axis, ()) if getattr(config, field) == number), axis)
+            other = "num_kv_heads × model.head_dim" if axis == "model" else axis
+            name = next((field for field in fields.get(axis, ()) if getattr(config, field) == number), other)
             name = f"model.{name}" + (" (padded)" if axis == "vocabulary" else "")
             problems += divisibility_problems(layout, size, name, number, axis)
     return problems

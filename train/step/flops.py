@@ -23,7 +23,7 @@ from train.devices.hardware import chip_of
 
 def flops_per_token(config: ResolvedModelConfig, T: int) -> float:
     """Returns the model FLOPs of training on one token of a segment of T tokens (formula above)."""
-    roles = ("matrix", "router", "unembedding")
+    roles = ("matrix", "router", "gate", "unembedding")
     matrices = sum(active_elements(config, p) for p in parameter_table(config).values() if p.role in roles)
     if config.tie_embeddings:
         matrices += math.prod(parameter_table(config)["embedding.table"].shape)

@@ -19,7 +19,7 @@ from model.generation.weights import decoding_weights
 from model.parameters import parameter_table
 from model.sharding import UNSHARDED
 from model.trees import flattened, nested
-from tests.small import VOCAB_SIZE, mesh_of, small_batch, small_model, small_weights
+from tests.small import RECORDS, VOCAB_SIZE, mesh_of, small_batch, small_model, small_weights
 from train.devices.rules import GENERATION
 
 NO_EOS = -1  # no token has this id
@@ -69,6 +69,7 @@ def check_greedy(config: ModelConfig, prompt: list[int], actual: list[int], tole
     [
         ({}, 2e-5),
         ({"compute_dtype": "bfloat16", "position": "learned", "max_positions": CONTEXT}, 0.1),
+        (RECORDS, 2e-5),
     ],
 )
 def test_greedy_rows_follow_the_full_pass_and_slide_past_the_context(changes: dict, tolerance: float):
@@ -79,10 +80,11 @@ def test_greedy_rows_follow_the_full_pass_and_slide_past_the_context(changes: di
         check_greedy(config, prompt, tokens, tolerance)
 
 
-def test_a_row_gives_the_tokens_that_it_gives_alone_in_any_batch():
+@pytest.mark.parametrize("changes", [{}, RECORDS], ids=["plain", "records"])
+def test_a_row_gives_the_tokens_that_it_gives_alone_in_any_batch(changes: dict):
     # Sampled with a penalty, so that keys and seen tokens must be the row's own, too.
     sampling = Sampling(temperature=1.5, top_p=0.9, repetition_penalty=1.3)
-    rows = generator(small_model())
+    rows = generator(small_model(**changes))
     alone = generated(rows, PROMPTS, sampling, new=20, seed=7, batch_size=1)
     assert generated(rows, PROMPTS, sampling, new=20, seed=7, batch_size=3) == alone
     assert generated(rows, PROMPTS[:2], sampling, new=20, seed=8) != alone[:2]
@@ -186,7 +188,9 @@ LATENTS = {"kv_latent_dim": 8, "head_dim": 12, "rope_dim": 4, "value_dim": 8, "n
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, LATENTS | {"layer_pattern": "SF", "sliding_window": 5}], ids=["heads", "latents"]
+    "changes",
+    [{}, LATENTS | {"layer_pattern": "SF", "sliding_window": 5}, RECORDS],
+    ids=["heads", "latents", "records"],
 )
 def test_a_mesh_gives_the_same_tokens_as_one_device(changes: dict):
     config = small_model(vocab_size=VOCAB_SIZE - 1, **changes)

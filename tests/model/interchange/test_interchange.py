@@ -371,6 +371,10 @@ def test_scalings_of_older_files_are_read():
         ),
         ({"layer_pattern": "SFN", "num_layers": 3, "sliding_window": 4}, "no model.layer_pattern = SFN"),
         ({"attention_softcap": 30.0}, "no model.attention_softcap = 30.0"),
+        ({"smear": True}, "no model.smear = True"),
+        ({"attention_gate": True}, "no model.attention_gate = True"),
+        ({"value_embedding_every": 2}, "no model.value_embedding_every = 2"),
+        ({"residual_scalars": True}, "no model.residual_scalars = True"),
         (
             {"sliding_window": 4, "attention_bias": True},
             "no model.sliding_window = 4; MistralForCausalLM in Transformers has no model.attention_bias = True",
@@ -390,6 +394,12 @@ def test_scalings_of_older_files_are_read():
 def test_choices_that_no_class_has_are_named(changes: dict, words: str):
     with pytest.raises(ValueError, match=re.escape(words)):
         family_of(a_model(changes))
+
+
+@pytest.mark.parametrize("changes", [{}, {"activation": "relu2"}, GEMMA | {"logit_softcap": 15.0}])
+def test_outputs_that_started_at_zero_are_exported_as_others(changes: dict):
+    family = family_of(a_model(changes))
+    assert family_of(a_model(changes | {"zero_init_outputs": True})) is family
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)

@@ -97,7 +97,7 @@ def test_everything_wrong_with_groups_is_said_at_once():
         "optimizer.groups['blocks.atention.*'].beta2 is 2.0; it must be in [0, 1)",
         "optimizer.groups['unembedding'].weight_decay is -1.0; it must be at least 0",
         "optimizer.groups['unembedding'].muon_momentum has no effect with muon; leave it out",
-        "optimizer.groups['vector'].weight_decay has no effect with norms and biases, which do not decay; leave it out",
+        "optimizer.groups['vector'].weight_decay has no effect with vectors, which do not decay; leave it out",
         "optimizer.groups['router'] has none of the model's parameters",
         "optimizer.groups['*.query'].learning_rate is 'fast'; it must be a number",
         "optimizer.groups['*.query'].decay_fraction has no effect with the schedule cosine; leave it out",

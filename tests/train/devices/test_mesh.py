@@ -15,15 +15,18 @@ import pytest
 
 import model.kernels
 from data.errors import InputError
+from model.parameters import parameter_table
+from model.trees import flattened, nested
 from tests.benchmarks.meshes import AXES, BOUNDS, FAMILIES, MIXED, Steps, config_for, differences, three_steps
-from tests.small import mesh_of, small_batch
+from tests.small import RECORDS, mesh_of, small_batch, small_weights
 from train.config.reading import make_config
 from train.config.run_config import MeshConfig
 from train.devices.mesh import batch_sharding, count_slices, make_mesh, mesh_shape
 from train.devices.mesh_checks import matmul_problems, mesh_problems, rule_problems
+from train.devices.rules import TRAINING
 from train.step.optimizer import make_optimizer
 from train.step.state import abstract_state, make_state
-from train.step.step import make_train_step
+from train.step.step import make_train_step, summed_loss
 
 ROOT = Path(__file__).resolve().parents[3]
 SHARED = MIXED[0]
@@ -72,6 +75,28 @@ def test_every_floor_is_the_same_on_a_mesh_dropout_and_accumulation_included(fam
     # The stack of layers is that of the tests above, but for a pattern.
     fields = {"num_layers": 1} | FAMILIES[family]
     assert_within("every floor", three_steps(config_for(2, **fields), SHARED), three_steps(config_for(**fields), {}))
+
+
+@functools.cache
+def gradients_of_records(**shape: int) -> dict[str, np.ndarray]:
+    """The loss and its gradients for weights of which no gate and no scalar is where it starts."""
+    config = config_for(num_layers=3, **RECORDS)
+    table, weights = parameter_table(config.model), flattened(jax.device_get(small_weights(config.model)))
+    with jax.set_mesh(mesh_of(**shape)):
+        weights = nested({name: jax.device_put(x, TRAINING.spec(*table[name].axes)) for name, x in weights.items()})
+        batch = jax.device_put(small_batch(), batch_sharding(jax.sharding.get_mesh()))
+        loss = lambda weights: summed_loss(config, weights, batch)[0]
+        loss, gradients = jax.device_get(jax.jit(jax.value_and_grad(loss))(weights))
+    return flattened(gradients) | {"loss": loss}
+
+
+# Positions before are on other devices; tables, gates and heads are shared; and more devices than heads share rows.
+@pytest.mark.parametrize("shape", [MIXED[1], {"slices": 2, "fsdp": 2, "context": 2}], ids=str)
+def test_smear_gates_scalars_and_value_embeddings_are_the_same_on_a_mesh(shape):
+    found, expected = gradients_of_records(**shape), gradients_of_records()
+    for name, x in expected.items():
+        assert np.abs(x).max() > 1e-3, name
+        np.testing.assert_allclose(found[name], x, atol=BOUNDS["float32"]["gradients"] * np.abs(x).max(), err_msg=name)
 
 
 def test_one_key_head_of_all_queries_trains_the_same_on_a_mesh_and_without_a_cpus_forms(monkeypatch):
@@ -188,6 +213,10 @@ def test_a_size_that_cannot_be_sharded_is_named_with_the_axis_and_a_size_that_wo
     begun = time.monotonic()
     assert "nearest size that works: 16" in mesh_problems(make_config({}).resolved(4096), (1, 1, 10**9, 1, 1, 1))[0]
     assert time.monotonic() - begun < 1
+    values = {"model_dim": 64, "head_dim": 12, "num_kv_heads": 1, "value_embedding_every": 2}
+    assert mesh_problems(make_config({"model": values}).resolved(4096), (1, 1, 8, 1, 1, 1)) == [
+        "model.num_kv_heads × model.head_dim = 12 cannot be shared by mesh.fsdp = 8; nearest size that works: 6"
+    ]
     ramp = make_config({"train": {"batch_ramp_start": 4, "batch_ramp_steps": 10}}).resolved(4096)
     assert mesh_problems(ramp, (1, 2, 4, 1, 1, 1)) == [
         "train.batch_ramp_start = 4 cannot be shared by mesh.data × mesh.fsdp = 8; nearest size that works: 4",

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from model.decoder import Decoder
-from tests.small import small_batch, small_model, small_weights
+from tests.small import RECORDS, small_batch, small_model, small_weights
 from train.step.flops import flops_per_token, memory_bytes, peak_flops
 
 
@@ -47,3 +47,9 @@ def test_the_peak_of_a_cpu_is_measured_and_says_so():
     flops, source = peak_flops("float32")
     assert flops > 1e9
     assert "measured here" in source
+
+
+def test_the_flops_formula_counts_gates_and_no_look_ups_and_no_scalars():
+    plain = flops_per_token(small_model(gated=False), 1000)
+    gates = 32 + 2 * 32 * 4 + 32 * 2
+    assert flops_per_token(small_model(**RECORDS), 1000) - plain == 6 * gates
