@@ -2,6 +2,7 @@
 
 import os
 import timeit
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,16 +10,20 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from data.errors import InputError
 from train.config.config import ResolvedConfig
 from train.devices.hardware import Chip, chip_of
+from train.devices.mesh import make_mesh
 from train.step.flops import least_seconds, peak_flops
 from train.step.optimizer import make_optimizer
 from train.step.state import make_state
-from train.step.step import abstract_batch
+from train.step.step import abstract_batch, make_train_step
 
 MOVED_BYTES = 2**28
 MOST_STEPS = 10
 MOST_SECONDS = 10.0
+# Of steps in turns: the number of turns of each config, and the steps of one.
+TURNS, STEPS_OF_A_TURN = 7, 5
 
 
 def local_chip(dtype: str) -> Chip:
@@ -69,6 +74,43 @@ def memory_bandwidth() -> float:
 
 def measured_step(config: ResolvedConfig, mesh: Mesh, executable: Any) -> float:
     """Returns the median seconds of several steps on random tokens, after one warm-up step."""
+    step = random_steps(config, mesh, executable)
+    step()
+    seconds: list[float] = []
+    while len(seconds) < MOST_STEPS and sum(seconds) < MOST_SECONDS:
+        seconds.append(timeit.timeit(step, number=1))
+    return sorted(seconds)[len(seconds) // 2]
+
+
+def steps_in_turns(configs: Mapping[str, ResolvedConfig]) -> dict[str, float]:
+    """Returns the median seconds of a step of each config; they take turns, so that other load is the same for all.
+
+    The states of all are in memory together. Raises InputError with all configs that do not fit the devices.
+    """
+    meshes, problems = {}, []
+    for name, config in configs.items():
+        try:
+            meshes[name] = make_mesh(config)
+        except InputError as error:
+            problems += [f"{name}: {line}" for line in str(error).splitlines()]
+    if problems:
+        raise InputError("\n".join(problems))
+    steps = {}
+    for name, config in configs.items():
+        with jax.set_mesh(meshes[name]):
+            program = make_train_step(config, make_optimizer(config))
+        steps[name] = random_steps(config, meshes[name], program)
+    for step in steps.values():
+        step()  # compiles
+    rounds = [
+        {name: timeit.timeit(step, number=STEPS_OF_A_TURN) / STEPS_OF_A_TURN for name, step in steps.items()}
+        for _ in range(TURNS)
+    ]
+    return {name: sorted(turn[name] for turn in rounds)[TURNS // 2] for name in configs}
+
+
+def random_steps(config: ResolvedConfig, mesh: Mesh, program: Any) -> Callable[[], None]:
+    """Returns a function that trains one more step of new weights on random tokens, always the same, and waits."""
     T = config.data.segment_length
     random = np.random.default_rng(0)
     tokens = random.integers(0, config.model.vocab_size, (config.train.batch_size, T + 1), dtype=np.int32)
@@ -82,13 +124,10 @@ def measured_step(config: ResolvedConfig, mesh: Mesh, executable: Any) -> float:
         }
         state = make_state(config, make_optimizer(config))
 
-        def step() -> None:
-            nonlocal state
-            state, metrics = executable(state, batch)
+    def step() -> None:
+        nonlocal state
+        with jax.set_mesh(mesh):
+            state, metrics = program(state, batch)
             jax.block_until_ready((state, metrics))
 
-        step()
-        seconds: list[float] = []
-        while len(seconds) < MOST_STEPS and sum(seconds) < MOST_SECONDS:
-            seconds.append(timeit.timeit(step, number=1))
-    return sorted(seconds)[len(seconds) // 2]
+    return step

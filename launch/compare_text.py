@@ -1,0 +1,110 @@
+"""The result of an experiment as a table with notes, for a terminal and for a page, and as JSON."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from launch.columns import columns
+from launch.experiment import Experiment
+from train.run.comparison import CONFIDENCE, Figures, deviation
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The result of an experiment.
+
+    Attributes:
+        in_turns: whether steps were timed in turns in one process; if not, by each run's own log.
+        same_texts: whether all runs of a seed evaluated the same documents.
+    """
+
+    experiment: Experiment
+    figures: dict[str, Figures]
+    in_turns: bool
+    same_texts: bool
+
+
+def table_rows(figures: Mapping[str, Figures], experiment: Experiment) -> list[Sequence[str]]:
+    """Returns a title row, and a row for each variant."""
+    title = ("variant", "bits a byte", "loss", f"next to {experiment.baseline}", "more than the seeds'",
+             "tokens to its end", "time", "a step")  # fmt: skip
+    rows: list[Sequence[str]] = [title]
+    for name, of in figures.items():
+        difference, is_clear = "", ""
+        if of.difference:
+            margin = of.difference.margin
+            difference = f"{of.difference.mean:+.4f}" + ("" if margin is None else f" ± {margin:.4f}")
+            is_clear = "one seed" if margin is None else "yes" if of.difference.is_clear else "no"
+            is_clear += "" if of.difference.p_value is None else f", p = {of.difference.p_value:.2g}"
+        tokens, time = "n/a", "n/a"
+        if of.tokens_ratio is not None and of.time_ratio is not None:
+            needed = np.mean([number for number in of.tokens_needed if number is not None])
+            tokens, time = f"{needed:,.0f} ({of.tokens_ratio:.0%})", f"{of.time_ratio:.0%}"
+        rows.append((name, spread(of.bits), spread(of.loss), difference, is_clear, tokens, time,
+                     f"{of.step_seconds:.4f} s"))  # fmt: skip
+    return rows
+
+
+def spread(values: Sequence[float]) -> str:
+    """Returns mean ± deviation; the value alone where there is only one."""
+    over_seeds = deviation(values)
+    return f"{np.mean(values):.4f}" + ("" if over_seeds is None else f" ± {over_seeds:.4f}")
+
+
+def comparison_text(compared: Compared, page: Path) -> str:
+    """Returns the table and its notes, with the path of the page."""
+    experiment = compared.experiment
+    lines = [columns(table_rows(compared.figures, experiment), right=range(1, 8)), ""]
+    return "\n".join([*lines, *notes(compared), f"curves: {page}"])
+
+
+def notes(compared: Compared) -> list[str]:
+    """Returns what the columns mean, one line each, and what makes them doubtful."""
+    experiment = compared.experiment
+    count, baseline = len(experiment.seeds), experiment.baseline
+    lines = ["bits a byte and loss: of held-out text at the end; alone"]
+    if count > 1:
+        lines = [f"bits a byte and loss: of held-out text at the end, mean ± standard deviation over {count} seeds"]
+        lines.append(
+            f"next to {baseline}: mean of the differences seed by seed ± half of the {CONFIDENCE:.0%} interval of a "
+            "paired t-test; more than the seeds' where that leaves out 0, each variant by itself"
+        )
+    lines.append(
+        f"tokens to its end, time: until evaluations first reach the last one of {baseline} with the same seed; before "
+        "its rate has fallen a run understates what fewer tokens would have given"
+    )
+    timed = "timed in turns in one process" if compared.in_turns else "by the runs' own logs"
+    lines.append(f"a step: {timed}; runs are equal in {experiment.equal}")
+    if not compared.same_texts:
+        lines.append("doubtful: the variants were evaluated on different documents, as their data differs")
+    return lines
+
+
+def as_json(compared: Compared) -> dict[str, Any]:
+    """Returns the figures as JSON can hold them: null where one is not finite or not known."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: finite(inside) for name, inside in value.items()}
+        if isinstance(value, list):
+            return [finite(inside) for inside in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    experiment = compared.experiment
+    variants = {}
+    for name, of in compared.figures.items():
+        difference = of.difference and {**of.difference._asdict(), "is_clear": of.difference.is_clear}
+        variants[name] = {
+            "bits_per_byte": of.bits, "bits_per_byte_mean": sum(of.bits) / len(of.bits),
+            "bits_per_byte_deviation": deviation(of.bits), "loss": of.loss, "loss_mean": sum(of.loss) / len(of.loss),
+            "loss_deviation": deviation(of.loss), "tokens": of.tokens, "step_seconds": of.step_seconds,
+            "tokens_needed": of.tokens_needed, "tokens_ratio": of.tokens_ratio, "time_ratio": of.time_ratio,
+            "difference": difference,
+        }  # fmt: skip
+    head = {"baseline": experiment.baseline, "seeds": list(experiment.seeds), "equal": experiment.equal}
+    timed = "turns" if compared.in_turns else "runs"
+    return finite(head | {"timed_in": timed, "same_held_out": compared.same_texts, "variants": variants})  # type: ignore[no-any-return]
