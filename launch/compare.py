@@ -19,7 +19,7 @@ from data.errors import Fault, InputError
 from data.files.atomic import atomic_file
 from data.files.json_file import read_json
 from launch.arguments import add_json, check_output, path
-from launch.compare_text import Compared, as_json, comparison_text, table_rows
+from launch.compare_text import Compared, as_json, comparison_text, notes, table_rows
 from launch.experiment import TIME, Experiment, read_experiment
 from launch.many_runs import PlannedRun, command_line, folder_problems, plan_run, say, train_all, unfinished
 from train.config.config import Config, to_json
@@ -61,8 +61,9 @@ def run(arguments: argparse.Namespace) -> int:
     compared = compare_runs(experiment, folder, runs)
     groups = {name: [runs[name, seed].run for seed in experiment.seeds] for name in experiment.configs}
     with atomic_file(page) as partial:
-        partial.write_text(make_overlay_page(arguments.file.stem, groups, table_rows(compared.figures, experiment)))
-    print(json.dumps(as_json(compared)) if arguments.json else comparison_text(compared, page))
+        rows = table_rows(compared.figures, experiment)
+        partial.write_text(make_overlay_page(arguments.file.stem, groups, rows, notes(compared)))
+    print(json.dumps(as_json(compared)) if arguments.json else f"{comparison_text(compared)}\ncurves: {page}")
     return 0
 
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,11 +54,10 @@ def spread(values: Sequence[float]) -> str:
     return f"{np.mean(values):.4f}" + ("" if over_seeds is None else f" ± {over_seeds:.4f}")
 
 
-def comparison_text(compared: Compared, page: Path) -> str:
-    """Returns the table and its notes, with the path of the page."""
-    experiment = compared.experiment
-    lines = [columns(table_rows(compared.figures, experiment), right=range(1, 8)), ""]
-    return "\n".join([*lines, *notes(compared), f"curves: {page}"])
+def comparison_text(compared: Compared) -> str:
+    """Returns the table and its notes."""
+    rows = table_rows(compared.figures, compared.experiment)
+    return "\n".join([columns(rows, right=range(1, 8)), "", *notes(compared)])
 
 
 def notes(compared: Compared) -> list[str]:

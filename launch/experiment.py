@@ -115,6 +115,7 @@ def read_toml(file: Path) -> tuple[str, dict[str, Any]]:
     """Returns the text and the values of a file. Raises InputError where it cannot be read, with the line if known."""
     if not file.exists():
         raise InputError(f"{file}: there is no such file; give an experiment, a file in TOML")
+    text = ""
     try:
         text = read_small_file(file).decode()
         return text, tomllib.loads(text)
@@ -122,10 +123,13 @@ def read_toml(file: Path) -> tuple[str, dict[str, Any]]:
         raise
     except RecursionError:
         raise InputError(f"{file}: nested too deeply; make it simpler") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{file}: not valid UTF-8; write it as that") from None
     except ValueError as error:
-        line = re.search(r" \(at line (\d+), column \d+\)$", str(error))
-        place, problem = (f"{file}:{line[1]}", str(error)[: line.start()]) if line else (str(file), str(error))
-        raise InputError(f"{place}: no TOML: {problem}; correct it") from None
+        problem, _, place = str(error).partition(" (at ")
+        line = re.match(r"line (\d+)", place)
+        number = f":{line[1]}" if line else f":{len(text.splitlines())}" if place else ""
+        raise InputError(f"{file}{number}: no TOML: {problem}; correct it") from None
 
 
 class Problems:
@@ -156,10 +160,14 @@ class Problems:
 
     def add_of_field(self, variant: str, problem: str) -> None:
         """Adds what is wrong with a variant, or with all if that is empty, at the line of the field that it names."""
-        place = ("variants", variant) if variant else ("config",) if problem.startswith("config=") else ("shared",)
+        if problem.startswith("config="):
+            self.add(problem, "config")
+            return
+        place = ("variants", variant) if variant else ("shared",)
         for name in re.findall(r"^\w+(?:\.\w+)?|\w+\.\w+", problem):
             tables = (place, ("shared",))
-            paths = [path for table in tables for path in ((*table, *name.split(".")), (*table, name))]
+            group = name.partition(".")[0]  # which an inline table may follow
+            paths = [p for table in tables for p in ((*table, *name.split(".")), (*table, name), (*table, group))]
             if known := [path for path in paths if path in self._lines]:
                 place = known[0]
                 break
@@ -227,7 +235,7 @@ def loaded_variant(config: str, fields: Mapping[str, str]) -> tuple[Config | Non
         problems.append(NO_CORPUS)
     if not loaded.data.validation_fraction:
         problems.append("data.validation_fraction is 0, so there is no text to compare on; give a part, as in 0.01")
-    if loaded.checkpoint.dir is not None:
+    if loaded.checkpoint.dir is not None and "checkpoint.dir" not in fields:
         problems.append(f"checkpoint.dir: {NOT_A_VARIANTS['checkpoint.dir']}; leave it at none")
     return loaded, problems
 

@@ -57,10 +57,16 @@ class Series:
         return (x[ends], smooth(y)[ends]) if measure.is_smoothed else (x[kept], y[kept])
 
 
-def make_overlay_page(title: str, groups: Mapping[str, Sequence[Run]], rows: Sequence[Sequence[str]] = ()) -> str:
-    """Returns the whole page of groups of runs, each group in one colour; `rows` are those of a table above the charts.
+def make_overlay_page(
+    title: str, groups: Mapping[str, Sequence[Run]], rows: Sequence[Sequence[str]] = (), notes: Sequence[str] = ()
+) -> str:
+    """Returns the whole page of groups of runs, each group in one colour.
 
-    Without `rows` the table has the last figures of each run. Raises InputError where a folder is no run.
+    Raises InputError where a folder is no run.
+
+    Args:
+        rows: those of the table above the charts, its titles first; by default the last figures of each group.
+        notes: lines of text below that table.
     """
     series = {name: [Series(run) for run in runs] for name, runs in groups.items()}
     everything = [one for of_group in series.values() for one in of_group]
@@ -75,7 +81,11 @@ def make_overlay_page(title: str, groups: Mapping[str, Sequence[Run]], rows: Seq
                 drawn.append(figure)
     parts = [
         element("header", element("h1", title), legend(series)),
-        section("Results", element("div", table(rows or last_figures(series)), class_="scrolls")),
+        section(
+            "Results",
+            element("div", table(rows or last_figures(series)), class_="scrolls"),
+            *(element("p", note, class_="quiet") for note in notes),
+        ),
         section("Over tokens", element("div", *drawn, class_="charts")) if drawn else None,
         section("What differs", element("div", differences(series), class_="scrolls")),
     ]
