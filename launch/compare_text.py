@@ -8,8 +8,14 @@ from typing import Any
 import numpy as np
 
 from launch.columns import columns
-from launch.experiment import Experiment
+from launch.experiment import NOTHING, TIME, TOKENS, Experiment
 from train.run.comparison import CONFIDENCE, Figures, deviation
+
+IN_COMMON = {
+    TOKENS: "all variants read the same number of tokens",
+    TIME: "the steps of each variant take as long as the baseline's, so it has a number of its own",
+    NOTHING: "variants may differ in tokens and in time",
+}
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ def notes(compared: Compared) -> list[str]:
         "its rate has fallen a run understates what fewer tokens would have given"
     )
     timed = "timed in turns in one process" if compared.in_turns else "by the runs' own logs"
-    lines.append(f"a step: {timed}; runs are equal in {experiment.equal}")
+    lines += [f"a step: {timed}", IN_COMMON[experiment.equal]]
     if not compared.same_texts:
         lines.append("doubtful: the variants were evaluated on different documents, as their data differs")
     return lines

@@ -6,6 +6,7 @@ import pytest
 
 from data.errors import InputError
 from launch.experiment import read_experiment, text_of
+from tests.benchmarks import learning
 from tests.launch.small_run import write_config
 from train.config.config import config_fields
 from train.config.reading import parse_text, types_of
@@ -142,3 +143,16 @@ def test_what_is_no_experiment_is_refused_with_its_line(text: str, words: list[s
     assert len(found) == len(words), found
     for line, expected in zip(found, words, strict=True):
         assert expected in line
+
+
+def test_the_benchmark_of_learning_is_an_experiment():
+    experiment = read_experiment(learning.EXPERIMENT)
+    assert list(experiment.configs) == [learning.BASELINE, learning.LONG, learning.SHORT]
+    assert experiment.baseline == learning.BASELINE
+    names = [config.optimizer.name for config in experiment.configs.values()]
+    assert names == ["adamw", "muon", "muon"]
+    steps = [config.train.num_steps for config in experiment.configs.values()]
+    assert steps[0] == steps[1] > steps[2]
+    bits = {learning.BASELINE: [1.8], learning.LONG: [1.7], learning.SHORT: [1.9]}
+    tokens = {learning.LONG: 400, learning.SHORT: 100}
+    assert learning.tokens_for(1.8, bits, tokens, 0) == pytest.approx(200)
