@@ -133,7 +133,7 @@ def read_toml(file: Path) -> tuple[str, dict[str, Any]]:
 
 
 class Problems:
-    """What is wrong with an experiment, by its lines, as far as these are found without the grammar of TOML.
+    """Collects what is wrong with an experiment, by its lines as far as these are found without the grammar of TOML.
 
     Attributes:
         found: pairs of a line and what is wrong there.

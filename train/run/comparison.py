@@ -56,7 +56,7 @@ class Difference(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """What a comparison says of one variant; lists have one number a seed.
+    """The figures of one variant in a comparison; lists have one number a seed.
 
     Attributes:
         tokens_needed: tokens with which it comes to the baseline's last evaluation of the same seed, or None.
