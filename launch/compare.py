@@ -8,6 +8,7 @@ on where it stopped. FOLDER/compare.html shows their curves over each other.
 import argparse
 import hashlib
 import json
+import logging
 import math
 import multiprocessing
 from collections.abc import Mapping
@@ -145,6 +146,7 @@ def send_steps(sender: Connection, configs: Mapping[str, Config]) -> None:
     """Times the steps in this process, and sends them, or what is wrong with the configs."""
     from train.planning.this_machine import steps_in_turns
 
+    logging.basicConfig(format="%(message)s")
     try:
         sender.send(steps_in_turns({name: c.resolved(c.tokenizer.vocab_size) for name, c in configs.items()}))
     except InputError as error:

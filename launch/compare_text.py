@@ -70,18 +70,18 @@ def notes(compared: Compared) -> list[str]:
     """Returns what the columns mean, one line each, and what makes them doubtful."""
     experiment = compared.experiment
     count, baseline = len(experiment.seeds), experiment.baseline
-    lines = ["bits a byte and loss: of held-out text at the end; alone"]
+    lines = ["bits a byte, loss: of held-out text at the end"]
     if count > 1:
-        lines = [f"bits a byte and loss: of held-out text at the end, mean ± standard deviation over {count} seeds"]
+        lines[0] += f", mean ± standard deviation over {count} seeds"
         lines.append(
-            f"next to {baseline}: mean of the differences seed by seed ± half of the {CONFIDENCE:.0%} interval of a "
-            "paired t-test; more than the seeds' where that leaves out 0, each variant by itself"
+            f"next to {baseline}: mean difference seed by seed, ± half of its {CONFIDENCE:.0%} interval (paired t-test)"
         )
+        lines.append("more than the seeds': that interval leaves out 0; each variant is tested by itself")
     lines.append(
-        f"tokens to its end, time: until evaluations first reach the last one of {baseline} with the same seed; before "
-        "its rate has fallen a run understates what fewer tokens would have given"
+        f"tokens, time: until evaluations come down to the last one of {baseline} with the same seed; a whole run of "
+        "that length does better"
     )
-    timed = "timed in turns in one process" if compared.in_turns else "by the runs' own logs"
+    timed = "the fastest of several turns in one process" if compared.in_turns else "by the runs' own logs"
     lines += [f"a step: {timed}", IN_COMMON[experiment.equal]]
     if not compared.same_texts:
         lines.append("doubtful: the variants were evaluated on different documents, as their data differs")
