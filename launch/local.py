@@ -139,22 +139,28 @@ def newest_step(folder: Path) -> int:
     return max((int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name)), default=0)
 
 
-def run_processes(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> Exit:
-    """Runs the command once in each environment and waits until all have ended."""
+def run_processes(command: Sequence[str], environments: Sequence[Mapping[str, str]], with_prefix: bool = True) -> Exit:
+    """Runs the command once in each environment and waits until all have ended.
+
+    Without the prefix of lines, standard error is this process's own, so a terminal stays one, and standard output is
+    dropped.
+    """
     received: list[int] = []
     signals = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
     handlers = {number: signal.signal(number, lambda n, _: received.append(n)) for number in signals}
     processes: list[Popen] = []
     threads: list[threading.Thread] = []
-    start = partial(Popen, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, start_new_session=True, preexec_fn=die_with_parent)
+    out, err = (PIPE, PIPE) if with_prefix else (DEVNULL, None)
+    start = partial(Popen, stdin=DEVNULL, stdout=out, stderr=err, start_new_session=True, preexec_fn=die_with_parent)
     try:
         for environment in environments:
             processes.append(start(command, env=environment))
         # All forks come before the first thread: a fork of a process with threads may deadlock.
         for i, process in enumerate(processes):
-            for pipe, out in ((process.stdout, sys.stdout.buffer), (process.stderr, sys.stderr.buffer)):
+            for pipe, stream in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)) if with_prefix else ():
                 assert pipe is not None
-                threads.append(threading.Thread(target=prefix_lines, args=(pipe, out, f"[{i}] "), daemon=True))
+                arguments = (pipe, stream.buffer, f"[{i}] ")
+                threads.append(threading.Thread(target=prefix_lines, args=arguments, daemon=True))
                 threads[-1].start()
         return wait_for(processes, received)
     finally:

@@ -343,6 +343,43 @@ def bad_config_file(chance: random.Random, good: Path) -> Case:
     return Case("config file", repr(text[:80]), [*command, "--config=bad.py"], prepare, kept=kept)
 
 
+GOOD_EXPERIMENT = """config = "run.py"
+seeds = [0, 1]
+baseline = "a"
+equal = "tokens"
+[shared]
+model.num_layers = 1
+[variants.a]
+[variants.b]
+optimizer.learning_rate = 0.1
+"""
+# Values and lines of TOML that may be anywhere in an experiment.
+TOML = ["", "x", "0", "-1", "1e400", "nan", "true", '""', '"none"', '"a.b"', "[]", "[[]]", "{}", "{a = 1}",
+        "1979-05-27", r'"\u0000"', "'''x", '"x', "[1, 2", "0x10", LONG, "[" * 5000,
+        "{a." + "b." * 3000 + "c = 1}"]  # fmt: skip
+TOML_LINES = ["[variants]", "[[variants]]", "[variants.a]", "[variants.'../c']", "[variants.'']", "variants.c = 3",
+              "[x]", "= 3", "train.seed = 1", "train.run_dir = 'run'", "checkpoint.dir = '.'", r"'\x' = 1",
+              "a.b.c.d = 1", "\0", "[variants.c]\nmodel = 3", "[variants.c]\nmodel.x.y = 3",
+              "[shared]\n'a.b' = 1", "\udcff"]  # fmt: skip
+
+
+def bad_experiment(chance: random.Random, good: Path) -> Case:
+    """An experiment of `compare` of which a value or a line is another."""
+    lines = GOOD_EXPERIMENT.splitlines()
+    i = chance.randrange(len(lines))
+    if chance.random() < 0.5 and "=" in lines[i]:
+        lines[i] = f"{lines[i].partition('=')[0]}= {chance.choice(TOML)}"
+    else:
+        lines.insert(i, chance.choice(TOML_LINES))
+    text = "\n".join(lines).encode(errors="surrogateescape")
+
+    def prepare(folder: Path) -> None:
+        (folder / "bad.toml").write_bytes(text)
+
+    command = ["compare", "bad.toml", "--to=new", "--print-commands"]
+    return Case("experiment", repr(lines[i][:60]), command, prepare, kept=[*USERS_FILES, "run", "bad.toml"])
+
+
 def draw_damage(chance: random.Random, path: Path) -> tuple[str, Callable[[Path], None]]:
     """Draws a damage that suits this good file: what it is, and the function that does it to a copy."""
     ways = ["removed", "replaced", "cut in half", "zeros at its end", "link to itself", "link to nothing",
@@ -670,5 +707,5 @@ def bad_environment(chance: random.Random, good: Path) -> Case:
     )
 
 
-KINDS = [bad_flag, bad_flag, bad_field, bad_field, bad_config_file, bad_run, bad_run, bad_run_file, bad_weights,
-         bad_weights, bad_corpus, bad_corpus, bad_environment]  # fmt: skip
+KINDS = [bad_flag, bad_flag, bad_field, bad_field, bad_config_file, bad_experiment, bad_run, bad_run,
+         bad_run_file, bad_weights, bad_weights, bad_corpus, bad_corpus, bad_environment]  # fmt: skip

@@ -122,6 +122,10 @@ TABLE = [
      "--top_k: invalid int value: '--'"),
     ("a number for what is JSON", ["pretrain", "--config=tiny", "--config.recovery.skips=-1"],
      "recovery.skips is '-1'"),
+    ("no experiment", ["compare", "{dir}/none.toml"], "none.toml: there is no such file; give an experiment"),
+    ("an experiment of another kind", ["compare", "{dir}/a.csv"], "a.csv:1: no TOML: "),
+    ("a run twice in a page", ["report", "{run}", "{run}/.", "--output={dir}/page.html"], "is named twice"),
+    ("a page of runs of which one is none", ["report", "{run}", "{dir}", "--output={dir}/page.html"], "no config.json"),
     ("nothing to launch", ["launch", "local", "--processes=2"], "there is no command; give one after --"),
 ]  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,23 @@ def test_a_run_has_a_page_whose_path_goes_to_standard_output(finished: Path, tmp
     assert readouts["charts"]["loss"]["values"] == [f"{record['loss']:.4f}" for record in records]
     assert readouts["charts"]["validation_bits_per_byte"]["steps"] == [1, 6, 12]
     assert not (finished / "report.html").exists()
+
+
+def test_several_runs_have_one_page_of_their_curves(finished: Path, tmp_path: Path, capsys, monkeypatch):
+    others = [shutil.copytree(finished, tmp_path / name / "run") for name in "ab"]
+    monkeypatch.chdir(tmp_path)
+    assert here("report", finished, *others) == 0
+    assert capsys.readouterr().out == "compare.html\n"
+    page = (tmp_path / "compare.html").read_text()
+    for name in (f"{finished.parent.name}/run", "a/run", "b/run"):
+        assert f"</i>{name}</span>" in page
+    readouts = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])  # type: ignore[index]
+    assert [line["group"] for line in readouts["charts"]["loss"]] == [0, 1, 2]
+    assert readouts["between"] == [0, 12 * 8 * 32]
+    for arguments, words in (((finished, finished), "is named twice"), ((finished, tmp_path), "has no config.json")):
+        assert here("report", *arguments, f"--output={tmp_path / 'new.html'}") == 2
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "new.html").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,24 +1,35 @@
 """Figures of this machine, for plans for its own devices: their speeds, and the measured time of a step."""
 
+import logging
 import os
+import time
 import timeit
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from data.errors import InputError
 from train.config.config import ResolvedConfig
 from train.devices.hardware import Chip, chip_of
+from train.devices.mesh import make_mesh
 from train.step.flops import least_seconds, peak_flops
 from train.step.optimizer import make_optimizer
 from train.step.state import make_state
-from train.step.step import abstract_batch
+from train.step.step import abstract_batch, make_train_step
 
 MOVED_BYTES = 2**28
 MOST_STEPS = 10
 MOST_SECONDS = 10.0
+# Steps in turns: how many of a config are a turn, how many turns there are, and for how long (seconds of each config).
+STEPS_OF_A_TURN = 5
+LEAST_TURNS, MOST_TURNS, SECONDS_OF_TURNS = 8, 50, 5.0
+MOST_UNSURE = 1.05
+log = logging.getLogger("ziggurat")
 
 
 def local_chip(dtype: str) -> Chip:
@@ -69,6 +80,56 @@ def memory_bandwidth() -> float:
 
 def measured_step(config: ResolvedConfig, mesh: Mesh, executable: Any) -> float:
     """Returns the median seconds of several steps on random tokens, after one warm-up step."""
+    step = partial(random_steps(config, mesh, executable), 1)
+    step()
+    seconds: list[float] = []
+    while len(seconds) < MOST_STEPS and sum(seconds) < MOST_SECONDS:
+        seconds.append(timeit.timeit(step, number=1))
+    return sorted(seconds)[len(seconds) // 2]
+
+
+def steps_in_turns(configs: Mapping[str, ResolvedConfig]) -> dict[str, float]:
+    """Returns the seconds of a step of each config; they take turns, so that other load is the same for all.
+
+    The fastest turn counts, which other load has disturbed least; a warning says where even that is unsure. The states
+    of all are in memory together.
+
+    Raises InputError with all configs that do not fit the devices.
+    """
+    meshes, problems = {}, []
+    for name, config in configs.items():
+        try:
+            meshes[name] = make_mesh(config)
+        except InputError as error:
+            problems += [f"{name}: {line}" for line in str(error).splitlines()]
+    if problems:
+        raise InputError("\n".join(problems))
+    steps = {}
+    for name, config in configs.items():
+        with jax.set_mesh(meshes[name]):
+            program = make_train_step(config, make_optimizer(config))
+        steps[name] = random_steps(config, meshes[name], program)
+    for step in steps.values():
+        step(1)  # compiles
+    turns: list[dict[str, float]] = []
+    begun = time.perf_counter()
+    while len(turns) < LEAST_TURNS or (
+        len(turns) < MOST_TURNS and time.perf_counter() - begun < SECONDS_OF_TURNS * len(steps)
+    ):
+        turns.append({name: timeit.timeit(partial(step, STEPS_OF_A_TURN), number=1) for name, step in steps.items()})
+    for name in configs:
+        halves = [min(turn[name] for turn in half) for half in (turns[::2], turns[1::2])]
+        if max(halves) > MOST_UNSURE * min(halves):
+            log.warning("%s: other load disturbs the timing, two halves of which differ by %.0f%%",
+                        name, 100 * (max(halves) / min(halves) - 1))  # fmt: skip
+    return {name: min(turn[name] for turn in turns) / STEPS_OF_A_TURN for name in configs}
+
+
+def random_steps(config: ResolvedConfig, mesh: Mesh, program: Any) -> Callable[[int], None]:
+    """Returns a function that trains new weights for a number of steps more, always on the same random tokens.
+
+    It dispatches them all, as training does, and then waits for the last.
+    """
     T = config.data.segment_length
     random = np.random.default_rng(0)
     tokens = random.integers(0, config.model.vocab_size, (config.train.batch_size, T + 1), dtype=np.int32)
@@ -82,13 +143,11 @@ def measured_step(config: ResolvedConfig, mesh: Mesh, executable: Any) -> float:
         }
         state = make_state(config, make_optimizer(config))
 
-        def step() -> None:
-            nonlocal state
-            state, metrics = executable(state, batch)
+    def train(steps: int) -> None:
+        nonlocal state
+        with jax.set_mesh(mesh):
+            for _ in range(steps):
+                state, metrics = program(state, batch)
             jax.block_until_ready((state, metrics))
 
-        step()
-        seconds: list[float] = []
-        while len(seconds) < MOST_STEPS and sum(seconds) < MOST_SECONDS:
-            seconds.append(timeit.timeit(step, number=1))
-    return sorted(seconds)[len(seconds) // 2]
+    return train

@@ -1,0 +1,158 @@
+"""Experiments as files: what they mean, and that whatever is wrong with one is said at once, with its line."""
+
+from pathlib import Path
+
+import pytest
+
+from data.errors import InputError
+from launch.experiment import read_experiment, text_of
+from tests.benchmarks import learning
+from tests.launch.small_run import write_config
+from train.config.config import config_fields
+from train.config.reading import parse_text, types_of
+
+GOOD = """
+config = "CONFIG"
+seeds = [3, 1]
+
+[shared]
+model.num_layers = 1
+
+[variants.plain]
+
+[variants.fast]
+optimizer.learning_rate = 2e-2
+"optimizer.schedule" = "wsd"
+evaluation = { prompt = "a = [1, 2]", every_steps = 3 }
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    """An experiment, with a good config's path for CONFIG."""
+    file = folder / "experiment.toml"
+    file.write_text(text.replace("CONFIG", str(write_config(folder))))
+    return file
+
+
+def problems(folder: Path, text: str) -> list[str]:
+    """The problems of an experiment, without the path of its file."""
+    file = write(folder, text)
+    with pytest.raises(InputError) as error:
+        read_experiment(file)
+    return [line.removeprefix(f"{file}:") for line in str(error.value).splitlines()]
+
+
+def test_an_experiment_is_a_config_with_variants(tmp_path: Path):
+    experiment = read_experiment(write(tmp_path, GOOD))
+    assert experiment.seeds == (3, 1)
+    assert experiment.baseline == "plain"
+    assert experiment.equal == "tokens"
+    plain, fast = experiment.configs["plain"], experiment.configs["fast"]
+    assert plain.model.num_layers == fast.model.num_layers == 1
+    assert (plain.optimizer.learning_rate, fast.optimizer.learning_rate) == (1e-2, 2e-2)
+    assert (plain.optimizer.schedule, fast.optimizer.schedule) == ("cosine", "wsd")
+    assert (fast.evaluation.prompt, fast.evaluation.every_steps) == ("a = [1, 2]", 3)
+    assert not plain.checkpoint.export
+
+
+def test_a_variant_may_change_what_all_share(tmp_path: Path):
+    text = GOOD.replace("[variants.fast]\n", "[variants.fast]\nmodel.num_layers = 2\ncheckpoint.export = true\n")
+    fast = read_experiment(write(tmp_path, text)).configs["fast"]
+    assert fast.model.num_layers == 2
+    assert fast.checkpoint.export
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "means"),
+    [
+        ("train.num_steps", 12, 12), ("optimizer.learning_rate", 0.1, 0.1), ("model.qk_norm", True, True),
+        ("train.profile_steps", [5, 8], (5, 8)), ("optimizer.warmup_steps", "none", None),
+        ("data.corpus", {"a": {"corpus": "x", "weight": 2}}, {"a": {"corpus": "x", "weight": 2}}),
+        ("data.corpus", "päth", "päth"), ("mesh.rules", {"vocabulary": []}, {"vocabulary": []}),
+    ],
+)  # fmt: skip
+def test_values_of_toml_mean_what_flags_mean(name: str, value: object, means: object):
+    field = next(field for group, field_name, field in config_fields() if f"{group}.{field_name}" == name)
+    assert parse_text(text_of(value), types_of(field)) == means
+
+
+def test_all_problems_come_at_once_in_the_order_of_the_file(tmp_path: Path):
+    text = """config = "CONFIG"
+seeds = [0, 0]
+baseline = "plian"
+equals = "tokens"
+
+[shared]
+optimizer.beta1 = 2
+
+[variants.plain]
+optimizer.name = "adamww"
+"optimizer.schedule" = "cosin"
+train.seed = 3
+
+[variants.fast]
+optimizer = { name = "muon", muon_momentum = -1 }
+learning_rate = 3
+"""
+    found = problems(tmp_path, text)
+    expected = [
+        "2: seeds has a number twice", "3: baseline is 'plian'; it must be one of the variants: plain, fast",
+        "4: equals: there is no such key; did you mean equal?", "7: optimizer.beta1 is 2.0; it must be in [0, 1)",
+        "10: variant plain: optimizer.name is 'adamww'", "11: variant plain: optimizer.schedule is 'cosin'",
+        "12: train.seed cannot be set: seeds = [...] sets it", "15: variant fast: optimizer.muon_momentum is -1.0",
+        "16: variant fast: learning_rate: there is no such field; did you mean optimizer.learning_rate?",
+    ]  # fmt: skip
+    assert len(found) == len(expected), found
+    for line, words in zip(found, expected, strict=True):
+        assert line.startswith(words)
+
+
+TABLE = [
+    ("", ["1: config: name a preset, a file or a run", "1: there is no variant"]),
+    ('config = "tinny"\n[variants.a]', ["1: config=tinny: no preset, run or file", ]),
+    ("config = 5\n[variants.a]", ["1: config: name a preset, a file or a run"]),
+    ('config = "small"\n[variants.a]\n[variants.b]', ["data.corpus is not given"]),
+    ('config = "CONFIG"\nseeds = 3\n[variants.a]', ["2: seeds must be a list of whole numbers"]),
+    ('config = "CONFIG"\nseeds = []\n[variants.a]', ["2: seeds must be a list of whole numbers"]),
+    ('config = "CONFIG"\nseeds = [true]\n[variants.a]', ["2: seeds must be a list of whole numbers"]),
+    ('config = "CONFIG"\nequal = "flops"\n[variants.a]', ["2: equal is 'flops'; it must be one of tokens, time"]),
+    ('config = "CONFIG"\n[variants]\na = 3', ["3: 3 is no table of fields"]),
+    ('config = "CONFIG"\nvariants = 3', ["2: there is no variant"]),
+    ('config = "CONFIG"\n[variants."../a"]', ["2: variant ../a: a name begins with a letter or digit"]),
+    ('config = "CONFIG"\nshared = 1\n[variants.a]', ["2: 1 is no table of fields"]),
+    ('config = "CONFIG"\n[shared]\ncheckpoint.dir = "x"\n[variants.a]', ["3: checkpoint.dir cannot be set"]),
+    ('config = "CONFIG"\n[shared]\ndata.validation_fraction = 0\n[variants.a]\n[variants.b]',
+     ["3: data.validation_fraction is 0, so there is no text to compare on"]),
+    ('config = "CONFIG"\n[variants.a]\n[variants.b]\ntrain.num_steps = 10',
+     ["4: variant b: it reads 2,560 tokens and a 3,072; set train.num_steps so"]),
+    ('config = "CONFIG"\nequal = "time"\n[variants.a]\n[variants.b]\ntrain.num_steps = 10',
+     ['5: variant b: train.num_steps follows from equal = "time"']),
+    ('config = "CONFIG"\n[variants.a]\noptimizer.name = "muon"\n"optimizer.name" = "lion"',
+     ["4: optimizer.name is there twice"]),
+    ("config = ", ["1: no TOML: Invalid value"]),
+    ('config = "CONFIG"\nseeds = [1,\n2', ["3: no TOML: "]),
+    ('config = "CONFIG"\nconfig = "CONFIG"', ["2: no TOML: Cannot overwrite a value"]),
+    (f"a = {'[' * 5000}", ["nested too deeply"]),
+    (f"a = {'9' * 5000}", ["no TOML"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "words"), TABLE, ids=range(len(TABLE)))
+def test_what_is_no_experiment_is_refused_with_its_line(text: str, words: list[str], tmp_path: Path):
+    found = problems(tmp_path, text)
+    assert len(found) == len(words), found
+    for line, expected in zip(found, words, strict=True):
+        assert expected in line
+
+
+def test_the_benchmark_of_learning_is_an_experiment():
+    experiment = read_experiment(learning.EXPERIMENT)
+    assert list(experiment.configs) == [learning.BASELINE, learning.LONG, learning.SHORT]
+    assert experiment.baseline == learning.BASELINE
+    names = [config.optimizer.name for config in experiment.configs.values()]
+    assert names == ["adamw", "muon", "muon"]
+    steps = [config.train.num_steps for config in experiment.configs.values()]
+    assert steps[0] == steps[1] > steps[2]
+    bits = {learning.BASELINE: [1.8], learning.LONG: [1.7], learning.SHORT: [1.9]}
+    tokens = {learning.LONG: 400, learning.SHORT: 100}
+    assert learning.tokens_for(1.8, bits, tokens, 0) == pytest.approx(200)
