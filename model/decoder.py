@@ -22,7 +22,7 @@ from model.kernels import attention_over
 from model.latent_attention import attention_class
 from model.layers import LayerKind, layer_kinds, scan_layers
 from model.linear import LINEARS, Linear
-from model.memory import gradient_in_memory
+from model.memory import gradient_in_memory, in_order
 from model.norm import Norm, final_norm, stack_norm
 from model.position import Position, Rotation
 from model.product import weight_gradients_first
@@ -150,7 +150,7 @@ class Block(nnx.Module):
 
         Layers with residual scalars or a value embedding need `inputs`.
         """
-        x_BTD = self.stream(checkpoint_name(x_BTD, "residual"), inputs)
+        x_BTD = self.stream(checkpoint_name(in_order(x_BTD), "residual"), inputs)
         y_BTD = self.attention_input(x_BTD)
         y_BTD = self.attention(y_BTD, rotation, attention, fold_keys(keys_B, 0), self._values(inputs))
         y_BTD = self._scaled(y_BTD, self.attention_norm, self.attention_output_norm)
@@ -248,7 +248,7 @@ class Decoder(nnx.Module):
                 x_BTD, results = block(x_BTD, rotations[kind.rope], attention[kind.window], keys, counted_BT, inputs)
                 # x already has this sharding; stating it fixes the sharding of its gradient, too. Without it every
                 # device would sum the gradients of biases over all positions.
-                return self.layout.reshard(x_BTD, "batch", "sequence", None), results
+                return in_order(self.layout.reshard(x_BTD, "batch", "sequence", None)), results
 
             return jax.checkpoint(body, policy=remat, prevent_cse=not in_loop) if remat else body
 

@@ -23,8 +23,9 @@ from train.planning.speed import Bandwidth, attention_seconds, reached
 
 # Share of peak FLOP/s that large matmuls reach on a TPU, by the compiler's cycles.
 MATMUL_EFFICIENCY = {"v4": 0.8, "v5e": 0.85, "v5p": 0.8, "v6e": 0.73, "tpu7x": 0.8}
-# How often a layer reads or writes (the residual stream, the outputs of its matmuls) outside the matmuls; fitted.
-MEMORY_PASSES = (60.0, 9.5)
+# How often a layer reads or writes (the residual stream, the outputs of its matmuls) outside the matmuls, and each part
+# of a batch the shards of all weights: it rounds them and adds up their gradients. Fitted.
+MEMORY_PASSES = (28.0, 4.4, 20.0)
 # Copies of (a layer's residual stream, its weights) that its backward pass holds at once; fitted.
 HELD_COPIES = (6.0, 4.0)
 # Number of products over the visited pairs of positions in attention: (forward, backward).
@@ -196,6 +197,7 @@ class _Step:
         products = 2 * self.inside * (L * (3 * self.worked + repeated) * (1 + self.wasted) + 3 * self.head)
         streams = (MEMORY_PASSES[0] + 4 * self.copies) * self.stream
         moved = L * BF16 * (streams + MEMORY_PASSES[1] * sum(self.results.values()))
+        moved += MEMORY_PASSES[2] * self.weight_bytes
         # The gradients of weights and the unembedding stay in the compute dtype.
         eight_bit = 2 * self.inside * L * (2 * self.worked + repeated) if self.model.matmul_dtype else 0.0
         share = MATMUL_EFFICIENCY.get(chip.name, reached(chip).products)
