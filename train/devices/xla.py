@@ -18,6 +18,10 @@ SPARSE_CORES: dict[str, bool | str] = {
     "xla_tpu_enable_sparse_core_reduce_scatter_v2": True,
     "xla_tpu_use_tc_device_shape_on_sc": True,
 }
+# Gathers over all chips of a 3D torus, which run around its three dimensions.
+AROUND_THREE_DIMENSIONS: dict[str, bool | str] = {
+    "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather": True,
+}
 # By platform, and by chip.
 OPTIONS: dict[str, dict[str, bool | str]] = {
     "tpu": {
@@ -29,7 +33,7 @@ OPTIONS: dict[str, dict[str, bool | str]] = {
     # XLA of jax 0.10 turns an all-gather whose result is sliced back to the device's own shard into a
     # collective-permute without pairs, which returns zeros.
     "gpu": {"xla_disable_hlo_passes": "all-gather-to-collective-permute-simplifier"},
-    "v5p": SPARSE_CORES,
+    "v5p": SPARSE_CORES | AROUND_THREE_DIMENSIONS,
     # A v6e has 128 MiB of vector memory. By default a program uses 16, which hold only small tiles of a product. With
     # 96 a step takes a quarter less time, and four times as long to compile.
     "v6e": SPARSE_CORES | {"xla_tpu_scoped_vmem_limit_kib": "98304"},
@@ -37,14 +41,10 @@ OPTIONS: dict[str, dict[str, bool | str]] = {
     # SparseCores send without being asked.
     "tpu7x": {"xla_tpu_scoped_vmem_limit_kib": "61440"},
 }
-# A gather over all chips of a 3D torus runs around its three dimensions, but libtpu 0.0.50 makes it a sum of zeros, of
-# twice the bytes, if there are several such groups (its `ReplicaGroupsOn3DPlane`). Several slices are several groups
-# only until a later pass leaves each slice its own; so nothing is lost without the pass that makes it a sum. The
-# SparseCores, which would have carried out the sum, must then be given the gather by name.
-WHOLE_SLICE_GATHERS: dict[str, bool | str] = {
-    "xla_disable_hlo_passes": "all_gather_decomposer",
-    "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather": True,
-}
+# libtpu 0.0.50 makes such a gather a sum of zeros, of twice the bytes, if there are several groups (its
+# `ReplicaGroupsOn3DPlane`). Several slices are several groups only until a later pass leaves each slice its own; so
+# nothing is lost without the pass that makes it a sum. The SparseCores would have carried out the sum.
+WHOLE_SLICE_GATHERS = AROUND_THREE_DIMENSIONS | {"xla_disable_hlo_passes": "all_gather_decomposer"}
 CHIPS_OF_CUBES = ("v5p", "tpu7x")
 
 

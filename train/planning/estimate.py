@@ -23,6 +23,8 @@ from train.planning.speed import Bandwidth, attention_seconds, reached
 
 # Share of peak FLOP/s that large matmuls reach on a TPU, by the compiler's cycles.
 MATMUL_EFFICIENCY = {"v4": 0.8, "v5e": 0.85, "v5p": 0.8, "v6e": 0.73, "tpu7x": 0.8}
+# What is left of that where devices share the positions or the heads of a row; fitted.
+SHARED_ROW = 0.93
 # How often a layer reads or writes (the residual stream, the outputs of its matmuls) outside the matmuls, and each part
 # of a batch the shards of all weights: it rounds them and adds up their gradients. Fitted.
 MEMORY_PASSES = (28.0, 4.4, 20.0)
@@ -201,6 +203,7 @@ class _Step:
         # The gradients of weights and the unembedding stay in the compute dtype.
         eight_bit = 2 * self.inside * L * (2 * self.worked + repeated) if self.model.matmul_dtype else 0.0
         share = MATMUL_EFFICIENCY.get(chip.name, reached(chip).products)
+        share *= SHARED_ROW if self.size("time", "heads") > 1 else 1
         bandwidth = chip.memory_bandwidth * reached(chip).memory
         part_seconds = chip.product_seconds(products, eight_bit) / share + self.attention_seconds() + moved / bandwidth
         return self.parts * part_seconds + 2.5 * self.state_bytes / bandwidth
