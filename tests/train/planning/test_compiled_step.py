@@ -1,7 +1,4 @@
-"""The training step as the compilers leave it: what it sends, holds and calls, against counts by formula.
-
-Each program is compiled once, for devices that are not here: a TPU's takes 10 to 15 seconds of one core, a GPU's 8.
-"""
+"""The training step as the compilers leave it: what it sends, holds and calls, against counts by formula."""
 
 import functools
 import math
@@ -201,6 +198,12 @@ def test_the_residuals_of_a_single_row_are_scattered_too():
     step = step_of(SINGLE_ROW)
     whole = [c for c in step.program.collectives if c.kind == "all-reduce" and "tensor" in c.axes]
     assert max(c.payload_bytes for c in whole) < T * D * BF16 // 4
+
+
+def test_what_is_kept_of_a_single_row_is_in_the_order_of_its_axes():
+    text = step_of(Case(TPU, rows=1, remat="products")).compilation.text
+    kept = [order for order in ("3,2,1,0", "2,3,1,0") if f"bf16[{L},1,{T},{D}]{{{order}:" in text]
+    assert kept == ["3,2,1,0"]
 
 
 def test_gradients_are_summed_for_each_part_of_a_batch():

@@ -142,7 +142,7 @@ def test_a_whole_torus_is_gathered_over_its_rings(slices: int):
     collectives = read_program(program, dict(fsdp.shape)).collectives
     assert [(c.kind, c.axes) for c in collectives] == [("all-gather", ("fsdp",))]
     # It runs while the TensorCores compute.
-    assert slices == 1 or 'async_execution_thread="sparsecore"' in program
+    assert 'async_execution_thread="sparsecore"' in program
 
 
 def mesh(devices: list, **axes: int) -> Mesh:
