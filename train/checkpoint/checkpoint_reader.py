@@ -40,7 +40,8 @@ class CheckpointReader:
             raise self._damaged(name, str(error).splitlines()[0][:160]) from None
         if layer in self._unread[name]:
             self._unread[name].remove(layer)
-            self._sums[name] += partial_checksum(array, (layer or 0) * array.size)
+            start = (layer or 0) * array.size if self.parameters[name].axes else 1
+            self._sums[name] += partial_checksum(array, start)
             if not self._unread[name] and self._sums[name] % 2**32 != self._expected.get(name):
                 raise self._damaged(name, "its bits are not those that were saved")
         return array

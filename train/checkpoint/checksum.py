@@ -4,8 +4,9 @@ The checksum of an array with the words w₀, w₁, … (its elements' bits as u
 
     Σᵢ (2i + 1) · wᵢ · 2654435761  (mod 2³²).
 
-A sum of integers does not depend on its order, so every mesh gives the same number. The factors are odd, so any single
-flipped bit changes it. `checksums` computes it on devices, `partial_checksum` in NumPy for an array read in parts.
+The one word of an array without axes counts as w₁. A sum of integers does not depend on its order, so every mesh gives
+the same number. The factors are odd, so any single flipped bit changes it. `checksums` computes it on devices,
+`partial_checksum` in NumPy for an array read in parts.
 """
 
 import hashlib

@@ -20,7 +20,8 @@ def changes_of(saved: Config, requested: Config) -> dict[str, list[Change]]:
     for group, name, field in config_fields():
         before = getattr(getattr(saved, group), name)
         now = getattr(getattr(requested, group), name)
-        if before != now:
+        # Of groups of parameters, the later wins.
+        if before != now or (isinstance(now, dict) and list(before) != list(now)):
             changes[field.metadata["resume"]].append(Change(f"{group}.{name}", before, now))
     return changes
 

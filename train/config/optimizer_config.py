@@ -7,17 +7,18 @@ from typing import Any
 
 from settings import problems_of, setting, unused_problems
 
-_MOMENTUM = ("muon_momentum", "muon_momentum_start", "muon_momentum_warmup_steps")
+MOMENTUM = ("muon_momentum", "muon_momentum_start", "muon_momentum_warmup_steps")
+DECAY = ("weight_decay", "weight_decay_schedule", "cautious_weight_decay")
 _SOAP = ("beta2", "epsilon", "soap_every_steps", "soap_max_dim")
 # Rules of update, with the fields that not every rule uses.
 USED_BY_RULE = {
     "adamw": ("beta1", "beta2", "epsilon"),
     "lion": ("beta1", "beta2"),
     "adafactor": (),
-    "muon": _MOMENTUM,
-    "normuon": (*_MOMENTUM, "beta2"),
+    "muon": MOMENTUM,
+    "normuon": (*MOMENTUM, "beta2"),
     "soap": ("beta1", *_SOAP),
-    "soap_muon": (*_MOMENTUM, *_SOAP),
+    "soap_muon": (*MOMENTUM, *_SOAP),
 }
 # The rules of matrices and of all other parameters, by the choice of `optimizer.name`.
 RULES = {

@@ -12,13 +12,12 @@ from typing import Any
 from model.config import VOCABULARY_MULTIPLE
 from model.parameters import CONSTANT, Parameter, parameter_table
 from train.config.config import Config, ResolvedConfig
-from train.config.optimizer_config import OF_GROUPS, RULES, OptimizerConfig
+from train.config.optimizer_config import DECAY, OF_GROUPS, RULES, OptimizerConfig
 from train.config.values import check_value, nearest, short_repr, types_of
 
 # The table's roles that share a group.
 VECTORS = ("norm", "bias", "gate", "scalar")
 ROLES = ("embedding", "position", "matrix", "router", "unembedding", "vector")
-DECAY = ("weight_decay", "weight_decay_schedule", "cautious_weight_decay")
 
 
 def parameter_settings(config: ResolvedConfig) -> dict[str, OptimizerConfig]:

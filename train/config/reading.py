@@ -7,6 +7,7 @@ from typing import Any
 
 from data.errors import InputError
 from data.printable import name_problem
+from data.tokenizer.tokenizer import FIM_TOKENS
 from train.config.config import Config, config_fields
 from train.config.parameter_groups import group_problems
 from train.config.values import check_value, nearest, parse_text, short_repr, shown_name, types_of
@@ -74,6 +75,12 @@ def config_problems(config: Config) -> list[str]:
         problems.append(
             f"model.max_positions = {c.model.max_positions} is less than data.segment_length = "
             f"{c.data.segment_length}; raise it, or leave it at none"
+        )
+    trains_tokenizer = c.tokenizer.path is None and c.train.init_from is None
+    if trains_tokenizer and c.data.fim_tokens not in (None, ",".join(FIM_TOKENS)):
+        problems.append(
+            f"data.fim_tokens = {c.data.fim_tokens} is for another's tokenizer; the run trains its own, with the marks "
+            f"{', '.join(FIM_TOKENS)}: leave it at none, or give tokenizer.path"
         )
     first = "batch_size" if c.train.batch_ramp_start is None else "batch_ramp_start"
     rows = getattr(c.train, first)

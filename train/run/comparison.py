@@ -1,7 +1,7 @@
 """Compares finished runs of several variants over the same seeds: figures at the end, and the way to a baseline's.
 
-A seed gives all variants the same initial weights and the same data, so that what two of them differ by is taken seed
-by seed: most of the spread over seeds is common to both, and cancels.
+A seed gives variants of the same shapes the same initial weights, and those of the same data the same order, so that
+what two of them differ by is taken seed by seed: most of the spread over seeds is common to both, and cancels.
 """
 
 import math

@@ -12,7 +12,7 @@ import optax
 from model.parameters import Parameter, parameter_table
 from model.trees import flattened, nested
 from train.config.config import ResolvedConfig
-from train.config.optimizer_config import OptimizerConfig
+from train.config.optimizer_config import DECAY, MOMENTUM, OptimizerConfig
 from train.config.parameter_groups import parameter_settings
 from train.step.adafactor import scale_by_adafactor
 from train.step.muon import orthogonalize
@@ -23,9 +23,7 @@ from train.step.state import Weights
 
 # Fields of the settings of a group that the links of the chain use.
 ADAM = ("beta1", "beta2", "epsilon")
-MOMENTUM = ("muon_momentum", "muon_momentum_start", "muon_momentum_warmup_steps")
 RATE = ("learning_rate", "schedule", "warmup_steps", "decay_fraction", "final_fraction")
-DECAY = ("weight_decay", "weight_decay_schedule", "cautious_weight_decay")
 
 
 def make_optimizer(config: ResolvedConfig) -> optax.GradientTransformation:

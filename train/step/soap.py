@@ -74,8 +74,8 @@ def scale_by_soap(table: Mapping[str, Parameter], c: OptimizerConfig) -> optax.G
 
     As in the authors' code, the first update is zero and counts in no mean of Adam: it only finds the bases. A round
     that moves the bases is a step of the power iteration and a QR decomposition (algorithm 4): one every
-    `soap_every_steps` steps, and FIRST_ROUNDS from the identity for the first bases, where the authors' code calls
-    eigh, whose program for TPUs is large. The statistics decay by `beta2`.
+    `soap_every_steps` steps, and FIRST_ROUNDS from the identity for a matrix's first bases, where the authors' code
+    calls eigh, whose program for TPUs is large. The statistics decay by `beta2`.
     """
 
     def update(gradients: Weights, state: SoapState, _: Weights | None = None) -> tuple[Weights, SoapState]:
@@ -190,10 +190,12 @@ def _of_device(
     for side in sides:
         momentum = product(side.into, momentum, old[side.basis])
         squared = product(side.into, squared, old[side.basis])
-    squares = mean(squares, jnp.square(squared), c.beta2)
+    squares = jnp.where(step == 0, squares, mean(squares, jnp.square(squared), c.beta2))
     update = momentum / (jnp.sqrt(squares) + c.epsilon)
     for side in sides:
         update = product(side.back, update, old[side.basis])
+    if not sides:
+        return update, squares, {}
     gram = {side.statistics: product(side.gram, gradient, gradient) for side in sides}
     new = {field: mean(old[field], x, c.beta2) for field, x in gram.items()}
 
@@ -208,8 +210,12 @@ def _of_device(
             squares = jnp.take_along_axis(squares, jnp.expand_dims(places, -3 - side.axis), side.axis)
         return squares, moved
 
-    is_first = step == 0
-    bases = {field: jnp.where(is_first, jnp.eye(x.shape[-1]), x) for field, x in old.items() if field not in new}
+    # A matrix gets its first bases with its first gradient, which an expert without tokens has later than others.
+    trace = lambda of: jnp.trace(of[sides[0].statistics], axis1=-2, axis2=-1)
+    is_new = trace(old) == 0
+    begun = lambda x: jnp.where(is_new[..., None, None], jnp.eye(x.shape[-1]), x)
+    bases = {side.basis: begun(old[side.basis]) for side in sides}
+    is_first = jnp.any(is_new & (trace(new) > 0))
     rounds = jnp.where(is_first, FIRST_ROUNDS, jnp.where(step % c.soap_every_steps == 0, 1, 0))
     squares, bases = jax.lax.fori_loop(0, rounds, move, (squares, bases))
     return update, squares, new | bases

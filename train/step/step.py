@@ -137,7 +137,9 @@ def accumulated(
 
 def sums_later(parameter: Parameter) -> bool:
     """True for weights that `gather_weight` gathers for use, whose gradient it leaves unsummed over copies."""
-    return parameter.role in ("matrix", "unembedding") and "experts" not in parameter.axes
+    # The gate of smear is a vector, which is not gathered.
+    is_gate = parameter.role == "gate" and "model" in parameter.axes
+    return (parameter.role in ("matrix", "unembedding") or is_gate) and "experts" not in parameter.axes
 
 
 def _resharded(x: jax.Array, **partial: frozenset[str]) -> jax.Array:

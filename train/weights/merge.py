@@ -23,6 +23,7 @@ from model.trees import nested
 from train.checkpoint.checkpoint import Checkpoints
 from train.config.changes import changes_of
 from train.config.config import Config, ResolvedConfig
+from train.config.parameter_groups import parameter_settings
 from train.run.events import Events
 from train.run.folder import Run
 from train.run.run_name import split_name
@@ -98,7 +99,7 @@ def merge(names: Sequence[str], to: Path, weights: Sequence[float] | None = None
         Events(made.events).write("merge", scheme=scheme, of=origins)
 
     write_weights_run(to, _settings(saved, to), parts[0].tokenizer, lambda: _averaged(parts, weights), add)
-    return _decay_warnings(parts, saved) if decay else []
+    return _decay_warnings(parts, saved.resolved(parts[0].tokenizer.vocab_size)) if decay else []
 
 
 def decay_weights(steps: Sequence[int]) -> list[int]:
@@ -191,16 +192,18 @@ def _decay_problems(parts: Sequence[Part]) -> list[str]:
     return problems
 
 
-def _decay_warnings(parts: Sequence[Part], config: Config) -> list[str]:
-    """Returns a line if the learning rate changes between the first and the last checkpoint."""
+def _decay_warnings(parts: Sequence[Part], config: ResolvedConfig) -> list[str]:
+    """Returns a line if the learning rate of any parameter changes between the first and the last checkpoint."""
     first, last = parts[0].step, parts[-1].step
-    rates = np.broadcast_to(learning_rate(config)(jnp.arange(first, last)), last - first)
-    if np.allclose(rates, rates[0], rtol=1e-5, atol=0.0):
-        return []
-    return [
-        f"the learning rate of {parts[0].run.folder} is not constant from step {first} to {last}: "
-        f"it goes from {rates.max():.3g} to {rates.min():.3g}, which the average adds its decay to"
-    ]
+    for settings in {repr(s): s for s in parameter_settings(config).values()}.values():
+        schedule = learning_rate(dataclasses.replace(config, optimizer=settings))
+        rates = np.broadcast_to(schedule(jnp.arange(first, last)), last - first)
+        if not np.allclose(rates, rates[0], rtol=1e-5, atol=0.0):
+            return [
+                f"the learning rate of {parts[0].run.folder} is not constant from step {first} to {last}: "
+                f"it goes from {rates.max():.3g} to {rates.min():.3g}, which the average adds its decay to"
+            ]
+    return []
 
 
 def _settings(config: Config, to: Path) -> Config:

@@ -24,6 +24,7 @@ from train.devices.mesh import one_device_mesh
 LAYERS, WIDTH = 6, 512
 TABLE = {
     "embedding.table": Parameter({"vocabulary": 256, "model": 8}, (), "embedding"),
+    "embedding.smear": Parameter({}, (), "scalar"),
     "blocks.norm.scale": Parameter({"layers": LAYERS, "width": WIDTH}, (), "norm"),
     "blocks.up": Parameter({"layers": LAYERS, "model": WIDTH, "feedforward": WIDTH}, ("model",), "matrix"),
 }
@@ -40,10 +41,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.
     """(folder of checkpoints, its weights by name) with a layer of 1 MiB."""
     folder = tmp_path_factory.mktemp("stored")
     random = np.random.default_rng(0)
-    flat = {name: random.normal(size=p.shape).astype(np.float32) for name, p in TABLE.items()}
+    flat = {name: np.asarray(random.normal(size=p.shape), np.float32) for name, p in TABLE.items()}
     blocks = {"norm": {"scale": flat["blocks.norm.scale"]}, "up": flat["blocks.up"]}
     with jax.set_mesh(one_device_mesh()):
-        weights = jax.tree.map(jnp.asarray, {"embedding": {"table": flat["embedding.table"]}, "blocks": blocks})
+        embedding = {name: flat[f"embedding.{name}"] for name in ("table", "smear")}
+        weights = jax.tree.map(jnp.asarray, {"embedding": embedding, "blocks": blocks})
         checkpoints = Checkpoints(folder, CheckpointConfig())
         checkpoints.save({"step": jnp.int32(0), "weights": weights}, {})
         checkpoints.wait()
@@ -75,6 +77,7 @@ def test_a_layer_is_read_without_the_others(saved):
     folder, flat = saved
     read = opened(folder)
     np.testing.assert_array_equal(read("embedding.table", None), flat["embedding.table"])
+    np.testing.assert_array_equal(read("embedding.smear", None), flat["embedding.smear"])
     np.testing.assert_array_equal(read("blocks.norm.scale", 3), flat["blocks.norm.scale"][3])
     before = bytes_read()
     np.testing.assert_array_equal(read("blocks.up", 4), flat["blocks.up"][4])

@@ -17,6 +17,13 @@ def test_changes_follow_the_rule_of_their_field():
     assert changes_of(after, after) == {"frozen": [], "warn": [], "free": []}
 
 
+def test_another_order_of_groups_is_a_change():
+    groups = ['{"*.query": {"learning_rate": 0.2}, "blocks.*": {"learning_rate": 0.1}}']
+    groups.append('{"blocks.*": {"learning_rate": 0.1}, "*.query": {"learning_rate": 0.2}}')
+    before, after = (make_config({}, {"optimizer.groups": text}) for text in groups)
+    assert [change.field for change in changes_of(before, after)["warn"]] == ["optimizer.groups"]
+
+
 def test_a_table_has_aligned_columns_and_values_as_flags_give_them():
     changes = [Change("a.b", None, True), Change("data.corpus", "0123456789abcdef" * 4, {"x": 1})]
     assert table(changes).splitlines() == [

@@ -152,6 +152,10 @@ def test_everything_wrong_is_reported_at_once_with_the_nearest_name():
             "adafactor's decay grows beyond 0.9961 in train.num_steps = 1025",
         ),
         ({"train": {"run_dir": ""}}, "train.run_dir is empty"),
+        (
+            {"data": {"fim_rate": 0.5, "fim_tokens": "<P>,<S>,<M>"}},
+            "is for another's tokenizer",
+        ),
         ({"checkpoint": {"keep": 0}}, "checkpoint.keep is 0"),
         ({"model": {"num_layers": True}}, "it must be a whole number"),
         ({3: {}}, "3: there is no such group"),

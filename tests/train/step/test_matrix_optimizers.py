@@ -1,11 +1,13 @@
 """NorMuon, SOAP and SOAP before Muon, matrix by matrix, against NumPy; Muon's momentum as it rises."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from model.parameters import parameter_table
-from model.trees import flattened
+from model.parameters import Parameter, parameter_table
+from model.trees import flattened, nested
 from tests.optimizers import (
     DECAY,
     STEPS,
@@ -20,6 +22,7 @@ from tests.optimizers import (
 from tests.small import mesh_of
 from train.config.config import Config
 from train.step.optimizer import make_optimizer
+from train.step.soap import scale_by_soap
 from train.step.state import abstract_state
 
 
@@ -129,6 +132,39 @@ def test_soap_is_the_papers_on_one_side_and_on_both(every: int):
     # The first gradient of a longer side does not determine its eigenvectors.
     config = config_for("soap", weight_decay=DECAY, soap_every_steps=every, soap_max_dim=32)
     assert_same_updates(config, by_numpy(config, Soap), 2e-3)
+
+
+def first_matrix(table: dict[str, Parameter]) -> str:
+    return next(name for name, p in table.items() if p.role == "matrix")
+
+
+def test_soap_without_sides_is_adam_one_step_late():
+    config = config_for("soap", soap_max_dim=1)
+    table = parameter_table(config.model)
+    name = first_matrix(table)
+    soap, adam = scale_by_soap(table, config.optimizer), optax.scale_by_adam(0.9, 0.95, 1e-8)
+    with jax.set_mesh(mesh_of()):
+        gradient = jnp.full(table[name].shape, 0.5)
+        states = soap.init(nested({name: gradient})), adam.init(nested({name: gradient}))
+        nothing, state = soap.update(nested({name: gradient}), states[0])
+        late, _ = soap.update(nested({name: gradient}), state)
+        update, _ = adam.update(nested({name: gradient}), states[1])
+    assert not flattened(nothing)[name].any()
+    assert_close(flattened(late), flattened(update), 1e-5)
+
+
+def test_a_matrix_has_its_first_bases_from_its_first_gradient():
+    """One that is zero at first, as with `zero_init_outputs`, ends where it would have begun a step later."""
+    config = config_for("soap", soap_every_steps=10)
+    table = parameter_table(config.model)
+    name = first_matrix(table)
+    soap = scale_by_soap(table, config.optimizer)
+    with jax.set_mesh(mesh_of()):
+        gradient = jax.random.normal(jax.random.key(0), table[name].shape)
+        first = soap.init(nested({name: gradient}))
+        _, late = soap.update(nested({name: jnp.zeros_like(gradient)}), first)
+        bases = [soap.update(nested({name: gradient}), state)[1].row_bases for state in (first, late)]
+    assert_close(flattened(bases[1]), flattened(bases[0]), 1e-5)
 
 
 def test_soap_before_muon_is_that_of_modded_nanogpt():
