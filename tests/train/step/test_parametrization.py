@@ -168,6 +168,10 @@ def test_initial_values_and_rates_do_what_the_multipliers_of_the_papers_do(model
     [
         ({}, {"blocks.attention.output", "blocks.feedforward.down"}),
         ({"norm_placement": "output"}, {"blocks.attention_norm.scale", "blocks.feedforward_norm.scale"}),
+        (
+            {"norm_placement": "both", "norm_offset": True},
+            {"blocks.attention_output_norm.scale", "blocks.feedforward_output_norm.scale"},
+        ),
     ],
 )
 def test_what_ends_a_branch_has_the_factor_of_the_depth(model: dict, ends: set[str]):
@@ -177,7 +181,8 @@ def test_what_ends_a_branch_has_the_factor_of_the_depth(model: dict, ends: set[s
     tables = parameter_table(shallow.model), parameter_table(deep.model)
     for name in ends:
         assert 4 * after[name].learning_rate == pytest.approx(before[name].learning_rate)
-        assert 4 * tables[1][name].scale == pytest.approx(tables[0][name].scale)
+        start = [table[name].scale + deep.model.norm_offset for table in tables]
+        assert 4 * start[1] == pytest.approx(start[0])
 
 
 def test_experts_are_matrices_and_routers_have_few_outputs():
