@@ -107,6 +107,7 @@ class ModelConfig(ModelFields):
             problems.append("model.activation = clamped_swiglu is gated; set model.gated")
         if self.block != "sequential" and self.norm_placement != "pre":
             problems.append(f"model.block = {self.block} is for model.norm_placement = pre, not {self.norm_placement}")
+        problems += self._parametrization_problems()
         problems += self._pattern_problems()
         problems += self._latent_problems()
         problems += self._expert_problems()
@@ -134,6 +135,34 @@ class ModelConfig(ModelFields):
             numbers = divisors(getattr(self, name) or "")
             if len(numbers) != rotated // 2 or not all(number > 0 for number in numbers):
                 problems.append(f"model.{name} must be {rotated // 2} numbers above 0 with commas between them")
+        return problems
+
+    def _parametrization_problems(self) -> list[str]:
+        given = f"model.parametrization = {self.parametrization}"
+        if self.parametrization == "standard":
+            return unused_problems("model", self, dict.fromkeys(("base_dim", "base_layers"), given))
+        problems = []
+        if self.tie_embeddings:
+            problems.append(f"{given} trains embedding and unembedding at different rates; leave out tie_embeddings")
+        if self.norm_placement == "post":
+            problems.append(
+                f"{given} scales the branches, and a norm after each sum undoes that; give another model.norm_placement"
+            )
+        fixed = {"kv_latent_dim": None, "shared_expert_gate": False, "smear": False, "attention_gate": False}
+        fixed |= {"value_embedding_every": None, "residual_scalars": False}
+        chosen = [name for name, without in fixed.items() if getattr(self, name) != without]
+        problems += [f"{given} has no rule for model.{name}; leave it out" for name in chosen]
+        if self.base_dim is None:
+            return [*problems, f"{given} needs model.base_dim, the model_dim for which the learning rate was chosen"]
+        heads = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads}
+        for name, number in heads.items():
+            # A single key/value head is one at every width.
+            if number and number * self.base_dim % self.model_dim and (name, number) != ("num_kv_heads", 1):
+                problems.append(
+                    f"model.{name} = {number} would be {number * self.base_dim / self.model_dim:.3g} at "
+                    f"model.base_dim = {self.base_dim}, of model.model_dim = {self.model_dim}; change one, since the "
+                    "width of a head stays"
+                )
         return problems
 
     def _latent_problems(self) -> list[str]:

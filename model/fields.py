@@ -40,6 +40,18 @@ class ModelFields:
     vocab_size: int | None = setting(
         None, "number of token ids", unset="those of the tokenizer", at_least=1, at_most=2**24
     )
+    parametrization: str = setting(
+        "standard",
+        "what the size changes: standard, no learning rate; mup, initial values and rates of each parameter, so that "
+        "the best learning rate is that of base_dim and base_layers (Yang et al. 2022; CompleteP, Dey et al. 2025)",
+        choices=("standard", "mup"),
+    )
+    base_dim: int | None = setting(
+        None, "model_dim for which mup's learning rate is given", unset="not set", at_least=1, at_most=2**20
+    )
+    base_layers: int | None = setting(
+        None, "num_layers for which it is given", unset="num_layers", at_least=1, at_most=10_000
+    )
 
     # ── Floor 1: token embedding ───────────────────────────────────────────────────────────────────────────────────
     tie_embeddings: bool = setting(False, "use the transposed embedding as the unembedding")

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from model.config import VOCABULARY_MULTIPLE, ResolvedModelConfig
 from model.layers import layers_with
+from model.parametrization import size_factors
 from model.sharding import UNSHARDED, Layout
 from model.trees import nested
 
@@ -71,12 +72,12 @@ def parameter_table(config: ResolvedModelConfig) -> dict[str, Parameter]:
     GPT-2, Radford et al. 2019). Matrices start at 1/√fan_in. The two of a pre-norm block that write to the residual
     stream start lower by √(2L) (GPT-2, too) and by the embedded tokens' deviation, so that all blocks together add no
     more than the embedding did; with `zero_init_outputs` they start at zero. Norms start as the identity, biases at
-    zero. Gates start at zero, so that none depends on its input yet.
+    zero. Gates start at zero, so that none depends on its input yet. `model.parametrization` may scale these values.
     """
     c = config
     table_deviation = 1 / math.sqrt(c.model_dim) if c.tie_embeddings or c.scale_embeddings else 1.0
     stream = table_deviation * (math.sqrt(c.model_dim) if c.scale_embeddings else 1.0) * c.embedding_multiplier
-    residual = stream / math.sqrt(2 * c.num_layers) if c.norm_placement == "pre" else 1.0
+    residual = stream / math.sqrt(2 * (c.base_layers or c.num_layers)) if c.norm_placement == "pre" else 1.0
     residual = 0.0 if c.zero_init_outputs else residual
     model, vocabulary = {"model": c.model_dim}, {"vocabulary": padded_vocabulary(c)}
     layers, width = {"layers": c.num_layers}, {"width": c.model_dim}
@@ -109,7 +110,14 @@ def parameter_table(config: ResolvedModelConfig) -> dict[str, Parameter]:
         table |= _norm(c, "norm", width)
     if not c.tie_embeddings:
         table["unembedding.matrix"] = Parameter(model | vocabulary, ("model",), "unembedding")
-    return table
+    return {name: _at_size(c, name, p) for name, p in table.items()}
+
+
+def _at_size(c: ResolvedModelConfig, name: str, p: Parameter) -> Parameter:
+    """Returns the parameter with initial values as `model.parametrization` says, given those of the base model."""
+    offset = float(c.norm_offset) if p.role == "norm" else 0.0
+    factor = size_factors(c, name, p.role).initial
+    return p if factor == 1 else replace(p, scale=(p.scale + offset) * factor - offset)
 
 
 def _norm(c: ResolvedModelConfig, name: str, axes: dict[str, int]) -> dict[str, Parameter]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from model.config import VOCABULARY_MULTIPLE
 from model.parameters import CONSTANT, Parameter, parameter_table
+from model.parametrization import size_factors
 from train.config.config import Config, ResolvedConfig
 from train.config.optimizer_config import DECAY, OF_GROUPS, RULES, OptimizerConfig
 from train.config.values import check_value, nearest, short_repr, types_of
@@ -18,12 +19,41 @@ from train.config.values import check_value, nearest, short_repr, types_of
 # The table's roles that share a group.
 VECTORS = ("norm", "bias", "gate", "scalar")
 ROLES = ("embedding", "position", "matrix", "router", "unembedding", "vector")
+# Rules whose updates have elements of a fixed size, and singular values of one; `model.parametrization` has no others.
+ELEMENTWISE = ("adamw", "lion")
+ORTHOGONALIZED = ("muon", "normuon", "soap_muon")
 
 
 def parameter_settings(config: ResolvedConfig) -> dict[str, OptimizerConfig]:
     """Returns the optimizer's settings of every parameter, by its name."""
     table = parameter_table(config.model)
-    return {name: _settings(config.optimizer, name, p) for name, p in table.items()}
+    return {name: _at_size(config, name, p, _settings(config.optimizer, name, p)) for name, p in table.items()}
+
+
+def _at_size(config: ResolvedConfig, name: str, p: Parameter, s: OptimizerConfig) -> OptimizerConfig:
+    """Returns settings at the model's size, given those at its base size; rate × decay is the same at both."""
+    factors = size_factors(config.model, name, p.role, rule_of(s, p) in ORTHOGONALIZED)
+    return replace(
+        s,
+        learning_rate=s.learning_rate * factors.rate,
+        weight_decay=s.weight_decay / factors.rate,
+        epsilon=s.epsilon * factors.epsilon,
+    )
+
+
+def rule_of(s: OptimizerConfig, p: Parameter) -> str:
+    """Returns the rule that updates a parameter."""
+    return RULES[s.name][p.role != "matrix"]
+
+
+def parametrization_problems(config: Config) -> list[str]:
+    """Returns a line if `model.parametrization` has no rule for the optimizer."""
+    c = config.optimizer
+    known = [name for name, (rule, _) in RULES.items() if rule in (*ELEMENTWISE, *ORTHOGONALIZED)]
+    if config.model.parametrization == "standard" or c.name not in RULES or c.name in known:
+        return []
+    given = f"model.parametrization = {config.model.parametrization}"
+    return [f"{given} has no rule for optimizer.name = {c.name}; give {', '.join(known)}"]
 
 
 def _settings(c: OptimizerConfig, name: str, p: Parameter) -> OptimizerConfig:
@@ -109,5 +139,6 @@ def _match_problems(c: OptimizerConfig, group: str, table: Mapping[str, Paramete
 
 
 def _unused(settings: OptimizerConfig, p: Parameter) -> dict[str, str]:
-    rule = RULES[settings.name][p.role != "matrix"]
-    return settings.unused([rule]) | (dict.fromkeys(DECAY, "vectors, which do not decay") if p.role in CONSTANT else {})
+    return settings.unused([rule_of(settings, p)]) | (
+        dict.fromkeys(DECAY, "vectors, which do not decay") if p.role in CONSTANT else {}
+    )

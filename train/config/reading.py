@@ -9,7 +9,7 @@ from data.errors import InputError
 from data.printable import name_problem
 from data.tokenizer.tokenizer import FIM_TOKENS
 from train.config.config import Config, config_fields
-from train.config.parameter_groups import group_problems
+from train.config.parameter_groups import group_problems, parametrization_problems
 from train.config.values import check_value, nearest, parse_text, short_repr, shown_name, types_of
 
 # Fields that may hold any text; all other texts are names.
@@ -64,6 +64,7 @@ def config_problems(config: Config) -> list[str]:
     groups = (c.model, c.data, c.tokenizer, c.mesh, c.train, c.checkpoint, c.recovery, c.evaluation)
     problems = [problem for group in groups for problem in group.problems()]
     problems += c.optimizer.problems(c.train.num_steps)
+    problems += parametrization_problems(config)
     problems += group_problems(config, has_table=not (c.model.problems() or c.data.problems()))
     for group, name, _ in config_fields():
         field = f"{group}.{name}"

@@ -17,7 +17,7 @@ from model.decoder import Decoder
 from model.interchange.family import Family
 from model.interchange.huggingface import FAMILIES, Interchange, family_of
 from model.interchange.tensors import nested_weights, reader_of
-from model.parameters import parameter_table
+from model.parameters import initial_weights, parameter_table
 from model.trees import flattened, nested
 from tests.model.interchange.expert_models import EXPERT_MODELS, EXPERTS, LATENT, SHARED, YARN
 from tests.peers import require
@@ -166,6 +166,16 @@ def test_weights_and_config_come_back_bit_for_bit(changes: dict):
 def test_transformers_computes_the_same_logits(changes: dict):
     config = a_model(changes)
     assert_same_logits(config, small_weights(config))
+
+
+def test_a_model_trained_under_mup_goes_out_as_any_other():
+    config = a_model({"parametrization": "mup", "base_dim": 16, "base_layers": 1})
+    weights = jax.jit(lambda: initial_weights(config, 0))()
+    (values, tensors), (usual, others) = theirs_of(config, weights), theirs_of(a_model({}), weights)
+    assert values == usual
+    assert values["architectures"] == ["LlamaForCausalLM"]
+    assert all(np.array_equal(tensors[name], x) for name, x in others.items())
+    assert_same_logits(config, weights)
 
 
 def test_all_families_are_among_those_models():

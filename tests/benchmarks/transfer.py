@@ -1,0 +1,119 @@
+"""Does the best learning rate of a small model hold for a wide one: sweeps over widths, under standard and under mup.
+
+    python -m tests.benchmarks.transfer --to=FOLDER [--widths=64,128,256,512] [--optimizers=adamw,muon] [--steps=400]
+
+Models of 2 layers with heads of 32 read the same tokens of the default corpus. Rates are powers of √2 times an
+optimizer's FIRST: two on each side of it at first, and then one more at the end at which the best one is, until it is
+at none. The best rate of a width lies on the parabola through the best point and its neighbours, over the logarithm of
+the rate. Under mup the rate is that of the first width, which is the base.
+
+Bits a byte are of held-out documents, at a run's end. The runs are ordinary ones in FOLDER/OPTIMIZER-PARAMETRIZATION-
+WIDTH-POWER-SEED: the same command again goes on where it stopped. The last line is one JSON object, with the ratio of
+the largest to the smallest best rate by optimizer and parametrization.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import subprocess
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from tests.benchmarks.learning import train
+from train.run.step_log import held_out_figure
+
+# Near the best rates at width 64.
+FIRST = {"adamw": 2**-7, "muon": 2**-6}
+# The most powers of √2 that a sweep goes away from FIRST.
+FARTHEST = 10
+RECIPE = {
+    "model.num_layers": "2", "model.head_dim": "32", "model.num_kv_heads": "none", "model.qk_norm": "false",
+    "model.scale_embeddings": "false", "tokenizer.vocab_size": "1024", "data.segment_length": "128",
+    "data.num_workers": "0", "optimizer.schedule": "linear", "optimizer.muon_momentum": "0.95",
+    "optimizer.decay_fraction": "0.2", "optimizer.final_fraction": "0.1", "optimizer.weight_decay": "0.1",
+    "optimizer.warmup_steps": "10", "train.batch_size": "16", "evaluation.max_bytes": "131072",
+    "evaluation.loop_bytes": "4096", "evaluation.sample_tokens": "0",
+}  # fmt: skip
+
+
+def fields_of(optimizer: str, parametrization: str, width: int, base: int, steps: int) -> dict[str, str]:
+    """The settings of a run, but for its rate."""
+    sizes = {"model.model_dim": width, "model.num_heads": width // 32, "model.feedforward_dim": 3 * width}
+    once = {"train.num_steps": steps, "checkpoint.every_steps": steps, "evaluation.every_steps": steps}
+    fields = {name: str(value) for name, value in (sizes | once).items()} | {"optimizer.name": optimizer}
+    if parametrization == "mup":
+        fields |= {"model.parametrization": "mup", "model.base_dim": str(base)}
+    return RECIPE | fields
+
+
+def bits_of(folder: Path, fields: dict[str, str], seed: int, power: int) -> float:
+    """Bits a byte at a power of √2, infinite of a run that diverged."""
+    rate = FIRST[fields["optimizer.name"]] * 2 ** (power / 2)
+    place = Path(f"{folder}-{power:+d}-{seed}")
+    try:
+        return held_out_figure(
+            train(place, fields | {"optimizer.learning_rate": f"{rate:.6g}"}, seed)[-1], "bits_per_byte"
+        )
+    except subprocess.CalledProcessError as error:
+        # A fault, such as too many outlier steps; what it was is on standard error.
+        if error.returncode != 1:
+            raise
+        return math.inf
+
+
+def sweep(bits_at: Callable[[int], float]) -> dict[int, float]:
+    """Bits a byte by power of √2, from one on each side of the best, or as far as a sweep goes."""
+    found = {power: bits_at(power) for power in range(-2, 3)}
+    while True:
+        best = min(found, key=lambda power: found[power])
+        following = [power for power in (best - 1, best + 1) if power not in found and abs(power) <= FARTHEST]
+        if not following:
+            return found
+        found |= {power: bits_at(power) for power in following}
+
+
+def lowest(found: dict[int, float]) -> float:
+    """The power at which the parabola through the best point and its neighbours is lowest."""
+    best = min(found, key=lambda power: found[power])
+    if not {best - 1, best + 1} <= found.keys():
+        return best
+    below, at, above = (found[best + step] for step in (-1, 0, 1))
+    curvature = below - 2 * at + above
+    if not math.isfinite(curvature) or curvature == 0:
+        return best
+    return best + (below - above) / (2 * curvature)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="where the runs are, or will be")
+    parser.add_argument("--widths", default="64,128,256,512", help="multiples of 32, the base first [64,128,256,512]")
+    parser.add_argument("--optimizers", default="adamw,muon", help="[adamw,muon]")
+    parser.add_argument("--steps", type=int, default=400, help="of each run [400]")
+    parser.add_argument("--seed", type=int, default=0, help="of tokenizer, weights and order [0]")
+    arguments = parser.parse_args()
+    widths = [int(width) for width in arguments.widths.split(",")]
+    rates: dict[str, dict[str, dict[int, float]]] = {}
+    for optimizer in arguments.optimizers.split(","):
+        rates[optimizer] = {name: {} for name in ("standard", "mup")}
+        for parametrization, width in itertools.product(rates[optimizer], widths):
+            place = f"{optimizer}-{parametrization}-{width}"
+            fields = fields_of(optimizer, parametrization, width, widths[0], arguments.steps)
+            found = sweep(partial(bits_of, arguments.to / place, fields, arguments.seed))
+            rates[optimizer][parametrization][width] = FIRST[optimizer] * 2 ** (lowest(found) / 2)
+            shown = "  ".join(f"{power:+d}: {found[power]:.4f}" for power in sorted(found))
+            print(f"{place:22} best rate {rates[optimizer][parametrization][width]:.2e}   {shown}", flush=True)
+    spread = lambda of_widths: max(of_widths.values()) / min(of_widths.values())
+    print(f"\n{'best rate':18}" + "".join(f"{width:>10}" for width in widths) + "   largest / smallest")
+    for optimizer, of_parametrization in rates.items():
+        for parametrization, of_widths in of_parametrization.items():
+            of_each = "".join(f"{rate:10.2e}" for rate in of_widths.values())
+            print(f"{optimizer + ' ' + parametrization:18}{of_each}   {spread(of_widths):.2f}")
+    ratios = {optimizer: {name: spread(found) for name, found in of.items()} for optimizer, of in rates.items()}
+    print(json.dumps({"best_rates": rates, "ratios": ratios, "seed": arguments.seed}))
+
+
+if __name__ == "__main__":
+    main()
