@@ -277,9 +277,7 @@ def equality_problems(equal: str, baseline: str, configs: Mapping[str, Config]) 
             problems.append((name, f'train.num_steps follows from equal = "{TIME}"; only {baseline} can have its own'))
         if equal == TIME and train.init_from is not None and train.init_with != "weights":
             remedy = f'with equal = "{TIME}" give train.init_with=weights'
-            problems.append(
-                (name, f"train.init_with = {train.init_with} counts its parent's steps as its own; {remedy}")
-            )
+            problems.append((name, f"train.init_with = {train.init_with} counts its parent's steps; {remedy}"))
         if equal == TIME and train.batch_ramp_start:
             problems.append((name, f'train.batch_ramp_start makes steps unlike each other; with equal = "{TIME}" '
                                    "leave it at none"))  # fmt: skip
