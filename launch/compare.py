@@ -8,22 +8,20 @@ on where it stopped. FOLDER/compare.html shows their curves over each other.
 import argparse
 import hashlib
 import json
-import logging
 import math
-import multiprocessing
 from collections.abc import Mapping
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
-from data.errors import Fault, InputError
+from data.errors import InputError
 from data.files.atomic import atomic_file
 from data.files.json_file import read_json
 from launch.arguments import add_json, check_output, path
 from launch.compare_text import Compared, as_json, comparison_text, notes, table_rows
 from launch.experiment import TIME, Experiment, read_experiment
-from launch.many_runs import PlannedRun, command_line, folder_problems, plan_run, say, train_all, unfinished
-from train.config.config import Config, to_json
+from launch.local import DONE, PREEMPTED
+from launch.many_runs import PlannedRun, command_line, folder_problems, plan_run, train_each, unfinished
+from launch.step_times import check_devices, time_steps
+from train.config.config import to_json
 from train.run.comparison import compare_outcomes, outcome_of
 from train.run.run_name import CONFIG_FILE
 from train.run.step_log import median_rate, read_metrics
@@ -41,14 +39,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Trains what is not finished, writes the page and prints the table; or prints the commands."""
+    """Trains what is not finished, writes the page and prints the table; or prints the commands.
+
+    Returns the status of the first run that failed, if any: its variant has no figures, and the others have theirs.
+    """
     from launch.page.overlay_page import make_overlay_page
     from launch.page.report_page import GENERATOR
 
     if arguments.json and arguments.print_commands:
         raise InputError("--json has no effect with --print-commands; leave one out")
-    experiment = read_experiment(arguments.file)
     folder = arguments.to or Path("runs") / arguments.file.stem
+    experiment = read_experiment(arguments.file, folder)
     page = folder / "compare.html"
     if (folder / CONFIG_FILE).exists():
         raise InputError(f"{folder} is a run itself; name another folder with --to=FOLDER")
@@ -57,19 +58,27 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.print_commands:
         print("".join(f"{command_line(planned)}\n" for planned in unfinished([*runs.values()])), end="")
         return 0
-    if status := train_all([*runs.values()]):
-        return status
-    compared = compare_runs(experiment, folder, runs)
-    groups = {name: [runs[name, seed].run for seed in experiment.seeds] for name in experiment.configs}
+    failed = train_each([*runs.values()])
+    if PREEMPTED in failed.values():
+        return PREEMPTED
+    compared = compare_runs(experiment, folder, runs, failed)
+    # A run that failed early may have left nothing to draw.
+    begun = {place: planned.run for place, planned in runs.items() if planned.run.config_file.exists()}
+    groups = {name: [begun[name, seed] for seed in experiment.seeds if (name, seed) in begun]
+              for name in experiment.configs}  # fmt: skip
     with atomic_file(page) as partial:
         rows = table_rows(compared.figures, experiment)
-        partial.write_text(make_overlay_page(arguments.file.stem, groups, rows, notes(compared)))
+        drawn = {name: of_variant for name, of_variant in groups.items() if of_variant}
+        partial.write_text(make_overlay_page(arguments.file.stem, drawn, rows, notes(compared)))
     print(json.dumps(as_json(compared)) if arguments.json else f"{comparison_text(compared)}\ncurves: {page}")
-    return 0
+    return next(iter(failed.values()), DONE)
 
 
 def planned_runs(experiment: Experiment, folder: Path, only_planned: bool = False) -> Runs:
-    """Returns all runs, seed by seed. Times their steps first, unless that is known or they are `only_planned` here.
+    """Returns all runs, seed by seed. With equal = "time" their steps are timed first, unless that is known.
+
+    Args:
+        only_planned: whether these runs are to be started elsewhere, so that this machine's devices matter little.
 
     Raises InputError with all folders that hold other runs, and all configs that do not fit the devices.
     """
@@ -81,7 +90,10 @@ def planned_runs(experiment: Experiment, folder: Path, only_planned: bool = Fals
     if problems := folder_problems([*runs.values()]):
         raise InputError("\n".join(problems))
     is_unknown = None in steps.values()
-    if is_unknown or (not only_planned and unfinished([*runs.values()])):
+    trains = not only_planned and unfinished([*runs.values()])
+    if trains and not is_timed:
+        check_devices(experiment.configs)
+    if is_unknown or (trains and is_timed):
         seconds = step_seconds(experiment, folder)
         if is_unknown:
             own = seconds[experiment.baseline] * (steps[experiment.baseline] or 0)
@@ -116,41 +128,14 @@ def begun_steps(folder: Path, variant: str, experiment: Experiment) -> int | Non
 
 
 def step_seconds(experiment: Experiment, folder: Path) -> dict[str, float]:
-    """Returns the seconds of a step of each variant, from an earlier call or timed in turns by a process of their own.
-
-    That process has the devices for itself, and leaves them to the runs.
-    """
+    """Returns the seconds of a step of each variant, from an earlier call or timed in turns now."""
     if known := known_step_seconds(experiment, folder):
         return known
-    say(f"timing a step of {', '.join(experiment.configs)}, in turns")
-    receiver, sender = multiprocessing.get_context("spawn").Pipe(duplex=False)
-    process = multiprocessing.get_context("spawn").Process(target=send_steps, args=(sender, experiment.configs))
-    process.start()
-    sender.close()
-    try:
-        seconds: Any = receiver.recv()
-    except EOFError:
-        seconds = None
-    process.join()
-    if isinstance(seconds, InputError):
-        raise seconds
-    if seconds is None:
-        raise Fault(f"the process that timed the steps ended with status {process.exitcode}; start again")
+    seconds = time_steps(experiment.configs)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_file(folder / "step_seconds.json") as partial:
         partial.write_text(json.dumps({"variants": fingerprint(experiment), "seconds": seconds}) + "\n")
-    return dict(seconds)
-
-
-def send_steps(sender: Connection, configs: Mapping[str, Config]) -> None:
-    """Times the steps in this process, and sends them, or what is wrong with the configs."""
-    from train.planning.this_machine import steps_in_turns
-
-    logging.basicConfig(format="%(message)s")
-    try:
-        sender.send(steps_in_turns({name: c.resolved(c.tokenizer.vocab_size) for name, c in configs.items()}))
-    except InputError as error:
-        sender.send(error)
+    return seconds
 
 
 def known_step_seconds(experiment: Experiment, folder: Path) -> dict[str, float]:
@@ -171,12 +156,17 @@ def fingerprint(experiment: Experiment) -> str:
     return hashlib.sha256("".join(map(to_json, experiment.configs.values())).encode()).hexdigest()
 
 
-def compare_runs(experiment: Experiment, folder: Path, runs: Runs) -> Compared:
-    """Returns what finished runs say. Raises InputError where their settings have changed meanwhile."""
+def compare_runs(experiment: Experiment, folder: Path, runs: Runs, failed: Mapping[str, int] | None = None) -> Compared:
+    """Returns what finished runs say. Raises InputError where their settings have changed meanwhile.
+
+    Args:
+        failed: exit statuses of runs that did not come to their end, by name; their variants have no figures.
+    """
     # A config file may have been edited while they were training.
     if problems := folder_problems([*runs.values()]):
         raise InputError("\n".join(problems))
-    names, seeds = list(experiment.configs), experiment.seeds
+    seeds, failed = experiment.seeds, failed or {}
+    names = [n for n in experiment.configs if not any(runs[n, seed].name in failed for seed in seeds)]
     outcomes = {name: [outcome_of(runs[name, seed].run) for seed in seeds] for name in names}
     step_tokens = {name: c.train.batch_size * c.data.segment_length for name, c in experiment.configs.items()}
     seconds = known_step_seconds(experiment, folder)
@@ -187,4 +177,4 @@ def compare_runs(experiment: Experiment, folder: Path, runs: Runs) -> Compared:
             seconds[name] = step_tokens[name] * len(rates) / max(sum(rates), 1e-9)
     texts = [{tuple(runs[name, seed].run.held_out_texts()) for name in names} for seed in seeds]
     figures = compare_outcomes(outcomes, experiment.baseline, seconds, step_tokens)
-    return Compared(experiment, figures, in_turns, all(len(of_seed) == 1 for of_seed in texts))
+    return Compared(experiment, figures, in_turns, all(len(of_seed) <= 1 for of_seed in texts), dict(failed))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,12 +25,14 @@ class Compared:
     Attributes:
         in_turns: whether steps were timed in turns in one process; if not, by each run's own log.
         same_texts: whether all runs of a seed evaluated the same documents.
+        failed: exit statuses of runs that did not come to their end, by name; `figures` lacks their variants.
     """
 
     experiment: Experiment
     figures: dict[str, Figures]
     in_turns: bool
     same_texts: bool
+    failed: dict[str, int] = field(default_factory=dict)
 
 
 def table_rows(figures: Mapping[str, Figures], experiment: Experiment) -> list[Sequence[str]]:
@@ -38,8 +40,12 @@ def table_rows(figures: Mapping[str, Figures], experiment: Experiment) -> list[S
     title = ("variant", "bits a byte", "loss", f"next to {experiment.baseline}", "more than the seeds'",
              "tokens to its end", "time", "a step")  # fmt: skip
     rows: list[Sequence[str]] = [title]
-    for name, of in figures.items():
-        difference, is_clear = "", ""
+    for name in experiment.configs:
+        if (of := figures.get(name)) is None:
+            rows.append((name, *["n/a"] * (len(title) - 1)))
+            continue
+        is_left_out = name != experiment.baseline and not of.difference
+        difference, is_clear = ("n/a", "n/a") if is_left_out else ("", "")
         if of.difference:
             margin = of.difference.margin
             difference = f"{of.difference.mean:+.4f}" + ("" if margin is None else f" ± {margin:.4f}")
@@ -83,13 +89,15 @@ def notes(compared: Compared) -> list[str]:
     )
     timed = "the fastest of several turns in one process" if compared.in_turns else "by the runs' own logs"
     lines += [f"a step: {timed}", IN_COMMON[experiment.equal]]
+    for name, status in compared.failed.items():
+        lines.append(f"n/a: {name} ended with status {status}; the same command goes on from there")
     if not compared.same_texts:
         lines.append("doubtful: the variants were evaluated on different documents, as their data differs")
     return lines
 
 
 def as_json(compared: Compared) -> dict[str, Any]:
-    """Returns the figures as JSON can hold them: null where one is not finite or not known."""
+    """Returns the figures as JSON can hold them: null where one is not finite or known, and for a failed variant."""
 
     def finite(value: Any) -> Any:
         if isinstance(value, dict):
@@ -99,7 +107,7 @@ def as_json(compared: Compared) -> dict[str, Any]:
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     experiment = compared.experiment
-    variants = {}
+    variants: dict[str, Any] = dict.fromkeys(experiment.configs)
     for name, of in compared.figures.items():
         difference = of.difference and {**of.difference._asdict(), "is_clear": of.difference.is_clear}
         variants[name] = {
@@ -109,6 +117,7 @@ def as_json(compared: Compared) -> dict[str, Any]:
             "tokens_needed": of.tokens_needed, "tokens_ratio": of.tokens_ratio, "time_ratio": of.time_ratio,
             "difference": difference,
         }  # fmt: skip
-    head = {"baseline": experiment.baseline, "seeds": list(experiment.seeds), "equal": experiment.equal}
+    head: dict[str, Any] = {"baseline": experiment.baseline, "seeds": list(experiment.seeds), "equal": experiment.equal}
     timed = "turns" if compared.in_turns else "runs"
-    return finite(head | {"timed_in": timed, "same_held_out": compared.same_texts, "variants": variants})  # type: ignore[no-any-return]
+    head |= {"timed_in": timed, "same_held_out": compared.same_texts, "failed": compared.failed}
+    return finite(head | {"variants": variants})  # type: ignore[no-any-return]

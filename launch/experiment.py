@@ -9,7 +9,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,12 @@ from data.config import NO_CORPUS
 from data.errors import InputError
 from data.files.json_file import read_small_file
 from launch.presets import load_config
+from train.config.changes import Change, text_of_value
 from train.config.config import Config
 from train.config.reading import nearest, short_repr, shown_name
+from train.fork import checked_parent, refused_changes, remedy_of
 from train.run.comparison import tokens_after
+from train.run.folder import Run
 
 TOKENS, TIME, NOTHING = "tokens", "time", "nothing"
 KEYS = ("config", "seeds", "baseline", "equal", "shared", "variants")
@@ -53,13 +56,17 @@ class Experiment:
     configs: dict[str, Config]
 
 
-def read_experiment(file: Path) -> Experiment:
-    """Reads an experiment. Raises InputError with all that is wrong with it, each line with the file and its line."""
+def read_experiment(file: Path, folder: Path | None = None) -> Experiment:
+    """Reads an experiment. Raises InputError with all that is wrong with it, each line with the file and its line.
+
+    Args:
+        folder: that of its runs, if any have begun: a fork that has a checkpoint there needs its parent no more.
+    """
     text, values = read_toml(file)
     problems = Problems(file, text)
     check_head(values, problems)
     variants = check_variants(values, problems)
-    config, equal = values.get("config", ""), values.get("equal", TOKENS)
+    config, equal, seeds = values.get("config", ""), values.get("equal", TOKENS), values.get("seeds", [0])
     shared = fields_of(values.get("shared", {}), problems, "shared")
     overrides = {
         name: {"checkpoint.export": "false"} | shared | fields_of(variant, problems, "variants", name)
@@ -73,10 +80,11 @@ def read_experiment(file: Path) -> Experiment:
         configs = {name: config for name, (config, _) in loaded.items() if config is not None}
     baseline = values.get("baseline", next(iter(variants), ""))
     if not problems.found:
-        for name, problem in equality_problems(equal, baseline, configs):
+        new = {name: seeds_without_checkpoint(name, seeds, folder) for name in configs}
+        for name, problem in equality_problems(equal, baseline, configs) + fork_problems(configs, new):
             problems.add_of_field(name, problem)
     problems.raise_all()
-    return Experiment(config, tuple(values.get("seeds", [0])), equal, baseline, overrides, configs)
+    return Experiment(config, tuple(seeds), equal, baseline, overrides, configs)
 
 
 def check_head(values: Mapping[str, Any], problems: "Problems") -> None:
@@ -164,10 +172,15 @@ class Problems:
             self.add(problem, "config")
             return
         place = ("variants", variant) if variant else ("shared",)
-        for name in re.findall(r"^\w+(?:\.\w+)?|\w+\.\w+", problem):
+        names = re.findall(r"^\w+(?:\.\w+)?|\w+\.\w+", problem)
+        if names[:1] == ["seeds"]:
+            place, names = ("seeds",), []
+        for name in names:
             tables = (place, ("shared",))
             group = name.partition(".")[0]  # which an inline table may follow
             paths = [p for table in tables for p in ((*table, *name.split(".")), (*table, name), (*table, group))]
+            # RUN@STEP sets these.
+            paths += [("config",)] if name.startswith("train.init_") else []
             if known := [path for path in paths if path in self._lines]:
                 place = known[0]
                 break
@@ -262,7 +275,47 @@ def equality_problems(equal: str, baseline: str, configs: Mapping[str, Config]) 
             problems.append((name, f'{problem}they are equal, or say equal = "{NOTHING}"'))
         if equal == TIME and train.num_steps != configs[baseline].train.num_steps:
             problems.append((name, f'train.num_steps follows from equal = "{TIME}"; only {baseline} can have its own'))
+        if equal == TIME and train.init_from is not None and train.init_with != "weights":
+            remedy = f'with equal = "{TIME}" give train.init_with=weights'
+            problems.append((name, f"train.init_with = {train.init_with} counts its parent's steps; {remedy}"))
         if equal == TIME and train.batch_ramp_start:
             problems.append((name, f'train.batch_ramp_start makes steps unlike each other; with equal = "{TIME}" '
                                    "leave it at none"))  # fmt: skip
+    return problems
+
+
+def seeds_without_checkpoint(variant: str, seeds: Sequence[int], folder: Path | None) -> list[int]:
+    """Returns the seeds whose run of a variant has no checkpoint of its own in the folder of all runs."""
+    return [s for s in seeds if folder is None or Run(folder / f"{variant}-{s}").last_step() is None]
+
+
+def fork_problems(configs: Mapping[str, Config], seeds: Mapping[str, Sequence[int]]) -> list[tuple[str, str]]:
+    """Returns (variant, problem) for what keeps new runs from starting with their parents' checkpoints.
+
+    Args:
+        seeds: those of the new runs of each variant.
+    """
+    forks = {name: config for name, config in configs.items() if config.train.init_from is not None}
+    found = {name: problems_of_fork(forks[name], seeds[name]) if name in forks else [] for name in configs}
+    return attributed(found)
+
+
+def problems_of_fork(config: Config, seeds: Sequence[int]) -> list[str]:
+    """Returns what of a variant, with each of these seeds, its parent's checkpoint does not allow."""
+    if not seeds:
+        return []
+    try:
+        parent = checked_parent(config)
+    except InputError as error:
+        return str(error).splitlines()
+    refused: dict[tuple[str, Any], Change] = {}
+    for seed in seeds:
+        changes = refused_changes(replace(config, train=replace(config.train, seed=seed)), parent)
+        refused |= {(change.field, change.now): change for change in changes}
+    problems = []
+    for change in refused.values():
+        name = "seeds has" if change.field == "train.seed" else f"{change.field} ="
+        values = f"{text_of_value(change.now)}, but {text_of_value(change.before)} in {config.train.init_from}"
+        takes = f"train.init_with = {config.train.init_with} takes over"
+        problems.append(f"{name} {values}, which {takes}; {remedy_of([change])}")
     return problems

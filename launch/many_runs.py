@@ -88,7 +88,11 @@ def is_finished(run: Run) -> bool:
     if not run.config_file.exists():
         return False
     events = read_events(run.events)
-    return bool(events and events[-1]["event"] == "end") or run.last_step() == run.load_config().train.num_steps
+    if events and events[-1]["event"] == "end":
+        return True
+    # A kill after the last save leaves no such event, and nothing to train.
+    step = run.last_step()
+    return step is not None and (step == run.load_config().train.num_steps or run.has_read_all(step))
 
 
 def unfinished(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
@@ -99,25 +103,38 @@ def unfinished(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
 def train_all(runs: Sequence[PlannedRun]) -> int:
     """Trains all runs that are not finished, in order, and returns the exit status that ended this: 0 if all are.
 
-    A run that fails is started again as by `ziggurat launch local`. When one is given up or stopped, those after it do
-    not begin; the same call goes on from there. Raises InputError as `folder_problems` has it, before the first begins.
+    When one is given up or stopped, those after it do not begin; else as `train_each`.
+    """
+    return next(iter(train_each(runs, goes_on=False).values()), DONE)
+
+
+def train_each(runs: Sequence[PlannedRun], goes_on: bool = True) -> dict[str, int]:
+    """Trains all runs that are not finished, in order, and returns the exit status of each that did not end, by name.
+
+    A run that fails is started again as by `ziggurat launch local`. Where one is given up, those after it begin only if
+    this `goes_on`; where this process is asked to stop (PREEMPTED), they never do. The same call goes on from there.
+
+    Raises InputError as `folder_problems` has it, before the first begins.
     """
     if problems := folder_problems(runs):
         raise InputError("\n".join(problems))
-    waiting = unfinished(runs)
-    for planned in waiting:
+    failed: dict[str, int] = {}
+    for planned in unfinished(runs):
         number = runs.index(planned) + 1
         say(f"{planned.name}: run {number} of {len(runs)} begins")
         begun = time.monotonic()
         if status := train(planned):
             say(f"{planned.name}: ended with status {status}; the same command goes on from there")
-            return status
-        say(f"{planned.name}: {ending(planned.run)}, {duration(time.monotonic() - begun)}")
-    return DONE
+            failed[planned.name] = status
+            if status == PREEMPTED or not goes_on:
+                break
+        else:
+            say(f"{planned.name}: {ending(planned.run)}, {duration(time.monotonic() - begun)}")
+    return failed
 
 
 def train(planned: PlannedRun) -> int:
-    """Trains one run to its end; returns its exit status, which is not 0 where a signal asked this process to end."""
+    """Trains one run to its end; returns its exit status: PREEMPTED where, and only where, a signal asked to stop."""
     command = [sys.executable, "-P", "-m", "launch.cli", *planned.words]
     ends: list[Exit] = []
 
@@ -126,7 +143,7 @@ def train(planned: PlannedRun) -> int:
         return ends[-1]
 
     status = supervise(start, planned.run.folder, RESTARTS)
-    return status or (PREEMPTED if ends[-1].was_asked else DONE)
+    return PREEMPTED if ends[-1].was_asked else status
 
 
 def ending(run: Run) -> str:

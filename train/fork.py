@@ -11,13 +11,14 @@ The tokenizer is the parent's. Once the fork has a checkpoint of its own, it res
 """
 
 import logging
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 
 from data.errors import InputError
 from model.parameters import parameter_table
-from train.config.changes import changes_of, table
+from train.config.changes import Change, changes_of, table
 from train.config.config import Config
 from train.run.folder import Run
 from train.run.run_name import split_name
@@ -58,11 +59,34 @@ def parent_of(config: Config) -> Parent:
 
 def check_fork(config: Config) -> None:
     """Raises InputError if these settings cannot start from the parent's checkpoint; logs other differences."""
-    parent = parent_of(config)
-    take = config.train.init_with
-    where = config.train.init_from
+    parent = checked_parent(config)
+    if refused := refused_changes(config, parent):
+        raise InputError(
+            f"train.init_from = {config.train.init_from}: these cannot be taken over with train.init_with = "
+            f"{config.train.init_with}:\n{table(refused)}\n  {remedy_of(refused)}"
+        )
+    changes = changes_of(parent.config, config.resolved(parent.config.model.vocab_size))
+    others = [change for change in changes["frozen"] + changes["warn"] if not change.field.startswith("train.init_")]
+    if others and jax.process_index() == 0:
+        log.warning("changed from %s:\n%s", parent.run.folder, table(others))
+
+
+def checked_parent(config: Config) -> Parent:
+    """Returns the parent. Raises InputError if its checkpoint, or the number of its steps, does not allow this fork."""
+    parent, take, where = parent_of(config), config.train.init_with, config.train.init_from
     if parent.step == 0 and take != "weights":
         raise InputError(f"train.init_from = {where} holds weights alone; set train.init_with=weights")
+    if take != "weights" and config.train.num_steps <= parent.step:
+        raise InputError(
+            f"train.num_steps = {config.train.num_steps}: with train.init_with = {take} the run has done the "
+            f"{parent.step} steps of {where}; raise it"
+        )
+    return parent
+
+
+def refused_changes(config: Config, parent: Parent) -> list[Change]:
+    """Returns the fields that differ from the parent's and cannot: of the model, then the optimizer, then the data."""
+    take = config.train.init_with
     child = config.resolved(parent.config.model.vocab_size)
     by_rule = changes_of(parent.config, child)
     frozen, changes = by_rule["frozen"], by_rule["frozen"] + by_rule["warn"]
@@ -70,20 +94,15 @@ def check_fork(config: Config) -> None:
     model = [change for change in frozen if is_reshaped and change.field.startswith("model.")]
     optimizer = [change for change in changes if take != "weights" and change.field in OPTIMIZER_STATE_FIELDS]
     data = [change for change in frozen if take == "all" and change.field.startswith(("data.", "train.seed"))]
-    if refused := model + optimizer + data:
-        remedy = "" if model else ", or train.init_with=weights" if optimizer else ", or train.init_with=optimizer"
-        raise InputError(
-            f"train.init_from = {where}: these cannot be taken over with train.init_with = {take}:\n"
-            f"{table(refused)}\n  give the values from before{remedy}"
-        )
-    if take != "weights" and config.train.num_steps <= parent.step:
-        raise InputError(
-            f"train.num_steps = {config.train.num_steps}: with train.init_with = {take} the run has done the "
-            f"{parent.step} steps of {where}; raise it"
-        )
-    others = [change for change in changes if not change.field.startswith("train.init_")]
-    if others and jax.process_index() == 0:
-        log.warning("changed from %s:\n%s", parent.run.folder, table(others))
+    return model + optimizer + data
+
+
+def remedy_of(refused: Sequence[Change]) -> str:
+    """Returns what a user can do about refused changes: the least of what the parent has is left behind."""
+    if any(change.field.startswith("model.") for change in refused):
+        return "give the values from before"
+    takes_weights = any(change.field in OPTIMIZER_STATE_FIELDS for change in refused)
+    return f"give the values from before, or train.init_with={'weights' if takes_weights else 'optimizer'}"
 
 
 def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:

@@ -8,8 +8,8 @@ command again goes on where it stopped. Since WSD learns much in its decay, its 
 what fewer tokens would have given; so a third side is a whole run of Muon that is as much shorter as it may be, and the
 tokens for AdamW's figure are interpolated between Muon's two lengths.
 
-Bits a byte are of held-out documents, at a run's end. The time of a step is measured first, the sides taking turns in
-one process. The last line is one JSON object.
+Bits a byte are of held-out documents, at a run's end. The time of a step is the median of the runs' own logs. The last
+line is one JSON object.
 """
 
 import argparse

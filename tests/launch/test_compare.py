@@ -7,14 +7,16 @@ import signal
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
 from data.errors import InputError
-from launch import compare, many_runs
+from launch import compare, many_runs, step_times
 from launch.experiment import read_experiment
-from launch.many_runs import folder_problems, is_finished, plan_run, train_all, unfinished
-from tests.launch.small_run import command, here, metrics, write_config, ziggurat
+from launch.many_runs import folder_problems, is_finished, plan_run, train_all, train_each, unfinished
+from tests.launch.small_run import back_to, command, here, metrics, write_config, ziggurat
 from tests.test_docs import ziggurat_arguments
+from train.planning import this_machine
 from train.run.events import read_events
 from train.run.folder import Run
 
@@ -129,9 +131,76 @@ def test_runs_are_trained_in_order_until_one_fails(finished: Path, tmp_path: Pat
         train_all([done._replace(config=plan_run(done.run.folder, config, {"train.seed": "5"}).config)])
 
 
+def test_the_others_are_trained_where_one_fails_but_not_where_this_process_is_asked_to_stop(
+    finished: Path, tmp_path: Path, monkeypatch
+):
+    runs = [plan_run(tmp_path / name, str(finished.parent / "run.py"), {}) for name in "abcd"]
+    statuses, begun = {"a": 0, "b": 7, "c": 75, "d": 0}, []
+    monkeypatch.setattr(many_runs, "train", lambda planned: begun.append(planned.name) or statuses[planned.name])
+    assert train_each(runs) == {"b": 7, "c": 75}
+    assert begun == ["a", "b", "c"]
+
+
+def test_a_variant_that_fails_has_no_figures_and_the_others_have_theirs(
+    finished: Path, tmp_path: Path, monkeypatch, capsys
+):
+    file, to = write(tmp_path, "[variants.bad]\n[variants.good]\n[variants.fine]", "seeds = [0, 1]"), tmp_path / "runs"
+    monkeypatch.setattr(compare, "check_devices", lambda _: None)
+
+    def train(planned: many_runs.PlannedRun) -> int:
+        if planned.name == "good-1" and was_stopped:
+            return 75
+        if planned.name == "bad-1":
+            return 9
+        shutil.copytree(finished, planned.run.folder)
+        planned.run.save_config(planned.config.resolved(planned.run.load_config().model.vocab_size))
+        return 0
+
+    monkeypatch.setattr(many_runs, "train", train)
+    was_stopped = True
+    assert here("compare", file, f"--to={to}") == 75
+    assert capsys.readouterr().out == ""
+    was_stopped = False
+    assert here("compare", file, f"--to={to}") == 9
+    table = capsys.readouterr().out
+    last = metrics(finished)[-1]["held_out_bits_per_byte"]
+    rows = {name: words for name, *words in map(str.split, table.splitlines()[:4])}
+    assert rows["bad"] == ["n/a"] * 7
+    assert rows["good"][:3] == [f"{last:.4f}", "±", "0.0000"]
+    assert "n/a: bad-1 ended with status 9; the same command goes on from there" in table
+    assert "n/a: bad-1 ended with status 9" in (to / "compare.html").read_text()
+    # The baseline has failed, or another.
+    assert here("compare", file, f"--to={to}", "--json") == 9
+    found = json.loads(capsys.readouterr().out)
+    assert found["failed"] == {"bad-1": 9}
+    assert found["variants"]["bad"] is None
+    assert found["variants"]["good"]["difference"] is None
+    assert found["timed_in"] == "runs"
+    other = write(tmp_path, "[variants.good]\n[variants.bad]\n[variants.fine]", "seeds = [0, 1]")
+    assert here("compare", other, f"--to={to}", "--json") == 9
+    assert json.loads(capsys.readouterr().out)["variants"]["fine"]["difference"]["mean"] == 0
+
+
+def test_a_run_that_has_read_its_corpus_to_the_end_is_finished_without_its_last_event(tmp_path: Path):
+    config = write_config(tmp_path)
+    flags = ["--config.data.epochs=1", "--config.train.num_steps=2000", "--config.checkpoint.export=false",
+             "--config.train.batch_size=64", "--config.data.validation_fraction=0"]  # fmt: skip
+    assert here("pretrain", f"--config={config}", *flags) == 0
+    run = Run(tmp_path / "run")
+    steps = sorted(int(folder.name) for folder in run.checkpoints.iterdir())
+    assert steps[-1] < 2000
+    lines = run.events.read_text().splitlines(keepends=True)
+    assert '"end"' in lines[-1]
+    run.events.write_text("".join(lines[:-1]))
+    assert is_finished(run)
+    assert not is_finished(Run(back_to(steps[-2], run.folder, tmp_path / "earlier")))
+    (run.checkpoints / str(steps[-1]) / "progress" / "metadata").write_text("{")
+    assert not is_finished(run)
+
+
 def test_a_run_that_is_asked_to_stop_ends_the_others_too(finished: Path, tmp_path: Path, monkeypatch):
     planned = plan_run(tmp_path / "a", str(finished.parent / "run.py"), {})
-    for end, status in (((0, True), 75), ((75, True), 75), ((0, False), 0), ((2, False), 2)):
+    for end, status in (((0, True), 75), ((75, True), 75), ((130, True), 75), ((0, False), 0), ((2, False), 2)):
         monkeypatch.setattr(many_runs, "run_processes", lambda *_, end=end, **__: many_runs.Exit(*end))
         assert many_runs.train(planned) == status
 
@@ -163,13 +232,40 @@ def test_steps_are_timed_by_a_process_of_their_own_and_once(tmp_path: Path, monk
     seconds = compare.step_seconds(experiment, tmp_path / "runs")
     assert seconds.keys() == {"plain", "fast"}
     assert all(0 < s < 60 for s in seconds.values())
-    monkeypatch.setattr(compare, "multiprocessing", None)
+    monkeypatch.setattr(step_times, "multiprocessing", None)
     assert compare.step_seconds(experiment, tmp_path / "runs") == seconds
     other = read_experiment(write(tmp_path, TWO.replace("3e-2", "2e-2")))
     assert compare.known_step_seconds(other, tmp_path / "runs") == {}
     (tmp_path / "runs" / "step_seconds.json").write_text("{")
     with pytest.raises(InputError, match="remove it, and they are timed again"):
         compare.known_step_seconds(experiment, tmp_path / "runs")
+
+
+def test_one_state_at_a_time_is_in_memory_while_steps_are_timed(tmp_path: Path, monkeypatch):
+    configs = read_experiment(write(tmp_path, TWO + "[variants.third]")).configs
+    held: list[int] = []
+
+    def step(state: dict, batch: dict) -> tuple[dict, dict]:
+        held.append(sum("embedding" in str(path) for path, _ in jax.tree.leaves_with_path(state)))
+        shape = next(x.shape for path, x in jax.tree.leaves_with_path(state["weights"]) if "embedding" in str(path))
+        held[-1] = sum(x.shape == shape for x in jax.live_arrays()) / held[-1]
+        return state, {}
+
+    monkeypatch.setattr(this_machine, "make_train_step", lambda *_: step)
+    seconds = this_machine.steps_in_turns({name: config.resolved(512) for name, config in configs.items()})
+    assert seconds.keys() == configs.keys()
+    assert max(held) == min(held)
+
+
+def test_steps_are_timed_first_only_where_their_number_follows_from_it(tmp_path: Path, monkeypatch):
+    """All variants may not fit into memory one by one in a process that times them, and tokens need no time."""
+    monkeypatch.setattr(compare, "time_steps", lambda _: pytest.fail("timed"))
+    for equal in ("tokens", "nothing"):
+        file = write(tmp_path, head=f'equal = "{equal}"')
+        assert len(compare.planned_runs(read_experiment(file), tmp_path / "runs")) == 2
+    monkeypatch.setattr(compare, "time_steps", lambda configs: dict.fromkeys(configs, 0.1))
+    assert compare.planned_runs(read_experiment(write(tmp_path, head='equal = "time"')), tmp_path / "runs")
+    assert (tmp_path / "runs" / "step_seconds.json").exists()
 
 
 def test_what_does_not_fit_the_devices_is_said_of_all_variants_before_anything_trains(tmp_path: Path, capsys):

@@ -145,6 +145,54 @@ def test_what_is_no_experiment_is_refused_with_its_line(text: str, words: list[s
         assert expected in line
 
 
+def test_what_a_fork_cannot_take_over_is_said_with_its_line(finished: Path, tmp_path: Path, capsys):
+    fork = f'config = "{finished}@8"'
+    several = f"""{fork}
+seeds = [0, 1, 2]
+[shared]
+train.num_steps = 16
+[variants.plain]
+[variants.lion]
+optimizer.name = "lion"
+[variants.wide]
+model.model_dim = 64
+[variants.done]
+train.num_steps = 8
+"""
+    found = problems(tmp_path, several.replace("[shared]", 'equal = "nothing"\n[shared]'))
+    expected = [
+        ("2: variant plain: seeds has 1, but 0 in ", "or train.init_with=optimizer"),
+        ("2: variant plain: seeds has 2, but 0 in ", "or train.init_with=optimizer"),
+        ("2: variant lion: seeds has 1", ""), ("2: variant lion: seeds has 2", ""),
+        ("2: variant wide: seeds has 1", ""), ("2: variant wide: seeds has 2", ""),
+        ("8: variant lion: optimizer.name = lion, but adamw in ", "or train.init_with=weights"),
+        ("10: variant wide: model.model_dim = 64, but 32 in ", "give the values from before"),
+        ("12: variant done: train.num_steps = 8: with train.init_with = all the run has done the 8 steps", ""),
+    ]  # fmt: skip
+    assert len(found) == len(expected), found
+    for line, (begin, end) in zip(found, expected, strict=True):
+        assert line.startswith(begin)
+        assert line.endswith(end) or not end
+    [line] = problems(tmp_path, f'config = "{finished}@7"\n[variants.a]\n[variants.b]')
+    assert line.startswith("1: train.init_from")
+    assert "it has no checkpoint of step 7" in line
+    common = problems(tmp_path, f"{fork}\nseeds = [5]\n[variants.a]\n[variants.b]")
+    assert [line.partition(",")[0] for line in common] == ["2: seeds has 5"]
+    timed = problems(tmp_path, f'{fork}\nequal = "time"\n[variants.a]')
+    assert timed[0].startswith("1: variant a: train.init_with = all counts its parent's steps")
+    for good in (f"{fork}\n[variants.a]", several.partition("[variants.lion]")[0].replace("[0, 1, 2]", "[0]"),
+                 f'{fork}\nseeds = [1]\nequal = "time"\n[variants.a]\ntrain.init_with = "weights"'):  # fmt: skip
+        assert read_experiment(write(tmp_path, good))
+
+
+def test_a_fork_that_has_begun_needs_its_parent_no_more(finished: Path, tmp_path: Path):
+    text = f'config = "{finished}@8"\nseeds = [0, 5]\n[variants.a]'
+    (tmp_path / "runs" / "a-5" / "checkpoints" / "9").mkdir(parents=True)
+    assert read_experiment(write(tmp_path, text), tmp_path / "runs").seeds == (0, 5)
+    with pytest.raises(InputError, match="seeds has 5"):
+        read_experiment(write(tmp_path, text))
+
+
 def test_the_benchmark_of_learning_is_an_experiment():
     experiment = read_experiment(learning.EXPERIMENT)
     assert list(experiment.configs) == [learning.BASELINE, learning.LONG, learning.SHORT]

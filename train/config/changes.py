@@ -30,13 +30,13 @@ def table(changes: Sequence[Change]) -> str:
     """Formats changes as aligned columns under their titles, with a margin of two spaces."""
     rows = [
         ("field", "before", "now"),
-        *((change.field, _shown(change.before), _shown(change.now)) for change in changes),
+        *((change.field, text_of_value(change.before), text_of_value(change.now)) for change in changes),
     ]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return "\n".join(f"  {field:{widths[0]}}  {before:{widths[1]}}  {now}" for field, before, now in rows)
 
 
-def _shown(value: Any) -> str:
+def text_of_value(value: Any) -> str:
     """Formats a value as a flag takes it, and shortens a fingerprint."""
     if value is None:
         return "none"

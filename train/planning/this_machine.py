@@ -19,7 +19,7 @@ from train.devices.hardware import Chip, chip_of
 from train.devices.mesh import make_mesh
 from train.step.flops import least_seconds, peak_flops
 from train.step.optimizer import make_optimizer
-from train.step.state import make_state
+from train.step.state import State, state_maker
 from train.step.step import abstract_batch, make_train_step
 
 MOVED_BYTES = 2**28
@@ -80,7 +80,7 @@ def memory_bandwidth() -> float:
 
 def measured_step(config: ResolvedConfig, mesh: Mesh, executable: Any) -> float:
     """Returns the median seconds of several steps on random tokens, after one warm-up step."""
-    step = partial(random_steps(config, mesh, executable), 1)
+    step = partial(random_steps(config, mesh, executable)(), 1)
     step()
     seconds: list[float] = []
     while len(seconds) < MOST_STEPS and sum(seconds) < MOST_SECONDS:
@@ -91,32 +91,25 @@ def measured_step(config: ResolvedConfig, mesh: Mesh, executable: Any) -> float:
 def steps_in_turns(configs: Mapping[str, ResolvedConfig]) -> dict[str, float]:
     """Returns the seconds of a step of each config; they take turns, so that other load is the same for all.
 
-    The fastest turn counts, which other load has disturbed least; a warning says where even that is unsure. The states
-    of all are in memory together.
+    The fastest turn counts, which other load has disturbed least; a warning says where even that is unsure. A state is
+    in memory for its turn alone; what stays are the programs.
 
-    Raises InputError with all configs that do not fit the devices.
+    Raises InputError as `make_meshes` does.
     """
-    meshes, problems = {}, []
-    for name, config in configs.items():
-        try:
-            meshes[name] = make_mesh(config)
-        except InputError as error:
-            problems += [f"{name}: {line}" for line in str(error).splitlines()]
-    if problems:
-        raise InputError("\n".join(problems))
-    steps = {}
+    meshes = make_meshes(configs)
+    begins = {}
     for name, config in configs.items():
         with jax.set_mesh(meshes[name]):
             program = make_train_step(config, make_optimizer(config))
-        steps[name] = random_steps(config, meshes[name], program)
-    for step in steps.values():
-        step(1)  # compiles
+        begins[name] = random_steps(config, meshes[name], program)
+    for begin in begins.values():
+        begin()(1)  # compiles
     turns: list[dict[str, float]] = []
     begun = time.perf_counter()
     while len(turns) < LEAST_TURNS or (
-        len(turns) < MOST_TURNS and time.perf_counter() - begun < SECONDS_OF_TURNS * len(steps)
+        len(turns) < MOST_TURNS and time.perf_counter() - begun < SECONDS_OF_TURNS * len(begins)
     ):
-        turns.append({name: timeit.timeit(partial(step, STEPS_OF_A_TURN), number=1) for name, step in steps.items()})
+        turns.append({name: time_turn(begin) for name, begin in begins.items()})
     for name in configs:
         halves = [min(turn[name] for turn in half) for half in (turns[::2], turns[1::2])]
         if max(halves) > MOST_UNSURE * min(halves):
@@ -125,10 +118,35 @@ def steps_in_turns(configs: Mapping[str, ResolvedConfig]) -> dict[str, float]:
     return {name: min(turn[name] for turn in turns) / STEPS_OF_A_TURN for name in configs}
 
 
-def random_steps(config: ResolvedConfig, mesh: Mesh, program: Any) -> Callable[[int], None]:
-    """Returns a function that trains new weights for a number of steps more, always on the same random tokens.
+def make_meshes(configs: Mapping[str, ResolvedConfig]) -> dict[str, Mesh]:
+    """Returns the mesh of each config. Raises InputError with all configs that do not fit the devices."""
+    meshes, problems = {}, []
+    for name, config in configs.items():
+        try:
+            meshes[name] = make_mesh(config)
+        except InputError as error:
+            problems += [f"{name}: {line}" for line in str(error).splitlines()]
+    if problems:
+        raise InputError("\n".join(problems))
+    return meshes
 
-    It dispatches them all, as training does, and then waits for the last.
+
+def check_meshes(configs: Mapping[str, ResolvedConfig]) -> None:
+    """Raises InputError as `make_meshes` does."""
+    make_meshes(configs)
+
+
+def time_turn(begin: Callable[[], Callable[[int], None]]) -> float:
+    """Returns the seconds of the steps of a turn (see `random_steps`); its state is gone when this returns."""
+    train = begin()
+    train(1)  # fills caches with it
+    return timeit.timeit(partial(train, STEPS_OF_A_TURN), number=1)
+
+
+def random_steps(config: ResolvedConfig, mesh: Mesh, program: Any) -> Callable[[], Callable[[int], None]]:
+    """Returns a function that makes new weights, and returns another, which trains these for a number of steps.
+
+    The batch is always of the same random tokens. All steps are dispatched, as in training, before the last is awaited.
     """
     T = config.data.segment_length
     random = np.random.default_rng(0)
@@ -141,13 +159,16 @@ def random_steps(config: ResolvedConfig, mesh: Mesh, program: Any) -> Callable[[
             name: jax.device_put(arrays[name].astype(x.dtype), x.sharding)
             for name, x in abstract_batch(config, mesh, config.train.batch_size).items()
         }
-        state = make_state(config, make_optimizer(config))
+        make = state_maker(config, make_optimizer(config))
 
-    def train(steps: int) -> None:
-        nonlocal state
+    def train(held: list[State], steps: int) -> None:
         with jax.set_mesh(mesh):
             for _ in range(steps):
-                state, metrics = program(state, batch)
-            jax.block_until_ready((state, metrics))
+                held[0], metrics = program(held[0], batch)
+            jax.block_until_ready((held[0], metrics))
 
-    return train
+    def begin() -> Callable[[int], None]:
+        with jax.set_mesh(mesh):
+            return partial(train, [make()])
+
+    return begin

@@ -131,7 +131,7 @@ def compare_outcomes(
     step_seconds: Mapping[str, float],
     step_tokens: Mapping[str, int],
 ) -> dict[str, Figures]:
-    """Returns the figures of each variant.
+    """Returns the figures of each variant; without those that need the baseline's, if it has no outcomes.
 
     Args:
         outcomes: those of each variant's runs, in the same order of seeds.
@@ -140,7 +140,9 @@ def compare_outcomes(
         step_tokens: positions of a full step of each variant.
     """
     figures = {}
-    of_baseline = outcomes[baseline]
+    of_baseline = outcomes.get(baseline)
+    if of_baseline is None:
+        return {name: figures_alone(ends, step_seconds[name]) for name, ends in outcomes.items()}
     goals = [outcome.evaluations[-1][1] for outcome in of_baseline]
     baseline_tokens = float(np.mean([outcome.tokens for outcome in of_baseline]))
     token_seconds = {name: seconds / step_tokens[name] for name, seconds in step_seconds.items()}
@@ -153,8 +155,16 @@ def compare_outcomes(
         ratio = float(np.mean(reached)) / baseline_tokens if len(reached) == len(needed) else None
         slower = token_seconds[name] / token_seconds[baseline]
         difference = paired_difference(bits, [end.bits for end in of_baseline]) if name != baseline else None
-        figures[name] = Figures(
-            bits, [end.loss for end in ends], [end.tokens for end in ends], step_seconds[name], needed,
-            ratio, None if ratio is None else ratio * slower, difference,
-        )  # fmt: skip
+        figures[name] = figures_alone(ends, step_seconds[name])._replace(
+            tokens_needed=needed,
+            tokens_ratio=ratio,
+            time_ratio=None if ratio is None else ratio * slower,
+            difference=difference,
+        )
     return figures
+
+
+def figures_alone(ends: Sequence[Outcome], step_seconds: float) -> Figures:
+    """Returns the figures of a variant as far as they need no baseline."""
+    bits, loss, tokens = ([getattr(end, name) for end in ends] for name in ("bits", "loss", "tokens"))
+    return Figures(bits, loss, tokens, step_seconds, [None] * len(ends), None, None, None)

@@ -7,10 +7,11 @@ from typing import NamedTuple
 from etils import epath
 
 from data.files.atomic import atomic_file
+from data.files.json_file import parse_json
 from train.config.config import Config, to_json
 from train.run.json_lines import Record, read_whole
 from train.run.run_name import CONFIG_FILE, read_config
-from train.run.storage import checkpoint_steps_in
+from train.run.storage import checkpoint_steps_in, with_input_errors
 
 
 class HeldOutDocument(NamedTuple):
@@ -57,6 +58,15 @@ class Run:
     def last_step(self) -> int | None:
         """Returns the step of the newest complete checkpoint, or None. Imported and merged weights have step 0."""
         return max(checkpoint_steps_in(self.checkpoints), default=None)
+
+    def has_read_all(self, step: int) -> bool:
+        """True if the checkpoint of a step says that its data was read to the end (`data.epochs`)."""
+        file = self.checkpoints / str(step) / "progress" / "metadata"  # Orbax's name for an item of JSON
+        try:
+            progress = with_input_errors(self.checkpoints, lambda: parse_json(file.read_text()))
+        except (OSError, ValueError):  # imported weights have none, and a damaged one says nothing
+            return False
+        return isinstance(progress, dict) and progress.get("is_over") is True
 
     def save_config(self, config: Config) -> None:
         """Writes config.json atomically."""

@@ -23,7 +23,12 @@ Weights = dict[str, Any]
 
 def make_state(config: ResolvedConfig, optimizer: optax.GradientTransformation) -> State:
     """Returns the state before the first step on the ambient mesh, with the same bits on every mesh of a platform."""
-    return jax.jit(lambda: _state(config, optimizer), compiler_options=one_time_options())()
+    return state_maker(config, optimizer)()
+
+
+def state_maker(config: ResolvedConfig, optimizer: optax.GradientTransformation) -> Callable[[], State]:
+    """Returns the compiled program of `make_state`, which can be called again."""
+    return jax.jit(lambda: _state(config, optimizer), compiler_options=one_time_options())
 
 
 def abstract_state(config: ResolvedConfig, optimizer: optax.GradientTransformation) -> State:
