@@ -8,22 +8,19 @@ on where it stopped. FOLDER/compare.html shows their curves over each other.
 import argparse
 import hashlib
 import json
-import logging
 import math
-import multiprocessing
 from collections.abc import Mapping
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
-from data.errors import Fault, InputError
+from data.errors import InputError
 from data.files.atomic import atomic_file
 from data.files.json_file import read_json
 from launch.arguments import add_json, check_output, path
 from launch.compare_text import Compared, as_json, comparison_text, notes, table_rows
 from launch.experiment import TIME, Experiment, read_experiment
-from launch.many_runs import PlannedRun, command_line, folder_problems, plan_run, say, train_all, unfinished
-from train.config.config import Config, to_json
+from launch.many_runs import PlannedRun, command_line, folder_problems, plan_run, train_all, unfinished
+from launch.step_times import time_steps
+from train.config.config import to_json
 from train.run.comparison import compare_outcomes, outcome_of
 from train.run.run_name import CONFIG_FILE
 from train.run.step_log import median_rate, read_metrics
@@ -116,41 +113,14 @@ def begun_steps(folder: Path, variant: str, experiment: Experiment) -> int | Non
 
 
 def step_seconds(experiment: Experiment, folder: Path) -> dict[str, float]:
-    """Returns the seconds of a step of each variant, from an earlier call or timed in turns by a process of their own.
-
-    That process has the devices for itself, and leaves them to the runs.
-    """
+    """Returns the seconds of a step of each variant, from an earlier call or timed in turns now."""
     if known := known_step_seconds(experiment, folder):
         return known
-    say(f"timing a step of {', '.join(experiment.configs)}, in turns")
-    receiver, sender = multiprocessing.get_context("spawn").Pipe(duplex=False)
-    process = multiprocessing.get_context("spawn").Process(target=send_steps, args=(sender, experiment.configs))
-    process.start()
-    sender.close()
-    try:
-        seconds: Any = receiver.recv()
-    except EOFError:
-        seconds = None
-    process.join()
-    if isinstance(seconds, InputError):
-        raise seconds
-    if seconds is None:
-        raise Fault(f"the process that timed the steps ended with status {process.exitcode}; start again")
+    seconds = time_steps(experiment.configs)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_file(folder / "step_seconds.json") as partial:
         partial.write_text(json.dumps({"variants": fingerprint(experiment), "seconds": seconds}) + "\n")
-    return dict(seconds)
-
-
-def send_steps(sender: Connection, configs: Mapping[str, Config]) -> None:
-    """Times the steps in this process, and sends them, or what is wrong with the configs."""
-    from train.planning.this_machine import steps_in_turns
-
-    logging.basicConfig(format="%(message)s")
-    try:
-        sender.send(steps_in_turns({name: c.resolved(c.tokenizer.vocab_size) for name, c in configs.items()}))
-    except InputError as error:
-        sender.send(error)
+    return seconds
 
 
 def known_step_seconds(experiment: Experiment, folder: Path) -> dict[str, float]:

@@ -163,7 +163,7 @@ def test_steps_are_timed_by_a_process_of_their_own_and_once(tmp_path: Path, monk
     seconds = compare.step_seconds(experiment, tmp_path / "runs")
     assert seconds.keys() == {"plain", "fast"}
     assert all(0 < s < 60 for s in seconds.values())
-    monkeypatch.setattr(compare, "multiprocessing", None)
+    monkeypatch.setattr(compare, "time_steps", None)
     assert compare.step_seconds(experiment, tmp_path / "runs") == seconds
     other = read_experiment(write(tmp_path, TWO.replace("3e-2", "2e-2")))
     assert compare.known_step_seconds(other, tmp_path / "runs") == {}
