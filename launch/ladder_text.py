@@ -6,6 +6,7 @@ from typing import Any
 
 from launch.columns import columns
 from launch.ladder_runs import Ladder, Result
+from model.parameters import count_parameters
 from train.planning.family import size_of
 from train.planning.scaling import CONFIDENCE, Interval, Law
 from train.run.goodput import duration
@@ -40,7 +41,9 @@ def plan_rows(ladder: Ladder, seconds: Sequence[float]) -> list[Sequence[str]]:
         ))  # fmt: skip
     model, train = ladder.target.model, ladder.target.train
     rows.append((
-        "target", str(model.num_layers), str(model.model_dim), str(model.num_heads), "", short(size_of(ladder.target)),
+        "target", str(model.num_layers), str(model.model_dim), str(model.num_heads),
+        short(count_parameters(model.resolved(ladder.target.tokenizer.vocab_size, ladder.target.data.segment_length))),
+        short(size_of(ladder.target)),
         str(train.batch_size), f"{ladder.target.optimizer.learning_rate:.3g}", short(ladder.target_tokens),
         f"{train.num_steps:,}", short(ladder.target_flops), "",
     ))  # fmt: skip
