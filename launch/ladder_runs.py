@@ -195,8 +195,11 @@ def check_folder(ladder: Ladder) -> None:
 def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """Returns the flags, and the fields that may not change freely, in which two identities of ladders differ."""
     before, after = saved.get("flags", {}), now["flags"]
-    changed = [Change(f"--{name}", before.get(name), value) for name, value in after.items()
-               if before.get(name) != value]  # fmt: skip
+    changed = [
+        Change(f"--{name.replace('_', '-')}", f"{before.get(name, math.nan):g}", f"{value:g}")
+        for name, value in after.items()
+        if before.get(name) != value
+    ]
     for group, name, field in config_fields():
         old, new = (identity.get("config", {}).get(group, {}).get(name) for identity in (saved, now))
         if old != new and (field.metadata["resume"] != "free" or (group, name) == ("data", "corpus")):
