@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the plan of the runs, trains what is not finished, fits the law, and prints what it predicts."""
-    from launch.page.ladder_page import make_ladder_page
+    from launch.ladder_page import make_ladder_page
     from launch.page.report_page import GENERATOR
 
     numbers = checked_numbers(arguments)

@@ -133,7 +133,7 @@ def shrunk(model: ModelConfig, width: float, layers: int) -> ModelConfig | None:
 def make_rungs(config: Config, number: int, scale: float, longest: float, least_rows: int = 1) -> list[Rung]:
     """Returns the rungs of a config, the smallest first.
 
-    Raises InputError where the config has no family of so many sizes, or its runs have too few steps.
+    Raises InputError where the config has no family of that many sizes, or its runs have too few steps.
 
     Args:
         number: how many rungs there are.

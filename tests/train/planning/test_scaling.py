@@ -85,6 +85,13 @@ def test_a_difference_between_rungs_makes_a_wider_interval_than_the_same_between
     assert widths[1] > widths[0]
 
 
+def test_a_run_is_less_sure_than_the_law():
+    fit = fit_law(N, D, losses(LAW, 0.005), resamples=60)
+    inside = (float(N[5]), float(D[5]))  # where the law is known best
+    of_run, of_law = fit.predict(*inside), fit.interval(lambda law: law.loss(*inside))
+    assert of_run.high - of_run.low > 1.2 * (of_law.high - of_law.low)
+
+
 def test_the_best_split_of_a_budget_is_better_than_its_neighbours_and_costs_as_much():
     for flops in (1e14, 1e17, 1e21):
         n, d = LAW.best(flops)
