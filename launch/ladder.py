@@ -34,7 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--scale", metavar="X", default="10", help="the target's size over that of the largest rung [10]")
     help = "tokens a parameter of a rung's longest run, over the target's [2]"
     flag("--longest", metavar="X", default="2", help=help)
-    flag("--least-rows", metavar="N", default="1", help="fewest rows of a step, as the devices divide it [1]")
+    flag(
+        "--least-rows",
+        metavar="N",
+        default="1",
+        help="rows of a step are a multiple of this, as devices divide them [1]",
+    )
     help = "FLOPs to spend best, as in 1e19; or 30days, 5000dollars with --topology [the target's FLOPs]"
     flag("--budget", metavar="B", help=help)
     flag("--topology", type=one_line, metavar="CHIP:SHAPE", help="machine of the budget and the target, as in h100:1x8")

@@ -61,7 +61,7 @@ def as_branches(ladder: Ladder) -> dict[str, str]:
     """Fields with which the target is trained as branches are: with their schedule, and evaluated at its end."""
     steps = str(ladder.target.train.num_steps)
     return {"optimizer.schedule": "wsd", "evaluation.every_steps": steps, "evaluation.sample_tokens": "0",
-            "checkpoint.export": "false"}  # fmt: skip
+            "data.num_streams": str(ladder.rungs[0].fields["data.num_streams"]), "checkpoint.export": "false"}  # fmt: skip
 
 
 def figures(result: Result, truth: float) -> dict:

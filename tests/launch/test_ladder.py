@@ -12,8 +12,10 @@ from launch.ladder_text import short
 from launch.many_runs import PlannedRun, unfinished
 from launch.presets import load_config
 from tests.launch.small_run import here, metrics, write_config
+from train.evaluation.documents import choose_held_out
 from train.planning.family import size_of
 from train.planning.scaling import Law
+from train.prepare import open_run_mixture
 from train.run.comparison import tokens_after
 from train.run.folder import HeldOutDocument
 
@@ -141,6 +143,14 @@ def test_a_branch_decays_from_its_trunks_checkpoint(config: Path, tmp_path: Path
     assert "held_out_bits_per_byte" in of_branch[-1]
     assert unfinished([trunk, branch]) == []
     assert trunk.run.held_out_texts() == branch.run.held_out_texts()
+
+
+def test_all_rungs_are_evaluated_on_the_same_documents(config: Path, tmp_path: Path):
+    ladder = ladder_of(config, tmp_path / "to", least_rows=1)
+    assert len({trunk.config.train.batch_size for trunk in ladder.trunks}) > 1
+    texts = [choose_held_out(open_run_mixture(t.config, t.run), t.config.evaluation.max_bytes) for t in ladder.trunks]
+    assert texts[0]
+    assert all(text == texts[0] for text in texts)
 
 
 def test_a_dry_run_says_what_would_be_trained_and_trains_nothing(config: Path, tmp_path: Path, monkeypatch, capsys):

@@ -10,6 +10,8 @@ The config's own values are the anchor of what depends on size, q being a rung's
 - rows of a step ∝ q^(2/3), to a power of 2 of the config's, and learning rate ∝ q^(-1/3): the rules of OLMo's ladder
   (allenai/OLMo-core, src/olmo_core/model_ladder), both by N alone, so that one trunk serves all numbers of tokens. By
   compute, DeepSeek's rows ∝ C^0.33 (Bi et al. 2024) and Marin's ∝ C^0.36 are nearly the same, as C ∝ N².
+- streams of the corpus are the same for all rungs, so that these read the same order of text. (The cut of a small
+  corpus into chunks, and so which held-out documents are the first, depends on their number.)
 - tokens ∝ N; each rung has POINTS lengths, a factor of 2 apart.
 - warm-up is the config's share of the run that has its tokens a parameter, and at most half of the shortest trunk: a
   long one makes small models look worse (Porian et al. 2024).
@@ -139,7 +141,7 @@ def make_rungs(config: Config, number: int, scale: float, longest: float, least_
         number: how many rungs there are.
         scale: the config's N over that of the largest rung.
         longest: tokens a parameter of the longest run of a rung, over those of the config's own run.
-        least_rows: rows that a step has at least, as the devices need them.
+        least_rows: rows of a step are a multiple of this, as the devices divide them.
     """
     family, top = sizes(config), size_of(config) / scale
     if not (chosen := series(family, top, number)):
@@ -151,7 +153,15 @@ def make_rungs(config: Config, number: int, scale: float, longest: float, least_
             f"{config.model.num_layers} layers and an unembedding that sets N = {family[0].N:.3g} as the least; "
             f"{remedy}, or give a larger config or a smaller vocabulary"
         )
-    return [make_rung(config, size, longest, least_rows) for size in chosen]
+    rows = [rows_of(config, size, least_rows) for size in chosen]
+    streams = math.gcd(*rows, config.data.num_streams or 0)
+    return [make_rung(config, size, longest, of, streams) for size, of in zip(chosen, rows, strict=True)]
+
+
+def rows_of(config: Config, size: Size, least_rows: int) -> int:
+    """Returns the rows of a step of a size, a multiple of the least number."""
+    halvings = round(-2 / 3 * math.log2(size.N / size_of(config)))
+    return max(round(config.train.batch_size / 2**halvings / least_rows), 1) * least_rows
 
 
 def series(family: Sequence[Size], top: float, number: int) -> list[Size]:
@@ -163,11 +173,10 @@ def series(family: Sequence[Size], top: float, number: int) -> list[Size]:
     return [] if too_near or LEAST_SPACING * top < chosen[-1].N else chosen
 
 
-def make_rung(config: Config, size: Size, longest: float, least_rows: int = 1) -> Rung:
-    """Returns the rung of a size, as `make_rungs` does."""
+def make_rung(config: Config, size: Size, longest: float, rows: int, streams: int) -> Rung:
+    """Returns the rung of a size, as `make_rungs` does, with these rows of a step and streams of the corpus."""
     N, T = size_of(config), config.data.segment_length
     share = size.N / N
-    rows = max(round(config.train.batch_size / 2 ** round(-2 / 3 * math.log2(share))), least_rows, 1)
     steps = share * tokens_of_run(config.resolved(config.tokenizer.vocab_size)) / (rows * T)  # at the config's ratio
     decay = config.optimizer.decay_fraction
     if not 0 < decay <= MOST_DECAY:
@@ -200,9 +209,8 @@ def make_rung(config: Config, size: Size, longest: float, least_rows: int = 1) -
         "optimizer.warmup_steps": min(math.ceil(steps * warmup), first // 2),
         "train.batch_ramp_start": None,
         "train.batch_ramp_steps": None,
+        "data.num_streams": streams,
     }
-    if config.data.num_streams is not None:
-        fields["data.num_streams"] = math.gcd(config.data.num_streams, rows)
     resolved = size.model.resolved(config.tokenizer.vocab_size, T)
     save = {"checkpoint.every_steps": first // saves}
     return Rung(size.N, count_parameters(resolved), fields | save, branches, rows * T)

@@ -101,10 +101,13 @@ def test_lengths_are_a_series_up_to_the_configs_tokens_a_parameter():
 
 def test_what_a_config_gives_itself_fits_its_rungs():
     config = with_fields(TARGET, data={"num_streams": 64}, train={"batch_ramp_start": 16, "batch_ramp_steps": 100})
-    for rung in make_rungs(config, 5, 10, 2, least_rows=8):
+    rungs = make_rungs(config, 5, 10, 2, least_rows=8)
+    for rung in rungs:
         rows = rung.fields["train.batch_size"]
-        assert rows >= 8
+        assert rows % 8 == 0
         assert rows % rung.fields["data.num_streams"] == 0
+        assert rung.fields["data.num_streams"] == rungs[0].fields["data.num_streams"]
+        assert 64 % rung.fields["data.num_streams"] == 0
         assert rung.fields["train.batch_ramp_start"] is None
 
 
