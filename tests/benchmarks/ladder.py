@@ -60,8 +60,10 @@ def ladder_of(config: str, overrides: dict[str, str], folder: Path, rungs: int) 
 def as_branches(ladder: Ladder) -> dict[str, str]:
     """Fields with which the target is trained as branches are: with their schedule, and evaluated at its end."""
     steps = str(ladder.target.train.num_steps)
+    # Otherwise it may hold other documents out.
+    streams = str(ladder.rungs[0].fields["data.num_streams"])
     return {"optimizer.schedule": "wsd", "evaluation.every_steps": steps, "evaluation.sample_tokens": "0",
-            "data.num_streams": str(ladder.rungs[0].fields["data.num_streams"]), "checkpoint.export": "false"}  # fmt: skip
+            "data.num_streams": streams, "checkpoint.export": "false"}  # fmt: skip
 
 
 def figures(result: Result, truth: float) -> dict:

@@ -11,13 +11,14 @@ from launch.ladder_runs import Ladder, planned_ladder
 from launch.ladder_text import short
 from launch.many_runs import PlannedRun, unfinished
 from launch.presets import load_config
+from tests.benchmarks import ladder as benchmark
 from tests.launch.small_run import here, metrics, write_config
 from train.evaluation.documents import choose_held_out
 from train.planning.family import size_of
 from train.planning.scaling import Law
 from train.prepare import open_run_mixture
 from train.run.comparison import tokens_after
-from train.run.folder import HeldOutDocument
+from train.run.folder import HeldOutDocument, Run
 
 LAW = Law(E=0.8, A=30.0, B=40.0, alpha=0.4, beta=0.35)
 STEPS = {"train.num_steps": "400"}
@@ -250,6 +251,22 @@ def test_what_cannot_be_is_refused_before_anything_is_made(
 def test_a_run_is_no_place_for_a_ladder(finished: Path, config: Path, capsys):
     assert here("ladder", f"--config={config}", *SMALL, f"--to={finished}") == 2
     assert "is a run itself; name another folder" in capsys.readouterr().err
+
+
+def test_the_benchmark_measures_the_prediction_against_the_target(config: Path, tmp_path: Path, monkeypatch, capsys):
+    text = config.read_text().replace('"model_dim": 32, "num_heads": 4', '"model_dim": 128, "num_heads": 8')
+    config.write_text(text.replace('"num_steps": 12', '"num_steps": 3000'))
+    monkeypatch.setattr(many_runs, "train", finish)
+    monkeypatch.setattr("sys.argv", ["ladder", f"--to={tmp_path / 'to'}", f"--config={config}", "--rungs=5"])
+    benchmark.main()
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    # All losses are those of a law.
+    assert abs(figures["error_bits_per_byte"]) < 1e-3
+    assert figures["holds"]
+    assert [len(held["errors"]) for held in figures["held_back"]] == [4]
+    assert max(map(abs, figures["held_back"][0]["errors"])) < 1e-3
+    target, rung = Run(tmp_path / "to" / "target").load_config(), Run(tmp_path / "to" / "rung-5-trunk").load_config()
+    assert target.data.num_streams == rung.data.num_streams
 
 
 @pytest.mark.parametrize(
