@@ -15,6 +15,7 @@ COMMANDS = {
     "evaluate": ("launch.evaluate", "loss and bits per byte on held-out documents or another corpus, and tasks"),
     "generate": ("launch.generate", "continue a prompt"),
     "compare": ("launch.compare", "run an experiment: variants of a config with several seeds, and which learns more"),
+    "ladder": ("launch.ladder", "train a family of small models, and predict the loss of a large one"),
     "report": ("launch.report", "one HTML page of a run: what was measured, what happened; or curves of several"),
     "inspect data": ("launch.inspect_data", "which documents a step's batch is made of, or what a corpus holds"),
     "inspect loss": ("launch.inspect_loss", "what the model predicts at each position of a text"),

@@ -126,6 +126,8 @@ TABLE = [
     ("an experiment of another kind", ["compare", "{dir}/a.csv"], "a.csv:1: no TOML: "),
     ("a run twice in a page", ["report", "{run}", "{run}/.", "--output={dir}/page.html"], "is named twice"),
     ("a page of runs of which one is none", ["report", "{run}", "{dir}", "--output={dir}/page.html"], "no config.json"),
+    ("a ladder of a model without sizes below it", ["ladder", "--config={config}", "--to={dir}/new"],
+     "shrinks to no 5 sizes"),
     ("nothing to launch", ["launch", "local", "--processes=2"], "there is no command; give one after --"),
 ]  # fmt: skip
 

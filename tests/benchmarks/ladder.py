@@ -1,0 +1,92 @@
+"""A ladder's prediction against the truth: small rungs predict a run of four times the parameters and the tokens.
+
+    python -m tests.benchmarks.ladder --to=FOLDER
+
+The target is the preset small_cpu (12.6 million parameters), with the learning rate of `tiny`, which was tuned, by the
+ladder's own rule. The rungs are those of `ziggurat ladder` with --scale=4 --longest=1: at most a quarter of its size,
+and of its tokens. Then the target itself is trained. All are ordinary runs in FOLDER: the same command again goes on
+where it stopped. On two cores the ladder takes about half an hour, and the target 40 minutes.
+
+The errors of further held-back rungs cost no training: each rung from the fifth smallest on is predicted by all that
+are smaller, at each of its lengths. The last line is one JSON object; `error_bits_per_byte` is
+the target's prediction less the truth.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from launch.ladder_runs import Ladder, Point, Result, check_folder, fit_points, measure, planned_ladder, save
+from launch.ladder_text import result_text
+from launch.many_runs import plan_run, train_all
+from launch.presets import load_config
+from train.planning.budget import Budget
+from train.planning.scaling import LEAST_SIZES
+from train.run.comparison import outcome_of
+
+PRESET, OVERRIDES = "small_cpu", {"optimizer.learning_rate": "3.2e-3"}
+SCALE, LONGEST = 4.0, 1.0
+
+
+def main() -> None:
+    """Train what is not finished, and print the prediction and the truth."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="where the runs are, or will be")
+    parser.add_argument("--config", metavar="NAME|FILE", help=f"another target, as it is [{PRESET}, another rate]")
+    parser.add_argument("--rungs", type=int, default=5, help="number of sizes [5]")
+    arguments = parser.parse_args()
+    overrides = {} if arguments.config else OVERRIDES
+    ladder = ladder_of(arguments.config or PRESET, overrides, arguments.to, arguments.rungs)
+    target = plan_run(arguments.to / "target", arguments.config or PRESET, overrides | as_branches(ladder))
+    check_folder(ladder)
+    save(ladder)
+    # The target last, so that the prediction is there before the truth.
+    if status := train_all(ladder.runs):
+        sys.exit(status)
+    result = measure(ladder, Budget(ladder.target_flops, None))
+    print(result_text(result), flush=True)
+    if status := train_all([target]):
+        sys.exit(status)
+    print(json.dumps(figures(result, outcome_of(target.run).bits)))
+
+
+def ladder_of(config: str, overrides: dict[str, str], folder: Path, rungs: int) -> Ladder:
+    """The plan of the rungs."""
+    flags = {"rungs": float(rungs), "scale": SCALE, "longest": LONGEST, "least_rows": 1.0}
+    return planned_ladder(config, overrides, load_config(config, overrides), folder, flags)
+
+
+def as_branches(ladder: Ladder) -> dict[str, str]:
+    """Fields with which the target is trained as branches are: with their schedule, and evaluated at its end."""
+    steps = str(ladder.target.train.num_steps)
+    # Otherwise it may hold other documents out.
+    streams = str(ladder.rungs[0].fields["data.num_streams"])
+    return {"optimizer.schedule": "wsd", "evaluation.every_steps": steps, "evaluation.sample_tokens": "0",
+            "data.num_streams": streams, "checkpoint.export": "false"}  # fmt: skip
+
+
+def figures(result: Result, truth: float) -> dict:
+    """The prediction against the truth, and the errors of held-back rungs."""
+    value, low, high = result.prediction
+    return {
+        "predicted": value, "interval": [low, high], "truth": truth, "holds": low <= truth <= high,
+        "held_back": held_back_errors(result.points), "error_bits_per_byte": value - truth,
+    }  # fmt: skip
+
+
+def held_back_errors(points: list[Point]) -> list[dict]:
+    """For each rung with enough smaller ones: their prediction less its loss, at each of its lengths."""
+    sizes = sorted({point.N for point in points})
+    errors = []
+    for number, N in enumerate(sizes):
+        if number < LEAST_SIZES:
+            continue
+        law = fit_points([point for point in points if N > point.N], resamples=0).law
+        of_rung = [law.loss(point.N, point.D) - point.bits for point in points if N == point.N]
+        errors.append({"N": N, "times_the_largest_below": N / sizes[number - 1], "errors": of_rung})
+    return errors
+
+
+if __name__ == "__main__":
+    main()

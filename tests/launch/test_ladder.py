@@ -1,0 +1,277 @@
+"""`ziggurat ladder`: trunks and branches, what it predicts, how it goes on, and what it refuses."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from launch import ladder_runs, many_runs
+from launch.ladder_runs import Ladder, planned_ladder
+from launch.ladder_text import short
+from launch.many_runs import PlannedRun, unfinished
+from launch.presets import load_config
+from tests.benchmarks import ladder as benchmark
+from tests.launch.small_run import here, metrics, write_config
+from train.evaluation.documents import choose_held_out
+from train.planning.family import size_of
+from train.planning.scaling import Law
+from train.prepare import open_run_mixture
+from train.run.comparison import tokens_after
+from train.run.folder import HeldOutDocument, Run
+
+LAW = Law(E=0.8, A=30.0, B=40.0, alpha=0.4, beta=0.35)
+STEPS = {"train.num_steps": "400"}
+FLAGS: dict[str, float] = {"rungs": 5, "scale": 2, "longest": 2, "least_rows": 8}
+SMALL = ["--rungs=5", "--scale=2", "--least-rows=8", "--config.train.num_steps=400"]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    return write_config(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of configs of which steps were timed; nothing is."""
+    calls: list[int] = []
+    monkeypatch.setattr(
+        ladder_runs, "time_steps", lambda configs: calls.append(len(configs)) or dict.fromkeys(configs, 0.5)
+    )
+    return calls
+
+
+def ladder_of(config: Path, folder: Path, **flags: float) -> Ladder:
+    """The plan that the command makes of a small run's config."""
+    return planned_ladder(str(config), STEPS, load_config(str(config), STEPS), folder, FLAGS | flags)
+
+
+def finish(planned: PlannedRun, bits: float | None = None, text: str = "text", steps: int | None = None) -> int:
+    """Leave a run as its training would, with the loss of the law."""
+    run, config = planned.run, planned.config
+    steps = steps or config.train.num_steps
+    run.folder.mkdir(parents=True)
+    run.save_config(config.resolved(512))
+    run.save_held_out([HeldOutDocument(text)])
+    N, D = size_of(config.resolved(512)), tokens_after(config, steps)
+    bits = LAW.loss(N, D) if bits is None else bits
+    record = {"step": steps, "loss": 1.0, "loss_weight": 1.0, "utilization": 1.0, "tokens_per_second": 1.0,
+              "data_wait_seconds": 0.0, "validation_loss": 1.0, "validation_bits_per_byte": 9.0,
+              "held_out_loss": 1.0, "held_out_bits_per_byte": bits}  # fmt: skip
+    run.metrics.write_text(json.dumps(record) + "\n")
+    run.events.write_text(
+        json.dumps({"event": "end", "time": "2026-01-01T00:00:00.000+00:00", "step": steps, "seconds": {}}) + "\n"
+    )
+    return 0
+
+
+def test_a_finished_ladder_predicts_what_its_law_says_and_is_found_again(
+    config: Path, tmp_path: Path, monkeypatch, capsys, timed
+):
+    trained: list[str] = []
+    monkeypatch.setattr(many_runs, "train", lambda planned: trained.append(planned.name) or finish(planned))
+    command = ["ladder", f"--config={config}", *SMALL, f"--to={tmp_path / 'to'}", "--json", "--budget=1e13"]
+    assert here(*command) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert trained[:6] == ["rung-1-trunk", *(f"rung-1-branch-{i}" for i in (1, 2, 3, 4)), "rung-2-trunk"]
+    assert len(trained) == 25
+    assert "25 runs in" in captured.err
+    assert timed == [5]
+    target = load_config(str(config), STEPS)
+    D = 400 * 8 * 32
+    assert result["target"]["N"] == pytest.approx(size_of(target))
+    assert result["target"]["D"] == D
+    assert result["target"]["bits"]["value"] == pytest.approx(LAW.loss(size_of(target), D), abs=1e-5)
+    assert result["law"]["alpha"]["value"] == pytest.approx(0.4, abs=1e-3)
+    assert len(result["points"]) == 20
+    assert [held["predicted"] for held in result["held_back"]] == pytest.approx(
+        [held["bits"] for held in result["held_back"]], abs=1e-4
+    )
+    assert (result["best"]["N"]["value"], result["best"]["D"]["value"]) == pytest.approx(LAW.best(1e13), rel=0.01)
+    page = (tmp_path / "to" / "ladder.html").read_text()
+    assert "Residuals" in page
+    assert f"target, N = {short(size_of(target))}" in page
+
+    # Without --json, and nothing is trained or timed again.
+    command.remove("--json")
+    assert here(*command, "--topology=h100:1x8", "--mfu=0.4", "--price=2.5") == 0
+    text = capsys.readouterr().out
+    assert len(trained) == 25
+    assert timed == [5]
+    assert f"{result['target']['bits']['value']:.4f} bits a byte" in text
+    assert "days on h100:1x8 at 40% MFU, $" in text
+    assert "check: without the largest rung, the law misses its 4 runs by" in text
+
+
+def test_after_a_stop_the_same_command_goes_on(config: Path, tmp_path: Path, monkeypatch, capsys):
+    trained: list[str] = []
+
+    def train(planned: PlannedRun) -> int:
+        trained.append(planned.name)
+        return 75 if len(trained) == 8 else finish(planned)
+
+    monkeypatch.setattr(many_runs, "train", train)
+    command = ["ladder", f"--config={config}", *SMALL, f"--to={tmp_path / 'to'}"]
+    assert here(*command) == 75
+    assert capsys.readouterr().out == ""
+    assert here(*command) == 0
+    assert trained[7] == trained[8] == "rung-2-branch-2"
+    assert len(trained) == 26
+
+
+def test_a_branch_decays_from_its_trunks_checkpoint(config: Path, tmp_path: Path):
+    """Real runs: the rate of the trunk is constant to its end, and a branch of it has as many tokens as planned."""
+    ladder = ladder_of(config, tmp_path / "to")
+    rung, trunk, branch = ladder.rungs[0], ladder.trunks[0], ladder.branches[0][1]
+    begin, end = rung.branches[1]
+    assert here(*trunk.words) == 0
+    of_trunk = metrics(trunk.run.folder)
+    peak, warmup = rung.fields["optimizer.learning_rate"], rung.fields["optimizer.warmup_steps"]
+    assert [r["learning_rate"] for r in of_trunk][warmup:] == pytest.approx([peak] * (rung.trunk_steps - warmup))
+    assert len(of_trunk) == rung.trunk_steps
+    kept = {int(path.name) for path in (trunk.run.folder / "checkpoints").iterdir()}
+    assert kept >= {begin for begin, _ in rung.branches}
+    assert not (trunk.run.folder / "export").exists()
+
+    assert here(*branch.words) == 0
+    of_branch = metrics(branch.run.folder)
+    assert [record["step"] for record in of_branch] == list(range(begin + 1, end + 1))
+    rates = [record["learning_rate"] for record in of_branch]
+    assert rates[0] < peak
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] == pytest.approx(peak * ladder.target.optimizer.final_fraction)
+    assert "held_out_bits_per_byte" in of_branch[-1]
+    assert unfinished([trunk, branch]) == []
+    assert trunk.run.held_out_texts() == branch.run.held_out_texts()
+
+
+def test_all_rungs_are_evaluated_on_the_same_documents(config: Path, tmp_path: Path):
+    ladder = ladder_of(config, tmp_path / "to", least_rows=1)
+    assert len({trunk.config.train.batch_size for trunk in ladder.trunks}) > 1
+    texts = [choose_held_out(open_run_mixture(t.config, t.run), t.config.evaluation.max_bytes) for t in ladder.trunks]
+    assert texts[0]
+    assert all(text == texts[0] for text in texts)
+
+
+def test_a_dry_run_says_what_would_be_trained_and_trains_nothing(config: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(many_runs, "train", None)
+    command = ["ladder", f"--config={config}", *SMALL, f"--to={tmp_path / 'to'}", "--dry-run"]
+    assert here(*command, "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    ladder = ladder_of(config, tmp_path / "to")
+    assert [rung["N"] for rung in plan["rungs"]] == [rung.N for rung in ladder.rungs]
+    trained = sum(planned.config.train.num_steps * rung.step_tokens * 6 * rung.N
+                  for rung, trunk, of in zip(ladder.rungs, ladder.trunks, ladder.branches, strict=True)
+                  for planned in (trunk, *of))  # fmt: skip
+    shared = sum(begin * rung.step_tokens * 6 * rung.N for rung in ladder.rungs for begin, _ in rung.branches)
+    assert plan["flops"] == pytest.approx(trained - shared)
+    assert here(*command) == 0
+    text = capsys.readouterr().out
+    assert f"{ladder.flops / ladder.target_flops:.1%} of the target's" in text
+    assert [path.name for path in (tmp_path / "to").iterdir()] == ["ladder.json"]
+    # Nothing has begun, so another ladder may take its place.
+    assert here(*command, "--rungs=4") == 0
+    assert capsys.readouterr().out.count("rung-") == 4
+
+
+def test_a_folder_of_another_ladder_is_refused(config: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(many_runs, "train", finish)
+    command = ["ladder", f"--config={config}", *SMALL, f"--to={tmp_path / 'to'}"]
+    assert here(*command) == 0
+    capsys.readouterr()
+    for flags, words in (
+        (["--rungs=4"], ["--rungs", "5", "4"]),
+        (["--config.optimizer.learning_rate=2e-2"], ["optimizer.learning_rate", "0.01", "0.02"]),
+    ):
+        assert here(*command, *flags) == 2
+        error = capsys.readouterr().err
+        assert "holds another ladder:" in error
+        assert words in [line.split() for line in error.splitlines()]
+        assert "name another folder with --to=FOLDER" in error
+
+
+@pytest.mark.parametrize(
+    ("ending", "words"),
+    [
+        ({"bits": math.nan}, "rung-3-branch-2 diverged: its held-out loss is not finite"),
+        ({"steps": 9}, "rung-3-branch-2 ended after 2,304 of its "),
+        ({"text": "other"}, "were evaluated on different documents"),
+    ],
+)
+def test_a_run_that_says_nothing_of_the_law_is_named(
+    ending: dict, words: str, config: Path, tmp_path: Path, monkeypatch, capsys
+):
+    monkeypatch.setattr(
+        many_runs, "train", lambda planned: finish(planned, **(ending if planned.name == "rung-3-branch-2" else {}))
+    )
+    assert here("ladder", f"--config={config}", *SMALL, f"--to={tmp_path / 'to'}") == 2
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--rungs=3"], "--rungs=3: give a whole number of at least 4"),
+        (["--rungs=4.5", "--scale=nan"], "--scale=nan: give a number of at least 1"),
+        (["--longest=0"], "--longest=0: give a number above 0"),
+        (["--least-rows=x"], "--least-rows=x: give a whole number of at least 1"),
+        (["--budget=many"], "--budget=many: give FLOPs, as in 1e19, or 30days"),
+        (["--budget=-1e19"], "--budget=-1e19: give FLOPs"),
+        (["--budget=3days"], "--budget=3days goes with --topology"),
+        (["--budget=3dollars", "--topology=h100:1x8"], "--budget=3dollars goes with --price"),
+        (["--budget=10"], "--budget=10 is 10 FLOPs, less than the "),
+        (["--mfu=0.5", "--price=2"], "--price goes with --topology"),
+        (["--topology=h100:1x8", "--mfu=1.5"], "--mfu=1.5: give a number above 0 and at most 1"),
+        (["--topology=h100", "--mfu=0.5"], "--topology=h100: "),
+        (["--scale=1e6"], "shrinks to no 5 sizes"),
+        (["--config.data.validation_fraction=0"], "data.validation_fraction is 0, so there is no loss to predict"),
+        (["--config.data.corpus=none"], "data.corpus is not given"),
+        (["--config.checkpoint.dir=/tmp/x"], "checkpoint.dir: all runs would save to the same place"),
+        (["--config.train.init_from=runs/x@3"], "train.init_from: a ladder is of new weights"),
+        (["--config.optimizer.learning_rate=0"], "optimizer.learning_rate is 0"),
+        (["--config.train.num_steps=20"], "train.num_steps = 20: at these tokens a parameter"),
+        (["--to={config}/x"], "is a file; name another path"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_made(
+    flags: list[str], words: str, config: Path, tmp_path: Path, capsys, timed
+):
+    to = f"--to={tmp_path / 'to'}"
+    assert here("ladder", f"--config={config}", *SMALL, to, *(flag.format(config=config) for flag in flags)) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert captured.out == ""
+    assert not (tmp_path / "to").exists()
+    assert timed == []
+
+
+def test_a_run_is_no_place_for_a_ladder(finished: Path, config: Path, capsys):
+    assert here("ladder", f"--config={config}", *SMALL, f"--to={finished}") == 2
+    assert "is a run itself; name another folder" in capsys.readouterr().err
+
+
+def test_the_benchmark_measures_the_prediction_against_the_target(config: Path, tmp_path: Path, monkeypatch, capsys):
+    text = config.read_text().replace('"model_dim": 32, "num_heads": 4', '"model_dim": 128, "num_heads": 8')
+    config.write_text(text.replace('"num_steps": 12', '"num_steps": 3000'))
+    monkeypatch.setattr(many_runs, "train", finish)
+    monkeypatch.setattr("sys.argv", ["ladder", f"--to={tmp_path / 'to'}", f"--config={config}", "--rungs=5"])
+    benchmark.main()
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    # All losses are those of a law.
+    assert abs(figures["error_bits_per_byte"]) < 1e-3
+    assert figures["holds"]
+    assert [len(held["errors"]) for held in figures["held_back"]] == [4]
+    assert max(map(abs, figures["held_back"][0]["errors"])) < 1e-3
+    target, rung = Run(tmp_path / "to" / "target").load_config(), Run(tmp_path / "to" / "rung-5-trunk").load_config()
+    assert target.data.num_streams == rung.data.num_streams
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.5, "0.500"), (3, "3.00"), (999.6, "1.00k"), (12_345, "12.3k"), (1.234e9, "1.23G"), (1e15, "1.00e15")],
+)
+def test_large_numbers_are_short(value: float, text: str):
+    assert short(value) == text

@@ -1,0 +1,226 @@
+"""The law of loss over model size and tokens, fitted to finished runs: its parameters, predictions and their intervals.
+
+L(N, D) = E + A/N^α + B/D^β (Hoffmann et al. 2022, arXiv:2203.15556, approach 3): E is what no model can know, the other
+terms are what a finite model and finite text leave. N are FLOPs of a token / 6, so that a run takes exactly 6 N D model
+FLOPs: the parameters that a token is multiplied with, the unembedding included, and attention's products as if they
+were parameters. Leaving out the last layer, as Kaplan et al. (2020) do, makes small models look smaller than their cost
+and the best sizes too large (Porian et al. 2024, arXiv:2406.19146; Pearce and Song 2024, arXiv:2406.12907); the lookup
+in the embedding costs nothing, and is not counted. Bi et al. (2024, arXiv:2401.02954) count attention alike.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from scipy.optimize import nnls
+from scipy.special import logsumexp, ndtri, stdtrit
+
+from data.errors import InputError
+
+# The threshold of the Huber loss on residuals of log L. It is ten times that of Hoffmann et al., who had 400 runs: with
+# a threshold below the noise the loss is nearly absolute, which makes less of few points.
+HUBER = 1e-2
+EXPONENTS = (0.02, 3.0)
+STARTS = (0.1, 0.25, 0.5, 1.0)
+MOST_ITERATIONS = 300
+RESAMPLES = 200
+CONFIDENCE = 0.95
+# Weights of a wild bootstrap: it keeps all sizes, and draws by what each residual is multiplied. These six have mean 0
+# and variance 1, and are for few clusters (Webb 2023, Canadian Journal of Economics 56).
+WEBB = np.array([-math.sqrt(1.5), -1, -math.sqrt(0.5), math.sqrt(0.5), 1, math.sqrt(1.5)])
+# The fewest points, different sizes and different numbers of tokens that determine the law with some to spare, and the
+# least range of sizes and of tokens.
+LEAST_POINTS, LEAST_SIZES, LEAST_TOKENS, LEAST_RANGE = 10, 4, 3, 2.0
+
+
+class Law(NamedTuple):
+    """L(N, D) = E + A/N^alpha + B/D^beta, in bits a byte."""
+
+    E: float
+    A: float
+    B: float
+    alpha: float
+    beta: float
+
+    def loss(self, N: float, D: float) -> float:
+        """Returns the loss of a model of size N after D tokens."""
+        return float(self.E + self.A * N**-self.alpha + self.B * D**-self.beta)
+
+    def best(self, flops: float) -> tuple[float, float]:
+        """Returns the N and D of least loss with 6 N D = `flops` (Hoffmann et al., equation 4)."""
+        ratio = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
+        N = ratio * (flops / 6) ** (self.beta / (self.alpha + self.beta))
+        return N, flops / 6 / N
+
+
+class Interval(NamedTuple):
+    """A value, and the ends of its interval of confidence."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A law with its uncertainty.
+
+    Attributes:
+        residuals: log of measured over fitted loss of each point.
+        resamples: laws of bootstrap samples of the residuals, by rung and by point.
+        noise: by what a run is above the law, in log of the loss, drawn for each of the resamples.
+    """
+
+    law: Law
+    residuals: np.ndarray
+    resamples: tuple[Law, ...]
+    noise: np.ndarray
+
+    def interval(self, function: Callable[[Law], float]) -> Interval:
+        """Returns a function of the law with its interval over the resamples."""
+        return _interval(function(self.law), np.array([function(law) for law in self.resamples]))
+
+    def predict(self, N: float, D: float) -> Interval:
+        """Returns the loss that one run will have: the interval holds the spread of runs about the law, too."""
+        drawn = np.array([law.loss(N, D) for law in self.resamples]) * np.exp(self.noise)
+        return _interval(self.law.loss(N, D), drawn)
+
+
+def fit_law(N: np.ndarray, D: np.ndarray, L: np.ndarray, resamples: int = RESAMPLES) -> Fit:
+    """Returns the law of points: losses L of models of sizes N after D tokens, [points] each. A rung is all of one N.
+
+    Raises InputError where a loss is not finite, or the points do not determine the law.
+    """
+    N, D, L = (np.asarray(x, float) for x in (N, D, L))
+    if not np.isfinite(L).all() or (L <= 0).any():
+        raise InputError("a loss is not finite and above 0, so no law is fitted; leave its run out")
+    if problem := too_few(N, D):
+        raise InputError(f"the points determine no law: {problem}")
+    theta = _best_fit(N, D, L)
+    fitted = _log_loss(theta, np.log(N), np.log(D))
+    residuals = np.log(L) - fitted
+    _, rung_of = np.unique(N, return_inverse=True)
+    shared, own = _parts(residuals, rung_of)
+    random = np.random.default_rng(0)
+    K, n, S = len(shared), len(own), resamples
+    by_rung, by_point = random.choice(WEBB, (S, K)) * shared, random.choice(WEBB, (S, n)) * own
+    thetas = _refined(np.tile(theta, (S, 1)), N, D, np.exp(fitted + by_rung[:, rung_of] + by_point))
+    noise = random.choice(WEBB, S) * random.choice(shared, S) + random.choice(WEBB, S) * random.choice(own, S)
+    return Fit(_law(theta), residuals, tuple(map(_law, thetas)), noise)
+
+
+def _parts(residuals: np.ndarray, rung_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the mean residual of each rung, and what each point has in addition, as large as they may be in truth.
+
+    Runs of a rung share weights and batches up to their branches, so their residuals are no independent draws. Of the
+    law's parameters, three are along N and absorb differences between rungs, two are along D. What is left has few
+    degrees of freedom, for which Student's t is wider than the normal distribution.
+    """
+    K, n = int(rung_of.max()) + 1, len(residuals)
+    shared = np.bincount(rung_of, residuals) / np.bincount(rung_of)
+    own = residuals - shared[rung_of]
+    between, within = K - 3, max(n - K - 2, 1)
+    return shared * math.sqrt(K / between) * _wider(between), own * math.sqrt(n / within) * _wider(within)
+
+
+def _wider(freedom: int) -> float:
+    """Returns the ratio of the quantiles of Student's t and of the normal distribution."""
+    return float(stdtrit(freedom, (1 + CONFIDENCE) / 2) / ndtri((1 + CONFIDENCE) / 2))
+
+
+def too_few(N: np.ndarray, D: np.ndarray) -> str:
+    """Returns why points of these sizes and tokens do not determine a law, or an empty text where they do."""
+    if len(N) < LEAST_POINTS:
+        return f"there are {len(N)}, and {LEAST_POINTS} are the fewest"
+    for name, values, least in (("sizes", N, LEAST_SIZES), ("numbers of tokens", D, LEAST_TOKENS)):
+        if (number := len(np.unique(values))) < least:
+            return f"they have {number} different {name}, and {least} are the fewest"
+        if (ratio := values.max() / values.min()) < LEAST_RANGE:
+            return f"their {name} differ by a factor of {ratio:.2f}, and {LEAST_RANGE:.0f} is the least"
+    return ""
+
+
+def _interval(value: float, drawn: np.ndarray) -> Interval:
+    low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Interval(float(value), min(float(low), float(value)), max(float(high), float(value)))
+
+
+# theta is (log E, log A, log B, alpha, beta), along the last axis; other axes are of several fits.
+def _law(theta: np.ndarray) -> Law:
+    return Law(*np.exp(theta[:3]).tolist(), *theta[3:].tolist())
+
+
+def _log_terms(theta: np.ndarray, n: np.ndarray, d: np.ndarray) -> np.ndarray:
+    """Returns the logs of the three terms, [3, ..., points], of logs of sizes and tokens."""
+    e, a, b, alpha, beta = np.moveaxis(theta, -1, 0)[..., None]
+    return np.stack([e + 0 * n, a - alpha * n, b - beta * d])
+
+
+def _log_loss(theta: np.ndarray, n: np.ndarray, d: np.ndarray) -> np.ndarray:
+    return np.asarray(logsumexp(_log_terms(theta, n, d), axis=0))
+
+
+def _huber(residuals: np.ndarray) -> np.ndarray:
+    """Returns the summed Huber loss of residuals, over the last axis."""
+    distance = np.abs(residuals)
+    return np.asarray(np.where(distance <= HUBER, distance**2 / 2, HUBER * (distance - HUBER / 2)).sum(-1))
+
+
+def _best_fit(N: np.ndarray, D: np.ndarray, L: np.ndarray) -> np.ndarray:
+    """Returns the best parameters from several starts.
+
+    For given exponents the law is linear, and relative errors are nearly those of logs.
+    """
+    starts = []
+    for alpha, beta in itertools.product(STARTS, STARTS):
+        n, d = (N / N.min()) ** -alpha, (D / D.min()) ** -beta
+        terms, _ = nnls(np.stack([np.ones_like(L), n, d], axis=1) / L[:, None], np.ones_like(L))
+        E, A, B = np.log(np.maximum(terms, 1e-6 * L.min()))
+        starts.append([E, A + alpha * np.log(N.min()), B + beta * np.log(D.min()), alpha, beta])
+    thetas = _refined(np.array(starts), N, D, np.tile(L, (len(starts), 1)))
+    return np.array(thetas[np.argmin(_huber(_log_loss(thetas, np.log(N), np.log(D)) - np.log(L)))])
+
+
+def _refined(starts: np.ndarray, N: np.ndarray, D: np.ndarray, L: np.ndarray) -> np.ndarray:
+    """Returns the parameters of least Huber loss near each start, [fits, 5], for losses [fits, points].
+
+    Levenberg and Marquardt's method, with the Huber loss by weights, for all fits at once: one after the other, by
+    scipy.optimize, they take a hundred times as long. The loss is a sum and the end is late: ending early was what made
+    the intervals of Hoffmann et al. too narrow (Besiroglu et al. 2024, arXiv:2404.10102).
+    """
+    if not len(starts):
+        return starts
+    n, d, logs = np.log(N), np.log(D), np.log(L)
+    # Centred, so that a change of an exponent does not have to be balanced by its factor.
+    centre = np.array([n.mean(), d.mean()])
+    n, d = n - centre[0], d - centre[1]
+    least, most = logs.min() - 12, logs.max() + 3
+    low, high = np.array([[least] * 3 + [EXPONENTS[0]] * 2, [most] * 3 + [EXPONENTS[1]] * 2])
+    theta = starts.copy()
+    theta[:, 1:3] -= theta[:, 3:] * centre
+    theta = np.clip(theta, low, high)
+    damping, cost = np.full(len(theta), 1e-3), _huber(_log_loss(theta, n, d) - logs)
+    for _ in range(MOST_ITERATIONS):
+        terms = _log_terms(theta, n, d)
+        fitted = logsumexp(terms, axis=0)
+        shares, residuals = np.exp(terms - fitted), fitted - logs
+        weights = np.minimum(1, HUBER / np.maximum(np.abs(residuals), 1e-300))
+        J = np.stack([*shares, -shares[1] * n, -shares[2] * d], axis=-1)
+        normal = np.einsum("spi,sp,spj->sij", J, weights, J)
+        slope = np.einsum("spi,sp,sp->si", J, weights, residuals)
+        diagonal = np.einsum("sii->si", normal)
+        damped = normal + (damping[:, None] * diagonal + 1e-14)[:, :, None] * np.eye(normal.shape[-1])
+        trial = np.clip(theta - np.linalg.solve(damped, slope[:, :, None])[:, :, 0], low, high)
+        trial_cost = _huber(_log_loss(trial, n, d) - logs)
+        is_better = trial_cost < cost
+        moved = np.abs(trial - theta).max(-1)
+        theta = np.where(is_better[:, None], trial, theta)
+        cost = np.where(is_better, trial_cost, cost)
+        damping = np.clip(np.where(is_better, damping / 3, damping * 4), 1e-12, 1e12)
+        if (((moved < 1e-6) & (damping < 1e-2)) | (damping >= 1e12)).all():
+            break
+    theta[:, 1:3] += theta[:, 3:] * centre
+    return theta
