@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import nnls
+from scipy.optimize import least_squares, nnls
 from scipy.special import logsumexp, ndtri, stdtrit
 
 from data.errors import InputError
@@ -25,7 +25,7 @@ from data.errors import InputError
 HUBER = 1e-2
 EXPONENTS = (0.02, 3.0)
 STARTS = (0.1, 0.25, 0.5, 1.0)
-MOST_ITERATIONS = 300
+MOST_EVALUATIONS = 300
 RESAMPLES = 200
 CONFIDENCE = 0.95
 # Weights of a wild bootstrap: it keeps all sizes, and draws by what each residual is multiplied. These six have mean 0
@@ -187,9 +187,8 @@ def _best_fit(N: np.ndarray, D: np.ndarray, L: np.ndarray) -> np.ndarray:
 def _refined(starts: np.ndarray, N: np.ndarray, D: np.ndarray, L: np.ndarray) -> np.ndarray:
     """Returns the parameters of least Huber loss near each start, [fits, 5], for losses [fits, points].
 
-    Levenberg and Marquardt's method, with the Huber loss by weights, for all fits at once: one after the other, by
-    scipy.optimize, they take a hundred times as long. The loss is a sum and the end is late: ending early was what made
-    the intervals of Hoffmann et al. too narrow (Besiroglu et al. 2024, arXiv:2404.10102).
+    The tolerances are small: ending early was what made the intervals of Hoffmann et al. too narrow (Besiroglu et al.
+    2024, arXiv:2404.10102).
     """
     if not len(starts):
         return starts
@@ -198,29 +197,21 @@ def _refined(starts: np.ndarray, N: np.ndarray, D: np.ndarray, L: np.ndarray) ->
     centre = np.array([n.mean(), d.mean()])
     n, d = n - centre[0], d - centre[1]
     least, most = logs.min() - 12, logs.max() + 3
-    low, high = np.array([[least] * 3 + [EXPONENTS[0]] * 2, [most] * 3 + [EXPONENTS[1]] * 2])
-    theta = starts.copy()
-    theta[:, 1:3] -= theta[:, 3:] * centre
-    theta = np.clip(theta, low, high)
-    damping, cost = np.full(len(theta), 1e-3), _huber(_log_loss(theta, n, d) - logs)
-    for _ in range(MOST_ITERATIONS):
+    bounds = [least] * 3 + [EXPONENTS[0]] * 2, [most] * 3 + [EXPONENTS[1]] * 2
+
+    def jacobian(theta: np.ndarray, _: np.ndarray) -> np.ndarray:
         terms = _log_terms(theta, n, d)
-        fitted = logsumexp(terms, axis=0)
-        shares, residuals = np.exp(terms - fitted), fitted - logs
-        weights = np.minimum(1, HUBER / np.maximum(np.abs(residuals), 1e-300))
-        J = np.stack([*shares, -shares[1] * n, -shares[2] * d], axis=-1)
-        normal = np.einsum("spi,sp,spj->sij", J, weights, J)
-        slope = np.einsum("spi,sp,sp->si", J, weights, residuals)
-        diagonal = np.einsum("sii->si", normal)
-        damped = normal + (damping[:, None] * diagonal + 1e-14)[:, :, None] * np.eye(normal.shape[-1])
-        trial = np.clip(theta - np.linalg.solve(damped, slope[:, :, None])[:, :, 0], low, high)
-        trial_cost = _huber(_log_loss(trial, n, d) - logs)
-        is_better = trial_cost < cost
-        moved = np.abs(trial - theta).max(-1)
-        theta = np.where(is_better[:, None], trial, theta)
-        cost = np.where(is_better, trial_cost, cost)
-        damping = np.clip(np.where(is_better, damping / 3, damping * 4), 1e-12, 1e12)
-        if (((moved < 1e-6) & (damping < 1e-2)) | (damping >= 1e12)).all():
-            break
-    theta[:, 1:3] += theta[:, 3:] * centre
-    return theta
+        shares = np.exp(terms - logsumexp(terms, axis=0))
+        return np.stack([*shares, -shares[1] * n, -shares[2] * d], axis=-1)
+
+    def refined(start: np.ndarray, of: np.ndarray) -> np.ndarray:
+        residuals = lambda theta, of: _log_loss(theta, n, d) - of
+        options = {"loss": "huber", "f_scale": HUBER, "xtol": 1e-8, "ftol": 1e-10, "gtol": 1e-10}
+        return least_squares(residuals, start, jacobian, bounds, args=(of,), max_nfev=MOST_EVALUATIONS, **options).x
+
+    centred = starts.copy()
+    centred[:, 1:3] -= centred[:, 3:] * centre
+    centred = np.clip(centred, np.array(bounds[0]) + 1e-9, np.array(bounds[1]) - 1e-9)
+    thetas = np.array([refined(start, of) for start, of in zip(centred, logs, strict=True)])
+    thetas[:, 1:3] += thetas[:, 3:] * centre
+    return thetas
