@@ -13,8 +13,11 @@ from model.backend import platform
 
 @jax.custom_vjp
 def in_order(x: jax.Array) -> jax.Array:
-    """Returns x; a TPU holds it, and its gradient, in the order of its axes."""
-    if platform() != "tpu":
+    """Returns x; a TPU holds it, and its gradient, in the order of its axes.
+
+    Not with JAX before 0.12, whose partitioner would gather the whole array to do so.
+    """
+    if platform() != "tpu" or jax.__version_info__ < (0, 12):
         return x
     return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 

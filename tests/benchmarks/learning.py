@@ -18,7 +18,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from launch.compare import compare_runs, planned_runs
+from launch.compare_runs import compare_runs, planned_runs
 from launch.compare_text import comparison_text
 from launch.experiment import read_experiment
 from launch.many_runs import plan_run, train_all

@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from data.errors import InputError
-from launch import compare, many_runs, step_times
+from launch import compare_runs, many_runs, step_times
 from launch.experiment import read_experiment
 from launch.many_runs import folder_problems, is_finished, plan_run, train_all, train_each, unfinished
 from tests.launch.small_run import back_to, command, here, metrics, write_config, ziggurat
@@ -44,7 +44,7 @@ def test_after_a_kill_the_same_command_goes_on_and_finds_what_is_finished(finish
     file, to = write(tmp_path), tmp_path / "runs"
     # The same text, so that `plain` is the finished run again.
     shutil.copy(finished.parent / "corpus.jsonl", tmp_path / "corpus.jsonl")
-    timed = {"variants": compare.fingerprint(read_experiment(file)), "seconds": {"plain": 0.1, "fast": 0.1}}
+    timed = {"variants": compare_runs.fingerprint(read_experiment(file)), "seconds": {"plain": 0.1, "fast": 0.1}}
     to.mkdir()
     (to / "step_seconds.json").write_text(json.dumps(timed))
     process = command("compare", file, f"--to={to}", "--json", devices=8)
@@ -145,7 +145,7 @@ def test_a_variant_that_fails_has_no_figures_and_the_others_have_theirs(
     finished: Path, tmp_path: Path, monkeypatch, capsys
 ):
     file, to = write(tmp_path, "[variants.bad]\n[variants.good]\n[variants.fine]", "seeds = [0, 1]"), tmp_path / "runs"
-    monkeypatch.setattr(compare, "check_devices", lambda _: None)
+    monkeypatch.setattr(compare_runs, "check_devices", lambda _: None)
 
     def train(planned: many_runs.PlannedRun) -> int:
         if planned.name == "good-1" and was_stopped:
@@ -207,9 +207,9 @@ def test_a_run_that_is_asked_to_stop_ends_the_others_too(finished: Path, tmp_pat
 
 def test_variants_of_equal_time_have_as_many_steps_as_the_baselines_time_allows(tmp_path: Path, monkeypatch, capsys):
     file, to = write(tmp_path, head='equal = "time"\nseeds = [0, 1]\nbaseline = "plain"'), tmp_path / "runs"
-    monkeypatch.setattr(compare, "step_seconds", lambda *_: {"plain": 0.2, "fast": 0.3})
+    monkeypatch.setattr(compare_runs, "step_seconds", lambda *_: {"plain": 0.2, "fast": 0.3})
     experiment = read_experiment(file)
-    runs = compare.planned_runs(experiment, to)
+    runs = compare_runs.planned_runs(experiment, to)
     steps = {place: planned.config.train.num_steps for place, planned in runs.items()}
     assert steps == {("plain", 0): 12, ("fast", 0): 8, ("plain", 1): 12, ("fast", 1): 8}
     assert not to.exists()
@@ -217,11 +217,11 @@ def test_variants_of_equal_time_have_as_many_steps_as_the_baselines_time_allows(
     fast = runs["fast", 1]
     fast.run.folder.mkdir(parents=True)
     fast.run.save_config(fast.config.resolved(512))
-    monkeypatch.setattr(compare, "step_seconds", lambda *_: {"plain": 0.2, "fast": 0.1})
-    again = compare.planned_runs(experiment, to)
+    monkeypatch.setattr(compare_runs, "step_seconds", lambda *_: {"plain": 0.2, "fast": 0.1})
+    again = compare_runs.planned_runs(experiment, to)
     assert {place: planned.config.train.num_steps for place, planned in again.items()} == steps
     shutil.rmtree(to)
-    monkeypatch.setattr(compare, "step_seconds", lambda *_: {"plain": 0.2, "fast": 100.0})
+    monkeypatch.setattr(compare_runs, "step_seconds", lambda *_: {"plain": 0.2, "fast": 100.0})
     text = write(tmp_path, TWO + "optimizer.warmup_steps = 5", 'equal = "time"')
     assert here("compare", text, f"--to={to}") == 2
     assert "variant fast in 1 steps: optimizer.warmup_steps = 5" in capsys.readouterr().err
@@ -229,16 +229,16 @@ def test_variants_of_equal_time_have_as_many_steps_as_the_baselines_time_allows(
 
 def test_steps_are_timed_by_a_process_of_their_own_and_once(tmp_path: Path, monkeypatch):
     experiment = read_experiment(write(tmp_path))
-    seconds = compare.step_seconds(experiment, tmp_path / "runs")
+    seconds = compare_runs.step_seconds(experiment, tmp_path / "runs")
     assert seconds.keys() == {"plain", "fast"}
     assert all(0 < s < 60 for s in seconds.values())
     monkeypatch.setattr(step_times, "multiprocessing", None)
-    assert compare.step_seconds(experiment, tmp_path / "runs") == seconds
+    assert compare_runs.step_seconds(experiment, tmp_path / "runs") == seconds
     other = read_experiment(write(tmp_path, TWO.replace("3e-2", "2e-2")))
-    assert compare.known_step_seconds(other, tmp_path / "runs") == {}
+    assert compare_runs.known_step_seconds(other, tmp_path / "runs") == {}
     (tmp_path / "runs" / "step_seconds.json").write_text("{")
     with pytest.raises(InputError, match="remove it, and they are timed again"):
-        compare.known_step_seconds(experiment, tmp_path / "runs")
+        compare_runs.known_step_seconds(experiment, tmp_path / "runs")
 
 
 def test_one_state_at_a_time_is_in_memory_while_steps_are_timed(tmp_path: Path, monkeypatch):
@@ -259,12 +259,12 @@ def test_one_state_at_a_time_is_in_memory_while_steps_are_timed(tmp_path: Path, 
 
 def test_steps_are_timed_first_only_where_their_number_follows_from_it(tmp_path: Path, monkeypatch):
     """All variants may not fit into memory one by one in a process that times them, and tokens need no time."""
-    monkeypatch.setattr(compare, "time_steps", lambda _: pytest.fail("timed"))
+    monkeypatch.setattr(compare_runs, "time_steps", lambda _: pytest.fail("timed"))
     for equal in ("tokens", "nothing"):
         file = write(tmp_path, head=f'equal = "{equal}"')
-        assert len(compare.planned_runs(read_experiment(file), tmp_path / "runs")) == 2
-    monkeypatch.setattr(compare, "time_steps", lambda configs: dict.fromkeys(configs, 0.1))
-    assert compare.planned_runs(read_experiment(write(tmp_path, head='equal = "time"')), tmp_path / "runs")
+        assert len(compare_runs.planned_runs(read_experiment(file), tmp_path / "runs")) == 2
+    monkeypatch.setattr(compare_runs, "time_steps", lambda configs: dict.fromkeys(configs, 0.1))
+    assert compare_runs.planned_runs(read_experiment(write(tmp_path, head='equal = "time"')), tmp_path / "runs")
     assert (tmp_path / "runs" / "step_seconds.json").exists()
 
 

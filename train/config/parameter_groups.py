@@ -7,14 +7,16 @@ patterns in their order: a later group wins, field by field.
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from model.config import VOCABULARY_MULTIPLE
-from model.parameters import CONSTANT, Parameter, parameter_table
 from model.parametrization import size_factors
 from train.config.config import Config, ResolvedConfig
 from train.config.optimizer_config import DECAY, OF_GROUPS, RULES, OptimizerConfig
 from train.config.values import check_value, nearest, short_repr, types_of
+
+if TYPE_CHECKING:
+    from model.parameters import Parameter
 
 # The table's roles that share a group.
 VECTORS = ("norm", "bias", "gate", "scalar")
@@ -26,11 +28,13 @@ ORTHOGONALIZED = ("muon", "normuon", "soap_muon")
 
 def parameter_settings(config: ResolvedConfig) -> dict[str, OptimizerConfig]:
     """Returns the optimizer's settings of every parameter, by its name."""
+    from model.parameters import parameter_table
+
     table = parameter_table(config.model)
     return {name: _at_size(config, name, p, _settings(config.optimizer, name, p)) for name, p in table.items()}
 
 
-def _at_size(config: ResolvedConfig, name: str, p: Parameter, s: OptimizerConfig) -> OptimizerConfig:
+def _at_size(config: ResolvedConfig, name: str, p: "Parameter", s: OptimizerConfig) -> OptimizerConfig:
     """Returns settings at the model's size, given those at its base size; rate × decay is the same at both."""
     factors = size_factors(config.model, name, p.role, rule_of(s, p) in ORTHOGONALIZED)
     return replace(
@@ -41,7 +45,7 @@ def _at_size(config: ResolvedConfig, name: str, p: Parameter, s: OptimizerConfig
     )
 
 
-def rule_of(s: OptimizerConfig, p: Parameter) -> str:
+def rule_of(s: OptimizerConfig, p: "Parameter") -> str:
     """Returns the rule that updates a parameter."""
     return RULES[s.name][p.role != "matrix"]
 
@@ -56,7 +60,7 @@ def parametrization_problems(config: Config) -> list[str]:
     return [f"{given} has no rule for optimizer.name = {c.name}; give {', '.join(known)}"]
 
 
-def _settings(c: OptimizerConfig, name: str, p: Parameter) -> OptimizerConfig:
+def _settings(c: OptimizerConfig, name: str, p: "Parameter") -> OptimizerConfig:
     given: dict[str, Any] = {}
     for group, fields in _in_order(c.groups):
         if _has(group, name, p):
@@ -69,7 +73,7 @@ def _in_order(groups: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     yield from ((name, fields) for name, fields in groups.items() if name not in ROLES)
 
 
-def _has(group: str, name: str, p: Parameter) -> bool:
+def _has(group: str, name: str, p: "Parameter") -> bool:
     if group in ROLES:
         return group == ("vector" if p.role in VECTORS else p.role)
     # What has the role "balance" has no gradient.
@@ -95,7 +99,9 @@ def group_problems(config: Config, has_table: bool) -> list[str]:
             continue
         of_values, right[group] = _checked(config, label, fields)
         problems += of_values
-    if has_table and c.name in RULES:
+    if has_table and c.groups and c.name in RULES:
+        from model.parameters import parameter_table
+
         # The size of the vocabulary, which may follow from the tokenizer, changes no name.
         table = parameter_table(config.model.resolved(VOCABULARY_MULTIPLE, config.data.segment_length))
         for group in filter(lambda group: isinstance(group, str), c.groups):
@@ -123,7 +129,7 @@ def _checked(config: Config, label: str, fields: Mapping[str, Any]) -> tuple[lis
     return problems + [line for line in of_group if line not in of_base], values
 
 
-def _match_problems(c: OptimizerConfig, group: str, table: Mapping[str, Parameter]) -> list[str]:
+def _match_problems(c: OptimizerConfig, group: str, table: Mapping[str, "Parameter"]) -> list[str]:
     """Returns a line if a group has no parameters, or else one for each of its settings without effect on any."""
     label = f"optimizer.groups[{short_repr(group)}]"
     matched = {name: p for name, p in table.items() if _has(group, name, p)}
@@ -138,7 +144,7 @@ def _match_problems(c: OptimizerConfig, group: str, table: Mapping[str, Paramete
     return problems
 
 
-def _unused(settings: OptimizerConfig, p: Parameter) -> dict[str, str]:
+def _unused(settings: OptimizerConfig, p: "Parameter") -> dict[str, str]:
     return settings.unused([rule_of(settings, p)]) | (
-        dict.fromkeys(DECAY, "vectors, which do not decay") if p.role in CONSTANT else {}
+        {} if p.decay else dict.fromkeys(DECAY, "vectors, which do not decay")
     )

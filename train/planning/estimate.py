@@ -26,7 +26,7 @@ MATMUL_EFFICIENCY = {"v4": 0.8, "v5e": 0.85, "v5p": 0.8, "v6e": 0.73, "tpu7x": 0
 # What is left of that where devices share the positions or the heads of a row; fitted.
 SHARED_ROW = 0.93
 # How often a layer reads or writes (the residual stream, the outputs of its matmuls) outside the matmuls, and each part
-# of a batch the shards of all weights: it rounds them and adds up their gradients. Fitted.
+# of a batch but one the shards of all weights: it rounds them and adds up their gradients. Fitted.
 MEMORY_PASSES = (28.0, 4.4, 20.0)
 # Copies of (a layer's residual stream, its weights) that its backward pass holds at once; fitted.
 HELD_COPIES = (6.0, 4.0)
@@ -199,14 +199,14 @@ class _Step:
         products = 2 * self.inside * (L * (3 * self.worked + repeated) * (1 + self.wasted) + 3 * self.head)
         streams = (MEMORY_PASSES[0] + 4 * self.copies) * self.stream
         moved = L * BF16 * (streams + MEMORY_PASSES[1] * sum(self.results.values()))
-        moved += MEMORY_PASSES[2] * self.weight_bytes
         # The gradients of weights and the unembedding stay in the compute dtype.
         eight_bit = 2 * self.inside * L * (2 * self.worked + repeated) if self.model.matmul_dtype else 0.0
         share = MATMUL_EFFICIENCY.get(chip.name, reached(chip).products)
         share *= SHARED_ROW if self.size("time", "heads") > 1 else 1
         bandwidth = chip.memory_bandwidth * reached(chip).memory
         part_seconds = chip.product_seconds(products, eight_bit) / share + self.attention_seconds() + moved / bandwidth
-        return self.parts * part_seconds + 2.5 * self.state_bytes / bandwidth
+        for_parts = MEMORY_PASSES[2] * (self.parts - 1) * self.weight_bytes
+        return self.parts * part_seconds + (for_parts + 2.5 * self.state_bytes) / bandwidth
 
     def attention_seconds(self) -> float:
         """Seconds of the attention kernels of all layers, for a part of the batch."""

@@ -200,6 +200,7 @@ def test_the_residuals_of_a_single_row_are_scattered_too():
     assert max(c.payload_bytes for c in whole) < T * D * BF16 // 4
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="its partitioner would gather what a layout is asked of")
 def test_what_is_kept_of_a_single_row_is_in_the_order_of_its_axes():
     text = step_of(Case(TPU, rows=1, remat="products")).compilation.text
     kept = [order for order in ("3,2,1,0", "2,3,1,0") if f"bf16[{L},1,{T},{D}]{{{order}:" in text]
