@@ -31,7 +31,7 @@ from data.tokenizer.tokenizer import FIM_TOKENS, Tokenizer
 from data.tokenizer.training import train_tokenizer
 from tests.data import others
 from tests.data.stand_in import tokenize
-from tests.data.test_stream import CONFIG, SHAPES, some_texts, write
+from tests.data.test_stream import CONFIG, SHAPES, assert_restores, some_texts, stream, write
 from tests.data.texts import code
 
 MARKS = Marks(300, 301, 302)
@@ -117,10 +117,9 @@ def corpus(request, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     return open_corpus(write(tmp_path_factory.mktemp("corpus"), some_texts(), request.param), CONFIG)
 
 
-def stream(corpus: Corpus, v: int, position=BEGINNING, config: DataConfig = FIM) -> Rows:
-    reader = open_readers(corpus, config, 0, {v: position})[v]
+def infilled(corpus: Corpus, v: int, position: StreamPosition = BEGINNING, config: DataConfig = FIM) -> Rows:
     transform = infilling(config.fim_rate, config.fim_spm_rate)
-    return Stream(reader, tokenize, [257], 0, config, v, transform).rows(position)
+    return stream(corpus, v, position, config=config, infilling=transform)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -129,7 +128,7 @@ def test_an_epoch_trains_once_on_every_token_and_mark(corpus, shape):
     trained: dict[tuple[int, int], Counter] = {}
     texts, marked = {}, set()
     for v in range(config.num_streams):
-        for parts, _ in stream(corpus, v, config=config):
+        for parts, _ in infilled(corpus, v, config=config):
             weights, filled = make_segment(parts, config)["loss_weights"], 0
             for pairs, begin, end in parts:
                 key = (pairs.document.file, pairs.document.place)
@@ -152,19 +151,12 @@ def test_an_epoch_trains_once_on_every_token_and_mark(corpus, shape):
 @given(rows=st.integers(0, 400), v=st.integers(0, 2))
 def test_a_position_within_a_document_restores_the_rest(corpus, rows, v, shape):
     config = dataclasses.replace(FIM, **shape)
-    straight = stream(corpus, v, config=config)
-    position = [BEGINNING, *(after for _, after in itertools.islice(straight, rows))][-1]
-    again = stream(corpus, v, position, config=config)
-    for (expected, after), (found, after_found) in itertools.islice(zip(straight, again, strict=True), 30):
-        assert after == after_found
-        for name, array in make_segment(expected, config).items():
-            np.testing.assert_array_equal(make_segment(found, config)[name], array)
+    assert_restores(lambda position: infilled(corpus, v, position, config), rows, config)
 
 
 def test_the_order_of_the_documents_is_that_without_it(corpus):
     def order(config: DataConfig, transform: Infilling | None) -> list[tuple[int, int]]:
-        reader = open_readers(corpus, config, 0, {1: BEGINNING})[1]
-        rows = Stream(reader, tokenize, [257], 0, dataclasses.replace(config, epochs=2), 1, transform).rows()
+        rows = stream(corpus, 1, config=dataclasses.replace(config, epochs=2), infilling=transform)
         places = [(part.pairs.document.file, part.pairs.document.place) for parts, _ in rows for part in parts]
         return [place for place, _ in itertools.groupby(places)]
 
@@ -173,7 +165,7 @@ def test_the_order_of_the_documents_is_that_without_it(corpus):
 
 def test_a_document_is_cut_alike_in_every_epoch(corpus):
     def cuts(epoch: int) -> dict[tuple[int, int], object]:
-        rows = stream(corpus, 0, StreamPosition(epoch), dataclasses.replace(FIM, epochs=epoch + 1, num_streams=1))
+        rows = infilled(corpus, 0, StreamPosition(epoch), dataclasses.replace(FIM, epochs=epoch + 1, num_streams=1))
         pairs = [part.pairs for parts, _ in rows for part in parts]
         return {(p.document.file, p.document.place): p.infill for p in pairs}
 
