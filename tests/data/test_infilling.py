@@ -20,7 +20,7 @@ from tokenizers import Tokenizer as TheirTokenizer
 from data.config import DataConfig
 from data.corpus import Corpus, Document, open_corpus
 from data.errors import InputError
-from data.infilling import Infilling, Marks, mark_names, open_infillings
+from data.infilling import Infilling, Marks, mark_names, middle_prompt, open_infillings
 from data.loader import Loader, gather_positions
 from data.mixture import open_mixture
 from data.provenance import describe_row, summarize
@@ -252,6 +252,21 @@ def test_a_mark_in_a_text_is_no_mark(tokenizer):
                 assert tokenizer.decode(pairs.targets[:-1]) == text
 
 
+@pytest.mark.parametrize("spm", [False, True])
+def test_a_middle_is_asked_for_as_its_document_begins_in_training(tokenizer, spm):
+    transform = dataclasses.replace(open_infillings([FIM], tokenizer, 0)[0], rate=1.0, spm_rate=float(spm))
+    text = f"def mean(xs):\n    return sum(xs) / len(xs)  # é {FIM_TOKENS[0]} and {FIM_TOKENS[2]}\n"
+    for place in range(40):
+        document = Document(text, 0, place)
+        infill = transform.infill(document)
+        [pairs] = document_pairs([document], tokenizer.encode_all, tokenizer.bos_ids, tokenizer.eos_id, transform)
+        asked = middle_prompt(tokenizer, text[: infill.begin], text[infill.end :], spm)
+        [*rest] = pairs.targets[len(asked) - len(tokenizer.bos_ids) :].tolist()
+        assert [*pairs.inputs.tolist(), tokenizer.eos_id][: len(asked)] == asked
+        assert tokenizer.decode(rest[:-1]) == text[infill.begin : infill.end]
+        assert rest[-1] == tokenizer.eos_id
+
+
 def test_the_description_of_a_row_shows_the_pieces_in_their_order(code_corpus, tokenizer):
     config = DataConfig(segment_length=200, num_streams=1, corpus=code_corpus, fim_rate=1.0)
     mixture = open_mixture(config, lambda: "")
@@ -327,6 +342,9 @@ def test_a_tokenizer_without_marks_is_refused_by_name(tmp_path: Path, ours):
     spaced.adds_space = True
     with pytest.raises(InputError, match="puts a space before every text"):
         mark_names(FIM, spaced)
+    for tokenizer, words in ((plain, "has no tokens that are known to mark"), (spaced, "puts a space before every")):
+        with pytest.raises(InputError, match=f"{words}.*; give a model that was trained with data.fim_rate"):
+            middle_prompt(tokenizer, "a", "b", spm=False)
 
 
 @pytest.mark.parametrize(
