@@ -103,12 +103,39 @@ def open_infillings(
     if not any(config.fim_rate for config in configs):
         return [None] * len(configs)
     names = mark_names(configs[0], tokenizer)
+    return [make_infilling(tokenizer, names, c.fim_rate, c.fim_spm_rate, seed) for c in configs]
+
+
+def make_infilling(
+    tokenizer: Tokenizer, names: tuple[str, str, str], rate: float, spm_rate: float, seed: int = 0
+) -> Infilling:
+    """Returns the transform with these names of marks."""
     ids = [tokenizer.pieces.index(name) for name in names]
     # Tokenizers never find control tokens in a text, but they do find other added ones.
     found = [name for name, i in zip(names, ids, strict=True) if tokenizer.token_kinds[i] != "control"]
     pattern = "|".join(f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in found)
-    compiled = re.compile(pattern) if found else None
-    return [Infilling(c.fim_rate, c.fim_spm_rate, seed, Marks(*ids), compiled) for c in configs]
+    return Infilling(rate, spm_rate, seed, Marks(*ids), re.compile(pattern) if found else None)
+
+
+def middle_prompt(tokenizer: Tokenizer, prefix: str, suffix: str, spm: bool) -> list[int]:
+    """Returns the ids after which a model writes the middle between two texts, as in training.
+
+    Raises InputError if the tokenizer has no marks that are known, or puts a space before each piece.
+
+    Args:
+        spm: the order is SPM, not PSM.
+    """
+    if tokenizer.fim_tokens is None or tokenizer.adds_space:
+        why = "has no tokens that are known to mark prefix, suffix and middle"
+        if tokenizer.adds_space:
+            why = "puts a space before every text, so also before each piece of a word that is cut"
+        raise InputError(f"the tokenizer of {tokenizer.folder} {why}; give a model that was trained with data.fim_rate")
+    infilling = make_infilling(tokenizer, tokenizer.fim_tokens, 1.0, float(spm))
+    pieces = Infill(len(prefix), len(prefix), spm, infilling.marks).pieces(prefix + suffix)
+    ids = [*tokenizer.bos_ids]
+    for piece in infilling.without_marks(pieces):
+        ids += tokenizer.encode(piece).tolist() if isinstance(piece, str) else [piece]
+    return ids
 
 
 def mark_names(config: DataConfig, tokenizer: Tokenizer) -> tuple[str, str, str]:

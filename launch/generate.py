@@ -1,6 +1,7 @@
 """Continue prompts with a run's model or with exported weights.
 
-With one --prompt, standard output is the prompt and its continuation alone, printed as it is generated. With
+With one --prompt, standard output is the prompt and its continuation alone, printed as it is generated. With --suffix,
+too, a model that was trained to fill in the middle writes what is between the two, and the suffix is printed last. With
 --prompts=FILE.jsonl, whose lines are objects with a "prompt", it is a line for each prompt in their order: the object
 with "text", "tokens" (their number in the text) and "ended" (eos, stop or length).
 """
@@ -32,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `ziggurat generate`."""
     add_model(parser)
     parser.add_argument("--prompt", type=text, metavar="TEXT", help="the text to continue")
+    help = "the text after a middle that the model fills in, with --prompt before it"
+    parser.add_argument("--suffix", type=text, metavar="TEXT", help=help)
     parser.add_argument(
         "--prompts", type=one_line, metavar="FILE", help="many prompts, as JSONL; - reads standard input"
     )
@@ -68,6 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     top_k = 40 if arguments.top_k is None else arguments.top_k
     drawn = Sampling(temperature=arguments.temperature or 1.0, top_k=top_k, top_p=arguments.top_p or 1.0)
     sampling = GREEDY if arguments.greedy else drawn
+    middle = None if arguments.suffix is None else ids_before_middle(arguments)
     mesh = generation_mesh(MeshConfig(tensor=arguments.tensor, fsdp=arguments.fsdp))
     if arguments.int8 and (mesh.size > 1 or mesh.devices.flat[0].platform != "cpu"):
         raise InputError("--int8 is for one CPU; leave it out on other devices and with --mesh.tensor or --mesh.fsdp")
@@ -75,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
         trained = load_trained(arguments.model)
         tokenizer = trained.tokenizer
         context = trained.config.data.segment_length
-        prompts = [tokenizer.encode_with_bos(line["prompt"]) for line in lines]
+        prompts = [middle] if middle else [tokenizer.encode_with_bos(line["prompt"]) for line in lines]
         if too_long := sum(len(prompt) - 1 > context for prompt in prompts):
             which = "the prompt has" if arguments.prompts is None else f"{too_long} of {len(prompts)} prompts have"
             log.warning("%s more than %d tokens; the model sees the last %d", which, context, context)
@@ -98,8 +102,33 @@ def run(arguments: argparse.Namespace) -> int:
             print(arguments.prompt, end="", flush=True)
             for part in parts:
                 print(part.text, end="", flush=True)
+            print(arguments.suffix or "", end="")
             print(end="\n" if sys.stdout.isatty() else "", flush=True)
     return 0
+
+
+def ids_before_middle(arguments: argparse.Namespace) -> list[int]:
+    """Returns the prompt of a middle, before any weights are read.
+
+    The order is PSM, which all models that fill in the middle know, but for a run that was trained with SPM alone.
+    InputError if the model has no marks for it, or its context no room.
+    """
+    from data.infilling import middle_prompt
+    from train.weights.load import open_weights, run_of
+
+    opened, run = open_weights(arguments.model), run_of(arguments.model)
+    spm = run is not None and run.load_config().data.fim_spm_rate == 1
+    try:
+        ids = middle_prompt(opened.tokenizer, arguments.prompt, arguments.suffix, spm)
+    except InputError as error:
+        raise InputError(f"--suffix: {error}") from None
+    if len(ids) + arguments.max_new_tokens > opened.context:
+        # A continuation goes on from the newer half of a full context, where the marks are no more.
+        raise InputError(
+            f"--suffix: the texts around the middle have {len(ids)} tokens with their marks, and --max_new_tokens is "
+            f"{arguments.max_new_tokens}, but the model sees {opened.context}; give shorter texts or fewer new tokens"
+        )
+    return ids
 
 
 def write_lines(lines: list[dict[str, Any]], parts: Iterator["ContinuationPart"]) -> None:
@@ -144,6 +173,8 @@ def check(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def flag_problems(arguments: argparse.Namespace) -> list[str]:
     """Returns what is wrong with the flags besides the prompts."""
     problems = too_small(arguments, {"batch_size": 1, "top_k": 0})
+    if arguments.suffix is not None and arguments.prompt is None:
+        problems.append("--suffix is what comes after --prompt; give both, and an empty --prompt= for no text before")
     if arguments.batch_size is not None and arguments.prompts is None:
         problems.append("--batch_size has no effect without --prompts; leave it out")
     if not 1 <= arguments.max_new_tokens < 2**31:

@@ -4,8 +4,9 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from train.config.optimizer_config import OptimizerConfig
 from train.evaluation.held_out import gzip_bits_per_byte
-from train.planning.data_estimate import WHOLE_RUN, has_end
+from train.planning.data_estimate import WHOLE_RUN, has_end, rate_has_end
 from train.run.events import read_events
 from train.run.folder import Run
 from train.run.goodput import goodput, shares
@@ -25,11 +26,9 @@ def summary(run: Run, program: str) -> str:
         rate = median_rate(records)
         first += f", {rate:,.0f} tokens/s"
     lines = [first]
-    if records and steps < WHOLE_RUN * config.train.num_steps and has_end(config.optimizer):
-        rate_left = records[-1]["learning_rate"] / config.optimizer.learning_rate
-        lines.append(
-            f"learning rate   still {rate_left:.0%} of its peak; a run of --config.train.num_steps={steps} lets it fall"
-        )
+    if records and steps < WHOLE_RUN * config.train.num_steps and has_end(config.resolved()):
+        left = schedule_left(config.optimizer, records[-1])
+        lines.append(f"{left}; a run of --config.train.num_steps={steps} lets it fall")
     if evaluated and held_out:
         bits = held_out_figure(evaluated[-1], "bits_per_byte")
         lines.append(f"held-out text   {bits:.3f} bits a byte; gzip -9 needs {gzip_bits_per_byte(held_out):.3f}")
@@ -57,6 +56,13 @@ def summary(run: Run, program: str) -> str:
         f"  {program} plan --config={folder} --config.model.num_layers={2 * config.model.num_layers}",
     ]
     return "\n".join(lines)
+
+
+def schedule_left(c: OptimizerConfig, last: Mapping[str, Any]) -> str:
+    """Returns what the `last` record of a run leaves of its schedule, or says that those of some parameters go on."""
+    if not rate_has_end(c):
+        return "schedule        the rate or decay of some parameters has not come to its end"
+    return f"learning rate   still {last['learning_rate'] / c.learning_rate:.0%} of its peak"
 
 
 def what_it_learned(evaluated: Mapping[str, Any], gzip_bits: float, vocab_size: int) -> list[str]:

@@ -136,19 +136,28 @@ def make_chart(
     if len(finite) and finite.max() > axes.high:
         notes.append(f"highest {measure.text(float(finite.max()))}")
     values = [measure.text(value) for value in y[ends].tolist()]
-    svg = element(
-        "svg",
-        *axes.drawing(),
+    paths = [
         *(element("path", class_=f"mark {name}", d=mark_path(axes, name, steps)) for name, steps in marks.items()),
         *(element("path", class_=name, d=path) for name, path in curves.items()),
+    ]
+    ends_text = f"{measure.text(float(y[0]))} at step {x[0]:,}, {values[-1]} at step {x[-1]:,}"
+    svg = drawn_with_cursor(axes, paths, f"{measure.title}: {ends_text}")
+    figure = element("figure", caption(measure, notes, values[-1]), svg, data_chart=measure.field)
+    return Chart(figure, x[ends].tolist(), values)
+
+
+def drawn_with_cursor(axes: Axes, paths: Sequence[Html], label: str) -> Html:
+    """Returns a drawing of curves with axes, and with the cursor that charts.js puts under the pointer."""
+    return element(
+        "svg",
+        *axes.drawing(),
+        *paths,
         element("path", class_="cursor", d=""),
         element("text", class_="when", x=LEFT, y=BOTTOM + 17, text_anchor="middle"),
         viewBox=f"0 0 {WIDTH} {HEIGHT}",
         role="img",
-        aria_label=f"{measure.title}: {measure.text(float(y[0]))} at step {x[0]:,}, {values[-1]} at step {x[-1]:,}",
+        aria_label=label,
     )
-    figure = element("figure", caption(measure, notes, values[-1]), svg, data_chart=measure.field)
-    return Chart(figure, x[ends].tolist(), values)
 
 
 def step_range(records: Sequence[Mapping[str, Any]]) -> tuple[int, int]:

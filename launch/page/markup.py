@@ -27,14 +27,18 @@ def fragment(parts: Iterable[Any]) -> Html:
     return Html("".join(part if isinstance(part, Html) else html.escape(str(part)) for part in present))
 
 
-def html_page(title: str, generator: str, body: Html, data: Any, name: str) -> str:
-    """Returns a whole page, which loads nothing and runs no script but its own, `NAME.js`.
+def html_page(title: str, generator: str, body: Html, data: Any, name: str, has_cursors: bool = False) -> str:
+    """Returns a whole page, which loads nothing and runs no script but its own: `NAME.js`, with charts.js before it.
 
     The comment `generator` names the command that may replace the page. The script reads `data`, a JSON value; without
     data there is no script. The style sheet is style.css and, where there is one, `NAME.css`.
+
+    Args:
+        has_cursors: charts have cursors, as charts.js moves them; without them that script is left out.
     """
     files = resources.files("launch.page")
-    script = files.joinpath(f"{name}.js").read_text() if data else ""
+    scripts = (["charts"] if has_cursors else []) + [name]
+    script = "".join(files.joinpath(f"{file}.js").read_text() for file in scripts) if data else ""
     own_style = files.joinpath(f"{name}.css")
     style = files.joinpath("style.css").read_text() + (own_style.read_text() if own_style.is_file() else "")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

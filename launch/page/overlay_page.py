@@ -10,16 +10,15 @@ import numpy as np
 from launch.page.chart import (
     BOTTOM,
     EXPERT_MEASURES,
-    HEIGHT,
     LEFT,
     MAX_DOTS,
     MEASURES,
     RIGHT,
     TOP,
-    WIDTH,
     Axes,
     Measure,
     curve,
+    drawn_with_cursor,
     smooth,
     task_measures,
     thinned,
@@ -92,7 +91,7 @@ def make_overlay_page(
     script = (
         {"edges": [LEFT, RIGHT], "top": TOP, "bottom": BOTTOM, "between": between, "charts": data} if data else None
     )
-    return html_page(title, GENERATOR, fragment(parts), script if data else None, "overlay")
+    return html_page(title, GENERATOR, fragment(parts), script, "overlay", has_cursors=True)
 
 
 def class_of(group: int) -> str:
@@ -123,16 +122,7 @@ def overlay_chart(
         paths.append(element("path", class_=classes, d=curve(axes, x, y)))
         if len(x) <= MAX_DOTS:
             paths.append(element("path", class_=f"{classes} point", d=curve(axes, x, y, is_line=False)))
-    svg = element(
-        "svg",
-        *axes.drawing(),
-        *paths,
-        element("path", class_="cursor", d=""),
-        element("text", class_="when", x=LEFT, y=BOTTOM + 17, text_anchor="middle"),
-        viewBox=f"0 0 {WIDTH} {HEIGHT}",
-        role="img",
-        aria_label=f"{measure.title} of {len(lines)} runs",
-    )
+    svg = drawn_with_cursor(axes, paths, f"{measure.title} of {len(lines)} runs")
     outputs = (element("output", "", class_=class_of(i), data_group=i) for i in sorted({group for group, *_ in lines}))
     title = element("span", measure.title, " ", element("small", measure.unit))
     caption = element("figcaption", title, element("span", *outputs))

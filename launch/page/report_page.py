@@ -84,7 +84,7 @@ def make_page(run: Run) -> str:
     parts.append(section("Settings", changed_settings(config)))
     parts.append(element("p", f"Made {history.utc_text(now)} UTC by ziggurat report.", class_="quiet"))
     data = readouts(charts, records) if charts else None
-    return html_page(f"{run.folder.name}: {word}", GENERATOR, fragment(parts), data, "report")
+    return html_page(f"{run.folder.name}: {word}", GENERATOR, fragment(parts), data, "report", has_cursors=True)
 
 
 def section(title: str, *inside: Html) -> Html:

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer as TheirTokenizer
 from data.config import DataConfig
 from data.corpus import Corpus, Document, open_corpus
 from data.errors import InputError
-from data.infilling import Infilling, Marks, mark_names, open_infillings
+from data.infilling import Infilling, Marks, mark_names, middle_prompt, open_infillings
 from data.loader import Loader, gather_positions
 from data.mixture import open_mixture
 from data.provenance import describe_row, summarize
@@ -31,7 +31,7 @@ from data.tokenizer.tokenizer import FIM_TOKENS, Tokenizer
 from data.tokenizer.training import train_tokenizer
 from tests.data import others
 from tests.data.stand_in import tokenize
-from tests.data.test_stream import CONFIG, SHAPES, some_texts, write
+from tests.data.test_stream import CONFIG, SHAPES, assert_restores, some_texts, stream, write
 from tests.data.texts import code
 
 MARKS = Marks(300, 301, 302)
@@ -117,10 +117,9 @@ def corpus(request, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     return open_corpus(write(tmp_path_factory.mktemp("corpus"), some_texts(), request.param), CONFIG)
 
 
-def stream(corpus: Corpus, v: int, position=BEGINNING, config: DataConfig = FIM) -> Rows:
-    reader = open_readers(corpus, config, 0, {v: position})[v]
+def infilled(corpus: Corpus, v: int, position: StreamPosition = BEGINNING, config: DataConfig = FIM) -> Rows:
     transform = infilling(config.fim_rate, config.fim_spm_rate)
-    return Stream(reader, tokenize, [257], 0, config, v, transform).rows(position)
+    return stream(corpus, v, position, config=config, infilling=transform)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -129,7 +128,7 @@ def test_an_epoch_trains_once_on_every_token_and_mark(corpus, shape):
     trained: dict[tuple[int, int], Counter] = {}
     texts, marked = {}, set()
     for v in range(config.num_streams):
-        for parts, _ in stream(corpus, v, config=config):
+        for parts, _ in infilled(corpus, v, config=config):
             weights, filled = make_segment(parts, config)["loss_weights"], 0
             for pairs, begin, end in parts:
                 key = (pairs.document.file, pairs.document.place)
@@ -152,19 +151,12 @@ def test_an_epoch_trains_once_on_every_token_and_mark(corpus, shape):
 @given(rows=st.integers(0, 400), v=st.integers(0, 2))
 def test_a_position_within_a_document_restores_the_rest(corpus, rows, v, shape):
     config = dataclasses.replace(FIM, **shape)
-    straight = stream(corpus, v, config=config)
-    position = [BEGINNING, *(after for _, after in itertools.islice(straight, rows))][-1]
-    again = stream(corpus, v, position, config=config)
-    for (expected, after), (found, after_found) in itertools.islice(zip(straight, again, strict=True), 30):
-        assert after == after_found
-        for name, array in make_segment(expected, config).items():
-            np.testing.assert_array_equal(make_segment(found, config)[name], array)
+    assert_restores(lambda position: infilled(corpus, v, position, config), rows, config)
 
 
 def test_the_order_of_the_documents_is_that_without_it(corpus):
     def order(config: DataConfig, transform: Infilling | None) -> list[tuple[int, int]]:
-        reader = open_readers(corpus, config, 0, {1: BEGINNING})[1]
-        rows = Stream(reader, tokenize, [257], 0, dataclasses.replace(config, epochs=2), 1, transform).rows()
+        rows = stream(corpus, 1, config=dataclasses.replace(config, epochs=2), infilling=transform)
         places = [(part.pairs.document.file, part.pairs.document.place) for parts, _ in rows for part in parts]
         return [place for place, _ in itertools.groupby(places)]
 
@@ -173,7 +165,7 @@ def test_the_order_of_the_documents_is_that_without_it(corpus):
 
 def test_a_document_is_cut_alike_in_every_epoch(corpus):
     def cuts(epoch: int) -> dict[tuple[int, int], object]:
-        rows = stream(corpus, 0, StreamPosition(epoch), dataclasses.replace(FIM, epochs=epoch + 1, num_streams=1))
+        rows = infilled(corpus, 0, StreamPosition(epoch), dataclasses.replace(FIM, epochs=epoch + 1, num_streams=1))
         pairs = [part.pairs for parts, _ in rows for part in parts]
         return {(p.document.file, p.document.place): p.infill for p in pairs}
 
@@ -260,6 +252,21 @@ def test_a_mark_in_a_text_is_no_mark(tokenizer):
                 assert tokenizer.decode(pairs.targets[:-1]) == text
 
 
+@pytest.mark.parametrize("spm", [False, True])
+def test_a_middle_is_asked_for_as_its_document_begins_in_training(tokenizer, spm):
+    transform = dataclasses.replace(open_infillings([FIM], tokenizer, 0)[0], rate=1.0, spm_rate=float(spm))
+    text = f"def mean(xs):\n    return sum(xs) / len(xs)  # é {FIM_TOKENS[0]} and {FIM_TOKENS[2]}\n"
+    for place in range(40):
+        document = Document(text, 0, place)
+        infill = transform.infill(document)
+        [pairs] = document_pairs([document], tokenizer.encode_all, tokenizer.bos_ids, tokenizer.eos_id, transform)
+        asked = middle_prompt(tokenizer, text[: infill.begin], text[infill.end :], spm)
+        [*rest] = pairs.targets[len(asked) - len(tokenizer.bos_ids) :].tolist()
+        assert [*pairs.inputs.tolist(), tokenizer.eos_id][: len(asked)] == asked
+        assert tokenizer.decode(rest[:-1]) == text[infill.begin : infill.end]
+        assert rest[-1] == tokenizer.eos_id
+
+
 def test_the_description_of_a_row_shows_the_pieces_in_their_order(code_corpus, tokenizer):
     config = DataConfig(segment_length=200, num_streams=1, corpus=code_corpus, fim_rate=1.0)
     mixture = open_mixture(config, lambda: "")
@@ -335,6 +342,9 @@ def test_a_tokenizer_without_marks_is_refused_by_name(tmp_path: Path, ours):
     spaced.adds_space = True
     with pytest.raises(InputError, match="puts a space before every text"):
         mark_names(FIM, spaced)
+    for tokenizer, words in ((plain, "has no tokens that are known to mark"), (spaced, "puts a space before every")):
+        with pytest.raises(InputError, match=f"{words}.*; give a model that was trained with data.fim_rate"):
+            middle_prompt(tokenizer, "a", "b", spm=False)
 
 
 @pytest.mark.parametrize(

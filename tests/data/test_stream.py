@@ -5,6 +5,7 @@ import gzip
 import itertools
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
@@ -17,6 +18,7 @@ from data import corpus as corpus_module
 from data.config import DataConfig
 from data.corpus import Corpus, open_corpus
 from data.errors import InputError
+from data.infilling import Infilling
 from data.segmenter import SegmentPart, make_segment
 from data.stream import (
     BEGINNING,
@@ -64,9 +66,27 @@ def corpus(request, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     return corpus
 
 
-def stream(corpus: Corpus, v: int, position=BEGINNING, seed: int = 0, config: DataConfig = CONFIG) -> Rows:
+def stream(
+    corpus: Corpus,
+    v: int,
+    position: StreamPosition = BEGINNING,
+    seed: int = 0,
+    config: DataConfig = CONFIG,
+    infilling: Infilling | None = None,
+) -> Rows:
     reader = open_readers(corpus, config, seed, {v: position})[v]
-    return Stream(reader, tokenize, ByteTokenizer.bos_ids, ByteTokenizer.eos_id, config, v).rows(position)
+    return Stream(reader, tokenize, ByteTokenizer.bos_ids, ByteTokenizer.eos_id, config, v, infilling).rows(position)
+
+
+def assert_restores(rows_from: Callable[[StreamPosition], Rows], rows: int, config: DataConfig) -> None:
+    """Some rows from the position after this number of them are those that follow without a restart."""
+    straight = rows_from(BEGINNING)
+    position = [BEGINNING, *(after for _, after in itertools.islice(straight, rows))][-1]
+    again = rows_from(position)
+    for (expected, after), (found, after_found) in itertools.islice(zip(straight, again, strict=True), 30):
+        assert after == after_found
+        for name, array in make_segment(expected, config).items():
+            np.testing.assert_array_equal(make_segment(found, config)[name], array)
 
 
 def epoch_of(corpus: Corpus, config: DataConfig, v: int, epoch: int) -> list[list[SegmentPart]]:
@@ -142,13 +162,7 @@ def test_pieces_of_long_files_are_all_trained_on(tmp_path: Path):
 @given(rows=st.integers(0, 400), v=st.integers(0, 2))
 def test_a_position_restores_the_rest_of_the_stream(corpus, rows, v, shape):
     config = dataclasses.replace(CONFIG, **shape)
-    straight = stream(corpus, v, config=config)
-    position = [BEGINNING, *(after for _, after in itertools.islice(straight, rows))][-1]
-    again = stream(corpus, v, position, config=config)
-    for (expected, after), (found, after_found) in itertools.islice(zip(straight, again, strict=True), 30):
-        assert after == after_found
-        for name, array in make_segment(expected, config).items():
-            np.testing.assert_array_equal(make_segment(found, config)[name], array)
+    assert_restores(lambda position: stream(corpus, v, position, config=config), rows, config)
 
 
 def test_a_stream_of_some_epochs_ends_and_stays_at_its_end(corpus):

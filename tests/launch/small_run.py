@@ -3,11 +3,15 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from launch.cli import main
+from train.run.events import read_events
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -70,6 +74,21 @@ def ziggurat(*arguments: object, devices: int = 1) -> subprocess.CompletedProces
     process = command(*arguments, devices=devices, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     out, err = process.communicate()
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+def kill_once(process: subprocess.Popen, has_come: Callable[[], bool], run: Path) -> None:
+    """Kills the group of a command's process once something has come; the run that it trains must end with it."""
+    deadline = time.monotonic() + 300
+    while not has_come():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    pid = [event for event in read_events(run / "events.jsonl") if event["event"] == "start"][-1]["pid"]
+    while os.path.exists(f"/proc/{pid}") and "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2][:3]:
+        assert time.monotonic() < deadline, "the run outlives the command"
+        time.sleep(0.02)
 
 
 def here(*arguments: object) -> int:

@@ -1,10 +1,7 @@
 """`ziggurat compare`: ordinary runs that go on after a kill, equal time, and what it refuses."""
 
 import json
-import os
 import shutil
-import signal
-import time
 from pathlib import Path
 
 import jax
@@ -14,7 +11,7 @@ from data.errors import InputError
 from launch import compare_runs, many_runs, step_times
 from launch.experiment import read_experiment
 from launch.many_runs import folder_problems, is_finished, plan_run, train_all, train_each, unfinished
-from tests.launch.small_run import back_to, command, here, metrics, write_config, ziggurat
+from tests.launch.small_run import back_to, command, here, kill_once, metrics, write_config, ziggurat
 from tests.test_docs import ziggurat_arguments
 from train.planning import this_machine
 from train.run.events import read_events
@@ -47,19 +44,9 @@ def test_after_a_kill_the_same_command_goes_on_and_finds_what_is_finished(finish
     timed = {"variants": compare_runs.fingerprint(read_experiment(file)), "seconds": {"plain": 0.1, "fast": 0.1}}
     to.mkdir()
     (to / "step_seconds.json").write_text(json.dumps(timed))
-    process = command("compare", file, f"--to={to}", "--json", devices=8)
-    deadline = time.monotonic() + 300
-    while not (to / "plain-0" / "checkpoints" / "4").exists():
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process = command("compare", file, f"--to={to}", "--json", devices=8, start_new_session=True)
     plain = Run(to / "plain-0")
-    pid = [event for event in read_events(plain.events) if event["event"] == "start"][-1]["pid"]
-    while os.path.exists(f"/proc/{pid}") and "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2][:3]:
-        assert time.monotonic() < deadline, "the run outlives the command"
-        time.sleep(0.02)
+    kill_once(process, lambda: (plain.checkpoints / "4").exists(), plain.folder)
     assert not is_finished(plain)
 
     # In a process of its own, as JAX has threads in this one, which must not be forked.

@@ -1,16 +1,21 @@
 """A run that fills in the middle resumes exactly, shows what it reads, and leaves with its marks (C1, C4, C7, C9)."""
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from data.infilling import middle_prompt
 from data.tokenizer.folder import load_tokenizer
 from data.tokenizer.tokenizer import FIM_TOKENS
 from tests.data import others
 from tests.data.test_infilling import with_marks
 from tests.launch.small_run import back_to, here, metrics, write_config
 from tests.launch.test_pretrain import assert_same_end, without_times
+from train.evaluation import continuation
+from train.evaluation.continuation import continuations
 from train.run.folder import Run
 
 FIM = ["--config.data.fim_rate=0.7", "--config.train.num_steps=6", "--config.checkpoint.every_steps=3"]
@@ -52,6 +57,61 @@ def test_the_marks_leave_with_the_weights(filled: Path):
     added = json.loads((filled / "export" / "tokenizer.json").read_text())["added_tokens"]
     special = {token["content"]: token["id"] for token in added if token["special"]}
     assert [special[name] for name in FIM_TOKENS] == [*tokenizer.fim_ids()]
+
+
+def test_a_middle_is_generated_between_a_prompt_and_a_suffix(filled: Path, tmp_path: Path, monkeypatch, capsys):
+    asked: list[list[int]] = []
+    texts: list[str] = []
+
+    def spied(generator, tokenizer, prompts, **options):
+        asked.extend(prompts)
+        for part in continuations(generator, tokenizer, prompts, **options):
+            texts.append(part.text)
+            yield part
+
+    monkeypatch.setattr(continuation, "continuations", spied)
+    spm = Run(shutil.copytree(filled, tmp_path / "spm"))
+    config = spm.load_config()
+    spm.save_config(dataclasses.replace(config, data=dataclasses.replace(config.data, fim_spm_rate=1.0)))
+    flags = ["--prompt=the cat", "--suffix= a dog.", "--greedy", "--max_new_tokens=6"]
+    for model in (filled, filled / "export", spm.folder):
+        capsys.readouterr()
+        texts.clear()
+        assert here("generate", model, *flags) == 0
+        assert capsys.readouterr().out == f"the cat{''.join(texts)} a dog."
+    tokenizer = load_tokenizer(filled / "tokenizer")
+    psm, other = (middle_prompt(tokenizer, "the cat", " a dog.", spm=spm) for spm in (False, True))
+    assert asked == [psm, psm, other]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--suffix=b"], "--suffix is what comes after --prompt; give both"),
+        (["--suffix=b", "--prompts=-"], "--suffix is what comes after --prompt; give both"),
+        (
+            ["--suffix=b", "--prompt=" + "the cat " * 40],
+            " tokens with their marks, and --max_new_tokens is 64, but",
+        ),
+        (["--suffix=b", "--prompt=a", "--max_new_tokens=32"], "but the model sees 32; give shorter texts or fewer new"),
+    ],
+)
+def test_a_middle_that_cannot_be_is_refused(filled: Path, flags: list[str], words: str, capsys):
+    capsys.readouterr()
+    assert here("generate", filled, *flags) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert captured.out == ""
+
+
+def test_a_model_without_marks_is_not_asked_for_a_middle(finished: Path, capsys):
+    for model in (finished, finished / "export"):
+        assert here("generate", model, "--prompt=a", "--suffix=b") == 2
+        captured = capsys.readouterr()
+        [line] = captured.err.splitlines()
+        assert "--suffix: the tokenizer of " in line
+        assert "has no tokens that are known to mark prefix, suffix and middle; give a model that was trained" in line
+        assert captured.out == ""
 
 
 def test_a_tokenizer_without_marks_is_refused_and_with_named_ones_used(filled: Path, tmp_path: Path, capsys):

@@ -2,28 +2,31 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from launch import ladder_runs, many_runs
-from launch.ladder_runs import Ladder, planned_ladder
+from launch.ladder_runs import Ladder, Point, fit_points, planned_ladder, read_points
 from launch.ladder_text import short
 from launch.many_runs import PlannedRun, unfinished
 from launch.presets import load_config
 from tests.benchmarks import ladder as benchmark
-from tests.launch.small_run import here, metrics, write_config
+from tests.launch.small_run import command, here, kill_once, metrics, write_config, ziggurat
 from train.evaluation.documents import choose_held_out
 from train.planning.family import size_of
 from train.planning.scaling import Law
 from train.prepare import open_run_mixture
 from train.run.comparison import tokens_after
+from train.run.events import read_events
 from train.run.folder import HeldOutDocument, Run
 
 LAW = Law(E=0.8, A=30.0, B=40.0, alpha=0.4, beta=0.35)
 STEPS = {"train.num_steps": "400"}
 FLAGS: dict[str, float] = {"rungs": 5, "scale": 2, "longest": 2, "least_rows": 8}
 SMALL = ["--rungs=5", "--scale=2", "--least-rows=8", "--config.train.num_steps=400"]
+TEXTS = (HeldOutDocument("text"),)
 
 
 @pytest.fixture
@@ -46,13 +49,15 @@ def ladder_of(config: Path, folder: Path, **flags: float) -> Ladder:
     return planned_ladder(str(config), STEPS, load_config(str(config), STEPS), folder, FLAGS | flags)
 
 
-def finish(planned: PlannedRun, bits: float | None = None, text: str = "text", steps: int | None = None) -> int:
+def finish(
+    planned: PlannedRun, bits: float | None = None, texts: Sequence[HeldOutDocument] = TEXTS, steps: int | None = None
+) -> int:
     """Leave a run as its training would, with the loss of the law."""
     run, config = planned.run, planned.config
     steps = steps or config.train.num_steps
     run.folder.mkdir(parents=True)
     run.save_config(config.resolved(512))
-    run.save_held_out([HeldOutDocument(text)])
+    run.save_held_out([*texts])
     N, D = size_of(config.resolved(512)), tokens_after(config, steps)
     bits = LAW.loss(N, D) if bits is None else bits
     record = {"step": steps, "loss": 1.0, "loss_weight": 1.0, "utilization": 1.0, "tokens_per_second": 1.0,
@@ -120,12 +125,28 @@ def test_after_a_stop_the_same_command_goes_on(config: Path, tmp_path: Path, mon
     assert len(trained) == 26
 
 
-def test_a_branch_decays_from_its_trunks_checkpoint(config: Path, tmp_path: Path):
-    """Real runs: the rate of the trunk is constant to its end, and a branch of it has as many tokens as planned."""
-    ladder = ladder_of(config, tmp_path / "to")
-    rung, trunk, branch = ladder.rungs[0], ladder.trunks[0], ladder.branches[0][1]
+def finish_all_but(real: Sequence[PlannedRun], ladder: Ladder, texts: Sequence[HeldOutDocument]) -> None:
+    """Leave all runs of a ladder but these as their training would."""
+    for planned in ladder.runs:
+        if planned not in real:
+            finish(planned, texts=texts)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Ladder:
+    """A finished ladder, of which the first trunk and its second branch are real runs."""
+    folder = tmp_path_factory.mktemp("ladder")
+    ladder = ladder_of(write_config(folder), folder / "to")
+    real = (ladder.trunks[0], ladder.branches[0][1])
+    assert [here(*planned.words) for planned in real] == [0, 0]
+    finish_all_but(real, ladder, real[0].run.held_out_texts())
+    return ladder
+
+
+def test_a_branch_decays_from_its_trunks_checkpoint(trained: Ladder):
+    """The rate of the trunk is constant to its end, and a branch of it has as many tokens as planned."""
+    rung, trunk, branch = trained.rungs[0], trained.trunks[0], trained.branches[0][1]
     begin, end = rung.branches[1]
-    assert here(*trunk.words) == 0
     of_trunk = metrics(trunk.run.folder)
     peak, warmup = rung.fields["optimizer.learning_rate"], rung.fields["optimizer.warmup_steps"]
     assert [r["learning_rate"] for r in of_trunk][warmup:] == pytest.approx([peak] * (rung.trunk_steps - warmup))
@@ -134,16 +155,40 @@ def test_a_branch_decays_from_its_trunks_checkpoint(config: Path, tmp_path: Path
     assert kept >= {begin for begin, _ in rung.branches}
     assert not (trunk.run.folder / "export").exists()
 
-    assert here(*branch.words) == 0
     of_branch = metrics(branch.run.folder)
     assert [record["step"] for record in of_branch] == list(range(begin + 1, end + 1))
     rates = [record["learning_rate"] for record in of_branch]
     assert rates[0] < peak
     assert rates == sorted(rates, reverse=True)
-    assert rates[-1] == pytest.approx(peak * ladder.target.optimizer.final_fraction)
+    assert rates[-1] == pytest.approx(peak * trained.target.optimizer.final_fraction)
     assert "held_out_bits_per_byte" in of_branch[-1]
     assert unfinished([trunk, branch]) == []
     assert trunk.run.held_out_texts() == branch.run.held_out_texts()
+
+
+def test_a_ladder_that_was_killed_ends_as_one_that_was_not(trained: Ladder):
+    config = trained.folder.parent / "run.py"
+    killed = ladder_of(config, trained.folder.parent / "killed")
+    trunk, branch = killed.trunks[0], killed.branches[0][1]
+    finish_all_but([trunk, branch], killed, trained.trunks[0].run.held_out_texts())
+    ladder_runs.save(killed, [0.5] * len(killed.rungs))
+    flags = ["ladder", f"--config={config}", *SMALL, f"--to={killed.folder}", "--json"]
+    process = command(*flags, devices=8, start_new_session=True)
+    saved = lambda: any(path.name.isdigit() for path in trunk.run.checkpoints.glob("*"))
+    kill_once(process, saved, trunk.run.folder)
+    assert unfinished(killed.runs) == [trunk, branch]
+
+    done = ziggurat(*flags, devices=8)
+    assert done.returncode == 0, done.stderr
+    events = [[event["event"] for event in read_events(planned.run.events)] for planned in (trunk, branch)]
+    assert [of_run.count("start") for of_run in events] == [2, 1]
+    for again, before in ((trunk, trained.trunks[0]), (branch, trained.branches[0][1])):
+        found, expected = ([r["loss"] for r in metrics(planned.run.folder)] for planned in (again, before))
+        assert found == expected
+    result, points = json.loads(done.stdout), read_points(trained)
+    assert [tuple(point[name] for name in Point._fields) for point in result["points"]] == points
+    law = fit_points(points, resamples=0).law
+    assert {name: of["value"] for name, of in result["law"].items()} == pytest.approx(law._asdict())
 
 
 def test_all_rungs_are_evaluated_on_the_same_documents(config: Path, tmp_path: Path):
@@ -196,7 +241,7 @@ def test_a_folder_of_another_ladder_is_refused(config: Path, tmp_path: Path, mon
     [
         ({"bits": math.nan}, "rung-3-branch-2 diverged: its held-out loss is not finite"),
         ({"steps": 9}, "rung-3-branch-2 ended after 2,304 of its "),
-        ({"text": "other"}, "were evaluated on different documents"),
+        ({"texts": [HeldOutDocument("other")]}, "were evaluated on different documents"),
     ],
 )
 def test_a_run_that_says_nothing_of_the_law_is_named(

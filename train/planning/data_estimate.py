@@ -6,8 +6,10 @@ from data.errors import InputError
 from data.mixture import Mixture, corpus_field
 from data.provenance import summarize
 from data.tokenizer.tokenizer import Tokenizer
-from train.config.config import Config, ResolvedConfig
+from model.parameters import parameter_table
+from train.config.config import ResolvedConfig
 from train.config.optimizer_config import OptimizerConfig
+from train.config.parameter_groups import parameter_settings
 from train.step.schedule import batch_stages
 
 # UTF-8 bytes of each corpus that are read for an estimate at the start of a run.
@@ -32,7 +34,7 @@ class DataEstimate:
         tokens, epochs = self.by_corpus[name]
         return f"; about {tokens:,} tokens, {epochs:.2f} epochs in the run"
 
-    def warnings(self, config: Config) -> list[str]:
+    def warnings(self, config: ResolvedConfig) -> list[str]:
         """Returns a line for each corpus that is read too often, and one for a schedule that cannot end."""
         lines = [
             f"warning: {corpus_field(name)} is read about {epochs:,.0f} times in the run, and more than {MANY_EPOCHS} "
@@ -41,17 +43,31 @@ class DataEstimate:
             if epochs > MANY_EPOCHS
         ]
         num_steps = config.train.num_steps
-        if self.last_step < WHOLE_RUN * num_steps and has_end(config.optimizer):
+        if self.last_step < WHOLE_RUN * num_steps and has_end(config):
+            what = "learning rate has fallen" if rate_has_end(config.optimizer) else "schedules have ended"
             lines.append(
-                f"warning: data.epochs end the run near step {self.last_step:,} of {num_steps:,}, before its learning "
-                f"rate has fallen; give --config.train.num_steps={self.last_step}, or more epochs"
+                f"warning: data.epochs end the run near step {self.last_step:,} of {num_steps:,}, before its {what}; "
+                f"give --config.train.num_steps={self.last_step}, or more epochs"
             )
         return lines
 
 
-def has_end(config: OptimizerConfig) -> bool:
+def has_end(config: ResolvedConfig) -> bool:
+    """True if the learning rate or the weight decay of any parameter falls to a final value in the run's last step."""
+    settings = parameter_settings(config)
+    # What has the role "balance" has neither rate nor decay.
+    trained = [(p, settings[name]) for name, p in parameter_table(config.model).items() if p.role != "balance"]
+    return any(rate_has_end(s) or (p.decay and decay_has_end(s)) for p, s in trained)
+
+
+def rate_has_end(c: OptimizerConfig) -> bool:
     """True if the learning rate falls to a final value in the run's last step."""
-    return config.schedule != "inverse_sqrt" and config.final_fraction < 1 and config.learning_rate > 0
+    return c.schedule != "inverse_sqrt" and c.final_fraction < 1 and c.learning_rate > 0
+
+
+def decay_has_end(c: OptimizerConfig) -> bool:
+    """True if weight decay falls to 0 in the run's last step, whatever the learning rate does."""
+    return c.weight_decay_schedule in ("linear", "cosine") and c.weight_decay > 0 and c.learning_rate > 0
 
 
 def estimate_data(config: ResolvedConfig, mixture: Mixture, tokenizer: Tokenizer, begin: int) -> DataEstimate:

@@ -10,6 +10,8 @@ The config's own values are the anchor of what depends on size, q being a rung's
 - rows of a step ∝ q^(2/3), to a power of 2 of the config's, and learning rate ∝ q^(-1/3): the rules of OLMo's ladder
   (allenai/OLMo-core, src/olmo_core/model_ladder), both by N alone, so that one trunk serves all numbers of tokens. By
   compute, DeepSeek's rows ∝ C^0.33 (Bi et al. 2024) and Marin's ∝ C^0.36 are nearly the same, as C ∝ N².
+- with `model.parametrization` = mup the learning rate is the config's own, since each rung's follows from its size:
+  `base_dim` and `base_layers` (or the config's own number of layers) are the same for all.
 - streams of the corpus are the same for all rungs, so that these read the same order of text. (The cut of a small
   corpus into chunks, and so which held-out documents are the first, depends on their number.)
 - tokens ∝ N; each rung has POINTS lengths, a factor of 2 apart.
@@ -97,6 +99,9 @@ def size_of(config: Config, model: ModelConfig | None = None) -> float:
 def sizes(config: Config) -> list[Size]:
     """Returns all models of the family up to the config's own, by N."""
     model = config.model
+    if model.parametrization == "mup":
+        # By default a model's own layers are those of its base, and then no rate would follow from the depth.
+        model = dataclasses.replace(model, base_layers=model.base_layers or model.num_layers)
     period = len(model.layer_pattern or "F")
     found = [Size(model, size_of(config), 0.0)]
     for halves in range(2, 2 * model.num_heads + 1):
@@ -198,13 +203,14 @@ def make_rung(config: Config, size: Size, longest: float, rows: int, streams: in
     branches = tuple((begin, max(round(begin / (1 - decay)), begin + 1)) for begin in begins)
     warmup = config.optimizer.steps_of_warmup(config.train.num_steps) / config.train.num_steps
     parts = config.train.accumulation_steps
+    rate = 1.0 if config.model.parametrization == "mup" else share ** (-1 / 3)
     # As many rows at once as the config has, or fewer: the models are smaller.
     accumulation = next(part for part in divisors(rows) if rows / part <= max(config.train.batch_size // parts, 1))
     fields: dict[str, Any] = {
         **{f"model.{name}": value for name, value in vars(size.model).items() if value != getattr(config.model, name)},
         "train.batch_size": rows,
         "train.accumulation_steps": accumulation,
-        "optimizer.learning_rate": float(f"{config.optimizer.learning_rate * share ** (-1 / 3):.4g}"),
+        "optimizer.learning_rate": float(f"{config.optimizer.learning_rate * rate:.4g}"),
         "optimizer.schedule": "wsd",
         "optimizer.warmup_steps": min(math.ceil(steps * warmup), first // 2),
         "train.batch_ramp_start": None,

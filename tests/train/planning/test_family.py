@@ -12,6 +12,7 @@ from model.config import ModelConfig
 from model.layers import layer_kinds
 from train.config.config import Config
 from train.config.optimizer_config import OptimizerConfig
+from train.config.parameter_groups import parameter_settings
 from train.config.run_config import TrainConfig
 from train.planning.family import POINTS, WIDTHS, Rung, make_rungs, size_of, sizes
 from train.planning.scaling import LEAST_SIZES
@@ -80,6 +81,22 @@ def test_rows_and_rate_follow_n_from_the_configs_own():
         # No more rows at once than the target has.
         assert rows / rung.fields["train.accumulation_steps"] <= 16
         assert rows % rung.fields["train.accumulation_steps"] == 0
+
+
+@pytest.mark.parametrize("base_layers", [None, 3])
+def test_with_mup_all_rungs_have_the_configs_rate_and_its_base_model(base_layers: int | None):
+    mup = {"parametrization": "mup", "base_dim": 192, "base_layers": base_layers, "tie_embeddings": False}
+    target = with_fields(TARGET, model=mup)
+    models, products = [target.model], set()
+    for rung in make_rungs(target, 5, 10, 2):
+        assert rung.fields["optimizer.learning_rate"] == 1e-3
+        models.append(model_of(target, rung))
+    for model in models:
+        assert (model.base_dim, model.base_layers or model.num_layers) == (192, base_layers or 12)
+        rate = parameter_settings(dataclasses.replace(target, model=model).resolved(4096))["blocks.feedforward.down"]
+        products.add(round(rate.learning_rate * model.model_dim * model.num_layers, 9))
+    # By mup's own rule, whatever the rung: at both sizes of the base the rate is the given one.
+    assert products == {round(1e-3 * 192 * (base_layers or 12), 9)}
 
 
 def test_lengths_are_a_series_up_to_the_configs_tokens_a_parameter():
