@@ -128,6 +128,13 @@ def check_target(config: Config) -> None:
         problems.append("train.init_from: a ladder is of new weights, as other sizes cannot take these; leave it out")
     if not config.optimizer.learning_rate:
         problems.append("optimizer.learning_rate is 0, from which no rung's follows; give the target's own")
+    problems += [
+        f"optimizer.groups[{name!r}] has its own {field}: trunks are constant and branches decay, all parameters "
+        "alike; leave it out"
+        for name, given in config.optimizer.groups.items()
+        for field in ("schedule", "decay_fraction")
+        if field in given
+    ]
     if problems:
         raise InputError("\n".join(problems))
 

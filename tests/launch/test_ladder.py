@@ -277,6 +277,10 @@ def test_a_run_that_says_nothing_of_the_law_is_named(
         (["--config.checkpoint.dir=/tmp/x"], "checkpoint.dir: all runs would save to the same place"),
         (["--config.train.init_from=runs/x@3"], "train.init_from: a ladder is of new weights"),
         (["--config.optimizer.learning_rate=0"], "optimizer.learning_rate is 0"),
+        (
+            ['--config.optimizer.groups={{"vector": {{"schedule": "linear"}}}}'],
+            "optimizer.groups['vector'] has its own schedule: trunks are constant",
+        ),
         (["--config.train.num_steps=20"], "train.num_steps = 20: at these tokens a parameter"),
         (["--to={config}/x"], "is a file; name another path"),
     ],

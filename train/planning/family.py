@@ -21,6 +21,7 @@ The config's own values are the anchor of what depends on size, q being a rung's
 
 import dataclasses
 import itertools
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -178,6 +179,17 @@ def series(family: Sequence[Size], top: float, number: int) -> list[Size]:
     return [] if too_near or LEAST_SPACING * top < chosen[-1].N else chosen
 
 
+def rate_fields(config: Config, factor: float) -> dict[str, Any]:
+    """Returns the fields of the learning rate times a factor, that of groups with a rate of their own, too."""
+    scaled = lambda rate: float(f"{rate * factor:.4g}")
+    fields: dict[str, Any] = {"optimizer.learning_rate": scaled(config.optimizer.learning_rate)}
+    groups = {
+        name: given | ({"learning_rate": scaled(given["learning_rate"])} if "learning_rate" in given else {})
+        for name, given in config.optimizer.groups.items()
+    }
+    return fields | ({"optimizer.groups": json.dumps(groups)} if groups != config.optimizer.groups else {})
+
+
 def make_rung(config: Config, size: Size, longest: float, rows: int, streams: int) -> Rung:
     """Returns the rung of a size, as `make_rungs` does, with these rows of a step and streams of the corpus."""
     N, T = size_of(config), config.data.segment_length
@@ -210,7 +222,7 @@ def make_rung(config: Config, size: Size, longest: float, rows: int, streams: in
         **{f"model.{name}": value for name, value in vars(size.model).items() if value != getattr(config.model, name)},
         "train.batch_size": rows,
         "train.accumulation_steps": accumulation,
-        "optimizer.learning_rate": float(f"{config.optimizer.learning_rate * rate:.4g}"),
+        **rate_fields(config, rate),
         "optimizer.schedule": "wsd",
         "optimizer.warmup_steps": min(math.ceil(steps * warmup), first // 2),
         "train.batch_ramp_start": None,

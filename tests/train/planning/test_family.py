@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import math
 
 import pytest
@@ -81,6 +82,15 @@ def test_rows_and_rate_follow_n_from_the_configs_own():
         # No more rows at once than the target has.
         assert rows / rung.fields["train.accumulation_steps"] <= 16
         assert rows % rung.fields["train.accumulation_steps"] == 0
+
+
+def test_groups_with_a_rate_of_their_own_follow_as_well_and_keep_the_rest():
+    groups = {"embedding": {"learning_rate": 2e-2, "beta2": 0.99}, "vector": {"weight_decay": 0}}
+    for rung in make_rungs(with_fields(TARGET, optimizer={"groups": groups}), 5, 10, 2):
+        factor = (rung.N / size_of(TARGET)) ** (-1 / 3)
+        of_rung = json.loads(rung.fields["optimizer.groups"])
+        assert of_rung["embedding"].pop("learning_rate") == pytest.approx(2e-2 * factor, rel=1e-3)
+        assert of_rung == {"embedding": {"beta2": 0.99}, "vector": {"weight_decay": 0}}
 
 
 @pytest.mark.parametrize("base_layers", [None, 3])
