@@ -3,20 +3,26 @@
 import codecs
 import importlib
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from data.errors import BadText, InputError
+
+if TYPE_CHECKING:
+    from data.formats.conversation import Conversations
 
 # Bytes of the longest document, which is held whole in memory, several times over.
 MAX_DOCUMENT_BYTES = 2**30
 SKIPPED_BYTES = 2**20
+# Characters [begin, end) of each answer of a conversation.
+Answers = tuple[tuple[int, int], ...]
 
 
 class RawDocument(NamedTuple):
-    """A document: its text, which may be empty, and its prompt."""
+    """A document: its text, which may be empty, its prompt, and for a conversation the answers that are trained on."""
 
     text: str
     prompt: str = ""
+    answers: Answers | None = None
 
 
 # The place of a document, and the document or the problem with it.
@@ -25,11 +31,15 @@ ReadResult = tuple[int, RawDocument | BadText]
 
 @dataclass(frozen=True)
 class Fields:
-    """The fields or columns that hold a document's text and prompt, and the line between two documents of a .txt."""
+    """The fields or columns that hold a document's text and prompt, and the line between two documents of a .txt.
+
+    With `conversations`, each document is one of those, and the fields of a text are not read.
+    """
 
     text: str = "text"
     prompt: str | None = None
     separator: str | None = None
+    conversations: "Conversations | None" = None
 
 
 def read_line(stream: BinaryIO, number: int) -> tuple[bytes, int]:
