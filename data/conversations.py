@@ -77,6 +77,14 @@ def open_template(config: DataConfig, tokenizer: Tokenizer | None) -> ChatTempla
     return ChatTemplate(source, name, Tokenizer.named_tokens, marks)
 
 
+def begins_with_bos(tokenizer: Tokenizer) -> bool:
+    """True if conversations begin with the token that stands before a text, because the template writes it."""
+    template = open_template(DataConfig(messages_field="messages"), tokenizer)
+    assert template is not None
+    ids, _ = tokenizer.encode_marked(template.render(EXAMPLE))
+    return [*ids[:1]] == tokenizer.bos_ids[:1]
+
+
 def tokens_that_end(template: ChatTemplate, tokenizer: Tokenizer) -> list[int]:
     """Returns the special tokens with which an answer ends; warns if there are none, or a prompt has other ids.
 

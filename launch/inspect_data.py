@@ -184,9 +184,10 @@ def summary_text(summary: dict[str, Any]) -> str:
         "tokens": f"about {summary['tokens']:,}",
         "bytes a token": f"{summary['bytes_per_token']:.3f}",
         "utilization": f"{summary['utilization']:.2%} of the positions of the sampled rows",
-        "trained on": f"{summary['trained']:.2%} of the tokens of the sample",
         "epochs": f"about {summary['epochs']:.3f} in the run",
     }
+    if summary["trained"] < 1:
+        figures["trained on"] = f"{summary['trained']:.2%} of the tokens of the sample"
     if summary["last_step"]:
         figures["end of the run"] = f"near step {summary['last_step']:,}, where data.epochs end"
     warning = f"\nwarning: {summary['order_problem']}" if summary["order_problem"] else ""
