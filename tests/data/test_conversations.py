@@ -1,7 +1,6 @@
 """Conversations: ids and masks are those of published templates, as Transformers renders them."""
 
 import datetime
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ import pytest
 
 from data.config import DataConfig
 from data.conversations import conversation_pairs, open_template, trained_tokens
-from data.errors import BadText
 from data.formats import Conversations
 from data.formats.template import TODAY
 from data.tokenizer.folder import load_tokenizer

@@ -60,7 +60,7 @@ def take_bytes(texts: Iterable[HeldOutDocument], size: int) -> list[HeldOutDocum
         encoded = text.text.encode()
         size -= len(text.prompt.encode())
         if len(encoded) >= size:
-            cut = text._replace(text=encoded[: max(size, 0)].decode(errors="ignore"))
+            cut = text.cut_after(max(size, 0))
             return [*taken, cut] if cut.scored else taken
         taken.append(text)
         size -= len(encoded)

@@ -33,6 +33,12 @@ class HeldOutDocument(NamedTuple):
         """The text that is scored."""
         return self.text if self.answers is None else "".join(self.text[begin:end] for begin, end in self.answers)
 
+    def cut_after(self, size: int) -> "HeldOutDocument":
+        """Returns its first `size` bytes, with the answers that end in them."""
+        text = self.text.encode()[:size].decode(errors="ignore")
+        answers = self.answers and tuple(answer for answer in self.answers if answer[1] <= len(text))
+        return self._replace(text=text, answers=answers)
+
 
 class Run:
     """The paths of a run's folder, and of its checkpoints, which may be in another place (`checkpoint.dir`)."""
