@@ -63,7 +63,8 @@ class Conversations:
     def _span(self, messages: Messages, i: int, whole: str) -> tuple[int, int]:
         """Returns the characters [begin, end) of the answer in turn i."""
         turn = f"turn {i + 1}: the chat template of {self.template.name}"
-        last = "; train on the last answers alone (data.train_on=last), or take another template"
+        last = "; " + ("" if self._last_only else "train on the last answers alone (data.train_on=last), or ")
+        last += "take another template"
         prompt = self.template.render(messages[:i], prompts=True)
         if not whole.startswith(prompt):
             raise BadText(f"{turn} writes the turns before this answer otherwise once it is there{last}")

@@ -132,6 +132,7 @@ DEEPSEEK = (
 DEEPSEEK_R1 = DEEPSEEK.replace("m['content'] + '<｜end▁of", "m['content'].split('</think>')[-1] + '<｜end▁of")
 # OLMo 3: the mark that ends an answer comes after the last one alone.
 OLMO3 = CHATML.replace("m.content + '<|im_end|>'", "m.content + ('<|im_end|>' if loop.last else '')")
+OLMO3 = OLMO3.replace("{{ '\n' }}", "{{ '' if loop.last else '\n' }}")
 
 
 class Published(NamedTuple):
@@ -144,6 +145,7 @@ class Published(NamedTuple):
         rewrites: true if the past is written otherwise as turns are added, so that the last answer alone can be trained
             on in a conversation of several.
         rstrip: true if a mark takes the whitespace after it.
+        thinks: true if an answer may begin with a thought.
     """
 
     template: str
@@ -155,6 +157,7 @@ class Published(NamedTuple):
     roles: tuple[str, ...] = ("system",)
     rewrites: bool = False
     rstrip: bool = False
+    thinks: bool = False
 
     @property
     def plain(self) -> str:
@@ -174,10 +177,10 @@ PUBLISHED = {
     "llama3": Published(LLAMA3, "llama3", "<|begin|>", "<|eot_id|>", HEADERS),
     "gemma": Published(GEMMA, "gemma", "<s>", "</s>", ("<start_of_turn>", "<end_of_turn>")),
     "mistral": Published(MISTRAL, "llama2", "<s>", "</s>"),
-    "qwen3 with thinking": Published(QWEN3_THINKS, "qwen", *QWEN_EOS, IM, THINK, SYSTEM_AND_TOOL, rewrites=True),
+    "qwen3 with thinking": Published(QWEN3_THINKS, "qwen", *QWEN_EOS, IM, THINK, SYSTEM_AND_TOOL, True, thinks=True),
     "qwen3 without": Published(QWEN3_PLAIN, "qwen", *QWEN_EOS, IM, THINK, SYSTEM_AND_TOOL, rewrites=True),
     "zephyr": Published(ZEPHYR, "llama2", "<s>", "</s>"),
-    "smollm3": Published(SMOLLM3, "llama3", "<|begin|>", "<|im_end|>", IM, THINK, SYSTEM_AND_TOOL),
+    "smollm3": Published(SMOLLM3, "llama3", "<|begin|>", "<|im_end|>", IM, THINK, SYSTEM_AND_TOOL, thinks=True),
     "phi3": Published(PHI3, "llama2", "<s>", "<|endoftext|>", (*PHI, "<|endoftext|>"), rstrip=True),
     "deepseek": Published(DEEPSEEK, "gpt2", others.EOS, SENTENCE, (SENTENCE,), ("<｜User｜>", "<｜Assistant｜>")),
 }

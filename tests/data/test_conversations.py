@@ -51,7 +51,7 @@ def drawn(draw: random.Random, published: Published, answers: int) -> Turns:
     for _ in range(answers):
         asks = "tool" if turns and turns[-1]["role"] == "assistant" and draw.random() < 0.3 else "user"
         turns.append({"role": asks if asks in (*published.roles, "user") else "user", "content": text(draw)})
-        thought = f"<think>\n{text(draw).strip()}\n</think>\n\n" if "</think>" in published.whole else ""
+        thought = f"<think>\n{text(draw).strip()}\n</think>\n\n" if published.thinks else ""
         turns.append({"role": "assistant", "content": (thought if draw.random() < 0.5 else "") + text(draw)})
     return turns
 
