@@ -19,6 +19,7 @@ from typing import Any
 from data.errors import BadText
 from data.formats.content import RawDocument
 from data.formats.template import ChatTemplate
+from data.printable import printable_name
 
 ANSWERER = "assistant"
 Messages = list[dict[str, Any]]
@@ -65,7 +66,10 @@ class Conversations:
         turn = f"turn {i + 1}: the chat template of {self.template.name}"
         last = "; " + ("" if self._last_only else "train on the last answers alone (data.train_on=last), or ")
         last += "take another template"
-        prompt = self.template.render(messages[:i], prompts=True)
+        try:
+            prompt = self.template.render(messages[:i], prompts=True)
+        except BadText as error:
+            raise BadText(f"turn {i + 1}: the turns before this answer: {error}") from None
         if not whole.startswith(prompt):
             raise BadText(f"{turn} writes the turns before this answer otherwise once it is there{last}")
         until = whole if i == len(messages) - 1 else self._until(messages[: i + 1], whole)
@@ -113,7 +117,11 @@ class Conversations:
             message = {name: field for name, field in turn.items() if field is not None}
             for name in ("role", "content"):
                 if not isinstance(message.get(name), str) or not (message[name] or name == "content"):
-                    has = f"{message[name]!r:.40}" if name in message else f"only {', '.join(map(str, message))[:200]}"
+                    has = (
+                        f"{message[name]!r:.40}"
+                        if name in message
+                        else f"only {printable_name(', '.join(map(str, message))[:200])}"
+                    )
                     raise BadText(f"turn {number} has no {name} that is a text, {has}")
             if message["role"] == ANSWERER and not message["content"].strip():
                 raise BadText(f"turn {number} is an empty answer")

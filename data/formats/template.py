@@ -19,6 +19,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from data.errors import BadText, InputError
+from data.printable import printable_name
 
 # Turns of loops and calls of macros, and characters, of one rendering.
 MAX_TURNS = 10**6
@@ -51,6 +52,8 @@ class ChatTemplate:
         environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Limits, loopcontrols])
         environment.filters["tojson"] = _to_json
         environment.globals |= {"raise_exception": _raise, "strftime_now": TODAY.strftime}
+        # The same conversation gives the same text.
+        del environment.filters["random"], environment.globals["lipsum"]
         limits = environment.extensions[_Limits.identifier]
         assert isinstance(limits, _Limits)
         self._limits = limits
@@ -83,7 +86,8 @@ class ChatTemplate:
                     raise jinja2.TemplateError(f"it writes more than {MAX_CHARACTERS:,} characters")
         except FAULTS as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise BadText(f"the chat template of {self.name} does not render it: {reason[:300]}") from None
+            reason = printable_name(reason[:300])
+            raise BadText(f"the chat template of {self.name} does not render it: {reason}") from None
         return "".join(blocks)
 
 

@@ -78,10 +78,13 @@ def test_what_is_wrong_with_turns_is_said(turns: Any, words: str):
         ("{{ 1 / 0 }}", "division by zero"),
         ("{{ messages[5].content.x }}", "has no element 5"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
-        ("{{ messages.append(1) }}", "not safely callable"),
+        ("{{ messages.append(1) }}", "'append' of 'list' object is unsafe"),
         ("{{ open('/etc/passwd') }}", "'open' is undefined"),
         ("{{ raise_exception('Roles\nmust alternate') }}", "its.jinja does not render it: Roles must alternate"),
-        ("{% for m in messages %}{{ m.role }}{% endfor %}", "turn 2: the chat template of its.jinja leaves out a part"),
+        (
+            "{% for m in messages %}{{ m.role | upper }}{% endfor %}",
+            "turn 2: the chat template of its.jinja leaves out a part",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_template_is_said(source: str, words: str, monkeypatch: pytest.MonkeyPatch):
@@ -92,7 +95,7 @@ def test_what_is_wrong_with_a_template_is_said(source: str, words: str, monkeypa
 def test_an_error_of_syntax_is_said_with_its_line():
     for source, words in (
         ("\n{% for m in messages %}", "the chat template of its.jinja, line 2: Unexpected end of template"),
-        ("{% include 'x' %}{{ a | nothing }}", "line 1: No filter named 'nothing'"),
+        ("{{ a | random }}", "line 1: No filter named 'random'"),
     ):
         with pytest.raises(InputError, match=re.escape(words)):
             template_of(source)
@@ -111,6 +114,10 @@ def test_a_template_that_writes_the_past_otherwise_is_refused_unless_the_last_an
     moved = template_of(chat_templates.MISTRAL_MOVES_SYSTEM, ("</s>",))
     assert "turn 3: the chat template of its.jinja writes the turns before this answer otherwise" in problem(
         [{"role": "system", "content": "s"}, USER, ANSWER], moved
+    )
+    # An answer that comes first, where the template asks for a question.
+    assert "turn 1: the turns before this answer: the chat template of its.jinja does not render it: list " in problem(
+        [ANSWER], template_of("{{ messages[0].content }}" * 2)
     )
     # A thought that no text has.
     thinks = [USER, ANSWER | {"content": "<think>hm</think>a"}]
