@@ -1,22 +1,29 @@
 """Conversations: ids and masks are those of published templates, as Transformers renders them."""
 
+import dataclasses
 import datetime
+import json
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from data.config import DataConfig
 from data.conversations import conversation_pairs, open_template, trained_tokens
 from data.formats import Conversations
 from data.formats.template import TODAY
+from data.mixture import initial_positions, open_mixture, open_streams
+from data.segmenter import SegmentPart, make_segment
 from data.tokenizer.folder import load_tokenizer
 from data.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
 from data.tokenizer.tokenizer import Tokenizer
 from data.tokenizer.training import train_tokenizer
 from tests.data import chat_templates
 from tests.data.chat_templates import PUBLISHED, Published
+from tests.data.test_stream import pairs_in
 from tests.data.texts import code
 from tests.peers import require
 
@@ -118,3 +125,43 @@ def test_ids_and_masks_are_those_of_transformers(folders, no_clock, name: str):
         assert [*pairs.inputs, pairs.targets[-1]] == ids
         assert pairs.trained.tolist() == trained[1:].tolist()
     assert several or published.rewrites
+
+
+@pytest.mark.parametrize("segmentation", ["pack", "concatenate"])
+@pytest.mark.parametrize("T", [16, 200])
+def test_an_epoch_trains_once_on_every_answer_and_resumes(folders, tmp_path: Path, segmentation: str, T: int):
+    tokenizer, draw = load_tokenizer(folders["chatml"]), random.Random(T)
+    lines = [{"messages": drawn(draw, PUBLISHED["chatml"], 1 + i % 3)} for i in range(80)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    changes = {"segmentation": segmentation, "segment_length": T, "num_streams": 2, "shuffle_window": 5000, "epochs": 1}
+    config = dataclasses.replace(CONFIG, corpus=str(tmp_path / "a.jsonl"), validation_fraction=0.2, **changes)
+    mixture = open_mixture(config, lambda: "", template=open_template(config, tokenizer))
+    corpus = mixture.sources[0].corpus
+    begin = initial_positions(mixture, 2)
+    rows: list[list[SegmentPart]] = []
+    for v, stream in open_streams(mixture, tokenizer, tokenizer.encode_all, 0, range(2), begin).items():
+        mine, positions = [], []
+        while not stream.ended[0]:
+            positions.append(stream.positions)
+            mine.append(stream.take(0)[1])
+        half = len(mine) // 2
+        start = np.stack([positions[half]] * 2)
+        again = open_streams(mixture, tokenizer, tokenizer.encode_all, 0, [v], start)[v]
+        assert [row_of(again.take(0)[1], config) for _ in mine[half:]] == [row_of(row, config) for row in mine[half:]]
+        rows += mine
+    documents = [document for chunk in corpus.chunks for document in corpus.documents(chunk)]
+    held_out = list(corpus.held_out())
+    assert len(documents) + len(held_out) == 80
+    assert held_out
+    expected: Counter = Counter()
+    for document in documents:
+        pairs = conversation_pairs(tokenizer.encode_marked, document.text, document.answers)
+        expected.update((document.file, document.place, pair) for pair in np.flatnonzero(pairs.trained).tolist())
+    found = pairs_in(rows, config)
+    assert +found == expected
+    # What is not trained on is seen, all the same.
+    assert sum(part.end - part.begin for parts in rows for part in parts) > 1.2 * sum(expected.values())
+
+
+def row_of(parts: list[SegmentPart], config: DataConfig) -> dict[str, list[Any]]:
+    return {name: array.tolist() for name, array in make_segment(parts, config).items()}

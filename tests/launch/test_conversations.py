@@ -20,7 +20,8 @@ from tests.peers import require
 from train.run.folder import Run
 
 EXAMPLE = ROOT / "examples" / "chat_template.jinja"
-FLAGS = ["--config.data.segmentation=pack", "--config.train.num_steps=6", "--config.checkpoint.every_steps=3"]
+FLAGS = ["--config.data.segmentation=pack", "--config.data.segment_length=64"]
+FLAGS += ["--config.train.num_steps=6", "--config.checkpoint.every_steps=3"]
 
 
 def write_chats(file: Path) -> Path:
@@ -102,7 +103,11 @@ def test_held_out_conversations_are_scored_by_their_answers(chatted: Path, tmp_p
     config = json.loads((chatted / "config.json").read_text())
     alone = Path(str(chatted) + "_alone")
     flags = [f"--config={write_config(tmp_path)}", f"--config.data.corpus={chatted.parent / 'chats.jsonl'}", *FLAGS]
-    flags += ["--config.data.messages_field=messages", f"--config.train.init_from={chatted}@6"]
+    flags += [
+        "--config.data.messages_field=messages",
+        f"--config.train.init_from={chatted}@6",
+        "--config.train.init_with=weights",
+    ]
     flags += [f"--config.train.run_dir={alone}", f"--config.tokenizer.vocab_size={config['tokenizer']['vocab_size']}"]
     assert here("pretrain", *flags) == 0
     capsys.readouterr()
