@@ -109,9 +109,9 @@ def tokens_that_end(template: ChatTemplate, tokenizer: Tokenizer) -> list[int]:
             prompt[-20:],
         )
     trained = ids[trained_tokens(document.text, spans_n2, document.answers or ())].tolist()
-    special = {*map(tokenizer.pieces.index, tokenizer.special_tokens)}
-    marks = [token for token in trained[-MOST_ENDS:] if token in special]
-    if not marks or trained[-1] not in special:
+    special = {*template.marks}
+    marks = [token for token in trained[-MOST_ENDS:] if tokenizer.pieces[token] in special]
+    if trained[-1] not in marks:
         log.warning(
             "the chat template of %s ends an answer with %r, and not with a special token such as eos_token, at which "
             "generation would stop",

@@ -160,9 +160,10 @@ def _document(batch: Any, row: int, fields: Fields) -> RawDocument | BadText:
             return BadText(f"column {name!r} is null")
         values.append(value)
     if conversations is None:
-        return RawDocument(*values)
+        text, prompt = values
+        return RawDocument(text, prompt)
     try:
-        return conversations.document(*values)
+        return conversations.document(values[0])
     except BadText as error:
         return error
 

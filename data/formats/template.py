@@ -138,6 +138,7 @@ def _counted(tree: nodes.Template, environment: jinja2.Environment) -> nodes.Tem
         return nodes.Call(nodes.ExtensionAttribute(_Limits.identifier, "turn"), [], [], None, None)
 
     for node in [*tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock))]:
+        assert isinstance(node, nodes.For | nodes.Macro | nodes.CallBlock)
         node.body.insert(0, nodes.ExprStmt(turn(), lineno=node.lineno))
         if isinstance(node, nodes.For) and node.test is not None:
             node.test = nodes.And(turn(), node.test)
