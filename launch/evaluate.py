@@ -113,8 +113,7 @@ def texts_of(arguments: argparse.Namespace, trained: "Trained") -> "list[HeldOut
 
     if arguments.corpus is not None:
         # No document is held out, and one stream reads all of them, so that a short text is enough.
-        own = {"num_streams": 1, "validation_fraction": 0.0, "chat_template": None}
-        settings = dataclasses.replace(trained.config.data, **own)
+        settings = dataclasses.replace(trained.config.data, num_streams=1, validation_fraction=0.0, chat_template=None)
         template = open_template(settings, trained.tokenizer)
         documents = open_corpus(arguments.corpus, settings, field="--corpus", template=template).all_documents()
         texts = [HeldOutDocument(d.text, d.prompt, answers=d.answers) for d in documents]

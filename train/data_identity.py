@@ -49,8 +49,8 @@ def identity_of(config: Config, mixture: Mixture) -> dict[str, Any]:
     Those of fill-in-the-middle and of conversations are among them where they are used, so that runs from before there
     were any can go on.
     """
-    unused = () if config.data.fills_in else FIM_FIELDS
-    unused += () if config.data.converses else CONVERSATION_FIELDS
+    unused: set[str] = set() if config.data.fills_in else {*FIM_FIELDS}
+    unused |= set() if config.data.converses else {*CONVERSATION_FIELDS}
     identity = {
         f"data.{name}": getattr(config.data, name)
         for group, name, field in config_fields()
@@ -58,7 +58,7 @@ def identity_of(config: Config, mixture: Mixture) -> dict[str, Any]:
     }
     for source in mixture.sources if isinstance(config.data.corpus, dict) else []:
         identity[f"{corpus_field(source.name)}.weight"] = [list(stage) for stage in source.weights]
-        for name in sorted({*PER_CORPUS_FIELDS} - {*unused}):
+        for name in sorted({*PER_CORPUS_FIELDS} - unused):
             identity[f"{corpus_field(source.name)}.{name}"] = getattr(source.config, name)
     return identity | {"train.seed": config.train.seed}
 

@@ -1,14 +1,10 @@
-"""Documents as they are read from a file, and the names of the fields that hold them."""
+"""Documents as they are read from a file."""
 
 import codecs
 import importlib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from data.errors import BadText, InputError
-
-if TYPE_CHECKING:
-    from data.formats.conversation import Conversations
 
 # Bytes of the longest document, which is held whole in memory, several times over.
 MAX_DOCUMENT_BYTES = 2**30
@@ -27,19 +23,6 @@ class RawDocument(NamedTuple):
 
 # The place of a document, and the document or the problem with it.
 ReadResult = tuple[int, RawDocument | BadText]
-
-
-@dataclass(frozen=True)
-class Fields:
-    """The fields or columns that hold a document's text and prompt, and the line between two documents of a .txt.
-
-    With `conversations`, each document is one of those, and the fields of a text are not read.
-    """
-
-    text: str = "text"
-    prompt: str | None = None
-    separator: str | None = None
-    conversations: "Conversations | None" = None
 
 
 def read_line(stream: BinaryIO, number: int) -> tuple[bytes, int]:

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from data.errors import BadText
-from data.formats.content import MAX_DOCUMENT_BYTES, Fields, RawDocument, ReadResult, read_line, too_long
+from data.formats.content import MAX_DOCUMENT_BYTES, RawDocument, ReadResult, read_line, too_long
+from data.formats.fields import Fields
 
 # Characters of the list of a record's fields in a message.
 MOST_NAMES = 200

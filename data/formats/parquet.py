@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from data.errors import BadText, InputError
 from data.files.listing import File, open_file, set_expected_end
-from data.formats.content import MAX_DOCUMENT_BYTES, Fields, RawDocument, ReadResult, import_reader, too_long
+from data.formats.content import MAX_DOCUMENT_BYTES, RawDocument, ReadResult, import_reader, too_long
+from data.formats.fields import Fields
 
 # Text of a row group that is decoded at once, and read ahead of a column.
 BATCH_BYTES = 2**22
