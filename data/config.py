@@ -7,13 +7,15 @@ from typing import Any
 from settings import problems_of, setting, unused_problems
 
 # Fields of a corpus in a mixture: the text, its weight, and fields of DataConfig that it may set for itself.
-TEXT_FIELDS = ("text_field", "prompt_field", "text_separator")
+TEXT_FIELDS = ("text_field", "prompt_field", "text_separator", "messages_field")
 PER_CORPUS_FIELDS = (*TEXT_FIELDS, "epochs", "fim_rate")
 MIXTURE_FIELDS = ("corpus", "weight", *PER_CORPUS_FIELDS)
 MIXTURE_EXAMPLE = '{"web": {"corpus": "web/*.jsonl", "weight": 3}, "code": {"corpus": "code", "weight": 1}}'
 CORPUS_HELP = "'stdlib' (the running Python's standard library), or a file, folder, glob or URL of text"
 # Fields that say which documents are filled in the middle, and how (see `data.infilling`).
 FIM_FIELDS = ("fim_rate", "fim_spm_rate", "fim_tokens")
+# Fields of conversations, in which the order of the data follows (see `data.conversations`).
+CONVERSATION_FIELDS = ("messages_field", "train_on")
 NO_CORPUS = f"data.corpus is not given; name it with --config.data.corpus=CORPUS: {CORPUS_HELP}"
 
 
@@ -31,6 +33,23 @@ class DataConfig:
     )
     text_separator: str | None = setting(
         None, "line that separates the documents of a .txt", unset="each file is one document", allows_nul=True
+    )
+    messages_field: str | None = setting(
+        None,
+        "name of the field or column that holds the turns of a conversation, each with role and content",
+        unset="documents are texts",
+    )
+    # The run keeps a copy with its tokenizer, and the identity of its data has the template's hash.
+    chat_template: str | None = setting(
+        None,
+        "file of the Jinja template that writes a conversation as text",
+        unset="the tokenizer's own",
+        resume="free",
+    )
+    train_on: str = setting(
+        "answers",
+        "what of a conversation is trained on: all answers of the assistant, or the last alone",
+        choices=("answers", "last"),
     )
     on_bad_document: str = setting(
         "error",
@@ -94,16 +113,25 @@ class DataConfig:
     @property
     def fills_in(self) -> bool:
         """True if documents of some corpus may have their middle trained on last."""
+        return any(self._of_corpora("fim_rate"))
+
+    @property
+    def converses(self) -> bool:
+        """True if documents of some corpus are conversations."""
+        return any(self._of_corpora("messages_field"))
+
+    def _of_corpora(self, name: str) -> list[Any]:
+        """Returns the values that the corpora have of a field."""
         several = self.corpus.values() if isinstance(self.corpus, Mapping) else ()
-        rates = [values.get("fim_rate", self.fim_rate) for values in several if isinstance(values, Mapping)]
-        return any(rates or [self.fim_rate])
+        own = [values.get(name, getattr(self, name)) for values in several if isinstance(values, Mapping)]
+        return own or [getattr(self, name)]
 
     def problems(self) -> list[str]:
         """Returns one line for everything that is wrong with these values, naming the field."""
         problems = problems_of("data", self)
         if self.segment_length == 1 and not self.train_last_position:
             problems.append("data.segment_length is 1; it must be at least 2")
-        problems += _text_problems("data.", vars(self)) + self._fim_problems()
+        problems += _text_problems("data.", vars(self)) + self._fim_problems() + self._conversation_problems()
         if self.corpus is not None and not self.corpus:
             problems.append(f"data.corpus is empty; give {CORPUS_HELP}")
         elif isinstance(self.corpus, Mapping):
@@ -124,6 +152,14 @@ class DataConfig:
             # A name of one character could not be kept out of texts (see `Infilling.without_marks`).
             wanted = "three names of two characters or more, with commas between, as in <PRE>,<SUF>,<MID>"
             return [f"data.fim_tokens is {self.fim_tokens!r}; it must be {wanted}"]
+        return []
+
+    def _conversation_problems(self) -> list[str]:
+        if not self.converses:
+            unused = dict.fromkeys(("chat_template", "train_on"), "data.messages_field = none")
+            return unused_problems("data", self, unused)
+        if self.messages_field is not None and self.prompt_field is not None:
+            return ["data.prompt_field is not used with data.messages_field, whose turns are the prompts; leave it out"]
         return []
 
 
@@ -174,6 +210,10 @@ def _corpus_problems(where: str, values: Any) -> list[str]:
     if not isinstance(values.get("corpus"), str) or not values["corpus"]:
         problems.append(f"{where} has no 'corpus'; give {CORPUS_HELP}")
     problems += _text_problems(f"{where}: ", values)
+    if values.get("messages_field") and values.get("prompt_field"):
+        problems.append(
+            f"{where}: prompt_field is not used with messages_field, whose turns are the prompts; leave it out"
+        )
     epochs = values.get("epochs")
     if epochs is not None and (type(epochs) is not int or epochs < 1):
         problems.append(f"{where}: epochs is {epochs!r}; it must be a whole number of at least 1, or left out")

@@ -61,6 +61,7 @@ class Document:
         place: byte offset in the file (or in the content of a compressed file), or row of a .parquet.
         ends: true if the document ends with it; otherwise its next piece is in another chunk, or held out.
         prompt: text that precedes it and is not trained on.
+        answers: for a conversation, the characters [begin, end) of each answer that is trained on.
     """
 
     text: str
@@ -68,6 +69,7 @@ class Document:
     place: int
     ends: bool = True
     prompt: str = ""
+    answers: formats.Answers | None = None
 
 
 def stable_hash(*parts: int | str) -> int:
@@ -100,10 +102,20 @@ class Corpus:
         skipped: (file, place) of each unreadable document that was skipped; (file, problem) for the rest of a file.
     """
 
-    def __init__(self, files: list[File], config: ResolvedDataConfig, field: str = "data.corpus"):
+    def __init__(
+        self,
+        files: list[File],
+        config: ResolvedDataConfig,
+        field: str = "data.corpus",
+        template: formats.ChatTemplate | None = None,
+    ):
         self.files, self.field, self._config = files, field, config
         self.size = sum(file.size for file in files)
-        self._fields = formats.Fields(config.text_field, config.prompt_field, config.text_separator)
+        conversations = None
+        if config.messages_field is not None:
+            assert template is not None, "conversations need a template"
+            conversations = formats.Conversations(config.messages_field, template, config.train_on == "last")
+        self._fields = formats.Fields(config.text_field, config.prompt_field, config.text_separator, conversations)
         self.skipped: set[tuple[int, int | str]] = set()
         # The byte at which each file's training part ends.
         self._ends = [file.size for file in files]
@@ -227,10 +239,15 @@ class Corpus:
         return (document for document in documents if self._is_held_out(document.prompt + document.text))
 
     def training_texts(self, seed: int) -> Iterator[str]:
-        """Yields texts and prompts of training documents, chunk by chunk in an order determined by the seed."""
+        """Yields texts and prompts of training documents, chunk by chunk in an order determined by the seed.
+
+        A conversation gives what is between its marks.
+        """
+        conversations = self._fields.conversations
         for chunk in self._shuffled("sample", seed):
             for document in self.documents(chunk):
-                yield from filter(None, (document.prompt, document.text))
+                texts = conversations.texts(document.text) if conversations else (document.prompt, document.text)
+                yield from filter(None, texts)
 
     def all_documents(self) -> Iterator[Document]:
         """Yields every document whole, training or held out, in the order of the listing."""
@@ -302,7 +319,7 @@ class Corpus:
                 if isinstance(content, BadText):
                     self._bad(number, at, content)
                 elif content.text:
-                    yield Document(content.text, number, at, prompt=content.prompt)
+                    yield Document(content.text, number, at, prompt=content.prompt, answers=content.answers)
         except BadText as error:
             self._bad(number, None, error)
 
@@ -347,20 +364,31 @@ def _is_compressed(file: File) -> bool:
 
 
 def open_corpus(
-    where: str, config: ResolvedDataConfig, leave_out: Path | None = None, field: str = "data.corpus"
+    where: str,
+    config: ResolvedDataConfig,
+    leave_out: Path | None = None,
+    field: str = "data.corpus",
+    template: formats.ChatTemplate | None = None,
 ) -> Corpus:
     """Opens a file, a folder (with its subfolders) or a glob, on a local disk (~ is home) or wherever fsspec reads.
 
     Args:
         leave_out: a folder whose files are ignored (the run's own), unless the corpus is inside it.
         field: name of the setting in messages.
+        template: writes conversations as texts; needed with `config.messages_field`.
 
     Raises:
         InputError: there is nothing, or nothing readable.
     """
     files = list_files(where, formats.ENDINGS, leave_out, field)
+    texts = [file.name for file in files if formats.format_and_compression(file.name)[0] == ".txt"]
+    if config.messages_field is not None and texts:
+        raise InputError(
+            f"{field} = {where}: {printable_name(texts[0])} holds no conversations (data.messages_field), as a .jsonl "
+            "or .parquet does; leave it out"
+        )
     try:
-        corpus = Corpus(files, config, field)
+        corpus = Corpus(files, config, field, template)
     except BadText as error:
         raise _error_of(f"{field} = {where}: a file", error) from None
     if not corpus.size:

@@ -11,8 +11,8 @@ SPM is its second variant, which StarCoder and Code Llama use too. Qwen2.5-Coder
 
 The seed, the file and the place of a document decide alone whether it is transformed, where it is cut, and in which
 order its pieces come: on any machine, in every epoch, and where a stream resumes in the middle of the document (C1).
-All of its characters are trained on once (C2); the marks are three tokens more. Documents with a prompt stay as they
-are, and so do pieces of a long .txt without its end, after which no end could follow the middle.
+All of its characters are trained on once (C2); the marks are three tokens more. Conversations and documents with a
+prompt stay as they are, and so do pieces of a long .txt without its end, after which no end could follow the middle.
 """
 
 import re
@@ -75,7 +75,8 @@ class Infilling:
 
     def infill(self, document: Document) -> Infill | None:
         """Returns the cuts of a document, or None if it stays as it is."""
-        if document.prompt or not document.ends or self._draw("fim", document) >= self.rate * 2**64:
+        is_text = document.ends and not document.prompt and document.answers is None
+        if not is_text or self._draw("fim", document) >= self.rate * 2**64:
             return None
         cuts = (self._draw(name, document) % (len(document.text) + 1) for name in ("fim cut", "fim other cut"))
         begin, end = sorted(cuts)

@@ -166,7 +166,8 @@ def look_ahead(loaded: LoadedBatch, mixture: Mixture) -> tuple[bool, bool]:
 
     A batch trains on nothing where all its rows lie within prompts, which can be longer than a row.
     """
-    if not (mixture.is_bounded or any(source.config.prompt_field for source in mixture.sources)):
+    prompted = any(source.config.prompt_field or source.config.messages_field for source in mixture.sources)
+    if not (mixture.is_bounded or prompted):
         return False, False
     own = np.append(loaded.streams_left_after, loaded.trained > 0)
     *left, trained = multihost_utils.process_allgather(own).reshape(-1, len(own)).sum(axis=0).tolist()

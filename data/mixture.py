@@ -18,6 +18,7 @@ import numpy as np
 from data.config import NO_CORPUS, ResolvedDataConfig, stages, weight_at
 from data.corpus import Corpus, open_corpus
 from data.errors import InputError
+from data.formats import ChatTemplate
 from data.infilling import open_infillings
 from data.segmenter import SegmentPart
 from data.stream import Rows, Stream, StreamPosition, Tokenize, open_readers
@@ -57,10 +58,11 @@ class Mixture:
     Attributes:
         sources: the corpora, at least one.
         is_bounded: true if some corpus has a number of epochs; the run ends when one has ended in all streams.
+        template: writes conversations as texts, if there are any.
     """
 
-    def __init__(self, sources: Sequence[Source]):
-        self.sources = list(sources)
+    def __init__(self, sources: Sequence[Source], template: ChatTemplate | None = None):
+        self.sources, self.template = list(sources), template
         self.is_bounded = any(source.config.epochs is not None for source in sources)
 
     def shares(self, step: int) -> list[int]:
@@ -68,8 +70,9 @@ class Mixture:
         return shares_of([source.weight(step) for source in self.sources])
 
     def fingerprints(self) -> dict[str, str]:
-        """Returns the fingerprint of each corpus by its name in messages."""
-        return {corpus_field(source.name): source.corpus.fingerprint for source in self.sources}
+        """Returns the fingerprint of each corpus by its name in messages, and that of the template."""
+        corpora = {corpus_field(source.name): source.corpus.fingerprint for source in self.sources}
+        return corpora | ({"data.chat_template": self.template.fingerprint} if self.template else {})
 
     @property
     def skipped(self) -> int:
@@ -89,12 +92,18 @@ def corpus_field(name: str) -> str:
     return f"data.corpus[{name!r}]" if name else "data.corpus"
 
 
-def open_mixture(config: ResolvedDataConfig, stdlib: Callable[[], str], leave_out: Path | None = None) -> Mixture:
+def open_mixture(
+    config: ResolvedDataConfig,
+    stdlib: Callable[[], str],
+    leave_out: Path | None = None,
+    template: ChatTemplate | None = None,
+) -> Mixture:
     """Opens every corpus of `data.corpus`.
 
     Args:
         stdlib: returns the path of the default corpus when it is used.
         leave_out: a folder whose files are ignored (the run's own).
+        template: writes conversations as texts (see `data.conversations.open_template`).
 
     Raises:
         InputError: as `open_corpus`, for all corpora at once; or no corpus is named.
@@ -109,13 +118,13 @@ def open_mixture(config: ResolvedDataConfig, stdlib: Callable[[], str], leave_ou
         of_source = dataclasses.replace(config, **own)
         path = stdlib() if values["corpus"] == "stdlib" else values["corpus"]
         try:
-            corpus = open_corpus(path, of_source, leave_out, corpus_field(name))
+            corpus = open_corpus(path, of_source, leave_out, corpus_field(name), template)
             sources.append(Source(name, corpus, of_source, tuple(stages(values.get("weight", 1)))))
         except InputError as error:
             problems.append(str(error))
     if problems:
         raise InputError("\n".join(problems))
-    return Mixture(sources)
+    return Mixture(sources, template)
 
 
 def choose_corpus(credits: list[int], shares: Sequence[int]) -> int:
@@ -192,6 +201,6 @@ def open_streams(
     for k, (source, infilling) in enumerate(zip(mixture.sources, infillings, strict=True)):
         starts = {v: StreamPosition(*positions[v, k, :-1].tolist()) for v in streams}
         for v, reader in open_readers(source.corpus, source.config, seed, starts).items():
-            stream = Stream(reader, tokenize, bos_ids, eos_id, source.config, v, infilling)
+            stream = Stream(reader, tokenize, bos_ids, eos_id, source.config, v, infilling, tokenizer.encode_marked)
             rows[v].append(stream.rows(starts[v]))
     return {v: MixedStream(mixture, rows[v], positions[v]) for v in streams}

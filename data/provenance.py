@@ -53,8 +53,9 @@ def describe_row(
     Each part has "file"; the beginning of the document or piece as "byte" (in the file, or in the content of a
     compressed one) or "table_row" (of a .parquet); "characters", the span [begin, end) of its text that the targets
     cover; "tokens", their number; "end", true if the end of the document is one of them; and "text", the covered text.
-    With a prompt, which precedes the text of a document, it also has "prompt_characters", the prompt's length. A part
-    of a document that is filled in the middle has "fim", the order of its pieces (PSM or SPM), and "middle", the span
+    With a prompt, which precedes the text of a document, it also has "prompt_characters", the prompt's length; a part
+    of a conversation has "trained", the spans of its text whose tokens are trained on, and "trained_tokens". A part of
+    a document that is filled in the middle has "fim", the order of its pieces (PSM or SPM), and "middle", the span
     of the middle; its "characters" reach from the first to the last that is covered, and its "text" is in the order of
     training, with the names of the marks.
     """
@@ -73,6 +74,8 @@ def _describe_part(corpus: Corpus, tokenizer: Tokenizer, part: SegmentPart) -> d
         "table_row" if file.name.endswith(".parquet") else "byte": document.place,
     }
     count = {"tokens": end - begin, "end": bool(document.ends and end == len(pairs.targets))}
+    if document.answers is not None:
+        return origin | _describe_conversation(tokenizer, part, count)
     if pairs.infill:
         return origin | _describe_infill(tokenizer, part, tokens[:end].tolist(), count)
     # The first of `bos_ids` is an input alone.
@@ -90,6 +93,25 @@ def _describe_part(corpus: Corpus, tokenizer: Tokenizer, part: SegmentPart) -> d
     if document.prompt:
         origin["prompt_characters"] = len(document.prompt)
     return origin | {"text": whole[first:last]}
+
+
+def _describe_conversation(tokenizer: Tokenizer, part: SegmentPart, count: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the rest of a part's origin where its document is a conversation, by the weights that training sees."""
+    pairs, begin, end = part
+    text = pairs.document.text
+    _, spans_n2 = tokenizer.encode_marked(text)
+    # Target k is token k + 1; the first token is shown with the first target.
+    first, last = (int(spans_n2[at, 1]) if at else 0 for at in (begin, end))
+    trained: list[list[int]] = []
+    for k in range(begin, end):
+        if pairs.trained[k]:
+            since, until = max(int(spans_n2[k + 1, 0]), first), int(spans_n2[k + 1, 1])
+            if trained and trained[-1][1] >= since:
+                trained[-1][1] = max(until, trained[-1][1])
+            else:
+                trained.append([since, until])
+    spans = {"trained": trained, "trained_tokens": int(np.count_nonzero(pairs.trained[begin:end]))}
+    return {"characters": [first, last], **count, **spans, "text": text[first:last]}
 
 
 def _describe_infill(
@@ -134,8 +156,9 @@ def summarize(
         For each corpus: "corpus" (its listing), "sampled_documents" and "sampled_bytes" (UTF-8, prompts included);
         "documents", "bytes" and "tokens" (ends included) of an epoch, extrapolated from the sample by file sizes;
         "order_problem", a line if documents come nearly in the order of the files; "bytes_per_token"; "utilization",
-        the share of positions with a token in rows of the sample; "epochs" that the run will read; and "last_step", the
-        step in which `epochs` of the corpus end, or None. A long .txt counts as several documents.
+        the share of positions with a token in rows of the sample; "trained", the share of those tokens that is trained
+        on; "epochs" that the run will read; and "last_step", the step in which `epochs` of the corpus end, or None. A
+        long .txt counts as several documents.
     """
     cuts = {step for source in mixture.sources for step, _ in source.weights}
     summaries = []
@@ -166,6 +189,7 @@ def summarize(
                 "order_problem": source.corpus.order_problem(),
                 "bytes_per_token": size / max(pairs, 1),
                 "utilization": utilization,
+                "trained": sum(int(document.trained.sum()) for document in documents) / max(pairs, 1),
                 "epochs": epochs,
                 "last_step": last_step,
             }
@@ -194,7 +218,8 @@ def _sample(
         before = READ_TOTALS["bytes"]
         for document in corpus.documents(chunk):
             encode: Tokenize = lambda texts: map(tokenizer.encode, texts)
-            documents += document_pairs([document], encode, tokenizer.bos_ids, tokenizer.eos_id, infilling)
+            around = tokenizer.bos_ids, tokenizer.eos_id
+            documents += document_pairs([document], encode, *around, infilling, encode_marked=tokenizer.encode_marked)
             size += len((document.prompt + document.text).encode())
             if size >= sample_bytes and not splits:
                 break

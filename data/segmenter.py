@@ -4,7 +4,7 @@ A document of tokens t1 … tn is n + 1 pairs of input and target: B → t1, t1 
 token, and B the token before a document: E too, unless the tokenizer has one of its own. Every token, and the end, is
 therefore a target exactly once. A row consists of parts of documents and holds `segment_length` pairs. A piece that is
 not the end of its document has no last pair, because E does not follow it. The pairs of a prompt are inputs without
-weight.
+weight. A conversation (see `data.conversations`) has neither B nor E: its template writes what stands at its ends.
 """
 
 import bisect
@@ -23,7 +23,7 @@ class DocumentPairs(NamedTuple):
     """Inputs and targets of a document, int32 [n + 1].
 
     Attributes:
-        prompt_length: number of first pairs that belong to the prompt and have no weight.
+        trained: true for the pairs that are trained on, bool [n + 1].
         first_pair: pair at which the rows begin.
         document: the source document, kept for `describe_row`.
         infill: its `data.infilling.Infill`, if it is trained on with its middle last, kept for the same.
@@ -31,7 +31,7 @@ class DocumentPairs(NamedTuple):
 
     inputs: np.ndarray
     targets: np.ndarray
-    prompt_length: int = 0
+    trained: np.ndarray
     first_pair: int = 0
     document: Any = None
     infill: Any = None
@@ -62,7 +62,8 @@ def make_pairs(
     around = np.empty(before + len(tokens) + 1, np.int32)
     around[:before], around[before:-1], around[-1] = bos_ids, tokens, eos_id
     last = len(around) if ends else len(around) - 1
-    return DocumentPairs(around[: last - 1], around[1:last], before - 1 + prompt_length, first_pair, document)
+    trained = np.arange(last - 1) >= before - 1 + prompt_length
+    return DocumentPairs(around[: last - 1], around[1:last], trained, first_pair, document)
 
 
 def concatenate(documents: Iterable[DocumentPairs], config: DataConfig) -> Iterator[tuple[list[SegmentPart], int]]:
@@ -136,7 +137,7 @@ def make_segment(parts: Sequence[SegmentPart], config: DataConfig) -> Segment:
         row["targets"][span] = pairs.targets[begin:end]
         row["positions"][span] = counted[: end - begin] if config.restarts else counted[span]
         row["segment_ids"][span] = number if config.document_mask else 1
-        row["loss_weights"][span.start + max(0, min(pairs.prompt_length, end) - begin) : span.stop] = 1
+        row["loss_weights"][span] = pairs.trained[begin:end]
         filled += end - begin
     if not config.train_last_position:
         row["loss_weights"][-1] = 0

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.config import ResolvedDataConfig
+from data.conversations import EncodeMarked, conversation_pairs
 from data.corpus import Corpus, Document, stable_hash
 from data.errors import InputError
 from data.infilling import Infilling, Pieces
@@ -157,8 +158,12 @@ def document_pairs(
     eos_id: int,
     infilling: Infilling | None = None,
     first: int = 0,
+    encode_marked: EncodeMarked | None = None,
 ) -> Iterator[DocumentPairs]:
-    """Yields the pairs of each document, transformed by `infilling`; the first document begins at its pair `first`."""
+    """Yields the pairs of each document, transformed by `infilling`; the first document begins at its pair `first`.
+
+    Conversations are tokenized whole, with their marks, by `encode_marked`.
+    """
 
     def pieces(document: Document) -> tuple[Pieces, Pieces]:
         infill = infilling and infilling.infill(document)
@@ -168,7 +173,12 @@ def document_pairs(
 
     # Texts are tokenized ahead, so the pieces of a document are made twice, and never kept for a whole window.
     tokens = tokenize(
-        piece for d in documents for part in pieces(d) for piece in part if isinstance(piece, str) and piece
+        piece
+        for d in documents
+        if d.answers is None
+        for part in pieces(d)
+        for piece in part
+        if isinstance(piece, str) and piece
     )
 
     def encoded(part: Pieces) -> list[np.ndarray]:
@@ -177,10 +187,14 @@ def document_pairs(
         ]
 
     for document in documents:
-        prompt, text = map(encoded, pieces(document))
-        ids = np.concatenate([np.empty(0, np.int32), *prompt, *text])
-        pairs = make_pairs(ids, bos_ids, eos_id, document.ends, first, sum(map(len, prompt)), document)
-        yield pairs._replace(infill=infilling and infilling.infill(document))
+        if document.answers is not None:
+            assert encode_marked is not None
+            yield conversation_pairs(encode_marked, document.text, document.answers, first, document)
+        else:
+            prompt, text = map(encoded, pieces(document))
+            ids = np.concatenate([np.empty(0, np.int32), *prompt, *text])
+            pairs = make_pairs(ids, bos_ids, eos_id, document.ends, first, sum(map(len, prompt)), document)
+            yield pairs._replace(infill=infilling and infilling.infill(document))
         first = 0
 
 
@@ -191,6 +205,7 @@ class Stream:
     Attributes:
         tokenize: function from texts to their tokens, int32, lazy and in order.
         infilling: transform of the documents, if there is one.
+        encode_marked: the tokenizer's, for conversations.
     """
 
     reader: WindowReader
@@ -200,6 +215,7 @@ class Stream:
     config: ResolvedDataConfig
     v: int
     infilling: Infilling | None = None
+    encode_marked: EncodeMarked | None = None
 
     def rows(self, position: StreamPosition = BEGINNING) -> Rows:
         """Returns the rows from a position on, to the end of the last epoch, if `config.epochs` is set.
@@ -226,7 +242,9 @@ class Stream:
 
     def _pairs(self, documents: Sequence[Document], first: int = 0) -> Iterator[DocumentPairs]:
         """Yields the pairs of each document; the first document begins at its pair `first`."""
-        return document_pairs(documents, self.tokenize, self.bos_ids, self.eos_id, self.infilling, first)
+        return document_pairs(
+            documents, self.tokenize, self.bos_ids, self.eos_id, self.infilling, first, self.encode_marked
+        )
 
     def _concatenated(self, position: StreamPosition) -> Rows:
         at = [position]  # position of the newest document; `concatenate` knows its next pair

@@ -107,14 +107,16 @@ def with_bounded_rows(trained: "Trained", texts: "Sequence[HeldOutDocument]" = (
 
 def texts_of(arguments: argparse.Namespace, trained: "Trained") -> "list[HeldOutDocument]":
     """Returns the documents to evaluate. Raises InputError where there are none."""
+    from data.conversations import open_template
     from data.corpus import open_corpus
     from train.run.folder import HeldOutDocument
 
     if arguments.corpus is not None:
         # No document is held out, and one stream reads all of them, so that a short text is enough.
-        settings = dataclasses.replace(trained.config.data, num_streams=1, validation_fraction=0.0)
-        documents = open_corpus(arguments.corpus, settings, field="--corpus").all_documents()
-        texts = [HeldOutDocument(document.text, document.prompt) for document in documents]
+        settings = dataclasses.replace(trained.config.data, num_streams=1, validation_fraction=0.0, chat_template=None)
+        template = open_template(settings, trained.tokenizer)
+        documents = open_corpus(arguments.corpus, settings, field="--corpus", template=template).all_documents()
+        texts = [HeldOutDocument(d.text, d.prompt, answers=d.answers) for d in documents]
         if not texts:
             raise InputError(f"--corpus={arguments.corpus} has no text to evaluate on")
         return texts

@@ -5,7 +5,10 @@ beginning of the run that this command line would start. --summary shows what th
 """
 
 import argparse
+import itertools
 import json
+import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
     from data.tokenizer.tokenizer import Tokenizer
     from train.config.config import Config
     from train.run.folder import Run
+
+
+GREEN, DIM, PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 
 
 class RunData(NamedTuple):
@@ -81,7 +87,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps({"step": arguments.step, "rows": rows}))
     else:
         print(f"step {arguments.step}")
-        print("\n".join(map(row_text, rows)))
+        colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        print("\n".join(row_text(row, colored) for row in rows))
     return 0
 
 
@@ -136,8 +143,8 @@ def batch_rows(data: RunData, number: int, only_row: int | None) -> list[dict[st
     ]
 
 
-def row_text(row: dict[str, Any]) -> str:
-    """Returns a row as lines: one for each part of a document, followed by its text."""
+def row_text(row: dict[str, Any], colored: bool = False) -> str:
+    """Returns a row as lines: one for each part of a document, followed by its text, with its mask in color."""
     corpus = f"  corpus {row['corpus']}" if "corpus" in row else ""
     empty = "" if row["parts"] else "  empty: its corpus has ended in this stream"
     lines = [f"row {row['row']}{corpus}{empty}"]
@@ -148,9 +155,24 @@ def row_text(row: dict[str, Any]) -> str:
         if "fim" in part:
             prompt = f" ({part['fim']}, its middle is characters {part['middle'][0]} to {part['middle'][1]})"
         end = ", with its end" if part["end"] else ""
+        if "trained" in part:
+            end = f", {part['trained_tokens']} of them trained on{end}"
         lines.append(f"  {part['file']}, {place}, characters {first} to {last}{prompt}: {part['tokens']} tokens{end}")
-        lines += [f"  | {line}" for line in part["text"].split("\n")]
+        lines += [f"  | {line}" for line in (masked(part) if colored else part["text"]).split("\n")]
     return "\n".join(lines)
+
+
+def masked(part: dict[str, Any]) -> str:
+    """Returns the text of a part with what is trained on in green, and the rest dim; each line is colored alone."""
+    text, (first, last) = part["text"], part["characters"]
+    if "fim" in part:
+        return f"{text}"
+    after_prompt = min(max(first, part.get("prompt_characters", 0)), last)
+    cuts = [at - first for at in (first, *itertools.chain(*part.get("trained", [[after_prompt, last]])), last)]
+    pieces = zip(itertools.cycle((DIM, GREEN)), (text[begin:end] for begin, end in itertools.pairwise(cuts)))
+    return "".join(
+        "\n".join(f"{color}{line}{PLAIN}" if line else "" for line in piece.split("\n")) for color, piece in pieces
+    )
 
 
 def summary_text(summary: dict[str, Any]) -> str:
@@ -164,6 +186,8 @@ def summary_text(summary: dict[str, Any]) -> str:
         "utilization": f"{summary['utilization']:.2%} of the positions of the sampled rows",
         "epochs": f"about {summary['epochs']:.3f} in the run",
     }
+    if summary["trained"] < 1:
+        figures["trained on"] = f"{summary['trained']:.2%} of the tokens of the sample"
     if summary["last_step"]:
         figures["end of the run"] = f"near step {summary['last_step']:,}, where data.epochs end"
     warning = f"\nwarning: {summary['order_problem']}" if summary["order_problem"] else ""

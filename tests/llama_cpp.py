@@ -54,6 +54,11 @@ class LlamaCpp:
         """Token ids; `special`: with what stands before every text."""
         return self._ask("tokenize", {"content": text, "add_special": special, "parse_special": False})["tokens"]
 
+    def conversation(self, messages: list[dict[str, str]]) -> list[int]:
+        """The token ids of a conversation with the prompt for an answer, as its chat gives them to the model."""
+        prompt = self._ask("apply-template", {"messages": messages})["prompt"]
+        return self._ask("tokenize", {"content": prompt, "add_special": True, "parse_special": True})["tokens"]
+
     def detokenize(self, ids: list[int]) -> str:
         """The text of token ids."""
         return self._ask("detokenize", {"tokens": ids})["content"]

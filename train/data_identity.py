@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from data.config import FIM_FIELDS, PER_CORPUS_FIELDS
+from data.config import CONVERSATION_FIELDS, FIM_FIELDS, PER_CORPUS_FIELDS
 from data.errors import InputError
 from data.mixture import MixedStream, Mixture, corpus_field, initial_positions, open_streams
 from data.tokenizer.tokenizer import Tokenizer
@@ -46,9 +46,11 @@ class RunInputs:
 def identity_of(config: Config, mixture: Mixture) -> dict[str, Any]:
     """Returns the settings that the order of the data follows from (C1); fingerprints are added to them.
 
-    Those of fill-in-the-middle are among them where it is used, so that runs from before there was any can go on.
+    Those of fill-in-the-middle and of conversations are among them where they are used, so that runs from before there
+    were any can go on.
     """
-    unused = () if config.data.fills_in else FIM_FIELDS
+    unused: set[str] = set() if config.data.fills_in else {*FIM_FIELDS}
+    unused |= set() if config.data.converses else {*CONVERSATION_FIELDS}
     identity = {
         f"data.{name}": getattr(config.data, name)
         for group, name, field in config_fields()
@@ -56,7 +58,7 @@ def identity_of(config: Config, mixture: Mixture) -> dict[str, Any]:
     }
     for source in mixture.sources if isinstance(config.data.corpus, dict) else []:
         identity[f"{corpus_field(source.name)}.weight"] = [list(stage) for stage in source.weights]
-        for name in sorted({*PER_CORPUS_FIELDS} - {*unused}):
+        for name in sorted({*PER_CORPUS_FIELDS} - unused):
             identity[f"{corpus_field(source.name)}.{name}"] = getattr(source.config, name)
     return identity | {"train.seed": config.train.seed}
 

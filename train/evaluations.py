@@ -72,7 +72,7 @@ class Evaluations:
         """
         if not self._loop_documents:
             return {}
-        text = "".join(document.text for document in self._loop_documents).encode()
+        text = "".join(document.scored for document in self._loop_documents).encode()
         counted: list[HeldOutDocument] = []
         for source in self._mixture.sources:
             texts = source.corpus.training_texts(self._config.train.seed)

@@ -5,18 +5,22 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 
+from data.conversations import open_template, tokens_that_end
 from data.errors import InputError
 from data.files.atomic import atomic_file, unfinished
+from data.files.json_file import read_small_file
 from data.files.writable import why_not_writable
+from data.formats import ChatTemplate
 from data.formats.stdlib import snapshot_stdlib
 from data.infilling import mark_names
 from data.mixture import Mixture, open_mixture, shares_of
 from data.tokenizer.folder import holds_tokenizer, load_tokenizer, write_tokenizer
-from data.tokenizer.tokenizer import FIM_TOKENS, Tokenizer
+from data.tokenizer.tokenizer import FIM_TOKENS, TEMPLATE_FILE, Tokenizer
 from data.tokenizer.training import train_tokenizer
 from train.config.changes import changes_of, table
 from train.config.config import Config
@@ -229,7 +233,24 @@ def open_run_mixture(config: Config, run: Run) -> Mixture:
         on_first_process(lambda: None if run.snapshot.exists() else make())
         return str(run.snapshot)
 
-    return open_mixture(config.resolved().data, stdlib, leave_out=run.folder)
+    return open_mixture(config.resolved().data, stdlib, run.folder, run_template(config, run))
+
+
+def run_template(config: Config, run: Run) -> ChatTemplate | None:
+    """Returns the template of the run's conversations: a new run's from its config, afterwards the run's own copy."""
+    if not config.data.converses:
+        return None
+    if run.last_step() is not None and holds_tokenizer(run.tokenizer):
+        template = open_template(replace(config.data, chat_template=None), load_tokenizer(run.tokenizer))
+        file = Path(config.data.chat_template).expanduser() if config.data.chat_template else None
+        if template and file and file.is_file() and read_small_file(file).decode(errors="replace") != template.source:
+            raise InputError(
+                f"data.chat_template = {config.data.chat_template} is not the template that the run in {run.folder} "
+                f"began with; leave it at none, or {ANOTHER_RUN}"
+            )
+        return template
+    source = tokenizer_source(config)
+    return open_template(config.data, load_tokenizer(source) if source else None)
 
 
 def folder_of_parent(config: Config) -> Run | None:
@@ -265,7 +286,15 @@ def new_tokenizer(config: Config, mixture: Mixture) -> Mapping[str, bytes]:
         if config.data.fills_in:
             # The run's own copy names them, so that its exports do.
             tokenizer.fim_tokens = mark_names(config.data, tokenizer)
-        return tokenizer.files()
+        template = open_template(config.data, tokenizer)
+        if template is None:
+            return tokenizer.files()
+        if ends := [token for token in tokens_that_end(template, tokenizer) if token not in tokenizer.stop_ids]:
+            stops = {"eos_token_id": [*tokenizer.stop_ids, *ends]}
+            tokenizer.generation_config = {**tokenizer.generation_config, **stops}
+        files = {name: content for name, content in tokenizer.files().items() if name != TEMPLATE_FILE}
+        # The file that identifies a tokenizer comes last.
+        return {TEMPLATE_FILE: template.source.encode(), **files}
 
 
 def train_run_tokenizer(config: Config, mixture: Mixture, folder: Path) -> Tokenizer:

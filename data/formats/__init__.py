@@ -12,9 +12,12 @@ from data.errors import BadText
 from data.files.listing import File, is_local, open_file
 from data.formats import jsonl, parquet, text
 from data.formats.compression import COMPRESSIONS, open_text, skip_bytes
-from data.formats.content import Fields as Fields
+from data.formats.content import Answers as Answers
 from data.formats.content import RawDocument as RawDocument
 from data.formats.content import ReadResult as ReadResult
+from data.formats.conversation import Conversations as Conversations
+from data.formats.fields import Fields as Fields
+from data.formats.template import ChatTemplate as ChatTemplate
 
 ENDINGS = (".txt", ".jsonl", ".parquet", *(kind + end for kind in (".txt", ".jsonl", ".json") for end in COMPRESSIONS))
 # Up to this byte of a local file, a message names the line, for which the file is read; after it, the byte.

@@ -1,8 +1,7 @@
-"""Documents as they are read from a file, and the names of the fields that hold them."""
+"""Documents as they are read from a file."""
 
 import codecs
 import importlib
-from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
 from data.errors import BadText, InputError
@@ -10,26 +9,20 @@ from data.errors import BadText, InputError
 # Bytes of the longest document, which is held whole in memory, several times over.
 MAX_DOCUMENT_BYTES = 2**30
 SKIPPED_BYTES = 2**20
+# Characters [begin, end) of each answer of a conversation.
+Answers = tuple[tuple[int, int], ...]
 
 
 class RawDocument(NamedTuple):
-    """A document: its text, which may be empty, and its prompt."""
+    """A document: its text, which may be empty, its prompt, and for a conversation the answers that are trained on."""
 
     text: str
     prompt: str = ""
+    answers: Answers | None = None
 
 
 # The place of a document, and the document or the problem with it.
 ReadResult = tuple[int, RawDocument | BadText]
-
-
-@dataclass(frozen=True)
-class Fields:
-    """The fields or columns that hold a document's text and prompt, and the line between two documents of a .txt."""
-
-    text: str = "text"
-    prompt: str | None = None
-    separator: str | None = None
 
 
 def read_line(stream: BinaryIO, number: int) -> tuple[bytes, int]:

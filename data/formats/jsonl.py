@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from data.errors import BadText
-from data.formats.content import MAX_DOCUMENT_BYTES, Fields, RawDocument, ReadResult, read_line, too_long
+from data.formats.content import MAX_DOCUMENT_BYTES, RawDocument, ReadResult, read_line, too_long
+from data.formats.fields import Fields
 
 # Characters of the list of a record's fields in a message.
 MOST_NAMES = 200
@@ -46,14 +47,20 @@ def parse_line(line: bytes, fields: Fields) -> RawDocument:
         raise BadText(f"is JSON that cannot be read: {error}") from None
     if not isinstance(record, dict):
         raise BadText(f"is no object but {type(record).__name__}")
+    if fields.conversations:
+        return fields.conversations.document(_field(record, fields.conversations.field, "data.messages_field"))
     text = _text(record, fields.text, "data.text_field")
     return RawDocument(text, "" if fields.prompt is None else _text(record, fields.prompt, "data.prompt_field"))
 
 
-def _text(record: dict[str, object], name: str, setting: str) -> str:
+def _field(record: dict[str, object], name: str, setting: str) -> object:
     if name not in record:
         raise BadText(f"has no field {name!r}, only {', '.join(record)[:MOST_NAMES]}; see {setting}")
-    value = record[name]
+    return record[name]
+
+
+def _text(record: dict[str, object], name: str, setting: str) -> str:
+    value = _field(record, name, setting)
     if not isinstance(value, str):
         raise BadText(f"field {name!r} is no text but {type(value).__name__}; see {setting}")
     try:

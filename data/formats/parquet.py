@@ -1,4 +1,4 @@
-"""Parquet: each row is a document, whose text is in a column. The place of a document is its row, from 0.
+"""Parquet: each row is a document, whose text or turns are in a column. The place of a document is its row, from 0.
 
 A row group belongs to the byte range that holds its first byte.
 """
@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from data.errors import BadText, InputError
 from data.files.listing import File, open_file, set_expected_end
-from data.formats.content import MAX_DOCUMENT_BYTES, Fields, RawDocument, ReadResult, import_reader, too_long
+from data.formats.content import MAX_DOCUMENT_BYTES, RawDocument, ReadResult, import_reader, too_long
+from data.formats.fields import Fields
 
 # Text of a row group that is decoded at once, and read ahead of a column.
 BATCH_BYTES = 2**22
@@ -73,13 +74,10 @@ def read_parquet(file: File, begin: int, end: int, fields: Fields, place: int = 
         table = parquet.ParquetFile(
             stream, metadata=metadata, pre_buffer=False, buffer_size=BUFFER_BYTES, page_checksum_verification=True
         )
-        _check(arrow, table.schema_arrow, fields.text, "data.text_field")
-        if fields.prompt is not None:
-            _check(arrow, table.schema_arrow, fields.prompt, "data.prompt_field")
-        columns = [name for name in dict.fromkeys((fields.text, fields.prompt)) if name is not None]
+        columns = _checked_columns(arrow, table.schema_arrow, fields)
         for number in wanted:
             row, group = rows[number], metadata.row_group(number)
-            read = [column for column in _columns(group) if column.path_in_schema in columns]
+            read = [column for column in _columns(group) if _is_read(column.path_in_schema, columns, fields)]
             if max((c.total_uncompressed_size for c in read), default=0) > MAX_DOCUMENT_BYTES * group.num_rows:
                 raise too_long()
             ends = (_begin(column) + column.total_compressed_size for column in read)
@@ -113,13 +111,39 @@ def _begin(column: Any) -> int:
     return column.dictionary_page_offset or column.data_page_offset
 
 
-def _check(arrow: Any, schema: Any, name: str, setting: str) -> None:
-    """Raises BadText if a column does not exist or holds no text."""
+def _checked_columns(arrow: Any, schema: Any, fields: Fields) -> list[str]:
+    """Returns the columns to read. BadText if one does not exist, or does not hold what it should."""
+    if (conversations := fields.conversations) is not None:
+        type_ = _type_of(schema, conversations.field, "data.messages_field")
+        is_list = (arrow.types.is_list, arrow.types.is_large_list)
+        if not any(check(type_) for check in is_list) or not arrow.types.is_struct(type_.value_type):
+            raise BadText(
+                f"column {conversations.field!r} holds no lists of turns but {type_}; see data.messages_field"
+            )
+        return [conversations.field]
+    _check(arrow, schema, fields.text, "data.text_field")
+    if fields.prompt is not None:
+        _check(arrow, schema, fields.prompt, "data.prompt_field")
+    return [name for name in dict.fromkeys((fields.text, fields.prompt)) if name is not None]
+
+
+def _is_read(path: str, columns: list[str], fields: Fields) -> bool:
+    """True if a stored column is one of those, or a part of the turns of a conversation."""
+    return path in columns or (fields.conversations is not None and path.startswith(f"{fields.conversations.field}."))
+
+
+def _type_of(schema: Any, name: str, setting: str) -> Any:
+    """Returns the type of a column. BadText unless there is one of this name."""
     if schema.names.count(name) > 1:
         raise BadText(f"has {schema.names.count(name)} columns {name!r}; see {setting}")
     if name not in schema.names:
         raise BadText(f"has no column {name!r}, only {', '.join(schema.names)}; see {setting}")
-    type_ = schema.field(name).type
+    return schema.field(name).type
+
+
+def _check(arrow: Any, schema: Any, name: str, setting: str) -> None:
+    """Raises BadText if a column does not exist or holds no text."""
+    type_ = _type_of(schema, name, setting)
     held = type_.value_type if arrow.types.is_dictionary(type_) else type_
     is_text = (arrow.types.is_string, arrow.types.is_large_string, arrow.types.is_string_view, arrow.types.is_null)
     if not any(check(held) for check in is_text):
@@ -127,16 +151,22 @@ def _check(arrow: Any, schema: Any, name: str, setting: str) -> None:
 
 
 def _document(batch: Any, row: int, fields: Fields) -> RawDocument | BadText:
-    texts = []
-    for name in (fields.text, fields.prompt):
+    conversations, values = fields.conversations, []
+    for name in [conversations.field] if conversations else [fields.text, fields.prompt]:
         try:
             value = "" if name is None else batch.column(name)[row].as_py()
         except UnicodeDecodeError as error:
             return BadText(f"column {name!r} is no UTF-8 at byte {error.start} ({error.reason})")
         if value is None:
             return BadText(f"column {name!r} is null")
-        texts.append(value)
-    return RawDocument(*texts)
+        values.append(value)
+    if conversations is None:
+        text, prompt = values
+        return RawDocument(text, prompt)
+    try:
+        return conversations.document(values[0])
+    except BadText as error:
+        return error
 
 
 def _pyarrow() -> tuple[Any, Any]:

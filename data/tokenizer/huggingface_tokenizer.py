@@ -20,11 +20,9 @@ import tokenizers
 
 from data.errors import InputError
 from data.files.json_file import parse_json, read_json, read_small_file
-from data.tokenizer.tokenizer import FIM_TOKENS, JSON_FILE, SPACE, Tokenizer
+from data.tokenizer.tokenizer import FIM_TOKENS, JSON_FILE, SPACE, TEMPLATE_FILE, Tokenizer
 
 CONFIG_FILE = "tokenizer_config.json"
-# The template of chat models, which is only copied.
-TEMPLATE_FILE = "chat_template.jinja"
 ADDED_FILE = "added_tokens.json"
 GENERATION_FILE = "generation_config.json"
 # Other files that may hold the id of the EOS token.
@@ -127,10 +125,10 @@ class HuggingFaceTokenizer(Tokenizer):
             name: value for name, value in _read(folder / "config.json").items() if name == "eos_token_id" and value
         }
         template = folder / TEMPLATE_FILE
-        named = config.get("chat_template")
-        self.chat_template = named if isinstance(named, str) else None
+        self.chat_template = _template_of(config)
         if template.is_file():
             self.chat_template = read_small_file(template).decode(errors="replace")
+        self.named_tokens = {"eos_token": self.pieces[self.eos_id]} | _named_tokens(config)
         self.fim_tokens = self._find_fim_tokens(config)
         self.adds_space = b"".join(map(self.token_bytes, self.encode("a"))) == b" a"
 
@@ -248,6 +246,21 @@ class HuggingFaceTokenizer(Tokenizer):
         with _faults_of(self.folder / JSON_FILE):
             return np.array(self._model.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.int32)
 
+    def encode_marked(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        text.encode()  # raises ValueError for lone surrogates
+        with _faults_of(self.folder / JSON_FILE):
+            encoded = self._finds_marks.encode(text, add_special_tokens=False)
+        return np.array(encoded.ids, np.int32), np.array(encoded.offsets, np.int64).reshape(-1, 2)
+
+    @cached_property
+    def _finds_marks(self) -> tokenizers.Tokenizer:
+        with _faults_of(self.folder / JSON_FILE):
+            model = tokenizers.Tokenizer.from_str(self._model.to_str())
+        model.encode_special_tokens = False
+        # GPT-2's would leave a space before a word out of its offsets.
+        model.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
+        return model
+
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids that begin a text, without the space that was put before it."""
         text = super().decode(ids)
@@ -295,11 +308,24 @@ _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
 BYTE_OF_CHARACTER = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + k): byte for k, byte in enumerate(_OTHERS)}
 
 
+def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the tokens that a `tokenizer_config.json` has names for, such as "eos_token"."""
+    tokens = {name: token for name, token in config.items() if name.endswith("_token")}
+    tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
+    return {name: token for name, token in tokens.items() if isinstance(token, str)}
+
+
 def _eos_token(config: Mapping[str, Any]) -> str | None:
-    """Returns the EOS token that a `tokenizer_config.json` names."""
-    named = config.get("eos_token")
-    named = named.get("content") if isinstance(named, dict) else named
-    return named if isinstance(named, str) else None
+    return _named_tokens(config).get("eos_token")
+
+
+def _template_of(config: Mapping[str, Any]) -> str | None:
+    """Returns the template in a `tokenizer_config.json`, the default one of several."""
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    return template if isinstance(template, str) else None
 
 
 def _read(file: Path) -> dict[str, Any]:

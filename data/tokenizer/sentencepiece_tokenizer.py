@@ -7,6 +7,7 @@ and line ends that are frequent in the sample (a program's indentation) are piec
 
 import hashlib
 import logging
+import re
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,17 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from data.tokenizer.tokenizer import END_OF_TEXT, ESCAPES, FIM_TOKENS, MODEL_FILE, SPACE, Tokenizer, plain_text
+from data.files.json_file import read_small_file
+from data.tokenizer.tokenizer import (
+    END_OF_TEXT,
+    ESCAPES,
+    FIM_TOKENS,
+    MODEL_FILE,
+    SPACE,
+    TEMPLATE_FILE,
+    Tokenizer,
+    plain_text,
+)
 
 log = logging.getLogger("ziggurat")
 # SentencePiece's time for a text grows a little faster than its length, its memory by 50 bytes a character. So a text
@@ -38,13 +49,16 @@ class SentencePieceTokenizer(Tokenizer):
         self.eos_id = self.pieces.index(END_OF_TEXT)
         self.bos_ids = [self.eos_id]
         self.fim_tokens = FIM_TOKENS if {*FIM_TOKENS} <= self.added_tokens else None
+        if (template := folder / TEMPLATE_FILE).is_file():
+            self.chat_template = read_small_file(template).decode(errors="replace")
 
     def scores(self) -> list[float]:
         """The score of each id; of all pairs that form a piece, the one with the highest score is merged first."""
         return [self._model.GetScore(i) for i in range(self.vocab_size)]
 
     def files(self) -> dict[str, bytes]:
-        return {MODEL_FILE: (self.folder / MODEL_FILE).read_bytes()}
+        template = {} if self.chat_template is None else {TEMPLATE_FILE: self.chat_template.encode()}
+        return template | {MODEL_FILE: (self.folder / MODEL_FILE).read_bytes()}
 
     def encode(self, text: str) -> np.ndarray:
         ids = [self._model.EncodeAsNumpy(escaped(part).encode()) for part in self.parts(text)]
@@ -53,6 +67,29 @@ class SentencePieceTokenizer(Tokenizer):
     def encode_parts(self, parts: list[str]) -> list[np.ndarray]:
         # A single call, which takes Python's global lock once.
         return self._model.EncodeAsNumpy([escaped(part).encode() for part in parts], num_threads=1)
+
+    def encode_marked(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        ids, spans, at = [np.empty(0, np.int32)], [np.empty((0, 2), np.int64)], 0
+        for i, part in enumerate(self._marks.split(text)):
+            # Marks are every other part.
+            of_part = np.array([self.pieces.index(part)], np.int32) if i % 2 else self.encode(part)
+            ids.append(of_part)
+            spans.append(np.array([[at, at + len(part)]]) if i % 2 else at + self._characters(part, of_part))
+            at += len(part)
+        return np.concatenate(ids), np.concatenate(spans)
+
+    def _characters(self, text: str, ids: np.ndarray) -> np.ndarray:
+        """Returns the characters [begin, end) of each token of a text, int64 [n, 2]."""
+        ends = np.cumsum([len(self.token_bytes(token)) for token in ids.tolist()], dtype=np.int64)
+        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        sizes = 1 + (codes >= 0x80).astype(np.int64) + (codes >= 0x800) + (codes >= 0x10000)
+        of_byte = np.repeat(np.arange(len(text)), sizes)
+        begins = np.concatenate([[0], ends[:-1]])[: len(ends)]
+        return np.stack([of_byte[begins], of_byte[ends - 1] + 1], axis=1)
+
+    @cached_property
+    def _marks(self) -> re.Pattern[str]:
+        return re.compile(f"({'|'.join(map(re.escape, self.special_tokens))})")
 
     def parts(self, text: str) -> Iterator[str]:
         """Yields the parts of a text that are encoded independently; at least one.

@@ -59,8 +59,8 @@ def write_huggingface_tokenizer(tokenizer: Tokenizer, folder: Path, context: int
         "bos_token": END_OF_TEXT,
         "eos_token": END_OF_TEXT,
         "clean_up_tokenization_spaces": False,
-        # A document that contains the text of a special token means the text.
-        "split_special_tokens": True,
+        # A document that contains the text of a special token means the text, and the text of a template the token.
+        "split_special_tokens": tokenizer.chat_template is None,
     }
     if tokenizer.fim_tokens:
         # Attributes of Transformers' tokenizer: `fim_prefix_token`, `fim_prefix_token_id` and so on.

@@ -16,6 +16,9 @@ FIM_TOKENS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 MODEL_FILE = "tokenizer.model"
 # The file of tokenizers of other projects.
 JSON_FILE = "tokenizer.json"
+# The template that writes conversations, next to the tokenizer.
+TEMPLATE_FILE = "chat_template.jinja"
+UNKNOWN = "<unk>"
 SPACE = "\u2581"
 # Piece by text that is escaped. U+E000 is in the private use area.
 ESCAPES = {"\ue000": "\ue0000", SPACE: "\ue0001"}
@@ -46,6 +49,8 @@ class Tokenizer(ABC):
         pieces: the text of each id as its file writes it.
         fim_tokens: the added tokens that mark prefix, suffix and middle, if it has any that are known.
         adds_space: true if a text is encoded as if a space preceded it; never for our own.
+        chat_template: the template of conversations that its folder holds.
+        named_tokens: names that a template has for tokens, such as "bos_token", and the tokens.
     """
 
     folder: Path
@@ -58,6 +63,7 @@ class Tokenizer(ABC):
     adds_space: bool = False
     generation_config: Mapping[str, Any] = MappingProxyType({})
     chat_template: str | None = None
+    named_tokens: Mapping[str, str] = MappingProxyType({"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT})
 
     @property
     def stop_ids(self) -> list[int]:
@@ -71,6 +77,12 @@ class Tokenizer(ABC):
         """The tokens that no pieces are merged to: a mark has no meaning of its own in a text."""
         kinds = zip(self.pieces, self.token_kinds, strict=True)
         return {piece for piece, kind in kinds if kind in ("control", "whole")}
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """The tokens that `encode` never finds in a text, and `encode_marked` does."""
+        kinds = zip(self.pieces, self.token_kinds, strict=True)
+        return [piece for piece, kind in kinds if kind in ("control", "unknown")]
 
     def fim_ids(self) -> tuple[int, int, int] | None:
         """Returns the ids of `fim_tokens`, or None without them."""
@@ -90,6 +102,15 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
         """Returns token ids, int32 [n], possibly read-only, without special tokens. ValueError for lone surrogates."""
+
+    @abstractmethod
+    def encode_marked(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the ids of a text in which the names of special tokens are those tokens, and their characters.
+
+        Returns:
+            ids, int32 [n], and for each the characters [begin, end), int64 [n, 2]; tokens that share a character
+            have it both.
+        """
 
     def encode_all(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
         """Yields the ids of each text, lazily and in order."""

@@ -21,6 +21,10 @@ class ByteTokenizer:
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 1
 
+    def encode_marked(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        characters = np.repeat(np.arange(len(text)), [len(character.encode()) for character in text])
+        return self.encode(text), np.stack([characters, characters + 1], axis=1)
+
 
 def tokenize(texts: Iterable[str]) -> Iterator[np.ndarray]:
     return map(ByteTokenizer().encode, texts)

@@ -73,7 +73,7 @@ def test_the_pieces_of_a_document_are_its_text(text: str, seed: int, place: int,
     assert reassembled(pairs.targets[:-1].tolist()) == text
     assert pairs.targets[-1] == 0  # the end follows the middle
     assert pairs.inputs[0] == 257
-    assert pairs.prompt_length == 0
+    assert pairs.trained.all()
 
 
 def test_documents_are_cut_as_often_and_where_the_settings_say():

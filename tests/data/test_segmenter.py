@@ -41,7 +41,7 @@ def test_of_several_tokens_before_a_document_none_is_a_target_that_is_trained_on
     pairs = make_pairs(np.array([5, 6, 7]), [B, 3], E, prompt_length=1)
     assert pairs.inputs.tolist() == [B, 3, 5, 6, 7]
     assert pairs.targets.tolist() == [3, 5, 6, 7, E]
-    assert pairs.prompt_length == 2
+    assert pairs.trained.tolist() == [False, False, True, True, True]
 
 
 def test_rows_of_an_example_masked():

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from data.formats import ChatTemplate
 from data.mixture import initial_positions, open_mixture
 from train.config.reading import make_config
 from train.data_identity import RunInputs, continue_data, identity_of
@@ -44,3 +45,23 @@ def test_fill_in_the_middle_is_part_of_the_identity_only_where_it_is_used(tmp_pa
     rates = {name: value for name, value in fields(corpus=several).items() if name.endswith("fim_rate")}
     assert rates == {"data.fim_rate": 0.0, "data.corpus['code'].fim_rate": 0.25, "data.corpus['web'].fim_rate": 0.0}
     assert fields(corpus={"web": {"corpus": str(path)}}) == {}
+
+
+def test_conversations_and_their_template_are_part_of_the_identity_only_where_there_are_any(tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    path.write_text("".join(json.dumps({"text": f"document {i}", "messages": turns}) + "\n" for i in range(200)))
+
+    def fields(source: str = "", **data: Any) -> dict[str, Any]:
+        config = make_config({"data": {"corpus": str(path), "num_streams": 1} | data}).resolved()
+        template = ChatTemplate(source, "its.jinja", {}, []) if source else None
+        mixture = open_mixture(config.data, lambda: "", template=template)
+        identity = identity_of(config, mixture) | mixture.fingerprints()
+        return {k: v for k, v in identity.items() if k.endswith(("messages_field", "train_on", "chat_template"))}
+
+    assert fields() == {}
+    one, other = (fields(f"{{{{ messages }}}}{end}", messages_field="messages") for end in "ab")
+    assert one.keys() == {"data.messages_field", "data.train_on", "data.chat_template"}
+    assert {name for name in one if one[name] != other[name]} == {"data.chat_template"}
+    several = fields("{{ messages }}", corpus={"chats": {"corpus": str(path), "messages_field": "messages"}})
+    assert several["data.corpus['chats'].messages_field"] == "messages"

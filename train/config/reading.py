@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from data.config import TEXT_FIELDS
 from data.errors import InputError
 from data.printable import name_problem
 from data.tokenizer.tokenizer import FIM_TOKENS
@@ -13,7 +14,7 @@ from train.config.parameter_groups import group_problems, parametrization_proble
 from train.config.values import check_value, nearest, parse_text, short_repr, shown_name, types_of
 
 # Fields that may hold any text; all other texts are names.
-TEXTS = ("train.on_event", "evaluation.prompt", "data.text_separator", "data.text_field", "data.prompt_field")
+TEXTS = ("train.on_event", "evaluation.prompt", *(f"data.{name}" for name in TEXT_FIELDS))
 
 
 def make_config(values: Mapping[str, Any], overrides: Mapping[str, str] | None = None) -> Config:

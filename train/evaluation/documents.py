@@ -17,7 +17,7 @@ def choose_held_out(mixture: Mixture, size: int) -> list[HeldOutDocument]:
         text
         for source in mixture.sources
         for text in take_bytes(
-            (HeldOutDocument(d.text, d.prompt, source.name) for d in source.corpus.held_out()), share
+            (HeldOutDocument(d.text, d.prompt, source.name, answers=d.answers) for d in source.corpus.held_out()), share
         )
     ]
 
@@ -60,8 +60,8 @@ def take_bytes(texts: Iterable[HeldOutDocument], size: int) -> list[HeldOutDocum
         encoded = text.text.encode()
         size -= len(text.prompt.encode())
         if len(encoded) >= size:
-            cut = encoded[: max(size, 0)].decode(errors="ignore")
-            return [*taken, text._replace(text=cut)] if cut else taken
+            cut = text.cut_after(max(size, 0))
+            return [*taken, cut] if cut.scored else taken
         taken.append(text)
         size -= len(encoded)
     return taken

@@ -16,14 +16,14 @@ ORDER = 5
 def five_gram_bits_per_byte(counted: Iterable[HeldOutDocument], texts: Sequence[HeldOutDocument]) -> float:
     """Returns the bits per byte of documents, ends included, by a 5-gram model of bytes that has counted others."""
     probabilities = KneserNey(grams(counted))(grams(texts))
-    return float(-np.log2(probabilities).sum() / sum(len(text.text.encode()) for text in texts))
+    return float(-np.log2(probabilities).sum() / sum(len(text.scored.encode()) for text in texts))
 
 
 def grams(texts: Iterable[HeldOutDocument]) -> np.ndarray:
     """Returns every byte with the four before it, and every end, as a number of 40 bits, int64 [n]."""
     parts = []
     for text in texts:
-        stream = np.concatenate([np.zeros(ORDER - 1, np.int64), np.frombuffer(text.text.encode(), np.uint8), [0]])
+        stream = np.concatenate([np.zeros(ORDER - 1, np.int64), np.frombuffer(text.scored.encode(), np.uint8), [0]])
         count = len(stream) - ORDER + 1
         parts.append(sum(stream[i : i + count] << (8 * (ORDER - 1 - i)) for i in range(ORDER)))
     return np.concatenate(parts)

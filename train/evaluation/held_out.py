@@ -4,6 +4,7 @@ import gzip
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from data.conversations import conversation_pairs
 from data.segmenter import DocumentPairs, make_pairs, segment_documents
 from data.tokenizer.tokenizer import Tokenizer
 from model.context_parallel import to_zigzag
@@ -62,7 +64,9 @@ def evaluate(
     sharding = batch_sharding(jax.sharding.get_mesh(), training_layout(config.mesh))
     batch_size = config.train.batch_size // config.train.accumulation_steps
 
-    def pairs(text: HeldOutDocument) -> DocumentPairs:
+    def pairs_of(text: HeldOutDocument) -> DocumentPairs:
+        if text.answers is not None:
+            return conversation_pairs(tokenizer.encode_marked, text.text, text.answers)
         prompt = tokenizer.encode(text.prompt)
         tokens = np.concatenate([prompt, tokenizer.encode(text.text)])
         return make_pairs(tokens, tokenizer.bos_ids, tokenizer.eos_id, not text.cut, len(prompt))
@@ -70,16 +74,24 @@ def evaluate(
     results = {}
     for name, group in by_corpus(texts).items():
         loss = right = weight = 0.0
-        for batch in stack_rows(segment_documents(map(pairs, group), config.data), batch_size):
+        pairs = [*map(pairs_of, group)]
+        for batch in stack_rows(segment_documents(pairs, config.data), batch_size):
             sums, batch_weight = step(weights, put_on_devices(batch, sharding))
             batch_loss, batch_right = np.asarray(sums).tolist()
             loss += batch_loss
             right += batch_right
             weight += float(batch_weight)
-        size = sum(len(text.text.encode()) for text in group)
+        size = sum(map(partial(scored_bytes, tokenizer), group, pairs))
         bits = loss / math.log(2) / size
         results[name] = Evaluation(loss / weight, bits, right / weight, int(weight), size, len(group))
     return results
+
+
+def scored_bytes(tokenizer: Tokenizer, text: HeldOutDocument, pairs: DocumentPairs) -> int:
+    """Returns the UTF-8 bytes of the text whose tokens are scored; of a conversation, its answers without marks."""
+    if text.answers is None:
+        return len(text.text.encode())
+    return sum(len(tokenizer.token_bytes(token)) for token in pairs.targets[pairs.trained].tolist())
 
 
 def put_on_devices(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> Batch:
@@ -98,7 +110,7 @@ def stack_rows(rows: Iterable[dict[str, np.ndarray]], size: int) -> Iterable[dic
 
 def gzip_bits_per_byte(texts: Sequence[HeldOutDocument]) -> float:
     """Returns the bits per byte of `gzip -9` on the same documents, one by one, as a baseline."""
-    encoded = [text.text.encode() for text in texts]
+    encoded = [text.scored.encode() for text in texts]
     return 8 * sum(len(gzip.compress(text, 9, mtime=0)) for text in encoded) / sum(map(len, encoded))
 
 

@@ -8,6 +8,7 @@ from etils import epath
 
 from data.files.atomic import atomic_file
 from data.files.json_file import parse_json
+from data.formats import Answers
 from train.config.config import Config, to_json
 from train.run.json_lines import Record, read_whole
 from train.run.run_name import CONFIG_FILE, read_config
@@ -17,13 +18,26 @@ from train.run.storage import checkpoint_steps_in, with_input_errors
 class HeldOutDocument(NamedTuple):
     """A held-out document: its text, a prompt before it that is not scored, and the name of its corpus.
 
-    The text of a document that is `cut` is followed by no EOS.
+    The text of a document that is `cut` is followed by no EOS. Of a conversation, the characters of its `answers` are
+    scored.
     """
 
     text: str
     prompt: str = ""
     corpus: str = ""
     cut: bool = False
+    answers: Answers | None = None
+
+    @property
+    def scored(self) -> str:
+        """The text that is scored."""
+        return self.text if self.answers is None else "".join(self.text[begin:end] for begin, end in self.answers)
+
+    def cut_after(self, size: int) -> "HeldOutDocument":
+        """Returns its first `size` bytes, with the answers that end in them."""
+        text = self.text.encode()[:size].decode(errors="ignore")
+        answers = self.answers and tuple(answer for answer in self.answers if answer[1] <= len(text))
+        return self._replace(text=text, answers=answers)
 
 
 class Run:
@@ -95,5 +109,11 @@ def _resolved(config: Config) -> Config:
 
 
 def _is_document(record: Record) -> bool:
-    texts = all(isinstance(text, str) for text in record.values())
-    return texts and {"text"} <= record.keys() <= {"text", "prompt", "corpus"}
+    answers = record.get("answers", [])
+    are_spans = isinstance(answers, list) and all(map(_is_span, answers))
+    texts = all(isinstance(text, str) for name, text in record.items() if name != "answers")
+    return texts and are_spans and {"text"} <= record.keys() <= {"text", "prompt", "corpus", "answers"}
+
+
+def _is_span(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(at) is int and at >= 0 for at in value)

@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from data.conversations import begins_with_bos
 from data.errors import InputError, StorageError
 from data.files.atomic import atomic_file
 from data.files.writable import why_not_writable
@@ -56,6 +57,9 @@ def write_gguf(file: Path, weights: WeightSource, dtype: str = "f32") -> None:
     library = _library()
     model = _exported(weights)
     tokens = gguf_metadata(weights.tokenizer, weights.config.vocab_size)
+    if weights.converses:
+        # llama.cpp puts the token also before a conversation, unless its template does.
+        tokens["add_bos_token"] = begins_with_bos(weights.tokenizer)
     shapes = model.shapes()
     types = {name: library.GGMLQuantizationType[_type_name(name, shape, dtype)] for name, shape in shapes.items()}
     blocks = {name: library.GGML_QUANT_SIZES[kind] for name, kind in types.items()}

@@ -75,7 +75,7 @@ def open_weights(where: str) -> WeightSource:
     step, read = checkpoints.open_weights(parameter_table(config.model), step)
     check_tokenizer(tokenizer, checkpoints.progress(step))
     checkpoints.close()
-    return WeightSource(config.model, config.data.segment_length, tokenizer, read, step)
+    return WeightSource(config.model, config.data.segment_length, tokenizer, read, step, config.data.converses)
 
 
 def run_of(where: str) -> Run | None:

@@ -19,6 +19,7 @@ class WeightSource:
     tokenizer: Tokenizer
     read: ParameterReader  # returns its parameters, one layer at a time
     step: int | None = None  # of the run that trained it, if known
+    converses: bool = False  # true if it was trained on conversations, with its tokenizer's template
 
     def __post_init__(self) -> None:
         # An id beyond the embedding would read another token's row, or none.

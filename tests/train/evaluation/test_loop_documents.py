@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from train.config.reading import make_config
-from train.evaluation.documents import BYTES_PER_TOKEN, by_corpus, loop_documents
+from train.evaluation.documents import BYTES_PER_TOKEN, by_corpus, loop_documents, take_bytes
 from train.run.folder import HeldOutDocument
 
 DOCUMENTS = st.lists(
@@ -14,6 +14,7 @@ DOCUMENTS = st.lists(
         st.text(max_size=0) | st.text("ab", max_size=20),
         st.sampled_from(["", "a", "b"]),
         st.just(False),
+        st.none(),
     ),
     max_size=40,
 )
@@ -46,3 +47,13 @@ def test_a_curve_over_long_documents_is_of_many_of_them():
     found = loop_documents(held_out, make_config({"evaluation": {"loop_bytes": 2**16}}))
     assert len(found) == 30
     assert 2**16 - 30 <= size_of(found) <= 2**16
+
+
+def test_a_conversation_that_is_cut_keeps_its_whole_answers():
+    text = "é? yes. no? no. why? so."
+    document = HeldOutDocument(text, answers=((3, 7), (12, 15), (21, 24)))
+    assert document.scored == "yes.no.so."
+    for size, scored in ((25, "yes.no.so."), (24, "yes.no."), (16, "yes.no."), (15, "yes."), (8, "yes.")):
+        [cut] = take_bytes([document], size)
+        assert (cut.scored, len(cut.text.encode())) == (scored, min(size, 25))
+    assert take_bytes([document], 7) == []
