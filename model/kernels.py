@@ -34,8 +34,8 @@ WIDE_BLOCK = 512
 # The most keys of a block that are multiplied at once: the scores of more would not fit the vector memory.
 KEYS_AT_ONCE = 512
 PLATFORM_KERNELS = {"tpu": "splash", "gpu": "cudnn"}
-# The fewest FLOPs for each byte sent for which keys go around a ring unless the config asks for it, between two compiled
-# steps: with 8,192 the merging of results made a ring 4% slower than gathered keys, with 32,768 it was 3% faster.
+# The fewest FLOPs for each byte sent for which keys go around a ring unless the config asks for it. With 8,192 the
+# merging of results made a step with a ring 4% slower than with gathered keys, with 32,768 it was 3% faster.
 RING_FLOPS_A_BYTE = 16_384
 _patching_jax = threading.Lock()
 
