@@ -14,6 +14,7 @@ from model.interchange.huggingface import FAMILIES, Interchange
 from model.interchange.llama import LLAMA
 from tests.model.interchange.test_families import (
     CASES,
+    FOUR,
     FULL,
     GPT,
     KV,
@@ -111,7 +112,7 @@ def logits_of(values: dict[str, Any], weights: Any = None) -> tuple[np.ndarray, 
 
 @pytest.mark.parametrize(("family", "active"), BASES, ids=lambda value: getattr(value, "model_type", ""))
 def test_a_setting_is_read_or_refused_or_changes_nothing(family: Family, active: dict[str, Any]):
-    sizes = OTHERS | (active if "n_embd" in active else SIZES | ({} if family.model_type == "gpt_neox" else KV))
+    sizes = OTHERS | (active if "n_embd" in active else SIZES | FOUR | ({} if family.model_type == "gpt_neox" else KV))
     theirs = require("transformers").AutoConfig.for_model(family.model_type, **{**sizes, **active})
     # Every class takes `is_causal`, which no config has by default.
     base = theirs.to_dict() | {"architectures": [family.architecture], "is_causal": True}
