@@ -76,7 +76,7 @@ TPU, V5P, GPU = "v5e:2x2", "v5p:2x2x1", "h100:1x4"
 # Four TPUs on fsdp alone are a slice of "slice"; a batch in parts, many layers and products of 8 bits have a mesh each,
 # not programs more. So does attention that is kept, of a single row and with float8.
 IN_PARTS, DEEP, INT8 = Case(TPU, "data", parts=2), Case(GPU, layers=14 * L), Case(TPU, "slice", matmul="int8")
-MESHES = [Case(TPU, "tensor"), Case(TPU, "context"), IN_PARTS, INT8]
+MESHES = [Case(V5P, "tensor"), Case(TPU, "context"), IN_PARTS, INT8]
 MESHES += [DEEP, Case(GPU, "tensor"), Case(GPU, "context")]
 SINGLE_ROW, FLOAT8 = Case(TPU, "tensor", rows=1, remat="attention"), Case(GPU, matmul="float8", remat="attention")
 over_meshes = pytest.mark.parametrize("case", MESHES, ids=str)
@@ -318,7 +318,7 @@ def test_attention_is_done_by_kernels(case: Case):
     on_gpu = {"__cudnn$fmhaScaleBiasSoftmax": 2, "__cudnn$fmhaScaleBiasSoftmaxBackward": 1}
     # Forward twice, because of remat. cuDNN computes the earlier half of shared positions apart.
     calls = each * (2 if case == Case(GPU, "context") else 1)
-    assert times == {name: calls * n for name, n in (on_tpu if case.topology == TPU else on_gpu).items()}
+    assert times == {name: calls * n for name, n in (on_gpu if case.topology == GPU else on_tpu).items()}
 
 
 @pytest.mark.parametrize("case", [SINGLE_ROW, FLOAT8], ids=str)

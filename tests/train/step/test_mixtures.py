@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from model.trees import flattened
 from tests.benchmarks.meshes import BOUNDS, ROUTERS, Steps, config_for, differences, three_steps
@@ -40,43 +41,61 @@ def test_every_mesh_and_any_parts_train_the_same_mixture(router: str, parts: int
         assert worst[name] <= bound, name
 
 
-def step_of(parts: int = 1, shape: dict[str, int] | None = None, **model: Any) -> tuple[dict, dict]:
-    """Weights, without padding, and metrics after two steps."""
+def step_of(parts: int = 1, **model: Any) -> dict[str, np.ndarray]:
+    """Weights, without padding, after two steps."""
     config = config_for(parts, 32, **ONE_LAYER, **model)
-    with jax.set_mesh(mesh_of(**(shape or {}))):
+    with jax.set_mesh(mesh_of()):
         optimizer = make_optimizer(config)
         state, step = make_state(config, optimizer), make_train_step(config, optimizer)
         for seed in range(2):
-            batch = jax.device_put(small_batch(32, seed=seed), batch_sharding(jax.sharding.get_mesh()))
-            state, metrics = step(state, batch)
-        return flattened(jax.device_get(state["weights"])), jax.device_get(metrics)
+            state, _ = step(state, small_batch(32, seed=seed))
+        return flattened(jax.device_get(state["weights"]))
 
 
 @functools.cache
-def without_balance() -> dict[str, np.ndarray]:
-    return step_of(balance_loss=0.0)[0]
+def router_after_two_steps(over: str, parts: int) -> np.ndarray:
+    """With a balance loss so strong that one of each part would be seen."""
+    return step_of(parts, balance_loss=3.0, balance_over=over)["blocks.experts.router"]
 
 
 @pytest.mark.parametrize("over", ["batch", "row"])
 def test_a_strong_balance_loss_is_of_the_whole_batch_in_parts_too(over: str):
-    """With a small one a loss of each part would hardly be seen."""
-    strong = {"balance_loss": 3.0, "balance_over": over}
-    whole, parts = step_of(**strong)[0], step_of(4, **strong)[0]
-    router = "blocks.experts.router"
-    np.testing.assert_allclose(parts[router], whole[router], atol=2e-7)
-    assert np.abs(without_balance()[router] - whole[router]).max() > 1e-5
+    whole, other = (router_after_two_steps(of, 1) for of in (over, "row" if over == "batch" else "batch"))
+    np.testing.assert_allclose(router_after_two_steps(over, 4), whole, atol=2e-7)
+    # The loss shows: over what it is makes a difference.
+    assert np.abs(other - whole).max() > 1e-5
 
 
-def test_the_bias_moves_in_every_step_and_is_the_same_on_all_devices():
-    fields = {"balance_bias": True, "balance_loss": 0.0, "balance_rate": 0.125}
-    config = config_for(rows=32, **ONE_LAYER, **fields)
-    with jax.set_mesh(mesh_of(data=2, fsdp=2, expert=2)):
+class OnEightDevices(NamedTuple):
+    """A step with everything that moves a mixture's routing, compiled once for four shards of experts."""
+
+    mesh: Mesh
+    begin: dict[str, Any]
+    step: Any
+
+    def after(self, batch: dict[str, np.ndarray], router_bias: float = 0.0) -> tuple[dict[str, Any], dict[str, Any]]:
+        """State and metrics after a step; the routers' bias is for the experts of the first shard."""
+        with jax.set_mesh(self.mesh):
+            state = jax.tree.map(lambda x: x + 0, self.begin)  # the step takes the memory of what it is given
+            experts = state["weights"]["blocks"]["experts"]
+            first = jnp.where(jnp.arange(8) < 2, router_bias, 0.0)
+            experts["router_bias"] = jax.device_put(experts["router_bias"] + first, experts["router_bias"].sharding)
+            return self.step(state, jax.device_put(batch, batch_sharding(self.mesh)))
+
+
+@pytest.fixture(scope="module")
+def on_eight_devices() -> OnEightDevices:
+    fields = {"balance_bias": True, "balance_rate": 0.125, "router_bias": True}
+    config, mesh = config_for(rows=32, **ONE_LAYER, **fields), mesh_of(fsdp=2, expert=4)
+    with jax.set_mesh(mesh):
         optimizer = make_optimizer(config)
-        state, step = make_state(config, optimizer), make_train_step(config, optimizer)
-        batch = jax.device_put(small_batch(32), batch_sharding(jax.sharding.get_mesh()))
-        state, metrics = step(state, batch)
-        balance = state["weights"]["blocks"]["experts"]["balance"]
-        copies = [np.asarray(shard.data) for shard in balance.addressable_shards]
+        return OnEightDevices(mesh, make_state(config, optimizer), make_train_step(config, optimizer))
+
+
+def test_the_bias_moves_in_every_step_and_is_the_same_on_all_devices(on_eight_devices: OnEightDevices):
+    state, metrics = on_eight_devices.after(small_batch(32))
+    balance = state["weights"]["blocks"]["experts"]["balance"]
+    copies = [np.asarray(shard.data) for shard in balance.addressable_shards]
     assert set(np.unique(copies[0])) <= {-0.125, 0.0, 0.125}
     assert (copies[0] > 0).any()
     assert (copies[0] < 0).any()
@@ -85,22 +104,25 @@ def test_the_bias_moves_in_every_step_and_is_the_same_on_all_devices():
     assert float(metrics["expert_load_most"]) > 1
 
 
-def test_the_same_bits_twice():
-    one, other = (step_of(shape={"fsdp": 2, "expert": 4})[0] for _ in range(2))
+def test_the_same_bits_twice(on_eight_devices: OnEightDevices):
+    one, other = (jax.device_get(on_eight_devices.after(small_batch(32))) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-def test_padding_counts_for_no_expert():
-    config = config_for(**ONE_LAYER, balance_bias=True)
-    with jax.set_mesh(mesh_of()):
-        optimizer = make_optimizer(config)
-        step = make_train_step(config, optimizer)
-        batch = small_batch(8)
-        other = {name: x.copy() for name, x in batch.items()}
-        other["tokens"][-1, 8:] = (other["tokens"][-1, 8:] + 7) % 300
-        assert (batch["segment_ids"][-1, 8:] == 0).all()
-        one, two = (step(make_state(config, optimizer), batch) for batch in (batch, other))
+def test_padding_counts_for_no_expert(on_eight_devices: OnEightDevices):
+    batch = small_batch(32)
+    other = {name: x.copy() for name, x in batch.items()}
+    other["tokens"][-1, 8:] = (other["tokens"][-1, 8:] + 7) % 300
+    assert (batch["segment_ids"][-1, 8:] == 0).all()
+    one, two = (jax.device_get(on_eight_devices.after(tokens)) for tokens in (batch, other))
     jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def test_jit_sees_no_token_dropped_however_unbalanced(on_eight_devices: OnEightDevices):
+    """A bias sends all tokens to the experts of one shard of four, which has blocks for a quarter."""
+    loads = on_eight_devices.after(small_batch(32), router_bias=50.0)[1]
+    assert float(loads["dead_experts"]) == 6
+    assert float(loads["expert_load_most"]) == pytest.approx(4)
 
 
 def test_an_expert_axis_is_for_experts_and_must_divide_them():
@@ -125,17 +147,3 @@ def test_rules_under_which_tokens_would_miss_their_experts_are_refused(rules: di
     assert problem in "\n".join(mesh_problems(config, (1, 1, 1, 2, 2, 2)))
     dense = dataclasses.replace(config, model=config_for().model)
     assert "experts" not in "\n".join(mesh_problems(dense, (1, 1, 2, 1, 2, 2)))
-
-
-def test_jit_sees_no_token_dropped_however_unbalanced():
-    """A bias sends all tokens to the experts of one device of four, which has blocks for a quarter."""
-    config = config_for(rows=32, **ONE_LAYER, router_bias=True)
-    with jax.set_mesh(mesh_of(expert=4)):
-        state = make_state(config, make_optimizer(config))
-        bias = state["weights"]["blocks"]["experts"]["router_bias"]
-        state["weights"]["blocks"]["experts"]["router_bias"] = bias + jnp.where(jnp.arange(8) < 2, 50.0, 0.0)
-        loads = make_train_step(config, make_optimizer(config))(
-            state, jax.device_put(small_batch(32), batch_sharding(jax.sharding.get_mesh()))
-        )[1]
-    assert float(loads["dead_experts"]) == 6
-    assert float(loads["expert_load_most"]) == pytest.approx(4)
