@@ -34,6 +34,8 @@ FAULTS = {
     "NaN twice": ("skip",),
     "NaN in one process": ("rollback",),
 }
+# Two with one new start, for the test, whose time goes into starts.
+TOGETHER = {"kill and truncated checkpoint": ENDS}
 PATIENCE = 300.0
 # In each process, as the interpreter starts: once train.loop is there, steps are poisoned as the file says.
 POISON = """
@@ -143,10 +145,11 @@ class Chaos:
         """One fault, some steps after the beginning of this start, and the start after it."""
         wanted = self.chance.randint(1, 25)
         self.wait(lambda: self.steps_of_this_start() >= wanted)
-        starts, seen = self.count("start"), self.count(*FAULTS[fault])
+        events = (FAULTS | TOGETHER)[fault]
+        starts, seen = self.count("start"), self.count(*events)
         time.sleep(self.chance.random() * 0.3)
         getattr(self, "_" + fault.replace(" ", "_"))()
-        self.wait(lambda: self.count(*FAULTS[fault]) > seen)
+        self.wait(lambda: self.count(*events) > seen)
         if not fault.startswith("NaN"):
             self.wait(lambda: self.count("start") > starts)
 
@@ -180,10 +183,20 @@ class Chaos:
 
     def _truncated_checkpoint(self) -> None:
         self._stop_with_an_older_checkpoint()
-        # Often one that only some of the processes read.
+        self._truncate()
+        self.start()
+
+    def _kill_and_truncated_checkpoint(self) -> None:
+        """Both before the launcher starts the processes again, which it does after a pause."""
+        self.wait(lambda: len(self._saved()) > 1)
+        self._kill_in_a_save()
+        self.wait(lambda: not self.children())
+        self._truncate()
+
+    def _truncate(self) -> None:
+        # Often a file that only some of the processes read.
         file = max(self._array_files(), key=lambda path: path.stat().st_size)
         os.truncate(file, file.stat().st_size // 2)
-        self.start()
 
     def _flipped_bit(self) -> None:
         self._stop_with_an_older_checkpoint()

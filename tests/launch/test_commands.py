@@ -359,9 +359,14 @@ def test_transformers_opens_a_trained_export_with_the_same_logits_tokens_and_tex
         trained = load_trained(str(finished))
     ids = np.array(trained.tokenizer.encode_with_bos(prompt))
     assert theirs(prompt)["input_ids"] == ids.tolist()
-    decoder = Decoder(trained.config.model, jax.tree.map(jnp.asarray, jax.device_get(trained.weights)))
     tokens = jnp.array(ids)[None]
-    found = decoder.logits(decoder(tokens, jnp.arange(len(ids))[None], jnp.ones_like(tokens)))
+
+    @jax.jit
+    def logits(weights: dict) -> jax.Array:
+        decoder = Decoder(trained.config.model, weights)
+        return decoder.logits(decoder(tokens, jnp.arange(len(ids))[None], jnp.ones_like(tokens)))
+
+    found = logits(jax.tree.map(jnp.asarray, jax.device_get(trained.weights)))
     with torch.no_grad():
         expected = model(torch.tensor(ids[None])).logits.numpy()
     assert np.abs(found[..., : trained.tokenizer.vocab_size] - expected).max() <= 1e-4

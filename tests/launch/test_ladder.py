@@ -2,13 +2,16 @@
 
 import json
 import math
+import random
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from launch import ladder_runs, many_runs
-from launch.ladder_runs import Ladder, Point, fit_points, planned_ladder, read_points
+from launch.ladder_runs import Ladder, Point, Result, fit_points, planned_ladder, read_points
 from launch.ladder_text import short
 from launch.many_runs import PlannedRun, unfinished
 from launch.presets import load_config
@@ -16,7 +19,7 @@ from tests.benchmarks import ladder as benchmark
 from tests.launch.small_run import command, here, kill_once, metrics, write_config, ziggurat
 from train.evaluation.documents import choose_held_out
 from train.planning.family import size_of
-from train.planning.scaling import Law
+from train.planning.scaling import Interval, Law
 from train.prepare import open_run_mixture
 from train.run.comparison import tokens_after
 from train.run.events import read_events
@@ -50,16 +53,20 @@ def ladder_of(config: Path, folder: Path, **flags: float) -> Ladder:
 
 
 def finish(
-    planned: PlannedRun, bits: float | None = None, texts: Sequence[HeldOutDocument] = TEXTS, steps: int | None = None
+    planned: PlannedRun,
+    bits: float | None = None,
+    texts: Sequence[HeldOutDocument] = TEXTS,
+    steps: int | None = None,
+    noise: float = 0.0,
 ) -> int:
-    """Leave a run as its training would, with the loss of the law."""
+    """Leave a run as its training would, with the loss of the law and some noise in its log."""
     run, config = planned.run, planned.config
     steps = steps or config.train.num_steps
     run.folder.mkdir(parents=True)
     run.save_config(config.resolved(512))
     run.save_held_out([*texts])
     N, D = size_of(config.resolved(512)), tokens_after(config, steps)
-    bits = LAW.loss(N, D) if bits is None else bits
+    bits = LAW.loss(N, D) * math.exp(noise) if bits is None else bits
     record = {"step": steps, "loss": 1.0, "loss_weight": 1.0, "utilization": 1.0, "tokens_per_second": 1.0,
               "data_wait_seconds": 0.0, "validation_loss": 1.0, "validation_bits_per_byte": 9.0,
               "held_out_loss": 1.0, "held_out_bits_per_byte": bits}  # fmt: skip
@@ -221,9 +228,11 @@ def test_a_dry_run_says_what_would_be_trained_and_trains_nothing(config: Path, t
 
 
 def test_a_folder_of_another_ladder_is_refused(config: Path, tmp_path: Path, monkeypatch, capsys):
-    monkeypatch.setattr(many_runs, "train", finish)
-    command = ["ladder", f"--config={config}", *SMALL, f"--to={tmp_path / 'to'}"]
-    assert here(*command) == 0
+    # One run has ended, and the next is asked to stop.
+    ended = tmp_path / "to" / "rung-1-trunk"
+    monkeypatch.setattr(many_runs, "train", lambda planned: 75 if ended.exists() else finish(planned))
+    command = ["ladder", f"--config={config}", *SMALL, f"--to={ended.parent}"]
+    assert here(*command) == 75
     capsys.readouterr()
     for flags, words in (
         (["--rungs=4"], ["--rungs", "5", "4"]),
@@ -305,17 +314,24 @@ def test_a_run_is_no_place_for_a_ladder(finished: Path, config: Path, capsys):
 def test_the_benchmark_measures_the_prediction_against_the_target(config: Path, tmp_path: Path, monkeypatch, capsys):
     text = config.read_text().replace('"model_dim": 32, "num_heads": 4', '"model_dim": 128, "num_heads": 8')
     config.write_text(text.replace('"num_steps": 12', '"num_steps": 3000'))
-    monkeypatch.setattr(many_runs, "train", finish)
+    # Losses of the law alone would leave nothing to the interval but the last digits of the fit.
+    chance = random.Random(0)
+    monkeypatch.setattr(many_runs, "train", lambda planned: finish(planned, noise=chance.gauss(0, 1e-4)))
     monkeypatch.setattr("sys.argv", ["ladder", f"--to={tmp_path / 'to'}", f"--config={config}", "--rungs=5"])
     benchmark.main()
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
-    # All losses are those of a law.
     assert abs(figures["error_bits_per_byte"]) < 1e-3
     assert figures["holds"]
     assert [len(held["errors"]) for held in figures["held_back"]] == [4]
     assert max(map(abs, figures["held_back"][0]["errors"])) < 1e-3
     target, rung = Run(tmp_path / "to" / "target").load_config(), Run(tmp_path / "to" / "rung-5-trunk").load_config()
     assert target.data.num_streams == rung.data.num_streams
+
+
+def test_the_benchmarks_prediction_holds_where_the_truth_lies_within_its_interval():
+    result = cast(Result, SimpleNamespace(prediction=Interval(2.0, 1.9, 2.2), points=[]))
+    for truth, holds in ((1.89, False), (1.9, True), (2.0, True), (2.2, True), (2.21, False)):
+        assert benchmark.figures(result, truth)["holds"] == holds
 
 
 @pytest.mark.parametrize(

@@ -152,31 +152,42 @@ sys.exit(main(["pretrain", "--config={write_config(tmp_path)}", *{TRAINING_ALONE
     assert "[1] RuntimeError: a fault" in capfd.readouterr().err
 
 
-def test_a_signal_to_the_launcher_saves_on_all_processes_and_one_process_goes_on(tmp_path: Path, capsys):
+def test_a_signal_to_one_process_or_to_the_launcher_saves_on_all_and_the_run_goes_on(tmp_path: Path, capsys):
     train = ["pretrain", f"--config={write_config(tmp_path)}", "--config.checkpoint.every_steps=1000000",
              *TRAINING_ALONE]  # fmt: skip
     launcher = command("launch", "local", "--processes=2", "--", *train, "--config.train.num_steps=1000000",
                        stderr=subprocess.PIPE)  # fmt: skip
+
+    def children() -> list[int]:
+        return [int(child) for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
+
     try:
         assert launcher.stderr is not None
         assert any(" loss " in line for line in itertools.islice(launcher.stderr, 100))
-        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-        assert len(children) == 2
+        os.kill(children()[1], signal.SIGTERM)
+        said = list(itertools.takewhile(lambda line: "resumes at step" not in line, launcher.stderr))
+        # The launcher has started them again.
+        assert any(" loss " in line for line in itertools.islice(launcher.stderr, 100))
+        assert len(left := children()) == 2
         launcher.send_signal(signal.SIGTERM)
-        said = launcher.stderr.read()
+        rest = launcher.stderr.read()
         assert launcher.wait(60) == 75
-        assert not any(is_running(int(child)) for child in children)
+        assert not any(map(is_running, left))
     finally:
         launcher.kill()
-    stopped = re.search(r"stopped after step (\d+); the same command resumes the run", said)
-    assert stopped, said
+    stopped = re.search(r"stopped after step (\d+); the same command resumes the run", rest)
+    assert stopped, rest
     step = int(stopped[1])
     assert here(*train, f"--config.train.num_steps={step + 2}") == 0
     assert f"resumes at step {step} of {step + 2} steps" in capsys.readouterr().err
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
-    kinds = [(event["event"], event["step"]) for event in events]
-    assert kinds == [
+    first = next(event["step"] for event in events if event["event"] == "stop")
+    assert f"ziggurat: status 75, saved up to step {first}: starting again\n" in said
+    assert [(event["event"], event["step"]) for event in events] == [
         ("start", 0),
+        ("save", first),
+        ("stop", first),
+        ("start", first),
         ("save", step),
         ("stop", step),
         ("start", step),
@@ -185,31 +196,33 @@ def test_a_signal_to_the_launcher_saves_on_all_processes_and_one_process_goes_on
     ]
 
 
-def test_a_signal_to_one_process_stops_all_after_the_same_step_and_they_start_again(tmp_path: Path):
-    launcher = command("launch", "local", "--processes=2", "--", "pretrain", f"--config={write_config(tmp_path)}",
-                       "--config.checkpoint.every_steps=1000000", "--config.train.num_steps=1000000",
-                       *TRAINING_ALONE, stderr=subprocess.PIPE)  # fmt: skip
-    try:
-        assert launcher.stderr is not None
-        assert any(" loss " in line for line in itertools.islice(launcher.stderr, 100))
-        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-        os.kill(int(children[1]), signal.SIGTERM)
-        said = list(itertools.takewhile(lambda line: "resumes at step" not in line, launcher.stderr))
-        launcher.send_signal(signal.SIGTERM)
-        launcher.communicate(timeout=60)
-    finally:
-        launcher.kill()
-    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
-    step = next(event["step"] for event in events if event["event"] == "stop")
-    assert f"ziggurat: status 75, saved up to step {step}: starting again\n" in said
+def test_a_signal_before_training_ends_at_once_and_the_same_command_begins_again(tmp_path: Path):
+    train = ("pretrain", f"--config={write_config(tmp_path)}", "--config.train.num_steps=1000000", *TRAINING_ALONE)
+    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGHUP, 75)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            continue  # nohup ignores it
+        run = command(*train, stderr=subprocess.PIPE)
+        try:
+            assert run.stderr is not None
+            before = list(itertools.takewhile(lambda line: "training a tokenizer" not in line, run.stderr))
+            run.send_signal(number)
+            assert run.wait(30) == status
+            said = run.stderr.read().splitlines()
+            assert said[-1] == f"ziggurat: {number.name}: ended at once; the same command resumes"
+            # Of the start before nothing is left that this one would wait for.
+            assert "waiting" not in "".join(before)
+        finally:
+            run.kill()
+    assert_a_second_signal_ends_at_once(train)
 
 
-def test_a_second_signal_ends_at_once(tmp_path: Path):
-    run = command("pretrain", f"--config={write_config(tmp_path)}", "--config.train.num_steps=1000000", *TRAINING_ALONE,
-                  stderr=subprocess.PIPE)  # fmt: skip
+def assert_a_second_signal_ends_at_once(train: tuple[str, ...]) -> None:
+    """The command trains, and is asked to stop twice."""
+    run = command(*train, stderr=subprocess.PIPE)
     try:
         assert run.stderr is not None
-        assert any(" loss " in line for line in itertools.islice(run.stderr, 100))
+        before = list(itertools.takewhile(lambda line: " loss " not in line, itertools.islice(run.stderr, 100)))
+        assert "waiting" not in "".join(before)
         run.send_signal(signal.SIGSTOP)
         # Both come while it does nothing, so that it cannot have stopped by itself between them.
         run.send_signal(signal.SIGINT)
@@ -219,27 +232,6 @@ def test_a_second_signal_ends_at_once(tmp_path: Path):
         assert "ended at once" in run.stderr.read()
     finally:
         run.kill()
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGHUP, 75)])
-def test_a_signal_before_training_ends_at_once_and_the_same_command_begins_again(
-    tmp_path: Path, number: signal.Signals, status: int, capsys
-):
-    if signal.getsignal(number) is signal.SIG_IGN:
-        pytest.skip("nohup ignores it")
-    arguments = ("pretrain", f"--config={write_config(tmp_path)}", "--config.train.num_steps=1", *TRAINING_ALONE)
-    run = command(*arguments, stderr=subprocess.PIPE)
-    try:
-        assert run.stderr is not None
-        assert any("training a tokenizer" in line for line in run.stderr)
-        run.send_signal(number)
-        assert run.wait(30) == status
-        assert run.stderr.read().splitlines()[-1] == f"ziggurat: {number.name}: ended at once; the same command resumes"
-    finally:
-        run.kill()
-    capsys.readouterr()
-    assert here(*arguments) == 0
-    assert "waiting" not in capsys.readouterr().err
 
 
 def test_a_run_whose_data_stalls_shows_its_threads_and_ends(tmp_path: Path):

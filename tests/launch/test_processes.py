@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import gzip
 import io
 import json
 from pathlib import Path
@@ -107,7 +108,7 @@ def test_a_run_on_several_processes_and_moved_between_meshes_is_the_run_on_one_d
     assert metrics(same)[8]["loss"] == pytest.approx(metrics(two)[8]["loss"], rel=float(np.finfo(np.float32).eps))
 
 
-def test_a_mixture_on_two_processes_is_that_on_eight_devices_and_resumes_to_the_bit(tmp_path: Path):
+def test_a_mixture_of_corpora_and_experts_on_two_processes_is_that_on_eight_devices_and_resumes(tmp_path: Path):
     fields = {
         "num_experts": 4,
         "expert_dim": 32,
@@ -115,8 +116,15 @@ def test_a_mixture_on_two_processes_is_that_on_eight_devices_and_resumes_to_the_
         "balance_rate": 0.01,
         "router_score": "sigmoid",
     }
-    flags = [*FLAGS, *(f"--config.model.{name}={value}" for name, value in fields.items())]
     config, one, two = write_config(tmp_path, "one"), tmp_path / "one", tmp_path / "two"
+    text = (tmp_path / "corpus.jsonl").read_bytes().replace(b"cat", b"cow")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(text))
+    corpora = {
+        "a": {"corpus": str(tmp_path / "corpus.jsonl"), "weight": 3},
+        "b": {"corpus": str(tmp_path / "b.jsonl.gz")},
+    }
+    flags = [*FLAGS, f"--config.data.corpus={json.dumps(corpora)}",
+             *(f"--config.model.{name}={value}" for name, value in fields.items())]  # fmt: skip
     assert here("pretrain", f"--config={config}", "--config.mesh.fsdp=2", "--config.mesh.expert=4", *flags) == 0
     done = ziggurat("launch", "local", "--processes=2", "--devices=2", "--", "pretrain", f"--config={config}",
                     f"--config.train.run_dir={two}", "--config.mesh.fsdp=2", "--config.mesh.expert=2",

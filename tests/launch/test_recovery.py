@@ -164,8 +164,11 @@ def test_copies_that_differ_between_devices_are_not_saved(tmp_path, monkeypatch,
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["4"]
 
 
-def test_where_the_last_rows_of_a_corpus_are_left_out_the_run_ends_before_them(tmp_path, monkeypatch):
-    flags = ["--config.train.num_steps=1000", "--config.data.epochs=1", "--config.checkpoint.every_steps=10"]
+def test_where_the_last_rows_of_a_corpus_are_left_out_the_run_ends_before_them(straight, tmp_path, monkeypatch):
+    small = tmp_path / "small.jsonl"
+    small.write_text("".join((straight.parent / "corpus.jsonl").open().readlines()[:60]))
+    flags = ["--config.train.num_steps=1000", "--config.data.epochs=1", "--config.checkpoint.every_steps=1000",
+             f"--config.data.corpus={small}", f"--config.tokenizer.path={straight / 'tokenizer'}"]  # fmt: skip
     last = len(metrics(run(tmp_path, "straight", *flags)))
     # A save just before the last step, which is poisoned twice.
     flags[2] = f"--config.checkpoint.every_steps={last - 1}"
@@ -180,9 +183,8 @@ def test_where_the_last_rows_of_a_corpus_are_left_out_the_run_ends_before_them(t
 
 
 def test_a_spike_is_seen_against_losses_from_before_a_restart(tmp_path, monkeypatch):
-    long = ["--config.train.num_steps=44", "--config.checkpoint.every_steps=40"]
-    config = f"--config={write_config(tmp_path)}"
-    assert here("pretrain", config, *FLAGS, "--config.train.num_steps=40") == 0
+    start = ["pretrain", f"--config={write_config(tmp_path)}", *FLAGS, "--config.checkpoint.every_steps=40"]
+    assert here(*start, "--config.train.num_steps=40") == 0
 
     class Programs(train.loop.StepPrograms):
         done = False
@@ -195,7 +197,7 @@ def test_a_spike_is_seen_against_losses_from_before_a_restart(tmp_path, monkeypa
             return state, metrics
 
     monkeypatch.setattr(train.loop, "StepPrograms", Programs)
-    assert here("pretrain", config, *FLAGS, *long) == 0
+    assert here(*start, "--config.train.num_steps=44") == 0
     (rollback,) = events(tmp_path / "run", "rollback")
     assert (rollback["step"], rollback["to"]) == (42, 40)
     assert "is an outlier: the median of the 41 before is" in rollback["problem"]

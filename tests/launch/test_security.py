@@ -14,7 +14,7 @@ from launch.commands import parse
 from launch.page.report_page import make_page
 from launch.presets import ASKED_FOR, load_config
 from launch.slurm import script
-from tests.launch.small_run import here, write_config
+from tests.launch.small_run import TRAINING_ALONE, here, write_config
 from train.config.config import NOT_KEPT, public
 from train.config.reading import make_config
 from train.run.events import Events
@@ -175,7 +175,7 @@ def test_output_replaces_only_what_the_same_command_has_made(command: list[str],
 
 def test_a_run_with_a_hook_resumes_by_its_folder_and_the_same_flag(tmp_path: Path):
     config, hook = write_config(tmp_path), f"--config.train.on_event=cat >> {tmp_path}/heard"
-    assert here("pretrain", f"--config={config}", hook, "--config.train.num_steps=4") == 0
+    assert here("pretrain", f"--config={config}", hook, "--config.train.num_steps=4", *TRAINING_ALONE) == 0
     heard = (tmp_path / "heard").read_text()
     assert here("pretrain", f"--config={tmp_path / 'run'}", hook, "--config.train.num_steps=8") == 0
     assert len((tmp_path / "heard").read_text()) > len(heard)
