@@ -62,7 +62,8 @@ def test_one_pass_gives_the_losses_of_all_prefixes():
     weights, batch = small_weights(config), small_batch(1, padding=False)
     tokens, targets = batch["tokens"][0], batch["targets"][0]
     whole = jax.nn.log_softmax(logits(config, weights, tokens)[:, :VOCAB_SIZE])
-    for t in range(len(tokens)):
+    # Each length is a program.
+    for t in (0, 1, 6, 13):
         alone = jax.nn.log_softmax(logits(config, weights, tokens[: t + 1])[-1, :VOCAB_SIZE])
         np.testing.assert_allclose(whole[t, targets[t]], alone[targets[t]], atol=2e-6)
 
@@ -72,16 +73,17 @@ def test_a_document_in_a_packed_segment_has_the_losses_that_it_has_alone(dtype: 
     config = small_model(compute_dtype=dtype)
     weights, batch = small_weights(config), small_batch(4)
     packed = losses(config, weights, batch)
-    pieces = 0
-    for row in range(4):
-        ids = batch["segment_ids"][row]
-        for segment in set(ids.tolist()) - {0}:
-            inside = ids == segment
-            alone = {name: array[row, inside][None] for name, array in batch.items()}
-            assert alone["positions"][0].tolist() == list(range(inside.sum()))
-            np.testing.assert_allclose(packed[row, inside], losses(config, weights, alone)[0], atol=tolerance)
-            pieces += 1
-    assert pieces > 8
+    ids = batch["segment_ids"]
+    pieces = [(row, ids[row] == segment) for row in range(4) for segment in set(ids[row].tolist()) - {0}]
+    assert len(pieces) > 8
+    # Each alone at the beginning of a row, before padding.
+    alone = {name: np.zeros((len(pieces), 16), array.dtype) for name, array in batch.items()}
+    for i, (row, inside) in enumerate(pieces):
+        for name, array in batch.items():
+            alone[name][i, : inside.sum()] = array[row, inside]
+        assert alone["positions"][i, : inside.sum()].tolist() == list(range(inside.sum()))
+    for (row, inside), expected in zip(pieces, losses(config, weights, alone), strict=True):
+        np.testing.assert_allclose(packed[row, inside], expected[: inside.sum()], atol=tolerance)
 
 
 def gradient_of(config: ModelConfig):
@@ -129,7 +131,7 @@ def test_each_layer_reads_its_own_sum_of_the_stream_and_of_the_first_layers_inpu
     config = small_model(num_layers=3, residual_scalars=True, position="learned", max_positions=16)
     weights, batch = small_weights(config), small_batch(2)
     tokens, positions, ids = (jnp.array(batch[name]) for name in ("tokens", "positions", "segment_ids"))
-    actual = Decoder(config, weights)(tokens, positions, ids)
+    actual = jax.jit(lambda weights: Decoder(config, weights)(tokens, positions, ids))(weights)
     plain = small_model(num_layers=3, position="learned", max_positions=16)
     decoder = Decoder(plain, weights)
     first, _ = decoder.position(decoder.embedding(tokens), positions)
@@ -146,13 +148,13 @@ def test_each_layer_reads_its_own_sum_of_the_stream_and_of_the_first_layers_inpu
 def test_with_outputs_that_start_at_zero_each_layer_is_the_identity_up_to_its_norms(placement: str):
     config = small_model(zero_init_outputs=True, norm_placement=placement, num_experts=4, expert_dim=12,
                          dense_layers=1, shared_expert_dim=12)  # fmt: skip
-    weights, arguments = initial_weights(config, 0), one_document(np.arange(9))
+    initial = jax.jit(initial_weights, static_argnums=(0, 1))
+    weights, arguments = initial(config, 0), one_document(np.arange(9))
     x = Decoder(config, weights).embedding(arguments[0])
     normed = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + config.norm_epsilon)
-    np.testing.assert_allclose(Decoder(config, weights)(*arguments), normed, rtol=1e-4, atol=1e-4)
-    others = flattened(
-        initial_weights(small_model(num_experts=4, expert_dim=12, dense_layers=1, shared_expert_dim=12), 0)
-    )
+    actual = jax.jit(lambda weights: Decoder(config, weights)(*arguments))(weights)
+    np.testing.assert_allclose(actual, normed, rtol=1e-4, atol=1e-4)
+    others = flattened(initial(small_model(num_experts=4, expert_dim=12, dense_layers=1, shared_expert_dim=12), 0))
     for name, value in flattened(weights).items():
         zero = name.endswith((".output", ".down"))
         np.testing.assert_array_equal(value, 0 * others[name] if zero else others[name], err_msg=name)
@@ -214,7 +216,7 @@ def test_watch_gives_the_largest_logit_of_visible_keys_and_the_rms_of_each_layer
     config = small_model(**changes)
     weights, batch = small_weights(config), small_batch(3)
     arguments = [jnp.array(batch[name]) for name in ("tokens", "positions", "segment_ids")]
-    actual = Decoder(config, weights).watch(*arguments)
+    actual = jax.jit(lambda weights: Decoder(config, weights).watch(*arguments))(weights)
     logits, attend = [], model.kernels.attend
 
     def recording(q, k, v, mask, *rest):

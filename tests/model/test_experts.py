@@ -119,20 +119,27 @@ def dense_reference(config: Any, weights: dict[str, Any], x: jax.Array, mix_NE: 
     return y.reshape(x.shape)
 
 
+@functools.cache
+def by_hand(router: str) -> jax.Array:
+    """The sum of each token's experts, chosen and computed as the papers have it."""
+    config, weights = floor(**ROUTERS[router])
+    x = inputs(config)
+    mix_NE = jnp.asarray(chosen_by_hand(config, weights, x), jnp.float32)
+    return jax.jit(lambda x: dense_reference(config, weights, x, mix_NE))(x)
+
+
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.usefixtures("way")
 def test_each_token_gets_the_sum_of_its_experts(router: str):
     config, weights = floor(**ROUTERS[router])
-    x = inputs(config)
-    mix_NE = chosen_by_hand(config, weights, x)
-    actual = jax.jit(lambda x: Experts(config, weights, UNSHARDED)(x)[0])(x)
-    expected = dense_reference(config, weights, x, jnp.asarray(mix_NE, jnp.float32))
+    actual = jax.jit(lambda x: Experts(config, weights, UNSHARDED)(x)[0])(inputs(config))
+    expected = by_hand(router)
     np.testing.assert_allclose(actual, expected, atol=3e-6 * float(jnp.abs(expected).max()))
 
 
-@pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.usefixtures("way")
-def test_gradients_are_those_of_the_reference(router: str):
+@functools.cache
+def reference_gradients(router: str) -> tuple[dict[str, jax.Array], jax.Array]:
+    """Gradients of weights and x where every expert computes every token."""
     config, weights = floor(**ROUTERS[router])
     x, slope = inputs(config), inputs(config, 1)
 
@@ -142,10 +149,28 @@ def test_gradients_are_those_of_the_reference(router: str):
         return jnp.sum((ids[..., None] == jnp.arange(E)) * of_chosen[..., None], axis=2).reshape(-1, E)
 
     reference = lambda weights, x: jnp.vdot(dense_reference(config, weights, x, mix(weights, x)), slope)
+    return jax.jit(jax.grad(reference, argnums=(0, 1)))(weights, x)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.usefixtures("way")
+def test_gradients_are_those_of_the_reference(router: str):
+    config, weights = floor(**ROUTERS[router])
+    x, slope = inputs(config), inputs(config, 1)
     actual = lambda weights, x: jnp.vdot(Experts(config, weights, UNSHARDED)(x)[0], slope)
-    of_reference, of_floor = (jax.jit(jax.grad(f, argnums=(0, 1)))(weights, x) for f in (reference, actual))
-    for one, other in zip(*map(jax.tree.leaves, (of_floor, of_reference)), strict=True):
+    of_floor = jax.jit(jax.grad(actual, argnums=(0, 1)))(weights, x)
+    for one, other in zip(*map(jax.tree.leaves, (of_floor, reference_gradients(router))), strict=True):
         np.testing.assert_allclose(one, other, atol=5e-6 * float(jnp.abs(other).max()))
+
+
+def with_gradient(experts: Any) -> Any:
+    """Returns a function of x that gives y, the routing, and the gradient of the sum of y²."""
+
+    def both(x: jax.Array) -> tuple[jax.Array, Any, jax.Array]:
+        y, pull, routing = jax.vjp(experts, x, has_aux=True)
+        return y, routing, *pull(2 * y)
+
+    return both
 
 
 @pytest.mark.parametrize("expert", [1, 4])
@@ -161,12 +186,12 @@ def test_all_tokens_of_one_expert_and_experts_without_tokens(expert: int):
         of_mesh = {name: TRAINING.reshard(w, *axes[name]) for name, w in weights.items()}
         placed = TRAINING.reshard(x, "batch", "sequence", None)
         experts = lambda x: Experts(config, of_mesh, TRAINING)(x, jnp.ones_like(x[..., 0], dtype=bool))
-        y, routing = jax.jit(experts)(placed)
-        gradient = jax.jit(jax.grad(lambda x: jnp.sum(jnp.square(experts(x)[0]))))(placed)
+        y, routing, gradient = jax.jit(with_gradient(experts))(placed)
     mix_NE = jnp.tile(jnp.eye(E)[5], (x.shape[0] * T, 1))
-    np.testing.assert_allclose(y, dense_reference(config, weights, x, mix_NE), atol=1e-5)
-    reference = jax.grad(lambda x: jnp.sum(jnp.square(dense_reference(config, weights, x, mix_NE))))(x)
-    np.testing.assert_allclose(gradient, reference, atol=1e-5 * float(jnp.abs(reference).max()))
+    reference = lambda x: (dense_reference(config, weights, x, mix_NE), None)
+    expected, _, expected_gradient = jax.jit(with_gradient(reference))(x)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    np.testing.assert_allclose(gradient, expected_gradient, atol=1e-5 * float(jnp.abs(expected_gradient).max()))
     np.testing.assert_array_equal(jnp.sum(routing.load_BE, 0), x.shape[0] * T * jnp.eye(E)[5])
 
 
@@ -183,13 +208,14 @@ def test_one_token_is_computed_on_a_mesh_that_generates(shape: dict[str, int]):
         placed = GENERATION.reshard(x, "batch", "sequence", None)
         y = jax.jit(lambda x: Experts(config, of_mesh, GENERATION)(x)[0])(placed)
     mix_NE = jnp.asarray(chosen_by_hand(config, weights, x), jnp.float32)
-    np.testing.assert_allclose(y, dense_reference(config, weights, x, mix_NE), atol=1e-5)
+    expected = jax.jit(lambda x: dense_reference(config, weights, x, mix_NE))(x)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
 
 
 def test_of_equal_scores_the_first_expert_is_chosen():
     config, weights = floor(experts_per_token=3)
     weights |= {"router": jnp.zeros_like(weights["router"])}
-    ids, of_chosen, _ = Experts(config, weights, UNSHARDED).router(inputs(config), None)
+    ids, of_chosen, _ = jax.jit(lambda x: Experts(config, weights, UNSHARDED).router(x, None))(inputs(config))
     np.testing.assert_array_equal(ids, jnp.tile(jnp.arange(3), (B, T, 1)))
     np.testing.assert_allclose(of_chosen, 1 / 3, rtol=1e-6)
 

@@ -47,17 +47,17 @@ def reference(activation: str, x_ND, ids_Nk, weights_Nk, experts: Weights, first
     return multiply("ned,ne->nd", y_NED, weight_NE)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _with_gradients(function, activation: str, arguments: tuple, dy_ND: jax.Array, first_expert: int) -> tuple:
+    x_ND, ids_Nk, *others = arguments
+    of = lambda x_ND, *others: function(activation, x_ND, ids_Nk, *others, first_expert)
+    y_ND, pull = jax.vjp(of, x_ND, *others)
+    return y_ND, pull(dy_ND.astype(y_ND.dtype))
+
+
 def with_gradients(function, activation: str, arguments: tuple, dy_ND: jax.Array, first_expert: int = 0) -> list:
     """Returns y and the gradients of x, the weights and the experts."""
-    x_ND, ids_Nk, weights_Nk, experts = arguments
-
-    @jax.jit
-    def both(x_ND, weights_Nk, experts):
-        of = lambda x_ND, weights_Nk, experts: function(activation, x_ND, ids_Nk, weights_Nk, experts, first_expert)
-        y_ND, pull = jax.vjp(of, x_ND, weights_Nk, experts)
-        return y_ND, pull(dy_ND.astype(y_ND.dtype))
-
-    return jax.tree.leaves(both(x_ND, weights_Nk, experts))
+    return jax.tree.leaves(_with_gradients(function, activation, arguments, dy_ND, first_expert))
 
 
 def check(activation: str, arguments: tuple, dy_ND: jax.Array, first_expert: int = 0, tolerance: float = 2e-6) -> list:
@@ -70,8 +70,7 @@ def check(activation: str, arguments: tuple, dy_ND: jax.Array, first_expert: int
     return actual
 
 
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("activation", ["silu", "clamped_swiglu"])
+@pytest.mark.parametrize(("activation", "biased"), [("silu", False), ("clamped_swiglu", True)])
 def test_y_and_all_gradients_are_those_of_the_dense_reference(activation: str, biased: bool):
     check(activation, *drawn(random_ids(), biased))
 

@@ -46,7 +46,7 @@ def models(draw: st.DrawFn) -> ModelConfig:
     longrope = {"rope_short_divisors": "1.5", "rope_long_divisors": "3", "rope_dim": 2}
     latent |= longrope | {"rope_long": draw(st.booleans())} if scaling == "longrope" else {}
     model = {
-        "num_layers": drawn(3, 4),
+        "num_layers": max(2, len(pattern or "")),
         "layer_pattern": pattern,
         "model_dim": 16,
         "num_heads": 4,

@@ -1,6 +1,7 @@
 """Every kernel gives the results of plain attention, in interpreter mode, on one device and on meshes."""
 
 import dataclasses
+import functools
 import json
 import re
 
@@ -73,6 +74,23 @@ def result_and_gradients(config: ModelConfig, mesh, layout, arrays, dtype=jnp.fl
     return [x[:, :, np.argsort(order)] if x.ndim > 1 else x for x in actual]
 
 
+def plain_attention(**changes: object):
+    """Returns inputs, and what plain attention on one device makes of them."""
+    return _plain_attention(config_for("plain", **changes), T)
+
+
+@functools.cache
+def _plain_attention(config: ModelConfig, T: int):
+    arrays = inputs(config)
+    return arrays, result_and_gradients(config, mesh_of(), TRAINING, arrays)
+
+
+def result_and_changed_result(config: ModelConfig, mesh, arrays, changed):
+    """Returns attention's results of two inputs of one row, by one program."""
+    rows = [np.concatenate(pair) for pair in zip(arrays, changed, strict=True)]
+    return np.split(result_and_gradients(config, mesh, TRAINING, rows)[0], 2)
+
+
 def assert_close(actual, expected, tolerance: float) -> None:
     for one, other in zip(actual, expected, strict=True):
         assert np.linalg.norm(one - other) / np.linalg.norm(other) < tolerance
@@ -80,16 +98,14 @@ def assert_close(actual, expected, tolerance: float) -> None:
 
 @pytest.mark.parametrize("changes", [*CHANGES, SINKS], ids=str)
 def test_splash_attention_is_plain_attention(changes: dict):
-    arrays = inputs(config_for("plain", **changes))
-    plain = result_and_gradients(config_for("plain", **changes), mesh_of(), TRAINING, arrays)
+    arrays, plain = plain_attention(**changes)
     splash = result_and_gradients(config_for("splash", **changes), mesh_of(), TRAINING, arrays)
     assert_close(splash, plain, 2e-6)
 
 
 @pytest.mark.parametrize("changes", [{}, SINKS], ids=str)
 def test_a_block_whose_keys_are_computed_in_parts_gives_the_same(changes: dict, monkeypatch):
-    arrays = inputs(config_for("plain", **changes))
-    plain = result_and_gradients(config_for("plain", **changes), mesh_of(), TRAINING, arrays)
+    arrays, plain = plain_attention(**changes)
     monkeypatch.setattr(model.kernels, "_block", lambda *_: T)
     monkeypatch.setattr(model.kernels, "KEYS_AT_ONCE", T // 2)
     splash = result_and_gradients(config_for("splash", **changes), mesh_of(), TRAINING, arrays)
@@ -104,8 +120,7 @@ def test_a_block_whose_keys_are_computed_in_parts_gives_the_same(changes: dict, 
 )
 def test_what_cudnn_is_asked_for_is_plain_attention(shape: dict, changes: dict, monkeypatch):
     """XLA's own attention stands in for cuDNN's, which only a GPU has."""
-    arrays = inputs(config_for("plain", **changes))
-    plain = result_and_gradients(config_for("plain", **changes), mesh_of(), TRAINING, arrays)
+    arrays, plain = plain_attention(**changes)
     real = jax.nn.dot_product_attention
     asked = []
 
@@ -147,20 +162,16 @@ def test_cudnn_gets_the_window_and_computes_no_gradient_of_the_mask(window: int 
 
 
 def test_splash_attention_in_bfloat16_is_as_near_as_plain_attention_is():
-    arrays = inputs(config_for("plain"))
-    exact = result_and_gradients(config_for("plain"), mesh_of(), TRAINING, arrays)
+    arrays, exact = plain_attention()
     actual = result_and_gradients(config_for("splash"), mesh_of(), TRAINING, arrays, jnp.bfloat16)
     assert_close(actual, exact, 1e-2)
 
 
 @pytest.mark.parametrize("kernel", ["plain", "splash"])
-@pytest.mark.parametrize(
-    "shape", [{"context": 2}, {"fsdp": 2, "tensor": 2}, {"fsdp": 2, "context": 2, "tensor": 2}], ids=str
-)
-@pytest.mark.parametrize("changes", [{}, {"sliding_window": 40}, SINKS], ids=str)
+@pytest.mark.parametrize("shape", [{"fsdp": 2, "tensor": 2}, {"fsdp": 2, "context": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 40} | SINKS], ids=str)
 def test_devices_that_share_rows_heads_and_positions_give_the_same(shape: dict, kernel: str, changes: dict):
-    arrays = inputs(config_for("plain", **changes))
-    expected = result_and_gradients(config_for("plain", **changes), mesh_of(), TRAINING, arrays)
+    arrays, expected = plain_attention(**changes)
     actual = result_and_gradients(config_for(kernel, **changes), mesh_of(**shape), TRAINING, arrays)
     assert_close(actual, expected, 2e-6)
 
@@ -173,8 +184,7 @@ def test_later_positions_and_other_segments_change_no_bit(kernel: str):
     other = np.arange(T) > place
     other |= ids[0] != ids[0, place]
     changed = [np.where(other[:, None], x + 1, x).astype(np.float32) for x in (q, k, v)]
-    before = result_and_gradients(config, mesh_of(), TRAINING, (q, k, v, g, ids))[0]
-    after = result_and_gradients(config, mesh_of(), TRAINING, (*changed, g, ids))[0]
+    before, after = result_and_changed_result(config, mesh_of(), (q, k, v, g, ids), (*changed, g, ids))
     np.testing.assert_array_equal(before[:, :, place], after[:, :, place])
     assert np.abs(before[:, :, -1] - after[:, :, -1]).max() > 1e-3
 
@@ -188,8 +198,7 @@ def test_a_packed_document_has_the_results_that_it_has_alone(kernel: str, change
     alone = np.where(inside, 1, 2)[None].astype(np.int32)
     random = np.random.default_rng(9)
     others = [np.where(inside[:, None], x, random.normal(size=x.shape)).astype(np.float32) for x in (q, k, v)]
-    packed = result_and_gradients(config, mesh_of(), TRAINING, (q, k, v, g, ids))[0]
-    single = result_and_gradients(config, mesh_of(), TRAINING, (*others, g, alone))[0]
+    packed, single = result_and_changed_result(config, mesh_of(), (q, k, v, g, ids), (*others, g, alone))
     np.testing.assert_allclose(packed[:, :, inside], single[:, :, inside], atol=1e-6)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from model.kernels import choose_kernel, visited_pairs
 from tests.model import test_kernels as kernels
-from tests.model.test_kernels import SINKS, assert_close, config_for, result_and_gradients
+from tests.model.test_kernels import SINKS, assert_close, config_for, plain_attention, result_and_gradients
 from tests.small import mesh_of
 from train.devices.rules import TRAINING
 
@@ -24,8 +24,7 @@ def positions(monkeypatch, request):
 
 def both(kernel: str, shape: dict[str, int], changes: dict, dtype=jnp.float32):
     """Returns result and gradients by ring attention on a mesh, and by plain attention on one device in float32."""
-    arrays = kernels.inputs(config_for("plain", **changes))
-    expected = result_and_gradients(config_for("plain", **changes), mesh_of(), TRAINING, arrays)
+    arrays, expected = plain_attention(**changes)
     config = config_for(kernel, context_attention="ring", **changes)
     return result_and_gradients(config, mesh_of(**shape), TRAINING, arrays, dtype), expected
 
@@ -35,11 +34,10 @@ def both(kernel: str, shape: dict[str, int], changes: dict, dtype=jnp.float32):
     [
         ({"context": 2}, {}),
         ({"context": 4}, {"num_kv_heads": 1}),
-        ({"context": 8}, {"attention_softcap": 2.0}),
-        ({"context": 8}, {"num_kv_heads": 4} | SINKS),
+        ({"context": 4}, {"attention_softcap": 2.0, "num_kv_heads": 4} | SINKS),
         (MIXED, SINKS),
         ({"context": 2}, {"sliding_window": 2}),
-        ({"context": 8}, {"sliding_window": 17}),
+        ({"context": 4}, {"sliding_window": 33}),
         (MIXED, {"sliding_window": 40} | SINKS),
     ],
     ids=str,
@@ -52,9 +50,9 @@ def test_a_ring_of_plain_attention_is_one_device(shape: dict, changes: dict):
     ("positions", "shape", "changes"),
     [
         (512, {"context": 2}, {}),
-        (2048, {"context": 8}, {"attention_softcap": 2.0, "num_kv_heads": 1}),
-        (1024, {"context": 2, "tensor": 2}, SINKS),
-        (1024, {"context": 2}, {"sliding_window": 40}),
+        (1024, {"context": 4}, {"attention_softcap": 2.0, "num_kv_heads": 1}),
+        (512, {"context": 2, "tensor": 2}, SINKS),
+        (512, {"context": 2}, {"sliding_window": 40}),
     ],
     indirect=["positions"],
     ids=str,
@@ -75,8 +73,7 @@ def test_later_positions_and_other_segments_change_no_bit_of_a_ring(positions: i
     place = positions // 2 + 40
     other = (np.arange(positions) > place) | (ids[0] != ids[0, place])
     changed = [np.where(other[:, None], x + 1, x).astype(np.float32) for x in (q, k, v)]
-    before = result_and_gradients(config, mesh_of(context=2), TRAINING, (q, k, v, g, ids))[0]
-    after = result_and_gradients(config, mesh_of(context=2), TRAINING, (*changed, g, ids))[0]
+    before, after = kernels.result_and_changed_result(config, mesh_of(context=2), (q, k, v, g, ids), (*changed, g, ids))
     np.testing.assert_array_equal(before[:, :, place], after[:, :, place])
     assert np.abs(before[:, :, -1] - after[:, :, -1]).max() > 1e-3
 
