@@ -7,12 +7,14 @@ AdamW as one device; the worst of each figure stands beside the bound that the t
 """
 
 import dataclasses
+import functools
 import json
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from model.config import ModelConfig
 from model.trees import flattened
 from tests.small import RECORDS, mesh_of, small_batch, small_model
 from train.config.config import Config
@@ -20,7 +22,7 @@ from train.config.reading import make_config
 from train.devices.mesh import batch_sharding
 from train.devices.rules import training_layout
 from train.step.optimizer import make_optimizer
-from train.step.state import make_state
+from train.step.state import State, abstract_state, make_state
 from train.step.step import make_train_step
 
 AXES = [{"slices": 2}, {"data": 8}, {"fsdp": 8}, {"context": 4}, {"tensor": 4}]  # and every pair of them:
@@ -29,11 +31,9 @@ MIXED = [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "context": 2, "tensor"
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt-2": {"position": "learned", "max_positions": 16, "activation": "gelu_tanh", "gated": False,
               "attention_bias": True, "feedforward_bias": True, "norm": "layernorm", "tie_embeddings": True,
-              "embedding_dropout": 0.1, "attention_dropout": 0.1, "residual_dropout": 0.1},
-    "vaswani": {"position": "sinusoidal", "scale_embeddings": True, "tie_embeddings": True, "activation": "relu",
-                "gated": False, "feedforward_bias": True, "norm": "layernorm", "norm_placement": "post",
-                "residual_dropout": 0.2, "label_smoothing": 0.1},
-    "windows": {"layer_pattern": "FSNSN", "num_layers": 5, "sliding_window": 5, "window_rope_base": 300.0,
+              "embedding_dropout": 0.1, "attention_dropout": 0.1, "residual_dropout": 0.1, "norm_placement": "post",
+              "label_smoothing": 0.1},
+    "windows": {"layer_pattern": "FSN", "num_layers": 3, "sliding_window": 5, "window_rope_base": 300.0,
                 "norm_placement": "both", "norm_offset": True, "qk_norm": True, "qk_norm_over": "all_heads",
                 "attention_sinks": True, "attention_scale": 0.3, "logit_softcap": 5.0, "activation": "clamped_swiglu"},
     "latent": {"kv_latent_dim": 16, "query_latent_dim": 8, "head_dim": 12, "rope_dim": 4, "value_dim": 8,
@@ -43,7 +43,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
                  "qk_norm": True, "head_dim": 16, "attention_bias": True, "attention_output_bias": False,
                  "activation": "relu2", "gated": False, "embedding_multiplier": 2.0, "residual_multiplier": 0.5,
                  "logit_multiplier": 0.5},
-    "records": RECORDS | {"num_layers": 3, "tie_embeddings": True, "embedding_dropout": 0.1, "residual_dropout": 0.1},
+    "records": RECORDS | {"num_layers": 3, "tie_embeddings": True, "embedding_dropout": 0.1, "residual_dropout": 0.1,
+                          "position": "sinusoidal", "scale_embeddings": True},
 }  # fmt: skip
 # Mixtures of experts, by their routers.
 ROUTERS: dict[str, dict[str, Any]] = {
@@ -91,12 +92,24 @@ def config_for(accumulation_steps: int = 1, rows: int = 8, **model: Any) -> Conf
     return dataclasses.replace(config, model=small_model(**({"num_kv_heads": 4} | model)))
 
 
-def three_steps(config: Config, shape: dict[str, int]) -> Steps:
-    """Three training steps on a mesh."""
+@functools.cache
+def state_of(model: ModelConfig) -> State:
+    """The state that training on one device begins with, on the host."""
+    config = dataclasses.replace(config_for(), model=model)
+    with jax.set_mesh(mesh_of()):
+        return jax.device_get(make_state(config, make_optimizer(config)))
+
+
+def three_steps(config: Config, shape: dict[str, int], from_one_device: bool = False) -> Steps:
+    """Three training steps on a mesh, from the state that it makes itself or that one device makes."""
     mesh = mesh_of(**shape)
     with jax.set_mesh(mesh):
         optimizer, sharding = make_optimizer(config), batch_sharding(mesh, training_layout(config.mesh))
-        state = make_state(config, optimizer)
+        if from_one_device or not shape:
+            shapes = abstract_state(config, optimizer)
+            state = jax.tree.map(lambda x, shape: jax.device_put(x, shape.sharding), state_of(config.model), shapes)
+        else:
+            state = make_state(config, optimizer)
         initial = flattened(jax.device_get(state["weights"]))
         shardings = jax.tree.map(lambda x: x.sharding, state)
         step, metrics, gradients, loads = make_train_step(config, optimizer), [], {}, []

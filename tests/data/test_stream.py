@@ -120,7 +120,7 @@ def wanted(corpus: Corpus) -> Counter:
 
 @pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".txt"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@hypothesis.settings(max_examples=15)
+@hypothesis.settings(max_examples=8)
 @given(
     texts=st.lists(st.text("abc é\n", min_size=1, max_size=100), min_size=30, max_size=60),
     streams=st.integers(1, 4),

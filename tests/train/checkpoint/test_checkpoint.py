@@ -27,14 +27,16 @@ AVERAGED = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, e
 OPTIMIZER = make_optimizer(CONFIG)
 
 
-def trained(steps: int, config: Config = CONFIG):
-    """The state after some steps on the ambient mesh."""
-    state = make_state(config, OPTIMIZER)
+def trained(steps: int, config: Config = CONFIG) -> list:
+    """The states after each of some steps on the ambient mesh."""
+    states = [make_state(config, OPTIMIZER)]
     step = make_train_step(config, OPTIMIZER)
     sharding = batch_sharding(jax.sharding.get_mesh())
     for seed in range(steps):
-        state, _ = step(state, jax.device_put(small_batch(seed=seed), sharding))
-    return state
+        # A step takes the memory of the state that it is given.
+        given = jax.tree.map(jnp.copy, states[-1])
+        states.append(step(given, jax.device_put(small_batch(seed=seed), sharding))[0])
+    return states[1:]
 
 
 def save(folder: Path, *states, keep: int = 5) -> None:
@@ -64,9 +66,9 @@ def two_steps(tmp_path_factory: pytest.TempPathFactory):
     """A folder with checkpoints of steps 1 and 2, and the second state."""
     folder = tmp_path_factory.mktemp("checkpoints")
     with jax.set_mesh(mesh_of(data=2, fsdp=2, tensor=2)):
-        state = trained(2)
-        save(folder, trained(1), state)
-        return folder, jax.device_get(state)
+        states = trained(2)
+        save(folder, *states)
+        return folder, jax.device_get(states[-1])
 
 
 @pytest.mark.parametrize(
@@ -130,7 +132,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(two_steps, tmp
         assert int(state["step"]) == progress["of"] == 1
         assert "the checkpoint of step 2 is damaged" in caplog.text
         assert {path.name for path in (tmp_path / "copy").iterdir()} == {"1", "2.damaged"}
-        save(tmp_path / "copy", trained(2))
+        save(tmp_path / "copy", restore(two_steps[0])[0])
         state, progress = restore(tmp_path / "copy")
         assert int(state["step"]) == progress["of"] == 2
         flip_bits(tmp_path / "copy" / "2")
@@ -236,7 +238,7 @@ def test_checkpoints_are_kept_by_number_and_by_spacing(tmp_path):
 def test_no_checkpoint_is_none_and_the_newest_stay(tmp_path):
     with jax.set_mesh(mesh_of()):
         assert restore(tmp_path / "empty") is None
-        save(tmp_path / "kept", trained(1), trained(2), trained(3), keep=2)
+        save(tmp_path / "kept", *trained(3), keep=2)
         checkpoints = Checkpoints(tmp_path / "kept")
         assert checkpoints.steps() == [2, 3]
         weights = abstract_state(CONFIG, OPTIMIZER)["weights"]
@@ -260,9 +262,9 @@ def two_averaged_steps(tmp_path_factory: pytest.TempPathFactory):
     """A folder like that of `two_steps`, with a moving average of the weights, and its second state."""
     folder = tmp_path_factory.mktemp("averaged")
     with jax.set_mesh(mesh_of(data=2, fsdp=2, tensor=2)):
-        state = trained(2, AVERAGED)
-        save(folder, trained(1, AVERAGED), state)
-        return folder, jax.device_get(state)
+        states = trained(2, AVERAGED)
+        save(folder, *states)
+        return folder, jax.device_get(states[-1])
 
 
 def items(folder: Path) -> set[str]:

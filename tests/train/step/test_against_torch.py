@@ -54,8 +54,8 @@ def test_the_loss_and_every_gradient_are_those_of_transformers(name: str):
         assert difference <= 1e-4 * float(parameter.grad.norm()) + 1e-7 * whole, key
 
 
-# The others have the parameters of GPT-2, but for some biases.
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+# The others have the parameters of these two, but for some biases and norms.
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_twenty_steps_follow_torchs_adamw_with_clipping_decay_mask_and_schedule(name: str):
     torch = require("torch")
     settings = {"learning_rate": 3e-3, "warmup_steps": 4, "clip_norm": 0.5, "weight_decay": 0.2, "final_fraction": 0.1}
