@@ -33,8 +33,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="the number of one input")
     parser.add_argument("--kind", choices=[kind.__name__ for kind in KINDS], help="draw inputs of this kind alone")
+    parser.add_argument("--run-files", type=int, default=0, help="how many more inputs of the kind bad_run_file")
     arguments = parser.parse_args()
     numbers = range(arguments.count) if arguments.only is None else [arguments.only]
+    cases = [(number, arguments.kind) for number in numbers]
+    cases += [(number, "bad_run_file") for number in range(arguments.count, arguments.count + arguments.run_files)]
     os.environ["JAX_PLATFORMS"] = "cpu"
     begun = time.monotonic()
     endings: dict[str, collections.Counter[int | None]] = collections.defaultdict(collections.Counter)
@@ -42,8 +45,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         fuzzer = Fuzzer(Path(folder).resolve())
         with ProcessPoolExecutor(os.cpu_count(), get_context("fork")) as pool:
-            outcomes = [pool.submit(run_one, fuzzer, number, arguments.seed, arguments.kind) for number in numbers]
-            for number, future in zip(numbers, outcomes, strict=True):
+            outcomes = [pool.submit(run_one, fuzzer, number, arguments.seed, kind) for number, kind in cases]
+            for (number, _), future in zip(cases, outcomes, strict=True):
                 outcome = future.result()
                 endings[outcome.kind][outcome.status] += 1
                 if outcome.problem or arguments.only is not None:

@@ -16,7 +16,7 @@ from train.config.reading import make_config
 from train.run.folder import Run
 from train.run.ledger import write_ledger
 
-KEPT = ["--config.checkpoint.export=false", "--config.checkpoint.keep=9"]
+KEPT = ["--config.checkpoint.export=false", "--config.checkpoint.keep=9", "--config.evaluation.sample_tokens=0"]
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from train.weights.huggingface import exported_step
 from train.weights.load import load_trained
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-KEPT = ["--config.checkpoint.export=false", "--config.evaluation.every_steps=99"]
+KEPT = ["--config.checkpoint.export=false", "--config.evaluation.every_steps=99", "--config.evaluation.sample_tokens=0"]
 
 
 @pytest.fixture(scope="module")

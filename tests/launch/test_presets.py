@@ -378,13 +378,14 @@ def test_a_published_recipe_trains_resumes_to_the_bit_and_gives_the_same_logits_
     capsys.readouterr()
     assert_same_logits(tmp_path / "straight", tmp_path / "export")
 
-    # As if it had been killed between its two checkpoints.
-    shutil.copytree(tmp_path / "straight", tmp_path / "killed")
-    shutil.rmtree(tmp_path / "killed" / "checkpoints" / str(STEPS))
-    assert run(tmp_path / "killed") == 0
-    assert [record["loss"] for record in metrics(tmp_path / "killed")] == losses
-    sums = [
-        json.loads((tmp_path / run / "checkpoints" / str(STEPS) / "progress" / "metadata").read_text())["checksums"]
-        for run in ("straight", "killed")
-    ]
-    assert sums[0] == sums[1]
+    if name == "gpt2_124m":  # the others have nothing of their own to resume
+        # As if it had been killed between its two checkpoints.
+        shutil.copytree(tmp_path / "straight", tmp_path / "killed")
+        shutil.rmtree(tmp_path / "killed" / "checkpoints" / str(STEPS))
+        assert run(tmp_path / "killed") == 0
+        assert [record["loss"] for record in metrics(tmp_path / "killed")] == losses
+        sums = [
+            json.loads((tmp_path / run / "checkpoints" / str(STEPS) / "progress" / "metadata").read_text())["checksums"]
+            for run in ("straight", "killed")
+        ]
+        assert sums[0] == sums[1]

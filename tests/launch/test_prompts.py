@@ -20,6 +20,7 @@ def test_a_step_without_a_trained_token_has_no_loss_and_changes_nothing(tmp_path
     arguments += ["--config.mesh.data=1", "--config.mesh.fsdp=1", "--config.mesh.context=8", "--config.mesh.rules={}"]
     arguments += ["--config.train.accumulation_steps=2", "--config.train.num_steps=80", "--config.checkpoint.keep=100"]
     arguments += ["--config.checkpoint.every_steps=40", "--config.evaluation.every_steps=80"]
+    arguments += ["--config.evaluation.sample_tokens=0", "--config.checkpoint.export=false"]
     assert here("pretrain", *arguments) == 0
     shown = capfd.readouterr()
     assert shown.err.count("raise data.segment_length above the prompts' tokens") == 1
