@@ -22,7 +22,7 @@ def test_attend_is_the_definition_with_heads_sharing_keys(window: int | None, so
     q, k, v = (random.normal(size=(B, n, T, C)).astype(np.float32) for n in (H, K, K))
     segment_ids = np.array([[1, 1, 2, 2, 2], [1, 1, 1, 1, 0]])
     mask = causal_mask(jnp.array(segment_ids), window)
-    actual = attend(jnp.array(q), jnp.array(k), jnp.array(v), mask, softcap)
+    actual = np.asarray(attend(jnp.array(q), jnp.array(k), jnp.array(v), mask, softcap))
     for b in range(B):
         for h in range(H):
             for t in range(T):

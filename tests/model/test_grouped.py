@@ -37,15 +37,19 @@ def inputs(case: str, dtype=np.float32):
     return x, w, dy, np.array(sizes, np.int32)
 
 
-def result_and_gradients(product, x, w, dy, sizes) -> list[np.ndarray]:
-    """Returns y, dx and dw, without the rows that are undefined."""
+def with_gradients(product):
+    """Returns a function that gives y, dx and dw."""
 
-    @jax.jit
     def all_three(x, w, dy, sizes):
         y, pull = jax.vjp(lambda x, w: product(x, w, sizes), x, w)
         return y, *pull(dy)
 
-    y, dx, dw = (np.asarray(array) for array in all_three(x, w, dy, sizes))
+    return all_three
+
+
+def result_and_gradients(product, x, w, dy, sizes) -> list[np.ndarray]:
+    """Returns y, dx and dw, without the rows that are undefined."""
+    y, dx, dw = (np.asarray(array) for array in jax.jit(with_gradients(product))(x, w, dy, sizes))
     assert {array.dtype for array in (y, dx, dw)} == {x.dtype}
     return [y[: sizes.sum()], dx[: sizes.sum()], dw]
 
@@ -106,8 +110,7 @@ def test_triton_programs_touch_nothing_behind_their_arrays_and_no_row_of_none(mo
     monkeypatch.setattr(triton, "store", lambda ref, tile, mask: store(ref, checked(tile, ref, mask), mask=mask))
     x, w, dy, sizes = inputs("rows of none")
     x, dy = np.nan_to_num(x), np.nan_to_num(dy)
-    y, pull = jax.vjp(lambda x, w: product_by("triton", x, w, sizes), x, w)
-    dx, dw = pull(dy)
+    y, dx, dw = jax.jit(with_gradients(lambda *operands: product_by("triton", *operands)))(x, w, dy, sizes)
     assert_close((y[: sizes.sum()], dx[: sizes.sum()], dw), dense(x, w, dy, sizes), 1e-6)
     assert np.isnan(y[sizes.sum() :]).all()
     assert np.isnan(dx[sizes.sum() :]).all()
@@ -145,13 +148,10 @@ def compiled(topology: str, E: int, M: int, K: int, N: int, dtype: str) -> list[
     mesh = Mesh(devices, ("fsdp",), axis_types=(AxisType.Explicit,))
     shapes = (((M, K), dtype), ((E, K, N), dtype), ((M, N), dtype), ((E,), "int32"))
 
-    def all_three(x, w, dy, sizes):
-        y, pull = jax.vjp(lambda x, w: grouped_product(x, w, sizes), x, w)
-        return y, *pull(dy)
-
     with jax.set_mesh(mesh), without_jax_cache():
         sharding = NamedSharding(mesh, PartitionSpec())
         arguments = [jax.ShapeDtypeStruct(*shape, sharding=sharding) for shape in shapes]
+        all_three = with_gradients(grouped_product)
         function = jax.shard_map(all_three, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
         text = jax.jit(function).lower(*arguments).compile().as_text()
     computations, _ = computations_of(text)

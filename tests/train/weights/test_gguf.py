@@ -69,7 +69,8 @@ MODELS: dict[str, dict[str, Any]] = {
     | {"position": "sinusoidal", "max_positions": None, "attention_bias": False, "feedforward_bias": False},
     "scaled": {"scale_embeddings": True, "position": "none"} | {k: v for k, v in GPT.items() if "posi" not in k},
 }
-SIZES = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 96}
+SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+FOUR = {"num_hidden_layers": 4}
 PLAIN = {"rope_type": "default", "rope_theta": 7e3}
 LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 7e3}
 HF_YARN = {"rope_type": "yarn", "rope_theta": 7e3, "factor": 4.0, "original_max_position_embeddings": 16}
@@ -109,11 +110,11 @@ LATENT_FIELDS: dict[str, Any] = {
 }
 # Configs of classes in Transformers, beside `SIZES` and `KV`.
 CLASSES: list[tuple[str, dict[str, Any]]] = [
-    ("ministral", {"head_dim": 32, "layer_types": [FULL] * 4}),
+    ("ministral", {"head_dim": 32, "layer_types": [FULL] * 2}),
     ("qwen2", {"rope_parameters": HF_YARN}),
-    ("qwen2", {"tie_word_embeddings": True}),
+    ("qwen2", FOUR | {"tie_word_embeddings": True}),
     ("smollm3", {"num_hidden_layers": 5}),
-    ("smollm3", {"head_dim": 32, "tie_word_embeddings": False, "rope_parameters": LINEAR}),
+    ("smollm3", FOUR | {"head_dim": 32, "tie_word_embeddings": False, "rope_parameters": LINEAR}),
     ("phi3", {}),
     ("phi3", {"tie_word_embeddings": True, "rope_parameters": PLAIN | {"partial_rotary_factor": 0.5}}),
     (
@@ -131,23 +132,25 @@ CLASSES: list[tuple[str, dict[str, Any]]] = [
     ("olmo3", OLMO3 | {"num_hidden_layers": 5}),
     (
         "olmo3",
-        OLMO3 | {"layer_types": [FULL, WINDOW, WINDOW, WINDOW], "rope_parameters": {FULL: HF_YARN, WINDOW: PLAIN}},
+        OLMO3
+        | FOUR
+        | {"layer_types": [FULL, WINDOW, WINDOW, WINDOW], "rope_parameters": {FULL: HF_YARN, WINDOW: PLAIN}},
     ),
-    ("olmo3", OLMO3 | {"layer_types": [WINDOW] * 4}),
+    ("olmo3", OLMO3 | {"layer_types": [WINDOW] * 2}),
     ("gemma2", GEMMA2),
-    ("gemma2", GEMMA2 | {"layer_types": [FULL, FULL, WINDOW, WINDOW], "rope_parameters": LINEAR}),
+    ("gemma2", GEMMA2 | {"layer_types": [FULL, WINDOW], "rope_parameters": LINEAR}),
     ("gemma2", GEMMA_27B | {"num_hidden_layers": 46, "attn_logit_softcapping": 3.0}),
     ("gemma3_text", GEMMA2 | {"num_hidden_layers": 7}),
     (
         "gemma3_text",
         GEMMA2
         | {
-            "layer_types": [WINDOW, FULL, WINDOW, FULL],
+            "layer_types": [WINDOW, FULL],
             "tie_word_embeddings": False,
             "rope_parameters": {FULL: HF_YARN, WINDOW: PLAIN | {"rope_theta": 1e3}},
         },
     ),
-    ("gemma3_text", GEMMA2 | {"layer_types": [FULL] * 4, "rope_parameters": {FULL: LINEAR, WINDOW: PLAIN}}),
+    ("gemma3_text", GEMMA2 | {"layer_types": [FULL] * 2, "rope_parameters": {FULL: LINEAR, WINDOW: PLAIN}}),
     ("gemma3_text", GEMMA_27B | {"num_hidden_layers": 62}),
     ("gpt_neox", NEOX | {"tie_word_embeddings": True}),
     ("gpt_neox", NEOX | {"use_parallel_residual": False, "rope_parameters": HF_YARN | {"partial_rotary_factor": 0.5}}),
@@ -156,7 +159,7 @@ CLASSES: list[tuple[str, dict[str, Any]]] = [
     ("starcoder2", {}),
     ("starcoder2", {"tie_word_embeddings": False}),
     ("cohere2", {"sliding_window": 5, "num_hidden_layers": 5}),
-    ("cohere2", {"sliding_window": 5, "layer_types": [FULL, WINDOW] * 2, "logit_scale": 2.0}),
+    ("cohere2", {"sliding_window": 5, "layer_types": [FULL, WINDOW], "logit_scale": 2.0}),
     ("mixtral", EXPERTS | {"num_local_experts": 4}),
     ("olmoe", EXPERTS | {"num_key_value_heads": 4, "rope_parameters": HF_YARN}),
     ("qwen3_moe", EXPERTS | {"norm_topk_prob": True, "head_dim": 32, "moe_intermediate_size": 32}),
