@@ -115,7 +115,8 @@ def test_a_held_out_document_with_a_bad_field_is_damaged(tmp_path_factory: pytes
     good = HeldOutDocument("a text", "a prompt", "web")
     run.save_held_out([good, good])
     assert run.held_out_texts() == [good, good]
-    assume(field == "cut" or not isinstance(value, str))
+    # A conversation that is cut may have lost all of its answers.
+    assume(value != [] if field == "answers" else field == "cut" or not isinstance(value, str))
     with run.held_out.open("a") as file:
         file.write(json.dumps({"text": "a"} | {field: value}) + "\n")
     with pytest.raises(InputError, match=r"held_out.jsonl:3 is damaged; remove it"):

@@ -18,7 +18,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-LAYERS = ["sliding_attention", "full_attention"] * 2
+LAYERS = ["sliding_attention", "full_attention"]
 
 
 def edit(folder: Path, **changes: Any) -> None:
