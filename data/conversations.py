@@ -8,16 +8,19 @@ character that is (see `data.formats.conversation`), also where it begins before
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from data.config import DataConfig
 from data.errors import BadText, InputError
 from data.files.json_file import read_small_file
-from data.formats import Answers, ChatTemplate, Conversations
+from data.formats import Answers, Conversations
 from data.segmenter import DocumentPairs
 from data.tokenizer.tokenizer import END_OF_TEXT, FIM_TOKENS, UNKNOWN, Tokenizer
+
+if TYPE_CHECKING:
+    from data.formats.template import ChatTemplate
 
 log = logging.getLogger("ziggurat")
 # A function from a text with marks to its token ids, int32 [n], and their characters [begin, end), int64 [n, 2].
@@ -47,7 +50,7 @@ def conversation_pairs(
     return DocumentPairs(ids[:-1], ids[1:], trained[1:], first_pair, document)
 
 
-def open_template(config: DataConfig, tokenizer: Tokenizer | None) -> ChatTemplate | None:
+def open_template(config: DataConfig, tokenizer: Tokenizer | None) -> "ChatTemplate | None":
     """Returns the template of the config's conversations; None if it has none.
 
     Args:
@@ -58,6 +61,9 @@ def open_template(config: DataConfig, tokenizer: Tokenizer | None) -> ChatTempla
     """
     if not config.converses:
         return None
+    # Jinja, which takes a tenth of a second to start, is for conversations alone.
+    from data.formats.template import ChatTemplate
+
     if config.chat_template is not None:
         file = Path(config.chat_template).expanduser()
         if not file.is_file():
@@ -85,7 +91,7 @@ def begins_with_bos(tokenizer: Tokenizer) -> bool:
     return [*ids[:1]] == tokenizer.bos_ids[:1]
 
 
-def tokens_that_end(template: ChatTemplate, tokenizer: Tokenizer) -> list[int]:
+def tokens_that_end(template: "ChatTemplate", tokenizer: Tokenizer) -> list[int]:
     """Returns the special tokens with which an answer ends; warns if there are none, or a prompt has other ids.
 
     Without one, a model cannot learn where to stop. A prompt that ends inside a token has not the ids with which the

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from json.encoder import encode_basestring_ascii
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data import formats
 from data.config import ResolvedDataConfig
@@ -22,6 +23,9 @@ from data.errors import BadText, ChangedFile, Fault, InputError
 from data.files.listing import File, fingerprint, is_local, list_files
 from data.formats import parquet, text
 from data.printable import printable_name
+
+if TYPE_CHECKING:
+    from data.formats.template import ChatTemplate
 
 log = logging.getLogger("ziggurat")
 
@@ -107,7 +111,7 @@ class Corpus:
         files: list[File],
         config: ResolvedDataConfig,
         field: str = "data.corpus",
-        template: formats.ChatTemplate | None = None,
+        template: "ChatTemplate | None" = None,
     ):
         self.files, self.field, self._config = files, field, config
         self.size = sum(file.size for file in files)
@@ -368,7 +372,7 @@ def open_corpus(
     config: ResolvedDataConfig,
     leave_out: Path | None = None,
     field: str = "data.corpus",
-    template: formats.ChatTemplate | None = None,
+    template: "ChatTemplate | None" = None,
 ) -> Corpus:
     """Opens a file, a folder (with its subfolders) or a glob, on a local disk (~ is home) or wherever fsspec reads.
 

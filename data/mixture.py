@@ -12,17 +12,20 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data.config import NO_CORPUS, ResolvedDataConfig, stages, weight_at
 from data.corpus import Corpus, open_corpus
 from data.errors import InputError
-from data.formats import ChatTemplate
 from data.infilling import open_infillings
 from data.segmenter import SegmentPart
 from data.stream import Rows, Stream, StreamPosition, Tokenize, open_readers
 from data.tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from data.formats.template import ChatTemplate
 
 # Credits are integers, so that they are the same on every machine; a row costs this many.
 CREDITS_PER_ROW = 2**32
@@ -61,7 +64,7 @@ class Mixture:
         template: writes conversations as texts, if there are any.
     """
 
-    def __init__(self, sources: Sequence[Source], template: ChatTemplate | None = None):
+    def __init__(self, sources: Sequence[Source], template: "ChatTemplate | None" = None):
         self.sources, self.template = list(sources), template
         self.is_bounded = any(source.config.epochs is not None for source in sources)
 
@@ -96,7 +99,7 @@ def open_mixture(
     config: ResolvedDataConfig,
     stdlib: Callable[[], str],
     leave_out: Path | None = None,
-    template: ChatTemplate | None = None,
+    template: "ChatTemplate | None" = None,
 ) -> Mixture:
     """Opens every corpus of `data.corpus`.
 

@@ -166,7 +166,7 @@ def masked(part: dict[str, Any]) -> str:
     """Returns the text of a part with what is trained on in green, and the rest dim; each line is colored alone."""
     text, (first, last) = part["text"], part["characters"]
     if "fim" in part:
-        return f"{text}"
+        return text
     after_prompt = min(max(first, part.get("prompt_characters", 0)), last)
     cuts = [at - first for at in (first, *itertools.chain(*part.get("trained", [[after_prompt, last]])), last)]
     pieces = zip(itertools.cycle((DIM, GREEN)), (text[begin:end] for begin, end in itertools.pairwise(cuts)))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 
@@ -15,7 +16,6 @@ from data.errors import InputError
 from data.files.atomic import atomic_file, unfinished
 from data.files.json_file import read_small_file
 from data.files.writable import why_not_writable
-from data.formats import ChatTemplate
 from data.formats.stdlib import snapshot_stdlib
 from data.infilling import mark_names
 from data.mixture import Mixture, open_mixture, shares_of
@@ -36,6 +36,9 @@ from train.run.ledger import inherited_entries, read_ledger, skipped_batches, wr
 from train.run.run_name import split_name
 from train.run.storage import check_writable
 from train.run.trackers import foreign_settings, missing_packages
+
+if TYPE_CHECKING:
+    from data.formats.template import ChatTemplate
 
 # Tokens of a sample that no evaluation waits long for.
 LONG_SAMPLE = 1024
@@ -236,7 +239,7 @@ def open_run_mixture(config: Config, run: Run) -> Mixture:
     return open_mixture(config.resolved().data, stdlib, run.folder, run_template(config, run))
 
 
-def run_template(config: Config, run: Run) -> ChatTemplate | None:
+def run_template(config: Config, run: Run) -> "ChatTemplate | None":
     """Returns the template of the run's conversations: a new run's from its config, afterwards the run's own copy."""
     if not config.data.converses:
         return None

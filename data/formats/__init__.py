@@ -17,7 +17,6 @@ from data.formats.content import RawDocument as RawDocument
 from data.formats.content import ReadResult as ReadResult
 from data.formats.conversation import Conversations as Conversations
 from data.formats.fields import Fields as Fields
-from data.formats.template import ChatTemplate as ChatTemplate
 
 ENDINGS = (".txt", ".jsonl", ".parquet", *(kind + end for kind in (".txt", ".jsonl", ".json") for end in COMPRESSIONS))
 # Up to this byte of a local file, a message names the line, for which the file is read; after it, the byte.

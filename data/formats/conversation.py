@@ -14,12 +14,14 @@ of them, and the conversation is refused: a mask could be wrong.
 import re
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data.errors import BadText
 from data.formats.content import RawDocument
-from data.formats.template import ChatTemplate
 from data.printable import printable_name
+
+if TYPE_CHECKING:
+    from data.formats.template import ChatTemplate
 
 ANSWERER = "assistant"
 Messages = list[dict[str, Any]]
@@ -34,7 +36,7 @@ class Conversations:
         last_only: true if only the last answer of each is trained on.
     """
 
-    def __init__(self, field: str, template: ChatTemplate, last_only: bool = False):
+    def __init__(self, field: str, template: "ChatTemplate", last_only: bool = False):
         self.field, self.template, self._last_only = field, template, last_only
 
     @cached_property

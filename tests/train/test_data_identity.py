@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from data.formats import ChatTemplate
+from data.formats.template import ChatTemplate
 from data.mixture import initial_positions, open_mixture
 from train.config.reading import make_config
 from train.data_identity import RunInputs, continue_data, identity_of

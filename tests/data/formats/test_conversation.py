@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from data.config import DataConfig
 from data.corpus import open_corpus
 from data.errors import BadText, InputError
-from data.formats import ChatTemplate, Conversations
+from data.formats import Conversations
+from data.formats.template import ChatTemplate
 from tests.data import chat_templates
 from tests.data.chat_templates import CHATML, IM, TAG
 from tests.peers import require
