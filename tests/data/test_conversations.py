@@ -4,6 +4,8 @@ import dataclasses
 import datetime
 import json
 import random
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,26 +22,18 @@ from data.segmenter import SegmentPart, make_segment
 from data.tokenizer.folder import load_tokenizer
 from data.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
 from data.tokenizer.tokenizer import Tokenizer
-from data.tokenizer.training import train_tokenizer
 from tests.data import chat_templates
 from tests.data.chat_templates import PUBLISHED, Published
 from tests.data.test_stream import pairs_in
-from tests.data.texts import code
 from tests.peers import require
 
 CONFIG = DataConfig(messages_field="messages")
+ROOT = Path(__file__).resolve().parents[2]
 WORDS = [
     "the", "cat", "eats", "42", "漢字", "🙂", "e\u0301", "x = f(1)", "\n", "    ", "Don't!", "…", "<b>", "\n\n", "\t",
     "é", "im_end", "<|", "[/", "assistant", "user",
 ]  # fmt: skip
 Turns = list[dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def ours(tmp_path_factory: pytest.TempPathFactory) -> SentencePieceTokenizer:
-    learned = train_tokenizer(code()[:40], 800, tmp_path_factory.mktemp("ours"))
-    assert isinstance(learned, SentencePieceTokenizer)
-    return learned
 
 
 @pytest.fixture(scope="module")
@@ -165,3 +159,8 @@ def test_an_epoch_trains_once_on_every_answer_and_resumes(folders, tmp_path: Pat
 
 def row_of(parts: list[SegmentPart], config: DataConfig) -> dict[str, list[Any]]:
     return {name: array.tolist() for name, array in make_segment(parts, config).items()}
+
+
+def test_without_conversations_jinja_is_not_imported():
+    check = "import sys, data.mixture; sys.exit('jinja2' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], cwd=ROOT).returncode == 0

@@ -18,19 +18,11 @@ from data.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
 from data.tokenizer.threads import TokenizingThreads
 from data.tokenizer.to_huggingface import write_huggingface_tokenizer
 from data.tokenizer.tokenizer import Tokenizer
-from data.tokenizer.training import train_tokenizer
 from tests.data import others
 from tests.data.texts import NASTY, code
 from tests.peers import require
 
 KINDS = ("gpt2", "llama3", "qwen", "llama2", "gemma")
-
-
-@pytest.fixture(scope="module")
-def ours(tmp_path_factory: pytest.TempPathFactory) -> SentencePieceTokenizer:
-    learned = train_tokenizer(code()[:40], 800, tmp_path_factory.mktemp("ours"))
-    assert isinstance(learned, SentencePieceTokenizer)
-    return learned
 
 
 @pytest.fixture(scope="module")
