@@ -24,6 +24,8 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # The same programs, but compiled in a sixth of the time. Newer compilers have fusion emitters alone.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 flags = ["--xla_force_host_platform_device_count=8", "--xla_cpu_parallel_codegen_split_count=1"]
+# Eight devices on few busy cores may wait for each other for more than 40 seconds, after which XLA ends the process.
+flags.append("--xla_cpu_collective_call_terminate_timeout_seconds=600")
 if jaxlib.version.__version_info__ < (0, 11):
     flags.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()
