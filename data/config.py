@@ -78,6 +78,9 @@ class DataConfig:
         "concatenate documents and cut them, or pack whole ones where they fit and cut only long ones",
         choices=("concatenate", "pack"),
     )
+    shuffle_rows: bool = setting(
+        False, "packed rows of a window come in random order, so that a long document's are not neighbours"
+    )
     document_mask: bool = setting(True, "hide the other documents of a segment from attention")
     restart_positions: bool | None = setting(
         None, "start positions at 0 in each document", unset="the value of document_mask"
@@ -131,6 +134,8 @@ class DataConfig:
         problems = problems_of("data", self)
         if self.segment_length == 1 and not self.train_last_position:
             problems.append("data.segment_length is 1; it must be at least 2")
+        if self.segmentation == "concatenate":
+            problems += unused_problems("data", self, {"shuffle_rows": "data.segmentation = concatenate"})
         problems += _text_problems("data.", vars(self)) + self._fim_problems() + self._conversation_problems()
         if self.corpus is not None and not self.corpus:
             problems.append(f"data.corpus is empty; give {CORPUS_HELP}")

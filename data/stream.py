@@ -8,7 +8,8 @@ With h(…) = 64 bits of BLAKE2b, epoch e of stream v of V is
 
 If there are fewer chunks than streams, all streams read the same windows, of all chunks; each document, in the order
 of 3, goes to the stream that has the least text of the window so far, among equals to the one with the least
-h("deal", seed, e, chunk, place, v), with the index of the chunk and the place at which the window begins.
+h("deal", seed, e, chunk, place, v), with the index of the chunk and the place at which the window begins. With
+`shuffle_rows`, the packed rows of a window are sorted by h("row", seed, e, chunk, place, v, number of the row).
 
 The order does not depend on machines, processes or threads (C1). A position is a few numbers: the epoch, chunk and
 place at which a window begins, and how much of the window is done. Restoring one reads a single window (and the content
@@ -84,7 +85,7 @@ class WindowReader:
     """
 
     def __init__(self, corpus: Corpus, config: ResolvedDataConfig, seed: int, starts: Mapping[int, WindowStart]):
-        self.corpus, self._config, self._seed, self._starts = corpus, config, seed, starts
+        self.corpus, self.seed, self._config, self._starts = corpus, seed, config, starts
         self._windows = self._read(min(starts.values()))
         # Documents that each stream has still to take.
         self._waiting: dict[tuple[int, WindowStart], Window] = {}
@@ -106,7 +107,7 @@ class WindowReader:
         while True:
             documents: list[Document] = []
             size = 0
-            chunks = self.corpus.order(self._seed, epoch)
+            chunks = self.corpus.order(self.seed, epoch)
             if not self.corpus.shared:
                 [v] = self._starts
                 chunks = chunks[v :: self._config.num_streams]
@@ -124,7 +125,7 @@ class WindowReader:
             epoch, first, start = epoch + 1, 0, following
 
     def _shuffled(self, documents: list[Document], epoch: int) -> list[Document]:
-        return sorted(documents, key=lambda d: stable_hash("document", self._seed, epoch, d.file, d.place))
+        return sorted(documents, key=lambda d: stable_hash("document", self.seed, epoch, d.file, d.place))
 
     def _deal(self, documents: list[Document], start: WindowStart) -> Mapping[int, list[Document]]:
         """Returns each stream's documents of a window."""
@@ -132,7 +133,7 @@ class WindowReader:
             return dict.fromkeys(self._starts, documents)
         documents_of: dict[int, list[Document]] = {v: [] for v in range(self._config.num_streams)}
         # A heap of (characters so far, rank among equals, stream).
-        least = [(0, stable_hash("deal", self._seed, *start, v), v) for v in documents_of]
+        least = [(0, stable_hash("deal", self.seed, *start, v), v) for v in documents_of]
         heapq.heapify(least)
         for document in documents:
             size, rank, v = least[0]
@@ -264,6 +265,9 @@ class Stream:
         first = position.item
         for start, window in self._windows(position.start):
             rows = pack(list(self._pairs(window.documents)), self.config)
+            if self.config.shuffle_rows:
+                rank = [stable_hash("row", self.reader.seed, *start, self.v, i) for i in range(len(rows))]
+                rows = [rows[i] for i in sorted(range(len(rows)), key=rank.__getitem__)]
             for i in range(first, len(rows)):
                 yield rows[i], StreamPosition(*start, i + 1)
             first = 0

@@ -19,11 +19,12 @@ def get_config() -> ConfigDict:
         "qk_norm": True,
         "scale_embeddings": True,
     }
-    config.data = {"corpus": "stdlib"}
+    # Its files are longer than a segment: neighbours of one file would be a batch's rows for many steps.
+    config.data = {"corpus": "stdlib", "segmentation": "pack", "shuffle_rows": True}
     # The best of the trials in docs/training.md; `python -m tests.benchmarks.learning` compares it with AdamW.
     config.optimizer = {
         "name": "muon",
-        "learning_rate": 6e-3,
+        "learning_rate": 1.2e-2,
         "warmup_steps": 8,
         "muon_momentum": 0.9,
         "beta2": 0.99,

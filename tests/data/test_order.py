@@ -27,7 +27,7 @@ STREAMS = 8
 CONFIG = DataConfig(segment_length=24, num_streams=STREAMS, chunk_bytes=3000, shuffle_window=6000)
 FORMATS = ["jsonl", "jsonl.gz", "jsonl.zst", "jsonl.xz", "separated", "txt", "parquet", "mixture"]
 SEPARATOR = "=== next ==="
-SHAPES = [{}, {"segmentation": "pack"}, {"document_mask": False, "train_last_position": False}]
+SHAPES = [{}, {"segmentation": "pack", "shuffle_rows": True}, {"document_mask": False, "train_last_position": False}]
 
 
 def texts() -> list[str]:

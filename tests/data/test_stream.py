@@ -37,6 +37,7 @@ SHAPES = [
     {},
     {"segmentation": "pack"},
     {"train_last_position": False},
+    {"segmentation": "pack", "shuffle_rows": True},
     {"segmentation": "pack", "train_last_position": False, "shuffle_window": 2000},
     {"document_mask": False, "shuffle_window": 1},
 ]
@@ -242,6 +243,34 @@ def test_the_order_is_pinned(tmp_path: Path, ending: str):
     tokens = [make_segment(parts, CONFIG)["tokens"].tolist() for parts in rows]
     assert [bytes(t - 1 if 0 < t < 257 else 0 for t in row).decode() for row in tokens] == PINNED[ending]
 
+
+def test_shuffled_rows_are_those_of_a_window_in_an_order_of_their_own(tmp_path: Path):
+    """Rows of a document that is longer than one are neighbours without it. The order is pinned, as above."""
+    texts = ["".join(f"{letter}{i}-{n:03} " for n in range(60)) for i in range(6) for letter in "abc"]
+    plain = dataclasses.replace(CONFIG, segmentation="pack", num_streams=2, shuffle_window=1000)
+    corpus = open_corpus(write(tmp_path, texts), plain)
+    shuffled = dataclasses.replace(plain, shuffle_rows=True)
+
+    def windows_of(config: DataConfig, epoch: int = 0) -> dict[WindowStart, list[bytes]]:
+        windows: dict[WindowStart, list[bytes]] = {}
+        bounded = dataclasses.replace(config, epochs=epoch + 1)
+        for parts, position in stream(corpus, 0, StreamPosition(epoch), config=bounded):
+            windows.setdefault(position.start, []).append(make_segment(parts, config)["tokens"].tobytes())
+        return windows
+
+    before, after = windows_of(plain), windows_of(shuffled)
+    assert {start: sorted(rows) for start, rows in before.items()} == {start: sorted(after[start]) for start in after}
+    assert len(before) > 1
+    assert all(before[start] != after[start] for start in before)
+    orders = [[rows.index(row) for row in after[start]] for start, rows in before.items()]
+    shortest = min(map(len, orders))
+    assert shortest > 20
+    assert len({tuple(place for place in order if place < shortest) for order in orders}) > 1
+    beginning = [bytes(t - 1 for t in np.frombuffer(row, np.int32) if 0 < t < 257).decode() for row in after[(0, 0, 0)]]
+    assert beginning[:3] == PINNED_ROWS
+
+
+PINNED_ROWS = ["-011 c3-012 c3-0", "13 b1-014 b1-015", "b1-009 b1-010 b1"]
 
 PINNED = {
     ".jsonl": ["\x00document 10\x00doc", "ument 42\x00documen", "\x00document 47\x00doc", "ument 03\x00documen"],

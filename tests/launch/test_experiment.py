@@ -193,14 +193,21 @@ def test_a_fork_that_has_begun_needs_its_parent_no_more(finished: Path, tmp_path
         read_experiment(write(tmp_path, text))
 
 
-def test_the_benchmark_of_learning_is_an_experiment():
-    experiment = read_experiment(learning.EXPERIMENT)
-    assert list(experiment.configs) == [learning.BASELINE, learning.LONG, learning.SHORT]
-    assert experiment.baseline == learning.BASELINE
-    names = [config.optimizer.name for config in experiment.configs.values()]
-    assert names == ["adamw", "muon", "muon"]
-    steps = [config.train.num_steps for config in experiment.configs.values()]
-    assert steps[0] == steps[1] > steps[2]
-    bits = {learning.BASELINE: [1.8], learning.LONG: [1.7], learning.SHORT: [1.9]}
+@pytest.mark.parametrize("size", learning.EXPERIMENTS)
+def test_the_benchmark_of_learning_is_an_experiment(size: str):
+    experiment = read_experiment(learning.EXPERIMENTS[size])
+    assert list(experiment.configs) == [*learning.BASELINES, learning.LONG, learning.SHORT]
+    assert experiment.baseline == learning.BASELINES[0]
+    configs = experiment.configs.values()
+    assert [config.optimizer.name for config in configs] == ["adamw", "adamw", "muon", "muon"]
+    assert [config.data.shuffle_rows for config in configs] == [False, True, True, True]
+    assert len({(config.model, config.train.batch_size, config.data.segment_length) for config in configs}) == 1
+    steps = [config.train.num_steps for config in configs]
+    assert steps == [steps[0]] * 3 + [steps[0] // 2]
+
+
+def test_the_tokens_for_a_figure_are_interpolated_between_two_lengths():
+    bits = {learning.LONG: [1.7], learning.SHORT: [1.9]}
     tokens = {learning.LONG: 400, learning.SHORT: 100}
     assert learning.tokens_for(1.8, bits, tokens, 0) == pytest.approx(200)
+    assert learning.tokens_for(1.95, bits, tokens, 0) == 100
