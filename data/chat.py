@@ -97,7 +97,7 @@ class Chat:
 
     Args:
         context: positions that the model sees at most.
-        room: of these, positions that earlier turns leave to the answer.
+        room: positions of the context that earlier turns leave to the answer.
         system: text of the system's turn, which is always seen; None for none.
 
     Attributes:

@@ -7,6 +7,7 @@ a pipe, standard output is the answers alone, and the first line that is refused
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import sys
@@ -112,6 +113,9 @@ class Session:
 
     def run(self) -> None:
         """Answers until the input ends. InputError at a line that is refused, unless a person can mend it."""
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            # Bytes that are not UTF-8 are refused with the question that holds them.
+            sys.stdin.reconfigure(errors="surrogateescape")
         if self._is_terminal:
             with suppress(ImportError):
                 import readline  # noqa: F401  gives `input` its editing and history
@@ -178,7 +182,9 @@ class Session:
         chat, before = self._chat, self._chat.num_left_out
         ids = prompt()
         if chat.num_left_out > before:
-            note(f"the context is full: the model no longer sees the {chat.num_left_out} oldest questions and answers")
+            number = chat.num_left_out
+            oldest = "oldest question and its answer" if number == 1 else f"{number} oldest questions and their answers"
+            note(f"the context is full: the model no longer sees the {oldest}")
         turn, ended = chat.turns[-1], None
         for part in self._answer(ids, seed_of(self._seed, len(chat.turns) - 1, turn.attempt)):
             turn.answer += part.text
@@ -232,7 +238,7 @@ def save(name: str, messages: list[dict[str, Any]]) -> str:
             stream.write(line if is_whole else b"\n" + line)
     except OSError as error:
         raise InputError(f"/save {file}: {error.strerror}; name another file") from None
-    return f"{file}: appended a conversation of {num_answers} questions and answers"
+    return f"{file}: appended a conversation with {num_answers} answer{'s' if num_answers > 1 else ''}"
 
 
 def note(sentence: str) -> None:

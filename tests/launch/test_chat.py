@@ -159,7 +159,7 @@ def test_a_saved_conversation_can_be_trained_on(chatted, prompts, tmp_path: Path
     file.write_text('{"messages": "not ended"}')
     talk(monkeypatch, prompts, f"é one\n/save {file}\ntwo\\\n2\n/regenerate\n/save  {file} \n", Model())
     assert capsys.readouterr().err.splitlines() == [
-        f"{file}: appended a conversation of {n} questions and answers" for n in (1, 2)
+        f"{file}: appended a conversation with {n}" for n in ("1 answer", "2 answers")
     ]
     first, *lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert first == {"messages": "not ended"}
@@ -194,6 +194,10 @@ def test_what_a_chat_refuses_is_one_line_at_which_a_pipe_ends(prompts, tmp_path:
             talk(monkeypatch, prompts, f"{line}\ntwo", model)
         assert "\n" not in str(caught.value)
         assert len(model.asked) == line.startswith("one")
+    # The same in a locale whose input is strict.
+    monkeypatch.setattr(io, "StringIO", lambda lines: io.TextIOWrapper(io.BytesIO(lines.encode("latin-1")), "utf-8"))
+    with pytest.raises(InputError, match="the question is not valid UTF-8"):
+        talk(monkeypatch, prompts, "a \xff b\ntwo", Model())
     model = Model()
     assert talk(monkeypatch, prompts, " /etc/passwd?", model).turns[0].question == "/etc/passwd?"
 
