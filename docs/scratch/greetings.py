@@ -3,7 +3,8 @@
 import json
 import random
 
-NAMES = "Ada Ben Cleo Dan Eva Finn Gus Hana Ida Jon Kim Lea Max Nia Otto Pia Rosa Sam Tom Una".split()
+NAMES = ["Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ida", "Jon"]
+NAMES += ["Kim", "Lea", "Max", "Nia", "Otto", "Pia", "Rosa", "Sam", "Tom", "Una"]
 FACTS = {"a cat": "Meow.", "a dog": "Woof.", "a cow": "Moo.", "an owl": "Hoo.", "a duck": "Quack.", "a sheep": "Baa."}
 
 draw = random.Random(0)
