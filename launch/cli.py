@@ -17,7 +17,7 @@ from launch.streams import ShownFormatter, insistent_interrupts, prepare_streams
 # Names in Linux's /dev of NVIDIA's accelerators (dxg: under WSL), TPUs and AMD's.
 ACCELERATORS = ("nvidia[0-9]*", "dxg", "accel*", "vfio/[0-9]*", "kfd")
 # glibc's memory settings by command. `plan` times the step of a long run; a prefill is a forward pass.
-MEMORY = {"pretrain": SHORT_RUN, "compare": SHORT_RUN, "plan": LONG_RUN, "generate": LONG_RUN}
+MEMORY = {"pretrain": SHORT_RUN, "compare": SHORT_RUN, "plan": LONG_RUN, "generate": LONG_RUN, "chat": LONG_RUN}
 WITHOUT_JAX = ("presets", "completion", "launch", "report")
 
 log = logging.getLogger("ziggurat")

@@ -14,6 +14,7 @@ COMMANDS = {
     "tokenize": ("launch.train_tokenizer", "train a tokenizer on a corpus"),
     "evaluate": ("launch.evaluate", "loss and bits per byte on held-out documents or another corpus, and tasks"),
     "generate": ("launch.generate", "continue a prompt"),
+    "chat": ("launch.chat", "talk with a model that was trained on conversations"),
     "compare": ("launch.compare", "run an experiment: variants of a config with several seeds, and which learns more"),
     "ladder": ("launch.ladder", "train a family of small models, and predict the loss of a large one"),
     "report": ("launch.report", "one HTML page of a run: what was measured, what happened; or curves of several"),

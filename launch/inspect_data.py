@@ -7,7 +7,6 @@ beginning of the run that this command line would start. --summary shows what th
 import argparse
 import itertools
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from data.tokenizer.folder import load_tokenizer
 from launch.arguments import add_json, one_line
 from launch.columns import columns
 from launch.presets import add_config_arguments, load_config
+from launch.streams import DIM, GREEN, PLAIN, is_colored
 from train.run.run_name import split_name
 
 if TYPE_CHECKING:
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from data.tokenizer.tokenizer import Tokenizer
     from train.config.config import Config
     from train.run.folder import Run
-
-
-GREEN, DIM, PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 
 
 class RunData(NamedTuple):
@@ -87,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps({"step": arguments.step, "rows": rows}))
     else:
         print(f"step {arguments.step}")
-        colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        colored = is_colored(sys.stdout)
         print("\n".join(row_text(row, colored) for row in rows))
     return 0
 

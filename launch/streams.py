@@ -7,11 +7,12 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 from data.printable import printable, shown
 
 SECONDS_BETWEEN_INTERRUPTS = 1.0
+GREEN, DIM, PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 
 
 class ShownFormatter(logging.Formatter):
@@ -27,6 +28,11 @@ class Terminal(io.TextIOWrapper):
     def write(self, text: str) -> int:
         super().write(printable(text))
         return len(text)
+
+
+def is_colored(stream: TextIO) -> bool:
+    """True for a terminal of a user who does not refuse colors (no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR")
 
 
 def prepare_streams() -> None:
@@ -51,7 +57,7 @@ def insistent_interrupts() -> Iterator[None]:
     """Repeats the KeyboardInterrupt of a Ctrl-C until it is being handled.
 
     Python drops it where it arrives in a destructor or a callback, and libraries drop it with other exceptions. A
-    second Ctrl-C ends the process at once.
+    second Ctrl-C ends the process at once. A command that catches the exception and goes on calls `interrupt_handled`.
     """
 
     def interrupt(number: int, _: Any) -> None:
@@ -75,3 +81,8 @@ def insistent_interrupts() -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def interrupt_handled() -> None:
+    """Stops the repetition of a Ctrl-C, after which the command goes on; the next one is a first one."""
+    signal.setitimer(signal.ITIMER_REAL, 0)

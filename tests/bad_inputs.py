@@ -247,7 +247,7 @@ READERS = [
     ["report", "RUN"], ["evaluate", "RUN"], ["generate", "RUN", "--prompt=a", "--max_new_tokens=2"],
     ["inspect", "data", "RUN", "--step=2"], ["inspect", "loss", "RUN", "--prompt=the cat"],
     ["inspect", "embedding", "RUN", "--token=the"], ["export", "RUN", "--format=hf", "--to=new"],
-    ["export", "RUN", "--format=gguf", "--to=new.gguf"], ["merge", "run@4", "RUN", "--to=new"],
+    ["export", "RUN", "--format=gguf", "--to=new.gguf"], ["merge", "run@4", "RUN", "--to=new"], ["chat", "RUN"],
 ]  # fmt: skip
 # Commands that open weights, and what they need besides.
 OPENERS = [

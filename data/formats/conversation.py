@@ -50,14 +50,26 @@ class Conversations:
             BadText: there is no such conversation, the template does not render it, or W, P and R do not fit.
         """
         messages = self._checked(value)
+        if not any(message["role"] == ANSWERER for message in messages):
+            raise BadText(f"field {self.field!r} has no turn of the {ANSWERER}, so nothing to train on")
         whole = self.template.render(messages)
-        try:
-            whole.encode()
-        except UnicodeEncodeError as error:
-            raise BadText(f"field {self.field!r} has half a character: {whole[error.start]!r}") from None
+        self._refuse_half_characters(whole)
         answers = [i for i, message in enumerate(messages) if message["role"] == ANSWERER]
         trained = answers[-1:] if self._last_only else answers
         return RawDocument(whole, answers=tuple(self._span(messages, i, whole) for i in trained))
+
+    def prompt(self, value: Any) -> str:
+        """Returns the text of some turns up to where the next answer begins.
+
+        Raises:
+            BadText: there is no such conversation, it ends with an answer, or the template does not render it.
+        """
+        messages = self._checked(value)
+        if not messages or messages[-1]["role"] == ANSWERER:
+            raise BadText(f"field {self.field!r} does not end with a turn that the {ANSWERER} can answer")
+        prompt = self.template.render(messages, prompts=True)
+        self._refuse_half_characters(prompt)
+        return prompt
 
     def texts(self, text: str) -> Iterable[str]:
         """Returns the parts of a rendered conversation between its marks."""
@@ -106,6 +118,12 @@ class Conversations:
     def _ends_with_mark(self, text: str) -> bool:
         return text.rstrip().endswith(tuple(self.template.marks))
 
+    def _refuse_half_characters(self, text: str) -> None:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise BadText(f"field {self.field!r} has half a character: {text[error.start]!r}") from None
+
     def _checked(self, value: Any) -> Messages:
         """Returns the turns without fields that are null, as a Parquet file has them for all turns."""
         if not isinstance(value, list):
@@ -132,8 +150,6 @@ class Conversations:
                     f"turn {number} holds {mark[0]!r}, which the tokenizer reads as a mark of its own; take it out"
                 )
             messages.append(message)
-        if not any(message["role"] == ANSWERER for message in messages):
-            raise BadText(f"field {self.field!r} has no turn of the {ANSWERER}, so nothing to train on")
         return messages
 
 

@@ -1,7 +1,6 @@
 """Conversations: ids and masks are those of published templates, as Transformers renders them."""
 
 import dataclasses
-import datetime
 import json
 import random
 import subprocess
@@ -16,13 +15,10 @@ import pytest
 from data.config import DataConfig
 from data.conversations import conversation_pairs, open_template, trained_tokens
 from data.formats import Conversations
-from data.formats.template import TODAY
 from data.mixture import initial_positions, open_mixture, open_streams
 from data.segmenter import SegmentPart, make_segment
 from data.tokenizer.folder import load_tokenizer
-from data.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
 from data.tokenizer.tokenizer import Tokenizer
-from tests.data import chat_templates
 from tests.data.chat_templates import PUBLISHED, Published
 from tests.data.test_stream import pairs_in
 from tests.peers import require
@@ -34,12 +30,6 @@ WORDS = [
     "é", "im_end", "<|", "[/", "assistant", "user",
 ]  # fmt: skip
 Turns = list[dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def folders(ours: SentencePieceTokenizer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("published")
-    return {name: chat_templates.write(root / name, each, ours) for name, each in PUBLISHED.items()}
 
 
 def text(draw: random.Random) -> str:
@@ -83,19 +73,6 @@ def last_run(mask: list[int]) -> list[int]:
     end = len(mask) - mask[::-1].index(1)
     begin = end - next((i for i, one in enumerate(mask[:end][::-1]) if not one), end)
     return [int(begin <= i < end) for i in range(len(mask))]
-
-
-@pytest.fixture
-def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The clock of Transformers' templates stands still as ours does."""
-    module = require("transformers.utils.chat_template_utils")
-
-    class Still(datetime.datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> "Still":
-            return cls(TODAY.year, TODAY.month, TODAY.day)
-
-    monkeypatch.setattr(module, "datetime", Still)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -4,8 +4,7 @@ import json
 import re
 from pathlib import Path
 
-import pytest
-
+from data.chat import Prompts
 from data.config import DataConfig
 from data.conversations import open_template
 from data.formats import Conversations
@@ -13,45 +12,12 @@ from data.tokenizer.folder import load_tokenizer
 from launch.inspect_data import DIM, GREEN, PLAIN, masked, row_text
 from tests.data import chat_templates
 from tests.data.chat_templates import IM, PUBLISHED
-from tests.launch.small_run import ROOT, back_to, here, metrics, write_config
+from tests.launch.small_chats import EXAMPLE, FLAGS, flags_of
+from tests.launch.small_run import back_to, here, metrics, write_config
 from tests.launch.test_pretrain import assert_same_end, without_times
 from tests.llama_cpp import LlamaCpp
 from tests.peers import require
 from train.run.folder import Run
-
-EXAMPLE = ROOT / "examples" / "chat_template.jinja"
-FLAGS = ["--config.data.segmentation=pack", "--config.data.segment_length=64"]
-FLAGS += ["--config.train.num_steps=6", "--config.checkpoint.every_steps=3"]
-
-
-def write_chats(file: Path) -> Path:
-    """Conversations of one to three questions about animals."""
-    animals = ["cat", "dog", "bird", "fish"]
-    conversations = []
-    for i in range(400):
-        turns = [{"role": "system", "content": "be short"}] if i % 3 == 0 else []
-        for j in range(1 + i % 3):
-            turns.append({"role": "user", "content": f"who is {animals[(i + j) % 4]} {i}?"})
-            turns.append({"role": "assistant", "content": f"my {animals[(i * j) % 4]}."})
-        conversations.append({"messages": turns})
-    file.write_text("".join(json.dumps(c) + "\n" for c in conversations))
-    return file
-
-
-def flags_of(folder: Path) -> list[str]:
-    """The arguments of a run on conversations and plain text."""
-    config = write_config(folder)
-    mixture = {"chats": {"corpus": str(write_chats(folder / "chats.jsonl")), "messages_field": "messages", "weight": 3}}
-    mixture |= {"web": {"corpus": str(folder / "corpus.jsonl")}}
-    return [f"--config={config}", f"--config.data.corpus={json.dumps(mixture)}", *FLAGS]
-
-
-@pytest.fixture(scope="module")
-def chatted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with a tokenizer of its own."""
-    folder = tmp_path_factory.mktemp("chatted")
-    assert here("pretrain", *flags_of(folder), f"--config.data.chat_template={EXAMPLE}") == 0
-    return folder / "run"
 
 
 def test_a_run_resumes_within_its_conversations(chatted: Path, tmp_path: Path, capsys):
@@ -133,6 +99,7 @@ def prompts_and_ids(folder: Path) -> list[tuple[list[dict[str, str]], list[int]]
         ids, _ = tokenizer.encode_marked(answered.text)
         before, _ = tokenizer.encode_marked(prompt)
         assert ids[: len(before)].tolist() == before.tolist()
+        assert Prompts(tokenizer).ids(turns) == before.tolist()
         made.append((turns, before.tolist()))
     return made
 

@@ -27,7 +27,7 @@ def started(monkeypatch) -> list[list[str]]:
 def test_only_commands_that_run_steps_start_again_with_the_memory_settings(monkeypatch, started):
     for argv, files, own, tunables in (
         (["pretrain"], (), {}, SHORT_RUN), (["plan"], (), {}, LONG_RUN), (["generate"], (), {}, LONG_RUN),
-        (["evaluate"], (), {}, None), (["pretrain"], ("nul[l]",), {}, None),
+        (["chat"], (), {}, LONG_RUN), (["evaluate"], (), {}, None), (["pretrain"], ("nul[l]",), {}, None),
         (["pretrain"], (), {"GLIBC_TUNABLES": "glibc.malloc.check=0"}, "glibc.malloc.check=0"),
     ):  # fmt: skip
         monkeypatch.setattr("launch.cli.ACCELERATORS", files)

@@ -61,11 +61,18 @@ class TextStream:
         return text[:cut]
 
 
-def make_generator(config: ResolvedConfig, weights: Any, tokenizer: Tokenizer, int8: bool = False) -> Generator:
-    """Makes the generator of a run or of exported weights, on the ambient mesh; `int8` is for one CPU."""
+def make_generator(
+    config: ResolvedConfig, weights: Any, tokenizer: Tokenizer, int8: bool = False, end_ids: Sequence[int] = ()
+) -> Generator:
+    """Makes the generator of a run or of exported weights, on the ambient mesh.
+
+    Args:
+        int8: products are of whole numbers; for one CPU.
+        end_ids: tokens at which a continuation ends besides those that the tokenizer names.
+    """
     # Ids without text in the tokenizer are never sampled.
     model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
-    context, eos_id = config.data.segment_length, tokenizer.stop_ids
+    context, eos_id = config.data.segment_length, list(dict.fromkeys([*tokenizer.stop_ids, *end_ids]))
     return Generator(model, weights, context=context, eos_id=eos_id, layout=GENERATION, int8=int8)
 
 
