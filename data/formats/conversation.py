@@ -49,12 +49,15 @@ class Conversations:
         Raises:
             BadText: there is no such conversation, the template does not render it, or W, P and R do not fit.
         """
-        messages = self._checked(value)
+        return self.written(self.checked(value, self.field), self.field)
+
+    def written(self, messages: Messages, field: str) -> RawDocument:
+        """Returns the document of turns of a field that have been `checked`. Raises BadText as `document` does."""
         whole = self.template.render(messages)
         try:
             whole.encode()
         except UnicodeEncodeError as error:
-            raise BadText(f"field {self.field!r} has half a character: {whole[error.start]!r}") from None
+            raise BadText(f"field {field!r} has half a character: {whole[error.start]!r}") from None
         answers = [i for i, message in enumerate(messages) if message["role"] == ANSWERER]
         trained = answers[-1:] if self._last_only else answers
         return RawDocument(whole, answers=tuple(self._span(messages, i, whole) for i in trained))
@@ -106,12 +109,14 @@ class Conversations:
     def _ends_with_mark(self, text: str) -> bool:
         return text.rstrip().endswith(tuple(self.template.marks))
 
-    def _checked(self, value: Any) -> Messages:
-        """Returns the turns without fields that are null, as a Parquet file has them for all turns."""
+    def checked(self, value: Any, field: str) -> Messages:
+        """Returns the turns of a field without fields that are null, as a Parquet file has them for all turns.
+
+        Raises:
+            BadText: they are no turns, an answer is empty, there is none, or one holds a mark of the tokenizer.
+        """
         if not isinstance(value, list):
-            raise BadText(
-                f"field {self.field!r} is no list of turns but {type(value).__name__}; see data.messages_field"
-            )
+            raise BadText(f"field {field!r} is no list of turns but {type(value).__name__}; see data.messages_field")
         messages = []
         for number, turn in enumerate(value, start=1):
             if not isinstance(turn, Mapping):
@@ -133,7 +138,7 @@ class Conversations:
                 )
             messages.append(message)
         if not any(message["role"] == ANSWERER for message in messages):
-            raise BadText(f"field {self.field!r} has no turn of the {ANSWERER}, so nothing to train on")
+            raise BadText(f"field {field!r} has no turn of the {ANSWERER}, so nothing to train on")
         return messages
 
 
