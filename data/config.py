@@ -187,8 +187,8 @@ class DataConfig:
             )
         if self.segmentation != "pack":
             problems.append(
-                f"data.segmentation is {self.segmentation}; with data.rejected_field it must be pack, so that no pair is "
-                "cut"
+                f"data.segmentation is {self.segmentation}; with data.rejected_field it must be pack, so that "
+                "no pair is cut"
             )
         if not (self.document_mask and self.restarts):
             problems.append(

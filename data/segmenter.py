@@ -122,9 +122,8 @@ def pack(documents: Sequence[DocumentPairs], config: DataConfig) -> list[list[Se
     """Packs the documents of a window, whole, into few rows by best fit: the longest first, each into the fullest row.
 
     A document longer than a row, which no pair of answers may be, is cut into rows, and the rest is packed like a
-    document. Rows come in the order of
-    their first documents, parts in the order of the documents. (Best fit decreasing: Johnson 1973; for pretraining:
-    Ding et al. 2024, arXiv:2404.10830.)
+    document. Rows come in the order of their first documents, parts in the order of the documents. (Best fit
+    decreasing: Johnson 1973; for pretraining: Ding et al. 2024, arXiv:2404.10830.)
     """
     T = row_length(config)
     assert not any(pairs.rejected and pairs.length > T for pairs in documents)

@@ -182,6 +182,8 @@ class Display:
         self._step = step = record["step"]
         self.curve.add(record)
         loss = "no token trained on" if record["loss"] is None else f"loss {record['loss']:.4f}"
+        if "accuracy" in record:
+            loss += f"  accuracy {record['accuracy']:.1%}  margin {record['margin']:.3f}"
         rate = f"{record['tokens_per_second']:,.0f} tokens/s"
         share = f"{record['peak_share']:.0%} of peak"
         wait = f"data wait {record['data_wait_seconds']:.2f} s"

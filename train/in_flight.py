@@ -72,8 +72,10 @@ class InFlight:
         self._rows_left = max(self._rows_left - rows, 0)
         positions = rows * self._config.data.segment_length
         self.rate.finished(positions, is_computed=record["loss_weight"] > 0)
+        # Of pairs of answers, the loss weight is their number.
+        trained = record["answer_tokens" if "answer_tokens" in record else "loss_weight"]
         record |= {
-            "utilization": record["loss_weight"] / positions,
+            "utilization": trained / positions,
             "tokens_per_second": self.rate.tokens_per_second,
             "peak_share": self.rate.tokens_per_second * self._flops_share,
             "data_wait_seconds": float(waited.max()),

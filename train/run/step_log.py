@@ -24,6 +24,7 @@ NUMBERS = ALWAYS | {
     "grad_norm", "learning_rate", "peak_share", "memory_bytes", "slowest_process", "validation_loss",
     "validation_bits_per_byte", "validation_accuracy", "held_out_bits_per_byte", "held_out_accuracy", "held_out_tokens",
     "expert_load_most", "expert_load_least", "expert_load_entropy", "dead_experts",
+    "accuracy", "margin", "chosen_reward", "rejected_reward", "kl", "answer_tokens",
 }  # fmt: skip
 
 
