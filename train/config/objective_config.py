@@ -17,7 +17,7 @@ class ObjectiveConfig:
         choices=("next_token", "dpo", "simpo"),
     )
     beta: float | None = setting(
-        None, "factor of the log-probabilities in a reward", unset="0.1 with dpo, 2 with simpo", above=0, at_most=1e4
+        None, "factor of the log-probabilities in a reward", unset="0.1 with dpo, 2 with simpo", above=0
     )
     label_smoothing: float = setting(
         0.0, "assumed share of pairs whose preference is wrong, with dpo and simpo", at_least=0, below=0.5
@@ -25,9 +25,7 @@ class ObjectiveConfig:
     length_normalized: bool = setting(
         False, "divide the rewards of dpo by the trained tokens of each answer, as simpo always does"
     )
-    gamma: float = setting(
-        1.0, "margin by which simpo wants the chosen answer's reward to be higher", at_least=0, at_most=1e4
-    )
+    gamma: float = setting(1.0, "margin by which simpo wants the chosen answer's reward to be higher", at_least=0)
 
     @property
     def compares(self) -> bool:
