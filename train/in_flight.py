@@ -10,6 +10,7 @@ import numpy as np
 from train.data_identity import RunInputs
 from train.devices.agreement import Agreement
 from train.display import Rate
+from train.run.step_log import trained_tokens
 from train.step.flops import memory_bytes
 from train.step.schedule import batch_size, rows_between
 from train.step.spike_detector import SpikeDetector
@@ -72,10 +73,8 @@ class InFlight:
         self._rows_left = max(self._rows_left - rows, 0)
         positions = rows * self._config.data.segment_length
         self.rate.finished(positions, is_computed=record["loss_weight"] > 0)
-        # Of pairs of answers, the loss weight is their number.
-        trained = record["answer_tokens" if "answer_tokens" in record else "loss_weight"]
         record |= {
-            "utilization": trained / positions,
+            "utilization": trained_tokens(record) / positions,
             "tokens_per_second": self.rate.tokens_per_second,
             "peak_share": self.rate.tokens_per_second * self._flops_share,
             "data_wait_seconds": float(waited.max()),

@@ -21,7 +21,8 @@ FLAGS = [
     "--config.data.segmentation=pack", "--config.data.segment_length=64", f"--config.train.num_steps={STEPS}",
     "--config.data.text_field=good", "--config.data.prompt_field=ask", "--config.data.rejected_field=bad",
     "--config.objective.name=dpo", "--config.train.init_with=weights", "--config.checkpoint.every_steps=3",
-    "--config.checkpoint.export=false", "--config.evaluation.sample_tokens=0", "--config.optimizer.learning_rate=1e-3",
+    "--config.checkpoint.keep=3", "--config.checkpoint.export=false",
+    "--config.evaluation.sample_tokens=0", "--config.optimizer.learning_rate=1e-3",
 ]  # fmt: skip
 
 
@@ -99,10 +100,16 @@ def test_killed_at_any_instant_it_ends_with_the_same_bits(preferred: Path, finis
                 break
         process.kill()
         process.wait()
-    shutil.copy(preferred.parent / "pairs.jsonl", tmp_path / "pairs.jsonl")
     assert here("pretrain", *flags) == 0
     (state, _), (expected, _) = state_of(tmp_path / "run", STEPS), state_of(preferred, STEPS)
     jax.tree.map(np.testing.assert_array_equal, state, expected)
+
+
+def test_a_report_charts_the_accuracy(preferred: Path, tmp_path: Path):
+    assert here("report", preferred, f"--output={tmp_path / 'report.html'}") == 0
+    page = (tmp_path / "report.html").read_text()
+    for words in ("nats a pair", "Accuracy", "Margin", "Held-out accuracy"):
+        assert words in page
 
 
 def test_a_batch_shows_both_answers(preferred: Path, capsys):

@@ -93,6 +93,11 @@ def held_out_figure(record: Mapping[str, Any], name: str) -> float:
     return float(record.get(f"held_out_{name}", record[f"validation_{name}"]))
 
 
+def trained_tokens(record: Mapping[str, Any]) -> float:
+    """Returns the tokens that a step is trained on; of pairs of answers, the loss weight is the number of pairs."""
+    return float(record.get("answer_tokens", record["loss_weight"]))
+
+
 def median_rate(records: Sequence[Mapping[str, Any]]) -> float:
     """Returns the median of the tokens a second of steps that were not passed over; 0 without any."""
     return statistics.median_high([r["tokens_per_second"] for r in records if r["loss_weight"]] or [0.0])

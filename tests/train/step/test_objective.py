@@ -29,7 +29,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "conservative, by length": {"name": "dpo", "beta": 3.0, "label_smoothing": 0.2, "length_normalized": True},
     "simpo": {"name": "simpo", "beta": 2.5, "gamma": 0.7},
 }
-ROWS, T = 2, 32
+ROWS, T = 2, 48
 EXPERTS = small_model(num_layers=1, num_kv_heads=4, num_experts=4, expert_dim=16)
 
 
