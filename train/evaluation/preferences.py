@@ -33,7 +33,7 @@ def make_pair_step(config: ResolvedConfig) -> PairStep:
         log_p_BT, *before = (
             log_probabilities(config, tree, batch, layout) for tree in (weights, reference) if tree is not None
         )
-        _, sums = preference_loss(config.objective, log_p_BT, batch, *before)
+        _, sums = preference_loss(config.objective, log_p_BT, batch, layout, *before)
         return [sums[name] for name in FIGURES]
 
     return jax.jit(pair_step, compiler_options=compiler_options())

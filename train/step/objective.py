@@ -62,7 +62,7 @@ def summed_objective(
         return losses.objective, {"loss": losses.cross_entropy}
     fixed = jax.lax.stop_gradient((x_BTD, matrix_DV))
     log_p_BT = -token_losses(*fixed, targets_BT, config.model, layout).cross_entropy
-    loss = partial(preference_loss, config.objective, batch=batch, reference_BT=reference_BT)
+    loss = partial(preference_loss, config.objective, batch=batch, layout=layout, reference_BT=reference_BT)
     (value, sums), slope_BT = jax.value_and_grad(loss, has_aux=True)(log_p_BT)
     # The cross-entropy is -log p, so this has the gradient of the loss, and another value.
     linear = summed_losses(x_BTD, matrix_DV, targets_BT, -slope_BT, config.model, layout).objective
@@ -77,7 +77,11 @@ def log_probabilities(config: ResolvedConfig, weights: Weights, batch: Batch, la
 
 
 def preference_loss(
-    config: ObjectiveConfig, log_p_BT: jax.Array, batch: Batch, reference_BT: jax.Array | None = None
+    config: ObjectiveConfig,
+    log_p_BT: jax.Array,
+    batch: Batch,
+    layout: Layout,
+    reference_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, Sums]:
     """Returns the loss of all pairs of a batch (formulas above), and sums over them by name.
 
@@ -87,11 +91,11 @@ def preference_loss(
     of a data set are no samples of the model, for which alone it would estimate that; here it measures the distance.
     """
     ratio_BT = log_p_BT if reference_BT is None else log_p_BT - reference_BT
-    n_BP = answer_sums(jnp.ones_like(log_p_BT), batch)
+    n_BP = answer_sums(jnp.ones_like(log_p_BT), batch, layout)
     scale = config.reward_factor
     r_w, r_l = (
         scale * x_BP / (jnp.maximum(n, 1) if config.per_token else 1)
-        for x_BP, n in zip(answer_sums(ratio_BT, batch), n_BP, strict=True)
+        for x_BP, n in zip(answer_sums(ratio_BT, batch, layout), n_BP, strict=True)
     )
     z_BP = r_w - r_l - (config.gamma if config.name == "simpo" else 0.0)
     smoothing = config.label_smoothing
@@ -104,17 +108,24 @@ def preference_loss(
     return sums["loss"], sums
 
 
-def answer_sums(x_BT: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+def answer_sums(x_BT: jax.Array, batch: Batch, layout: Layout) -> tuple[jax.Array, jax.Array]:
     """Returns the sums of x over the trained tokens of each chosen and each rejected answer, [B, T // 2] each.
 
-    The chosen answer of pair k of a row has segment id 2k − 1, and the rejected one 2k (see `data.segmenter`). XLA
-    fuses the comparison with the sum, so nothing of [B, T // 2, T] is made; nor does the order of positions matter.
+    The chosen answer of pair k of a row has segment id 2k − 1, and the rejected one 2k (see `data.segmenter`), so the
+    order of the positions does not matter. Pairs that a row does not have are 0.
     """
-    weighted = (x_BT * batch["loss_weights"])[:, None, :]
-    ids = batch["segment_ids"][:, None, :]
-    chosen_P = 2 * jnp.arange(x_BT.shape[1] // 2, dtype=jnp.int32) + 1
-    one, other = (jnp.where(ids == (chosen_P + i)[None, :, None], weighted, 0.0) for i in (0, 1))
-    return jnp.sum(one, axis=-1), jnp.sum(other, axis=-1)
+    num_ids, shared = 2 * (x_BT.shape[1] // 2) + 1, tuple(layout.mesh_axes("time"))
+
+    def add_up(x_BT: jax.Array, ids_BT: jax.Array) -> jax.Array:
+        sums_BS = jax.vmap(partial(jax.ops.segment_sum, num_segments=num_ids))(x_BT, ids_BT)
+        return jax.lax.psum(sums_BS, shared) if shared else sums_BS
+
+    if layout.rules:
+        # Each device adds up its own positions of its rows.
+        positions, sums = layout.spec("batch", "time"), layout.spec("batch", None)
+        add_up = jax.shard_map(add_up, in_specs=(positions, positions), out_specs=sums)
+    sums_BS = add_up(x_BT * batch["loss_weights"], batch["segment_ids"])
+    return sums_BS[:, 1::2], sums_BS[:, 2::2]
 
 
 def pair_counts(batch: Batch) -> list[Any]:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from model.sharding import UNSHARDED
 from model.trees import flattened
 from tests import theirs
 from tests.pairs import Batch, batch_of, pair_batch, random_pairs
@@ -18,7 +19,8 @@ from train.config.config import Config
 from train.config.reading import make_config
 from train.devices.mesh import batch_sharding, one_device_mesh
 from train.devices.rules import training_layout
-from train.step.objective import OF_PAIRS, OF_TOKENS
+from train.planning.plan import argument_bytes
+from train.step.objective import OF_PAIRS, OF_TOKENS, preference_loss
 from train.step.optimizer import make_optimizer
 from train.step.state import abstract_state
 from train.step.step import make_train_step, skip_step, summed_loss
@@ -34,7 +36,7 @@ EXPERTS = small_model(num_layers=1, num_kv_heads=4, num_experts=4, expert_dim=16
 
 
 def config_for(objective: str, model: Any = None, **train: Any) -> Config:
-    settings = {"learning_rate": 3e-3, "warmup_steps": 0, "clip_norm": 0.5, "final_fraction": 1.0, "weight_decay": 0.0}
+    settings = {"learning_rate": 1e-3, "warmup_steps": 0, "clip_norm": 0.5, "final_fraction": 1.0, "weight_decay": 0.0}
     values = {"optimizer": settings, "train": {"num_steps": STEPS, "batch_size": ROWS, "init_from": "a@1", **train}}
     values |= {"objective": OBJECTIVES[objective], "data": {"segment_length": T}}
     return dataclasses.replace(make_config(values), model=model or small_model(num_layers=1, num_kv_heads=4))
@@ -109,7 +111,7 @@ def test_twenty_steps_follow_the_formulas_in_torch_and_so_does_every_gradient(ob
         difference = np.linalg.norm(found[key] / pairs - parameter.grad.numpy())
         assert difference <= 1e-4 * float(parameter.grad.norm()) + 1e-7 * whole, key
 
-    adamw = torch.optim.AdamW(parameters.values(), lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    adamw = torch.optim.AdamW(parameters.values(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     expected = []
     for step in range(STEPS):
         adamw.zero_grad()
@@ -125,7 +127,7 @@ def test_twenty_steps_follow_the_formulas_in_torch_and_so_does_every_gradient(ob
             state, metrics = train_step(state, batches[step % 2])
             assert metrics.keys() == expected[step].keys() | {"learning_rate"}
             for name, value in expected[step].items():
-                within = {"rel": 2e-3} if name == "grad_norm" else {"abs": 1e-4, "rel": 1e-4}
+                within = {"rel": 2e-3, "abs": 1e-4} if name == "grad_norm" else {"abs": 1e-4, "rel": 1e-4}
                 assert float(metrics[name]) == pytest.approx(value, **within), (step, name)
 
 
@@ -204,3 +206,17 @@ def test_a_run_begins_at_its_reference_and_a_skipped_step_keeps_it():
     assert float(metrics["grad_norm"]) > 0.01
     after, _ = skip_step(config, state)
     assert after["reference"] is state["reference"]
+
+
+def test_the_sums_of_answers_take_no_memory_for_each_pair_and_position():
+    batch = {"segment_ids": np.zeros((2, 512), np.int32), "loss_weights": np.ones((2, 512), np.float32)}
+    log_p_BT = np.zeros((2, 512), np.float32)
+    loss = functools.partial(preference_loss, config_for("dpo").objective, batch=batch, layout=UNSHARDED)
+    compiled = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(log_p_BT, reference_BT=log_p_BT).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 20 * log_p_BT.nbytes
+
+
+def test_a_plan_counts_the_reference():
+    mesh = mesh_of(fsdp=4)
+    sizes = {name: argument_bytes(config_for(name, batch_size=8).resolved(), mesh) for name in ("dpo", "simpo")}
+    assert sizes["dpo"] == sizes["simpo"] | {"reference": sizes["dpo"]["weights"]}
