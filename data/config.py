@@ -7,7 +7,7 @@ from typing import Any
 from settings import problems_of, setting, unused_problems
 
 # Fields of a corpus in a mixture: the text, its weight, and fields of DataConfig that it may set for itself.
-TEXT_FIELDS = ("text_field", "prompt_field", "text_separator", "messages_field")
+TEXT_FIELDS = ("text_field", "prompt_field", "text_separator", "messages_field", "rejected_field")
 PER_CORPUS_FIELDS = (*TEXT_FIELDS, "epochs", "fim_rate")
 MIXTURE_FIELDS = ("corpus", "weight", *PER_CORPUS_FIELDS)
 MIXTURE_EXAMPLE = '{"web": {"corpus": "web/*.jsonl", "weight": 3}, "code": {"corpus": "code", "weight": 1}}'
@@ -16,6 +16,8 @@ CORPUS_HELP = "'stdlib' (the running Python's standard library), or a file, fold
 FIM_FIELDS = ("fim_rate", "fim_spm_rate", "fim_tokens")
 # Fields of conversations, in which the order of the data follows (see `data.conversations`).
 CONVERSATION_FIELDS = ("messages_field", "train_on")
+# Fields of pairs, which are part of the data's identity only where there are pairs.
+PAIR_FIELDS = ("rejected_field",)
 NO_CORPUS = f"data.corpus is not given; name it with --config.data.corpus=CORPUS: {CORPUS_HELP}"
 
 
@@ -38,6 +40,12 @@ class DataConfig:
         None,
         "name of the field or column that holds the turns of a conversation, each with role and content",
         unset="documents are texts",
+    )
+    rejected_field: str | None = setting(
+        None,
+        "name of the field that holds the rejected answer, whose chosen one is in text_field or messages_field; each "
+        "document is then a pair, for an objective that compares answers",
+        unset="documents are no pairs",
     )
     # The run keeps a copy with its tokenizer, and the identity of its data has the template's hash.
     chat_template: str | None = setting(
@@ -123,6 +131,11 @@ class DataConfig:
         """True if documents of some corpus are conversations."""
         return any(self._of_corpora("messages_field"))
 
+    @property
+    def compares(self) -> bool:
+        """True if documents of some corpus are pairs of a chosen and a rejected answer."""
+        return any(self._of_corpora("rejected_field"))
+
     def _of_corpora(self, name: str) -> list[Any]:
         """Returns the values that the corpora have of a field."""
         several = self.corpus.values() if isinstance(self.corpus, Mapping) else ()
@@ -137,11 +150,12 @@ class DataConfig:
         if self.segmentation == "concatenate":
             problems += unused_problems("data", self, {"shuffle_rows": "data.segmentation = concatenate"})
         problems += _text_problems("data.", vars(self)) + self._fim_problems() + self._conversation_problems()
+        problems += self._pair_problems()
         if self.corpus is not None and not self.corpus:
             problems.append(f"data.corpus is empty; give {CORPUS_HELP}")
         elif isinstance(self.corpus, Mapping):
             for name, values in self.corpus.items():
-                problems += _corpus_problems(f"data.corpus[{name!r}]", values)
+                problems += _corpus_problems(f"data.corpus[{name!r}]", values, self.rejected_field)
                 if not isinstance(name, str) or not name:
                     problems.append(f"data.corpus: {name!r} is not a name; give a text")
             if not problems:
@@ -163,9 +177,32 @@ class DataConfig:
         if not self.converses:
             unused = dict.fromkeys(("chat_template", "train_on"), "data.messages_field = none")
             return unused_problems("data", self, unused)
-        if self.messages_field is not None and self.prompt_field is not None:
+        if self.messages_field is not None and self.prompt_field is not None and not self.compares:
             return ["data.prompt_field is not used with data.messages_field, whose turns are the prompts; leave it out"]
         return []
+
+    def _pair_problems(self) -> list[str]:
+        if not self.compares:
+            return []
+        problems = []
+        if not all(self._of_corpora("rejected_field")):
+            problems.append(
+                "data.rejected_field: some corpora of the mixture hold pairs and some do not; give it to all, or train "
+                "on the others in a run of their own"
+            )
+        if self.segmentation != "pack":
+            problems.append(
+                f"data.segmentation is {self.segmentation}; with data.rejected_field it must be pack, so that "
+                "no pair is cut"
+            )
+        if not (self.document_mask and self.restarts):
+            problems.append(
+                "data.rejected_field needs data.document_mask and data.restart_positions, so that neither answer of a "
+                "pair sees the other; leave both at their defaults"
+            )
+        unused = {"train_on": "data.rejected_field, since the last answers are compared"} if self.converses else {}
+        unused |= {"fim_rate": "data.rejected_field"}
+        return problems + unused_problems("data", self, unused)
 
 
 class ResolvedDataConfig(DataConfig):
@@ -206,8 +243,8 @@ def _text_problems(where: str, values: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _corpus_problems(where: str, values: Any) -> list[str]:
-    """Returns one line for everything that is wrong with one corpus of a mixture."""
+def _corpus_problems(where: str, values: Any, rejected_field: str | None) -> list[str]:
+    """Returns one line for everything that is wrong with one corpus of a mixture, given the field of all corpora."""
     if not isinstance(values, Mapping):
         return [f"{where} is {values!r}; it must hold fields, as in {MIXTURE_EXAMPLE}"]
     unknown = [name for name in values if name not in MIXTURE_FIELDS]
@@ -215,7 +252,8 @@ def _corpus_problems(where: str, values: Any) -> list[str]:
     if not isinstance(values.get("corpus"), str) or not values["corpus"]:
         problems.append(f"{where} has no 'corpus'; give {CORPUS_HELP}")
     problems += _text_problems(f"{where}: ", values)
-    if values.get("messages_field") and values.get("prompt_field"):
+    is_pair = values.get("rejected_field", rejected_field) is not None
+    if values.get("messages_field") and values.get("prompt_field") and not is_pair:
         problems.append(
             f"{where}: prompt_field is not used with messages_field, whose turns are the prompts; leave it out"
         )

@@ -11,7 +11,6 @@ import json
 import logging
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from json.encoder import encode_basestring_ascii
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from data import formats
 from data.config import ResolvedDataConfig
+from data.document import Chunk, Document
 from data.errors import BadText, ChangedFile, Fault, InputError
 from data.files.listing import File, fingerprint, is_local, list_files
 from data.formats import parquet, text
@@ -45,35 +45,6 @@ MAX_PROBLEMS = 10
 SEPARATED_BYTES, SEPARATED_FILES = 2**22, 16
 # Below this number of files per stream, the footers of .parquet files are read for the chunks.
 FILES_PER_STREAM = 4
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Bytes `begin` to `end` of the file with index `file`."""
-
-    file: int
-    begin: int
-    end: int
-
-
-@dataclass(frozen=True)
-class Document:
-    """A document or a piece of one.
-
-    Attributes:
-        text: the text, which is not empty.
-        place: byte offset in the file (or in the content of a compressed file), or row of a .parquet.
-        ends: true if the document ends with it; otherwise its next piece is in another chunk, or held out.
-        prompt: text that precedes it and is not trained on.
-        answers: for a conversation, the characters [begin, end) of each answer that is trained on.
-    """
-
-    text: str
-    file: int
-    place: int
-    ends: bool = True
-    prompt: str = ""
-    answers: formats.Answers | None = None
 
 
 def stable_hash(*parts: int | str) -> int:
@@ -118,8 +89,14 @@ class Corpus:
         conversations = None
         if config.messages_field is not None:
             assert template is not None, "conversations need a template"
-            conversations = formats.Conversations(config.messages_field, template, config.train_on == "last")
-        self._fields = formats.Fields(config.text_field, config.prompt_field, config.text_separator, conversations)
+            conversations = formats.Conversations(
+                config.messages_field,
+                template,
+                last_only=config.train_on == "last" or config.rejected_field is not None,
+            )
+        self._fields = formats.Fields(
+            config.text_field, config.prompt_field, config.text_separator, conversations, config.rejected_field
+        )
         self.skipped: set[tuple[int, int | str]] = set()
         # The byte at which each file's training part ends.
         self._ends = [file.size for file in files]
@@ -321,11 +298,12 @@ class Corpus:
         try:
             for at, content in formats.read_documents(file, begin, end, self._fields, place):
                 if isinstance(content, BadText):
-                    self._bad(number, at, content)
+                    self.refuse(number, at, content)
                 elif content.text:
-                    yield Document(content.text, number, at, prompt=content.prompt, answers=content.answers)
+                    _, prompt, answers, rejected = content
+                    yield Document(content.text, number, at, prompt=prompt, answers=answers, rejected=rejected)
         except BadText as error:
-            self._bad(number, None, error)
+            self.refuse(number, None, error)
 
     def _piece(self, number: int, begin: int, end: int, last: int) -> Iterator[Document]:
         """Yields a piece of a .txt, cut after the lines at `begin` and `end`, unless it is empty."""
@@ -336,9 +314,9 @@ class Corpus:
             if start < end and (content := text.read_text(file, start, end)):
                 yield Document(content, number, start, ends=end == file.size)
         except BadText as error:
-            self._bad(number, begin, error)
+            self.refuse(number, begin, error)
 
-    def _bad(self, number: int, place: int | None, problem: BadText) -> None:
+    def refuse(self, number: int, place: int | None, problem: BadText) -> None:
         """Raises InputError, or logs once that a document (or, without a place, the rest of a chunk) is skipped."""
         file, skips = self.files[number], self._config.on_bad_document == "skip"
         key = (number, str(problem) if place is None else place)
@@ -386,10 +364,13 @@ def open_corpus(
     """
     files = list_files(where, formats.ENDINGS, leave_out, field)
     texts = [file.name for file in files if formats.format_and_compression(file.name)[0] == ".txt"]
-    if config.messages_field is not None and texts:
+    kinds = {
+        "conversations (data.messages_field)": config.messages_field,
+        "pairs (data.rejected_field)": config.rejected_field,
+    }
+    for kind in (kind for kind, value in kinds.items() if value is not None and texts):
         raise InputError(
-            f"{field} = {where}: {printable_name(texts[0])} holds no conversations (data.messages_field), as a .jsonl "
-            "or .parquet does; leave it out"
+            f"{field} = {where}: {printable_name(texts[0])} holds no {kind}, as a .jsonl or .parquet does; leave it out"
         )
     try:
         corpus = Corpus(files, config, field, template)

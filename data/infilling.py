@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from data.config import DataConfig, ResolvedDataConfig
-from data.corpus import Document, stable_hash
+from data.corpus import stable_hash
+from data.document import Document
 from data.errors import InputError
 from data.tokenizer.tokenizer import Tokenizer
 

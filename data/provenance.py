@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,10 @@ from data import formats
 from data.corpus import Corpus, stable_hash
 from data.files.ranges import READ_TOTALS
 from data.infilling import Infilling, open_infillings
-from data.mixture import CREDITS_PER_ROW, MixedStream, Mixture, corpus_field
+from data.mixture import CREDITS_PER_ROW, MixedStream, Mixture, Source, corpus_field
 from data.printable import printable_name, without_credentials
-from data.segmenter import DocumentPairs, SegmentPart, concatenate, pack
-from data.stream import Tokenize, document_pairs
+from data.segmenter import DocumentPairs, SegmentPart, concatenate, pack, sequences_in
+from data.stream import Tokenize, document_pairs, fits
 from data.tokenizer.tokenizer import Tokenizer
 
 # UTF-8 bytes of each corpus that a summary samples.
@@ -57,14 +58,15 @@ def describe_row(
     of a conversation has "trained", the spans of its text whose tokens are trained on, and "trained_tokens". A part of
     a document that is filled in the middle has "fim", the order of its pieces (PSM or SPM), and "middle", the span
     of the middle; its "characters" reach from the first to the last that is covered, and its "text" is in the order of
-    training, with the names of the marks.
+    training, with the names of the marks. Of a pair, both answers are parts, each with "answer", chosen or rejected.
     """
     source = mixture.sources[k]
     origin: dict[str, Any] = {"row": row} | ({"corpus": source.name} if source.name else {})
-    return origin | {"parts": [_describe_part(source.corpus, tokenizer, part) for part in parts]}
+    describe = partial(_describe_part, source.corpus, tokenizer, is_pair=source.config.rejected_field is not None)
+    return origin | {"parts": [*map(describe, sequences_in(parts))]}
 
 
-def _describe_part(corpus: Corpus, tokenizer: Tokenizer, part: SegmentPart) -> dict[str, Any]:
+def _describe_part(corpus: Corpus, tokenizer: Tokenizer, part: SegmentPart, is_pair: bool) -> dict[str, Any]:
     pairs, begin, end = part
     document = pairs.document
     file = corpus.files[document.file]
@@ -73,6 +75,8 @@ def _describe_part(corpus: Corpus, tokenizer: Tokenizer, part: SegmentPart) -> d
         "file": printable_name(without_credentials(file.path)),
         "table_row" if file.name.endswith(".parquet") else "byte": document.place,
     }
+    if is_pair:
+        origin["answer"] = "chosen" if pairs.rejected else "rejected"
     count = {"tokens": end - begin, "end": bool(document.ends and end == len(pairs.targets))}
     if document.answers is not None:
         return origin | _describe_conversation(tokenizer, part, count)
@@ -165,8 +169,8 @@ def summarize(
     infillings = open_infillings([source.config for source in mixture.sources], tokenizer, seed)
     for k, (source, infilling) in enumerate(zip(mixture.sources, infillings, strict=True)):
         config = source.config
-        documents, size, stored = _sample(source.corpus, tokenizer, infilling, seed, sample_bytes)
-        pairs = sum(len(document.inputs) for document in documents)
+        documents, size, stored = _sample(source, tokenizer, infilling, seed, sample_bytes)
+        pairs = sum(document.length for document in documents)
         rows = pack(documents, config) if config.segmentation == "pack" else [*concatenate(documents, config)]
         scale = sum(chunk.end - chunk.begin for chunk in source.corpus.chunks) / max(stored, 1)
         utilization = pairs / max(len(rows) * config.segment_length, 1)
@@ -189,7 +193,7 @@ def summarize(
                 "order_problem": source.corpus.order_problem(),
                 "bytes_per_token": size / max(pairs, 1),
                 "utilization": utilization,
-                "trained": sum(int(document.trained.sum()) for document in documents) / max(pairs, 1),
+                "trained": sum(int(s.trained.sum()) for d in documents for s in d.sequences) / max(pairs, 1),
                 "epochs": epochs,
                 "last_step": last_step,
             }
@@ -205,11 +209,11 @@ def _cut(stages: Sequence[tuple[int, int, int]], cuts: set[int]) -> Iterator[tup
 
 
 def _sample(
-    corpus: Corpus, tokenizer: Tokenizer, infilling: Infilling | None, seed: int, sample_bytes: int
+    source: Source, tokenizer: Tokenizer, infilling: Infilling | None, seed: int, sample_bytes: int
 ) -> tuple[list[DocumentPairs], int, int]:
     """Reads a sample of a corpus: (documents, UTF-8 bytes of their text, stored bytes that were read)."""
     documents: list[DocumentPairs] = []
-    size = stored = 0
+    size, stored, corpus = 0, 0, source.corpus
     for chunk in sorted(corpus.chunks, key=lambda c: stable_hash("summary", seed, c.file, c.begin)):
         if size >= sample_bytes:
             break
@@ -219,8 +223,11 @@ def _sample(
         for document in corpus.documents(chunk):
             encode: Tokenize = lambda texts: map(tokenizer.encode, texts)
             around = tokenizer.bos_ids, tokenizer.eos_id
-            documents += document_pairs([document], encode, *around, infilling, encode_marked=tokenizer.encode_marked)
-            size += len((document.prompt + document.text).encode())
+            made = document_pairs([document], encode, *around, infilling, encode_marked=tokenizer.encode_marked)
+            documents += (pairs for pairs in made if fits(corpus, source.config, pairs))
+            size += len(
+                (document.prompt + document.text + (document.rejected.text if document.rejected else "")).encode()
+            )
             if size >= sample_bytes and not splits:
                 break
         stored += chunk.end - chunk.begin if splits else READ_TOTALS["bytes"] - before

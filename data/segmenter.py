@@ -5,6 +5,9 @@ token, and B the token before a document: E too, unless the tokenizer has one of
 therefore a target exactly once. A row consists of parts of documents and holds `segment_length` pairs. A piece that is
 not the end of its document has no last pair, because E does not follow it. The pairs of a prompt are inputs without
 weight. A conversation (see `data.conversations`) has neither B nor E: its template writes what stands at its ends.
+
+A pair of answers is one document of two sequences, the chosen and the rejected answer, each with its prompt. Both are
+in one row, one after the other, with the segment ids 2k − 1 and 2k.
 """
 
 import bisect
@@ -27,6 +30,7 @@ class DocumentPairs(NamedTuple):
         first_pair: pair at which the rows begin.
         document: the source document, kept for `describe_row`.
         infill: its `data.infilling.Infill`, if it is trained on with its middle last, kept for the same.
+        rejected: for a pair, whose chosen answer the others are, the same of the rejected answer.
     """
 
     inputs: np.ndarray
@@ -35,10 +39,21 @@ class DocumentPairs(NamedTuple):
     first_pair: int = 0
     document: Any = None
     infill: Any = None
+    rejected: Any = None
+
+    @property
+    def sequences(self) -> "list[DocumentPairs]":
+        """The document itself, or the two answers of a pair."""
+        return [self, self.rejected] if self.rejected else [self]
+
+    @property
+    def length(self) -> int:
+        """The number of its inputs, those of both answers of a pair."""
+        return sum(len(sequence.inputs) for sequence in self.sequences)
 
 
 class SegmentPart(NamedTuple):
-    """The pairs `begin` to `end` of a document, in a row."""
+    """The pairs `begin` to `end` of a document, in a row; a pair of answers is never cut."""
 
     pairs: DocumentPairs
     begin: int
@@ -89,19 +104,34 @@ def concatenate(documents: Iterable[DocumentPairs], config: DataConfig) -> Itera
         yield parts, begin
 
 
+def row_length(config: DataConfig) -> int:
+    """Returns the pairs of a row with packed documents that are trained on."""
+    return config.segment_length if config.train_last_position else config.segment_length - 1
+
+
+def sequences_in(parts: Iterable[SegmentPart]) -> Iterator[SegmentPart]:
+    """Yields the parts of a row with the two answers of a pair apart."""
+    for part in parts:
+        if part.pairs.rejected:
+            yield from (SegmentPart(answer, 0, len(answer.inputs)) for answer in part.pairs.sequences)
+        else:
+            yield part
+
+
 def pack(documents: Sequence[DocumentPairs], config: DataConfig) -> list[list[SegmentPart]]:
     """Packs the documents of a window, whole, into few rows by best fit: the longest first, each into the fullest row.
 
-    A document longer than a row is cut into rows, and the rest is packed like a document. Rows come in the order of
-    their first documents, parts in the order of the documents. (Best fit decreasing: Johnson 1973; for pretraining:
-    Ding et al. 2024, arXiv:2404.10830.)
+    A document longer than a row, which no pair of answers may be, is cut into rows, and the rest is packed like a
+    document. Rows come in the order of their first documents, parts in the order of the documents. (Best fit
+    decreasing: Johnson 1973; for pretraining: Ding et al. 2024, arXiv:2404.10830.)
     """
-    T = config.segment_length if config.train_last_position else config.segment_length - 1
+    T = row_length(config)
+    assert not any(pairs.rejected and pairs.length > T for pairs in documents)
     # (document, its pairs' begin and end)
     pieces = [
-        (d, begin, min(begin + T, len(pairs.inputs)))
+        (d, begin, min(begin + T, pairs.length))
         for d, pairs in enumerate(documents)
-        for begin in range(0, len(pairs.inputs), T)
+        for begin in range(0, pairs.length, T)
     ]
     rows: list[list[tuple[int, int, int]]] = []
     spaces: list[tuple[int, int]] = []  # (pairs that still fit, row) of each row with space, in order
@@ -131,7 +161,7 @@ def make_segment(parts: Sequence[SegmentPart], config: DataConfig) -> Segment:
     row["loss_weights"] = np.zeros(T, np.float32)
     filled = 0
     counted = np.arange(T, dtype=np.int32)
-    for number, (pairs, begin, end) in enumerate(parts, start=1):
+    for number, (pairs, begin, end) in enumerate(sequences_in(parts), start=1):
         span = slice(filled, filled + end - begin)
         row["tokens"][span] = pairs.inputs[begin:end]
         row["targets"][span] = pairs.targets[begin:end]

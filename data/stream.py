@@ -16,6 +16,7 @@ place at which a window begins, and how much of the window is done. Restoring on
 before it in a compressed file). After its last window, a stream continues with its own next epoch.
 """
 
+import dataclasses
 import heapq
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,10 +26,11 @@ import numpy as np
 
 from data.config import ResolvedDataConfig
 from data.conversations import EncodeMarked, conversation_pairs
-from data.corpus import Corpus, Document, stable_hash
-from data.errors import InputError
+from data.corpus import Corpus, stable_hash
+from data.document import Document
+from data.errors import BadText, InputError
 from data.infilling import Infilling, Pieces
-from data.segmenter import DocumentPairs, SegmentPart, concatenate, make_pairs, pack
+from data.segmenter import DocumentPairs, SegmentPart, concatenate, make_pairs, pack, row_length
 
 Tokenize = Callable[[Iterable[str]], Iterator[np.ndarray]]
 # Rows of a stream: the parts of each, and the position after it.
@@ -118,7 +120,7 @@ class WindowReader:
                         yield start, self._shuffled(documents, epoch), following
                         documents, size, start = [], 0, following
                     documents.append(document)
-                    size += len(document.prompt) + len(document.text)
+                    size += document.characters
                 place = 0
             following = WindowStart(epoch + 1)
             yield start, self._shuffled(documents, epoch), following
@@ -138,7 +140,7 @@ class WindowReader:
         for document in documents:
             size, rank, v = least[0]
             documents_of[v].append(document)
-            heapq.heapreplace(least, (size + len(document.prompt) + len(document.text), rank, v))
+            heapq.heapreplace(least, (size + document.characters, rank, v))
         return documents_of
 
 
@@ -166,7 +168,9 @@ def document_pairs(
     Conversations are tokenized whole, with their marks, by `encode_marked`.
     """
 
-    def pieces(document: Document) -> tuple[Pieces, Pieces]:
+    def pieces(document: Document) -> tuple[Pieces, ...]:
+        if document.rejected:
+            return [document.prompt], [document.text], [document.rejected.text]
         infill = infilling and infilling.infill(document)
         prompt: Pieces = [document.prompt]
         text: Pieces = infill.pieces(document.text) if infill else [document.text]
@@ -190,13 +194,47 @@ def document_pairs(
     for document in documents:
         if document.answers is not None:
             assert encode_marked is not None
-            yield conversation_pairs(encode_marked, document.text, document.answers, first, document)
+            pairs = conversation_pairs(encode_marked, document.text, document.answers, first, document)
+            if (other := rejected_of(document)) is not None:
+                assert other.answers is not None
+                rejected = conversation_pairs(encode_marked, other.text, other.answers, 0, other)
+                pairs = pairs._replace(rejected=rejected)
+            yield pairs
         else:
-            prompt, text = map(encoded, pieces(document))
-            ids = np.concatenate([np.empty(0, np.int32), *prompt, *text])
-            pairs = make_pairs(ids, bos_ids, eos_id, document.ends, first, sum(map(len, prompt)), document)
+            prompt, *texts = map(encoded, pieces(document))
+            before = sum(map(len, prompt))
+            both = [np.concatenate([np.empty(0, np.int32), *prompt, *text]) for text in texts]
+            pairs = make_pairs(both[0], bos_ids, eos_id, document.ends, first, before, document)
+            if (other := rejected_of(document)) is not None:
+                rejected = make_pairs(both[1], bos_ids, eos_id, True, 0, before, other)
+                pairs = pairs._replace(rejected=rejected)
             yield pairs._replace(infill=infilling and infilling.infill(document))
         first = 0
+
+
+def rejected_of(document: Document) -> Document | None:
+    """Returns the rejected answer of a pair as a document of its own; None for other documents."""
+    if document.rejected is None:
+        return None
+    text, answers = document.rejected
+    return dataclasses.replace(document, text=text, answers=answers, rejected=None)
+
+
+def fits(corpus: Corpus, config: ResolvedDataConfig, pairs: DocumentPairs) -> bool:
+    """True unless a document is a pair of answers longer than a row, and `data.on_bad_document` is skip.
+
+    Raises InputError with file and place if that is error.
+    """
+    if not pairs.rejected or pairs.length <= row_length(config):
+        return True
+    needed = pairs.length + config.segment_length - row_length(config)
+    chosen, rejected = (len(sequence.inputs) for sequence in pairs.sequences)
+    problem = (
+        f"the pair takes {pairs.length} positions, {chosen} for the chosen answer with its prompt and {rejected} for "
+        f"the rejected, and is never cut; give data.segment_length={needed} or more"
+    )
+    corpus.refuse(pairs.document.file, pairs.document.place, BadText(problem))
+    return False
 
 
 @dataclass(frozen=True)
@@ -264,7 +302,8 @@ class Stream:
     def _packed(self, position: StreamPosition) -> Rows:
         first = position.item
         for start, window in self._windows(position.start):
-            rows = pack(list(self._pairs(window.documents)), self.config)
+            kept = (p for p in self._pairs(window.documents) if fits(self.reader.corpus, self.config, p))
+            rows = pack(list(kept), self.config)
             if self.config.shuffle_rows:
                 rank = [stable_hash("row", self.reader.seed, *start, self.v, i) for i in range(len(rows))]
                 rows = [rows[i] for i in sorted(range(len(rows)), key=rank.__getitem__)]

@@ -154,7 +154,9 @@ def row_text(row: dict[str, Any], colored: bool = False) -> str:
         end = ", with its end" if part["end"] else ""
         if "trained" in part:
             end = f", {part['trained_tokens']} of them trained on{end}"
-        lines.append(f"  {part['file']}, {place}, characters {first} to {last}{prompt}: {part['tokens']} tokens{end}")
+        answer = f", {part['answer']} answer" if "answer" in part else ""
+        characters = f"characters {first} to {last}{prompt}"
+        lines.append(f"  {part['file']}, {place}{answer}, {characters}: {part['tokens']} tokens{end}")
         lines += [f"  | {line}" for line in (masked(part) if colored else part["text"]).split("\n")]
     return "\n".join(lines)
 

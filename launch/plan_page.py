@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # By this comment a later plan recognizes a page that it may replace.
 GENERATOR = "<!-- ziggurat plan -->"
 # Parts of the peak of a device's memory, in the order of the bar; `other` is what the compiler adds to the arguments.
-PARTS_OF_PEAK = ("weights", "optimizer", "average", "batch", "other", "temporaries")
+PARTS_OF_PEAK = ("weights", "optimizer", "average", "reference", "batch", "other", "temporaries")
 # Class of the timeline's blocks → its meaning.
 LEGEND = {
     "compute": "computing", "waiting": "waiting", "link": "communication", "host": "copies to the host's memory",

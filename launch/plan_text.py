@@ -13,6 +13,7 @@ MEMORY = {
     "weights": "weights",
     "optimizer": "the optimizer's state",
     "average": "moving average of the weights",
+    "reference": "reference of the objective",
     "batch": "batch",
     "temporaries": "temporaries: activations, gradients, gathered weights",
     "output": "result",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from data.config import CONVERSATION_FIELDS, FIM_FIELDS, PER_CORPUS_FIELDS
+from data.config import CONVERSATION_FIELDS, FIM_FIELDS, PAIR_FIELDS, PER_CORPUS_FIELDS
 from data.errors import InputError
 from data.mixture import MixedStream, Mixture, corpus_field, initial_positions, open_streams
 from data.tokenizer.tokenizer import Tokenizer
@@ -46,11 +46,12 @@ class RunInputs:
 def identity_of(config: Config, mixture: Mixture) -> dict[str, Any]:
     """Returns the settings that the order of the data follows from (C1); fingerprints are added to them.
 
-    Those of fill-in-the-middle and of conversations are among them where they are used, so that runs from before there
-    were any can go on.
+    Those of fill-in-the-middle, of conversations and of pairs are among them where they are used, so that runs from
+    before there were any can go on.
     """
     unused: set[str] = set() if config.data.fills_in else {*FIM_FIELDS}
     unused |= set() if config.data.converses else {*CONVERSATION_FIELDS}
+    unused |= set() if config.data.compares else {*PAIR_FIELDS}
     identity = {
         f"data.{name}": getattr(config.data, name)
         for group, name, field in config_fields()

@@ -182,6 +182,8 @@ class Display:
         self._step = step = record["step"]
         self.curve.add(record)
         loss = "no token trained on" if record["loss"] is None else f"loss {record['loss']:.4f}"
+        if "accuracy" in record:
+            loss += f"  accuracy {record['accuracy']:.1%}  margin {record['margin']:.3f}"
         rate = f"{record['tokens_per_second']:,.0f} tokens/s"
         share = f"{record['peak_share']:.0%} of peak"
         wait = f"data wait {record['data_wait_seconds']:.2f} s"
@@ -205,6 +207,10 @@ class Display:
             whole = ""
             if "held_out_bits_per_byte" in record:
                 whole = f"; all held-out documents: {record['held_out_bits_per_byte']:.3f} bits a byte"
+            if "validation_preference_loss" in record:
+                accuracy, margin = record["validation_preference_accuracy"], record["validation_margin"]
+                whole += f"; pairs: loss {record['validation_preference_loss']:.4f}, accuracy {accuracy:.1%}"
+                whole += f", margin {margin:.3f}"
             self.say(f"step {record['step']}  held-out: {bits:.3f} bits a byte, loss {loss:.4f}{whole}; sample:")
             self.say("\n".join("    " + line for line in self._sample_lines(record["sample"])))
         for task, values in record.get("tasks", {}).items():

@@ -8,9 +8,10 @@ import jax
 import numpy as np
 
 from train.data_identity import RunInputs
-from train.evaluation.documents import loop_documents, take_bytes
+from train.evaluation.documents import loop_documents, loop_pairs, take_bytes
 from train.evaluation.five_gram import five_gram_bits_per_byte
 from train.evaluation.held_out import evaluate, make_evaluation_step, sample_text
+from train.evaluation.preferences import evaluate_pairs, make_pair_step
 from train.evaluation.results import Evaluation, evaluation_metrics, task_metrics
 from train.run.folder import HeldOutDocument
 from train.step.state import abstract_weights
@@ -28,6 +29,7 @@ class Evaluations:
         self._mixture = inputs.mixture
         self._tokenizer = inputs.tokenizer
         self._step = make_evaluation_step(self._config)
+        self._pair_step = make_pair_step(self._config) if self._config.objective.compares else None
         alive = partial(reset_watchdog, self._config)
         self._on_tasks = inputs.tasks.of_model(self._config, self._tokenizer, alive) if inputs.tasks else None
 
@@ -35,6 +37,7 @@ class Evaluations:
         """Evaluates on some of these documents from now on, always the same, and also on all of them at the end."""
         self._held_out = held_out
         self._loop_documents = loop_documents(held_out, self._config)
+        self._loop_pairs = loop_pairs(held_out, self._config) if self._pair_step else []
 
     def compile(self) -> None:
         """Compiles the programs of the evaluations on held-out text for one device, by running them on weights of zero.
@@ -52,14 +55,21 @@ class Evaluations:
         """True if any evaluation follows a step."""
         return self._text_is_due(step, last_step) or self._tasks_are_due(step, last_step)
 
-    def run(self, step: int, last_step: int, weights: Any) -> dict[str, Any]:
-        """Runs the evaluations that are due after a step, and returns their fields of metrics.jsonl."""
+    def run(self, step: int, last_step: int, weights: Any, reference: Any = None) -> dict[str, Any]:
+        """Runs the evaluations that are due after a step, and returns their fields of metrics.jsonl.
+
+        Of pairs, the loss and the bits a byte are those of the chosen answers; further fields compare the answers, with
+        the objective's reference if it has one.
+        """
         reset_watchdog(self._config)
         fields: dict[str, Any] = {}
         if self._text_is_due(step, last_step):
             fields = evaluation_metrics(self._evaluate(weights, self._loop_documents))
             if step == last_step:
                 fields |= evaluation_metrics(self._evaluate(weights, self._held_out), "held_out")
+            fields |= self._of_pairs(weights, reference, self._loop_pairs, "validation")
+            if step == last_step:
+                fields |= self._of_pairs(weights, reference, self._held_out, "held_out")
             fields["sample"] = sample_text(self._config, self._tokenizer, weights)
         if self._on_tasks and self._tasks_are_due(step, last_step):
             fields |= task_metrics(self._on_tasks(weights))
@@ -84,6 +94,13 @@ class Evaluations:
 
     def _evaluate(self, weights: Any, documents: list[HeldOutDocument]) -> dict[str, Evaluation]:
         return evaluate(self._step, weights, documents, self._tokenizer, self._config)
+
+    def _of_pairs(self, weights: Any, reference: Any, documents: list[HeldOutDocument], texts: str) -> dict[str, float]:
+        if self._pair_step is None:
+            return {}
+        figures = evaluate_pairs(self._pair_step, weights, reference, documents, self._tokenizer, self._config)
+        names = {"loss": "preference_loss", "accuracy": "preference_accuracy"}
+        return {f"{texts}_{names.get(name, name)}": value for name, value in figures.items()}
 
     # The first evaluation follows step 1, so that an error in it shows at once.
     def _text_is_due(self, step: int, last_step: int) -> bool:

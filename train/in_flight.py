@@ -10,6 +10,7 @@ import numpy as np
 from train.data_identity import RunInputs
 from train.devices.agreement import Agreement
 from train.display import Rate
+from train.run.step_log import trained_tokens
 from train.step.flops import memory_bytes
 from train.step.schedule import batch_size, rows_between
 from train.step.spike_detector import SpikeDetector
@@ -73,7 +74,7 @@ class InFlight:
         positions = rows * self._config.data.segment_length
         self.rate.finished(positions, is_computed=record["loss_weight"] > 0)
         record |= {
-            "utilization": record["loss_weight"] / positions,
+            "utilization": trained_tokens(record) / positions,
             "tokens_per_second": self.rate.tokens_per_second,
             "peak_share": self.rate.tokens_per_second * self._flops_share,
             "data_wait_seconds": float(waited.max()),

@@ -365,7 +365,9 @@ class Training:
                 self.events.account.switch_to("compile")
                 self.ahead.wait()
                 self.events.account.switch_to("evaluation")
-                fields = self.evaluations.run(self.step, last_step, self.evaluated_weights())
+                fields = self.evaluations.run(
+                    self.step, last_step, self.evaluated_weights(), self.state.get("reference")
+                )
                 self.display.evaluation({"step": self.step} | fields)
                 self.events.account.switch_to("steps")
                 in_flight.rate.start()

@@ -19,6 +19,7 @@ from data.files.writable import why_not_writable
 from data.formats.stdlib import snapshot_stdlib
 from data.infilling import mark_names
 from data.mixture import Mixture, open_mixture, shares_of
+from data.pairs import check_pairs
 from data.tokenizer.folder import holds_tokenizer, load_tokenizer, write_tokenizer
 from data.tokenizer.tokenizer import FIM_TOKENS, TEMPLATE_FILE, Tokenizer
 from data.tokenizer.training import train_tokenizer
@@ -71,6 +72,8 @@ def prepare_run(
     tokenizer = run_tokenizer(config, run, mixture)
     if config.data.fills_in:
         mark_names(config.data, tokenizer)
+    if is_new:
+        check_pairs(mixture, tokenizer)
     config = config.resolved(tokenizer.vocab_size)
     on_first_process(lambda: None if has_held_out(config, run) else save_held_out(config, run, mixture))
     held_out = run.held_out_texts()

@@ -14,7 +14,7 @@ from train.checkpoint.checkpoint import Checkpoints
 from train.data_identity import ANOTHER_RUN, RunInputs, continue_data
 from train.fork import Parent, parent_of
 from train.run.folder import Run
-from train.step.state import State, abstract_state, make_state
+from train.step.state import State, abstract_state, copies_in, make_state
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,10 @@ def _fork(inputs: RunInputs, parent: Parent, optimizer: optax.GradientTransforma
     try:
         if config.train.init_with == "weights":
             state = make_state(config, optimizer)
-            del state["weights"]  # so that two sets of weights do not exist at once
+            for name in ("weights", *copies_in(config)):
+                del state[name]  # so that two sets of weights do not exist at once
             state["weights"] = checkpoints.restore_weights(abstract["weights"], parent.step)[1]
-            if "average" in state:
-                state["average"] = jax.tree.map(jnp.copy, state["weights"])
+            state |= {name: jax.tree.map(jnp.copy, state["weights"]) for name in copies_in(config)}
         else:
             state, progress = checkpoints.restore_step(parent.step, abstract)
     finally:

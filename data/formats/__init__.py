@@ -15,6 +15,7 @@ from data.formats.compression import COMPRESSIONS, open_text, skip_bytes
 from data.formats.content import Answers as Answers
 from data.formats.content import RawDocument as RawDocument
 from data.formats.content import ReadResult as ReadResult
+from data.formats.content import Sequence as Sequence
 from data.formats.conversation import Conversations as Conversations
 from data.formats.fields import Fields as Fields
 

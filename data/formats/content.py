@@ -13,12 +13,23 @@ SKIPPED_BYTES = 2**20
 Answers = tuple[tuple[int, int], ...]
 
 
+class Sequence(NamedTuple):
+    """A text, and for a conversation the answers in it that are trained on."""
+
+    text: str
+    answers: Answers | None = None
+
+
 class RawDocument(NamedTuple):
-    """A document: its text, which may be empty, its prompt, and for a conversation the answers that are trained on."""
+    """A document: its text, which may be empty, its prompt, and for a conversation the answers that are trained on.
+
+    Of a pair, these are the chosen answer; `rejected` is the other one to the same prompt.
+    """
 
     text: str
     prompt: str = ""
     answers: Answers | None = None
+    rejected: Sequence | None = None
 
 
 # The place of a document, and the document or the problem with it.

@@ -49,11 +49,12 @@ class Conversations:
         Raises:
             BadText: there is no such conversation, the template does not render it, or W, P and R do not fit.
         """
-        messages = self._checked(value)
-        if not any(message["role"] == ANSWERER for message in messages):
-            raise BadText(f"field {self.field!r} has no turn of the {ANSWERER}, so nothing to train on")
+        return self.written(self.checked(value, self.field), self.field)
+
+    def written(self, messages: Messages, field: str) -> RawDocument:
+        """Returns the document of turns of a field that have been `checked`. Raises BadText as `document` does."""
         whole = self.template.render(messages)
-        self._refuse_half_characters(whole)
+        _refuse_half_characters(whole, field)
         answers = [i for i, message in enumerate(messages) if message["role"] == ANSWERER]
         trained = answers[-1:] if self._last_only else answers
         return RawDocument(whole, answers=tuple(self._span(messages, i, whole) for i in trained))
@@ -64,11 +65,11 @@ class Conversations:
         Raises:
             BadText: there is no such conversation, it ends with an answer, or the template does not render it.
         """
-        messages = self._checked(value)
+        messages = self._turns(value, self.field)
         if not messages or messages[-1]["role"] == ANSWERER:
             raise BadText(f"field {self.field!r} does not end with a turn that the {ANSWERER} can answer")
         prompt = self.template.render(messages, prompts=True)
-        self._refuse_half_characters(prompt)
+        _refuse_half_characters(prompt, self.field)
         return prompt
 
     def texts(self, text: str) -> Iterable[str]:
@@ -118,18 +119,21 @@ class Conversations:
     def _ends_with_mark(self, text: str) -> bool:
         return text.rstrip().endswith(tuple(self.template.marks))
 
-    def _refuse_half_characters(self, text: str) -> None:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise BadText(f"field {self.field!r} has half a character: {text[error.start]!r}") from None
+    def checked(self, value: Any, field: str) -> Messages:
+        """Returns the turns of a field without fields that are null, as a Parquet file has them for all turns.
 
-    def _checked(self, value: Any) -> Messages:
-        """Returns the turns without fields that are null, as a Parquet file has them for all turns."""
+        Raises:
+            BadText: they are no turns, an answer is empty, there is none, or one holds a mark of the tokenizer.
+        """
+        messages = self._turns(value, field)
+        if not any(message["role"] == ANSWERER for message in messages):
+            raise BadText(f"field {field!r} has no turn of the {ANSWERER}, so nothing to train on")
+        return messages
+
+    def _turns(self, value: Any, field: str) -> Messages:
+        """Returns the same of turns among which there may be no answer."""
         if not isinstance(value, list):
-            raise BadText(
-                f"field {self.field!r} is no list of turns but {type(value).__name__}; see data.messages_field"
-            )
+            raise BadText(f"field {field!r} is no list of turns but {type(value).__name__}; see data.messages_field")
         messages = []
         for number, turn in enumerate(value, start=1):
             if not isinstance(turn, Mapping):
@@ -151,6 +155,13 @@ class Conversations:
                 )
             messages.append(message)
         return messages
+
+
+def _refuse_half_characters(text: str, field: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadText(f"field {field!r} has half a character: {text[error.start]!r}") from None
 
 
 def _texts(value: Any) -> Iterable[str]:

@@ -47,10 +47,8 @@ def parse_line(line: bytes, fields: Fields) -> RawDocument:
         raise BadText(f"is JSON that cannot be read: {error}") from None
     if not isinstance(record, dict):
         raise BadText(f"is no object but {type(record).__name__}")
-    if fields.conversations:
-        return fields.conversations.document(_field(record, fields.conversations.field, "data.messages_field"))
-    text = _text(record, fields.text, "data.text_field")
-    return RawDocument(text, "" if fields.prompt is None else _text(record, fields.prompt, "data.prompt_field"))
+    read = _field if fields.conversations else _text
+    return fields.document({name: read(record, name, setting) for name, setting in fields.columns.items()})
 
 
 def _field(record: dict[str, object], name: str, setting: str) -> object:

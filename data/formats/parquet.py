@@ -113,23 +113,21 @@ def _begin(column: Any) -> int:
 
 def _checked_columns(arrow: Any, schema: Any, fields: Fields) -> list[str]:
     """Returns the columns to read. BadText if one does not exist, or does not hold what it should."""
-    if (conversations := fields.conversations) is not None:
-        type_ = _type_of(schema, conversations.field, "data.messages_field")
+    for name, setting in fields.columns.items():
+        if not fields.conversations:
+            _check(arrow, schema, name, setting)
+            continue
+        type_ = _type_of(schema, name, setting)
         is_list = (arrow.types.is_list, arrow.types.is_large_list)
-        if not any(check(type_) for check in is_list) or not arrow.types.is_struct(type_.value_type):
-            raise BadText(
-                f"column {conversations.field!r} holds no lists of turns but {type_}; see data.messages_field"
-            )
-        return [conversations.field]
-    _check(arrow, schema, fields.text, "data.text_field")
-    if fields.prompt is not None:
-        _check(arrow, schema, fields.prompt, "data.prompt_field")
-    return [name for name in dict.fromkeys((fields.text, fields.prompt)) if name is not None]
+        holds_turns = any(check(type_) for check in is_list) and arrow.types.is_struct(type_.value_type)
+        if not holds_turns and not (fields.rejected and _is_text(arrow, type_)):
+            raise BadText(f"column {name!r} holds no lists of turns but {type_}; see {setting}")
+    return [*fields.columns]
 
 
 def _is_read(path: str, columns: list[str], fields: Fields) -> bool:
     """True if a stored column is one of those, or a part of the turns of a conversation."""
-    return path in columns or (fields.conversations is not None and path.startswith(f"{fields.conversations.field}."))
+    return path in columns or (fields.conversations is not None and path.startswith(tuple(f"{c}." for c in columns)))
 
 
 def _type_of(schema: Any, name: str, setting: str) -> Any:
@@ -144,27 +142,28 @@ def _type_of(schema: Any, name: str, setting: str) -> Any:
 def _check(arrow: Any, schema: Any, name: str, setting: str) -> None:
     """Raises BadText if a column does not exist or holds no text."""
     type_ = _type_of(schema, name, setting)
-    held = type_.value_type if arrow.types.is_dictionary(type_) else type_
-    is_text = (arrow.types.is_string, arrow.types.is_large_string, arrow.types.is_string_view, arrow.types.is_null)
-    if not any(check(held) for check in is_text):
+    if not _is_text(arrow, type_):
         raise BadText(f"column {name!r} holds no text but {type_}; see {setting}")
 
 
+def _is_text(arrow: Any, type_: Any) -> bool:
+    held = type_.value_type if arrow.types.is_dictionary(type_) else type_
+    is_text = (arrow.types.is_string, arrow.types.is_large_string, arrow.types.is_string_view, arrow.types.is_null)
+    return any(check(held) for check in is_text)
+
+
 def _document(batch: Any, row: int, fields: Fields) -> RawDocument | BadText:
-    conversations, values = fields.conversations, []
-    for name in [conversations.field] if conversations else [fields.text, fields.prompt]:
+    values = {}
+    for name in fields.columns:
         try:
-            value = "" if name is None else batch.column(name)[row].as_py()
+            value = batch.column(name)[row].as_py()
         except UnicodeDecodeError as error:
             return BadText(f"column {name!r} is no UTF-8 at byte {error.start} ({error.reason})")
         if value is None:
             return BadText(f"column {name!r} is null")
-        values.append(value)
-    if conversations is None:
-        text, prompt = values
-        return RawDocument(text, prompt)
+        values[name] = value
     try:
-        return conversations.document(values[0])
+        return fields.document(values)
     except BadText as error:
         return error
 

@@ -47,6 +47,12 @@ MEASURES = (
     Measure("memory_bytes", "Memory", "GiB, the most so far", "{:.2f} GiB".format, 2**-30, from_zero=True),
     Measure("utilization", "Utilisation", "% of positions trained on", "{:.1f}%".format, 100, True, is_smoothed=True),
 )
+# Of objectives that compare answers.
+PAIR_MEASURES = (
+    Measure("accuracy", "Accuracy", "% of pairs", "{:.1f}%".format, 100, is_smoothed=True),
+    Measure("margin", "Margin", "of the rewards", "{:.3f}".format, is_smoothed=True),
+    Measure("validation_preference_accuracy", "Held-out accuracy", "% of pairs", "{:.1f}%".format, 100),
+)
 # Of mixtures of experts.
 EXPERT_MEASURES = (
     Measure("expert_load_most", "Fullest expert", "tokens over the mean", "{:.2f}".format, is_smoothed=True),

@@ -6,6 +6,7 @@ import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,11 @@ from launch.page.chart import (
     EXPERT_MEASURES,
     LEFT,
     MEASURES,
+    PAIR_MEASURES,
     RIGHT,
     TOP,
     Chart,
+    Measure,
     make_chart,
     step_range,
     task_measures,
@@ -33,7 +36,7 @@ from train.run.events import read_events
 from train.run.folder import Run
 from train.run.goodput import duration, goodput
 from train.run.lease import BEAT_SECONDS, MISSING_BEATS
-from train.run.step_log import held_out_figure, median_rate, read_metrics, scalars
+from train.run.step_log import held_out_figure, median_rate, read_metrics, scalars, trained_tokens
 from train.step.schedule import rows_between
 
 # By this comment a later report recognizes a page that it may replace.
@@ -63,7 +66,7 @@ def make_page(run: Run) -> str:
     color, word, detail = history.run_state(events, is_alive, last_seen)
     marks = history.event_steps(events)
     charts: dict[str, Chart] = {}
-    for measure in (*MEASURES, *EXPERT_MEASURES, *task_measures(records)) if records else ():
+    for measure in (*measures_of(config), *EXPERT_MEASURES, *task_measures(records)) if records else ():
         will_come = measure.field.startswith("validation") and config.data.validation_fraction
         if chart := make_chart(measure, records, marks, "no evaluation yet" if will_come else ""):
             charts[measure.field] = chart
@@ -85,6 +88,14 @@ def make_page(run: Run) -> str:
     parts.append(element("p", f"Made {history.utc_text(now)} UTC by ziggurat report.", class_="quiet"))
     data = readouts(charts, records) if charts else None
     return html_page(f"{run.folder.name}: {word}", GENERATOR, fragment(parts), data, "report", has_cursors=True)
+
+
+def measures_of(config: Config) -> list[Measure]:
+    """Returns what is charted of a run with any model, the training loss first."""
+    if not config.objective.compares:
+        return [*MEASURES]
+    loss, *others = MEASURES
+    return [replace(loss, unit="nats a pair"), *PAIR_MEASURES, *others]
 
 
 def section(title: str, *inside: Html) -> Html:
@@ -114,11 +125,11 @@ def key_figures(config: Config, run: Run, records: Records, events: Sequence[his
         limit = "at most, " if config.data.epochs else "of steps, "
         figures.append(("left", duration(left), f"{limit}at the last rate"))
     if records:
-        tokens = sum(record["loss_weight"] for record in records)
+        tokens = sum(map(trained_tokens, records))
         figures.append(("trained on", f"{tokens:,.0f}", "tokens"))
         losses = [record["loss"] for record in records if record["loss"] is not None]
         if losses:
-            figures.append(("training loss", f"{losses[-1]:.4f}", "nats a token"))
+            figures.append(("training loss", f"{losses[-1]:.4f}", measures_of(config)[0].unit))
     if evaluated := [record for record in records if "validation_bits_per_byte" in record]:
         last, texts = evaluated[-1], run.held_out_texts()
         if not any(event["event"] == "end" and event["step"] == last["step"] for event in events):
@@ -163,8 +174,8 @@ def data_table(config: Config, records: Records) -> Html:
     rows = corpus_rows(config, records)
     rows.append(("a step", f"{config.train.batch_size:,} rows of {config.data.segment_length:,} positions"))
     if records:
-        positions = sum(record["loss_weight"] / max(record["utilization"], 1e-9) for record in records)
-        tokens = sum(record["loss_weight"] for record in records)
+        positions = sum(trained_tokens(record) / max(record["utilization"], 1e-9) for record in records)
+        tokens = sum(map(trained_tokens, records))
         waited = sum(record["data_wait_seconds"] for record in records)
         rows.append(("utilisation", f"{tokens / max(positions, 1e-9):.1%} of positions give a loss"))
         rows.append(("waiting", f"{waited / len(records):.3f} s a step"))

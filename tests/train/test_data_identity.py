@@ -65,3 +65,19 @@ def test_conversations_and_their_template_are_part_of_the_identity_only_where_th
     assert {name for name in one if one[name] != other[name]} == {"data.chat_template"}
     several = fields("{{ messages }}", corpus={"chats": {"corpus": str(path), "messages_field": "messages"}})
     assert several["data.corpus['chats'].messages_field"] == "messages"
+
+
+def test_pairs_are_part_of_the_identity_only_where_there_are_any(tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": f"yes {i}", "bad": f"no {i}"}) + "\n" for i in range(200)))
+
+    def fields(**data: Any) -> dict[str, Any]:
+        values = {"corpus": str(path), "num_streams": 1, "segmentation": "pack"} | data
+        config = make_config({"data": values, "objective": {"name": "simpo" if data else "next_token"}}).resolved()
+        identity = identity_of(config, open_mixture(config.data, lambda: ""))
+        return {name: value for name, value in identity.items() if "rejected" in name}
+
+    assert fields() == {}
+    assert fields(rejected_field="bad") == {"data.rejected_field": "bad"}
+    several = fields(corpus={"a": {"corpus": str(path), "rejected_field": "bad"}})
+    assert several == {"data.rejected_field": None, "data.corpus['a'].rejected_field": "bad"}

@@ -2,8 +2,8 @@
 
 A checkpoint consists of three Orbax items: `weights`, `optimizer` (plain nested dictionaries of arrays, whatever the
 mesh) and `progress` (JSON, the same for all processes): the position of every stream, fingerprints, a checksum of each
-array, and a digest of itself. If weights are averaged, `average` is a fourth. Orbax commits all by one rename; a
-checksum that differs on restore shows damage that Orbax would not notice.
+array, and a digest of itself. Copies of the weights, `average` and `reference`, are further items. Orbax commits all
+by one rename; a checksum that differs on restore shows damage that Orbax would not notice.
 
 The newest checkpoint is found in four ways: `Checkpoints.steps` for all processes of a run; `Run.last_step` without
 opening the checkpoints; `launch.local.newest_step` and `launch.slurm.newest_step_command`, a shell command, because
@@ -14,7 +14,7 @@ import json
 import logging
 import math
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ from train.step.state import State
 log = logging.getLogger("ziggurat")
 # What the libraries raise if a file of a checkpoint is damaged.
 DAMAGE_ERRORS = (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError)
+# Items that begin as copies of the weights where a checkpoint has none, and what they are.
+COPIES = {"average": "average of the weights (train.ema_decay)", "reference": "reference of the objective"}
 # Checkpoints that are tried before a reader gives up: a run that trains may remove each while it is read.
 MOST_TRIES = 20
 # A layer with at least this many bytes on a device is stored as a chunk of its own.
@@ -81,7 +83,8 @@ class Checkpoints:
         )
         # Compression would make float32 a twelfth smaller, and a save over half as long again.
         items = {
-            name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in ("weights", "optimizer", "average")
+            name: ocp.PyTreeCheckpointHandler(use_compression=False)
+            for name in ("weights", "optimizer", "average", "reference")
         }
         items |= {"progress": ocp.JsonCheckpointHandler()}
         self.folder = epath.Path(folder)
@@ -141,7 +144,7 @@ class Checkpoints:
         """Returns the newest undamaged checkpoint as (state, progress), or None if there is no checkpoint.
 
         Newer checkpoints, which are damaged, are renamed: the run will save those steps again. If the checkpoint has no
-        average and one is wanted, the average starts from its weights; one that is not wanted is not read. Raises
+        average or reference and one is wanted, it starts from its weights; one that is not wanted is not read. Raises
         InputError if there are checkpoints, and all are damaged.
         """
         steps = self.steps()
@@ -168,7 +171,7 @@ class Checkpoints:
         Raises InputError if there is no such checkpoint, or it is damaged.
         """
         for candidate in self._candidates(self.steps, step):
-            if items := self._read(candidate, lambda averaged: {"average" if averaged else "weights": abstract}):
+            if items := self._read(candidate, lambda items: {"average" if "average" in items else "weights": abstract}):
                 return candidate, next(iter(items[0].values()))
         raise InputError(f"{self.folder} holds no checkpoint that can be read")
 
@@ -226,27 +229,27 @@ class Checkpoints:
         """Returns (state, progress) of one checkpoint, or None, with a warning, if it is damaged."""
         wanted = {name: to_plain_tree(tree) for name, tree in abstract.items() if name != "step"}
 
-        def without_average(has_average: bool) -> dict[str, Any]:
-            return {name: tree for name, tree in wanted.items() if name != "average" or has_average}
+        def stored(items: Container[str]) -> dict[str, Any]:
+            return {name: tree for name, tree in wanted.items() if name not in COPIES or name in items}
 
-        restored = self._read(step, without_average)
+        restored = self._read(step, stored)
         if restored is None:
             return None
         arrays, progress = restored
-        if "average" in wanted and "average" not in arrays:
-            log.warning("train.ema_decay: the average begins with the weights of step %d", step)
-            arrays["average"] = jax.tree.map(jnp.copy, arrays["weights"])
+        for name in [name for name in COPIES if name in wanted and name not in arrays]:
+            log.warning("the %s begins with the weights of step %d", COPIES[name], step)
+            arrays[name] = jax.tree.map(jnp.copy, arrays["weights"])
         if "average" not in wanted and "average" in progress["checksums"]:
             log.warning("train.ema_decay is 0: the average up to step %d ends there", step)
         count = jax.device_put(jnp.asarray(step, jnp.int32), abstract["step"].sharding)
         return {"step": count} | {name: restore_structure(abstract[name], arrays[name]) for name in wanted}, progress
 
     def _read(
-        self, step: int, wanted: Callable[[bool], dict[str, Any]]
+        self, step: int, wanted: Callable[[Container[str]], dict[str, Any]]
     ) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """Returns the items of one checkpoint and its progress, or None, with a warning, if a checksum differs.
 
-        `wanted` returns {item: abstract tree}; its argument is true if the checkpoint has an average.
+        `wanted` returns {item: abstract tree}; its argument has the names of the checkpoint's items.
         """
         damage = ""
         try:
@@ -254,7 +257,7 @@ class Checkpoints:
             check_regular(place)
             progress = self._reader.restore(place, ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
             check_progress_digest(progress)
-            abstract = wanted("average" in progress["checksums"])
+            abstract = wanted(progress["checksums"])
             arguments = {
                 name: ocp.args.PyTreeRestore(tree, restore_args=construct_restore_args(tree))
                 for name, tree in abstract.items()

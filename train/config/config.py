@@ -14,6 +14,7 @@ from data.config import DataConfig, ResolvedDataConfig, TokenizerConfig
 from data.printable import without_credentials
 from model.config import ModelConfig, ResolvedModelConfig
 from train.config.checkpoint_config import CheckpointConfig
+from train.config.objective_config import ObjectiveConfig
 from train.config.optimizer_config import OptimizerConfig
 from train.config.recovery_config import RecoveryConfig
 from train.config.run_config import EvaluationConfig, MeshConfig, TrainConfig
@@ -30,6 +31,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -62,9 +62,10 @@ def make_config(values: Mapping[str, Any], overrides: Mapping[str, str] | None =
 def config_problems(config: Config) -> list[str]:
     """Returns one line for every value that is impossible alone or with others, naming fields and a remedy."""
     c = config
-    groups = (c.model, c.data, c.tokenizer, c.mesh, c.train, c.checkpoint, c.recovery, c.evaluation)
+    groups = (c.model, c.data, c.tokenizer, c.mesh, c.objective, c.train, c.checkpoint, c.recovery, c.evaluation)
     problems = [problem for group in groups for problem in group.problems()]
     problems += c.optimizer.problems(c.train.num_steps)
+    problems += objective_problems(config)
     problems += parametrization_problems(config)
     problems += group_problems(config, has_table=not (c.model.problems() or c.data.problems()))
     for group, name, _ in config_fields():
@@ -90,6 +91,30 @@ def config_problems(config: Config) -> list[str]:
         divisor = min(divisors(rows), key=lambda d: abs(d - c.num_streams))
         problems.append(
             f"data.num_streams = {c.num_streams} does not divide train.{first} = {rows}; nearest that does: {divisor}"
+        )
+    return problems
+
+
+def objective_problems(config: Config) -> list[str]:
+    """Returns one line for everything in other groups that does not fit the objective."""
+    name, problems = config.objective.name, []
+    if not config.objective.compares:
+        if config.data.compares:
+            problems.append(
+                "data.rejected_field is given, and objective.name = next_token compares no answers; give dpo or simpo"
+            )
+        return problems
+    if config.data.corpus is not None and not config.data.compares:
+        problems.append(
+            f"objective.name = {name} compares two answers; name the field of the rejected one with data.rejected_field"
+        )
+    for field in ("label_smoothing", "z_loss"):
+        if getattr(config.model, field):
+            problems.append(f"model.{field} has no effect with objective.name = {name}; leave it at 0")
+    if config.objective.uses_reference and config.train.init_from is None:
+        problems.append(
+            f"objective.name = {name} compares with the weights that the run begins with; name them with "
+            "train.init_from=RUN@STEP and train.init_with=weights"
         )
     return problems
 

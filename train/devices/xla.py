@@ -1,6 +1,6 @@
 """Compiler options by platform or chip, used alike to train and to plan, and one runtime workaround."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -90,9 +90,18 @@ def sum_loss_weights_and_tokens(
     batch: Mapping[str, jax.Array],
 ) -> tuple[Mapping[str, jax.Array], jax.Array, jax.Array]:
     """Returns as `sum_loss_weights`, and the number of tokens, those in documents, by the same all-reduce."""
-    counted = jnp.stack([batch["loss_weights"], (batch["segment_ids"] > 0).astype(jnp.float32)])
-    total, num_tokens = jnp.sum(counted, axis=(1, 2))
-    return _after(total, batch), total, num_tokens
+    batch, (total, num_tokens) = sum_counts(
+        batch, [batch["loss_weights"], (batch["segment_ids"] > 0).astype(jnp.float32)]
+    )
+    return batch, total, num_tokens
+
+
+def sum_counts(
+    batch: Mapping[str, jax.Array], counted: Sequence[jax.Array]
+) -> tuple[Mapping[str, jax.Array], tuple[jax.Array, ...]]:
+    """Returns the batch, as `sum_loss_weights`, and the sum of each of some arrays [B, T], by the same all-reduce."""
+    first, *others = jnp.sum(jnp.stack(counted), axis=(1, 2))
+    return _after(first, batch), (first, *others)
 
 
 def _after(total: jax.Array, batch: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:

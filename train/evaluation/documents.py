@@ -17,7 +17,11 @@ def choose_held_out(mixture: Mixture, size: int) -> list[HeldOutDocument]:
         text
         for source in mixture.sources
         for text in take_bytes(
-            (HeldOutDocument(d.text, d.prompt, source.name, answers=d.answers) for d in source.corpus.held_out()), share
+            (
+                HeldOutDocument(d.text, d.prompt, source.name, answers=d.answers, rejected=d.rejected)
+                for d in source.corpus.held_out()
+            ),
+            share,
         )
     ]
 
@@ -43,6 +47,14 @@ def loop_documents(held_out: list[HeldOutDocument], config: Config) -> list[Held
                 left -= len((piece.prompt + piece.text).encode())
         taken += pieces or take_bytes(group, size)
     return taken
+
+
+def loop_pairs(held_out: list[HeldOutDocument], config: Config) -> list[HeldOutDocument]:
+    """Returns the pairs that are evaluated during training: about `evaluation.loop_bytes`, evenly from all, whole."""
+    pairs = [document for document in held_out if document.rejected]
+    sizes = [len((d.prompt + d.text + d.rejected.text).encode()) for d in pairs if d.rejected]
+    count = min(max(config.evaluation.loop_bytes * len(pairs) // max(sum(sizes), 1), 1), len(pairs))
+    return [pairs[i * len(pairs) // count] for i in range(count)]
 
 
 def by_corpus(held_out: Iterable[HeldOutDocument]) -> dict[str, list[HeldOutDocument]]:

@@ -64,17 +64,10 @@ def evaluate(
     sharding = batch_sharding(jax.sharding.get_mesh(), training_layout(config.mesh))
     batch_size = config.train.batch_size // config.train.accumulation_steps
 
-    def pairs_of(text: HeldOutDocument) -> DocumentPairs:
-        if text.answers is not None:
-            return conversation_pairs(tokenizer.encode_marked, text.text, text.answers)
-        prompt = tokenizer.encode(text.prompt)
-        tokens = np.concatenate([prompt, tokenizer.encode(text.text)])
-        return make_pairs(tokens, tokenizer.bos_ids, tokenizer.eos_id, not text.cut, len(prompt))
-
     results = {}
     for name, group in by_corpus(texts).items():
         loss = right = weight = 0.0
-        pairs = [*map(pairs_of, group)]
+        pairs = [*map(partial(pairs_of, tokenizer), group)]
         for batch in stack_rows(segment_documents(pairs, config.data), batch_size):
             sums, batch_weight = step(weights, put_on_devices(batch, sharding))
             batch_loss, batch_right = np.asarray(sums).tolist()
@@ -85,6 +78,15 @@ def evaluate(
         bits = loss / math.log(2) / size
         results[name] = Evaluation(loss / weight, bits, right / weight, int(weight), size, len(group))
     return results
+
+
+def pairs_of(tokenizer: Tokenizer, text: HeldOutDocument) -> DocumentPairs:
+    """Returns the pairs of a held-out document's tokens; of a pair of answers, those of the chosen one."""
+    if text.answers is not None:
+        return conversation_pairs(tokenizer.encode_marked, text.text, text.answers)
+    prompt = tokenizer.encode(text.prompt)
+    tokens = np.concatenate([prompt, tokenizer.encode(text.text)])
+    return make_pairs(tokens, tokenizer.bos_ids, tokenizer.eos_id, not text.cut, len(prompt))
 
 
 def scored_bytes(tokenizer: Tokenizer, text: HeldOutDocument, pairs: DocumentPairs) -> int:

@@ -47,8 +47,8 @@ class Plan:
     memory_bytes_per_device: int  # memory that a program can use
     peak_bytes_per_device: int  # memory at the worst moment, or the compiler's own figure if it refused the program
     argument_bytes_per_device: int  # bytes of the state and one batch
-    # Bytes of `weights`, `optimizer`, `average`, `batch` and, at the worst moment, `temporaries`; of `output` and
-    # its part `aliased` with the donated state; of the program's `code`; and in `host` memory.
+    # Bytes of `weights`, `optimizer`, `average`, `reference`, `batch` and, at the worst moment, `temporaries`; of
+    # `output` and its part `aliased` with the donated state; of the program's `code`; and in `host` memory.
     memory: dict[str, int]
     model_flops_per_device: float  # model FLOPs of a step by the formula of `train.step.flops`
     lower_seconds: float
@@ -150,10 +150,10 @@ def tokens_of_run(config: ResolvedConfig) -> int:
 
 
 def argument_bytes(config: ResolvedConfig, mesh: Mesh) -> dict[str, int]:
-    """Returns the bytes per device of a step's arguments: `weights`, `optimizer`, `average` and `batch`."""
+    """Returns the bytes per device of a step's arguments: the items of the state by name, and `batch`."""
     with jax.set_mesh(mesh):
         state = abstract_state(config, make_optimizer(config))
-    arguments: dict[str, Any] = {name: state[name] for name in ("weights", "optimizer", "average") if name in state}
+    arguments: dict[str, Any] = {name: tree for name, tree in state.items() if name != "step"}
     arguments["batch"] = abstract_batch(config, mesh, config.train.batch_size)
 
     def shard_bytes(x: jax.ShapeDtypeStruct) -> int:

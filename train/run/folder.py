@@ -8,7 +8,7 @@ from etils import epath
 
 from data.files.atomic import atomic_file
 from data.files.json_file import parse_json
-from data.formats import Answers
+from data.formats import Answers, Sequence
 from train.config.config import Config, to_json
 from train.run.json_lines import Record, read_whole
 from train.run.run_name import CONFIG_FILE, read_config
@@ -19,7 +19,7 @@ class HeldOutDocument(NamedTuple):
     """A held-out document: its text, a prompt before it that is not scored, and the name of its corpus.
 
     The text of a document that is `cut` is followed by no EOS. Of a conversation, the characters of its `answers` are
-    scored.
+    scored. A pair also has the answer that was `rejected`.
     """
 
     text: str
@@ -27,6 +27,7 @@ class HeldOutDocument(NamedTuple):
     corpus: str = ""
     cut: bool = False
     answers: Answers | None = None
+    rejected: Sequence | None = None
 
     @property
     def scored(self) -> str:
@@ -34,10 +35,10 @@ class HeldOutDocument(NamedTuple):
         return self.text if self.answers is None else "".join(self.text[begin:end] for begin, end in self.answers)
 
     def cut_after(self, size: int) -> "HeldOutDocument":
-        """Returns its first `size` bytes, with the answers that end in them."""
+        """Returns its first `size` bytes, with the answers that end in them; no pair any more if that is not all."""
         text = self.text.encode()[:size].decode(errors="ignore")
         answers = self.answers and tuple(answer for answer in self.answers if answer[1] <= len(text))
-        return self._replace(text=text, answers=answers)
+        return self._replace(text=text, answers=answers, rejected=self.rejected if text == self.text else None)
 
 
 class Run:
@@ -94,7 +95,11 @@ class Run:
     def held_out_texts(self) -> list[HeldOutDocument]:
         """Reads the held-out documents; none if there is no file. InputError if it is damaged."""
         remedy = "remove it, and start `ziggurat pretrain` again, which makes it again"
-        return [HeldOutDocument(**record) for record in read_whole(self.held_out, _is_document, remedy)]
+        records = read_whole(self.held_out, _is_document, remedy)
+        for record in records:
+            if "rejected" in record:
+                record["rejected"] = Sequence(*record["rejected"])
+        return [HeldOutDocument(**record) for record in records]
 
     def save_held_out(self, texts: list[HeldOutDocument]) -> None:
         """Writes the held-out documents atomically."""
@@ -109,10 +114,17 @@ def _resolved(config: Config) -> Config:
 
 
 def _is_document(record: Record) -> bool:
-    answers = record.get("answers", [])
-    are_spans = isinstance(answers, list) and all(map(_is_span, answers))
-    texts = all(isinstance(text, str) for name, text in record.items() if name != "answers")
-    return texts and are_spans and {"text"} <= record.keys() <= {"text", "prompt", "corpus", "answers"}
+    others = ("answers", "rejected")
+    texts = all(isinstance(text, str) for name, text in record.items() if name not in others)
+    known = {"text"} <= record.keys() <= {"text", "prompt", "corpus", *others}
+    match record.get("rejected", ["", None]):
+        case [str(), answers]:
+            return texts and known and _are_spans(record.get("answers")) and _are_spans(answers)
+    return False
+
+
+def _are_spans(answers: object) -> bool:
+    return answers is None or (isinstance(answers, list) and all(map(_is_span, answers)))
 
 
 def _is_span(value: object) -> bool:

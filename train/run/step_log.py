@@ -24,6 +24,9 @@ NUMBERS = ALWAYS | {
     "grad_norm", "learning_rate", "peak_share", "memory_bytes", "slowest_process", "validation_loss",
     "validation_bits_per_byte", "validation_accuracy", "held_out_bits_per_byte", "held_out_accuracy", "held_out_tokens",
     "expert_load_most", "expert_load_least", "expert_load_entropy", "dead_experts",
+    "accuracy", "margin", "chosen_reward", "rejected_reward", "kl", "answer_tokens",
+    *(f"{texts}_{name}" for texts in ("validation", "held_out")
+      for name in ("preference_loss", "preference_accuracy", "margin", "pairs")),
 }  # fmt: skip
 
 
@@ -88,6 +91,11 @@ def held_out_figure(record: Mapping[str, Any], name: str) -> float:
     Versions up to 0.7 named both alike.
     """
     return float(record.get(f"held_out_{name}", record[f"validation_{name}"]))
+
+
+def trained_tokens(record: Mapping[str, Any]) -> float:
+    """Returns the tokens that a step is trained on; of pairs of answers, the loss weight is the number of pairs."""
+    return float(record.get("answer_tokens", record["loss_weight"]))
 
 
 def median_rate(records: Sequence[Mapping[str, Any]]) -> float:

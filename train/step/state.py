@@ -1,6 +1,7 @@
-"""The state of training: {"step", "weights", "optimizer"}, and "average" with `train.ema_decay`.
+"""The state of training: {"step", "weights", "optimizer"}, "average" with `train.ema_decay`, and "reference".
 
-All leaves are arrays that are created on the mesh; the average is float32 and sharded like the weights.
+All leaves are arrays that are created on the mesh; the average is float32 and sharded like the weights. So is the
+reference, a copy of the weights that the run begins with, which no step changes; `objective.name` may need it.
 """
 
 from collections.abc import Callable
@@ -54,4 +55,10 @@ def _abstract(make: Callable[[], Any]) -> Any:
 def _state(config: ResolvedConfig, optimizer: optax.GradientTransformation) -> State:
     weights = initial_weights(config.model, config.train.seed, training_layout(config.mesh))
     state = {"step": jnp.zeros((), jnp.int32), "weights": weights, "optimizer": optimizer.init(weights)}
-    return state | ({"average": weights} if config.train.ema_decay else {})
+    return state | dict.fromkeys(copies_in(config), weights)
+
+
+def copies_in(config: ResolvedConfig) -> list[str]:
+    """Returns the items of the state that begin as copies of the weights."""
+    kept = {"average": config.train.ema_decay > 0, "reference": config.objective.uses_reference}
+    return [name for name, is_kept in kept.items() if is_kept]

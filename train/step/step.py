@@ -1,6 +1,6 @@
 """The training step: one optimizer update over one global batch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property, partial
 from threading import Lock
 from typing import Any, NamedTuple
@@ -14,26 +14,32 @@ from model.context_parallel import to_zigzag
 from model.decoder import Decoder
 from model.dropout import DropoutKeys, row_keys
 from model.feedforward.balance import fullest_shard, load_figures, load_of_groups, moved_bias, routing_loss
-from model.loss import summed_losses
 from model.parameters import Parameter, parameter_table
 from model.sharding import Layout
 from model.trees import nested
 from train.config.config import ResolvedConfig
 from train.devices.mesh import batch_sharding
 from train.devices.rules import training_layout
-from train.devices.xla import compiler_options, sum_loss_weights, sum_loss_weights_and_tokens
+from train.devices.xla import compiler_options, sum_counts, sum_loss_weights, sum_loss_weights_and_tokens
+from train.step.objective import (
+    OF_PAIRS,
+    OF_TOKENS,
+    Batch,
+    Sums,
+    log_probabilities,
+    pair_counts,
+    sum_names,
+    summed_objective,
+)
 from train.step.schedule import accumulation_parts, batch_size, learning_rate
 from train.step.state import State, Weights, abstract_state
 from train.step.watch import watch
 
-Batch = Mapping[str, jax.Array]
 Metrics = dict[str, Any]
-# Sums over a batch, which are added up over its parts.
-Sums = dict[str, jax.Array]
 
 
 class WholeBatch(NamedTuple):
-    """The figures of a whole batch for the loss of a part: the sum of its loss weights, and its tokens.
+    """The figures of a whole batch for the loss of a part: the sum of its loss weights or its pairs, and its tokens.
 
     Attributes:
         load_LE: the tokens of each expert; None where the part is the whole.
@@ -45,24 +51,32 @@ class WholeBatch(NamedTuple):
 
 
 def summed_loss(
-    config: ResolvedConfig, weights: Weights, batch: Batch, keys_B: DropoutKeys = None, whole: WholeBatch | None = None
+    config: ResolvedConfig,
+    weights: Weights,
+    batch: Batch,
+    keys_B: DropoutKeys = None,
+    whole: WholeBatch | None = None,
+    reference: Weights | None = None,
 ) -> tuple[jax.Array, Sums]:
-    """Returns the minimized loss, and "loss", the cross-entropy, both summed over the batch by `loss_weights`.
+    """Returns the minimized loss, and the sums of `summed_objective`, "loss" among them.
 
-    With `whole` the losses of experts are added, by the weight of the whole batch; "load" is that of `load_of_groups`.
+    Of next tokens, both are summed by `loss_weights`, and "loss" is the cross-entropy; of pairs, both are the sum over
+    the pairs. With `whole` the losses of experts are added, by the weight of the whole batch; "load" is that of
+    `load_of_groups`. The `reference` is that of the state.
     """
     layout = training_layout(config.mesh)
     batch = {name: to_zigzag(x, layout) for name, x in batch.items()}
     decoder = Decoder(config.model, weights, layout)
     x_BTD, routing = decoder.with_routing(batch["tokens"], batch["positions"], batch["segment_ids"], keys_B)
     matrix_DV = decoder.unembedding_matrix()
-    losses = summed_losses(x_BTD, matrix_DV, batch["targets"], batch["loss_weights"], config.model, layout)
+    reference_BT = None if reference is None else log_probabilities(config, reference, batch, layout)
+    objective, sums = summed_objective(config, x_BTD, matrix_DV, batch, layout, reference_BT)
     if routing is None or whole is None:
-        return losses.objective, {"loss": losses.cross_entropy}
+        return objective, sums
     load_LGE = load_of_groups(routing, layout)
     load_LE = jnp.sum(load_LGE, axis=1) if whole.load_LE is None else whole.load_LE
     added = whole.loss_weight * routing_loss(config.model, routing, load_LE, whole.num_tokens)
-    return losses.objective + added, {"loss": losses.cross_entropy, "load": load_LGE}
+    return objective + added, sums | {"load": load_LGE}
 
 
 def load_of(config: ResolvedConfig, weights: Weights, batch: Batch, keys_B: DropoutKeys) -> jax.Array:
@@ -97,20 +111,31 @@ def split_rows(parts: int, tree: Any, layout: Layout) -> Any:
 
 
 def sums_and_gradients(
-    config: ResolvedConfig, weights: Weights, batch: Batch, keys_B: DropoutKeys, whole: WholeBatch | None
+    config: ResolvedConfig,
+    weights: Weights,
+    batch: Batch,
+    keys_B: DropoutKeys,
+    whole: WholeBatch | None,
+    reference: Weights | None,
 ) -> tuple[Sums, Weights]:
     """Returns the sums of `summed_loss`, and the gradients of its loss."""
-    objective = partial(summed_loss, config, batch=batch, keys_B=keys_B, whole=whole)
+    objective = partial(summed_loss, config, batch=batch, keys_B=keys_B, whole=whole, reference=reference)
     (_, sums), gradients = jax.value_and_grad(objective, has_aux=True)(weights)
     return sums, gradients
 
 
 def accumulated(
-    config: ResolvedConfig, parts: int, weights: Weights, batch: Batch, keys_B: DropoutKeys, whole: WholeBatch | None
+    config: ResolvedConfig,
+    parts: int,
+    weights: Weights,
+    batch: Batch,
+    keys_B: DropoutKeys,
+    whole: WholeBatch | None,
+    reference: Weights | None,
 ) -> tuple[Sums, Weights]:
     """Returns the same as `sums_and_gradients`, of one part of the batch after another."""
     split = split_rows(parts, (batch, keys_B), training_layout(config.mesh))
-    sums = {"loss": jnp.zeros(())}
+    sums = dict.fromkeys(sum_names(config.objective), jnp.zeros(()))
     if whole:
         one = {name: x[0] for name, x in split[0].items()}
         sums["load"] = jnp.zeros(jax.eval_shape(partial(load_of, config), weights, one, None).shape)
@@ -126,7 +151,7 @@ def accumulated(
     zeros = jax.tree.map(lambda w, axes: _resharded(jnp.zeros_like(w), unreduced=axes), weights, later)
 
     def add(total: Any, part: tuple[Batch, DropoutKeys]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, sums_and_gradients(config, copies, *part, whole)), None
+        return jax.tree.map(jnp.add, total, sums_and_gradients(config, copies, *part, whole, reference)), None
 
     sums, gradients = jax.lax.scan(add, (sums, zeros), split)[0]
     # They are sent in the dtype of those of a whole batch.
@@ -147,6 +172,19 @@ def _resharded(x: jax.Array, **partial: frozenset[str]) -> jax.Array:
     return jax.reshard(x, PartitionSpec(*jax.typeof(x).sharding.spec.partitions, **partial))
 
 
+def counted(config: ResolvedConfig, batch: Batch) -> tuple[Batch, jax.Array, WholeBatch | None, jax.Array | None]:
+    """Returns the batch, its loss weight, what the losses of experts need, and of pairs the trained tokens."""
+    answer_tokens = None
+    if config.objective.compares:
+        batch, (loss_weight, answer_tokens, num_tokens) = sum_counts(batch, pair_counts(batch))
+    elif config.model.num_experts:
+        batch, loss_weight, num_tokens = sum_loss_weights_and_tokens(batch)
+    else:
+        batch, loss_weight = sum_loss_weights(batch)
+    whole = WholeBatch(loss_weight, jnp.maximum(num_tokens, 1.0)) if config.model.num_experts else None
+    return batch, loss_weight, whole, answer_tokens
+
+
 def make_train_step(
     config: ResolvedConfig, optimizer: optax.GradientTransformation, watches: bool = False
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
@@ -156,49 +194,50 @@ def make_train_step(
     Gradient accumulation with `accumulation_steps` = A runs A parts of B/A rows in sequence (fewer on a batch ramp);
     the loss is divided by the weight of the whole batch, so A changes only memory. Metrics are float32 scalars:
     `loss` in nats a token, `grad_norm` before clipping, `learning_rate`, and `loss_weight`, the number of tokens
-    that count. A watching step also returns `watch` (see `watch.py`), at the cost of one more forward pass. The
+    that count. Of pairs of answers, `loss` is that of a pair, `loss_weight` their number, and `answer_tokens` that of
+    the trained tokens; the other sums of `preference_loss` are means, too: `kl` of a token, the others of a pair. A
+    watching step also returns `watch` (see `watch.py`), at the cost of one more forward pass. The
     function is compiled for the platform of the ambient mesh.
     """
     schedule = learning_rate(config)
     layout = training_layout(config.mesh)
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        whole = None
-        if config.model.num_experts:
-            batch, loss_weight, num_tokens = sum_loss_weights_and_tokens(batch)
-            whole = WholeBatch(loss_weight, jnp.maximum(num_tokens, 1.0))
-        else:
-            batch, loss_weight = sum_loss_weights(batch)
+        batch, loss_weight, whole, answer_tokens = counted(config, batch)
         keys_B = None
         if config.model.dropout:
             rows_B = jnp.arange(batch["tokens"].shape[0], out_sharding=layout.spec("batch"))
             keys_B = row_keys(config.train.seed, state["step"], rows_B)
         parts = accumulation_parts(config, batch["tokens"].shape[0])
         run = partial(sums_and_gradients, config) if parts == 1 else partial(accumulated, config, parts)
-        sums, gradients = run(state["weights"], batch, keys_B, whole)
-        loss, gradients = jax.tree.map(lambda x: x / jnp.maximum(loss_weight, 1.0), (sums["loss"], gradients))
+        sums, gradients = run(state["weights"], batch, keys_B, whole, state.get("reference"))
+        figures, gradients = jax.tree.map(
+            lambda x: x / jnp.maximum(loss_weight, 1.0), ({n: sums[n] for n in OF_PAIRS if n in sums}, gradients)
+        )
 
         updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["weights"])
-        metrics = {
-            "loss": loss,
+        metrics = figures | {
             "grad_norm": optax.tree.norm(gradients),
             "learning_rate": schedule(state["step"]),
             "loss_weight": loss_weight,
         }
+        if answer_tokens is not None:
+            metrics["answer_tokens"] = answer_tokens
+            metrics |= {name: sums[name] / jnp.maximum(answer_tokens, 1.0) for name in OF_TOKENS if name in sums}
         if watches:
             metrics["watch"] = watch(config, state["weights"], split_rows(parts, batch, layout), gradients, updates)
         if "load" in sums:
             load_LE = jnp.sum(sums["load"], axis=1)
-            figures = load_figures(load_LE)
-            metrics |= expert_figures(figures)
+            load = load_figures(load_LE)
+            metrics |= expert_figures(load)
             if watches:
                 fullest = fullest_shard(sums["load"], layout.size("experts"))
-                metrics["watch"]["experts"] = figures | {"fullest_shard": fullest}
+                metrics["watch"]["experts"] = load | {"fullest_shard": fullest}
         weights = optax.apply_updates(state["weights"], updates)
         if config.model.balance_bias:
             experts = weights["blocks"]["experts"]
             experts["balance"] = moved_bias(config.model, experts["balance"], load_LE)
-        after = {"step": state["step"] + 1, "weights": weights, "optimizer": optimizer_state}
+        after = state | {"step": state["step"] + 1, "weights": weights, "optimizer": optimizer_state}
         if config.train.ema_decay:
             after["average"] = update_average(config, state["average"], weights, state["step"])
         return after, metrics
