@@ -41,8 +41,8 @@ from train.step.state import State
 log = logging.getLogger("ziggurat")
 # What the libraries raise if a file of a checkpoint is damaged.
 DAMAGE_ERRORS = (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError)
-# Items that begin as copies of the weights where a checkpoint has none, and what they are.
-COPIES = {"average": "average of the weights (train.ema_decay)", "reference": "reference of the objective"}
+# Items that begin as copies of the weights where a checkpoint has none, and how a warning names them.
+COPIES = {"average": "train.ema_decay: the average", "reference": "objective.name: the reference"}
 # Checkpoints that are tried before a reader gives up: a run that trains may remove each while it is read.
 MOST_TRIES = 20
 # A layer with at least this many bytes on a device is stored as a chunk of its own.
@@ -237,7 +237,7 @@ class Checkpoints:
             return None
         arrays, progress = restored
         for name in [name for name in COPIES if name in wanted and name not in arrays]:
-            log.warning("the %s begins with the weights of step %d", COPIES[name], step)
+            log.warning("%s begins with the weights of step %d", COPIES[name], step)
             arrays[name] = jax.tree.map(jnp.copy, arrays["weights"])
         if "average" not in wanted and "average" in progress["checksums"]:
             log.warning("train.ema_decay is 0: the average up to step %d ends there", step)
