@@ -119,12 +119,13 @@ def _is_document(record: Record) -> bool:
     known = {"text"} <= record.keys() <= {"text", "prompt", "corpus", *others}
     match record.get("rejected", ["", None]):
         case [str(), answers]:
-            return texts and known and _are_spans(record.get("answers")) and _are_spans(answers)
+            is_rejected = answers is None or _are_spans(answers)
+            return texts and known and is_rejected and _are_spans(record.get("answers", []))
     return False
 
 
 def _are_spans(answers: object) -> bool:
-    return answers is None or (isinstance(answers, list) and all(map(_is_span, answers)))
+    return isinstance(answers, list) and all(map(_is_span, answers))
 
 
 def _is_span(value: object) -> bool:
