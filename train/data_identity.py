@@ -46,10 +46,11 @@ class RunInputs:
 def identity_of(config: Config, mixture: Mixture) -> dict[str, Any]:
     """Returns the settings that the order of the data follows from (C1); fingerprints are added to them.
 
-    Those of fill-in-the-middle, of conversations and of pairs are among them where they are used, so that runs from
-    before there were any can go on.
+    Those of fill-in-the-middle, of conversations, of pairs and of shuffled rows are among them where they are used, so
+    that runs from before there were any can go on.
     """
     unused: set[str] = set() if config.data.fills_in else {*FIM_FIELDS}
+    unused |= set() if config.data.shuffle_rows else {"shuffle_rows"}
     unused |= set() if config.data.converses else {*CONVERSATION_FIELDS}
     unused |= set() if config.data.compares else {*PAIR_FIELDS}
     identity = {

@@ -81,3 +81,19 @@ def test_pairs_are_part_of_the_identity_only_where_there_are_any(tmp_path: Path)
     assert fields(rejected_field="bad") == {"data.rejected_field": "bad"}
     several = fields(corpus={"a": {"corpus": str(path), "rejected_field": "bad"}})
     assert several == {"data.rejected_field": None, "data.corpus['a'].rejected_field": "bad"}
+
+
+def test_a_run_of_plain_text_has_the_identity_that_it_had_in_earlier_versions(tmp_path: Path):
+    """A new field of the data would otherwise keep every run from being resumed: add it where it is used alone."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a document"}\n')
+
+    def fields(**data: Any) -> set[str]:
+        config = make_config({"data": {"corpus": str(tmp_path / "a.jsonl"), "num_streams": 1} | data}).resolved()
+        return {*identity_of(config, open_mixture(config.data, lambda: ""))}
+
+    of_data = (
+        "text_field", "prompt_field", "text_separator", "validation_fraction", "epochs", "num_streams", "chunk_bytes",
+        "shuffle_window", "segment_length", "segmentation", "document_mask", "restart_positions", "train_last_position",
+    )  # fmt: skip
+    assert fields() == {"train.seed", *(f"data.{name}" for name in of_data)}
+    assert fields(segmentation="pack", shuffle_rows=True) - fields() == {"data.shuffle_rows"}
