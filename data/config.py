@@ -83,8 +83,9 @@ class DataConfig:
     segment_length: int = setting(256, "positions of a segment, that is the context window", at_least=1, at_most=2**24)
     segmentation: str = setting(
         "concatenate",
-        "concatenate documents and cut them, or pack whole ones where they fit and cut only long ones",
-        choices=("concatenate", "pack"),
+        "concatenate documents and cut them; pack whole ones where they fit, and cut only long ones; or give each "
+        "document a row of its own, and cut none",
+        choices=("concatenate", "pack", "document"),
     )
     shuffle_rows: bool = setting(
         False, "packed rows of a window come in random order, so that a long document's are not neighbours"
@@ -127,6 +128,17 @@ class DataConfig:
         return any(self._of_corpora("fim_rate"))
 
     @property
+    def keeps_whole(self) -> bool:
+        """True if no document may be longer than a row."""
+        return self.compares or self.segmentation == "document"
+
+    @property
+    def has_prompts(self) -> bool:
+        """True if the documents of every corpus may begin with what is not trained on."""
+        either = zip(self._of_corpora("prompt_field"), self._of_corpora("messages_field"), strict=True)
+        return all(prompt or messages for prompt, messages in either)
+
+    @property
     def converses(self) -> bool:
         """True if documents of some corpus are conversations."""
         return any(self._of_corpora("messages_field"))
@@ -147,8 +159,8 @@ class DataConfig:
         problems = problems_of("data", self)
         if self.segment_length == 1 and not self.train_last_position:
             problems.append("data.segment_length is 1; it must be at least 2")
-        if self.segmentation == "concatenate":
-            problems += unused_problems("data", self, {"shuffle_rows": "data.segmentation = concatenate"})
+        if self.segmentation != "pack":
+            problems += unused_problems("data", self, {"shuffle_rows": f"data.segmentation = {self.segmentation}"})
         problems += _text_problems("data.", vars(self)) + self._fim_problems() + self._conversation_problems()
         problems += self._pair_problems()
         if self.corpus is not None and not self.corpus:

@@ -13,7 +13,7 @@ from data.files.ranges import READ_TOTALS
 from data.infilling import Infilling, open_infillings
 from data.mixture import CREDITS_PER_ROW, MixedStream, Mixture, Source, corpus_field
 from data.printable import printable_name, without_credentials
-from data.segmenter import DocumentPairs, SegmentPart, concatenate, pack, sequences_in
+from data.segmenter import DocumentPairs, SegmentPart, concatenate, fill_rows, sequences_in
 from data.stream import Tokenize, document_pairs, fits
 from data.tokenizer.tokenizer import Tokenizer
 
@@ -171,7 +171,8 @@ def summarize(
         config = source.config
         documents, size, stored = _sample(source, tokenizer, infilling, seed, sample_bytes)
         pairs = sum(document.length for document in documents)
-        rows = pack(documents, config) if config.segmentation == "pack" else [*concatenate(documents, config)]
+        whole = config.segmentation != "concatenate"
+        rows = fill_rows(documents, config) if whole else [*concatenate(documents, config)]
         scale = sum(chunk.end - chunk.begin for chunk in source.corpus.chunks) / max(stored, 1)
         utilization = pairs / max(len(rows) * config.segment_length, 1)
         epoch = max(pairs * scale, 1)

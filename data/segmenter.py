@@ -118,6 +118,13 @@ def sequences_in(parts: Iterable[SegmentPart]) -> Iterator[SegmentPart]:
             yield part
 
 
+def fill_rows(documents: Sequence[DocumentPairs], config: DataConfig) -> list[list[SegmentPart]]:
+    """Returns the rows of a window's documents: one for each, or as `pack` fills them."""
+    if config.segmentation == "document":
+        return [[SegmentPart(pairs, 0, pairs.length)] for pairs in documents]
+    return pack(documents, config)
+
+
 def pack(documents: Sequence[DocumentPairs], config: DataConfig) -> list[list[SegmentPart]]:
     """Packs the documents of a window, whole, into few rows by best fit: the longest first, each into the fullest row.
 

@@ -30,7 +30,7 @@ from data.corpus import Corpus, stable_hash
 from data.document import Document
 from data.errors import BadText, InputError
 from data.infilling import Infilling, Pieces
-from data.segmenter import DocumentPairs, SegmentPart, concatenate, make_pairs, pack, row_length
+from data.segmenter import DocumentPairs, SegmentPart, concatenate, fill_rows, make_pairs, row_length
 
 Tokenize = Callable[[Iterable[str]], Iterator[np.ndarray]]
 # Rows of a stream: the parts of each, and the position after it.
@@ -221,18 +221,21 @@ def rejected_of(document: Document) -> Document | None:
 
 
 def fits(corpus: Corpus, config: ResolvedDataConfig, pairs: DocumentPairs) -> bool:
-    """True unless a document is a pair of answers longer than a row, and `data.on_bad_document` is skip.
+    """True unless a document that is never cut is longer than a row, and `data.on_bad_document` is skip.
 
     Raises InputError with file and place if that is error.
     """
-    if not pairs.rejected or pairs.length <= row_length(config):
+    if not config.keeps_whole or pairs.length <= row_length(config):
         return True
     needed = pairs.length + config.segment_length - row_length(config)
-    chosen, rejected = (len(sequence.inputs) for sequence in pairs.sequences)
-    problem = (
-        f"the pair takes {pairs.length} positions, {chosen} for the chosen answer with its prompt and {rejected} for "
-        f"the rejected, and is never cut; give data.segment_length={needed} or more"
-    )
+    what = f"the document takes {pairs.length} positions"
+    if pairs.rejected:
+        chosen, rejected = (len(sequence.inputs) for sequence in pairs.sequences)
+        what = (
+            f"the pair takes {pairs.length} positions, {chosen} for the chosen answer with its prompt and {rejected} "
+            "for the rejected"
+        )
+    problem = f"{what}, and is never cut; give data.segment_length={needed} or more"
     corpus.refuse(pairs.document.file, pairs.document.place, BadText(problem))
     return False
 
@@ -262,7 +265,8 @@ class Stream:
         Raises:
             InputError: the stream's chunks hold no document in `MAX_EMPTY_EPOCHS` consecutive epochs.
         """
-        return self._packed(position) if self.config.segmentation == "pack" else self._concatenated(position)
+        whole = self.config.segmentation != "concatenate"
+        return self._packed(position) if whole else self._concatenated(position)
 
     def _windows(self, start: WindowStart) -> Iterator[tuple[WindowStart, Window]]:
         """Yields the stream's windows from one on, with their starts."""
@@ -303,7 +307,7 @@ class Stream:
         first = position.item
         for start, window in self._windows(position.start):
             kept = (p for p in self._pairs(window.documents) if fits(self.reader.corpus, self.config, p))
-            rows = pack(list(kept), self.config)
+            rows = fill_rows(list(kept), self.config)
             if self.config.shuffle_rows:
                 rank = [stable_hash("row", self.reader.seed, *start, self.v, i) for i in range(len(rows))]
                 rows = [rows[i] for i in sorted(range(len(rows)), key=rank.__getitem__)]

@@ -64,13 +64,12 @@ def run(arguments: argparse.Namespace) -> int:
     if (arguments.step is None) != arguments.summary:
         raise InputError("give --step=N or --summary, one of the two")
     from data.provenance import summarize
-    from train.step.schedule import batch_stages
+    from train.step.schedule import read_stages
 
     with opened(arguments) as data:
         if arguments.summary:
             config = data.config
-            T = config.data.segment_length
-            stages = [(begin, end, rows * T) for begin, end, rows in batch_stages(config, 0, config.train.num_steps)]
+            stages = read_stages(config, 0, config.train.num_steps)
             summaries = summarize(data.mixture, data.tokenizer, config.train.seed, stages)
             print(json.dumps({"corpora": summaries}) if arguments.json else "\n".join(map(summary_text, summaries)))
             return 0
@@ -118,7 +117,7 @@ def batch_rows(data: RunData, number: int, only_row: int | None) -> list[dict[st
     from data.provenance import describe_row, rows_of_step
     from train.data_identity import first_step, streams_before
     from train.run.ledger import read_ledger, skipped_batches, skips_by_step
-    from train.step.schedule import batch_size
+    from train.step.schedule import rows_read
 
     config = data.config
     step = number - 1
@@ -126,11 +125,11 @@ def batch_rows(data: RunData, number: int, only_row: int | None) -> list[dict[st
         raise InputError(f"--step={number}: the run has steps 1 to {config.train.num_steps}")
     if step < (first := first_step(config)):
         raise InputError(f"--step={number}: the run begins after step {first} of its parent; look there")
-    if only_row is not None and not 0 <= only_row < batch_size(config, step):
-        raise InputError(f"--row={only_row}: the batch has rows 0 to {batch_size(config, step) - 1}")
+    if only_row is not None and not 0 <= only_row < rows_read(config, step):
+        raise InputError(f"--row={only_row}: the batch has rows 0 to {rows_read(config, step) - 1}")
     begin, streams = streams_before(step, config, data.run, data.mixture, data.tokenizer)
     skipped = skipped_batches(read_ledger(data.run.recovery)) or config.recovery.batches()
-    rows = rows_of_step(streams, begin, step, partial(batch_size, config), skips_by_step(skipped))
+    rows = rows_of_step(streams, begin, step, partial(rows_read, config), skips_by_step(skipped))
     if not rows:
         raise InputError(f"--step={number}: the run ends before it, with the last epoch (data.epochs) of a corpus")
     return [

@@ -28,6 +28,14 @@ def to_zigzag(x_BT: jax.Array, layout: Layout) -> jax.Array:
     return layout.reshard(whole[:, zigzag_order(x_BT.shape[1], layout)], "batch", "time")
 
 
+def from_zigzag(x_BT: jax.Array, layout: Layout) -> jax.Array:
+    """Returns an array [B, T] in the order of the rows, which was in `zigzag_order`."""
+    if not layout.mesh_axes("time"):
+        return x_BT
+    whole = layout.reshard(x_BT, "batch", None)
+    return layout.reshard(whole[:, np.argsort(zigzag_order(x_BT.shape[1], layout))], "batch", "time")
+
+
 def previous_tokens(tokens_BT: jax.Array, segment_ids_BT: jax.Array, layout: Layout) -> jax.Array:
     """Returns the id of the token before each position in its document, int32 [B, T]; -1 where there is none.
 

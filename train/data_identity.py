@@ -24,6 +24,7 @@ from train.run.step_log import read_positions
 
 if TYPE_CHECKING:
     from train.evaluation.harness import Tasks
+    from train.rollout.rollouts import Rollouts
 from train.evaluation.documents import choose_held_out
 
 log = logging.getLogger("ziggurat")
@@ -41,6 +42,7 @@ class RunInputs:
     held_out: list[HeldOutDocument]
     identity: dict[str, Any]  # settings and fingerprints that the order of the data follows from
     tasks: "Tasks | None" = None
+    rollouts: "Rollouts | None" = None
 
 
 def identity_of(config: Config, mixture: Mixture) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class Evaluations:
         self._step = make_evaluation_step(self._config)
         self._pair_step = make_pair_step(self._config) if self._config.objective.compares else None
         alive = partial(reset_watchdog, self._config)
+        self._rollouts = inputs.rollouts
         self._on_tasks = inputs.tasks.of_model(self._config, self._tokenizer, alive) if inputs.tasks else None
 
     def use(self, held_out: list[HeldOutDocument]) -> None:
@@ -59,7 +60,8 @@ class Evaluations:
         """Runs the evaluations that are due after a step, and returns their fields of metrics.jsonl.
 
         Of pairs, the loss and the bits a byte are those of the chosen answers; further fields compare the answers, with
-        the objective's reference if it has one.
+        the objective's reference if it has one. Where answers are sampled, the reward is that of the most likely ones
+        to a batch of held-out prompts.
         """
         reset_watchdog(self._config)
         fields: dict[str, Any] = {}
@@ -70,6 +72,9 @@ class Evaluations:
             fields |= self._of_pairs(weights, reference, self._loop_pairs, "validation")
             if step == last_step:
                 fields |= self._of_pairs(weights, reference, self._held_out, "held_out")
+            if self._rollouts:
+                figures = self._rollouts.evaluate(weights, self._held_out[: self._config.train.batch_size])
+                fields |= {f"validation_{name}": value for name, value in figures.items()}
             fields["sample"] = sample_text(self._config, self._tokenizer, weights)
         if self._on_tasks and self._tasks_are_due(step, last_step):
             fields |= task_metrics(self._on_tasks(weights))

@@ -40,7 +40,7 @@ from train.starting_point import StartingPoint, find_starting_point
 from train.step.compile_ahead import CompileAhead
 from train.step.flops import flops_per_token, peak_flops
 from train.step.optimizer import make_optimizer
-from train.step.schedule import batch_size
+from train.step.schedule import rows_read
 from train.step.spike_detector import Anomaly, SpikeDetector
 from train.step.state import State
 from train.step.step import StepPrograms
@@ -244,7 +244,7 @@ class Training:
         detector = SpikeDetector(config.recovery, self.start.history)
         with ExitStack() as stack:
             loader = stack.enter_context(self.open_loader())
-            step_log, position_log = self.open_logs(stack)
+            step_log, position_log, sample_log = self.open_logs(stack)
             identity = self.inputs.identity
             saver = Saver(self.checkpoints, self.events, self.ledger, detector, identity, position_log, step_log)
             saver.log_positions(self.step, self.positions.tolist())
@@ -265,8 +265,18 @@ class Training:
                 if is_over:
                     last_step = self.step
 
+                # ── Sample answers to its prompts, if that is the objective ──
+                figures: dict[str, Any] = {}
+                if (rollouts := self.inputs.rollouts) and not is_empty:
+                    rollout = rollouts(self.step, self.state["weights"], loaded.batch)
+                    if sample_log:
+                        sample_log.write({"step": self.step, "samples": rollout.samples})
+                    loaded, figures = loaded._replace(batch=rollout.batch), rollout.figures
+                    # Where nothing is better than another, an update would be momentum alone.
+                    is_empty = not rollout.teaches and "reference" not in self.state
+
                 # ── Dispatch its step, without waiting for the devices ──
-                self.dispatch(loaded, is_empty, waited, in_flight, profiler)
+                self.dispatch(loaded, is_empty, waited, in_flight, profiler, figures)
 
                 # ── Log the steps that are done: all of them before a pause, and otherwise all but this one ──
                 saves = self.step == last_step or self.step % config.checkpoint.every_steps == 0
@@ -290,22 +300,26 @@ class Training:
         """Opens the batches from the current step on."""
         train = self.config.train
         sharding = batch_sharding(jax.sharding.get_mesh(), training_layout(self.config.mesh))
-        sizes = (batch_size(self.config, step) for step in itertools.count(self.step))
+        sizes = (rows_read(self.config, step) for step in itertools.count(self.step))
         return Loader(
             self.inputs.mixture, self.inputs.tokenizer, self.config.data, train.seed, sizes, sharding,
             self.positions, self.step, self.ledger.skips,
         )  # fmt: skip
 
-    def open_logs(self, stack: ExitStack) -> tuple[StepLog | None, StepLog | None]:
-        """Opens metrics.jsonl and positions.jsonl on process 0, to be closed by the stack."""
+    def open_logs(self, stack: ExitStack) -> tuple[StepLog | None, StepLog | None, StepLog | None]:
+        """Opens metrics.jsonl, positions.jsonl and, for sampled answers, samples.jsonl on process 0, for the stack."""
         if jax.process_index() > 0:
-            return None, None
+            return None, None, None
         step_log = StepLog(self.run.metrics, self.step, open_writers(self.config, self.run, self.step))
         stack.callback(step_log.close)
         # The position of the current step is written again: after `data.accept_changes` it differs.
         position_log = StepLog(self.run.positions, self.step - 1)
         stack.callback(position_log.close)
-        return step_log, position_log
+        if not self.inputs.rollouts:
+            return step_log, position_log, None
+        sample_log = StepLog(self.run.samples, self.step)
+        stack.callback(sample_log.close)
+        return step_log, position_log, sample_log
 
     def next_batch(self, loader: Loader) -> tuple[LoadedBatch, float]:
         """Returns (the next batch, seconds that it took), and reports rows that were skipped before it."""
@@ -323,9 +337,19 @@ class Training:
         return loaded, time.perf_counter() - begun
 
     def dispatch(
-        self, loaded: LoadedBatch, is_empty: bool, waited: float, in_flight: InFlight, profiler: Profiler
+        self,
+        loaded: LoadedBatch,
+        is_empty: bool,
+        waited: float,
+        in_flight: InFlight,
+        profiler: Profiler,
+        figures: dict[str, Any],
     ) -> None:
-        """Gives the step to the devices, after its program was compiled. An empty batch changes no weight."""
+        """Gives the step to the devices, after its program was compiled. An empty batch changes no weight.
+
+        Args:
+            figures: numbers that the step's metrics have besides those of its program.
+        """
         if not is_empty and not self.programs.has(self.step):
             # No step is in flight now, so this does not count as the time of any.
             self.events.account.switch_to("compile")
@@ -340,7 +364,7 @@ class Training:
                 self.state, metrics = self.programs.skip(self.state)
             else:
                 self.state, metrics = self.programs(self.step, self.state, loaded.batch)
-        in_flight.add(self.step, metrics, [self.signals.asked, waited, waited + time.perf_counter() - begun])
+        in_flight.add(self.step, metrics | figures, [self.signals.asked, waited, waited + time.perf_counter() - begun])
 
     def evaluated_weights(self) -> Any:
         """Returns the moving average of the weights, or the weights where there is none."""

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,8 +19,8 @@ from data.files.json_file import read_small_file
 from data.files.writable import why_not_writable
 from data.formats.stdlib import snapshot_stdlib
 from data.infilling import mark_names
+from data.lengths import check_lengths
 from data.mixture import Mixture, open_mixture, shares_of
-from data.pairs import check_pairs
 from data.tokenizer.folder import holds_tokenizer, load_tokenizer, write_tokenizer
 from data.tokenizer.tokenizer import FIM_TOKENS, TEMPLATE_FILE, Tokenizer
 from data.tokenizer.training import train_tokenizer
@@ -30,6 +31,8 @@ from train.devices.collectives import on_first_process
 from train.evaluation.documents import choose_held_out, take_bytes
 from train.evaluation.tasks import open_tasks
 from train.fork import check_fork, parent_of
+from train.rollout.reward import Reward
+from train.rollout.rollouts import Rollouts
 from train.run.events import newest_saved_step, read_events, skipped_since_begin
 from train.run.folder import HeldOutDocument, Run
 from train.run.lease import Lease
@@ -37,6 +40,7 @@ from train.run.ledger import inherited_entries, read_ledger, skipped_batches, wr
 from train.run.run_name import split_name
 from train.run.storage import check_writable
 from train.run.trackers import foreign_settings, missing_packages
+from train.stop import reset_watchdog
 
 if TYPE_CHECKING:
     from data.formats.template import ChatTemplate
@@ -57,6 +61,7 @@ def prepare_run(
     check_folder(config, run)
     asked = config.evaluation
     tasks = open_tasks(asked.tasks, asked.task_dir, asked.task_limit) if asked.tasks is not None else None
+    reward = Reward(config.objective) if config.objective.samples else None
     mixture = open_run_mixture(config, run)
     # A run exists from its first checkpoint on. Whatever a start without one has left is made again.
     is_new = run.last_step() is None
@@ -73,7 +78,7 @@ def prepare_run(
     if config.data.fills_in:
         mark_names(config.data, tokenizer)
     if is_new:
-        check_pairs(mixture, tokenizer)
+        check_lengths(mixture, tokenizer)
     config = config.resolved(tokenizer.vocab_size)
     on_first_process(lambda: None if has_held_out(config, run) else save_held_out(config, run, mixture))
     held_out = run.held_out_texts()
@@ -90,7 +95,10 @@ def prepare_run(
             log.warning(problem)
     fingerprints = mixture.fingerprints() | {"tokenizer": tokenizer.fingerprint}
     check_same_everywhere(fingerprints)
-    return RunInputs(config, mixture, tokenizer, held_out, identity_of(config, mixture) | fingerprints, tasks)
+    rollouts = Rollouts(config, tokenizer, reward, partial(reset_watchdog, config)) if reward else None
+    if rollouts:
+        rollouts.try_reward(held_out)
+    return RunInputs(config, mixture, tokenizer, held_out, identity_of(config, mixture) | fingerprints, tasks, rollouts)
 
 
 @contextmanager

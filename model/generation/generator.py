@@ -38,11 +38,13 @@ class TokenDelta(NamedTuple):
 
     Attributes:
         ended: "eos" or "length" (the limit) in a prompt's last delta.
+        end_id: the token that was drawn as EOS.
     """
 
     prompt_index: int
     tokens: list[int]
     ended: str | None = None
+    end_id: int | None = None
 
 
 @dataclass
@@ -198,10 +200,11 @@ class Scheduler:
         request.tokens += tokens
         request.window += tokens
         request.num_drawn += len(tokens)
-        ended = "length" if request.num_drawn == self.max_new_tokens else None
+        ended, end_id = "length" if request.num_drawn == self.max_new_tokens else None, None
         if tokens[-1] in self.generator.eos_ids:
-            tokens, ended = tokens[:-1], "eos"
-        yield TokenDelta(request.prompt_index, tokens, ended)
+            *tokens, end_id = tokens
+            ended = "eos"
+        yield TokenDelta(request.prompt_index, tokens, ended, end_id)
         if ended or request.prompt_index in self.stopped:
             self.slots[slot] = None
 

@@ -16,8 +16,8 @@ from data.corpus import Corpus, open_corpus
 from data.errors import BadText, InputError
 from data.formats import Conversations, Fields
 from data.formats.jsonl import parse_line
+from data.lengths import check_lengths
 from data.mixture import Mixture, initial_positions, open_mixture, open_streams
-from data.pairs import check_pairs
 from data.provenance import describe_row, summarize
 from data.segmenter import make_segment, sequences_in
 from tests.data.chat_templates import IM
@@ -209,7 +209,7 @@ def test_a_pair_longer_than_a_row_is_said_with_its_line_or_left_out(tmp_path: Pa
     tokenizer: Any = ByteTokenizer()
     tokenizer.encode_all = tokenize
     with pytest.raises(InputError) as caught:
-        check_pairs(mixture_of(file), tokenizer)
+        check_lengths(mixture_of(file), tokenizer)
     first, second = str(caught.value).splitlines()
     assert first.startswith(
         f"{file}:7: the pair takes 112 positions, 51 for the chosen answer with its prompt and 61 for the rejected"
@@ -221,7 +221,7 @@ def test_a_pair_longer_than_a_row_is_said_with_its_line_or_left_out(tmp_path: Pa
             while stream.take(0)[1]:
                 pass
     mixture = mixture_of(file, epochs=1, on_bad_document="skip", validation_fraction=0.0)
-    check_pairs(mixture, tokenizer)
+    check_lengths(mixture, tokenizer)
     rows = []
     for stream in streams_of(mixture).values():
         while parts := stream.take(0)[1]:

@@ -50,7 +50,8 @@ class Config:
     @property
     def num_streams(self) -> int:
         """The number of virtual readers of the corpus (V)."""
-        return self.data.num_streams or self.train.batch_ramp_start or self.train.batch_size
+        rows = self.train.batch_ramp_start or self.train.batch_size
+        return self.data.num_streams or max(rows // self.objective.rows_of_prompt, 1)
 
 
 class ResolvedConfig(Config):

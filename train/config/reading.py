@@ -87,24 +87,28 @@ def config_problems(config: Config) -> list[str]:
         )
     first = "batch_size" if c.train.batch_ramp_start is None else "batch_ramp_start"
     rows = getattr(c.train, first)
+    name = f"train.{first} = {rows}"
+    if 1 <= c.objective.rows_of_prompt <= rows and rows % c.objective.rows_of_prompt == 0:
+        rows //= c.objective.rows_of_prompt
+        name += f" / objective.group_size = {rows}" if c.objective.samples else ""
     if c.num_streams >= 1 and 1 <= rows <= 2**24 and rows % c.num_streams:
         divisor = min(divisors(rows), key=lambda d: abs(d - c.num_streams))
-        problems.append(
-            f"data.num_streams = {c.num_streams} does not divide train.{first} = {rows}; nearest that does: {divisor}"
-        )
+        problems.append(f"data.num_streams = {c.num_streams} does not divide {name}; nearest that does: {divisor}")
     return problems
 
 
 def objective_problems(config: Config) -> list[str]:
     """Returns one line for everything in other groups that does not fit the objective."""
     name, problems = config.objective.name, []
-    if not config.objective.compares:
-        if config.data.compares:
-            problems.append(
-                "data.rejected_field is given, and objective.name = next_token compares no answers; give dpo or simpo"
-            )
+    if not config.objective.compares and config.data.compares:
+        problems.append(
+            f"data.rejected_field is given, and objective.name = {name} compares no answers; give dpo or simpo"
+        )
+    if name == "next_token":
         return problems
-    if config.data.corpus is not None and not config.data.compares:
+    if config.objective.samples:
+        problems += sampling_problems(config)
+    elif config.data.corpus is not None and not config.data.compares:
         problems.append(
             f"objective.name = {name} compares two answers; name the field of the rejected one with data.rejected_field"
         )
@@ -116,6 +120,36 @@ def objective_problems(config: Config) -> list[str]:
             f"objective.name = {name} compares with the weights that the run begins with; name them with "
             "train.init_from=RUN@STEP and train.init_with=weights"
         )
+    return problems
+
+
+def sampling_problems(config: Config) -> list[str]:
+    """Returns one line for everything in other groups that does not fit an objective of sampled answers."""
+    c, problems = config, []
+    if c.train.batch_size % c.objective.group_size:
+        problems.append(
+            f"objective.group_size = {c.objective.group_size} does not divide train.batch_size = {c.train.batch_size}, "
+            "the answers of a step; give a multiple of it"
+        )
+    if c.data.segmentation != "document":
+        problems.append(
+            f"data.segmentation is {c.data.segmentation}; with objective.name = grpo it must be document, so that each "
+            "row has one prompt"
+        )
+    prompts = c.data.has_prompts
+    if c.data.corpus is not None and not prompts:
+        problems.append(
+            "objective.name = grpo needs prompts; name their field with data.prompt_field, or data.messages_field"
+        )
+    if c.objective.max_new_tokens >= c.data.segment_length:
+        problems.append(
+            f"objective.max_new_tokens = {c.objective.max_new_tokens} leaves a row of data.segment_length = "
+            f"{c.data.segment_length} no room for a prompt; lower the one, or raise the other"
+        )
+    unused = {"objective.name = grpo": (("model", "dropout"), ("train", "batch_ramp_start"))}
+    for reason, fields in unused.items():
+        problems += [f"{group}.{name} cannot be used with {reason}; leave it at its default"
+                     for group, name in fields if getattr(getattr(c, group), name)]  # fmt: skip
     return problems
 
 

@@ -100,7 +100,7 @@ def continuations(
     pieces = generator(
         prompts, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, batch_size=batch_size, stopped=stopped
     )
-    for number, tokens, ended in pieces:
+    for number, tokens, ended, _ in pieces:
         text = texts[number]
         added = text.add(tokens)
         if ended:

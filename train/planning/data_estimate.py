@@ -10,7 +10,7 @@ from model.parameters import parameter_table
 from train.config.config import ResolvedConfig
 from train.config.optimizer_config import OptimizerConfig
 from train.config.parameter_groups import parameter_settings
-from train.step.schedule import batch_stages
+from train.step.schedule import read_stages
 
 # UTF-8 bytes of each corpus that are read for an estimate at the start of a run.
 SAMPLE_BYTES = 2**22
@@ -75,8 +75,8 @@ def estimate_data(config: ResolvedConfig, mixture: Mixture, tokenizer: Tokenizer
 
     The data begins in the step numbered `begin`, from 0.
     """
-    num_steps, T = config.train.num_steps, config.data.segment_length
-    stages = [(begin, end, rows * T) for begin, end, rows in batch_stages(config, begin, num_steps)]
+    num_steps = config.train.num_steps
+    stages = read_stages(config, begin, num_steps)
     try:
         summaries = summarize(mixture, tokenizer, config.train.seed, stages, SAMPLE_BYTES)
     except InputError:

@@ -52,6 +52,7 @@ class Run:
         self.snapshot = folder / "corpus" / "stdlib.jsonl"  # a copy of the default corpus, made when the run began
         self.held_out = folder / "held_out.jsonl"  # so that the folder is enough to evaluate the run
         self.metrics = folder / "metrics.jsonl"  # one line a step
+        self.samples = folder / "samples.jsonl"  # sampled answers with their rewards, one line a step
         self.positions = folder / "positions.jsonl"  # positions in the data after some of the steps
         self.lease = folder / "lease.json"  # names the processes that write to the folder
         self.events = folder / "events.jsonl"  # the audit log, which records everything apart from steps

@@ -25,6 +25,8 @@ NUMBERS = ALWAYS | {
     "validation_bits_per_byte", "validation_accuracy", "held_out_bits_per_byte", "held_out_accuracy", "held_out_tokens",
     "expert_load_most", "expert_load_least", "expert_load_entropy", "dead_experts",
     "accuracy", "margin", "chosen_reward", "rejected_reward", "kl", "answer_tokens",
+    "entropy", "clipped", "reward", "reward_deviation", "equal_groups", "answer_length", "ended",
+    "validation_reward", "validation_answer_length",
     *(f"{texts}_{name}" for texts in ("validation", "held_out")
       for name in ("preference_loss", "preference_accuracy", "margin", "pairs")),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Objectives of a batch: the cross-entropy of its next tokens, or a loss of the pairs of answers in it.
+"""Objectives of a batch: the cross-entropy of its next tokens, or a loss of the answers in it.
 
 Every other loss than the cross-entropy is a function f of the log-probabilities of single tokens, and of arrays that do
 not depend on the weights. So f's gradient reaches the model as one number a token, ∂f/∂log p. The log-probabilities are
@@ -12,6 +12,15 @@ With the chosen answer w, the rejected answer l, and σ the logistic function, a
 
 where Σ is over the n trained tokens of an answer, its end included. With `objective.length_normalized` r of dpo is
 divided by n, too. With a label smoothing ε they are -(1 − ε) log σ(z) − ε log σ(−z) (conservative DPO, Mitchell 2023).
+
+The loss of a token of a sampled answer with the advantage A (see `train.rollout`) is
+
+    grpo   -min(ρ A, clip(ρ, 1 − ε, 1 + ε) A) + β (p_ref / p − log(p_ref / p) − 1),    ρ = p / p_old
+
+with ε = `objective.clip` and β = `objective.kl_weight` (Shao et al. 2024, arXiv:2402.03300, equations 3 and 4), where
+p_old is the probability before the first of the updates that are made with the answers. All tokens of a batch count
+alike (DAPO, Yu et al. 2025, arXiv:2503.14476, equation 8), or with `objective.length_normalized` all answers, as in the
+former paper.
 """
 
 from collections.abc import Mapping
@@ -35,11 +44,16 @@ Sums = dict[str, jax.Array]
 OF_PAIRS = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward")
 # Sums over the trained tokens of a reference's objective, which are reported as means of a token.
 OF_TOKENS = ("kl",)
+# Sums over the tokens of sampled answers, by their loss weights, which are reported as means: the loss; -log p, whose
+# mean estimates the entropy; and where the gradient of the advantage is cut off.
+OF_SAMPLES = ("loss", "entropy", "clipped")
 
 
 def sum_names(config: ObjectiveConfig) -> tuple[str, ...]:
     """Returns the names of the sums of `summed_objective`."""
-    return (*OF_PAIRS, *(OF_TOKENS if config.uses_reference else ())) if config.compares else ("loss",)
+    if config.name == "next_token":
+        return ("loss",)
+    return (*(OF_SAMPLES if config.samples else OF_PAIRS), *(OF_TOKENS if config.uses_reference else ()))
 
 
 def summed_objective(
@@ -57,12 +71,16 @@ def summed_objective(
         reference_BT: `log_probabilities` of the reference, if the objective uses one.
     """
     targets_BT = batch["targets"]
-    if not config.objective.compares:
+    if config.objective.name == "next_token":
         losses = summed_losses(x_BTD, matrix_DV, targets_BT, batch["loss_weights"], config.model, layout)
         return losses.objective, {"loss": losses.cross_entropy}
     fixed = jax.lax.stop_gradient((x_BTD, matrix_DV))
     log_p_BT = -token_losses(*fixed, targets_BT, config.model, layout).cross_entropy
-    loss = partial(preference_loss, config.objective, batch=batch, layout=layout, reference_BT=reference_BT)
+    if config.objective.samples:
+        loss = partial(policy_loss, config.objective, batch=batch, reference_BT=reference_BT)
+        loss = partial(loss, old_BT=batch.get("old_log_p", log_p_BT))
+    else:
+        loss = partial(preference_loss, config.objective, batch=batch, layout=layout, reference_BT=reference_BT)
     (value, sums), slope_BT = jax.value_and_grad(loss, has_aux=True)(log_p_BT)
     # The cross-entropy is -log p, so this has the gradient of the loss, and another value.
     linear = summed_losses(x_BTD, matrix_DV, targets_BT, -slope_BT, config.model, layout).objective
@@ -105,6 +123,33 @@ def preference_loss(
     sums = {name: jnp.sum(jnp.where(is_pair_BP, x, 0.0)) for name, x in zip(OF_PAIRS, of_pairs, strict=True)}
     if reference_BT is not None:
         sums["kl"] = jnp.sum(batch["loss_weights"] * ratio_BT**2) / 2
+    return sums["loss"], sums
+
+
+def policy_loss(
+    config: ObjectiveConfig,
+    log_p_BT: jax.Array,
+    batch: Batch,
+    old_BT: jax.Array,
+    reference_BT: jax.Array | None = None,
+) -> tuple[jax.Array, Sums]:
+    """Returns the loss of all sampled tokens of a batch (formula above), and sums over them by name.
+
+    The batch has the "advantages" of the tokens [B, T], and all is weighted by "loss_weights". "kl" estimates the KL
+    divergence to the reference without bias (k3; Schulman 2020).
+    """
+    weights_BT, A_BT = batch["loss_weights"], batch["advantages"]
+    # Positions without weight may have any probabilities, whose ratio would be infinite.
+    difference = lambda x_BT, y_BT: jnp.where(weights_BT > 0, x_BT - y_BT, 0.0)
+    ratio_BT = jnp.exp(difference(log_p_BT, old_BT))
+    gain_BT, bound_BT = ratio_BT * A_BT, jnp.clip(ratio_BT, 1 - config.clip, 1 + config.clip) * A_BT
+    loss_BT = -jnp.minimum(gain_BT, bound_BT)
+    of_tokens = {"entropy": -log_p_BT, "clipped": (bound_BT < gain_BT).astype(jnp.float32)}
+    if reference_BT is not None:
+        further_BT = difference(reference_BT, log_p_BT)
+        of_tokens["kl"] = jnp.expm1(further_BT) - further_BT
+        loss_BT = loss_BT + config.kl_weight * of_tokens["kl"]
+    sums = {name: jnp.sum(weights_BT * x_BT) for name, x_BT in ({"loss": loss_BT} | of_tokens).items()}
     return sums["loss"], sums
 
 

@@ -84,6 +84,11 @@ def batch_size(config: Config, step: int) -> int:
     return c.batch_ramp_start << min(step * doublings // c.batch_ramp_steps, doublings)
 
 
+def rows_read(config: Config, step: int) -> int:
+    """Returns the rows of the data that the update numbered `step` (from 0) reads: of sampled answers, its prompts."""
+    return batch_size(config, step) // config.objective.rows_of_prompt
+
+
 def batch_stages(config: Config, begin: int, end: int) -> list[tuple[int, int, int]]:
     """Returns stages (begin, end, rows) of equal batches, of the updates from `begin` (from 0) to before `end`."""
     c = config.train
@@ -93,6 +98,13 @@ def batch_stages(config: Config, begin: int, end: int) -> list[tuple[int, int, i
         cuts |= {-(-k * c.batch_ramp_steps // doublings) for k in range(1, doublings + 1)}
     ordered = sorted(cut for cut in cuts if begin <= cut <= end)
     return [(first, last, batch_size(config, first)) for first, last in itertools.pairwise(ordered)]
+
+
+def read_stages(config: Config, begin: int, end: int) -> list[tuple[int, int, int]]:
+    """Returns the same stages with the positions that each update reads, as `data.provenance.summarize` takes them."""
+    positions = config.data.segment_length
+    stages = batch_stages(config, begin, end)
+    return [(first, last, rows_read(config, first) * positions) for first, last, _ in stages]
 
 
 def rows_between(config: Config, begin: int, end: int) -> int:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from model.context_parallel import to_zigzag
+from model.context_parallel import from_zigzag, to_zigzag
 from model.decoder import Decoder
 from model.dropout import DropoutKeys, row_keys
 from model.feedforward.balance import fullest_shard, load_figures, load_of_groups, moved_bias, routing_loss
@@ -22,7 +22,6 @@ from train.devices.mesh import batch_sharding
 from train.devices.rules import training_layout
 from train.devices.xla import compiler_options, sum_counts, sum_loss_weights, sum_loss_weights_and_tokens
 from train.step.objective import (
-    OF_PAIRS,
     OF_TOKENS,
     Batch,
     Sums,
@@ -190,59 +189,109 @@ def make_train_step(
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """Returns the jitted function (state, batch) → (state, metrics), which donates the memory of its state.
 
-    A batch holds `tokens`, `targets`, `positions`, `segment_ids` (int32) and `loss_weights` (float32), each [B, T].
-    Gradient accumulation with `accumulation_steps` = A runs A parts of B/A rows in sequence (fewer on a batch ramp);
-    the loss is divided by the weight of the whole batch, so A changes only memory. Metrics are float32 scalars:
-    `loss` in nats a token, `grad_norm` before clipping, `learning_rate`, and `loss_weight`, the number of tokens
-    that count. Of pairs of answers, `loss` is that of a pair, `loss_weight` their number, and `answer_tokens` that of
-    the trained tokens; the other sums of `preference_loss` are means, too: `kl` of a token, the others of a pair. A
-    watching step also returns `watch` (see `watch.py`), at the cost of one more forward pass. The
+    A batch holds `tokens`, `targets`, `positions`, `segment_ids` (int32) and `loss_weights` (float32), each [B, T]; one
+    of sampled answers also the `advantages` (float32) of their tokens. Gradient accumulation with `accumulation_steps`
+    = A runs A parts of B/A rows in sequence (fewer on a batch ramp); the loss is divided by the weight of the whole
+    batch, so A changes only memory. Metrics are float32 scalars: `loss` in nats a token, `grad_norm` before clipping,
+    `learning_rate`, and `loss_weight`, the number of tokens that count. Of sampled answers, the other sums of
+    `policy_loss` are means, too. Of pairs of answers, `loss` is that of a pair, `loss_weight` their number, and
+    `answer_tokens` that of the trained tokens; the other sums of `preference_loss` are means: `kl` of a token, the
+    others of a pair. A watching step also returns `watch` (see `watch.py`), at the cost of one more forward pass. The
     function is compiled for the platform of the ambient mesh.
     """
-    schedule = learning_rate(config)
     layout = training_layout(config.mesh)
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        batch, loss_weight, whole, answer_tokens = counted(config, batch)
+        batch, *counts = counted(config, batch)
         keys_B = None
         if config.model.dropout:
             rows_B = jnp.arange(batch["tokens"].shape[0], out_sharding=layout.spec("batch"))
             keys_B = row_keys(config.train.seed, state["step"], rows_B)
-        parts = accumulation_parts(config, batch["tokens"].shape[0])
-        run = partial(sums_and_gradients, config) if parts == 1 else partial(accumulated, config, parts)
-        sums, gradients = run(state["weights"], batch, keys_B, whole, state.get("reference"))
-        figures, gradients = jax.tree.map(
-            lambda x: x / jnp.maximum(loss_weight, 1.0), ({n: sums[n] for n in OF_PAIRS if n in sums}, gradients)
-        )
-
-        updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["weights"])
-        metrics = figures | {
-            "grad_norm": optax.tree.norm(gradients),
-            "learning_rate": schedule(state["step"]),
-            "loss_weight": loss_weight,
-        }
-        if answer_tokens is not None:
-            metrics["answer_tokens"] = answer_tokens
-            metrics |= {name: sums[name] / jnp.maximum(answer_tokens, 1.0) for name in OF_TOKENS if name in sums}
-        if watches:
-            metrics["watch"] = watch(config, state["weights"], split_rows(parts, batch, layout), gradients, updates)
-        if "load" in sums:
-            load_LE = jnp.sum(sums["load"], axis=1)
-            load = load_figures(load_LE)
-            metrics |= expert_figures(load)
-            if watches:
-                fullest = fullest_shard(sums["load"], layout.size("experts"))
-                metrics["watch"]["experts"] = load | {"fullest_shard": fullest}
-        weights = optax.apply_updates(state["weights"], updates)
-        if config.model.balance_bias:
-            experts = weights["blocks"]["experts"]
-            experts["balance"] = moved_bias(config.model, experts["balance"], load_LE)
-        after = state | {"step": state["step"] + 1, "weights": weights, "optimizer": optimizer_state}
+        update = partial(one_update, config, optimizer, watches, keys_B, *counts)
+        if config.objective.updates > 1:
+            update = partial(one_after_another, config, update)
+        after, metrics = update(state, batch)
+        after["step"] = state["step"] + 1
         if config.train.ema_decay:
-            after["average"] = update_average(config, state["average"], weights, state["step"])
+            after["average"] = update_average(config, state["average"], after["weights"], state["step"])
         return after, metrics
 
     return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options())
+
+
+def one_update(
+    config: ResolvedConfig,
+    optimizer: optax.GradientTransformation,
+    watches: bool,
+    keys_B: DropoutKeys,
+    loss_weight: jax.Array,
+    whole: WholeBatch | None,
+    answer_tokens: jax.Array | None,
+    state: State,
+    batch: Batch,
+) -> tuple[State, Metrics]:
+    """Returns the state with other weights and moments, and the metrics, after one update with the batch."""
+    parts, layout = accumulation_parts(config, batch["tokens"].shape[0]), training_layout(config.mesh)
+    run = partial(sums_and_gradients, config) if parts == 1 else partial(accumulated, config, parts)
+    sums, gradients = run(state["weights"], batch, keys_B, whole, state.get("reference"))
+    of_tokens = OF_TOKENS if answer_tokens is not None else ()
+    averaged = {name: sums[name] for name in sum_names(config.objective) if name not in of_tokens}
+    figures, gradients = jax.tree.map(lambda x: x / jnp.maximum(loss_weight, 1.0), (averaged, gradients))
+
+    updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["weights"])
+    metrics = figures | {
+        "grad_norm": optax.tree.norm(gradients),
+        "learning_rate": learning_rate(config)(state["step"]),
+        "loss_weight": loss_weight,
+    }
+    if answer_tokens is not None:
+        metrics["answer_tokens"] = answer_tokens
+        metrics |= {name: sums[name] / jnp.maximum(answer_tokens, 1.0) for name in of_tokens if name in sums}
+    if watches:
+        metrics["watch"] = watch(config, state["weights"], split_rows(parts, batch, layout), gradients, updates)
+    if "load" in sums:
+        load_LE = jnp.sum(sums["load"], axis=1)
+        load = load_figures(load_LE)
+        metrics |= expert_figures(load)
+        if watches:
+            fullest = fullest_shard(sums["load"], layout.size("experts"))
+            metrics["watch"]["experts"] = load | {"fullest_shard": fullest}
+    weights = optax.apply_updates(state["weights"], updates)
+    if config.model.balance_bias:
+        experts = weights["blocks"]["experts"]
+        experts["balance"] = moved_bias(config.model, experts["balance"], load_LE)
+    return state | {"weights": weights, "optimizer": optimizer_state}, metrics
+
+
+def one_after_another(
+    config: ResolvedConfig, update: Callable[[State, Batch], tuple[State, Metrics]], state: State, batch: Batch
+) -> tuple[State, Metrics]:
+    """Returns the same after `objective.updates` updates with a batch of sampled answers; metrics are their means."""
+    batch = {**batch, "old_log_p": log_probabilities_of(config, state["weights"], batch)}
+    changed = ("weights", "optimizer")
+
+    def again(before: State, _: None) -> tuple[State, Metrics]:
+        # All updates of a step have its learning rate.
+        before["optimizer"] |= {"schedule": state["optimizer"]["schedule"]}
+        after, metrics = update(state | before, batch)
+        return {name: after[name] for name in changed}, metrics
+
+    first = {name: state[name] for name in changed}
+    after, metrics = jax.lax.scan(again, first, length=config.objective.updates)
+    return state | after, jax.tree.map(partial(jnp.mean, axis=0), metrics)
+
+
+def log_probabilities_of(config: ResolvedConfig, weights: Weights, batch: Batch) -> jax.Array:
+    """Returns log p(target) [B, T] of a batch, in the order of its rows and by as many parts as its gradients."""
+    layout = training_layout(config.mesh)
+    parts = accumulation_parts(config, batch["tokens"].shape[0])
+
+    def of_part(part: Batch) -> jax.Array:
+        part = {name: to_zigzag(x, layout) for name, x in part.items()}
+        return from_zigzag(log_probabilities(config, weights, part, layout), layout)
+
+    split = jax.lax.map(of_part, split_rows(parts, batch, layout))
+    return layout.reshard(split.swapaxes(0, 1), "batch", None, "time").reshape(batch["tokens"].shape)
 
 
 def skip_step(config: ResolvedConfig, state: State) -> tuple[State, Metrics]:
@@ -260,6 +309,8 @@ def abstract_batch(config: ResolvedConfig, mesh: Mesh, rows: int) -> dict[str, j
     """Returns shapes, dtypes and shardings of a batch, [rows, T] each."""
     sharding = batch_sharding(mesh, training_layout(config.mesh))
     dtypes = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), jnp.int32) | {"loss_weights": jnp.float32}
+    if config.objective.samples:
+        dtypes["advantages"] = jnp.float32
     shape = (rows, config.data.segment_length)
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
 

@@ -1,4 +1,4 @@
-"""Finds pairs of answers that no row can hold, before anything is trained."""
+"""Finds documents that no row can hold, and that are never cut, before anything is trained."""
 
 import itertools
 import logging
@@ -14,22 +14,22 @@ log = logging.getLogger("ziggurat")
 AT_ONCE = 256
 
 
-def check_pairs(mixture: Mixture, tokenizer: Tokenizer) -> None:
-    """Tokenizes the pairs of all corpora of moderate size, unless long ones are to be skipped.
+def check_lengths(mixture: Mixture, tokenizer: Tokenizer) -> None:
+    """Tokenizes all corpora of moderate size whose documents are never cut, unless long ones are to be skipped.
 
-    Raises InputError with file and place of up to ten pairs that are longer than a row.
+    Raises InputError with file and place of up to ten documents that are longer than a row.
     """
     problems: list[str] = []
     for source in mixture.sources:
         checks = source.config.on_bad_document == "error" and source.corpus.size <= SMALL_CORPUS_BYTES
-        if checks and source.config.rejected_field is not None:
-            log.info("tokenizing %s, to see that its pairs fit into rows", source.corpus.describe())
-            problems += _long_pairs(source, tokenizer, MAX_PROBLEMS - len(problems))
+        if checks and source.config.keeps_whole:
+            log.info("tokenizing %s, to see that its documents fit into rows", source.corpus.describe())
+            problems += _too_long(source, tokenizer, MAX_PROBLEMS - len(problems))
     if problems:
         raise InputError("\n".join(problems))
 
 
-def _long_pairs(source: Source, tokenizer: Tokenizer, most: int) -> list[str]:
+def _too_long(source: Source, tokenizer: Tokenizer, most: int) -> list[str]:
     problems: list[str] = []
     documents, around = source.corpus.all_documents(), (tokenizer.bos_ids, tokenizer.eos_id)
     while (some := list(itertools.islice(documents, AT_ONCE))) and len(problems) < most:
