@@ -184,16 +184,21 @@ class Display:
         loss = "no token trained on" if record["loss"] is None else f"loss {record['loss']:.4f}"
         if "accuracy" in record:
             loss += f"  accuracy {record['accuracy']:.1%}  margin {record['margin']:.3f}"
+        if "reward" in record:
+            loss = f"reward {record['reward']:.4f}  {loss}"
         rate = f"{record['tokens_per_second']:,.0f} tokens/s"
         share = f"{record['peak_share']:.0%} of peak"
         wait = f"data wait {record['data_wait_seconds']:.2f} s"
         eta = f"ETA {duration(seconds_left)}"
         if record["loss"] is None and not self._said_empty:
             self._said_empty = True
-            self.say(
-                f"step {step}: its rows lie within prompts, so no token is trained on and the step changes nothing; "
-                "raise data.segment_length above the prompts' tokens, or shorten the prompts"
+            why = (
+                "its rows lie within prompts, so no token is trained on and the step changes nothing; raise "
+                "data.segment_length above the prompts' tokens, or shorten the prompts"
             )
+            if "reward" in record:
+                why = "all answers to a prompt have the same reward, so the step changes nothing"
+            self.say(f"step {step}: {why}")
         self._figures = [loss, eta, rate, wait, share]  # in the order in which they matter
         if not self._live and (step % self.every == 0 or step in (1, self.num_steps)):
             self.say("  ".join([f"step {step}/{self.num_steps}", loss, rate, share, wait, eta]))
@@ -211,6 +216,8 @@ class Display:
                 accuracy, margin = record["validation_preference_accuracy"], record["validation_margin"]
                 whole += f"; pairs: loss {record['validation_preference_loss']:.4f}, accuracy {accuracy:.1%}"
                 whole += f", margin {margin:.3f}"
+            if "validation_reward" in record:
+                whole += f"; reward {record['validation_reward']:.4f}"
             self.say(f"step {record['step']}  held-out: {bits:.3f} bits a byte, loss {loss:.4f}{whole}; sample:")
             self.say("\n".join("    " + line for line in self._sample_lines(record["sample"])))
         for task, values in record.get("tasks", {}).items():

@@ -19,6 +19,7 @@ from launch.page.chart import (
     LEFT,
     MEASURES,
     PAIR_MEASURES,
+    SAMPLE_MEASURES,
     RIGHT,
     TOP,
     Chart,
@@ -92,6 +93,8 @@ def make_page(run: Run) -> str:
 
 def measures_of(config: Config) -> list[Measure]:
     """Returns what is charted of a run with any model, the training loss first."""
+    if config.objective.samples:
+        return [*MEASURES[:1], *SAMPLE_MEASURES, *MEASURES[1:]]
     if not config.objective.compares:
         return [*MEASURES]
     loss, *others = MEASURES
