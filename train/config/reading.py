@@ -87,11 +87,11 @@ def config_problems(config: Config) -> list[str]:
         )
     first = "batch_size" if c.train.batch_ramp_start is None else "batch_ramp_start"
     rows = getattr(c.train, first)
-    name = f"train.{first} = {rows}"
-    if 1 <= c.objective.rows_of_prompt <= rows and rows % c.objective.rows_of_prompt == 0:
-        rows //= c.objective.rows_of_prompt
-        name += f" / objective.group_size = {rows}" if c.objective.samples else ""
-    if c.num_streams >= 1 and 1 <= rows <= 2**24 and rows % c.num_streams:
+    name, each = f"train.{first} = {rows}", c.objective.rows_of_prompt
+    if c.objective.samples:
+        name += f" / objective.group_size = {each}"
+    is_whole = each >= 1 and rows % each == 0
+    if is_whole and c.num_streams >= 1 and each <= rows <= 2**24 and (rows := rows // each) % c.num_streams:
         divisor = min(divisors(rows), key=lambda d: abs(d - c.num_streams))
         problems.append(f"data.num_streams = {c.num_streams} does not divide {name}; nearest that does: {divisor}")
     return problems
@@ -146,10 +146,9 @@ def sampling_problems(config: Config) -> list[str]:
             f"objective.max_new_tokens = {c.objective.max_new_tokens} leaves a row of data.segment_length = "
             f"{c.data.segment_length} no room for a prompt; lower the one, or raise the other"
         )
-    unused = {"objective.name = grpo": (("model", "dropout"), ("train", "batch_ramp_start"))}
-    for reason, fields in unused.items():
-        problems += [f"{group}.{name} cannot be used with {reason}; leave it at its default"
-                     for group, name in fields if getattr(getattr(c, group), name)]  # fmt: skip
+    for name, is_used in (("model: dropout", c.model.dropout), ("train.batch_ramp_start", c.train.batch_ramp_start)):
+        if is_used:
+            problems.append(f"{name} cannot be used with objective.name = grpo; leave it out")
     return problems
 
 

@@ -79,8 +79,10 @@ def torch_loss(config: Config, log_p: list[Any], old: list[Any], before: list[An
         kl = torch.exp(reference - now) - (reference - now) - 1
         losses.append(-gain + c.kl_weight * kl)
         figures.append([-now, (clipped * float(advantage) < ratio * float(advantage)).float(), kl])
-    mean = (lambda x: torch.stack([of.mean() for of in x]).mean()) if c.length_normalized else (
-        lambda x: torch.cat(x).mean()
+    mean = (
+        (lambda x: torch.stack([of.mean() for of in x]).mean())
+        if c.length_normalized
+        else (lambda x: torch.cat(x).mean())
     )
     names = ("entropy", "clipped", "kl") if c.kl_weight else ("entropy", "clipped")
     found = {name: float(mean([f[i].detach() for f in figures])) for i, name in enumerate(names)}
@@ -161,7 +163,8 @@ def step_of(objective: str, parts: int = 1, **shape: int) -> tuple[dict[str, flo
 
 
 @pytest.mark.parametrize(
-    "mesh", [{"parts": 2}, {"data": 2, "fsdp": 2}, {"context": 2, "tensor": 2}, {"parts": 2, "context": 2, "fsdp": 2}],
+    "mesh",
+    [{"parts": 2}, {"data": 2, "fsdp": 2}, {"context": 2, "tensor": 2}, {"parts": 2, "context": 2, "fsdp": 2}],
     ids=str,
 )
 def test_meshes_and_accumulation_change_no_figure(mesh: dict[str, int]):

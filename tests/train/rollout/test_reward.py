@@ -1,0 +1,120 @@
+"""What a reward is given, and what is said of one that does not work (C9)."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.errors import InputError
+from data.tokenizer.tokenizer import Tokenizer
+from tests.data.stand_in import ByteTokenizer
+from train.config.objective_config import ObjectiveConfig
+from train.rollout.prompt import Prompt, answer_text, prompt_of, prompt_text
+from train.rollout.reward import Answer, Reward
+
+ANSWERS = [Answer("1+1=", "2", "2"), Answer("1+2=", "five", "3")]
+FUNCTIONS = """
+import time
+
+def is_right(prompt, answer, reference):
+    return answer == reference
+
+def raises(prompt, answer, reference):
+    return int(answer)
+
+def leaves(prompt, answer, reference):
+    raise SystemExit
+
+def is_nan(prompt, answer, reference):
+    return float("nan")
+
+def is_text(prompt, answer, reference):
+    return answer
+
+def hangs(prompt, answer, reference):
+    time.sleep(0 if answer == "2" else 60)
+    return 1
+
+number = 3
+"""
+
+
+def reward_of(folder: Path, name: str, seconds: float = 10.0) -> Reward:
+    file = folder / "rewards.py"
+    file.write_text(FUNCTIONS)
+    return Reward(ObjectiveConfig(name="grpo", reward=f"{file}:{name}", reward_seconds=seconds))
+
+
+def test_each_answer_gets_its_reward(tmp_path: Path):
+    reward = reward_of(tmp_path, "is_right")
+    assert reward(ANSWERS) == [1.0, 0.0]
+    assert reward([]) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("raises", "raised ValueError: invalid literal for int() with base 10: 'five' for the answer 'five' to '1+2='"),
+        ("leaves", "raised SystemExit for the answer '2' to '1+1='; mend it"),
+        ("is_nan", "returned 'nan' for the answer '2' to '1+1='; it must return a finite number"),
+        ("is_text", """returned "'five'" for the answer 'five'"""),
+        ("hangs", "has not returned within objective.reward_seconds = 0.3 for the answer 'five' to '1+2='"),
+        ("nothing", "has no function nothing; name one of it"),
+        ("number", "has no function number; name one of it"),
+    ],
+)
+def test_one_that_does_not_work_is_said_in_one_line(name: str, words: str, tmp_path: Path):
+    begun = time.monotonic()
+    with pytest.raises(InputError) as raised:
+        reward_of(tmp_path, name, 0.3 if name == "hangs" else 10.0)(ANSWERS)
+    assert time.monotonic() - begun < 9
+    text = str(raised.value)
+    assert text.startswith(f"objective.reward = {tmp_path}/rewards.py:{name}")
+    assert words in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize("text", ["import nothing_of_this_name", "def f(:", "raise SystemExit(3)"])
+def test_a_file_that_cannot_be_imported_is_said_in_one_line(text: str, tmp_path: Path):
+    file = tmp_path / "rewards.py"
+    for problem in ("there is no file", "importing it raised"):
+        with pytest.raises(InputError, match=problem) as raised:
+            Reward(ObjectiveConfig(name="grpo", reward=f"{file}:f"))
+        assert "\n" not in str(raised.value)
+        file.write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("trained", "prompt", "reference"),
+    [
+        ([0, 0, 1, 1], [1, 2, 3], [4, 5]),
+        ([1, 1, 1, 1], [1], [2, 3, 4, 5]),
+        # Two answers of a conversation, and what follows the last.
+        ([0, 1, 0, 1], [1, 2, 3, 4], [5]),
+        ([0, 1, 1, 0], [1, 2], [3, 4]),
+    ],
+)
+def test_the_prompt_of_a_row_is_all_before_its_last_answer(trained: list[int], prompt: list, reference: list):
+    inputs, targets = np.arange(1, 5), np.arange(2, 6)
+    assert prompt_of(inputs, targets, np.array(trained, np.float32)) == Prompt(prompt, reference)
+    assert prompt_of(inputs, targets, np.zeros(4)) is None
+
+
+class Bytes(ByteTokenizer):
+    """Ids 0 and 257 are marks."""
+
+    decode = Tokenizer.decode
+    pieces = ("<end>", *map(chr, range(256)), "<begin>")
+    special_tokens = ("<end>", "<begin>")
+
+    def token_bytes(self, token: int) -> bytes:
+        return b"" if token in (0, 257) else bytes([token - 1])
+
+
+def test_an_answer_ends_before_its_mark_and_a_prompt_shows_those_within():
+    tokenizer = Bytes()
+    ids = tokenizer.encode("hello").tolist()
+    assert answer_text(tokenizer, [*ids, 0, *ids], {0}) == answer_text(tokenizer, ids, {0}) == "hello"
+    assert prompt_text(tokenizer, [257, *ids, 0, *ids]) == "hello<end>hello"
+    assert prompt_text(tokenizer, ids) == "hello"
