@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from data.conversations import open_template, tokens_that_end
 from data.corpus import stable_hash
 from data.errors import InputError
+from data.loader import LoadedBatch
 from data.tokenizer.tokenizer import Tokenizer
 from model.generation.generator import Generator
 from model.generation.sampling import GREEDY, Sampling
@@ -29,6 +30,7 @@ from train.evaluation.held_out import Batch, pairs_of, put_on_devices
 from train.rollout.prompt import Prompt, answer_text, prompt_of, prompt_text
 from train.rollout.reward import Answer, Reward
 from train.run.folder import HeldOutDocument
+from train.run.step_log import StepLog
 
 # Added to a group's deviation.
 EPSILON = 1e-4
@@ -92,6 +94,16 @@ class Rollouts:
             for i in shown
         ]
         return Rollout(batch, figures, samples, bool(np.any(std_P1)))
+
+    def answered(
+        self, step: int, state: Mapping[str, Any], loaded: LoadedBatch, log: StepLog | None
+    ) -> tuple[LoadedBatch, bool]:
+        """Returns a step's batch of answers, and True if an update with it would be momentum alone; logs samples."""
+        rollout = self(step, state["weights"], loaded.batch)
+        if log:
+            log.write({"step": step, "samples": rollout.samples})
+        loaded = loaded._replace(batch=dict(rollout.batch), figures=rollout.figures)
+        return loaded, not rollout.teaches and "reference" not in state
 
     def evaluate(self, weights: Any, documents: Sequence[HeldOutDocument]) -> dict[str, float]:
         """Returns the mean reward of the most likely answers to held-out prompts, and their length in tokens."""

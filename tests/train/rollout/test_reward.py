@@ -2,13 +2,13 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from data.errors import InputError
-from data.tokenizer.tokenizer import Tokenizer
-from tests.data.stand_in import ByteTokenizer
+from tests.data.stand_in import TextTokenizer
 from train.config.objective_config import ObjectiveConfig
 from train.rollout.prompt import Prompt, answer_text, prompt_of, prompt_text
 from train.rollout.reward import Answer, Reward
@@ -101,19 +101,8 @@ def test_the_prompt_of_a_row_is_all_before_its_last_answer(trained: list[int], p
     assert prompt_of(inputs, targets, np.zeros(4)) is None
 
 
-class Bytes(ByteTokenizer):
-    """Ids 0 and 257 are marks."""
-
-    decode = Tokenizer.decode
-    pieces = ("<end>", *map(chr, range(256)), "<begin>")
-    special_tokens = ("<end>", "<begin>")
-
-    def token_bytes(self, token: int) -> bytes:
-        return b"" if token in (0, 257) else bytes([token - 1])
-
-
 def test_an_answer_ends_before_its_mark_and_a_prompt_shows_those_within():
-    tokenizer = Bytes()
+    tokenizer: Any = TextTokenizer()
     ids = tokenizer.encode("hello").tolist()
     assert answer_text(tokenizer, [*ids, 0, *ids], {0}) == answer_text(tokenizer, ids, {0}) == "hello"
     assert prompt_text(tokenizer, [257, *ids, 0, *ids]) == "hello<end>hello"
