@@ -14,13 +14,13 @@ class ObjectiveConfig:
     name: str = setting(
         "next_token",
         "what is minimized: the cross-entropy of the next token, or a loss of pairs of answers (data.rejected_field)",
-        choices=("next_token", "dpo", "simpo"),
+        choices=("next_token", "dpo", "simpo", "reward"),
     )
     beta: float | None = setting(
         None, "factor of the log-probabilities in a reward", unset="0.1 with dpo, 2 with simpo", above=0
     )
     label_smoothing: float = setting(
-        0.0, "assumed share of pairs whose preference is wrong, with dpo and simpo", at_least=0, below=0.5
+        0.0, "assumed share of pairs whose preference is wrong, with losses of pairs", at_least=0, below=0.5
     )
     length_normalized: bool = setting(
         False, "divide the rewards of dpo by the trained tokens of each answer, as simpo always does"
@@ -53,6 +53,7 @@ class ObjectiveConfig:
             "next_token": ("beta", "label_smoothing", "length_normalized", "gamma"),
             "dpo": ("gamma",),
             "simpo": ("length_normalized",),
+            "reward": ("beta", "length_normalized", "gamma"),
         }
         unused = dict.fromkeys(without.get(self.name, ()), f"objective.name = {self.name}")
         return problems_of("objective", self) + unused_problems("objective", self, unused)

@@ -9,6 +9,7 @@ from data.config import TEXT_FIELDS
 from data.errors import InputError
 from data.printable import name_problem
 from data.tokenizer.tokenizer import FIM_TOKENS
+from settings import unused_problems
 from train.config.config import Config, config_fields
 from train.config.parameter_groups import group_problems, parametrization_problems
 from train.config.values import check_value, nearest, parse_text, short_repr, shown_name, types_of
@@ -97,11 +98,12 @@ def config_problems(config: Config) -> list[str]:
 
 def objective_problems(config: Config) -> list[str]:
     """Returns one line for everything in other groups that does not fit the objective."""
-    name, problems = config.objective.name, []
+    name, problems = config.objective.name, _reward_problems(config)
     if not config.objective.compares:
         if config.data.compares:
             problems.append(
-                "data.rejected_field is given, and objective.name = next_token compares no answers; give dpo or simpo"
+                "data.rejected_field is given, and objective.name = next_token compares no answers; give dpo, simpo "
+                "or reward"
             )
         return problems
     if config.data.corpus is not None and not config.data.compares:
@@ -117,6 +119,20 @@ def objective_problems(config: Config) -> list[str]:
             "train.init_from=RUN@STEP and train.init_with=weights"
         )
     return problems
+
+
+def _reward_problems(config: Config) -> list[str]:
+    """Returns one line for everything that does not fit a reward head, or an objective that needs one."""
+    name, evaluation = config.objective.name, config.evaluation
+    if not config.model.reward_head:
+        return [f"objective.name = {name} trains scores; set model.reward_head=true"] if name == "reward" else []
+    if name != "reward":
+        return [f"model.reward_head gives scores, not tokens, and objective.name is {name}; set objective.name=reward"]
+    unused = dict.fromkeys(("prompt", "tasks"), "model.reward_head = True")
+    if evaluation.sample_tokens:
+        # A sample of no tokens is what there is.
+        unused["sample_tokens"] = unused["prompt"]
+    return unused_problems("evaluation", evaluation, unused)
 
 
 def divisors(number: int) -> list[int]:
