@@ -1,4 +1,4 @@
-"""A run of a reward model: begun with a language model, its figures, resuming, export, and refusals (C4, C7, C8, C9)."""
+"""A run of a reward model: begun with a language model, its figures, resuming, export, refusals (C4, C7, C8, C9)."""
 
 import json
 import math
@@ -10,9 +10,10 @@ import jax
 import numpy as np
 import pytest
 
+from data.segmenter import make_segment, pack
 from tests.launch.small_run import back_to, command, here, metrics, write_config
-from tests.launch.test_pretrain import assert_same_end, state_of, without_times
 from tests.launch.test_preferences import write_pairs
+from tests.launch.test_pretrain import assert_same_end, state_of, without_times
 from tests.peers import require
 from train.config.reading import make_config
 from train.devices.mesh import one_device_mesh
@@ -21,8 +22,6 @@ from train.evaluation.preferences import pair_of
 from train.run.folder import Run
 from train.step.objective import scores
 from train.weights.load import load_trained
-
-from data.segmenter import make_segment, pack  # isort: skip
 
 STEPS = 8
 FLAGS = [
@@ -105,7 +104,8 @@ def test_transformers_gives_an_export_the_scores_of_training(scored: Path, capsy
     assert model.config.num_labels == 1
     assert model.config.architectures == ["LlamaForSequenceClassification"]
     read = transformers.AutoTokenizer.from_pretrained(scored / "export")
-    read.padding_side = "right"
+    read.pad_token = read.convert_ids_to_tokens(model.config.pad_token_id)
+    assert model.config.pad_token_id == model.config.eos_token_id
     documents = [document for document in Run(scored).held_out_texts() if document.rejected][:4]
     texts = [document.prompt + answer for d in documents for document in [d] for answer in (d.text, d.rejected.text)]
     with jax.set_mesh(one_device_mesh()):
@@ -113,9 +113,13 @@ def test_transformers_gives_an_export_the_scores_of_training(scored: Path, capsy
         exported = load_trained(str(scored / "export"), predicts=False)
         jax.tree.map(np.testing.assert_array_equal, exported.weights["unembedding"], trained.weights["unembedding"])
         pairs = [pair_of(trained.tokenizer, document) for document in documents]
-        rows = [make_segment([part], trained.config.data) for parts in pack(pairs, trained.config.data) for part in parts]
+        rows = [
+            make_segment([part], trained.config.data) for parts in pack(pairs, trained.config.data) for part in parts
+        ]
         (batch,) = stack_rows(rows, len(rows))
-        found = np.asarray(jax.jit(lambda weights, batch: scores(trained.config, weights, batch))(trained.weights, batch))
+        found = np.asarray(
+            jax.jit(lambda weights, batch: scores(trained.config, weights, batch))(trained.weights, batch)
+        )
     assert not found[:, 2:].any()
     inputs = [sequence.inputs.tolist() for pair in pairs for sequence in pair.sequences]
     padded = read.pad({"input_ids": inputs}, return_tensors="pt")
@@ -136,11 +140,12 @@ def test_a_report_and_a_plan_have_no_bits_a_byte(scored: Path, tmp_path: Path, c
     assert "in the right order" in page
     assert "bits a byte" not in page
     capsys.readouterr()
-    assert here("plan", f"--config={scored}", "--chip=v5e", "--devices=1", "--json") == 0
-    planned = json.loads(capsys.readouterr().out)
-    assert planned["parameters"] == sum(
-        math.prod(x.shape) for x in jax.tree.leaves(state_of(scored, STEPS)[0]["weights"])
-    )
+    assert here("plan", f"--config={scored}", "--json") == 0
+    (state, _), planned = state_of(scored, STEPS), json.loads(capsys.readouterr().out)
+    parameters = sum(x.size for x in jax.tree.leaves(state["weights"]))
+    # Weights and two moments in float32, on eight devices; the rest is the batch, and norms that they do not share. An
+    # unembedding would add 37%.
+    assert planned["argument_bytes_per_device"] == pytest.approx(3 * 4 * parameters / 8, rel=0.1)
 
 
 def test_what_predicts_tokens_refuses_it_in_one_line(scored: Path, tmp_path: Path, capsys):
@@ -153,7 +158,22 @@ def test_what_predicts_tokens_refuses_it_in_one_line(scored: Path, tmp_path: Pat
         assert "is a reward model, which scores answers and predicts no tokens" in capsys.readouterr().err
     assert here("export", scored, "--format=gguf", f"--to={tmp_path / 'model.gguf'}") == 2
     assert "llama.cpp predicts tokens" in capsys.readouterr().err
-    assert here("inspect", "embedding", scored, "--token=a") in (0, 2)
+    assert here("inspect", "embedding", scored, "--word=my") == 0
+    assert here("inspect", "attention", scored, "--prompt=my cat", f"--to={tmp_path / 'page.html'}") == 0
+
+
+def test_an_export_comes_back_as_a_run_and_checkpoints_are_merged(scored: Path, tmp_path: Path):
+    assert here("import", scored / "export", f"--to={tmp_path / 'imported'}") == 0
+    assert here("merge", f"{scored}@6", f"{scored}@{STEPS}", f"--to={tmp_path / 'merged'}") == 0
+    states = [state_of(*place)[0]["weights"] for place in ((scored, 6), (scored, STEPS))]
+    with jax.set_mesh(one_device_mesh()):
+        heads = [
+            load_trained(str(tmp_path / name), predicts=False).weights["unembedding"]["head"]
+            for name in ("imported", "merged")
+        ]
+    last, mean = states[1]["unembedding"]["head"], sum(s["unembedding"]["head"] for s in states) / 2
+    np.testing.assert_array_equal(heads[0], last)
+    np.testing.assert_allclose(heads[1], mean, rtol=1e-6)
 
 
 def test_settings_that_do_not_fit_are_refused_together():
@@ -183,7 +203,11 @@ def test_settings_that_do_not_fit_are_refused_together():
 def test_a_fork_takes_over_what_it_can(scored: Path, finished: Path, tmp_path: Path, capsys):
     for where, flags, word in (
         (f"{finished}@12", ["--config.train.init_with=optimizer", "--config.train.num_steps=20"], "model.reward_head"),
-        (f"{scored}@{STEPS}", ["--config.model.reward_head=false", "--config.objective.name=simpo"], "model.reward_head"),
+        (
+            f"{scored}@{STEPS}",
+            ["--config.model.reward_head=false", "--config.objective.name=simpo"],
+            "model.reward_head",
+        ),
     ):
         capsys.readouterr()
         start = flags_of(tmp_path, finished)

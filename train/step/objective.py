@@ -1,18 +1,20 @@
 """Objectives of a batch: the cross-entropy of its next tokens, or a loss of the pairs of answers in it.
 
-dpo and simpo are functions f of the log-probabilities of single tokens, and of arrays that do not depend on the weights. So f's gradient reaches the model as one number a token, ∂f/∂log p. The log-probabilities are
-computed first, in chunks and without gradients; then the cross-entropy, weighted by minus these numbers, has f's value
-of the gradient, through the same chunked loss as in pretraining. No logits of a whole batch are made.
+dpo and simpo are functions f of the log-probabilities of single tokens, and of arrays that do not depend on the
+weights. So f's gradient reaches the model as one number a token, ∂f/∂log p. The log-probabilities are computed first,
+in chunks and without gradients; then the cross-entropy, weighted by minus these numbers, has f's value of the gradient,
+through the same chunked loss as in pretraining. No logits of a whole batch are made. `reward` needs no logits at all.
 
 With the chosen answer w, the rejected answer l, and σ the logistic function, a pair's losses are
 
     dpo    -log σ(r_w − r_l),      r = β Σ (log p − log p_ref)    (Rafailov et al. 2023, arXiv:2305.18290, equation 7)
     simpo  -log σ(r_w − r_l − γ),  r = β/n Σ log p                (Meng et al. 2024, arXiv:2405.14734, equation 6)
-    reward -log σ(r_w − r_l),      r = score at an answer's end   (Ouyang et al. 2022, arXiv:2203.02155, equation 1)
+    reward -log σ(r_w − r_l),      r = the score of an answer   (Ouyang et al. 2022, arXiv:2203.02155, equation 1)
 
 where Σ is over the n trained tokens of an answer, its end included. With `objective.length_normalized` r of dpo is
-divided by n, too. The model of reward, that σ(r_w − r_l) is the probability that w is preferred, is of Bradley and
-Terry (1952); its scores come from the model's reward head (see `scores`). With a label smoothing ε the losses are -(1 − ε) log σ(z) − ε log σ(−z) (conservative DPO, Mitchell 2023).
+divided by n, too. That σ(r_w − r_l) is the probability that w is preferred is the model of Bradley and Terry (1952);
+for reward, r is the value of the model's reward head (see `scores`). With a label smoothing ε the losses are
+-(1 − ε) log σ(z) − ε log σ(−z) (conservative DPO, Mitchell 2023).
 """
 
 from collections.abc import Mapping
@@ -108,14 +110,11 @@ def preference_loss(
     return loss, sums
 
 
-def score_loss(
-    config: ObjectiveConfig, score_BT: jax.Array, batch: Batch, layout: Layout
-) -> tuple[jax.Array, Sums]:
+def score_loss(config: ObjectiveConfig, score_BT: jax.Array, batch: Batch, layout: Layout) -> tuple[jax.Array, Sums]:
     """Returns as `preference_loss`, of the scores of a reward model at every position; a reward is a score."""
-    ends_BT = sequence_ends(batch, layout)
-    r_w, r_l = _chosen_and_rejected(sums_by_id(ends_BT * score_BT, batch, layout))
-    is_pair_BP = _chosen_and_rejected(sums_by_id(ends_BT, batch, layout))[0] > 0
-    return _pair_sums(config, r_w, r_l, is_pair_BP)
+    score_BS, exists_BS = last_scores(score_BT, batch, layout)
+    last = 2 * (score_BS.shape[1] // 2)
+    return _pair_sums(config, score_BS[:, 0:last:2], score_BS[:, 1:last:2], exists_BS[:, 0:last:2])
 
 
 def _pair_sums(
@@ -142,7 +141,7 @@ def scores(config: ResolvedConfig, weights: Weights, batch: Batch) -> jax.Array:
     batch = {name: to_zigzag(x, layout) for name, x in batch.items()}
     decoder = Decoder(config.model, weights, layout)
     score_BT = decoder.scores(decoder(batch["tokens"], batch["positions"], batch["segment_ids"]))
-    return sums_by_id(sequence_ends(batch, layout) * score_BT, batch, layout)[:, 1:]
+    return last_scores(score_BT, batch, layout)[0]
 
 
 def pair_figures(
@@ -165,17 +164,7 @@ def answer_sums(x_BT: jax.Array, batch: Batch, layout: Layout) -> tuple[jax.Arra
     The chosen answer of pair k of a row has segment id 2k − 1, and the rejected one 2k (see `data.segmenter`), so the
     order of the positions does not matter. Pairs that a row does not have are 0.
     """
-    return _chosen_and_rejected(sums_by_id(x_BT * batch["loss_weights"], batch, layout))
-
-
-def _chosen_and_rejected(x_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
-    last = 2 * (x_BS.shape[1] // 2)
-    return x_BS[:, 1:last:2], x_BS[:, 2 : last + 1 : 2]
-
-
-def sums_by_id(x_BT: jax.Array, batch: Batch, layout: Layout) -> jax.Array:
-    """Returns the sums of x over the positions of each segment id from 0 to T, [B, T + 1]; 0 where there are none."""
-    num_ids, shared = x_BT.shape[1] + 1, tuple(layout.mesh_axes("time"))
+    num_ids, shared = 2 * (x_BT.shape[1] // 2) + 1, tuple(layout.mesh_axes("time"))
 
     def add_up(x_BT: jax.Array, ids_BT: jax.Array) -> jax.Array:
         sums_BS = jax.vmap(partial(jax.ops.segment_sum, num_segments=num_ids))(x_BT, ids_BT)
@@ -185,23 +174,35 @@ def sums_by_id(x_BT: jax.Array, batch: Batch, layout: Layout) -> jax.Array:
         # Each device adds up its own positions of its rows.
         positions, sums = layout.spec("batch", "time"), layout.spec("batch", None)
         add_up = jax.shard_map(add_up, in_specs=(positions, positions), out_specs=sums)
-    return add_up(x_BT, batch["segment_ids"])
+    sums_BS = add_up(x_BT * batch["loss_weights"], batch["segment_ids"])
+    return sums_BS[:, 1::2], sums_BS[:, 2::2]
 
 
-def sequence_ends(batch: Batch, layout: Layout) -> jax.Array:
-    """Returns 1 at the last position of each sequence of a batch in the order of the layout, else 0, float32 [B, T]."""
-    num_ids, shared = batch["positions"].shape[1] + 1, tuple(layout.mesh_axes("time"))
+def last_scores(score_BT: jax.Array, batch: Batch, layout: Layout) -> tuple[jax.Array, jax.Array]:
+    """Returns the score at the last position of each segment id from 1 to T, and whether there is one, [B, T] each.
 
-    def find(positions_BT: jax.Array, ids_BT: jax.Array) -> jax.Array:
-        last_BS = jax.vmap(partial(jax.ops.segment_max, num_segments=num_ids))(positions_BT, ids_BT)
-        last_BS = jax.lax.pmax(last_BS, shared) if shared else last_BS
+    The score is 0 where there is none. The order of the positions does not matter.
+    """
+    num_ids, shared = score_BT.shape[1] + 1, tuple(layout.mesh_axes("time"))
+
+    def find(score_BT: jax.Array, positions_BT: jax.Array, ids_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        of_ids = lambda reduce, x_BT: jax.vmap(partial(reduce, num_segments=num_ids))(x_BT, ids_BT)
+        # Float32 holds every position of a segment.
+        last_BS = of_ids(jax.ops.segment_max, positions_BT.astype(jnp.float32))
+        if shared:
+            # On CPU devices, independent collectives may come in any order, and wait for each other. With the largest
+            # scores next to the positions, this one comes after those of the forward pass.
+            after_BS = of_ids(jax.ops.segment_max, jax.lax.stop_gradient(score_BT))
+            last_BS = jax.lax.pmax(jnp.stack([last_BS, after_BS]), shared)[0]
         is_last_BT = positions_BT == jnp.take_along_axis(last_BS, ids_BT, axis=1)
-        return (is_last_BT & (ids_BT > 0)).astype(jnp.float32)
+        sums_BS = of_ids(jax.ops.segment_sum, jnp.where(is_last_BT, score_BT, 0.0))
+        return jax.lax.psum(sums_BS, shared) if shared else sums_BS, last_BS >= 0
 
     if layout.rules:
-        positions = layout.spec("batch", "time")
-        find = jax.shard_map(find, in_specs=(positions, positions), out_specs=positions)
-    return find(batch["positions"], batch["segment_ids"])
+        positions, sums = layout.spec("batch", "time"), layout.spec("batch", None)
+        find = jax.shard_map(find, in_specs=(positions,) * 3, out_specs=(sums, sums))
+    score_BS, exists_BS = find(score_BT, batch["positions"], batch["segment_ids"])
+    return score_BS[:, 1:], exists_BS[:, 1:]
 
 
 def pair_counts(batch: Batch) -> list[Any]:

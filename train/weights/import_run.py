@@ -32,9 +32,7 @@ def import_weights(folder: Path, to: Path, experts: tuple[int, int] | None = Non
     check_place(Run(to).checkpoints)
     # Training computes in the default dtype; evaluation and generation set float32 themselves.
     # The chunk of the loss follows from the vocabulary, and has no effect in a reward model that begins with these.
-    model: ModelConfig = dataclasses.replace(
-        weights.config, compute_dtype=ModelConfig.compute_dtype, loss_chunk=None
-    )
+    model: ModelConfig = dataclasses.replace(weights.config, compute_dtype=ModelConfig.compute_dtype, loss_chunk=None)
     if experts:
         model = mixture_config(model, *experts)
 

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from model.decoder import Decoder
 from model.sharding import UNSHARDED
 from model.trees import flattened
 from tests import theirs
@@ -20,7 +21,7 @@ from train.config.reading import make_config
 from train.devices.mesh import batch_sharding, one_device_mesh
 from train.devices.rules import training_layout
 from train.planning.plan import argument_bytes
-from train.step.objective import OF_PAIRS, OF_TOKENS, preference_loss
+from train.step.objective import OF_PAIRS, OF_TOKENS, preference_loss, scores
 from train.step.optimizer import make_optimizer
 from train.step.state import abstract_state
 from train.step.step import make_train_step, skip_step, summed_loss
@@ -202,6 +203,26 @@ def test_a_pair_has_the_same_figures_packed_and_alone():
     exchanged = sums_alone(config, weights, reference, batch_of(turned, 5))
     assert exchanged["chosen_reward"] == pytest.approx(packed["rejected_reward"], rel=1e-5)
     assert exchanged["margin"] == pytest.approx(-packed["margin"], rel=1e-5)
+
+
+def test_scores_are_those_of_the_last_input_of_each_sequence_on_every_mesh():
+    config, batch = config_for("reward", batch_size=8), pair_batch(8, T)
+    weights = small_weights(config.model)
+    with jax.set_mesh(one_device_mesh()):
+        decoder = Decoder(config.model, weights)
+        of_all = decoder.scores(decoder(*(batch[name] for name in ("tokens", "positions", "segment_ids"))))
+    expected = np.zeros((8, T), np.float32)
+    for row, ids in enumerate(batch["segment_ids"]):
+        for number in range(1, ids.max() + 1):
+            expected[row, number - 1] = of_all[row, np.flatnonzero(ids == number)[-1]]
+    assert np.count_nonzero(expected) == 24
+    for shape in ({}, {"fsdp": 2, "context": 2}):
+        with jax.set_mesh(mesh_of(**shape)):
+            sharding = batch_sharding(jax.sharding.get_mesh(), training_layout(config.mesh))
+            shapes = abstract_state(config, make_optimizer(config))["weights"]
+            placed = jax.tree.map(lambda x, shape: jax.device_put(np.asarray(x), shape.sharding), weights, shapes)
+            found = jax.jit(functools.partial(scores, config))(placed, jax.device_put(batch, sharding))
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_run_begins_at_its_reference_and_a_skipped_step_keeps_it():
