@@ -1,5 +1,6 @@
 """A run of a reward model: begun with a language model, its figures, resuming, export, refusals (C4, C7, C8, C9)."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -21,7 +22,8 @@ from train.evaluation.held_out import stack_rows
 from train.evaluation.preferences import pair_of
 from train.run.folder import Run
 from train.step.objective import scores
-from train.weights.load import load_trained
+from train.weights.huggingface import padding_of_scored
+from train.weights.load import load_trained, open_weights
 
 STEPS = 8
 FLAGS = [
@@ -165,15 +167,22 @@ def test_what_predicts_tokens_refuses_it_in_one_line(scored: Path, tmp_path: Pat
 def test_an_export_comes_back_as_a_run_and_checkpoints_are_merged(scored: Path, tmp_path: Path):
     assert here("import", scored / "export", f"--to={tmp_path / 'imported'}") == 0
     assert here("merge", f"{scored}@6", f"{scored}@{STEPS}", f"--to={tmp_path / 'merged'}") == 0
-    states = [state_of(*place)[0]["weights"] for place in ((scored, 6), (scored, STEPS))]
+    places = (tmp_path / "imported", tmp_path / "merged", f"{scored}@6", f"{scored}@{STEPS}")
     with jax.set_mesh(one_device_mesh()):
-        heads = [
-            load_trained(str(tmp_path / name), predicts=False).weights["unembedding"]["head"]
-            for name in ("imported", "merged")
-        ]
-    last, mean = states[1]["unembedding"]["head"], sum(s["unembedding"]["head"] for s in states) / 2
-    np.testing.assert_array_equal(heads[0], last)
-    np.testing.assert_allclose(heads[1], mean, rtol=1e-6)
+        loaded = [load_trained(str(place), predicts=False).weights for place in places]
+    imported, merged, earlier, last = (np.asarray(weights["unembedding"]["head"]) for weights in loaded)
+    np.testing.assert_array_equal(imported, last)
+    np.testing.assert_allclose(merged, (earlier + last) / 2, rtol=1e-6)
+
+
+def test_padding_is_never_the_last_token_of_a_text_that_is_scored(scored: Path):
+    weights = open_weights(str(scored))
+    tokenizer = weights.tokenizer
+    assert padding_of_scored(weights) == tokenizer.eos_id
+    assert padding_of_scored(dataclasses.replace(weights, converses=True)) is None
+    for pad_id, expected in ((tokenizer.eos_id, None), (7, 7)):
+        tokenizer.generation_config = {"pad_token_id": pad_id}
+        assert padding_of_scored(dataclasses.replace(weights, converses=True)) == expected
 
 
 def test_settings_that_do_not_fit_are_refused_together():

@@ -169,7 +169,7 @@ MESHES = [
     ("conservative, by length", 1, {"data": 2, "fsdp": 2}),
     ("conservative, by length", 1, {"slices": 2, "context": 2, "tensor": 2}),
     ("simpo", 1, {"tensor": 4}),
-    ("reward", 4, {"fsdp": 2, "context": 2}),
+    ("reward", 4, {"data": 2, "context": 2}),
     ("reward", 1, {"slices": 2, "context": 2, "tensor": 2}),
     ("experts", 2, {"fsdp": 2, "expert": 2}),
 ]
