@@ -103,7 +103,7 @@ def _training(run: Run, step: int) -> dict[str, Any]:
         if record["step"] == step and {"validation_loss", "validation_bits_per_byte"} <= record.keys():
             bits, loss = held_out_figure(record, "bits_per_byte"), held_out_figure(record, "loss")
             facts["held-out text"] = f"{bits:.4f} bits a byte, loss {loss:.4f} nats a token"
-        if record["step"] == step and "validation_preference_accuracy" in record:
+        if "validation_preference_accuracy" in record and step == record["step"]:
             accuracy = held_out_figure(record, "preference_accuracy")
             facts["held-out pairs"] = f"{accuracy:.1%} of {held_out_figure(record, 'pairs'):,.0f} in the right order"
     return facts
