@@ -212,8 +212,11 @@ class Decoder(nnx.Module):
         # By part of a block the weights of all layers that have it, stacked.
         self.blocks = nnx.data(weights["blocks"])
         self.norm = final_norm(config, weights)
-        last_floor = RewardHead if config.reward_head else Unembedding
-        self.unembedding: Any = last_floor(config, weights.get("unembedding"), layout)
+        self.unembedding: Any
+        if config.reward_head:
+            self.unembedding = RewardHead(config, weights["unembedding"], layout)
+        else:
+            self.unembedding = Unembedding(config, weights.get("unembedding"), layout)
 
     def __call__(
         self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, keys_B: DropoutKeys = None
