@@ -205,6 +205,13 @@ class Display:
 
     def evaluation(self, record: dict[str, Any]) -> None:
         """Shows the results of an evaluation on held-out text, with a sample, and on tasks."""
+        pairs = ""
+        if "validation_preference_loss" in record:
+            accuracy, margin = record["validation_preference_accuracy"], record["validation_margin"]
+            pairs = f"pairs: loss {record['validation_preference_loss']:.4f}, accuracy {accuracy:.1%}"
+            pairs += f", margin {margin:.3f}"
+        if pairs and "sample" not in record:
+            self.say(f"step {record['step']}  held-out {pairs}")
         if "sample" in record:
             self.curve.add(record)
             bits = record["validation_bits_per_byte"]
@@ -212,10 +219,7 @@ class Display:
             whole = ""
             if "held_out_bits_per_byte" in record:
                 whole = f"; all held-out documents: {record['held_out_bits_per_byte']:.3f} bits a byte"
-            if "validation_preference_loss" in record:
-                accuracy, margin = record["validation_preference_accuracy"], record["validation_margin"]
-                whole += f"; pairs: loss {record['validation_preference_loss']:.4f}, accuracy {accuracy:.1%}"
-                whole += f", margin {margin:.3f}"
+            whole += f"; {pairs}" if pairs else ""
             if "validation_reward" in record:
                 whole += f"; reward {record['validation_reward']:.4f}"
             self.say(f"step {record['step']}  held-out: {bits:.3f} bits a byte, loss {loss:.4f}{whole}; sample:")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from settings import problems_of, setting, unused_problems
 
 DEFAULT_BETA = {"dpo": 0.1, "simpo": 2.0}
-COMPARING = ("dpo", "simpo")
+COMPARING = ("dpo", "simpo", "reward")
 REWARD = re.compile(r"(?P<file>.+\.py):(?P<function>[A-Za-z_]\w*)")
 OF_GRPO = ("reward", "reward_seconds", "group_size", "max_new_tokens", "updates", "clip", "kl_weight")
 
@@ -25,7 +25,7 @@ class ObjectiveConfig:
         None, "factor of the log-probabilities in a reward", unset="0.1 with dpo, 2 with simpo", above=0
     )
     label_smoothing: float = setting(
-        0.0, "assumed share of pairs whose preference is wrong, with dpo and simpo", at_least=0, below=0.5
+        0.0, "assumed share of pairs whose preference is wrong, with losses of pairs", at_least=0, below=0.5
     )
     length_normalized: bool = setting(
         False,
@@ -85,6 +85,7 @@ class ObjectiveConfig:
             "next_token": ("beta", "label_smoothing", "length_normalized", "gamma", *OF_GRPO),
             "dpo": ("gamma", *OF_GRPO),
             "simpo": ("length_normalized", *OF_GRPO),
+            "reward": ("beta", "length_normalized", "gamma", *OF_GRPO),
             "grpo": ("beta", "label_smoothing", "gamma"),
         }
         unused = dict.fromkeys(without.get(self.name, ()), f"objective.name = {self.name}")

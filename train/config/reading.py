@@ -9,6 +9,7 @@ from data.config import TEXT_FIELDS
 from data.errors import InputError
 from data.printable import name_problem
 from data.tokenizer.tokenizer import FIM_TOKENS
+from settings import unused_problems
 from train.config.config import Config, config_fields
 from train.config.parameter_groups import group_problems, parametrization_problems
 from train.config.values import check_value, nearest, parse_text, short_repr, shown_name, types_of
@@ -99,10 +100,10 @@ def config_problems(config: Config) -> list[str]:
 
 def objective_problems(config: Config) -> list[str]:
     """Returns one line for everything in other groups that does not fit the objective."""
-    name, problems = config.objective.name, []
+    name, problems = config.objective.name, _reward_problems(config)
     if not config.objective.compares and config.data.compares:
         problems.append(
-            f"data.rejected_field is given, and objective.name = {name} compares no answers; give dpo or simpo"
+            f"data.rejected_field is given, and objective.name = {name} compares no answers; give dpo, simpo or reward"
         )
     if name == "next_token":
         return problems
@@ -150,6 +151,20 @@ def sampling_problems(config: Config) -> list[str]:
         if is_used:
             problems.append(f"{name} cannot be used with objective.name = grpo; leave it out")
     return problems
+
+
+def _reward_problems(config: Config) -> list[str]:
+    """Returns one line for everything that does not fit a reward head, or an objective that needs one."""
+    name, evaluation = config.objective.name, config.evaluation
+    if not config.model.reward_head:
+        return [f"objective.name = {name} trains scores; set model.reward_head=true"] if name == "reward" else []
+    if name != "reward":
+        return [f"model.reward_head gives scores, not tokens, and objective.name is {name}; set objective.name=reward"]
+    unused = dict.fromkeys(("prompt", "tasks"), "model.reward_head = True")
+    if evaluation.sample_tokens:
+        # A sample of no tokens is what there is.
+        unused["sample_tokens"] = unused["prompt"]
+    return unused_problems("evaluation", evaluation, unused)
 
 
 def divisors(number: int) -> list[int]:

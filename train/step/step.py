@@ -67,9 +67,8 @@ def summed_loss(
     batch = {name: to_zigzag(x, layout) for name, x in batch.items()}
     decoder = Decoder(config.model, weights, layout)
     x_BTD, routing = decoder.with_routing(batch["tokens"], batch["positions"], batch["segment_ids"], keys_B)
-    matrix_DV = decoder.unembedding_matrix()
     reference_BT = None if reference is None else log_probabilities(config, reference, batch, layout)
-    objective, sums = summed_objective(config, x_BTD, matrix_DV, batch, layout, reference_BT)
+    objective, sums = summed_objective(config, decoder, x_BTD, batch, layout, reference_BT)
     if routing is None or whole is None:
         return objective, sums
     load_LGE = load_of_groups(routing, layout)
@@ -161,9 +160,10 @@ def accumulated(
 
 def sums_later(parameter: Parameter) -> bool:
     """True for weights that `gather_weight` gathers for use, whose gradient it leaves unsummed over copies."""
-    # The gate of smear is a vector, which is not gathered.
+    # The gate of smear and a reward head are vectors, which are not gathered.
     is_gate = parameter.role == "gate" and "model" in parameter.axes
-    return (parameter.role in ("matrix", "unembedding") or is_gate) and "experts" not in parameter.axes
+    is_matrix = parameter.role in ("matrix", "unembedding") and "width" not in parameter.axes
+    return (is_matrix or is_gate) and "experts" not in parameter.axes
 
 
 def _resharded(x: jax.Array, **partial: frozenset[str]) -> jax.Array:
