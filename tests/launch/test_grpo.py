@@ -1,5 +1,6 @@
 """A run on its own answers: what it learns, that it resumes exactly, what it shows and refuses (C1, C4, C6, C9)."""
 
+import dataclasses
 import json
 import random
 import re
@@ -10,9 +11,18 @@ import jax
 import numpy as np
 import pytest
 
+from data.tokenizer.folder import load_tokenizer
 from tests.launch.small_chats import EXAMPLE, flags_of
 from tests.launch.small_run import back_to, command, here, metrics, write_config, ziggurat
+from tests.launch.test_preferences import write_pairs
 from tests.launch.test_pretrain import assert_same_end, state_of, without_times
+from tests.launch.test_reward import FLAGS as REWARD_FLAGS
+from tests.launch.test_reward import FORK
+from train.config.run_config import MeshConfig
+from train.devices.mesh import one_device_mesh
+from train.evaluation.preferences import pair_of
+from train.rollout.reward_model import RewardModel
+from train.run.folder import Run
 
 STEPS = 6
 REWARDS = """
@@ -170,7 +180,8 @@ def test_what_a_user_gets_wrong_is_said_before_anything_runs(finished: Path, tmp
     rewards = tmp_path / "rewards.py"
     for flags, words in (
         (["--config.objective.reward=none"], ["needs a reward; give objective.reward=FILE.py:FUNCTION"]),
-        (["--config.objective.reward=rewards"], ["objective.reward is 'rewards'; it must be FILE.py:FUNCTION"]),
+        (["--config.objective.reward=rewards"], ["rewards"]),
+        ([f"--config.objective.reward={finished}"], ["predicts tokens and gives no scores; name a run with model.rew"]),
         ([f"--config.objective.reward={rewards}:other"], ["has no function other"]),
         ([f"--config.objective.reward={rewards}:raises_later"], ["raised ZeroDivisionError"]),
         ([f"--config.objective.reward={rewards}:hangs", "--config.objective.reward_seconds=0.5"],
@@ -194,3 +205,34 @@ def test_what_a_user_gets_wrong_is_said_before_anything_runs(finished: Path, tmp
             assert word in err, err
         assert "Traceback" not in err
         assert not [*(tmp_path / "run" / "checkpoints").glob("[0-9]*")]
+
+
+def test_a_reward_model_rewards_as_it_scores_its_own_pairs(finished: Path, tmp_path: Path, capsys):
+    """The fork of a fork: a reward model that likes animals, and a policy that it rewards."""
+    pairs = write_pairs(tmp_path / "pairs.jsonl")
+    corpus = [f"--config.data.corpus={pairs}", f"--config.train.init_from={finished}@12"]
+    liked = [*corpus, *REWARD_FLAGS, *FORK, "--config.checkpoint.export=false"]
+    assert here("pretrain", f"--config={write_config(tmp_path, 'liked')}", *liked) == 0
+    model = str(tmp_path / "liked")
+    flags = [*flags_for(tmp_path, finished), f"--config.objective.reward={model}", "--config.train.num_steps=2"]
+    assert here("pretrain", *flags) == 0
+    assert metrics(tmp_path / "run")[0]["reward_deviation"] > 0
+    # The accuracy of held-out pairs is that of its rewards.
+    documents = [document for document in Run(tmp_path / "liked").held_out_texts() if document.rejected]
+    tokenizer = load_tokenizer(tmp_path / "liked" / "tokenizer")
+    config = dataclasses.replace(Run(tmp_path / "run").load_config(), mesh=MeshConfig())
+    with jax.set_mesh(one_device_mesh()):
+        reward = RewardModel(model, config.resolved(), tokenizer, lambda: None)
+        inputs = [pair_of(tokenizer, document).sequences for document in documents]
+        given = reward([answer.inputs.tolist() for pair in inputs for answer in pair]).reshape(-1, 2)
+    last = metrics(tmp_path / "liked")[-1]
+    assert np.mean(given[:, 0] > given[:, 1]) == pytest.approx(last["held_out_preference_accuracy"])
+    assert np.mean(given[:, 0] - given[:, 1]) == pytest.approx(last["held_out_margin"], rel=1e-4)
+    other = write_config(tmp_path, "other")
+    assert here("pretrain", f"--config={other}", *liked, "--config.train.num_steps=1",
+                "--config.train.init_from=none", "--config.train.init_with=all",
+                "--config.tokenizer.vocab_size=400") == 0  # fmt: skip
+    capsys.readouterr()
+    again = [flag.replace(f"{tmp_path}/run.py", f"{write_config(tmp_path, 'third')}") for flag in flags]
+    assert here("pretrain", *again, f"--config.objective.reward={tmp_path / 'other'}") == 2
+    assert "has another tokenizer than the run" in capsys.readouterr().err

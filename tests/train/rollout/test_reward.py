@@ -10,7 +10,7 @@ import pytest
 from data.errors import InputError
 from tests.data.stand_in import TextTokenizer
 from train.config.objective_config import ObjectiveConfig
-from train.rollout.prompt import Prompt, answer_text, prompt_of, prompt_text
+from train.rollout.prompt import Prompt, answer_text, as_in_corpus, prompt_of, prompt_text
 from train.rollout.reward import Answer, Reward
 
 ANSWERS = [Answer("1+1=", "2", "2"), Answer("1+2=", "five", "3")]
@@ -86,19 +86,30 @@ def test_a_file_that_cannot_be_imported_is_said_in_one_line(text: str, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("trained", "prompt", "reference"),
+    ("trained", "prompt", "reference", "rest"),
     [
-        ([0, 0, 1, 1], [1, 2, 3], [4, 5]),
-        ([1, 1, 1, 1], [1], [2, 3, 4, 5]),
+        ([0, 0, 1, 1], [1, 2, 3], [4, 5], []),
+        ([1, 1, 1, 1], [1], [2, 3, 4, 5], []),
         # Two answers of a conversation, and what follows the last.
-        ([0, 1, 0, 1], [1, 2, 3, 4], [5]),
-        ([0, 1, 1, 0], [1, 2], [3, 4]),
+        ([0, 1, 0, 1], [1, 2, 3, 4], [5], []),
+        ([0, 1, 1, 0], [1, 2], [3, 4], [5]),
     ],
 )
-def test_the_prompt_of_a_row_is_all_before_its_last_answer(trained: list[int], prompt: list, reference: list):
+def test_the_prompt_of_a_row_is_all_before_its_last_answer(
+    trained: list[int], prompt: list, reference: list, rest: list
+):
     inputs, targets = np.arange(1, 5), np.arange(2, 6)
-    assert prompt_of(inputs, targets, np.array(trained, np.float32)) == Prompt(prompt, reference)
+    assert prompt_of(inputs, targets, np.array(trained, np.float32)) == Prompt(prompt, reference, rest)
     assert prompt_of(inputs, targets, np.zeros(4)) is None
+
+
+def test_a_scored_answer_stands_in_the_document_of_the_corpus():
+    # 9 ends an answer, and the template writes 8 behind it.
+    prompt = Prompt([1, 2], [3, 4, 9], [8])
+    assert as_in_corpus(prompt, prompt.reference, {9}) == [1, 2, 3, 4, 9]
+    assert as_in_corpus(prompt, [5, 9], {9}) == as_in_corpus(prompt, [5], {9}) == [1, 2, 5, 9]
+    # Of a text the end is a target alone.
+    assert as_in_corpus(Prompt([1, 2], [3, 9], []), [5, 6, 9], {9}) == [1, 2, 5, 6]
 
 
 def test_an_answer_ends_before_its_mark_and_a_prompt_shows_those_within():
