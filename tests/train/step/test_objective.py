@@ -21,7 +21,7 @@ from train.config.reading import make_config
 from train.devices.mesh import batch_sharding, one_device_mesh
 from train.devices.rules import training_layout
 from train.planning.plan import argument_bytes
-from train.step.objective import OF_PAIRS, OF_TOKENS, preference_loss, scores
+from train.step.objective import OF_PAIRS, OF_TOKENS, pair_figures, preference_loss, scores
 from train.step.optimizer import make_optimizer
 from train.step.state import abstract_state
 from train.step.step import make_train_step, skip_step, summed_loss
@@ -229,6 +229,8 @@ def test_a_run_begins_at_its_reference_and_a_skipped_step_keeps_it():
     config = config_for("dpo")
     with jax.set_mesh(one_device_mesh()):
         weights, same = small_weights(config.model), small_weights(config.model)
+        evaluated = jax.jit(functools.partial(pair_figures, config, layout=UNSHARDED))(weights, same, pair_batch(ROWS))
+        assert {name: float(evaluated[name]) for name in ("margin", "kl")} == {"margin": 0, "kl": 0}
         state, metrics = make_train_step(config, make_optimizer(config))(
             state_at(config, weights, same), pair_batch(ROWS)
         )
