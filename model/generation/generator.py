@@ -1,8 +1,9 @@
 """Generation: the model continues prompts by continuous batching.
 
-A prompt is prefilled alone, padded to the next power of two. Then all rows of the batch decode together, a few tokens
-in each call of one compiled loop. A row has its own positions, its own part of the cache and its own random keys, so
-its tokens do not depend on the other rows; when it has ended, its slot is given to the next prompt.
+A prompt is prefilled alone, padded to the next power of two; neighbours that are the same are prefilled once. Then all
+rows of the batch decode together, a few tokens in each call of one compiled loop. A row has its own positions, its own
+part of the cache and its own random keys, so its tokens do not depend on the other rows; when it has ended, its slot is
+given to the next prompt.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from model.generation.programs import (
     RowState,
     SampledModel,
     decode_steps,
+    draw_first,
     insert_row,
     prefill,
 )
@@ -148,6 +150,8 @@ class Scheduler:
             config = dataclasses.replace(config, rope_long=longest_row)
         cache = empty_cache(config, len(self.slots), self.capacity + STEPS_PER_CALL, layout)
         self.state = DecodeState(cache, self._seen_tokens(self.slots))
+        # The tokens that were prefilled last.
+        self._prefilled: list[int] = []
         self.model = SampledModel(config, layout, self.sampling, self.generator.weights, np.int32(self.seed))
 
     def run(self) -> Iterator[TokenDelta]:
@@ -188,10 +192,15 @@ class Scheduler:
 
     def _prefill(self, request: Request, slot: int) -> list[int]:
         length = request.cache_length = len(request.window)
-        T = min(next_power_of_two(length), self.generator.context)
-        tokens_1T = np.array([request.window + [0] * (T - length)], np.int32)
-        token_1, row = prefill(self.model, self._row_state([request]), tokens_1T, self._seen_tokens([request]))
-        self.state = insert_row(self.state, row, slot)
+        row = self._row_state([request])
+        # The next request often continues the same prompt.
+        if request.window != self._prefilled:
+            T = min(next_power_of_two(length), self.generator.context)
+            tokens_1T = np.array([request.window + [0] * (T - length)], np.int32)
+            self._x_11D, self._cache = prefill(self.model, row.cache_length, tokens_1T)
+            self._prefilled = [*request.window]
+        token_1, seen_1V = draw_first(self.model, self._x_11D, row, self._seen_tokens([request]))
+        self.state = insert_row(self.state, DecodeState(self._cache, seen_1V), slot)
         return np.asarray(token_1).tolist()
 
     def _deliver(self, slot: int, tokens: list[int]) -> Iterator[TokenDelta]:

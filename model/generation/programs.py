@@ -60,24 +60,31 @@ class DecodeState(NamedTuple):
 
 
 @jax.jit
-def prefill(
-    model: SampledModel, row: RowState, tokens_1T: jax.Array, seen_1V: jax.Array | None
-) -> tuple[jax.Array, DecodeState]:
-    """Reads one row's tokens from position 0 on, and draws the next.
+def prefill(model: SampledModel, length_1: jax.Array, tokens_1T: jax.Array) -> tuple[jax.Array, list[Cache]]:
+    """Reads one row's tokens from position 0 on.
 
     Args:
-        row: the row's state after these tokens.
-        tokens_1T: int32 ids; those behind the first `row.cache_length` are padding, which later tokens overwrite.
+        length_1: the number of its tokens, int32.
+        tokens_1T: int32 ids; those behind the first `length_1` are padding, which later tokens overwrite.
 
     Returns:
-        The token [1], and the row's state, with a cache of T positions, or of a layer's window.
+        The vector [1, 1, D] of the last token, and the row's cache of T positions, or of a layer's window.
     """
     decoder = CachedDecoder(model.config, model.weights, model.layout)
     x_1TD, cache = decoder.prefill(tokens_1T)
-    x_11D = jax.lax.dynamic_slice_in_dim(x_1TD, row.cache_length[0] - 1, 1, axis=1)
+    x_11D = jax.lax.dynamic_slice_in_dim(x_1TD, length_1[0] - 1, 1, axis=1)
+    return x_11D, newest_of(model.config, cache, length_1)
+
+
+@jax.jit
+def draw_first(
+    model: SampledModel, x_11D: jax.Array, row: RowState, seen_1V: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Draws the token [1] after a prefill, given the row's state after it; returns it and `seen_1V` with it."""
+    decoder = CachedDecoder(model.config, model.weights, model.layout)
     seen_1V = None if seen_1V is None else model.layout.reshard(seen_1V, "batch", None)
     token_1 = sample_next(model, decoder, x_11D, row, seen_1V)
-    return token_1, DecodeState(newest_of(model.config, cache, row.cache_length), mark_seen(seen_1V, token_1))
+    return token_1, mark_seen(seen_1V, token_1)
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import model.generation.decoder
+import model.generation.generator
 import model.generation.weights
 from model.config import ModelConfig
 from model.decoder import Decoder
@@ -35,7 +36,7 @@ def generator(config: ModelConfig, *, eos_id: int = NO_EOS, context: int = CONTE
 def generated(generator: Generator, prompts: list, sampling: Sampling = GREEDY, new: int = 30, **how) -> list:
     """Returns the tokens of each prompt, and how it ended."""
     tokens, ends = {}, {}
-    for number, piece, ended in generator(prompts, max_new_tokens=new, sampling=sampling, **how):
+    for number, piece, ended, _ in generator(prompts, max_new_tokens=new, sampling=sampling, **how):
         assert number not in ends
         tokens[number] = tokens.get(number, []) + piece
         if ended:
@@ -144,7 +145,9 @@ def test_of_a_long_prompt_the_end_is_seen_and_nothing_may_be_asked_for():
     whole, seen = generated(rows, [long, long[-CONTEXT:]], new=5)
     assert whole == seen
     assert list(rows([], max_new_tokens=1, sampling=GREEDY)) == []
-    assert list(rows(PROMPTS[:2], max_new_tokens=0, sampling=GREEDY)) == [(0, [], "length"), (1, [], "length")]
+    assert list(rows(PROMPTS[:2], max_new_tokens=0, sampling=GREEDY)) == [
+        (number, [], "length", None) for number in (0, 1)
+    ]
 
 
 def test_a_cache_is_a_quarter_longer_than_needed_at_most_and_few_lengths_are_compiled():
@@ -180,6 +183,23 @@ def test_other_platforms_decode_the_same_tokens_with_weights_in_their_usual_orde
         jax.clear_caches()
     shapes = [weights["unembedding"]["matrix"].shape for weights in (elsewhere.weights, on_cpu.weights)]
     assert shapes == [(config.model_dim, 384), (384, config.model_dim)]
+
+
+def test_the_same_prompt_is_prefilled_once_and_its_continuations_differ(monkeypatch):
+    config, prefilled = small_model(), []
+    generating = model.generation.generator
+    prefill = generating.prefill
+    counted = lambda *given: (prefilled.append(given), prefill(*given))[1]
+    monkeypatch.setattr(generating, "prefill", counted)
+    prompts, many = [PROMPTS[0]] * 4 + [PROMPTS[1]] * 2, generator(config)
+    found = generated(many, prompts, Sampling(), new=5, batch_size=3)
+    assert len(prefilled) == 2
+    assert len({*map(str, found)}) == 6
+    # The random keys are of the prompt's place alone.
+    assert generated(many, prompts, Sampling(), new=5, batch_size=1) == found
+    for delta in generator(config, eos_id=found[0][0][2])(prompts[:1], max_new_tokens=5, sampling=Sampling()):
+        last = delta
+    assert (last.ended, last.end_id) == ("eos", found[0][0][2])
 
 
 WINDOWS = {"layer_pattern": "SF", "sliding_window": 5}
