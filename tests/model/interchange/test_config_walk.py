@@ -128,4 +128,5 @@ def test_a_setting_is_read_or_refused_or_changes_nothing(family: Family, active:
 
     values = base | {key: another(key, base[key]) for key in unread - {BREAKS}}
     logits, weights = logits_of(base)
-    assert np.array_equal(logits_of(values, weights)[0], logits)
+    # On some processors the rounding of a product depends on where its arrays lie in memory.
+    np.testing.assert_allclose(logits_of(values, weights)[0], logits, rtol=0, atol=1e-6)
