@@ -1,0 +1,102 @@
+"""The stages of examples/assistant, each measured on the same held-out sums.
+
+    python -m tests.benchmarks.assistant --to=FOLDER [--base=runs/tiny]
+
+Runs examples/assistant/run.sh, whose runs are ordinary ones in FOLDER and go on where they stopped, and asks the model of
+each stage the questions of held_out.jsonl by `ziggurat generate`, greedily. The base knows no conversations, and is asked
+in plain text. The columns are shares: of answers that have one of the two forms; that are JSON; that have the right
+number, in either form; whose reward is 1; and of the pairs of held_out_pairs.jsonl whose chosen answer, as a whole, the
+model finds more probable than the rejected one. Seconds are those of a stage's command, and missing where it had been
+run before. The last line is one JSON object.
+"""
+
+import argparse
+import dataclasses
+import json
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from data.config import DataConfig
+from data.conversations import open_template
+from data.corpus import open_corpus
+from train.config.objective_config import ObjectiveConfig
+from train.devices.mesh import one_device_mesh
+from train.evaluation.preferences import evaluate_pairs, make_pair_step
+from train.run.folder import HeldOutDocument
+from train.weights.load import load_trained
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLE = ROOT / "examples" / "assistant"
+STAGES = ("answers", "preferred", "rewarded")
+FORMS = {"json": re.compile(r'\{"answer": (\d+)\}'), "sentence": re.compile(r"The answer is (\d+)\.")}
+COLUMNS = ("well_formed", "json", "right", "reward", "preference_accuracy")
+
+
+def answers_of(model: str, lines: Sequence[dict]) -> list[str]:
+    """A model's most likely answers to the questions."""
+    command = ["generate", model, "--prompts=-", "--greedy", "--max_new_tokens=24", "--batch_size=32"]
+    asked = "".join(json.dumps(line) + "\n" for line in lines)
+    process = subprocess.run([sys.executable, "-m", "launch.cli", *command], input=asked, check=True, text=True,
+                             stdout=subprocess.PIPE)  # fmt: skip
+    return [json.loads(line)["text"] for line in process.stdout.splitlines()]
+
+
+def preference_accuracy(model: str, pairs: Path) -> float:
+    """The share of pairs whose chosen answer has the higher log-probability."""
+    with jax.set_mesh(one_device_mesh()):
+        trained = load_trained(model)
+        changes = {"messages_field": "chosen", "rejected_field": "rejected", "segmentation": "pack", "num_streams": 1,
+                   "validation_fraction": 0.0, "chat_template": str(ROOT / "examples" / "chat_template.jinja")}  # fmt: skip
+        data = dataclasses.replace(trained.config.data, **changes)
+        # Without a reference, the reward of dpo is β log p of the answer.
+        config = dataclasses.replace(trained.config, data=data, objective=ObjectiveConfig(name="dpo"))
+        corpus = open_corpus(str(pairs), data, template=open_template(data, trained.tokenizer))
+        documents = [
+            HeldOutDocument(d.text, d.prompt, answers=d.answers, rejected=d.rejected) for d in corpus.all_documents()
+        ]
+        step = make_pair_step(config)
+        return evaluate_pairs(step, trained.weights, None, documents, trained.tokenizer, config)["accuracy"]
+
+
+def measure(model: str, data: Path, converses: bool) -> dict[str, float]:
+    """The figures of one model, by `COLUMNS`."""
+    right_sum = runpy.run_path(str(EXAMPLE / "rewards.py"))["right_sum"]
+    lines = [json.loads(line) for line in (data / "held_out.jsonl").read_text().splitlines()]
+    sums = [line["sum"] for line in lines]
+    plain = [{"prompt": line["messages"][0]["content"] + "\n"} for line in lines]
+    answers = answers_of(model, lines if converses else plain)
+    print(*(f"  {model}: {answer!r}" for answer in answers[:3]), sep="\n", file=sys.stderr)
+    found = {name: [form.fullmatch(answer) for answer in answers] for name, form in FORMS.items()}
+    either = [of_json or of_sentence for of_json, of_sentence in zip(*found.values(), strict=True)]
+    counts = {
+        "well_formed": sum(match is not None for match in either),
+        "json": sum(match is not None for match in found["json"]),
+        "right": sum(match is not None and int(match[1]) == s for match, s in zip(either, sums, strict=True)),
+        "reward": sum(right_sum("", a, json.dumps({"answer": s})) for a, s in zip(answers, sums, strict=True)),
+    }
+    shares = {name: count / len(lines) for name, count in counts.items()}
+    return shares | {"preference_accuracy": preference_accuracy(model, data / "held_out_pairs.jsonl")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="where the runs are, or will be")
+    parser.add_argument("--base", default="runs/tiny", metavar="RUN", help="the run of `make pretrain` [runs/tiny]")
+    arguments = parser.parse_args()
+    measured = {"base": measure(arguments.base, arguments.to / "data", converses=False)}
+    for stage in STAGES:
+        measured[stage] = measure(str(arguments.to / stage), arguments.to / "data", converses=True)
+    print(f"{'':12}{''.join(f'{name:>21}' for name in COLUMNS)}")
+    for stage, of in measured.items():
+        print(f"{stage:12}{''.join(f'{of[name]:21.1%}' for name in COLUMNS)}")
+    print(json.dumps(measured))
+
+
+if __name__ == "__main__":
+    main()
