@@ -36,6 +36,7 @@ class LoadedBatch(NamedTuple):
         trained: this process's number of positions that are trained on.
         skipped: the rows of this process's streams that were skipped before the batch, as `describe_row` without text,
             and with "batch", the number of the skipped batch.
+        figures: numbers of the batch for its line of metrics.jsonl, if it has any.
     """
 
     batch: dict[str, jax.Array]
@@ -44,6 +45,7 @@ class LoadedBatch(NamedTuple):
     streams_left_in: np.ndarray
     trained: int
     skipped: list[dict[str, Any]]
+    figures: Mapping[str, Any] = MappingProxyType({})
 
 
 class Loader:

@@ -57,10 +57,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     from data.chat import Chat, Prompts
     from train.evaluation.continuation import continuations, make_generator
-    from train.weights.load import load_trained, open_weights
+    from train.weights.load import check_predicts, load_trained, open_weights
 
     # What is wrong with template and system is found before weights are read.
     opened = open_weights(arguments.model)
+    check_predicts(opened.config, arguments.model)
     prompts = Prompts(opened.tokenizer, arguments.template)
     chat = Chat(prompts, opened.context, min(arguments.max_new_tokens, int(opened.context * ROOM)), arguments.system)
     with jax.set_mesh(mesh_of(arguments)):

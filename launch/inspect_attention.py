@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
     from train.weights.load import load_trained
 
     with jax.set_mesh(one_device_mesh()):
-        trained = load_trained(arguments.model)
+        trained = load_trained(arguments.model, predicts=False)
         config = trained.config
         tokens = trained.tokenizer.encode_with_bos(arguments.prompt)
         most = min(config.data.segment_length, max_tokens(config.model.num_layers, config.model.num_heads))

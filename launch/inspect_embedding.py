@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     from train.weights.load import load_trained
 
     with jax.set_mesh(one_device_mesh()):
-        trained = load_trained(arguments.model)
+        trained = load_trained(arguments.model, predicts=False)
     tokenizer = trained.tokenizer
     table_VD = np.asarray(trained.weights["embedding"]["table"], np.float32)[: tokenizer.vocab_size]
     words = {name: tokens_of(tokenizer, getattr(arguments, name)) for name in SIGNS if getattr(arguments, name)}

@@ -35,6 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     jax.config.update("jax_platforms", "cpu")
     from model.interchange.meaning import meanings
     from train.weights.huggingface import open_tensors, read_config
+    from train.weights.load import check_predicts
 
     folder: Path = arguments.weights
     hf_config = read_config(folder)
@@ -42,17 +43,18 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.json:
         print(columns([("config.json", "value", "here"), *rows]))
     model, _ = open_tensors(folder)
+    check_predicts(model.config, folder)
     parameters = sum(math.prod(shape) for shape in model.shapes.values())
     tensors = f"{parameters:,} parameters in {len(model.shapes)} tensors, each in its place"
     texts, tokens = _tokens(folder, arguments.prompt, model.config.vocab_size, model.context)
     other, found, same = _compare(folder, arguments.against, tokens)
     if arguments.json:
         settings = {key: meaning for key, _, meaning in rows}
-        values: dict[str, Any] = {"class": model.family.architecture, "parameters": parameters, "settings": settings}
+        values: dict[str, Any] = {"class": model.architecture, "parameters": parameters, "settings": settings}
         positions = [difference._asdict() for difference in found]
         print(json.dumps(values | {"against": other, "positions": positions, "same": same}))
         return int(same is False)
-    print(f"\n{model.family.architecture}: {tensors}")
+    print(f"\n{model.architecture}: {tensors}")
     if same is None:
         print("Transformers is not installed: logits were not compared; install it with PyTorch, or give --against")
         return 0

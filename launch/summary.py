@@ -32,6 +32,9 @@ def summary(run: Run, program: str) -> str:
     if evaluated and held_out:
         bits = held_out_figure(evaluated[-1], "bits_per_byte")
         lines.append(f"held-out text   {bits:.3f} bits a byte; gzip -9 needs {gzip_bits_per_byte(held_out):.3f}")
+    if compared := [record for record in records if "validation_preference_accuracy" in record]:
+        accuracy, pairs = (held_out_figure(compared[-1], name) for name in ("preference_accuracy", "pairs"))
+        lines.append(f"held-out pairs  {accuracy:.1%} of {pairs:,.0f} in the right order")
     if empty := sum(record["loss"] is None for record in records):
         lines.append(f"no token         trained on in {empty:,} steps: prompts are longer than a row")
     if spent := goodput(read_events(run.events)):
@@ -45,9 +48,10 @@ def summary(run: Run, program: str) -> str:
         lines += ["sample:", *("  " + line for line in evaluated[-1]["sample"].splitlines())]
     model = shlex.quote(str(run.export if run.export.exists() else run.folder))
     folder = shlex.quote(str(run.folder))
+    if not config.model.reward_head:
+        prompt = shlex.quote(config.evaluation.prompt)
+        lines += ["to continue a prompt:", f"  {program} generate {model} --prompt={prompt}"]
     lines += [
-        "to continue a prompt:",
-        f"  {program} generate {model} --prompt={shlex.quote(config.evaluation.prompt)}",
         "to see the run as a page:",
         f"  {program} report {folder}",
         "to train the same model on your own text, a file or a folder:",

@@ -26,6 +26,8 @@ EXPERT_FIELDS = (
     *("router_score", "router_normalize", "router_scale", "router_bias", "router_groups", "router_groups_per_token"),
     *("balance_bias", "balance_rate", "balance_loss", "balance_over", "router_z_loss"),
 )
+# Fields of the unembedding and its loss, which a model with a reward head does not have.
+UNEMBEDDING_FIELDS = ("tie_embeddings", "logit_multiplier", "logit_softcap", "loss_chunk")
 # Fields without effect, by the choice of `rope_scaling`.
 _TURNS = ("rope_low_turns", "rope_high_turns")
 _DIVISORS = ("rope_short_divisors", "rope_long_divisors", "rope_long")
@@ -64,9 +66,12 @@ class ModelConfig(ModelFields):
             "vocab_size": vocab_size,
             "max_positions": self.max_positions or (context if self.position == "learned" else None),
             "rope_high_turns": self.rope_high_turns or HIGH_TURNS.get(self.rope_scaling),
-            "loss_chunk": self.loss_chunk or (max(LOGITS_AT_ONCE // vocab_size, 1) if vocab_size else None),
+            "loss_chunk": self.loss_chunk or self._usual_chunk(vocab_size),
         }
         return ResolvedModelConfig(**values)
+
+    def _usual_chunk(self, vocab_size: int | None) -> int | None:
+        return max(LOGITS_AT_ONCE // vocab_size, 1) if vocab_size and not self.reward_head else None
 
     @property
     def dropout(self) -> bool:
@@ -102,6 +107,8 @@ class ModelConfig(ModelFields):
             unused["norm_bias"] = "model.norm = rmsnorm"
         if not self.qk_norm:
             unused["qk_norm_over"] = "model.qk_norm = False"
+        if self.reward_head:
+            unused |= dict.fromkeys(UNEMBEDDING_FIELDS, "model.reward_head = True")
         problems += unused_problems("model", self, unused)
         if self.activation == "clamped_swiglu" and not self.gated:
             problems.append("model.activation = clamped_swiglu is gated; set model.gated")

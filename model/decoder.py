@@ -27,7 +27,7 @@ from model.norm import Norm, final_norm, stack_norm
 from model.position import Position, Rotation
 from model.product import weight_gradients_first
 from model.sharding import UNSHARDED, Layout
-from model.unembedding import Unembedding
+from model.unembedding import RewardHead, Unembedding
 
 # What a remat policy says of the results of an operation.
 Policy = Callable[..., Any]
@@ -212,7 +212,11 @@ class Decoder(nnx.Module):
         # By part of a block the weights of all layers that have it, stacked.
         self.blocks = nnx.data(weights["blocks"])
         self.norm = final_norm(config, weights)
-        self.unembedding = Unembedding(config, weights.get("unembedding"), layout)
+        self.unembedding: Any
+        if config.reward_head:
+            self.unembedding = RewardHead(config, weights["unembedding"], layout)
+        else:
+            self.unembedding = Unembedding(config, weights.get("unembedding"), layout)
 
     def __call__(
         self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, keys_B: DropoutKeys = None
@@ -308,12 +312,19 @@ class Decoder(nnx.Module):
         return results["rms"], results["result"]
 
     def unembedding_matrix(self) -> jax.Array:
-        """Returns the last floor's weight [D, V]; see `Unembedding.weight`."""
-        return self.unembedding.weight(self.embedding.table[...])
+        """Returns the last floor's weight [D, V]; see `Unembedding.weight`. Models with a reward head have none."""
+        matrix_DV: jax.Array = self.unembedding.weight(self.embedding.table[...])
+        return matrix_DV
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Returns the scores [B, T, V] of every token as the next one.
 
         For the loss of a whole batch use `model.loss`, which never holds the logits of all positions.
         """
-        return self.unembedding(x_BTD, self.embedding.table[...])
+        logits_BTV: jax.Array = self.unembedding(x_BTD, self.embedding.table[...])
+        return logits_BTV
+
+    def scores(self, x_BTD: jax.Array) -> jax.Array:
+        """Returns the reward head's float32 score [B, T] of the text up to each position."""
+        score_BT: jax.Array = self.unembedding(x_BTD)
+        return score_BT

@@ -299,6 +299,12 @@ class ModelFields:
         at_least=1,
     )
 
+    reward_head: bool = setting(
+        False,
+        "a linear map of each position's vector to one score takes the place of the unembedding, for objective.name = "
+        "reward",
+    )
+
     # ── Export ─────────────────────────────────────────────────────────────────────────────────────────────────────
     export_as: str | None = setting(
         None,

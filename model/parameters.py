@@ -72,7 +72,8 @@ def parameter_table(config: ResolvedModelConfig) -> dict[str, Parameter]:
     GPT-2, Radford et al. 2019). Matrices start at 1/√fan_in. The two of a pre-norm block that write to the residual
     stream start lower by √(2L) (GPT-2, too) and by the embedded tokens' deviation, so that all blocks together add no
     more than the embedding did; with `zero_init_outputs` they start at zero. Norms start as the identity, biases at
-    zero. Gates start at zero, so that none depends on its input yet. `model.parametrization` may scale these values.
+    zero. Gates start at zero, so that none depends on its input yet; so does the reward head, so that no answer is
+    preferred yet. `model.parametrization` may scale these values.
     """
     c = config
     table_deviation = 1 / math.sqrt(c.model_dim) if c.tie_embeddings or c.scale_embeddings else 1.0
@@ -108,7 +109,10 @@ def parameter_table(config: ResolvedModelConfig) -> dict[str, Parameter]:
         table |= _norm(c, "blocks.feedforward_output_norm", layers | width)
     if c.norm_placement != "post":
         table |= _norm(c, "norm", width)
-    if not c.tie_embeddings:
+    if c.reward_head:
+        # One column, which is not sharded.
+        table["unembedding.head"] = Parameter(width | {"choices": 1}, ("width",), "unembedding", 0.0)
+    elif not c.tie_embeddings:
         table["unembedding.matrix"] = Parameter(model | vocabulary, ("model",), "unembedding")
     return {name: _at_size(c, name, p) for name, p in table.items()}
 

@@ -1,6 +1,7 @@
 """Floor 5, linear + softmax: each position's vector becomes a score for every token that may come next.
 
 The softmax itself is in `model.loss` (training, evaluation) and `model.generation` (sampling): both take these logits.
+In a reward model a `RewardHead` has this place.
 """
 
 from collections.abc import Mapping
@@ -32,6 +33,20 @@ class Unembedding(nnx.Module):
         """Returns the matrix [D, V] in the compute dtype, sharded as it is stored; V is the padded vocabulary."""
         dtype = self.config.compute_dtype
         return table_VD.astype(dtype).T if self.matrix is None else self.matrix[...].astype(dtype)
+
+
+class RewardHead(nnx.Module):
+    """A linear map without bias, [D, 1], of a position's vector to a score of the text up to there."""
+
+    def __init__(self, config: ResolvedModelConfig, weights: Mapping[str, jax.Array], layout: Layout):
+        self.head = nnx.Param(weights["head"])
+        self.config = config
+        self.layout = layout
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """Returns float32 scores [B, T]. Products and sums are float32, whatever the compute dtype."""
+        score_BT = jnp.sum(x_BTD.astype(jnp.float32) * self.head[...][:, 0], axis=-1)
+        return self.layout.reshard(score_BT, "batch", "time")
 
 
 def logits(x_BTD: jax.Array, matrix_DV: jax.Array, config: ResolvedModelConfig) -> jax.Array:

@@ -41,6 +41,9 @@ MODELS = {
         norm_placement="post",
     ),
 }
+# A model of scores, and all models that `load` knows.
+REWARD = small_model(num_layers=1, reward_head=True, loss_chunk=None)
+ALL = MODELS | {"reward": REWARD}
 # Of the original transformer, whose positions are not trained and whose attention has no biases.
 FIXED = ("positions_embed.weight", "attn.c_attn.bias", "attn.c_proj.bias")
 
@@ -48,13 +51,14 @@ FIXED = ("positions_embed.weight", "attn.c_attn.bias", "attn.c_proj.bias")
 def build(name: str) -> Any:
     """Transformers' model of this name."""
     transformers = require("transformers")
-    values = Interchange(MODELS[name], CONTEXT).export_config(bos_id=0, eos_id=0)
-    return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**values))
+    values = Interchange(ALL[name], CONTEXT).export_config(bos_id=0, eos_id=0)
+    classes = {False: transformers.AutoModelForCausalLM, True: transformers.AutoModelForSequenceClassification}
+    return classes[ALL[name].reward_head].from_config(transformers.AutoConfig.for_model(**values))
 
 
 def tensors(name: str, weights: Any) -> dict[str, np.ndarray]:
     """Nested weights, or their gradients, under Transformers' names and in its layouts."""
-    return dict(Interchange(MODELS[name], CONTEXT).export_tensors(reader_of(weights)))
+    return dict(Interchange(ALL[name], CONTEXT).export_tensors(reader_of(weights)))
 
 
 def load(name: str, weights: Any) -> tuple[Any, dict[str, Any]]:

@@ -184,22 +184,34 @@ class Display:
         loss = "no token trained on" if record["loss"] is None else f"loss {record['loss']:.4f}"
         if "accuracy" in record:
             loss += f"  accuracy {record['accuracy']:.1%}  margin {record['margin']:.3f}"
+        if "reward" in record:
+            loss = f"reward {record['reward']:.4f}  {loss}"
         rate = f"{record['tokens_per_second']:,.0f} tokens/s"
         share = f"{record['peak_share']:.0%} of peak"
         wait = f"data wait {record['data_wait_seconds']:.2f} s"
         eta = f"ETA {duration(seconds_left)}"
         if record["loss"] is None and not self._said_empty:
             self._said_empty = True
-            self.say(
-                f"step {step}: its rows lie within prompts, so no token is trained on and the step changes nothing; "
-                "raise data.segment_length above the prompts' tokens, or shorten the prompts"
+            why = (
+                "its rows lie within prompts, so no token is trained on and the step changes nothing; raise "
+                "data.segment_length above the prompts' tokens, or shorten the prompts"
             )
+            if "reward" in record:
+                why = "all answers to a prompt have the same reward, so the step changes nothing"
+            self.say(f"step {step}: {why}")
         self._figures = [loss, eta, rate, wait, share]  # in the order in which they matter
         if not self._live and (step % self.every == 0 or step in (1, self.num_steps)):
             self.say("  ".join([f"step {step}/{self.num_steps}", loss, rate, share, wait, eta]))
 
     def evaluation(self, record: dict[str, Any]) -> None:
         """Shows the results of an evaluation on held-out text, with a sample, and on tasks."""
+        pairs = ""
+        if "validation_preference_loss" in record:
+            accuracy, margin = record["validation_preference_accuracy"], record["validation_margin"]
+            pairs = f"pairs: loss {record['validation_preference_loss']:.4f}, accuracy {accuracy:.1%}"
+            pairs += f", margin {margin:.3f}"
+        if pairs and "sample" not in record:
+            self.say(f"step {record['step']}  held-out {pairs}")
         if "sample" in record:
             self.curve.add(record)
             bits = record["validation_bits_per_byte"]
@@ -207,10 +219,9 @@ class Display:
             whole = ""
             if "held_out_bits_per_byte" in record:
                 whole = f"; all held-out documents: {record['held_out_bits_per_byte']:.3f} bits a byte"
-            if "validation_preference_loss" in record:
-                accuracy, margin = record["validation_preference_accuracy"], record["validation_margin"]
-                whole += f"; pairs: loss {record['validation_preference_loss']:.4f}, accuracy {accuracy:.1%}"
-                whole += f", margin {margin:.3f}"
+            whole += f"; {pairs}" if pairs else ""
+            if "validation_reward" in record:
+                whole += f"; reward {record['validation_reward']:.4f}"
             self.say(f"step {record['step']}  held-out: {bits:.3f} bits a byte, loss {loss:.4f}{whole}; sample:")
             self.say("\n".join("    " + line for line in self._sample_lines(record["sample"])))
         for task, values in record.get("tasks", {}).items():

@@ -29,6 +29,7 @@ class Evaluations:
         self._mixture = inputs.mixture
         self._tokenizer = inputs.tokenizer
         self._step = make_evaluation_step(self._config)
+        self._predicts = not self._config.model.reward_head
         self._pair_step = make_pair_step(self._config) if self._config.objective.compares else None
         alive = partial(reset_watchdog, self._config)
         self._rollouts = inputs.rollouts
@@ -49,6 +50,9 @@ class Evaluations:
             return
         zeros = lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)
         weights = jax.tree.map(zeros, abstract_weights(self._config))
+        if not self._predicts:
+            self._of_pairs(weights, None, self._loop_pairs[:1], "validation")
+            return
         self._evaluate(weights, self._loop_documents[:1])
         sample_text(self._config, self._tokenizer, weights)
 
@@ -60,22 +64,24 @@ class Evaluations:
         """Runs the evaluations that are due after a step, and returns their fields of metrics.jsonl.
 
         Of pairs, the loss and the bits a byte are those of the chosen answers; further fields compare the answers, with
-        the objective's reference if it has one. Where answers are sampled, the reward is that of the most likely ones
-        to a batch of held-out prompts.
+        the objective's reference if it has one. A reward model predicts no tokens, and has the further fields alone.
+        Where answers are sampled, the reward is that of the most likely ones to a batch of held-out prompts.
         """
         reset_watchdog(self._config)
         fields: dict[str, Any] = {}
         if self._text_is_due(step, last_step):
-            fields = evaluation_metrics(self._evaluate(weights, self._loop_documents))
-            if step == last_step:
-                fields |= evaluation_metrics(self._evaluate(weights, self._held_out), "held_out")
+            if self._predicts:
+                fields = evaluation_metrics(self._evaluate(weights, self._loop_documents))
+                if step == last_step:
+                    fields |= evaluation_metrics(self._evaluate(weights, self._held_out), "held_out")
             fields |= self._of_pairs(weights, reference, self._loop_pairs, "validation")
             if step == last_step:
                 fields |= self._of_pairs(weights, reference, self._held_out, "held_out")
             if self._rollouts:
                 figures = self._rollouts.evaluate(weights, self._held_out[: self._config.train.batch_size])
                 fields |= {f"validation_{name}": value for name, value in figures.items()}
-            fields["sample"] = sample_text(self._config, self._tokenizer, weights)
+            if self._predicts:
+                fields["sample"] = sample_text(self._config, self._tokenizer, weights)
         if self._on_tasks and self._tasks_are_due(step, last_step):
             fields |= task_metrics(self._on_tasks(weights))
         return fields
@@ -85,7 +91,7 @@ class Evaluations:
 
         It runs during the training, and reads COUNTED_BYTES of its text.
         """
-        if not self._loop_documents:
+        if not self._loop_documents or not self._predicts:
             return {}
         text = "".join(document.scored for document in self._loop_documents).encode()
         counted: list[HeldOutDocument] = []

@@ -12,7 +12,7 @@ The tokenizer is the parent's. Once the fork has a checkpoint of its own, it res
 
 import logging
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -90,7 +90,10 @@ def refused_changes(config: Config, parent: Parent) -> list[Change]:
     child = config.resolved(parent.config.model.vocab_size)
     by_rule = changes_of(parent.config, child)
     frozen, changes = by_rule["frozen"], by_rule["frozen"] + by_rule["warn"]
-    is_reshaped = parameter_shapes(parent.config) != parameter_shapes(child)
+    shapes, before = parameter_shapes(child), parameter_shapes(parent.config)
+    if gets_head(config, parent):
+        shapes, before = without_last_floor(shapes), without_last_floor(before)
+    is_reshaped = shapes != before
     model = [change for change in frozen if is_reshaped and change.field.startswith("model.")]
     optimizer = [change for change in changes if take != "weights" and change.field in OPTIMIZER_STATE_FIELDS]
     data = [change for change in frozen if take == "all" and change.field.startswith(("data.", "train.seed"))]
@@ -103,6 +106,17 @@ def remedy_of(refused: Sequence[Change]) -> str:
         return "give the values from before"
     takes_weights = any(change.field in OPTIMIZER_STATE_FIELDS for change in refused)
     return f"give the values from before, or train.init_with={'weights' if takes_weights else 'optimizer'}"
+
+
+def gets_head(config: Config, parent: Parent) -> bool:
+    """True if the fork is a reward model that begins with a language model's weights, but for the last floor's."""
+    begins = config.model.reward_head and not parent.config.model.reward_head
+    return begins and config.train.init_with == "weights"
+
+
+def without_last_floor(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Returns the parameters, by name, that a language model and a reward model share."""
+    return {name: value for name, value in parameters.items() if not name.startswith("unembedding.")}
 
 
 def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:

@@ -266,17 +266,11 @@ class Training:
                     last_step = self.step
 
                 # ── Sample answers to its prompts, if that is the objective ──
-                figures: dict[str, Any] = {}
-                if (rollouts := self.inputs.rollouts) and not is_empty:
-                    rollout = rollouts(self.step, self.state["weights"], loaded.batch)
-                    if sample_log:
-                        sample_log.write({"step": self.step, "samples": rollout.samples})
-                    loaded, figures = loaded._replace(batch=rollout.batch), rollout.figures
-                    # Where nothing is better than another, an update would be momentum alone.
-                    is_empty = not rollout.teaches and "reference" not in self.state
+                if self.inputs.rollouts and not is_empty:
+                    loaded, is_empty = self.inputs.rollouts.answered(self.step, self.state, loaded, sample_log)
 
                 # ── Dispatch its step, without waiting for the devices ──
-                self.dispatch(loaded, is_empty, waited, in_flight, profiler, figures)
+                self.dispatch(loaded, is_empty, waited, in_flight, profiler)
 
                 # ── Log the steps that are done: all of them before a pause, and otherwise all but this one ──
                 saves = self.step == last_step or self.step % config.checkpoint.every_steps == 0
@@ -337,19 +331,9 @@ class Training:
         return loaded, time.perf_counter() - begun
 
     def dispatch(
-        self,
-        loaded: LoadedBatch,
-        is_empty: bool,
-        waited: float,
-        in_flight: InFlight,
-        profiler: Profiler,
-        figures: dict[str, Any],
+        self, loaded: LoadedBatch, is_empty: bool, waited: float, in_flight: InFlight, profiler: Profiler
     ) -> None:
-        """Gives the step to the devices, after its program was compiled. An empty batch changes no weight.
-
-        Args:
-            figures: numbers that the step's metrics have besides those of its program.
-        """
+        """Gives the step to the devices, after its program was compiled. An empty batch changes no weight."""
         if not is_empty and not self.programs.has(self.step):
             # No step is in flight now, so this does not count as the time of any.
             self.events.account.switch_to("compile")
@@ -364,7 +348,9 @@ class Training:
                 self.state, metrics = self.programs.skip(self.state)
             else:
                 self.state, metrics = self.programs(self.step, self.state, loaded.batch)
-        in_flight.add(self.step, metrics | figures, [self.signals.asked, waited, waited + time.perf_counter() - begun])
+        in_flight.add(
+            self.step, metrics | loaded.figures, [self.signals.asked, waited, waited + time.perf_counter() - begun]
+        )
 
     def evaluated_weights(self) -> Any:
         """Returns the moving average of the weights, or the weights where there is none."""

@@ -25,13 +25,14 @@ from data.tokenizer.folder import holds_tokenizer, load_tokenizer, write_tokeniz
 from data.tokenizer.tokenizer import FIM_TOKENS, TEMPLATE_FILE, Tokenizer
 from data.tokenizer.training import train_tokenizer
 from train.config.changes import changes_of, table
-from train.config.config import Config
+from train.config.config import Config, ResolvedConfig
 from train.data_identity import ACCEPT, ANOTHER_RUN, RunInputs, check_same_everywhere, identity_of, log
 from train.devices.collectives import on_first_process
 from train.evaluation.documents import choose_held_out, take_bytes
 from train.evaluation.tasks import open_tasks
 from train.fork import check_fork, parent_of
 from train.rollout.reward import Reward
+from train.rollout.reward_model import RewardModel
 from train.rollout.rollouts import Rollouts
 from train.run.events import newest_saved_step, read_events, skipped_since_begin
 from train.run.folder import HeldOutDocument, Run
@@ -61,7 +62,7 @@ def prepare_run(
     check_folder(config, run)
     asked = config.evaluation
     tasks = open_tasks(asked.tasks, asked.task_dir, asked.task_limit) if asked.tasks is not None else None
-    reward = Reward(config.objective) if config.objective.samples else None
+    function = Reward(config.objective) if config.objective.names_function else None
     mixture = open_run_mixture(config, run)
     # A run exists from its first checkpoint on. Whatever a start without one has left is made again.
     is_new = run.last_step() is None
@@ -95,10 +96,20 @@ def prepare_run(
             log.warning(problem)
     fingerprints = mixture.fingerprints() | {"tokenizer": tokenizer.fingerprint}
     check_same_everywhere(fingerprints)
-    rollouts = Rollouts(config, tokenizer, reward, partial(reset_watchdog, config)) if reward else None
+    rollouts = open_rollouts(config, tokenizer, function)
     if rollouts:
         rollouts.try_reward(held_out)
     return RunInputs(config, mixture, tokenizer, held_out, identity_of(config, mixture) | fingerprints, tasks, rollouts)
+
+
+def open_rollouts(config: ResolvedConfig, tokenizer: Tokenizer, function: Reward | None) -> Rollouts | None:
+    """Opens what samples a run's answers, if it has them, with their reward: a function, or a model."""
+    if not config.objective.samples:
+        return None
+    assert config.objective.reward
+    alive = partial(reset_watchdog, config)
+    reward = function or RewardModel(config.objective.reward, config, tokenizer, alive)
+    return Rollouts(config, tokenizer, reward, alive)
 
 
 @contextmanager

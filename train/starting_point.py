@@ -12,9 +12,9 @@ import optax
 from data.mixture import initial_positions
 from train.checkpoint.checkpoint import Checkpoints
 from train.data_identity import ANOTHER_RUN, RunInputs, continue_data
-from train.fork import Parent, parent_of
+from train.fork import Parent, gets_head, parent_of
 from train.run.folder import Run
-from train.step.state import State, abstract_state, copies_in, make_state
+from train.step.state import State, abstract_state, abstract_weights, copies_in, make_state
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,15 @@ def _fork(inputs: RunInputs, parent: Parent, optimizer: optax.GradientTransforma
     try:
         if config.train.init_with == "weights":
             state = make_state(config, optimizer)
+            head = state["weights"].get("unembedding")
             for name in ("weights", *copies_in(config)):
                 del state[name]  # so that two sets of weights do not exist at once
-            state["weights"] = checkpoints.restore_weights(abstract["weights"], parent.step)[1]
+            if gets_head(config, parent):
+                language = replace(config, model=parent.config.resolved(config.model.vocab_size).model)
+                weights = checkpoints.restore_weights(abstract_weights(language), parent.step)[1]
+                state["weights"] = weights | {"unembedding": head}
+            else:
+                state["weights"] = checkpoints.restore_weights(abstract["weights"], parent.step)[1]
             state |= {name: jax.tree.map(jnp.copy, state["weights"]) for name in copies_in(config)}
         else:
             state, progress = checkpoints.restore_step(parent.step, abstract)

@@ -53,6 +53,15 @@ PAIR_MEASURES = (
     Measure("margin", "Margin", "of the rewards", "{:.3f}".format, is_smoothed=True),
     Measure("validation_preference_accuracy", "Held-out accuracy", "% of pairs", "{:.1f}%".format, 100),
 )
+# Of objectives with sampled answers.
+SAMPLE_MEASURES = (
+    Measure("reward", "Reward", "of sampled answers", "{:.3f}".format, is_smoothed=True),
+    Measure("validation_reward", "Held-out reward", "of the most likely answers", "{:.3f}".format),
+    Measure("kl", "KL divergence", "nats a token, to the reference", "{:.4g}".format, from_zero=True, is_smoothed=True),
+    Measure("answer_length", "Length", "tokens an answer", "{:.1f}".format, from_zero=True, is_smoothed=True),
+    Measure("entropy", "Entropy", "nats a token", "{:.3f}".format, from_zero=True, is_smoothed=True),
+    Measure("equal_groups", "Equal rewards", "% of prompts", "{:.1f}%".format, 100, from_zero=True, is_smoothed=True),
+)
 # Of mixtures of experts.
 EXPERT_MEASURES = (
     Measure("expert_load_most", "Fullest expert", "tokens over the mean", "{:.2f}".format, is_smoothed=True),

@@ -20,6 +20,7 @@ from launch.page.chart import (
     MEASURES,
     PAIR_MEASURES,
     RIGHT,
+    SAMPLE_MEASURES,
     TOP,
     Chart,
     Measure,
@@ -92,9 +93,13 @@ def make_page(run: Run) -> str:
 
 def measures_of(config: Config) -> list[Measure]:
     """Returns what is charted of a run with any model, the training loss first."""
+    if config.objective.samples:
+        return [*MEASURES[:1], *SAMPLE_MEASURES, *MEASURES[1:]]
     if not config.objective.compares:
         return [*MEASURES]
     loss, *others = MEASURES
+    if config.model.reward_head:
+        others = [measure for measure in others if measure.field != "validation_bits_per_byte"]
     return [replace(loss, unit="nats a pair"), *PAIR_MEASURES, *others]
 
 
@@ -137,6 +142,9 @@ def key_figures(config: Config, run: Run, records: Records, events: Sequence[his
             texts = loop_documents(texts, config)
         gzip = f"; gzip -9 needs {gzip_bits_per_byte(texts):.3f}" if texts else ""
         figures.append(("held-out text", f"{held_out_figure(last, 'bits_per_byte'):.3f}", f"bits a byte{gzip}"))
+    if compared := [record for record in records if "validation_preference_accuracy" in record]:
+        pairs = f"of {held_out_figure(compared[-1], 'pairs'):,.0f} in the right order"
+        figures.append(("held-out pairs", f"{held_out_figure(compared[-1], 'preference_accuracy'):.1%}", pairs))
     if records:
         peaks = [record["peak_share"] for record in records if "peak_share" in record]
         share = f"{statistics.median_high(peaks):.1%} of the peak, " if peaks else ""

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from model.config import EXPERT_FIELDS, ResolvedModelConfig
+from model.config import EXPERT_FIELDS, UNEMBEDDING_FIELDS, ResolvedModelConfig
 from model.interchange.config_keys import ConfigKey
 from model.interchange.layer_types import of_one_kind
 from model.interchange.tensors import Tensor
@@ -39,6 +39,8 @@ USUAL_LIMITS: Mapping[str, Callable[[ResolvedModelConfig], bool]] = {
     "value_dim": lambda config: config.value_dim == config.head_dim,
     "attention_output_bias": lambda config: config.attention_output_bias == config.attention_bias,
 }
+# Values of `model_type` whose classes with a linear head have been compared with this decoder.
+CLASSIFIERS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
 # In `choices` and `limits`: any value.
 ANY = None
 
@@ -86,11 +88,21 @@ class Family:
     quantization: str | None = None
     predicted_key: str | None = None
 
+    @property
+    def classifier(self) -> str | None:
+        """The class of the same model with a linear head, to which reward models are exported; None without one."""
+        name = self.architecture.replace("ForCausalLM", "ForSequenceClassification")
+        return name if self.model_type in CLASSIFIERS else None
+
     def lacks(self, config: ResolvedModelConfig) -> list[str]:
         """Returns the choices of a model that the class does not have, as "model.field = value"."""
         keys = {key.field: tuple(key.values) if key.values else ANY for key in self.keys}
         choices = {**USUAL, **keys, **self.choices} | {name: values for name, values in keys.items() if values}
         wrong = [name for name, values in choices.items() if values and getattr(config, name) not in values]
+        if config.reward_head:
+            # No class needs a certain last floor where there is none.
+            wrong = [name for name in wrong if name not in UNEMBEDDING_FIELDS]
+            wrong += [] if self.classifier else ["reward_head"]
         limits = {**USUAL_LIMITS, **self.limits}
         wrong += [name for name, holds in limits.items() if holds and not holds(config)]
         return [f"model.{name} = {getattr(config, name)}" for name in dict.fromkeys(wrong)]

@@ -74,6 +74,8 @@ class GGUFExport:
 
     def __init__(self, model: Interchange):
         self.model = model
+        if model.config.reward_head:
+            raise ValueError("llama.cpp predicts tokens, and a model with model.reward_head does not; take --format=hf")
         model_type = model.family.model_type
         if model_type not in ARCHITECTURES:
             raise ValueError(f"llama.cpp has no model.norm_placement = {model.config.norm_placement} here")

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from model.config import ModelConfig, ResolvedModelConfig
+from model.config import UNEMBEDDING_FIELDS, ModelConfig, ResolvedModelConfig
 from model.interchange.config_keys import parse
 from model.interchange.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from model.interchange.experts import GLM4_MOE, MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
@@ -21,7 +21,7 @@ from model.interchange.layernorm import COHERE2, GPT_NEOX, STABLELM, STARCODER2
 from model.interchange.llama import GLM4, GRANITE, LLAMA, MINISTRAL, MISTRAL, PHI3, QWEN2, QWEN3, SMOLLM3
 from model.interchange.olmo import OLMO2, OLMO3
 from model.interchange.quantized import check_quantization
-from model.interchange.tensors import ParameterReader, TensorMap, TensorReader
+from model.interchange.tensors import ParameterReader, TensorMap, TensorReader, torch_linear
 from model.parameters import parameter_table
 from model.position import sinusoids
 from settings import choices_of
@@ -41,6 +41,9 @@ OWN_FIELDS = (
 )
 # What else it may hold: the context, where config.json gives the model another number of positions.
 OWN_CONTEXT = "segment_length"
+# The head of a reward model, and the config keys for its number of scores.
+SCORE = torch_linear("score.weight", "unembedding.head")
+ONE_LABEL = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
 # Values of config keys that an import must have in every class.
 REQUIRED = {"is_causal": True}
 # Relative rounding error of a bfloat16 file.
@@ -73,6 +76,7 @@ class Interchange:
 
     Attributes:
         context: number of positions that the model was trained on at once.
+        architecture: name of the class: the family's, or its classifier for a reward model.
         widened: the config with everything that the class always has.
         num_positions: number of positions that config.json gives the model.
         predicted_layers: number of layers behind the last one that a file has and this decoder leaves out.
@@ -89,15 +93,17 @@ class Interchange:
             # Older versions of Transformers take this number, divided by the original one, as the factor.
             assert config.rope_original_context is not None
             self.num_positions = round(config.rope_factor * config.rope_original_context)
-        self.tensor_map = TensorMap(self.widened, self.family.tensors)
+        self.architecture, tensors = self.family.architecture, self.family.tensors
+        self._last = next(tensor.name for tensor in tensors if tensor.parameters == ("unembedding.matrix",))
+        if config.reward_head:
+            assert self.family.classifier
+            self.architecture, tensors, self._last = self.family.classifier, (*tensors, SCORE), SCORE.name
+        self.tensor_map = TensorMap(self.widened, tensors)
         self._own_parameters = parameter_table(config).keys()
         self._embedding_scale = np.float32(math.sqrt(config.model_dim))
         self._folds_scale = self.widened.scale_embeddings != config.scale_embeddings
         # What is added to the weights of norms on export.
         self._norm_offset = np.float32(config.norm_offset - self.widened.norm_offset)
-        (self._unembedding,) = (
-            tensor.name for tensor in self.family.tensors if tensor.parameters == ("unembedding.matrix",)
-        )
 
     @classmethod
     def from_config(cls, hf_config: Mapping[str, Any]) -> "Interchange":
@@ -105,16 +111,18 @@ class Interchange:
         if not isinstance(hf_config, Mapping):
             raise ValueError("config.json holds no settings")
         architectures = hf_config.get("architectures")
-        family = next((family for family in FAMILIES if [family.architecture] == architectures), None)
+        named = ([name for name in (family.architecture, family.classifier) if name] for family in FAMILIES)
+        of_families = list(zip(FAMILIES, named, strict=True))
+        family = next((family for family, names in of_families if architectures in [[name] for name in names]), None)
         if family is None:
-            readable = ", ".join(family.architecture for family in FAMILIES)
+            readable = ", ".join(name for _, names in of_families for name in names)
             raise ValueError(f"architectures is {architectures}; what can be read is {readable}")
         if hf_config.get("model_type", family.model_type) not in (family.model_type, *family.other_types):
             other = hf_config["model_type"]
             raise ValueError(
                 f"model_type is {other!r}, of another class than {family.architecture}; correct one of them"
             )
-        config = _import_config(family, hf_config)
+        config = _import_config(family, hf_config, is_reward=architectures == [family.classifier])
         context = parse(hf_config.get(OWN_KEY, {}), OWN_CONTEXT, int, family.context.read(hf_config))
         if not 1 <= context <= (config.max_positions or context):
             most = f" and at most {config.max_positions}" if config.max_positions else ""
@@ -143,7 +151,7 @@ class Interchange:
     def export_config(self, bos_id: int, eos_id: int, dtype: str = "float32") -> dict[str, Any]:
         """Returns the values of config.json."""
         hf_config = {
-            "architectures": [self.family.architecture],
+            "architectures": [self.architecture],
             "model_type": self.family.model_type,
             **{key.key: key.write(getattr(self.widened, key.field)) for key in self.family.keys},
             self.family.context.key: self.num_positions,
@@ -154,6 +162,8 @@ class Interchange:
             "pad_token_id": None,
             "dtype": dtype,
         }
+        if self.config.reward_head:
+            hf_config |= ONE_LABEL
         return hf_config | ({OWN_KEY: self.own_fields} if self.own_fields else {})
 
     def export_tensors(self, read: ParameterReader) -> Iterator[tuple[str, np.ndarray]]:
@@ -200,7 +210,7 @@ class Interchange:
     def full_names(self, names: Collection[str]) -> dict[str, str]:
         """Maps the name of each tensor in its class to its name in files that may omit the prefix."""
         prefix = "" if any(name.startswith(self.family.prefix) for name in names) else self.family.prefix
-        return {name if name == self._unembedding else prefix + name: name for name in names}
+        return {name if name == self._last else prefix + name: name for name in names}
 
     def left_out(self, names: Collection[str]) -> list[str]:
         """Returns the names of tensors in layers behind the last one, which predict further tokens."""
@@ -231,10 +241,10 @@ class Interchange:
         extra = sorted(set(names) - shapes.keys() - set(self.left_out(names)))
         extra = [name for name in extra if not name.endswith(self.family.ignored)]
         table = functools.cache(lambda: self.tensor_map.read("embedding.table", None, read))
-        if self._unembedding in extra and self.widened.tie_embeddings:
-            extra.remove(self._unembedding)
-            if not np.array_equal(read(self._unembedding), table()[: self.config.vocab_size]):
-                raise ValueError(f"{self._unembedding} is not the embedding, and the config says that they are tied")
+        if self._last in extra and self.widened.tie_embeddings:
+            extra.remove(self._last)
+            if not np.array_equal(read(self._last), table()[: self.config.vocab_size]):
+                raise ValueError(f"{self._last} is not the embedding, and the config says that they are tied")
         if extra:
             others = f", nor for {len(extra) - 1} others" if extra[1:] else ""
             raise ValueError(f"this model has no place for {extra[0]}{others}")
@@ -265,7 +275,7 @@ class Interchange:
         return np.zeros(shape, np.float32)
 
 
-def _import_config(family: Family, hf_config: Mapping[str, Any]) -> ResolvedModelConfig:
+def _import_config(family: Family, hf_config: Mapping[str, Any], is_reward: bool) -> ResolvedModelConfig:
     for name, value in {**REQUIRED, **family.required}.items():
         if hf_config.get(name) is not None and hf_config[name] != value:
             raise ValueError(f"{name} is {hf_config[name]!r}; in this decoder it is {value}")
@@ -286,6 +296,12 @@ def _import_config(family: Family, hf_config: Mapping[str, Any]) -> ResolvedMode
     if not isinstance(own, Mapping) or not all(_is_own(name, value) for name, value in own.items()):
         raise ValueError(f"{OWN_KEY} is {own!r}; it may hold {', '.join(OWN_FIELDS)}, {OWN_CONTEXT}")
     fields |= {name: value for name, value in own.items() if name != OWN_CONTEXT}
+    if is_reward:
+        labels = hf_config.get("id2label")
+        if not isinstance(labels, Mapping) or len(labels) != 1:
+            raise ValueError(f"id2label is {labels!r}; a reward model has one label, as in {ONE_LABEL['id2label']}")
+        fields = {name: value for name, value in fields.items() if name not in UNEMBEDDING_FIELDS}
+        fields["reward_head"] = True
     if fields.get("position") == "learned":
         fields["max_positions"] = family.context.read(hf_config)
     config = ResolvedModelConfig(compute_dtype="float32", **fields)

@@ -26,5 +26,16 @@ class ByteTokenizer:
         return self.encode(text), np.stack([characters, characters + 1], axis=1)
 
 
+class TextTokenizer(ByteTokenizer):
+    """The same, with a text for each id, as samples need it."""
+
+    decode = Tokenizer.decode
+    pieces = ("<end>", *map(chr, range(256)), "<begin>")
+    special_tokens = ("<end>", "<begin>")
+
+    def token_bytes(self, token: int) -> bytes:
+        return b"" if token in (0, 257) else bytes([token - 1])
+
+
 def tokenize(texts: Iterable[str]) -> Iterator[np.ndarray]:
     return map(ByteTokenizer().encode, texts)

@@ -314,3 +314,14 @@ def test_streams_that_share_chunks_get_the_same_amount_of_text(tmp_path: Path):
     sizes = [sum(pairs_in(epoch_of(corpus, config, v, 0), config).values()) for v in range(config.num_streams)]
     # The next document goes to the stream with the least text, so no two differ by more than the longest.
     assert max(sizes) - min(sizes) <= max(map(len, texts))
+
+
+def test_each_document_has_a_row_of_its_own_and_none_is_cut(corpus: Corpus):
+    config = dataclasses.replace(CONFIG, segmentation="document", segment_length=96)
+    rows = [parts for v in range(config.num_streams) for parts in epoch_of(corpus, config, v, 0)]
+    assert all(len(parts) == 1 and parts[0].begin == 0 for parts in rows)
+    assert pairs_in(rows, config) == wanted(corpus)
+    assert_restores(lambda position: stream(corpus, 1, position, config=config), 7, config)
+    short = dataclasses.replace(config, segment_length=40)
+    with pytest.raises(InputError, match=r"the document takes \d+ positions, and is never cut; give data.segment_len"):
+        epoch_of(corpus, short, 0, 0)

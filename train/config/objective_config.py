@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from settings import problems_of, setting, unused_problems
 
 DEFAULT_BETA = {"dpo": 0.1, "simpo": 2.0}
-COMPARING = ("dpo", "simpo")
+COMPARING = ("dpo", "simpo", "reward")
+# A function as a reward; any other name is that of a model.
 REWARD = re.compile(r"(?P<file>.+\.py):(?P<function>[A-Za-z_]\w*)")
 OF_GRPO = ("reward", "reward_seconds", "group_size", "max_new_tokens", "updates", "clip", "kl_weight")
 
@@ -25,7 +26,7 @@ class ObjectiveConfig:
         None, "factor of the log-probabilities in a reward", unset="0.1 with dpo, 2 with simpo", above=0
     )
     label_smoothing: float = setting(
-        0.0, "assumed share of pairs whose preference is wrong, with dpo and simpo", at_least=0, below=0.5
+        0.0, "assumed share of pairs whose preference is wrong, with losses of pairs", at_least=0, below=0.5
     )
     length_normalized: bool = setting(
         False,
@@ -35,8 +36,8 @@ class ObjectiveConfig:
     gamma: float = setting(1.0, "margin by which simpo wants the chosen answer's reward to be higher", at_least=0)
     reward: str | None = setting(
         None,
-        "FILE.py:FUNCTION of grpo: (prompt, answer, reference) -> reward, three texts and a number; the reference is "
-        "the answer in the corpus",
+        "what grpo gives an answer its reward by: FILE.py:FUNCTION, (prompt, answer, reference) -> reward, three texts "
+        "and a number, where the reference is the answer in the corpus; or a reward model, RUN, RUN@STEP or WEIGHTS",
         unset="none, which grpo does not take",
         resume="warn",
     )
@@ -58,6 +59,11 @@ class ObjectiveConfig:
     def samples(self) -> bool:
         """True if it is a loss of answers that the model samples itself."""
         return self.name == "grpo"
+
+    @property
+    def names_function(self) -> bool:
+        """True if the reward is a function in a file, and not a model."""
+        return self.samples and REWARD.fullmatch(self.reward or "") is not None
 
     @property
     def rows_of_prompt(self) -> int:
@@ -85,13 +91,14 @@ class ObjectiveConfig:
             "next_token": ("beta", "label_smoothing", "length_normalized", "gamma", *OF_GRPO),
             "dpo": ("gamma", *OF_GRPO),
             "simpo": ("length_normalized", *OF_GRPO),
+            "reward": ("beta", "length_normalized", "gamma", *OF_GRPO),
             "grpo": ("beta", "label_smoothing", "gamma"),
         }
         unused = dict.fromkeys(without.get(self.name, ()), f"objective.name = {self.name}")
         problems = problems_of("objective", self) + unused_problems("objective", self, unused)
-        example = "such as rewards.py:is_right"
-        if self.samples and self.reward is None:
-            problems.append(f"objective.name = grpo needs a reward; give objective.reward=FILE.py:FUNCTION, {example}")
-        elif self.reward is not None and not REWARD.fullmatch(self.reward):
-            problems.append(f"objective.reward is {self.reward!r}; it must be FILE.py:FUNCTION, {example}")
+        if self.samples and not self.reward:
+            problems.append(
+                "objective.name = grpo needs a reward; give objective.reward=FILE.py:FUNCTION, such as "
+                "rewards.py:is_right, or the RUN of a reward model"
+            )
         return problems

@@ -9,6 +9,7 @@ from data.config import TEXT_FIELDS
 from data.errors import InputError
 from data.printable import name_problem
 from data.tokenizer.tokenizer import FIM_TOKENS
+from settings import unused_problems
 from train.config.config import Config, config_fields
 from train.config.parameter_groups import group_problems, parametrization_problems
 from train.config.values import check_value, nearest, parse_text, short_repr, shown_name, types_of
@@ -87,11 +88,11 @@ def config_problems(config: Config) -> list[str]:
         )
     first = "batch_size" if c.train.batch_ramp_start is None else "batch_ramp_start"
     rows = getattr(c.train, first)
-    name = f"train.{first} = {rows}"
-    if 1 <= c.objective.rows_of_prompt <= rows and rows % c.objective.rows_of_prompt == 0:
-        rows //= c.objective.rows_of_prompt
-        name += f" / objective.group_size = {rows}" if c.objective.samples else ""
-    if c.num_streams >= 1 and 1 <= rows <= 2**24 and rows % c.num_streams:
+    name, each = f"train.{first} = {rows}", c.objective.rows_of_prompt
+    if c.objective.samples:
+        name += f" / objective.group_size = {each}"
+    is_whole = each >= 1 and rows % each == 0
+    if is_whole and c.num_streams >= 1 and each <= rows <= 2**24 and (rows := rows // each) % c.num_streams:
         divisor = min(divisors(rows), key=lambda d: abs(d - c.num_streams))
         problems.append(f"data.num_streams = {c.num_streams} does not divide {name}; nearest that does: {divisor}")
     return problems
@@ -99,10 +100,10 @@ def config_problems(config: Config) -> list[str]:
 
 def objective_problems(config: Config) -> list[str]:
     """Returns one line for everything in other groups that does not fit the objective."""
-    name, problems = config.objective.name, []
+    name, problems = config.objective.name, _reward_problems(config)
     if not config.objective.compares and config.data.compares:
         problems.append(
-            f"data.rejected_field is given, and objective.name = {name} compares no answers; give dpo or simpo"
+            f"data.rejected_field is given, and objective.name = {name} compares no answers; give dpo, simpo or reward"
         )
     if name == "next_token":
         return problems
@@ -146,11 +147,24 @@ def sampling_problems(config: Config) -> list[str]:
             f"objective.max_new_tokens = {c.objective.max_new_tokens} leaves a row of data.segment_length = "
             f"{c.data.segment_length} no room for a prompt; lower the one, or raise the other"
         )
-    unused = {"objective.name = grpo": (("model", "dropout"), ("train", "batch_ramp_start"))}
-    for reason, fields in unused.items():
-        problems += [f"{group}.{name} cannot be used with {reason}; leave it at its default"
-                     for group, name in fields if getattr(getattr(c, group), name)]  # fmt: skip
+    for name, is_used in (("model: dropout", c.model.dropout), ("train.batch_ramp_start", c.train.batch_ramp_start)):
+        if is_used:
+            problems.append(f"{name} cannot be used with objective.name = grpo; leave it out")
     return problems
+
+
+def _reward_problems(config: Config) -> list[str]:
+    """Returns one line for everything that does not fit a reward head, or an objective that needs one."""
+    name, evaluation = config.objective.name, config.evaluation
+    if not config.model.reward_head:
+        return [f"objective.name = {name} trains scores; set model.reward_head=true"] if name == "reward" else []
+    if name != "reward":
+        return [f"model.reward_head gives scores, not tokens, and objective.name is {name}; set objective.name=reward"]
+    unused = dict.fromkeys(("prompt", "tasks"), "model.reward_head = True")
+    if evaluation.sample_tokens:
+        # A sample of no tokens is what there is.
+        unused["sample_tokens"] = unused["prompt"]
+    return unused_problems("evaluation", evaluation, unused)
 
 
 def divisors(number: int) -> list[int]:

@@ -15,7 +15,7 @@ from train.devices.rules import training_layout
 from train.devices.xla import compiler_options, sum_loss_weights
 from train.evaluation.held_out import Batch, pairs_of, put_on_devices, stack_rows
 from train.run.folder import HeldOutDocument
-from train.step.objective import log_probabilities, preference_loss
+from train.step.objective import pair_figures
 
 log = logging.getLogger("ziggurat")
 FIGURES = ("loss", "accuracy", "margin")
@@ -30,10 +30,7 @@ def make_pair_step(config: ResolvedConfig) -> PairStep:
         batch, _ = sum_loss_weights(batch)
         layout = training_layout(config.mesh)
         batch = {name: to_zigzag(x, layout) for name, x in batch.items()}
-        log_p_BT, *before = (
-            log_probabilities(config, tree, batch, layout) for tree in (weights, reference) if tree is not None
-        )
-        _, sums = preference_loss(config.objective, log_p_BT, batch, layout, *before)
+        sums = pair_figures(config, weights, reference, batch, layout)
         return [sums[name] for name in FIGURES]
 
     return jax.jit(pair_step, compiler_options=compiler_options())

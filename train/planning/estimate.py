@@ -159,7 +159,8 @@ class _Step:
         self.copies = 2 * self.model.experts_per_token if self.model.num_experts else 0
         self.weight_bytes = F32 * sum(math.prod(p.shape) / self.size(*p.axes) for p in table.values())
         self.state_bytes = self.weight_bytes * machine.state
-        self.head = math.prod(table["embedding.table"].shape) / self.size("vocabulary")
+        vocabulary = math.prod(table["embedding.table"].shape) / self.size("vocabulary")
+        self.head = 0.0 if config.model.reward_head else vocabulary
         self.heads = self.model.num_heads * self.model.head_dim / self.size("heads")
         self.keys = self.model.num_kv_heads * self.model.head_dim / self.size("kv_heads")
 

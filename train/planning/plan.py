@@ -28,6 +28,8 @@ from train.step.step import abstract_batch
 CYCLES = "the compiler's cycles, and attention by its products or its softmax"
 ROOFLINE = "a roofline: each operation takes as long as its FLOPs or its bytes, at the speeds that programs reach"
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+# A note about objectives of sampled answers.
+NOT_SAMPLING = "the sampling of answers and their rewards are not counted, which come before each step"
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,7 @@ def make_plan(
         compiled_before=compilation.cached,
         tokens=tokens,
         price=price,
+        notes=[NOT_SAMPLING] if config.objective.samples else [],
     )
     if compilation.refused:
         return plan
@@ -213,7 +216,7 @@ def _with_estimate(plan: Plan, chip: Chip, simulation: Simulation) -> Plan:
         tokens_per_second=tokens_per_second,
         breakdown=_breakdown(plan.model_flops_per_device, program, chip, line),
         bottleneck=max(busy, key=lambda name: busy[name]),
-        notes=list(program.notes),
+        notes=[*plan.notes, *program.notes],
         days=days,
         device_hours=device_hours,
         cost=cost,

@@ -154,6 +154,7 @@ def random_steps(config: ResolvedConfig, mesh: Mesh, program: Any) -> Callable[[
     ones = np.ones_like(tokens[:, 1:])
     arrays: dict[str, np.ndarray] = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
     arrays |= {"positions": ones * np.arange(T, dtype=np.int32), "segment_ids": ones, "loss_weights": ones}
+    arrays["advantages"] = ones
     with jax.set_mesh(mesh):
         batch = {
             name: jax.device_put(arrays[name].astype(x.dtype), x.sharding)

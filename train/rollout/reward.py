@@ -16,7 +16,7 @@ from train.config.objective_config import REWARD, ObjectiveConfig
 
 
 class Answer(NamedTuple):
-    """What a reward depends on: the texts of a prompt, of an answer to it, and of the answer in the corpus."""
+    """The texts on which a reward depends: a prompt, an answer to it, and the answer in the corpus."""
 
     prompt: str
     text: str

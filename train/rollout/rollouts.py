@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from data.conversations import open_template, tokens_that_end
 from data.corpus import stable_hash
 from data.errors import InputError
+from data.loader import LoadedBatch
 from data.tokenizer.tokenizer import Tokenizer
 from model.generation.generator import Generator
 from model.generation.sampling import GREEDY, Sampling
@@ -26,13 +27,15 @@ from train.devices.mesh import batch_sharding
 from train.devices.rules import training_layout
 from train.evaluation.continuation import make_generator
 from train.evaluation.held_out import Batch, pairs_of, put_on_devices
-from train.rollout.prompt import Prompt, answer_text, prompt_of, prompt_text
+from train.rollout.prompt import Prompt, answer_text, as_in_corpus, prompt_of, prompt_text
 from train.rollout.reward import Answer, Reward
+from train.rollout.reward_model import RewardModel
 from train.run.folder import HeldOutDocument
+from train.run.step_log import StepLog
 
 # Added to a group's deviation.
 EPSILON = 1e-4
-READ = ("tokens", "targets", "loss_weights")
+READ = ("tokens", "targets", "loss_weights", "segment_ids")
 
 
 class Rollout(NamedTuple):
@@ -60,7 +63,9 @@ class Rollouts:
         alive: is called after what takes long.
     """
 
-    def __init__(self, config: ResolvedConfig, tokenizer: Tokenizer, reward: Reward, alive: Callable[[], None]):
+    def __init__(
+        self, config: ResolvedConfig, tokenizer: Tokenizer, reward: Reward | RewardModel, alive: Callable[[], None]
+    ):
         self._config, self._tokenizer, self._reward, self._alive = config, tokenizer, reward, alive
         template = open_template(config.data, tokenizer) if config.data.converses else None
         self._end_ids = tokens_that_end(template, tokenizer) if template else []
@@ -70,7 +75,9 @@ class Rollouts:
         """Returns the batch of a step (from 1) from the rows [P, T] that it has read, of one prompt each."""
         c = self._config
         rows = {name: np.asarray(multihost_utils.process_allgather(read[name], tiled=True)) for name in READ}
-        found = [prompt_of(*arrays) for arrays in zip(*rows.values(), strict=True)]
+        # A row has one document, and then padding.
+        pairs = ([x[ids > 0] for x in arrays] for *arrays, ids in zip(*rows.values(), strict=True))
+        found = [prompt_of(*arrays) for arrays in pairs]
         groups = [prompt for prompt in found if prompt is not None]
         prompts = [prompt for prompt in groups for _ in range(c.objective.group_size)]
         seed = stable_hash("answers", c.train.seed, step) % 2**31
@@ -93,6 +100,16 @@ class Rollouts:
         ]
         return Rollout(batch, figures, samples, bool(np.any(std_P1)))
 
+    def answered(
+        self, step: int, state: Mapping[str, Any], loaded: LoadedBatch, log: StepLog | None
+    ) -> tuple[LoadedBatch, bool]:
+        """Returns a step's batch of answers, and True if an update with it would be momentum alone; logs samples."""
+        rollout = self(step, state["weights"], loaded.batch)
+        if log:
+            log.write({"step": step, "samples": rollout.samples})
+        loaded = loaded._replace(batch=dict(rollout.batch), figures=rollout.figures)
+        return loaded, not rollout.teaches and "reference" not in state
+
     def evaluate(self, weights: Any, documents: Sequence[HeldOutDocument]) -> dict[str, float]:
         """Returns the mean reward of the most likely answers to held-out prompts, and their length in tokens."""
         made = [pairs_of(self._tokenizer, document) for document in documents]
@@ -106,7 +123,9 @@ class Rollouts:
         return {"reward": float(rewards.mean()), "answer_length": float(np.mean([len(answer) for answer in answers]))}
 
     def try_reward(self, documents: Sequence[HeldOutDocument]) -> None:
-        """Gives the reward one answer of the corpus, to see that it works. InputError as `Reward` raises."""
+        """Gives a function one answer of the corpus, to see that it works. InputError as `Reward` raises."""
+        if isinstance(self._reward, RewardModel):
+            return
         for pairs in (pairs_of(self._tokenizer, document) for document in documents[:1]):
             if prompt := prompt_of(pairs.inputs, pairs.targets, pairs.trained):
                 self._rewards([prompt], [prompt.reference])
@@ -128,7 +147,10 @@ class Rollouts:
         return [answer[:room] for answer, room in zip(answers, rooms, strict=True)]
 
     def _rewards(self, prompts: Sequence[Prompt], answers: Sequence[list[int]]) -> np.ndarray:
-        """Returns the reward of each answer, float64; every process finds a part of them."""
+        """Returns the reward of each answer, float64; every process calls a function for a part of them."""
+        if isinstance(self._reward, RewardModel):
+            pairs = zip(prompts, answers, strict=True)
+            return self._reward([as_in_corpus(prompt, answer, self._ends) for prompt, answer in pairs])
         index, count = jax.process_index(), jax.process_count()
         mine = range(index, len(prompts), count)
         problem, rewards = None, []

@@ -1,17 +1,20 @@
 """Objectives of a batch: the cross-entropy of its next tokens, or a loss of the answers in it.
 
-Every other loss than the cross-entropy is a function f of the log-probabilities of single tokens, and of arrays that do
-not depend on the weights. So f's gradient reaches the model as one number a token, ∂f/∂log p. The log-probabilities are
-computed first, in chunks and without gradients; then the cross-entropy, weighted by minus these numbers, has f's value
-of the gradient, through the same chunked loss as in pretraining. No logits of a whole batch are made.
+dpo and simpo are functions f of the log-probabilities of single tokens, and of arrays that do not depend on the
+weights. So f's gradient reaches the model as one number a token, ∂f/∂log p. The log-probabilities are computed first,
+in chunks and without gradients; then the cross-entropy, weighted by minus these numbers, has f's value of the gradient,
+through the same chunked loss as in pretraining. No logits of a whole batch are made. `reward` needs no logits at all.
 
 With the chosen answer w, the rejected answer l, and σ the logistic function, a pair's losses are
 
     dpo    -log σ(r_w − r_l),      r = β Σ (log p − log p_ref)    (Rafailov et al. 2023, arXiv:2305.18290, equation 7)
     simpo  -log σ(r_w − r_l − γ),  r = β/n Σ log p                (Meng et al. 2024, arXiv:2405.14734, equation 6)
+    reward -log σ(r_w − r_l),      r = the score of an answer   (Ouyang et al. 2022, arXiv:2203.02155, equation 1)
 
 where Σ is over the n trained tokens of an answer, its end included. With `objective.length_normalized` r of dpo is
-divided by n, too. With a label smoothing ε they are -(1 − ε) log σ(z) − ε log σ(−z) (conservative DPO, Mitchell 2023).
+divided by n, too. That σ(r_w − r_l) is the probability that w is preferred is the model of Bradley and Terry (1952);
+for reward, r is the value of the model's reward head (see `scores`). With a label smoothing ε the losses are
+-(1 − ε) log σ(z) − ε log σ(−z) (conservative DPO, Mitchell 2023).
 
 The loss of a token of a sampled answer with the advantage A (see `train.rollout`) is
 
@@ -30,11 +33,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from model.context_parallel import to_zigzag
 from model.decoder import Decoder
 from model.loss import summed_losses, token_losses
 from model.sharding import Layout
 from train.config.config import ResolvedConfig
 from train.config.objective_config import ObjectiveConfig
+from train.devices.rules import training_layout
 from train.step.state import Weights
 
 Batch = Mapping[str, jax.Array]
@@ -58,8 +63,8 @@ def sum_names(config: ObjectiveConfig) -> tuple[str, ...]:
 
 def summed_objective(
     config: ResolvedConfig,
+    decoder: Decoder,
     x_BTD: jax.Array,
-    matrix_DV: jax.Array,
     batch: Batch,
     layout: Layout,
     reference_BT: jax.Array | None = None,
@@ -67,10 +72,12 @@ def summed_objective(
     """Returns the minimized loss, and the sums by `sum_names`, over a batch in the order of the layout.
 
     Args:
-        x_BTD: the decoder's last residual stream, by which and by the matrix the loss has gradients.
+        x_BTD: the decoder's last residual stream, by which and by the last floor's weight the loss has gradients.
         reference_BT: `log_probabilities` of the reference, if the objective uses one.
     """
-    targets_BT = batch["targets"]
+    if config.model.reward_head:
+        return score_loss(config.objective, decoder.scores(x_BTD), batch, layout)
+    targets_BT, matrix_DV = batch["targets"], decoder.unembedding_matrix()
     if config.objective.name == "next_token":
         losses = summed_losses(x_BTD, matrix_DV, targets_BT, batch["loss_weights"], config.model, layout)
         return losses.objective, {"loss": losses.cross_entropy}
@@ -115,14 +122,28 @@ def preference_loss(
         scale * x_BP / (jnp.maximum(n, 1) if config.per_token else 1)
         for x_BP, n in zip(answer_sums(ratio_BT, batch, layout), n_BP, strict=True)
     )
+    loss, sums = _pair_sums(config, r_w, r_l, n_BP[0] > 0)
+    if reference_BT is not None:
+        sums["kl"] = jnp.sum(batch["loss_weights"] * ratio_BT**2) / 2
+    return loss, sums
+
+
+def score_loss(config: ObjectiveConfig, score_BT: jax.Array, batch: Batch, layout: Layout) -> tuple[jax.Array, Sums]:
+    """Returns as `preference_loss`, of the scores of a reward model at every position; a reward is a score."""
+    score_BS, exists_BS = last_scores(score_BT, batch, layout)
+    last = 2 * (score_BS.shape[1] // 2)
+    return _pair_sums(config, score_BS[:, 0:last:2], score_BS[:, 1:last:2], exists_BS[:, 0:last:2])
+
+
+def _pair_sums(
+    config: ObjectiveConfig, r_w: jax.Array, r_l: jax.Array, is_pair_BP: jax.Array
+) -> tuple[jax.Array, Sums]:
+    """Returns the loss of all pairs, and the sums `OF_PAIRS`, given the rewards of their answers, [B, T // 2] each."""
     z_BP = r_w - r_l - (config.gamma if config.name == "simpo" else 0.0)
     smoothing = config.label_smoothing
     loss_BP = -(1 - smoothing) * jax.nn.log_sigmoid(z_BP) - smoothing * jax.nn.log_sigmoid(-z_BP)
     of_pairs = (loss_BP, (r_w > r_l).astype(jnp.float32), r_w - r_l, r_w, r_l)
-    is_pair_BP = n_BP[0] > 0
     sums = {name: jnp.sum(jnp.where(is_pair_BP, x, 0.0)) for name, x in zip(OF_PAIRS, of_pairs, strict=True)}
-    if reference_BT is not None:
-        sums["kl"] = jnp.sum(batch["loss_weights"] * ratio_BT**2) / 2
     return sums["loss"], sums
 
 
@@ -153,6 +174,35 @@ def policy_loss(
     return sums["loss"], sums
 
 
+def scores(config: ResolvedConfig, weights: Weights, batch: Batch) -> jax.Array:
+    """Returns a reward model's score of each sequence of a batch in its natural order, float32 [B, T].
+
+    Column k − 1 has the score of segment id k, and 0 where a row has no such sequence. It is the head's value at the
+    sequence's last input: of a text the token before the end token, which is a target alone; of a conversation the
+    token before the last one that its template writes. An exported `…ForSequenceClassification` reads the last token
+    that it is given, so it gives the same score for these inputs.
+    """
+    layout = training_layout(config.mesh)
+    batch = {name: to_zigzag(x, layout) for name, x in batch.items()}
+    decoder = Decoder(config.model, weights, layout)
+    score_BT = decoder.scores(decoder(batch["tokens"], batch["positions"], batch["segment_ids"]))
+    return last_scores(score_BT, batch, layout)[0]
+
+
+def pair_figures(
+    config: ResolvedConfig, weights: Weights, reference: Weights | None, batch: Batch, layout: Layout
+) -> Sums:
+    """Returns the sums of the objective over the pairs of a batch in the order of the layout, without dropout."""
+    if config.model.reward_head:
+        decoder = Decoder(config.model, weights, layout)
+        score_BT = decoder.scores(decoder(batch["tokens"], batch["positions"], batch["segment_ids"]))
+        return score_loss(config.objective, score_BT, batch, layout)[1]
+    log_p_BT, *before = (
+        log_probabilities(config, tree, batch, layout) for tree in (weights, reference) if tree is not None
+    )
+    return preference_loss(config.objective, log_p_BT, batch, layout, *before)[1]
+
+
 def answer_sums(x_BT: jax.Array, batch: Batch, layout: Layout) -> tuple[jax.Array, jax.Array]:
     """Returns the sums of x over the trained tokens of each chosen and each rejected answer, [B, T // 2] each.
 
@@ -171,6 +221,33 @@ def answer_sums(x_BT: jax.Array, batch: Batch, layout: Layout) -> tuple[jax.Arra
         add_up = jax.shard_map(add_up, in_specs=(positions, positions), out_specs=sums)
     sums_BS = add_up(x_BT * batch["loss_weights"], batch["segment_ids"])
     return sums_BS[:, 1::2], sums_BS[:, 2::2]
+
+
+def last_scores(score_BT: jax.Array, batch: Batch, layout: Layout) -> tuple[jax.Array, jax.Array]:
+    """Returns the score at the last position of each segment id from 1 to T, and whether there is one, [B, T] each.
+
+    The score is 0 where there is none. The order of the positions does not matter.
+    """
+    num_ids, shared = score_BT.shape[1] + 1, tuple(layout.mesh_axes("time"))
+
+    def find(score_BT: jax.Array, positions_BT: jax.Array, ids_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        of_ids = lambda reduce, x_BT: jax.vmap(partial(reduce, num_segments=num_ids))(x_BT, ids_BT)
+        # Float32 holds every position of a segment.
+        last_BS = of_ids(jax.ops.segment_max, positions_BT.astype(jnp.float32))
+        if shared:
+            # On CPU devices, independent collectives may come in any order, and wait for each other. With the largest
+            # scores next to the positions, this one comes after those of the forward pass.
+            after_BS = of_ids(jax.ops.segment_max, jax.lax.stop_gradient(score_BT))
+            last_BS = jax.lax.pmax(jnp.stack([last_BS, after_BS]), shared)[0]
+        is_last_BT = positions_BT == jnp.take_along_axis(last_BS, ids_BT, axis=1)
+        sums_BS = of_ids(jax.ops.segment_sum, jnp.where(is_last_BT, score_BT, 0.0))
+        return jax.lax.psum(sums_BS, shared) if shared else sums_BS, last_BS >= 0
+
+    if layout.rules:
+        positions, sums = layout.spec("batch", "time"), layout.spec("batch", None)
+        find = jax.shard_map(find, in_specs=(positions,) * 3, out_specs=(sums, sums))
+    score_BS, exists_BS = find(score_BT, batch["positions"], batch["segment_ids"])
+    return score_BS[:, 1:], exists_BS[:, 1:]
 
 
 def pair_counts(batch: Batch) -> list[Any]:

@@ -67,9 +67,8 @@ def summed_loss(
     batch = {name: to_zigzag(x, layout) for name, x in batch.items()}
     decoder = Decoder(config.model, weights, layout)
     x_BTD, routing = decoder.with_routing(batch["tokens"], batch["positions"], batch["segment_ids"], keys_B)
-    matrix_DV = decoder.unembedding_matrix()
     reference_BT = None if reference is None else log_probabilities(config, reference, batch, layout)
-    objective, sums = summed_objective(config, x_BTD, matrix_DV, batch, layout, reference_BT)
+    objective, sums = summed_objective(config, decoder, x_BTD, batch, layout, reference_BT)
     if routing is None or whole is None:
         return objective, sums
     load_LGE = load_of_groups(routing, layout)
@@ -161,9 +160,10 @@ def accumulated(
 
 def sums_later(parameter: Parameter) -> bool:
     """True for weights that `gather_weight` gathers for use, whose gradient it leaves unsummed over copies."""
-    # The gate of smear is a vector, which is not gathered.
+    # The gate of smear and a reward head are vectors, which are not gathered.
     is_gate = parameter.role == "gate" and "model" in parameter.axes
-    return (parameter.role in ("matrix", "unembedding") or is_gate) and "experts" not in parameter.axes
+    is_matrix = parameter.role in ("matrix", "unembedding") and "width" not in parameter.axes
+    return (is_matrix or is_gate) and "experts" not in parameter.axes
 
 
 def _resharded(x: jax.Array, **partial: frozenset[str]) -> jax.Array:
@@ -171,8 +171,16 @@ def _resharded(x: jax.Array, **partial: frozenset[str]) -> jax.Array:
     return jax.reshard(x, PartitionSpec(*jax.typeof(x).sharding.spec.partitions, **partial))
 
 
-def counted(config: ResolvedConfig, batch: Batch) -> tuple[Batch, jax.Array, WholeBatch | None, jax.Array | None]:
-    """Returns the batch, its loss weight, what the losses of experts need, and of pairs the trained tokens."""
+class Counts(NamedTuple):
+    """The loss weight of a batch, what the losses of experts need, and of pairs the trained tokens."""
+
+    loss_weight: jax.Array
+    whole: WholeBatch | None
+    answer_tokens: jax.Array | None
+
+
+def counted(config: ResolvedConfig, batch: Batch) -> tuple[Batch, Counts]:
+    """Returns the batch, and its counts."""
     answer_tokens = None
     if config.objective.compares:
         batch, (loss_weight, answer_tokens, num_tokens) = sum_counts(batch, pair_counts(batch))
@@ -181,7 +189,7 @@ def counted(config: ResolvedConfig, batch: Batch) -> tuple[Batch, jax.Array, Who
     else:
         batch, loss_weight = sum_loss_weights(batch)
     whole = WholeBatch(loss_weight, jnp.maximum(num_tokens, 1.0)) if config.model.num_experts else None
-    return batch, loss_weight, whole, answer_tokens
+    return batch, Counts(loss_weight, whole, answer_tokens)
 
 
 def make_train_step(
@@ -202,15 +210,16 @@ def make_train_step(
     layout = training_layout(config.mesh)
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        batch, *counts = counted(config, batch)
+        batch, counts = counted(config, batch)
         keys_B = None
         if config.model.dropout:
             rows_B = jnp.arange(batch["tokens"].shape[0], out_sharding=layout.spec("batch"))
             keys_B = row_keys(config.train.seed, state["step"], rows_B)
-        update = partial(one_update, config, optimizer, watches, keys_B, *counts)
+        update = partial(one_update, config, optimizer, watches, keys_B, counts)
         if config.objective.updates > 1:
-            update = partial(one_after_another, config, update)
-        after, metrics = update(state, batch)
+            after, metrics = one_after_another(config, update, state, batch)
+        else:
+            after, metrics = update(state, batch)
         after["step"] = state["step"] + 1
         if config.train.ema_decay:
             after["average"] = update_average(config, state["average"], after["weights"], state["step"])
@@ -224,15 +233,14 @@ def one_update(
     optimizer: optax.GradientTransformation,
     watches: bool,
     keys_B: DropoutKeys,
-    loss_weight: jax.Array,
-    whole: WholeBatch | None,
-    answer_tokens: jax.Array | None,
+    counts: Counts,
     state: State,
     batch: Batch,
 ) -> tuple[State, Metrics]:
     """Returns the state with other weights and moments, and the metrics, after one update with the batch."""
     parts, layout = accumulation_parts(config, batch["tokens"].shape[0]), training_layout(config.mesh)
     run = partial(sums_and_gradients, config) if parts == 1 else partial(accumulated, config, parts)
+    loss_weight, whole, answer_tokens = counts
     sums, gradients = run(state["weights"], batch, keys_B, whole, state.get("reference"))
     of_tokens = OF_TOKENS if answer_tokens is not None else ()
     averaged = {name: sums[name] for name in sum_names(config.objective) if name not in of_tokens}

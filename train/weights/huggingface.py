@@ -62,12 +62,27 @@ def write_huggingface(folder: Path, weights: WeightSource, dtype: str = "float32
         special |= {name: value for name, value in tokenizer.generation_config.items() if value is not None}
         hf_config = model.export_config(tokenizer.bos_ids[0], tokenizer.eos_id, dtype) | {STEP_KEY: weights.step}
         hf_config |= {name: special[name] for name in ("eos_token_id", "pad_token_id") if name in special}
+        if weights.config.reward_head:
+            hf_config["pad_token_id"] = padding_of_scored(weights)
         write_huggingface_tokenizer(tokenizer, partial, weights.context)
         for name, values in (("config.json", hf_config), ("generation_config.json", special)):
             (partial / name).write_text(json.dumps(values, indent=2) + "\n")
         (partial / CARD_FILE).write_text(card)
         tensors = model.export_tensors(weights.read)
         write_tensor_files(partial, shapes, EXPORT_DTYPES[dtype], tensors, model.float32_tensors)
+
+
+def padding_of_scored(weights: WeightSource) -> int | None:
+    """Returns the token that fills up rows of texts to score: Transformers reads the score before the padding.
+
+    So it is never the last token of a text. A conversation may end with the end token; without another one for padding
+    there is none, and Transformers refuses to score several texts at once.
+    """
+    tokenizer = weights.tokenizer
+    pad_id: int | None = tokenizer.generation_config.get("pad_token_id")
+    if pad_id is not None and pad_id not in tokenizer.stop_ids:
+        return pad_id
+    return None if weights.converses else tokenizer.eos_id
 
 
 def check_export_folder(folder: Path) -> None:

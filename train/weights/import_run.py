@@ -9,6 +9,7 @@ from data.errors import InputError
 from data.files.atomic import check_new
 from model.config import ModelConfig
 from train.config.config import Config
+from train.config.objective_config import ObjectiveConfig
 from train.config.run_config import TrainConfig
 from train.run.folder import Run
 from train.run.storage import check_place
@@ -30,7 +31,8 @@ def import_weights(folder: Path, to: Path, experts: tuple[int, int] | None = Non
     to = to.resolve()
     check_place(Run(to).checkpoints)
     # Training computes in the default dtype; evaluation and generation set float32 themselves.
-    model: ModelConfig = dataclasses.replace(weights.config, compute_dtype=ModelConfig.compute_dtype)
+    # The chunk of the loss follows from the vocabulary, and has no effect in a reward model that begins with these.
+    model: ModelConfig = dataclasses.replace(weights.config, compute_dtype=ModelConfig.compute_dtype, loss_chunk=None)
     if experts:
         model = mixture_config(model, *experts)
 
@@ -39,5 +41,6 @@ def import_weights(folder: Path, to: Path, experts: tuple[int, int] | None = Non
         return mixture_weights(model, arrays) if experts else arrays
 
     data = DataConfig(segment_length=weights.context)
-    config = Config(model=model, data=data, train=TrainConfig(run_dir=str(to)))
+    objective = ObjectiveConfig(name="reward" if model.reward_head else "next_token")
+    config = Config(model=model, data=data, objective=objective, train=TrainConfig(run_dir=str(to)))
     return write_weights_run(to, config, weights.tokenizer, make_weights)

@@ -12,6 +12,7 @@ from data.config import DataConfig
 from data.errors import InputError
 from data.tokenizer.folder import load_tokenizer
 from data.tokenizer.tokenizer import Tokenizer
+from model.config import ModelConfig
 from model.parameters import parameter_table
 from model.trees import flattened
 from train.checkpoint.checkpoint import Checkpoints
@@ -36,22 +37,35 @@ class Trained(NamedTuple):
     step: int | None = None
 
 
-def load_trained(where: str) -> Trained:
+def check_predicts(config: ModelConfig, where: str | Path) -> None:
+    """Raises InputError if the model is a reward model, which predicts no tokens."""
+    if config.reward_head:
+        raise InputError(f"{where} is a reward model, which scores answers and predicts no tokens; name another model")
+
+
+def load_trained(where: str, predicts: bool = True) -> Trained:
     """Loads a RUN, RUN@STEP or a folder of exported WEIGHTS onto the ambient mesh.
 
     The config is set to float32 compute and no mesh, so that a run and its export give the same figures and text.
 
+    Args:
+        predicts: the model must predict tokens, which a reward model does not.
+
     Raises:
-        InputError: there is nothing, it is damaged, or the mesh cannot share the model.
+        InputError: there is nothing, it is damaged, it does not predict, or the mesh cannot share the model.
     """
     folder, step = split_name(where)
     if is_export(folder):
         opened = open_weights(where)
+        if predicts:
+            check_predicts(opened.config, where)
         config = Config(model=opened.config, data=DataConfig(segment_length=opened.context)).resolved()
         check_sharing(config.model)
         shardings = jax.tree.map(lambda array: array.sharding, abstract_weights(config))
         return Trained(config, jax.device_put(opened.in_memory(), shardings), opened.tokenizer)
     run, config, tokenizer = open_run(folder)
+    if predicts:
+        check_predicts(config.model, where)
     check_sharing(config.model)
     checkpoints = Checkpoints(run.checkpoints)
     step, weights = checkpoints.restore_weights(abstract_weights(config), step)
@@ -107,5 +121,5 @@ def check_tokenizer(tokenizer: Tokenizer, progress: Mapping[str, Any]) -> None:
 def export_run(run: Run, config: ResolvedConfig, checkpoints: Checkpoints, tokenizer: Tokenizer, step: int) -> None:
     """Exports a checkpoint for inference; weights are read from the checkpoint, not gathered from devices."""
     _, read = checkpoints.open_weights(parameter_table(config.model), step)
-    weights = WeightSource(config.model, config.data.segment_length, tokenizer, read, step)
+    weights = WeightSource(config.model, config.data.segment_length, tokenizer, read, step, config.data.converses)
     write_huggingface(run.export, weights, card=model_card(weights, run))

@@ -24,15 +24,18 @@ def model_card(weights: WeightSource, run: Run | None = None) -> str:
         facts |= _merged(run)
     facts["written by"] = f"Ziggurat {version('ziggurat')}"
     rows = "\n".join(f"| {name} | {cell(value)} |" for name, value in facts.items())
-    architecture = weights.interchange().family.architecture
+    architecture = weights.interchange().architecture
+    auto, tag, kind = "AutoModelForCausalLM", "text-generation", "decoder-only language model"
+    if weights.config.reward_head:
+        auto, tag, kind = "AutoModelForSequenceClassification", "text-classification", "reward model"
     return f"""---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {tag}
 tags: [ziggurat]
 ---
 # {cell(os.path.basename(os.path.realpath(run.folder))) if run else architecture}
 
-A decoder-only language model, in the layout of Transformers' `{architecture}`. No license is stated here: whoever
+A {kind}, in the layout of Transformers' `{architecture}`. No license is stated here: whoever
 publishes it adds one.
 
 | | |
@@ -40,9 +43,9 @@ publishes it adds one.
 {rows}
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("this/folder")
+model = {auto}.from_pretrained("this/folder")
 tokenizer = AutoTokenizer.from_pretrained("this/folder")
 ```
 """
@@ -100,4 +103,7 @@ def _training(run: Run, step: int) -> dict[str, Any]:
         if record["step"] == step and {"validation_loss", "validation_bits_per_byte"} <= record.keys():
             bits, loss = held_out_figure(record, "bits_per_byte"), held_out_figure(record, "loss")
             facts["held-out text"] = f"{bits:.4f} bits a byte, loss {loss:.4f} nats a token"
+        if "validation_preference_accuracy" in record and step == record["step"]:
+            accuracy = held_out_figure(record, "preference_accuracy")
+            facts["held-out pairs"] = f"{accuracy:.1%} of {held_out_figure(record, 'pairs'):,.0f} in the right order"
     return facts

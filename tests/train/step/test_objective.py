@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from model.decoder import Decoder
 from model.sharding import UNSHARDED
 from model.trees import flattened
 from tests import theirs
@@ -20,7 +21,7 @@ from train.config.reading import make_config
 from train.devices.mesh import batch_sharding, one_device_mesh
 from train.devices.rules import training_layout
 from train.planning.plan import argument_bytes
-from train.step.objective import OF_PAIRS, OF_TOKENS, preference_loss
+from train.step.objective import OF_PAIRS, OF_TOKENS, pair_figures, preference_loss, scores
 from train.step.optimizer import make_optimizer
 from train.step.state import abstract_state
 from train.step.step import make_train_step, skip_step, summed_loss
@@ -30,6 +31,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "dpo": {"name": "dpo", "beta": 0.5},
     "conservative, by length": {"name": "dpo", "beta": 3.0, "label_smoothing": 0.2, "length_normalized": True},
     "simpo": {"name": "simpo", "beta": 2.5, "gamma": 0.7},
+    "reward": {"name": "reward", "label_smoothing": 0.1},
 }
 ROWS, T = 2, 48
 EXPERTS = small_model(num_layers=1, num_kv_heads=4, num_experts=4, expert_dim=16)
@@ -38,21 +40,27 @@ EXPERTS = small_model(num_layers=1, num_kv_heads=4, num_experts=4, expert_dim=16
 def config_for(objective: str, model: Any = None, **train: Any) -> Config:
     settings = {"learning_rate": 1e-3, "warmup_steps": 0, "clip_norm": 0.5, "final_fraction": 1.0, "weight_decay": 0.0}
     values = {"optimizer": settings, "train": {"num_steps": STEPS, "batch_size": ROWS, "init_from": "a@1", **train}}
-    values |= {"objective": OBJECTIVES[objective], "data": {"segment_length": T}}
-    return dataclasses.replace(make_config(values), model=model or small_model(num_layers=1, num_kv_heads=4))
+    scores = objective == "reward"
+    values |= {"objective": OBJECTIVES[objective], "data": {"segment_length": T}, "model": {"reward_head": scores}}
+    model = model or small_model(num_layers=1, num_kv_heads=4, reward_head=scores, loss_chunk=None if scores else 64)
+    return dataclasses.replace(make_config(values), model=model)
 
 
 def torch_log_p(model: Any, batch: Batch) -> list[list[Any]]:
-    """[chosen, rejected] of each pair: log p of the trained tokens, each answer alone in a row of its own."""
+    """[chosen, rejected] of each pair, each answer alone in a row: log p of the trained tokens, or the score."""
     torch = require("torch")
     found: list[list[Any]] = []
     for row in range(len(batch["tokens"])):
         for number in range(1, batch["segment_ids"][row].max() + 1):
             here = batch["segment_ids"][row] == number
             tokens, targets = (torch.tensor(batch[n][row][here][None], dtype=torch.long) for n in ("tokens", "targets"))
-            log_p = torch.log_softmax(model(tokens).logits, -1).gather(-1, targets[..., None])[0, :, 0]
             if number % 2:
                 found.append([])
+            logits = model(tokens).logits
+            if logits.shape == (1, 1):
+                found[-1].append(logits[0].expand(int(batch["loss_weights"][row][here].sum())))
+                continue
+            log_p = torch.log_softmax(logits, -1).gather(-1, targets[..., None])[0, :, 0]
             found[-1].append(log_p[torch.tensor(batch["loss_weights"][row][here] > 0)])
     return found
 
@@ -60,13 +68,15 @@ def torch_log_p(model: Any, batch: Batch) -> list[list[Any]]:
 def torch_loss(objective: dict[str, Any], log_p: list[list[Any]], before: list[list[Any]]) -> tuple[Any, dict]:
     """The mean loss of a pair as the papers write it, and the metrics."""
     torch = require("torch")
-    beta, epsilon = objective["beta"], objective.get("label_smoothing", 0)
+    beta, epsilon = objective.get("beta"), objective.get("label_smoothing", 0)
     losses, figures, k2, tokens = [], [], 0.0, 0
     for policy, reference in zip(log_p, before, strict=True):
         r = []
         for of_policy, of_reference in zip(policy, reference, strict=True):
             k2, tokens = k2 + float(((of_policy - of_reference) ** 2).sum().detach()) / 2, tokens + len(of_policy)
-            if objective["name"] == "simpo":
+            if objective["name"] == "reward":
+                r.append(of_policy[0])
+            elif objective["name"] == "simpo":
                 r.append(beta / len(of_policy) * of_policy.sum())
             else:
                 n = len(of_policy) if objective.get("length_normalized") else 1
@@ -88,10 +98,11 @@ def state_at(config: Config, weights: dict, reference: dict | None) -> dict:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_twenty_steps_follow_the_formulas_in_torch_and_so_does_every_gradient(objective: str):
-    torch, config = require("torch"), config_for(objective, theirs.MODELS["llama"])
+    torch, name = require("torch"), "reward" if objective == "reward" else "llama"
+    config = config_for(objective, theirs.ALL[name])
     weights, reference = small_weights(config.model), small_weights(config.model, seed=1)
-    frozen, _ = theirs.load("llama", reference)
-    model, parameters = theirs.load("llama", weights)
+    frozen, _ = theirs.load(name, reference)
+    model, parameters = theirs.load(name, weights)
     batches = [pair_batch(ROWS, T, seed) for seed in range(2)]
     with torch.no_grad():
         before = [torch_log_p(frozen, batch) for batch in batches]
@@ -105,7 +116,7 @@ def test_twenty_steps_follow_the_formulas_in_torch_and_so_does_every_gradient(ob
         (value, _), gradients = jax.jit(jax.value_and_grad(of_batch, has_aux=True))(weights)
     pairs = figures["loss_weight"]
     assert float(value) / pairs == pytest.approx(loss.item(), rel=1e-4)
-    found = theirs.tensors("llama", gradients)
+    found = theirs.tensors(name, gradients)
     whole = math.sqrt(sum(float((p.grad**2).sum()) for p in parameters.values()))
     for key, parameter in parameters.items():
         difference = np.linalg.norm(found[key] / pairs - parameter.grad.numpy())
@@ -158,6 +169,8 @@ MESHES = [
     ("conservative, by length", 1, {"data": 2, "fsdp": 2}),
     ("conservative, by length", 1, {"slices": 2, "context": 2, "tensor": 2}),
     ("simpo", 1, {"tensor": 4}),
+    ("reward", 4, {"data": 2, "context": 2}),
+    ("reward", 1, {"slices": 2, "context": 2, "tensor": 2}),
     ("experts", 2, {"fsdp": 2, "expert": 2}),
 ]
 
@@ -192,10 +205,32 @@ def test_a_pair_has_the_same_figures_packed_and_alone():
     assert exchanged["margin"] == pytest.approx(-packed["margin"], rel=1e-5)
 
 
+def test_scores_are_those_of_the_last_input_of_each_sequence_on_every_mesh():
+    config, batch = config_for("reward", batch_size=8), pair_batch(8, T)
+    weights = small_weights(config.model)
+    with jax.set_mesh(one_device_mesh()):
+        decoder = Decoder(config.model, weights)
+        of_all = decoder.scores(decoder(*(batch[name] for name in ("tokens", "positions", "segment_ids"))))
+    expected = np.zeros((8, T), np.float32)
+    for row, ids in enumerate(batch["segment_ids"]):
+        for number in range(1, ids.max() + 1):
+            expected[row, number - 1] = of_all[row, np.flatnonzero(ids == number)[-1]]
+    assert np.count_nonzero(expected) == 24
+    for shape in ({}, {"fsdp": 2, "context": 2}):
+        with jax.set_mesh(mesh_of(**shape)):
+            sharding = batch_sharding(jax.sharding.get_mesh(), training_layout(config.mesh))
+            shapes = abstract_state(config, make_optimizer(config))["weights"]
+            placed = jax.tree.map(lambda x, shape: jax.device_put(np.asarray(x), shape.sharding), weights, shapes)
+            found = jax.jit(functools.partial(scores, config))(placed, jax.device_put(batch, sharding))
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_run_begins_at_its_reference_and_a_skipped_step_keeps_it():
     config = config_for("dpo")
     with jax.set_mesh(one_device_mesh()):
         weights, same = small_weights(config.model), small_weights(config.model)
+        evaluated = jax.jit(functools.partial(pair_figures, config, layout=UNSHARDED))(weights, same, pair_batch(ROWS))
+        assert {name: float(evaluated[name]) for name in ("margin", "kl")} == {"margin": 0, "kl": 0}
         state, metrics = make_train_step(config, make_optimizer(config))(
             state_at(config, weights, same), pair_batch(ROWS)
         )
