@@ -1,6 +1,8 @@
-"""What the stages of run.sh have in common: the model of `make pretrain`, as an assistant that adds.
+"""The settings that the stages of run.sh have in common: those of the model of `make pretrain`, and of conversations.
 
-A conversation of two sums takes about 60 tokens. A row of 64 is short, since sampled answers have a row each.
+    examples/assistant/run.sh
+
+runs the stages, and README.md shows what each of them does. A conversation of two sums has about 60 tokens.
 """
 
 from ml_collections import ConfigDict
@@ -11,14 +13,16 @@ from launch.configs.tiny import get_config as tiny
 def get_config() -> ConfigDict:
     """Returns the fields that differ from the defaults."""
     config = tiny()
+    # Short rows: an answer that a model samples has a row of its own.
     config.data = {
         "segmentation": "pack",
         "segment_length": 64,
         "messages_field": "messages",
         "chat_template": "examples/chat_template.jinja",
     }
+    config.optimizer = {"name": "muon", "warmup_steps": 8, "schedule": "wsd", "decay_fraction": 0.6}
     config.train = {"batch_size": 32, "init_with": "weights"}
-    config.optimizer = {"name": "muon", "warmup_steps": 8, "weight_decay": 0.0, "schedule": "wsd", "decay_fraction": 0.5}
-    config.evaluation = {"every_steps": 50, "loop_bytes": 2**13}
     config.checkpoint = {"every_steps": 100}
+    # A sample would continue code.
+    config.evaluation = {"every_steps": 40, "loop_bytes": 2**13, "sample_tokens": 0}
     return config
