@@ -2,17 +2,18 @@
 
     python -m tests.benchmarks.assistant --to=FOLDER [--base=runs/tiny]
 
-Runs examples/assistant/run.sh, whose runs are ordinary ones in FOLDER and go on where they stopped, and asks the model of
-each stage the questions of held_out.jsonl by `ziggurat generate`, greedily. The base knows no conversations, and is asked
-in plain text. The columns are shares: of answers that have one of the two forms; that are JSON; that have the right
-number, in either form; whose reward is 1; and of the pairs of held_out_pairs.jsonl whose chosen answer, as a whole, the
-model finds more probable than the rejected one. Seconds are those of a stage's command, and missing where it had been
-run before. The last line is one JSON object.
+Runs examples/assistant/run.sh, whose runs are ordinary ones in FOLDER and go on where they stopped, and asks the model
+of each stage the questions of held_out.jsonl by `ziggurat generate`, greedily. The base knows no conversations, and is
+asked in plain text. The columns are shares: of answers that have one of the two forms; of those in JSON; of those with
+the right number, in either form; of those whose reward is 1; and of the pairs of held_out_pairs.jsonl whose chosen
+answer, as a whole, the model finds more probable than the rejected one. Seconds are those that a stage's run has taken,
+over all its starts. The last line is one JSON object.
 """
 
 import argparse
 import dataclasses
 import json
+import os
 import re
 import runpy
 import subprocess
@@ -22,13 +23,14 @@ from pathlib import Path
 
 import jax
 
-from data.config import DataConfig
 from data.conversations import open_template
 from data.corpus import open_corpus
 from train.config.objective_config import ObjectiveConfig
 from train.devices.mesh import one_device_mesh
 from train.evaluation.preferences import evaluate_pairs, make_pair_step
+from train.run.events import read_events
 from train.run.folder import HeldOutDocument
+from train.run.goodput import DOWN, goodput
 from train.weights.load import load_trained
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,8 +53,10 @@ def preference_accuracy(model: str, pairs: Path) -> float:
     """The share of pairs whose chosen answer has the higher log-probability."""
     with jax.set_mesh(one_device_mesh()):
         trained = load_trained(model)
-        changes = {"messages_field": "chosen", "rejected_field": "rejected", "segmentation": "pack", "num_streams": 1,
-                   "validation_fraction": 0.0, "chat_template": str(ROOT / "examples" / "chat_template.jinja")}  # fmt: skip
+        changes = {
+            "messages_field": "chosen", "rejected_field": "rejected", "segmentation": "pack", "num_streams": 1,
+            "validation_fraction": 0.0, "chat_template": str(ROOT / "examples" / "chat_template.jinja"),
+        }  # fmt: skip
         data = dataclasses.replace(trained.config.data, **changes)
         # Without a reference, the reward of dpo is β log p of the answer.
         config = dataclasses.replace(trained.config, data=data, objective=ObjectiveConfig(name="dpo"))
@@ -84,17 +88,30 @@ def measure(model: str, data: Path, converses: bool) -> dict[str, float]:
     return shares | {"preference_accuracy": preference_accuracy(model, data / "held_out_pairs.jsonl")}
 
 
+def run_seconds(run: Path) -> float:
+    """The seconds that a run has taken, without those between its starts."""
+    return sum(seconds for kind, seconds in goodput(read_events(run / "events.jsonl")).items() if kind != DOWN)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="where the runs are, or will be")
-    parser.add_argument("--base", default="runs/tiny", metavar="RUN", help="the run of `make pretrain` [runs/tiny]")
+    help = "the run of `make pretrain`, trained if it is missing [runs/tiny]"
+    parser.add_argument("--base", type=Path, default=ROOT / "runs" / "tiny", metavar="RUN", help=help)
     arguments = parser.parse_args()
-    measured = {"base": measure(arguments.base, arguments.to / "data", converses=False)}
-    for stage in STAGES:
-        measured[stage] = measure(str(arguments.to / stage), arguments.to / "data", converses=True)
-    print(f"{'':12}{''.join(f'{name:>21}' for name in COLUMNS)}")
+    to, base = arguments.to.resolve(), arguments.base.resolve()
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)
+    }  # fmt: skip
+    subprocess.run([EXAMPLE / "run.sh", to, base], check=True, env=environment, stdout=sys.stderr)
+    stages = {"base": base} | {stage: to / stage for stage in STAGES}
+    measured = {
+        stage: measure(str(run), to / "data", converses=stage != "base") | {"seconds": run_seconds(run)}
+        for stage, run in stages.items()
+    }
+    print(f"{'':11}{''.join(f'{name:>21}' for name in (*COLUMNS, 'seconds'))}")
     for stage, of in measured.items():
-        print(f"{stage:12}{''.join(f'{of[name]:21.1%}' for name in COLUMNS)}")
+        print(f"{stage:11}{''.join(f'{of[name]:21.1%}' for name in COLUMNS)}{of['seconds']:21.0f}")
     print(json.dumps(measured))
 
 
