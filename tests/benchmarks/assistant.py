@@ -5,7 +5,8 @@
 Runs examples/assistant/run.sh, whose runs are ordinary ones in FOLDER and go on where they stopped, and asks the model
 of each stage the questions of held_out.jsonl by `ziggurat generate`, greedily. The base knows no conversations, and is
 asked in plain text. The columns are shares: of answers that have one of the two forms; of those in JSON; of those with
-the right number, in either form; of those whose reward is 1; and of the pairs of held_out_pairs.jsonl whose chosen
+the right number, in either form; of those whose reward is 1; of right numbers among as many
+questions of prompts.jsonl, with which the last stage trains; and of the pairs of held_out_pairs.jsonl whose chosen
 answer, as a whole, the model finds more probable than the rejected one. Seconds are those that a stage's run has taken,
 over all its starts. The last line is one JSON object.
 """
@@ -37,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "assistant"
 STAGES = ("answers", "preferred", "rewarded")
 FORMS = {"json": re.compile(r'\{"answer": (\d+)\}'), "sentence": re.compile(r"The answer is (\d+)\.")}
-COLUMNS = ("well_formed", "json", "right", "reward", "preference_accuracy")
+COLUMNS = ("well_formed", "json", "right", "reward", "right_trained", "preference_accuracy")
 
 
 def answers_of(model: str, lines: Sequence[dict]) -> list[str]:
@@ -68,23 +69,32 @@ def preference_accuracy(model: str, pairs: Path) -> float:
         return evaluate_pairs(step, trained.weights, None, documents, trained.tokenizer, config)["accuracy"]
 
 
+def right_numbers(answers: Sequence[str], sums: Sequence[int]) -> int:
+    """How many answers have one of the forms, and the right number."""
+    numbers = [next((int(m[1]) for form in FORMS.values() if (m := form.fullmatch(a))), None) for a in answers]
+    return sum(number == s for number, s in zip(numbers, sums, strict=True))
+
+
 def measure(model: str, data: Path, converses: bool) -> dict[str, float]:
     """The figures of one model, by `COLUMNS`."""
     right_sum = runpy.run_path(str(EXAMPLE / "rewards.py"))["right_sum"]
-    lines = [json.loads(line) for line in (data / "held_out.jsonl").read_text().splitlines()]
+    held_out = [json.loads(line) for line in (data / "held_out.jsonl").read_text().splitlines()]
+    prompts = [json.loads(line)["messages"] for line in (data / "prompts.jsonl").read_text().splitlines()]
+    n = len(held_out)
+    trained = [{"messages": turns[:1], "sum": json.loads(turns[1]["content"])["answer"]} for turns in prompts[:n]]
+    lines = held_out + trained
     sums = [line["sum"] for line in lines]
     plain = [{"prompt": line["messages"][0]["content"] + "\n"} for line in lines]
     answers = answers_of(model, lines if converses else plain)
     print(*(f"  {model}: {answer!r}" for answer in answers[:3]), sep="\n", file=sys.stderr)
-    found = {name: [form.fullmatch(answer) for answer in answers] for name, form in FORMS.items()}
-    either = [of_json or of_sentence for of_json, of_sentence in zip(*found.values(), strict=True)]
     counts = {
-        "well_formed": sum(match is not None for match in either),
-        "json": sum(match is not None for match in found["json"]),
-        "right": sum(match is not None and int(match[1]) == s for match, s in zip(either, sums, strict=True)),
-        "reward": sum(right_sum("", a, json.dumps({"answer": s})) for a, s in zip(answers, sums, strict=True)),
+        "well_formed": sum(any(form.fullmatch(a) for form in FORMS.values()) for a in answers[:n]),
+        "json": sum(FORMS["json"].fullmatch(a) is not None for a in answers[:n]),
+        "right": right_numbers(answers[:n], sums[:n]),
+        "right_trained": right_numbers(answers[n:], sums[n:]),
+        "reward": sum(right_sum("", a, json.dumps({"answer": s})) for a, s in zip(answers[:n], sums[:n], strict=True)),
     }
-    shares = {name: count / len(lines) for name, count in counts.items()}
+    shares = {name: count / n for name, count in counts.items()}
     return shares | {"preference_accuracy": preference_accuracy(model, data / "held_out_pairs.jsonl")}
 
 
