@@ -49,9 +49,11 @@ class RewardModel:
         """Returns the score at the last token of each sequence, float64. All processes call it together."""
         if self._loaded is None:
             trained = load_trained(self._where, predicts=False)
-            program = jax.jit(partial(scores, trained.config), compiler_options=compiler_options())
-            self._loaded = program, trained.weights
-        program, weights = self._loaded
+            self._loaded = (
+                jax.jit(partial(scores, trained.config), compiler_options=compiler_options()),
+                trained.weights,
+            )
+        score, weights = self._loaded
         c = self._config
         # A whole number of segments, so that a mesh which shares those shares these.
         T = c.data.segment_length * -(-max(map(len, sequences)) // c.data.segment_length)
@@ -59,7 +61,7 @@ class RewardModel:
         found = []
         for batch in stack_rows((row_of(tokens, T) for tokens in sequences), size):
             on_devices = put_on_devices(batch, batch_sharding(jax.sharding.get_mesh(), training_layout(c.mesh)))
-            score_BT = multihost_utils.process_allgather(program(weights, on_devices), tiled=True)
+            score_BT = multihost_utils.process_allgather(score(weights, on_devices), tiled=True)
             found.append(np.asarray(score_BT, np.float64)[:, 0])
             self._alive()
         return np.concatenate(found)[: len(sequences)]
