@@ -6,7 +6,7 @@ Runs the experiments of learning.toml (the preset `tiny`) and learning_medium.to
 compare` does, and prints their tables: each side with the best rate that was found for it, once a seed. The runs are
 ordinary ones in FOLDER/SIZE/SIDE-SEED: the same command again goes on where it stopped. Since WSD learns much in its
 decay, its evaluations on the way say little of what fewer tokens would have given; so one side is a whole run of the
-recipe with half the tokens, and the tokens for AdamW's figure are interpolated between the recipe's two lengths.
+recipe with 44% of the tokens, and the tokens for AdamW's figure are interpolated between the recipe's two lengths.
 
 AdamW is there twice: without `data.shuffle_rows`, and on the very rows of the recipe, where all that differs is the
 optimizer. Bits a byte are of all held-out documents, at a run's end. The time of a step is the median of the runs' own
