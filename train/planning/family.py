@@ -104,11 +104,14 @@ def sizes(config: Config) -> list[Size]:
         # By default a model's own layers are those of its base, and then no rate would follow from the depth.
         model = dataclasses.replace(model, base_layers=model.base_layers or model.num_layers)
     period = len(model.layer_pattern or "F")
+    # A model of one layer is none of the family: nothing in it can use what attention has found (induction heads need
+    # two layers: Olsson et al. 2022), and its losses do not lie on the law of the others.
+    least = math.ceil(min(2, model.num_layers) / period)
     found = [Size(model, size_of(config), 0.0)]
     for halves in range(2, 2 * model.num_heads + 1):
         width = halves / 2 / model.num_heads
         periods = model.num_layers * width / period
-        near = range(max(1, math.floor(periods) - 1), math.ceil(periods) + 2)
+        near = range(max(least, math.floor(periods) - 1), max(least, math.ceil(periods) + 1) + 1)
         for layers in sorted({period * number for number in near if period * number <= model.num_layers}):
             smaller = shrunk(model, width, layers)
             if smaller is not None and smaller != model:
