@@ -26,15 +26,23 @@ from train.run.events import read_events
 from train.run.folder import HeldOutDocument, Run
 
 LAW = Law(E=0.8, A=30.0, B=40.0, alpha=0.4, beta=0.35)
-STEPS = {"train.num_steps": "400"}
+STEPS = {"train.num_steps": "1200"}
 FLAGS: dict[str, float] = {"rungs": 5, "scale": 2, "longest": 2, "least_rows": 8}
-SMALL = ["--rungs=5", "--scale=2", "--least-rows=8", "--config.train.num_steps=400"]
+SMALL = ["--rungs=5", "--scale=2", "--least-rows=8", "--config.train.num_steps=1200"]
 TEXTS = (HeldOutDocument("text"),)
+
+
+def write_target(folder: Path) -> Path:
+    """A config of two layers, as all rungs have, and of widths enough for five, which eight devices can share."""
+    config = write_config(folder)
+    text = config.read_text().replace('heads": 4', 'heads": 8').replace('"model_dim": 32', '"model_dim": 128')
+    config.write_text(text.replace('"feedforward_dim": 64', '"feedforward_dim": 256'))
+    return config
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    return write_config(tmp_path)
+    return write_target(tmp_path)
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +99,7 @@ def test_a_finished_ladder_predicts_what_its_law_says_and_is_found_again(
     assert "25 runs in" in captured.err
     assert timed == [5]
     target = load_config(str(config), STEPS)
-    D = 400 * 8 * 32
+    D = 1200 * 8 * 32
     assert result["target"]["N"] == pytest.approx(size_of(target))
     assert result["target"]["D"] == D
     assert result["target"]["bits"]["value"] == pytest.approx(LAW.loss(size_of(target), D), abs=1e-5)
@@ -143,7 +151,7 @@ def finish_all_but(real: Sequence[PlannedRun], ladder: Ladder, texts: Sequence[H
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Ladder:
     """A finished ladder, of which the first trunk and its second branch are real runs."""
     folder = tmp_path_factory.mktemp("ladder")
-    ladder = ladder_of(write_config(folder), folder / "to")
+    ladder = ladder_of(write_target(folder), folder / "to")
     real = (ladder.trunks[0], ladder.branches[0][1])
     assert [here(*planned.words) for planned in real] == [0, 0]
     finish_all_but(real, ladder, real[0].run.held_out_texts())
