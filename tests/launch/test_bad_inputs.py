@@ -197,7 +197,7 @@ def test_a_run_with_damaged_files_is_named(places, capsys):
         ("export/model.safetensors", b"junk", "these weights cannot be read"),
         ("export/config.json", b"[]", "holds no settings"),
         ("export/config.json", b'{"architectures": ["LlamaForCausalLM"]}', "vocab_size is None"),
-        ("export/config.json", b'{"architectures": ["Other"]}', "what can be read is GemmaForCausalLM, GemmaForSequence"),
+        ("export/config.json", b'{"architectures": ["Other"]}', "what can be read is GemmaForCausalLM, GemmaFor"),
     ):
         path = run / file
         good = path.read_bytes()

@@ -203,7 +203,7 @@ def test_the_benchmark_of_learning_is_an_experiment(size: str):
     assert [config.data.shuffle_rows for config in configs] == [False, True, True, True]
     assert len({(config.model, config.train.batch_size, config.data.segment_length) for config in configs}) == 1
     steps = [config.train.num_steps for config in configs]
-    assert steps == [steps[0]] * 3 + [steps[0] // 2]
+    assert steps == [steps[0]] * 3 + [steps[0] * 4 // 9]
 
 
 def test_the_tokens_for_a_figure_are_interpolated_between_two_lengths():
