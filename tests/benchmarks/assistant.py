@@ -113,7 +113,9 @@ def main() -> None:
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)
     }  # fmt: skip
-    subprocess.run([EXAMPLE / "run.sh", to, base], check=True, env=environment, stdout=sys.stderr)
+    # The names that run.sh has by itself, so that its runs are found again.
+    names = [path.relative_to(ROOT) if path.is_relative_to(ROOT) else path for path in (to, base)]
+    subprocess.run([EXAMPLE / "run.sh", *names], check=True, env=environment, stdout=sys.stderr)
     stages = {"base": base} | {stage: to / stage for stage in STAGES}
     measured = {
         stage: measure(str(run), to / "data", converses=stage != "base") | {"seconds": run_seconds(run)}
