@@ -25,7 +25,7 @@ from train.run.run_name import CONFIG_FILE, read_config, split_name
 PRESETS = Path(__file__).parent / "configs"
 # Fields that run commands or code, or send a run's figures elsewhere. A run's folder is data that may come from
 # somebody else, so they are never taken from there.
-ASKED_FOR = ("train.on_event", "train.wandb", "evaluation.tasks", "evaluation.task_dir")
+ASKED_FOR = ("train.on_event", "train.wandb", "evaluation.tasks", "evaluation.task_dir", "objective.reward")
 MAX_ERROR = 2000  # characters of an error that are shown
 log = logging.getLogger("ziggurat")
 

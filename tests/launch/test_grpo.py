@@ -101,12 +101,16 @@ def test_it_learns_what_is_rewarded_and_logs_what_it_samples(rewarded: Path, fin
 
 def test_it_resumes_exactly_with_the_same_answers(rewarded: Path, tmp_path: Path, capsys):
     again = back_to(2, rewarded, tmp_path / "again")
-    assert here("pretrain", f"--config={again}") == 0
+    reward = f"--config.objective.reward={rewarded.parent / 'rewards.py'}:letters"
+    # A run's folder is data: what runs code is given again.
+    assert here("pretrain", f"--config={again}") == 2
+    assert "objective.name = grpo needs a reward" in capsys.readouterr().err
+    assert here("pretrain", f"--config={again}", reward) == 0
     assert re.search(r"step 6/6  reward \d\.\d{4}  loss -?0\.\d{4}", capsys.readouterr().err)
     assert_same_end(again, rewarded, STEPS)
     assert without_times(metrics(again)) == without_times(metrics(rewarded))
     assert samples(again) == samples(rewarded)
-    assert here("pretrain", f"--config={again}", "--config.objective.group_size=4") == 2
+    assert here("pretrain", f"--config={again}", reward, "--config.objective.group_size=4") == 2
     assert "objective.group_size" in capsys.readouterr().err
 
 
