@@ -62,6 +62,12 @@ def prepare_run(
     check_folder(config, run)
     asked = config.evaluation
     tasks = open_tasks(asked.tasks, asked.task_dir, asked.task_limit) if asked.tasks is not None else None
+    if config.objective.samples and not config.objective.reward:
+        # A config without one may be planned, as that of a run's folder, which is never asked for code.
+        raise InputError(
+            "objective.name = grpo needs a reward; give objective.reward=FILE.py:FUNCTION, such as "
+            "rewards.py:is_right, or the RUN of a reward model"
+        )
     function = Reward(config.objective) if config.objective.names_function else None
     mixture = open_run_mixture(config, run)
     # A run exists from its first checkpoint on. Whatever a start without one has left is made again.

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from data.tokenizer.folder import load_tokenizer
+from launch.presets import load_config
 from tests.launch.small_chats import EXAMPLE, flags_of
 from tests.launch.small_run import back_to, command, here, metrics, write_config, ziggurat
 from tests.launch.test_preferences import write_pairs
@@ -169,6 +170,8 @@ def test_a_report_and_a_plan_know_the_answers(rewarded: Path, tmp_path: Path, ca
     page = (tmp_path / "report.html").read_text()
     for words in ("Held-out reward", "of sampled answers", "Equal rewards", "Entropy"):
         assert words in page
+    # Nothing of it is executed, so a plan of a run's folder needs no reward.
+    assert load_config(str(rewarded), {}).objective.reward is None
     capsys.readouterr()
     assert here("inspect", "data", rewarded, "--step=2", "--json") == 0
     rows = json.loads(capsys.readouterr().out)["rows"]

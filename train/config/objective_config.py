@@ -95,10 +95,4 @@ class ObjectiveConfig:
             "grpo": ("beta", "label_smoothing", "gamma"),
         }
         unused = dict.fromkeys(without.get(self.name, ()), f"objective.name = {self.name}")
-        problems = problems_of("objective", self) + unused_problems("objective", self, unused)
-        if self.samples and not self.reward:
-            problems.append(
-                "objective.name = grpo needs a reward; give objective.reward=FILE.py:FUNCTION, such as "
-                "rewards.py:is_right, or the RUN of a reward model"
-            )
-        return problems
+        return problems_of("objective", self) + unused_problems("objective", self, unused)
