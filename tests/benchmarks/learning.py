@@ -1,12 +1,13 @@
 """What the default recipe is worth: AdamW and cosine next to it, on equal tokens of the default corpus.
 
-    python -m tests.benchmarks.learning --to=FOLDER [--sizes=tiny,medium]
+    python -m tests.benchmarks.learning --to=FOLDER [--sizes=tiny,medium,large]
 
-Runs the experiments of learning.toml (the preset `tiny`) and learning_medium.toml (four layers of 256) as `ziggurat
-compare` does, and prints their tables: each side with the best rate that was found for it, once a seed. The runs are
-ordinary ones in FOLDER/SIZE/SIDE-SEED: the same command again goes on where it stopped. Since WSD learns much in its
-decay, its evaluations on the way say little of what fewer tokens would have given; so one side is a whole run of the
-recipe with 44% of the tokens, and the tokens for AdamW's figure are interpolated between the recipe's two lengths.
+Runs the experiments of learning.toml (the preset `tiny`), learning_medium.toml (four layers of 256) and
+learning_large.toml (six of 320, half of the steps) as `ziggurat compare` does, and prints their tables: each side with
+the best rate that was found for it, once a seed. The runs are ordinary ones in FOLDER/SIZE/SIDE-SEED: the same command
+again goes on where it stopped. Since WSD learns much in its decay, its evaluations on the way say little of what fewer
+tokens would have given; so one side is a whole run of the recipe with 44% of the tokens, and the tokens for AdamW's
+figure are interpolated between the recipe's two lengths.
 
 AdamW is there twice: without `data.shuffle_rows`, and on the very rows of the recipe, where all that differs is the
 optimizer. Bits a byte are of all held-out documents, at a run's end. The time of a step is the median of the runs' own
@@ -28,7 +29,11 @@ from train.run.comparison import Figures
 from train.run.step_log import read_metrics
 
 FOLDER = Path(__file__).parent
-EXPERIMENTS = {"tiny": FOLDER / "learning.toml", "medium": FOLDER / "learning_medium.toml"}
+EXPERIMENTS = {
+    "tiny": FOLDER / "learning.toml",
+    "medium": FOLDER / "learning_medium.toml",
+    "large": FOLDER / "learning_large.toml",
+}
 BASELINES, LONG, SHORT = ("adamw", "adamw_shuffled"), "recipe", "shorter_recipe"
 
 

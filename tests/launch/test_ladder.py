@@ -207,6 +207,7 @@ def test_a_ladder_that_was_killed_ends_as_one_that_was_not(trained: Ladder):
 
 
 def test_all_rungs_are_evaluated_on_the_same_documents(config: Path, tmp_path: Path):
+    config.write_text(config.read_text().replace('"batch_size": 8', '"batch_size": 256'))
     ladder = ladder_of(config, tmp_path / "to", least_rows=1)
     assert len({trunk.config.train.batch_size for trunk in ladder.trunks}) > 1
     texts = [choose_held_out(open_run_mixture(t.config, t.run), t.config.evaluation.max_bytes) for t in ladder.trunks]

@@ -9,7 +9,9 @@ The config's own values are the anchor of what depends on size, q being a rung's
 
 - rows of a step ∝ q^(2/3), to a power of 2 of the config's, and learning rate ∝ q^(-1/3): the rules of OLMo's ladder
   (allenai/OLMo-core, src/olmo_core/model_ladder), both by N alone, so that one trunk serves all numbers of tokens. By
-  compute, DeepSeek's rows ∝ C^0.33 (Bi et al. 2024) and Marin's ∝ C^0.36 are nearly the same, as C ∝ N².
+  compute, DeepSeek's rows ∝ C^0.33 (Bi et al. 2024) and Marin's ∝ C^0.36 are nearly the same, as C ∝ N². A step has
+  LEAST_STEP_TOKENS, or as many as the config's, however small the model: fewer cost the smallest rungs 0.1 to 0.2 bits
+  a byte, so that the law was one of batches (docs/ladder.md).
 - with `model.parametrization` = mup the learning rate is the config's own, since each rung's follows from its size:
   `base_dim` and `base_layers` (or the config's own number of layers) are the same for all.
 - streams of the corpus are the same for all rungs, so that these read the same order of text. (The cut of a small
@@ -41,6 +43,7 @@ SPACING, LEAST_SPACING = 2.0, 1.25
 # Widths other than those of heads are multiples of this.
 WIDTH_MULTIPLE = 8
 LEAST_TRUNK_STEPS = 8
+LEAST_STEP_TOKENS = 2048
 # The weight of a size's shape against its N, both as logs.
 SHAPE_WEIGHT = 0.2
 WIDTHS = ("feedforward_dim", "expert_dim", "shared_expert_dim", "kv_latent_dim", "query_latent_dim")
@@ -170,7 +173,9 @@ def make_rungs(config: Config, number: int, scale: float, longest: float, least_
 def rows_of(config: Config, size: Size, least_rows: int) -> int:
     """Returns the rows of a step of a size, a multiple of the least number."""
     halvings = round(-2 / 3 * math.log2(size.N / size_of(config)))
-    return max(round(config.train.batch_size / 2**halvings / least_rows), 1) * least_rows
+    whole = min(-(-LEAST_STEP_TOKENS // config.data.segment_length), config.train.batch_size)
+    rows = max(config.train.batch_size / 2**halvings, whole)
+    return max(round(rows / least_rows), 1) * least_rows
 
 
 def series(family: Sequence[Size], top: float, number: int) -> list[Size]:

@@ -79,11 +79,18 @@ def test_rows_and_rate_follow_n_from_the_configs_own():
     for rung in make_rungs(TARGET, 5, 10, 2):
         q, rows = rung.N / size_of(TARGET), rung.fields["train.batch_size"]
         assert rung.fields["optimizer.learning_rate"] == pytest.approx(1e-3 * q ** (-1 / 3), rel=1e-3)
-        assert math.log2(64 / rows) == round(-2 / 3 * math.log2(q))
+        assert rows == max(64 / 2 ** round(-2 / 3 * math.log2(q)), 8)
         assert rung.step_tokens == rows * TARGET.data.segment_length
         # No more rows at once than the target has.
         assert rows / rung.fields["train.accumulation_steps"] <= 16
         assert rows % rung.fields["train.accumulation_steps"] == 0
+
+
+@pytest.mark.parametrize(("rows", "least"), [(64, 16), (16, 16), (4, 4)])
+def test_a_step_has_2048_tokens_or_as_many_as_the_configs(rows: int, least: int):
+    target = with_fields(TARGET, data={"segment_length": 128}, train={"batch_size": rows, "accumulation_steps": 1})
+    of_rungs = [rung.fields["train.batch_size"] for rung in make_rungs(target, 5, 10, 2)]
+    assert min(of_rungs) == of_rungs[0] == least
 
 
 def test_groups_with_a_rate_of_their_own_follow_as_well_and_keep_the_rest():
