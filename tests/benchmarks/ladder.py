@@ -2,17 +2,16 @@
 
     python -m tests.benchmarks.ladder --to=FOLDER
 
-The target is ladder_target.py (1.7 million parameters, 16 million tokens), unless --config names another. Its corpus are
+The target is ladder_target.py (1.7 million parameters, 16 million tokens), unless --config names another. Its text is
 the Python files of PACKAGES, which `pip install -c constraints.txt -e '.[peers]'` has installed: 159 MB, written to
-FOLDER/corpus.jsonl. No run reads a quarter of them; the default corpus has a fifteenth of that, and a target that reads
-most of it is no longer of the rungs' law. The rungs are those of `ziggurat ladder` with --scale=4 --longest=1: about a
-quarter of the target's size, and of its tokens, at most. Then the target itself is trained. All are ordinary runs in
-FOLDER: the same command again goes on where it stopped. On one core the ladder takes ten minutes, and the target
+FOLDER/corpus.jsonl, of which no run reads a fifth. The rungs are those of `ziggurat ladder` with --scale=4 --longest=1:
+about a quarter of the target's size, and of its tokens, at most. Then the target itself is trained. All are ordinary
+runs in FOLDER: the same command again goes on where it stopped. On one core the ladder takes ten minutes, the target
 thirteen.
 
 The errors of further held-back rungs cost no training: each rung from the fifth smallest on is predicted by all that
-are smaller, at each of its lengths. The last line is one JSON object; `error_bits_per_byte` is
-the target's prediction less the truth.
+are smaller, at each of its lengths. The last line is one JSON object; `error_bits_per_byte` is the target's prediction
+less the truth.
 """
 
 import argparse
@@ -32,7 +31,7 @@ from train.run.comparison import outcome_of
 
 PACKAGES = ("torch", "sympy", "jax", "scipy", "numpy", "sklearn", "pandas", "networkx")
 TARGET = str(Path(__file__).parent / "ladder_target.py")
-SCALE, LONGEST = 4.0, 1.0
+SCALE = 4.0
 
 
 def main() -> None:
@@ -41,11 +40,12 @@ def main() -> None:
     parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="where the runs are, or will be")
     parser.add_argument("--config", default=TARGET, metavar="NAME|FILE", help="the target [ladder_target.py]")
     parser.add_argument("--rungs", type=int, default=5, help="number of sizes [5]")
+    parser.add_argument("--longest", type=float, default=1, help="tokens a parameter of rungs over the target's [1]")
     arguments = parser.parse_args()
     overrides = {}
     if arguments.config == TARGET:
         overrides["data.corpus"] = str(write_corpus(arguments.to / "corpus.jsonl").absolute())
-    ladder = ladder_of(arguments.config, overrides, arguments.to, arguments.rungs)
+    ladder = ladder_of(arguments, overrides)
     target = plan_run(arguments.to / "target", arguments.config, overrides | as_branches(ladder))
     check_folder(ladder)
     save(ladder)
@@ -80,10 +80,11 @@ def write_corpus(path: Path) -> Path:
     return path
 
 
-def ladder_of(config: str, overrides: dict[str, str], folder: Path, rungs: int) -> Ladder:
+def ladder_of(arguments: argparse.Namespace, overrides: dict[str, str]) -> Ladder:
     """The plan of the rungs."""
-    flags = {"rungs": float(rungs), "scale": SCALE, "longest": LONGEST, "least_rows": 1.0}
-    return planned_ladder(config, overrides, load_config(config, overrides), folder, flags)
+    config = arguments.config
+    flags = {"rungs": float(arguments.rungs), "scale": SCALE, "longest": arguments.longest, "least_rows": 1.0}
+    return planned_ladder(config, overrides, load_config(config, overrides), arguments.to, flags)
 
 
 def as_branches(ladder: Ladder) -> dict[str, str]:

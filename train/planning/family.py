@@ -10,8 +10,8 @@ The config's own values are the anchor of what depends on size, q being a rung's
 - rows of a step ∝ q^(2/3), to a power of 2 of the config's, and learning rate ∝ q^(-1/3): the rules of OLMo's ladder
   (allenai/OLMo-core, src/olmo_core/model_ladder), both by N alone, so that one trunk serves all numbers of tokens. By
   compute, DeepSeek's rows ∝ C^0.33 (Bi et al. 2024) and Marin's ∝ C^0.36 are nearly the same, as C ∝ N². A step has
-  LEAST_STEP_TOKENS, or as many as the config's, however small the model: fewer cost the smallest rungs 0.1 to 0.2 bits
-  a byte, so that the law was one of batches (docs/ladder.md).
+  LEAST_STEP_TOKENS, or as many as the config's, however small the model: with half as many a rung lost 0.07 bits a byte
+  at its best rate, and few rows leave few streams (docs/ladder.md).
 - with `model.parametrization` = mup the learning rate is the config's own, since each rung's follows from its size:
   `base_dim` and `base_layers` (or the config's own number of layers) are the same for all.
 - streams of the corpus are the same for all rungs, so that these read the same order of text. (The cut of a small
