@@ -172,9 +172,9 @@ def make_rungs(config: Config, number: int, scale: float, longest: float, least_
 
 def rows_of(config: Config, size: Size, least_rows: int) -> int:
     """Returns the rows of a step of a size, a multiple of the least number."""
-    halvings = round(-2 / 3 * math.log2(size.N / size_of(config)))
-    whole = min(-(-LEAST_STEP_TOKENS // config.data.segment_length), config.train.batch_size)
-    rows = max(config.train.batch_size / 2**halvings, whole)
+    batch_size, T = config.train.batch_size, config.data.segment_length
+    most = max(math.floor(math.log2(batch_size * T / LEAST_STEP_TOKENS)), 0)
+    rows = batch_size / 2 ** min(round(-2 / 3 * math.log2(size.N / size_of(config))), most)
     return max(round(rows / least_rows), 1) * least_rows
 
 

@@ -86,11 +86,13 @@ def test_rows_and_rate_follow_n_from_the_configs_own():
         assert rows % rung.fields["train.accumulation_steps"] == 0
 
 
-@pytest.mark.parametrize(("rows", "least"), [(64, 16), (16, 16), (4, 4)])
-def test_a_step_has_2048_tokens_or_as_many_as_the_configs(rows: int, least: int):
-    target = with_fields(TARGET, data={"segment_length": 128}, train={"batch_size": rows, "accumulation_steps": 1})
+@pytest.mark.parametrize(("T", "rows", "least"), [(128, 64, 16), (128, 16, 16), (128, 4, 4), (384, 16, 8)])
+def test_a_step_has_2048_tokens_or_as_many_as_the_configs(T: int, rows: int, least: int):
+    target = with_fields(TARGET, data={"segment_length": T}, train={"batch_size": rows, "accumulation_steps": 1})
     of_rungs = [rung.fields["train.batch_size"] for rung in make_rungs(target, 5, 10, 2)]
     assert min(of_rungs) == of_rungs[0] == least
+    # Other than by halves, the rows of all rungs would have few common divisors, and so few streams.
+    assert all(math.log2(rows / of_rung).is_integer() for of_rung in of_rungs)
 
 
 def test_groups_with_a_rate_of_their_own_follow_as_well_and_keep_the_rest():
