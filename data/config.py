@@ -74,8 +74,12 @@ class DataConfig:
     num_streams: int | None = setting(
         None, "virtual readers, a divisor of the rows of the first batch", unset="those rows", at_least=1, at_most=2**24
     )
-    chunk_bytes: int = setting(
-        2**20, "largest part of a file, in bytes, that is read as a unit", at_least=1, at_most=2**40
+    chunk_bytes: int | None = setting(
+        None,
+        "largest part of a file, in bytes, that is read as a unit",
+        unset="1 MiB; of a .jsonl or a .txt with separators 1/16,384 of the corpus, from 64 KiB to 1 MiB",
+        at_least=1,
+        at_most=2**40,
     )
     shuffle_window: int = setting(
         2**22, "characters of a stream's text whose documents are shuffled together", at_least=1, at_most=2**40

@@ -32,6 +32,10 @@ log = logging.getLogger("ziggurat")
 # A local corpus up to this size is hashed and checked for damage as a whole.
 SMALL_CORPUS_BYTES = 2**28
 MIN_CHUNK_BYTES = 256
+# By default the chunks have MOST_CHUNK_BYTES. Where they hold whole documents, a corpus is cut into CHUNKS of them, or
+# as many as have LEAST_CHUNK_BYTES each, which is what the first request for a remote file reads: a stream's window is
+# then of many places, and few streams learn from more of the corpus (docs/data.md has what that buys).
+CHUNKS, LEAST_CHUNK_BYTES, MOST_CHUNK_BYTES = 2**14, 2**16, 2**20
 # With fewer .txt files, their ends are held out instead of whole files.
 MANY_FILES = 20
 # Held-out text is read in pieces of about this size.
@@ -102,7 +106,6 @@ class Corpus:
         self._ends = [file.size for file in files]
         if config.validation_fraction:
             self._hold_out()
-        self._step = max(min(config.chunk_bytes, self.size // (4 * config.num_streams)), MIN_CHUNK_BYTES)
         self.chunks = [
             Chunk(number, begin, end)
             for number, file in enumerate(files)
@@ -138,7 +141,17 @@ class Corpus:
             # Few files: their row groups are looked up, so that no stream has chunks without any.
             # Groups without rows may have any place; with borders that rise, each group is still in one chunk.
             return sorted([0, *parquet.read_footer(file).begins[1:], end])
-        return [*range(0, end, self._step), end]
+        return [*range(0, end, self._chunk_bytes(file)), end]
+
+    def _chunk_bytes(self, file: File) -> int:
+        """Returns the size of the chunks of a file that is cut into ranges of bytes."""
+        size = self._config.chunk_bytes
+        if size is None:
+            # A piece of a .txt is trained on as a document of its own, and a range of a .parquet has its row groups.
+            has_lines = file.name.endswith((".jsonl", ".txt")) and not self._is_one_document(file)
+            least = LEAST_CHUNK_BYTES if has_lines else MOST_CHUNK_BYTES
+            size = min(max(self.size // CHUNKS, least), MOST_CHUNK_BYTES)
+        return max(min(size, self.size // (4 * self._config.num_streams)), MIN_CHUNK_BYTES)
 
     def _shuffled(self, *key: int | str) -> list[Chunk]:
         return [self.chunks[i] for i in sorted(range(len(self.chunks)), key=lambda i: stable_hash(*key, i))]
