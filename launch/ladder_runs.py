@@ -134,17 +134,24 @@ def planned_ladder(
     rungs = make_rungs(
         target, int(flags["rungs"]), flags["scale"], flags["longest"], least_rows=int(flags["least_rows"])
     )
-    trunks, branches = [], []
-    for number, rung in enumerate(rungs, 1):
-        name = f"rung-{number}"
-        trunks.append(planned(folder / f"{name}-trunk", config, overrides, trunk_fields(target, rung)))
-        of_rung = []
-        for place, (begin, end) in enumerate(rung.branches, 1):
-            origin = f"{os.path.abspath(folder / f'{name}-trunk')}@{begin}"
-            fields = branch_fields(target, rung, begin, end) | {"train.init_from": origin}
-            of_rung.append(planned(folder / f"{name}-branch-{place}", config, overrides, fields))
-        branches.append(of_rung)
-    return Ladder(folder, target, flags, rungs, trunks, branches)
+    trunks, branches = zip(
+        *(plan_rung(folder, f"rung-{number}", rung, config, overrides, target) for number, rung in enumerate(rungs, 1)),
+        strict=True,
+    )
+    return Ladder(folder, target, flags, rungs, [*trunks], [*branches])
+
+
+def plan_rung(
+    folder: Path, name: str, rung: Rung, config: str, overrides: Mapping[str, str], target: Config
+) -> tuple[PlannedRun, list[PlannedRun]]:
+    """Returns the plan of a rung's trunk and of its branches. Raises InputError where a run cannot be."""
+    trunk = planned(folder / f"{name}-trunk", config, overrides, trunk_fields(target, rung))
+    branches = []
+    for place, (begin, end) in enumerate(rung.branches, 1):
+        origin = f"{os.path.abspath(folder / f'{name}-trunk')}@{begin}"
+        fields = branch_fields(target, rung, begin, end) | {"train.init_from": origin}
+        branches.append(planned(folder / f"{name}-branch-{place}", config, overrides, fields))
+    return trunk, branches
 
 
 def planned(folder: Path, config: str, overrides: Mapping[str, str], fields: Mapping[str, Any]) -> PlannedRun:

@@ -2,16 +2,16 @@
 
     python -m tests.benchmarks.ladder --to=FOLDER
 
-The target is ladder_target.py (1.7 million parameters, 16 million tokens), unless --config names another. Its text is
+The target is ladder_target.py (1.7 million parameters, 65 million tokens), unless --config names another. Its text is
 the Python files of PACKAGES, which `pip install -c constraints.txt -e '.[peers]'` has installed: 159 MB, written to
-FOLDER/corpus.jsonl, of which no run reads a fifth. The rungs are those of `ziggurat ladder` with --scale=4 --longest=1:
-about a quarter of the target's size, and of its tokens, at most. Then the target itself is trained. All are ordinary
-runs in FOLDER: the same command again goes on where it stopped. On one core the ladder takes ten minutes, the target
-thirteen.
+FOLDER/corpus.jsonl, of which no run reads more than three quarters. The rungs are those of `ziggurat ladder` with
+--scale=4 --longest=1: about a quarter of the target's size, and of its tokens, at most. Then the target itself is
+trained as a rung is, a trunk with four branches, so that there are four truths. All are ordinary runs in FOLDER: the
+same command again goes on where it stopped. On one core the ladder takes 20 minutes, the target more than an hour.
 
 The errors of further held-back rungs cost no training: each rung from the fifth smallest on is predicted by all that
-are smaller, at each of its lengths. The last line is one JSON object; `error_bits_per_byte` is the target's prediction
-less the truth.
+are smaller, at each of its lengths. The last line is one JSON object; `error_bits_per_byte` is the prediction of the
+target's longest run less the truth, and `errors` are those of all its runs.
 """
 
 import argparse
@@ -21,13 +21,24 @@ import sys
 from pathlib import Path
 
 from data.files.atomic import atomic_file
-from launch.ladder_runs import Ladder, Point, Result, check_folder, fit_points, measure, planned_ladder, save
+from launch.ladder_runs import (
+    Ladder,
+    Point,
+    Result,
+    check_folder,
+    fit_points,
+    measure,
+    plan_rung,
+    planned_ladder,
+    read_points,
+    save,
+)
 from launch.ladder_text import result_text
-from launch.many_runs import plan_run, train_all
+from launch.many_runs import train_all
 from launch.presets import load_config
 from train.planning.budget import Budget
+from train.planning.family import Size, make_rung, size_of
 from train.planning.scaling import LEAST_SIZES
-from train.run.comparison import outcome_of
 
 PACKAGES = ("torch", "sympy", "jax", "scipy", "numpy", "sklearn", "pandas", "networkx")
 TARGET = str(Path(__file__).parent / "ladder_target.py")
@@ -46,7 +57,7 @@ def main() -> None:
     if arguments.config == TARGET:
         overrides["data.corpus"] = str(write_corpus(arguments.to / "corpus.jsonl").absolute())
     ladder = ladder_of(arguments, overrides)
-    target = plan_run(arguments.to / "target", arguments.config, overrides | as_branches(ladder))
+    held_back = target_ladder(ladder, arguments.config, overrides)
     check_folder(ladder)
     save(ladder)
     # The target last, so that the prediction is there before the truth.
@@ -54,9 +65,9 @@ def main() -> None:
         sys.exit(status)
     result = measure(ladder, Budget(ladder.target_flops, None))
     print(result_text(result), flush=True)
-    if status := train_all([target]):
+    if status := train_all(held_back.runs):
         sys.exit(status)
-    print(json.dumps(figures(result, outcome_of(target.run).bits)))
+    print(json.dumps(figures(result, read_points(held_back))))
 
 
 def write_corpus(path: Path) -> Path:
@@ -87,21 +98,22 @@ def ladder_of(arguments: argparse.Namespace, overrides: dict[str, str]) -> Ladde
     return planned_ladder(config, overrides, load_config(config, overrides), arguments.to, flags)
 
 
-def as_branches(ladder: Ladder) -> dict[str, str]:
-    """Fields with which the target is trained as branches are: with their schedule, and evaluated at its end."""
-    steps = str(ladder.target.train.num_steps)
-    # Otherwise it may hold other documents out.
-    streams = str(ladder.rungs[0].fields["data.num_streams"])
-    return {"optimizer.schedule": "wsd", "evaluation.every_steps": steps, "evaluation.sample_tokens": "0",
-            "data.num_streams": streams, "checkpoint.export": "false"}  # fmt: skip
+def target_ladder(ladder: Ladder, config: str, overrides: dict[str, str]) -> Ladder:
+    """The target's own runs, as those of a ladder with one rung: its last branch is the config's run."""
+    target, rows = ladder.target, ladder.target.train.batch_size
+    streams = ladder.rungs[0].fields["data.num_streams"]
+    rung = make_rung(target, Size(target.model, size_of(target), 0.0), 1.0, rows, streams)
+    trunk, branches = plan_rung(ladder.folder, "target", rung, config, overrides, target)
+    return Ladder(ladder.folder, target, {}, [rung], [trunk], [branches])
 
 
-def figures(result: Result, truth: float) -> dict:
-    """The prediction against the truth, and the errors of held-back rungs."""
-    value, low, high = result.prediction
+def figures(result: Result, truth: list[Point]) -> dict:
+    """The predictions against the truth, and the errors of held-back rungs."""
+    errors = [{"tokens": point.D, "truth": point.bits, "predicted": (value := result.fit.predict(point.N, point.D)),
+               "holds": value.low <= point.bits <= value.high, "error": value.value - point.bits}
+              for point in truth]  # fmt: skip
     return {
-        "predicted": value, "interval": [low, high], "truth": truth, "holds": low <= truth <= high,
-        "held_back": held_back_errors(result.points), "error_bits_per_byte": value - truth,
+        "errors": errors, "held_back": held_back_errors(result.points), "error_bits_per_byte": errors[-1]["error"],
     }  # fmt: skip
 
 
