@@ -44,7 +44,7 @@ def summary(run: Run, program: str) -> str:
         lines.append(f"weights         {run.export}")
     if evaluated and held_out:
         lines += what_it_learned(evaluated[-1], gzip_bits_per_byte(held_out), config.resolved().model.vocab_size)
-    if evaluated:
+    if evaluated and evaluated[-1]["sample"]:
         lines += ["sample:", *("  " + line for line in evaluated[-1]["sample"].splitlines())]
     model = shlex.quote(str(run.export if run.export.exists() else run.folder))
     folder = shlex.quote(str(run.folder))

@@ -217,9 +217,9 @@ def corpus_rows(config: Config, records: Records) -> list[tuple[str, str]]:
 
 def samples(records: Records) -> Html:
     """Returns the model's texts over time, of evaluations evenly apart, the first and the last included."""
-    evaluated = [record for record in records if "sample" in record]
+    evaluated = [record for record in records if record.get("sample")]
     if not evaluated:
-        return element("p", "No evaluation yet.", class_="quiet")
+        return element("p", "No sample yet.", class_="quiet")
     count = min(MAX_SAMPLES, len(evaluated))
     note = element("p", f"{count} of {len(evaluated):,} evaluations.", class_="quiet")
     texts = []

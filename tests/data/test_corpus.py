@@ -9,6 +9,7 @@ import os
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -272,6 +273,30 @@ def test_a_touched_file_is_still_read_and_a_changed_one_asks_for_a_new_start(tmp
         path.unlink()
         with pytest.raises(Fault, match=r"data.corpus\['web'\]: a file has vanished"):
             assert corpus.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("size", "lines", "others"),
+    [
+        (2**24, 2**16, 2**20),  # a window of 4 MiB is of 64 places of a small corpus
+        (2**31, 2**17, 2**20),
+        (2**35, 2**20, 2**20),
+        (2**19, 2**16, 2**16),  # two streams have four chunks each
+    ],
+)
+def test_chunks_are_small_where_they_hold_whole_documents(size: int, lines: int, others: int):
+    def largest(name: str, **fields: Any) -> int:
+        files = [listing.File(f"f/{name}-{i}", f"{i}-{name}", size // 32, "1") for i in range(32)]
+        config = DataConfig(num_streams=2, validation_fraction=0.0, **fields)
+        # Chunks follow from the listing: there is no such file.
+        return max(chunk.end - chunk.begin for chunk in Corpus(files, config).chunks)
+
+    of_files = lambda step: min(step, size // 32)
+    assert largest("a.jsonl") == largest("a.txt", text_separator="---") == of_files(lines)
+    assert largest("a.txt") == largest("a.parquet") == of_files(others)
+    assert largest("a.jsonl.gz") == size // 32
+    given = 2**15
+    assert largest("a.jsonl", chunk_bytes=given) == largest("a.txt", chunk_bytes=given) == of_files(given)
 
 
 def test_a_chunk_is_read_without_reading_its_file(tmp_path: Path):

@@ -92,6 +92,11 @@ def test_all_tokens_that_its_template_puts_before_a_text_come_there_and_are_not_
     log_p_TV = log_probabilities(weights)
     expected = [-float(log_p_TV[t + 1, token]) for t, token in enumerate([*ids, 1])]
 
+    shown = capsys.readouterr()
+    assert "bits a byte" in shown.err + shown.out
+    assert "sample:" not in shown.err + shown.out
+    assert here("report", run) == 0
+    assert "No sample yet." in (run / "report.html").read_text()
     capsys.readouterr()
     assert here("evaluate", run, f"--corpus={tmp_path / 'one.jsonl'}", "--json") == 0
     figures = json.loads(capsys.readouterr().out)

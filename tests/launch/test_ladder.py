@@ -329,18 +329,27 @@ def test_the_benchmark_measures_the_prediction_against_the_target(config: Path, 
     monkeypatch.setattr("sys.argv", ["ladder", f"--to={tmp_path / 'to'}", f"--config={config}", "--rungs=5"])
     benchmark.main()
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert abs(figures["error_bits_per_byte"]) < 1e-3
-    assert figures["holds"]
+    assert len(figures["errors"]) == 4
+    for error in figures["errors"]:
+        assert abs(error["error"]) < 1e-3
+        assert error["holds"]
+    last = figures["errors"][-1]
+    assert figures["error_bits_per_byte"] == last["error"] == last["predicted"][0] - last["truth"]
     assert [len(held["errors"]) for held in figures["held_back"]] == [4]
     assert max(map(abs, figures["held_back"][0]["errors"])) < 1e-3
-    target, rung = Run(tmp_path / "to" / "target").load_config(), Run(tmp_path / "to" / "rung-5-trunk").load_config()
+    folder = tmp_path / "to"
+    target, rung = (Run(folder / name).load_config() for name in ("target-branch-4", "rung-5-trunk"))
+    # The longest of the target's own runs is the config's, on the text that the rungs read.
+    assert (target.train.num_steps, target.model.num_heads) == (3000, 8)
     assert target.data.num_streams == rung.data.num_streams
 
 
 def test_the_benchmarks_prediction_holds_where_the_truth_lies_within_its_interval():
-    result = cast(Result, SimpleNamespace(prediction=Interval(2.0, 1.9, 2.2), points=[]))
+    fit = SimpleNamespace(predict=lambda N, D: Interval(2.0, 1.9, 2.2))
+    result = cast(Result, SimpleNamespace(fit=fit, points=[]))
     for truth, holds in ((1.89, False), (1.9, True), (2.0, True), (2.2, True), (2.21, False)):
-        assert benchmark.figures(result, truth)["holds"] == holds
+        [error] = benchmark.figures(result, [Point("target", 1e6, 1e7, truth)])["errors"]
+        assert error["holds"] == holds
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,14 @@ def test_a_log_has_plain_lines_every_few_steps():
     assert lines[3:] == ["    def f():", "      pass"]
 
 
+def test_an_evaluation_without_a_sample_promises_none():
+    out = io.StringIO()
+    display = Display(40, 10, quiet=False)
+    display._console = Console(file=out, width=160)
+    display.evaluation(RECORD | {"validation_bits_per_byte": 1.5, "validation_loss": 3.0, "sample": ""})
+    assert out.getvalue() == "step 10  held-out: 1.500 bits a byte, loss 3.0000\n"
+
+
 def test_a_terminal_has_a_live_view_and_other_processes_show_nothing():
     assert "█" in shown(terminal=True)
     assert shown(terminal=False, quiet=True) == ""

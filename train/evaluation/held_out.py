@@ -117,7 +117,9 @@ def gzip_bits_per_byte(texts: Sequence[HeldOutDocument]) -> float:
 
 
 def sample_text(config: ResolvedConfig, tokenizer: Tokenizer, weights: Any) -> str:
-    """Continues `evaluation.prompt` with top-k sampling of 40, always with the same seed."""
+    """Continues `evaluation.prompt` with top-k sampling of 40, always with the same seed; "" if by no tokens."""
+    if not config.evaluation.sample_tokens:
+        return ""
     prompt = tokenizer.encode_with_bos(config.evaluation.prompt)
     generator = make_generator(config, weights, tokenizer)
     pieces = generator([prompt], max_new_tokens=config.evaluation.sample_tokens, sampling=Sampling(top_k=40))
