@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from launch.columns import columns
-from launch.ladder_runs import Ladder, Result
+from launch.ladder_runs import Ladder, Point, Result
 from model.parameters import count_parameters
 from train.planning.family import size_of
 from train.planning.scaling import CONFIDENCE, Interval, Law
@@ -13,6 +13,8 @@ from train.run.goodput import duration
 
 # Predictions this many times beyond the largest rung, or the longest run, are marked.
 FAR = 30
+# By this share of its loss a rung may learn more from a doubling of its tokens than from the one before, by chance.
+SUDDEN = 0.01
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -138,6 +140,11 @@ def notes(result: Result) -> list[str]:
         f"bits a byte: of held-out text, after a decay; in brackets the {CONFIDENCE:.0%} interval, by a bootstrap over "
         "rungs and points",
     ]
+    lines += [
+        f"doubtful: {run} gains {drop:.3f} bits by its last doubling of tokens, after {before:.3f} by the one before: "
+        "it learns something new, which no law of the runs before it foresees; give larger rungs, or longer runs"
+        for run, before, drop in sudden(result.points)
+    ]
     N, D = (max(getattr(point, name) for point in result.points) for name in ("N", "D"))
     for name, N_there, D_there in (
         ("the target", result.N, result.D), ("the best", result.best.N.value, result.best.D.value),
@@ -147,6 +154,20 @@ def notes(result: Result) -> list[str]:
         if max(N_there / N, D_there / D) > FAR:
             lines.append(f"doubtful: {name} is far beyond all that was measured; train a larger rung")
     return lines
+
+
+def sudden(points: Sequence[Point]) -> list[tuple[str, float, float]]:
+    """Returns (run, drop before, drop) where a rung's loss falls faster with more tokens: by the law it slows, by 2^-β.
+
+    Args:
+        points: rung by rung, by tokens, whose numbers are a factor of 2 apart.
+    """
+    found = []
+    for a, b, c in zip(points, points[1:], points[2:], strict=False):
+        before, drop = a.bits - b.bits, b.bits - c.bits
+        if a.N == c.N and drop - before > SUDDEN * c.bits:
+            found.append((c.run, before, drop))
+    return found
 
 
 def result_text(result: Result) -> str:

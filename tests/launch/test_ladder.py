@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -122,6 +123,24 @@ def test_a_finished_ladder_predicts_what_its_law_says_and_is_found_again(
     assert f"{result['target']['bits']['value']:.4f} bits a byte" in text
     assert "days on h100:1x8 at 40% MFU, $" in text
     assert "check: without the largest rung, the law misses its 4 runs by" in text
+    assert "learns something new" not in text
+
+
+def test_a_rung_that_learns_faster_with_more_tokens_is_said(config: Path, tmp_path: Path, monkeypatch, capsys):
+    def train(planned: PlannedRun) -> int:
+        # Such as copying: no longer run of a smaller model has learned it.
+        return finish(planned, noise=-0.1 if planned.name == "rung-4-branch-4" else 0.0)
+
+    monkeypatch.setattr(many_runs, "train", train)
+    assert here("ladder", f"--config={config}", *SMALL, f"--to={tmp_path / 'to'}") == 0
+    text = capsys.readouterr().out
+    assert text.count("learns something new") == 1
+    [(drop, before)] = re.findall(r"doubtful: rung-4-branch-4 gains ([\d.]+) bits by .*, after ([\d.]+)", text)
+    losses = [
+        float(re.findall(rf"rung-4-branch-{place} .*?M? +([\d.]+) +[\d.]+ +\S+\n", text)[0]) for place in (2, 3, 4)
+    ]
+    assert float(before) == pytest.approx(losses[0] - losses[1], abs=1e-3)
+    assert float(drop) == pytest.approx(losses[1] - losses[2], abs=1e-3)
 
 
 def test_after_a_stop_the_same_command_goes_on(config: Path, tmp_path: Path, monkeypatch, capsys):
