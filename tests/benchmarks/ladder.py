@@ -15,9 +15,14 @@ target's longest run less the truth, and `errors` are those of all its runs.
 """
 
 import argparse
+import ast
+import gzip
 import importlib.util
 import json
+import re
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from data.files.atomic import atomic_file
@@ -41,6 +46,7 @@ from train.planning.family import Size, make_rung, size_of
 from train.planning.scaling import LEAST_SIZES
 
 PACKAGES = ("torch", "sympy", "jax", "scipy", "numpy", "sklearn", "pandas", "networkx")
+LEAST_CHARACTERS = 100
 TARGET = str(Path(__file__).parent / "ladder_target.py")
 SCALE = 4.0
 
@@ -71,24 +77,49 @@ def main() -> None:
 
 
 def write_corpus(path: Path) -> Path:
-    """Write the files of PACKAGES, one on each line, without those whose text another has; or find them written."""
+    """Write the texts of PACKAGES, one on each line, without those that were there before; or find them written."""
     if path.exists():
         return path
-    specs = {name: importlib.util.find_spec(name) for name in PACKAGES}
+    specs = {name: importlib.util.find_spec(name) for name in (*PACKAGES, "botocore")}
     if missing := [name for name, spec in specs.items() if spec is None]:
         sys.exit(f"not installed: {', '.join(missing)}; run pip install -c constraints.txt -e '.[peers]'")
+    roots = {name: Path(spec.submodule_search_locations[0]) for name, spec in specs.items()}
+    texts = [text for name in PACKAGES for file in sorted(roots[name].rglob("*.py")) for text in docstrings(file)]
+    texts += [
+        text
+        for file in sorted((roots["botocore"] / "data").rglob("service-2.json.gz"))
+        for text in documentation(json.loads(gzip.decompress(file.read_bytes())))
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    texts = set()
     with atomic_file(path) as partial, partial.open("w", encoding="utf-8") as out:
-        for name, spec in specs.items():
-            root = Path(spec.submodule_search_locations[0])
-            for file in sorted(root.rglob("*.py")):
-                text = file.read_bytes().decode(errors="ignore")
-                if text.strip() and text not in texts:
-                    texts.add(text)
-                    place = f"{name}/{file.relative_to(root)}"
-                    out.write(json.dumps({"path": place, "text": text}, ensure_ascii=False) + "\n")
+        for text in dict.fromkeys(text for text in texts if len(text) >= LEAST_CHARACTERS):
+            out.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
     return path
+
+
+def docstrings(file: Path) -> Iterator[str]:
+    """The docstrings of a file; none of one that this Python cannot parse."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield ast.get_docstring(node) or ""
+
+
+def documentation(value: object) -> Iterator[str]:
+    """The texts of "documentation" in some JSON, without tags and line breaks."""
+    if isinstance(value, dict):
+        for name, of_name in value.items():
+            if name == "documentation" and isinstance(of_name, str):
+                yield " ".join(re.sub("<[^>]+>", " ", of_name).split())
+            else:
+                yield from documentation(of_name)
+    elif isinstance(value, list):
+        for item in value:
+            yield from documentation(item)
 
 
 def ladder_of(arguments: argparse.Namespace, overrides: dict[str, str]) -> Ladder:

@@ -1,4 +1,4 @@
-"""The target of tests/benchmarks/ladder.py: two layers, as all of its rungs have, and 20 tokens a parameter.
+"""The target of tests/benchmarks/ladder.py: two layers, as all of its rungs have, and 15 tokens a parameter.
 
 So the family's dial is the width alone, of many small heads. Of so small a model an unembedding of many tokens would be
 most, and no rung can shrink that, so the vocabulary has 512.
@@ -18,12 +18,12 @@ def get_config() -> ConfigDict:
         "qk_norm": True,
         "scale_embeddings": True,
     }
-    config.tokenizer = {"vocab_size": 1024}
+    config.tokenizer = {"vocab_size": 512}
     config.data = {"segmentation": "pack", "shuffle_rows": True, "segment_length": 128, "validation_fraction": 0.02}
     config.optimizer = {
         "name": "muon",
         "learning_rate": 6e-3,
-        "warmup_steps": 136,
+        "warmup_steps": 96,
         "muon_momentum": 0.9,
         "beta2": 0.99,
         "weight_decay": 0.2,
@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
         "decay_fraction": 0.3,
         "final_fraction": 0.01,
     }
-    config.train = {"run_dir": "runs/target", "num_steps": 17000, "batch_size": 16}
+    config.train = {"run_dir": "runs/target", "num_steps": 12000, "batch_size": 16}
     config.checkpoint = {"every_steps": 2000}
-    config.evaluation = {"every_steps": 17000, "max_bytes": 2**22, "sample_tokens": 0}
+    config.evaluation = {"every_steps": 12000, "max_bytes": 2**21, "sample_tokens": 0}
     return config
