@@ -16,7 +16,8 @@ The config's own values are the anchor of what depends on size, q being a rung's
   `base_dim` and `base_layers` (or the config's own number of layers) are the same for all.
 - streams of the corpus are the same for all rungs, so that these read the same order of text. (The cut of a small
   corpus into chunks, and so which held-out documents are the first, depends on their number.)
-- tokens ∝ N; each rung has POINTS lengths, a factor of 2 apart.
+- tokens ∝ N; each rung has POINTS lengths, a factor of 2 apart, the shortest of LEAST_STEPS or more: shorter runs lie
+  above the law of the others (docs/ladder.md).
 - warm-up is the config's share of the run that has its tokens a parameter, and at most half of the shortest trunk: a
   long one makes small models look worse (Porian et al. 2024).
 """
@@ -42,7 +43,7 @@ POINTS = 4
 SPACING, LEAST_SPACING = 2.0, 1.25
 # Widths other than those of heads are multiples of this.
 WIDTH_MULTIPLE = 8
-LEAST_TRUNK_STEPS = 8
+LEAST_STEPS = 400
 LEAST_STEP_TOKENS = 2048
 # The weight of a size's shape against its N, both as logs.
 SHAPE_WEIGHT = 0.2
@@ -209,13 +210,7 @@ def make_rung(config: Config, size: Size, longest: float, rows: int, streams: in
             f"optimizer.decay_fraction = {decay:g}: a branch is the decay of a run, and its trunk what comes before; "
             f"give a share above 0 and up to {MOST_DECAY}"
         )
-    first = round(steps * longest / 2 ** (POINTS - 1) * (1 - decay))
-    if first < LEAST_TRUNK_STEPS:
-        raise InputError(
-            f"train.num_steps = {config.train.num_steps}: at these tokens a parameter the rung of N = {size.N:.3g} "
-            f"has {first} steps before its first branch, and {LEAST_TRUNK_STEPS} are the fewest; raise it, or "
-            "--longest, or lower train.batch_size"
-        )
+    first = round(max(steps * longest / 2 ** (POINTS - 1), LEAST_STEPS) * (1 - decay))
     # Saves on the way to the first branch, and to each of the others, are equally far apart.
     saves = -(-first // config.checkpoint.every_steps)
     first = -(-first // saves) * saves
