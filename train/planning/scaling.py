@@ -24,6 +24,10 @@ from data.errors import InputError
 # a threshold below the noise the loss is nearly absolute, which makes less of few points.
 HUBER = 1e-2
 EXPONENTS = (0.02, 3.0)
+# What is known of the exponents before any run: of published fits α is 0.34 (Hoffmann et al.), 0.35 (Besiroglu et al.)
+# and 0.29 (Hu et al. 2024, arXiv:2404.06395), β 0.28, 0.37 and 0.23. A few rungs of small models hardly tell a large
+# exponent with a large E from a small one with a small E, and the first says that larger models gain nothing.
+PRIOR, PRIOR_DEVIATION = 0.35, 0.25
 STARTS = (0.1, 0.25, 0.5, 1.0)
 MOST_EVALUATIONS = 300
 RESAMPLES = 200
@@ -99,7 +103,9 @@ def fit_law(N: np.ndarray, D: np.ndarray, L: np.ndarray, resamples: int = RESAMP
         raise InputError("a loss is not finite and above 0, so no law is fitted; leave its run out")
     if problem := too_few(N, D):
         raise InputError(f"the points determine no law: {problem}")
-    theta = _best_fit(N, D, L)
+    free = _best_fit(N, D, L, 0.0)
+    noise = _noise(np.log(L) - _log_loss(free, np.log(N), np.log(D)), len(np.unique(N)))
+    theta = _best_fit(N, D, L, noise)
     fitted = _log_loss(theta, np.log(N), np.log(D))
     residuals = np.log(L) - fitted
     _, rung_of = np.unique(N, return_inverse=True)
@@ -107,9 +113,15 @@ def fit_law(N: np.ndarray, D: np.ndarray, L: np.ndarray, resamples: int = RESAMP
     random = np.random.default_rng(0)
     K, n, S = len(shared), len(own), resamples
     by_rung, by_point = random.choice(WEBB, (S, K)) * shared, random.choice(WEBB, (S, n)) * own
-    thetas = _refined(np.tile(theta, (S, 1)), N, D, np.exp(fitted + by_rung[:, rung_of] + by_point))
-    noise = random.choice(WEBB, S) * random.choice(shared, S) + random.choice(WEBB, S) * random.choice(own, S)
-    return Fit(_law(theta), residuals, tuple(map(_law, thetas)), noise)
+    thetas = _refined(np.tile(theta, (S, 1)), N, D, np.exp(fitted + by_rung[:, rung_of] + by_point), noise)
+    drawn = random.choice(WEBB, S) * random.choice(shared, S) + random.choice(WEBB, S) * random.choice(own, S)
+    return Fit(_law(theta), residuals, tuple(map(_law, thetas)), drawn)
+
+
+def _noise(residuals: np.ndarray, rungs: int) -> float:
+    """Returns the deviation of residuals that the five parameters leave, as if all points of a rung were one."""
+    n = len(residuals)
+    return float(np.sqrt((residuals**2).sum() / max(n - 5, 1) * n / rungs))
 
 
 def _parts(residuals: np.ndarray, rung_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -169,8 +181,13 @@ def _huber(residuals: np.ndarray) -> np.ndarray:
     return np.asarray(np.where(distance <= HUBER, distance**2 / 2, HUBER * (distance - HUBER / 2)).sum(-1))
 
 
-def _best_fit(N: np.ndarray, D: np.ndarray, L: np.ndarray) -> np.ndarray:
-    """Returns the best parameters from several starts.
+def _from_prior(theta: np.ndarray, noise: float) -> np.ndarray:
+    """Returns the residuals of the two exponents, [..., 2]: their deviations from the prior, in units of the noise."""
+    return np.asarray(noise * np.log(theta[..., 3:] / PRIOR) / PRIOR_DEVIATION)
+
+
+def _best_fit(N: np.ndarray, D: np.ndarray, L: np.ndarray, noise: float) -> np.ndarray:
+    """Returns the best parameters from several starts. The noise is that of the points next to the prior's.
 
     For given exponents the law is linear, and relative errors are nearly those of logs.
     """
@@ -180,11 +197,12 @@ def _best_fit(N: np.ndarray, D: np.ndarray, L: np.ndarray) -> np.ndarray:
         terms, _ = nnls(np.stack([np.ones_like(L), n, d], axis=1) / L[:, None], np.ones_like(L))
         E, A, B = np.log(np.maximum(terms, 1e-6 * L.min()))
         starts.append([E, A + alpha * np.log(N.min()), B + beta * np.log(D.min()), alpha, beta])
-    thetas = _refined(np.array(starts), N, D, np.tile(L, (len(starts), 1)))
-    return np.array(thetas[np.argmin(_huber(_log_loss(thetas, np.log(N), np.log(D)) - np.log(L)))])
+    thetas = _refined(np.array(starts), N, D, np.tile(L, (len(starts), 1)), noise)
+    residuals = _log_loss(thetas, np.log(N), np.log(D)) - np.log(L)
+    return np.array(thetas[np.argmin(_huber(np.concatenate([residuals, _from_prior(thetas, noise)], axis=-1)))])
 
 
-def _refined(starts: np.ndarray, N: np.ndarray, D: np.ndarray, L: np.ndarray) -> np.ndarray:
+def _refined(starts: np.ndarray, N: np.ndarray, D: np.ndarray, L: np.ndarray, noise: float) -> np.ndarray:
     """Returns the parameters of least Huber loss near each start, [fits, 5], for losses [fits, points].
 
     The tolerances are small: ending early was what made the intervals of Hoffmann et al. too narrow (Besiroglu et al.
@@ -202,10 +220,12 @@ def _refined(starts: np.ndarray, N: np.ndarray, D: np.ndarray, L: np.ndarray) ->
     def jacobian(theta: np.ndarray, _: np.ndarray) -> np.ndarray:
         terms = _log_terms(theta, n, d)
         shares = np.exp(terms - logsumexp(terms, axis=0))
-        return np.stack([*shares, -shares[1] * n, -shares[2] * d], axis=-1)
+        of_prior = np.zeros((2, 5))
+        of_prior[[0, 1], [3, 4]] = noise / PRIOR_DEVIATION / theta[3:]
+        return np.concatenate([np.stack([*shares, -shares[1] * n, -shares[2] * d], axis=-1), of_prior])
 
     def refined(start: np.ndarray, of: np.ndarray) -> np.ndarray:
-        residuals = lambda theta, of: _log_loss(theta, n, d) - of
+        residuals = lambda theta, of: np.concatenate([_log_loss(theta, n, d) - of, _from_prior(theta, noise)])
         options = {"loss": "huber", "f_scale": HUBER, "xtol": 1e-8, "ftol": 1e-10, "gtol": 1e-10}
         return least_squares(residuals, start, jacobian, bounds, args=(of,), max_nfev=MOST_EVALUATIONS, **options).x
 
