@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
         "scale_embeddings": True,
     }
     config.tokenizer = {"vocab_size": 512}
-    config.data = {"segmentation": "pack", "shuffle_rows": True, "segment_length": 128, "validation_fraction": 0.02}
+    config.data = {"segmentation": "pack", "shuffle_rows": True, "segment_length": 32, "validation_fraction": 0.02}
     config.optimizer = {
         "name": "muon",
         "learning_rate": 6e-3,
@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
         "decay_fraction": 0.3,
         "final_fraction": 0.01,
     }
-    config.train = {"run_dir": "runs/target", "num_steps": 12000, "batch_size": 16}
+    config.train = {"run_dir": "runs/target", "num_steps": 12000, "batch_size": 64}
     config.checkpoint = {"every_steps": 2000}
     config.evaluation = {"every_steps": 12000, "max_bytes": 2**21, "sample_tokens": 0}
     return config

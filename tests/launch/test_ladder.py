@@ -317,7 +317,6 @@ def test_a_run_that_says_nothing_of_the_law_is_named(
             ['--config.optimizer.groups={{"vector": {{"schedule": "linear"}}}}'],
             "optimizer.groups['vector'] has its own schedule: trunks are constant",
         ),
-        (["--config.train.num_steps=20"], "train.num_steps = 20: at these tokens a parameter"),
         (["--to={config}/x"], "is a file; name another path"),
     ],
 )
