@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     config.optimizer = {
         "name": "muon",
         "learning_rate": 6e-3,
-        "warmup_steps": 96,
+        "warmup_steps": 104,
         "muon_momentum": 0.9,
         "beta2": 0.99,
         "weight_decay": 0.2,
@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
         "decay_fraction": 0.3,
         "final_fraction": 0.01,
     }
-    config.train = {"run_dir": "runs/target", "num_steps": 12000, "batch_size": 64}
+    config.train = {"run_dir": "runs/target", "num_steps": 13000, "batch_size": 64}
     config.checkpoint = {"every_steps": 2000}
-    config.evaluation = {"every_steps": 12000, "max_bytes": 2**21, "sample_tokens": 0}
+    config.evaluation = {"every_steps": 13000, "max_bytes": 2**21, "sample_tokens": 0}
     return config
