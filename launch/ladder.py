@@ -26,6 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="1",
         help="rows of a step are a multiple of this, as devices divide them [1]",
     )
+    help = "steps of a rung's shortest run, or more; shorter ones lie above the law of the others [400]"
+    flag("--least-steps", metavar="N", default="400", help=help)
     help = "FLOPs to spend best, as in 1e19; or 30days, 5000dollars with --topology [the target's FLOPs]"
     flag("--budget", metavar="B", help=help)
     flag("--topology", type=one_line, metavar="CHIP:SHAPE", help="machine of the budget and the target, as in h100:1x8")

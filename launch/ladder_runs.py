@@ -131,9 +131,8 @@ def planned_ladder(
     config: str, overrides: Mapping[str, str], target: Config, folder: Path, flags: dict[str, float]
 ) -> Ladder:
     """Returns the plan of a ladder. Raises InputError where the target has no such family, or a run cannot be."""
-    rungs = make_rungs(
-        target, int(flags["rungs"]), flags["scale"], flags["longest"], least_rows=int(flags["least_rows"])
-    )
+    least = {name: int(flags[name]) for name in ("least_rows", "least_steps")}
+    rungs = make_rungs(target, int(flags["rungs"]), flags["scale"], flags["longest"], **least)
     trunks, branches = zip(
         *(plan_rung(folder, f"rung-{number}", rung, config, overrides, target) for number, rung in enumerate(rungs, 1)),
         strict=True,

@@ -33,7 +33,7 @@ def run_ladder(arguments: argparse.Namespace) -> int:
     check_output(page, "--to", GENERATOR, "report")
     target = load_config(arguments.config, arguments.overrides)
     check_target(target)
-    flags = {name: numbers[name] for name in ("rungs", "scale", "longest", "least_rows")}
+    flags = {name: numbers[name] for name in ("rungs", "scale", "longest", "least_rows", "least_steps")}
     ladder = planned_ladder(arguments.config, arguments.overrides, target, folder, flags)
     check_folder(ladder)
     budget = find_budget(arguments, numbers, target, ladder)
@@ -65,7 +65,9 @@ def write_page(page: Path, text: str) -> None:
 def checked_numbers(arguments: argparse.Namespace) -> dict[str, float]:
     """Returns the numbers of the flags. Raises InputError with all that are wrong."""
     problems, numbers = [], {}
-    for name, least, whole in (("rungs", LEAST_SIZES, True), ("least_rows", 1, True), ("scale", 1, False)):
+    whole_numbers = {"rungs": LEAST_SIZES, "least_rows": 1, "least_steps": 1}
+    for name, least in (whole_numbers | {"scale": 1}).items():
+        whole = name in whole_numbers
         numbers[name] = number_of(getattr(arguments, name))
         is_good = numbers[name] >= least and math.isfinite(numbers[name])
         if not is_good or (whole and numbers[name] != int(numbers[name])):

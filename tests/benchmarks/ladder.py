@@ -42,7 +42,7 @@ from launch.ladder_text import result_text
 from launch.many_runs import train_all
 from launch.presets import load_config
 from train.planning.budget import Budget
-from train.planning.family import Size, make_rung, size_of
+from train.planning.family import LEAST_STEPS, Size, make_rung, size_of
 from train.planning.scaling import LEAST_SIZES
 
 PACKAGES = ("torch", "sympy", "jax", "scipy", "numpy", "sklearn", "pandas", "networkx")
@@ -125,7 +125,8 @@ def documentation(value: object) -> Iterator[str]:
 def ladder_of(arguments: argparse.Namespace, overrides: dict[str, str]) -> Ladder:
     """The plan of the rungs."""
     config = arguments.config
-    flags = {"rungs": float(arguments.rungs), "scale": SCALE, "longest": arguments.longest, "least_rows": 1.0}
+    flags = {"rungs": float(arguments.rungs), "scale": SCALE, "longest": arguments.longest}
+    flags |= {"least_rows": 1.0, "least_steps": float(LEAST_STEPS)}
     return planned_ladder(config, overrides, load_config(config, overrides), arguments.to, flags)
 
 
@@ -133,7 +134,7 @@ def target_ladder(ladder: Ladder, config: str, overrides: dict[str, str]) -> Lad
     """The target's own runs, as those of a ladder with one rung: its last branch is the config's run."""
     target, rows = ladder.target, ladder.target.train.batch_size
     streams = ladder.rungs[0].fields["data.num_streams"]
-    rung = make_rung(target, Size(target.model, size_of(target), 0.0), 1.0, rows, streams)
+    rung = make_rung(target, Size(target.model, size_of(target), 0.0), 1.0, rows, streams, least_steps=1)
     trunk, branches = plan_rung(ladder.folder, "target", rung, config, overrides, target)
     return Ladder(ladder.folder, target, {}, [rung], [trunk], [branches])
 

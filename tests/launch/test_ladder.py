@@ -28,8 +28,8 @@ from train.run.folder import HeldOutDocument, Run
 
 LAW = Law(E=0.8, A=30.0, B=40.0, alpha=0.4, beta=0.35)
 STEPS = {"train.num_steps": "1200"}
-FLAGS: dict[str, float] = {"rungs": 5, "scale": 2, "longest": 2, "least_rows": 8}
-SMALL = ["--rungs=5", "--scale=2", "--least-rows=8", "--config.train.num_steps=1200"]
+FLAGS: dict[str, float] = {"rungs": 5, "scale": 2, "longest": 2, "least_rows": 8, "least_steps": 8}
+SMALL = ["--rungs=5", "--scale=2", "--least-rows=8", "--least-steps=8", "--config.train.num_steps=1200"]
 TEXTS = (HeldOutDocument("text"),)
 
 
@@ -299,6 +299,7 @@ def test_a_run_that_says_nothing_of_the_law_is_named(
         (["--rungs=4.5", "--scale=nan"], "--scale=nan: give a number of at least 1"),
         (["--longest=0"], "--longest=0: give a number above 0"),
         (["--least-rows=x"], "--least-rows=x: give a whole number of at least 1"),
+        (["--least-steps=2.5"], "--least-steps=2.5: give a whole number of at least 1"),
         (["--budget=many"], "--budget=many: give FLOPs, as in 1e19, or 30days"),
         (["--budget=-1e19"], "--budget=-1e19: give FLOPs"),
         (["--budget=3days"], "--budget=3days goes with --topology"),

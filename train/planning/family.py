@@ -16,8 +16,7 @@ The config's own values are the anchor of what depends on size, q being a rung's
   `base_dim` and `base_layers` (or the config's own number of layers) are the same for all.
 - streams of the corpus are the same for all rungs, so that these read the same order of text. (The cut of a small
   corpus into chunks, and so which held-out documents are the first, depends on their number.)
-- tokens ∝ N; each rung has POINTS lengths, a factor of 2 apart, the shortest of LEAST_STEPS or more: shorter runs lie
-  above the law of the others (docs/ladder.md).
+- tokens ∝ N; each rung has POINTS lengths, a factor of 2 apart, the shortest of LEAST_STEPS or more.
 - warm-up is the config's share of the run that has its tokens a parameter, and at most half of the shortest trunk: a
   long one makes small models look worse (Porian et al. 2024).
 """
@@ -43,6 +42,7 @@ POINTS = 4
 SPACING, LEAST_SPACING = 2.0, 1.25
 # Widths other than those of heads are multiples of this.
 WIDTH_MULTIPLE = 8
+# By default; shorter runs lie above the law of the others (docs/ladder.md).
 LEAST_STEPS = 400
 LEAST_STEP_TOKENS = 2048
 # The weight of a size's shape against its N, both as logs.
@@ -145,16 +145,19 @@ def shrunk(model: ModelConfig, width: float, layers: int) -> ModelConfig | None:
     return None if smaller.problems() else smaller
 
 
-def make_rungs(config: Config, number: int, scale: float, longest: float, least_rows: int = 1) -> list[Rung]:
+def make_rungs(
+    config: Config, number: int, scale: float, longest: float, least_rows: int = 1, least_steps: int = LEAST_STEPS
+) -> list[Rung]:
     """Returns the rungs of a config, the smallest first.
 
-    Raises InputError where the config has no family of that many sizes, or its runs have too few steps.
+    Raises InputError where the config has no family of that many sizes, or no decay.
 
     Args:
         number: how many rungs there are.
         scale: the config's N over that of the largest rung.
         longest: tokens a parameter of the longest run of a rung, over those of the config's own run.
         least_rows: rows of a step are a multiple of this, as the devices divide them.
+        least_steps: the fewest of a run, which then has more tokens a parameter.
     """
     family, top = sizes(config), size_of(config) / scale
     if not (chosen := series(family, top, number)):
@@ -168,7 +171,7 @@ def make_rungs(config: Config, number: int, scale: float, longest: float, least_
         )
     rows = [rows_of(config, size, least_rows) for size in chosen]
     streams = math.gcd(*rows, config.data.num_streams or 0)
-    return [make_rung(config, size, longest, of, streams) for size, of in zip(chosen, rows, strict=True)]
+    return [make_rung(config, size, longest, of, streams, least_steps) for size, of in zip(chosen, rows, strict=True)]
 
 
 def rows_of(config: Config, size: Size, least_rows: int) -> int:
@@ -199,7 +202,9 @@ def rate_fields(config: Config, factor: float) -> dict[str, Any]:
     return fields | ({"optimizer.groups": json.dumps(groups)} if groups != config.optimizer.groups else {})
 
 
-def make_rung(config: Config, size: Size, longest: float, rows: int, streams: int) -> Rung:
+def make_rung(
+    config: Config, size: Size, longest: float, rows: int, streams: int, least_steps: int = LEAST_STEPS
+) -> Rung:
     """Returns the rung of a size, as `make_rungs` does, with these rows of a step and streams of the corpus."""
     N, T = size_of(config), config.data.segment_length
     share = size.N / N
@@ -210,7 +215,7 @@ def make_rung(config: Config, size: Size, longest: float, rows: int, streams: in
             f"optimizer.decay_fraction = {decay:g}: a branch is the decay of a run, and its trunk what comes before; "
             f"give a share above 0 and up to {MOST_DECAY}"
         )
-    first = round(max(steps * longest / 2 ** (POINTS - 1), LEAST_STEPS) * (1 - decay))
+    first = round(max(steps * longest / 2 ** (POINTS - 1), least_steps) * (1 - decay))
     # Saves on the way to the first branch, and to each of the others, are equally far apart.
     saves = -(-first // config.checkpoint.every_steps)
     first = -(-first // saves) * saves

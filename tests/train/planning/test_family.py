@@ -15,7 +15,7 @@ from train.config.config import Config
 from train.config.optimizer_config import OptimizerConfig
 from train.config.parameter_groups import parameter_settings
 from train.config.run_config import TrainConfig
-from train.planning.family import POINTS, WIDTHS, Rung, make_rungs, size_of, sizes
+from train.planning.family import LEAST_STEPS, POINTS, WIDTHS, Rung, make_rungs, size_of, sizes
 from train.planning.scaling import LEAST_SIZES
 from train.step.flops import flops_per_token
 
@@ -122,7 +122,7 @@ def test_with_mup_all_rungs_have_the_configs_rate_and_its_base_model(base_layers
 
 def test_lengths_are_a_series_up_to_the_configs_tokens_a_parameter():
     tokens = 10_000 * 64 * TARGET.data.segment_length
-    for rung in make_rungs(TARGET, 5, 10, 2):
+    for rung in make_rungs(TARGET, 5, 10, 2, least_steps=1):
         lengths = [end * rung.step_tokens for _, end in rung.branches]
         assert len(lengths) == POINTS
         assert lengths[-1] / rung.N == pytest.approx(2 * tokens / size_of(TARGET), rel=0.02)
@@ -135,6 +135,19 @@ def test_lengths_are_a_series_up_to_the_configs_tokens_a_parameter():
         assert every <= TARGET.checkpoint.every_steps
         assert rung.steps == rung.trunk_steps + sum(end - begin for begin, end in rung.branches)
         assert 0 < rung.fields["optimizer.warmup_steps"] <= rung.branches[0][0] // 2
+
+
+def test_the_shortest_run_of_a_rung_has_the_least_steps():
+    for of, least in ((make_rungs(TARGET, 5, 10, 2), LEAST_STEPS), (make_rungs(TARGET, 5, 10, 2, 1, 4000), 4000)):
+        plain = make_rungs(TARGET, 5, 10, 2, least_steps=1)
+        for rung, before in zip(of, plain, strict=True):
+            shortest = max(before.branches[0][1], least)
+            assert rung.branches[0][1] == pytest.approx(shortest, rel=0.02)
+            assert rung.branches[-1][1] == pytest.approx(shortest * 2 ** (POINTS - 1), rel=0.02)
+            assert {**rung.fields, "checkpoint.every_steps": 0, "optimizer.warmup_steps": 0} == (
+                {**before.fields, "checkpoint.every_steps": 0, "optimizer.warmup_steps": 0}
+            )
+        assert any(before.branches[0][1] < least for before in plain)
 
 
 def test_what_a_config_gives_itself_fits_its_rungs():
@@ -173,7 +186,6 @@ def test_given_widths_shrink_and_kinds_of_layers_stay():
     [
         ({"model": {"num_heads": 2, "num_kv_heads": 1, "num_layers": 2}}, "shrinks to no 5 sizes"),
         ({"model": {"vocab_size": 2**20}}, r"--rungs=5 --scale=10: .* or give a larger config or a smaller vocabulary"),
-        ({"train": {"num_steps": 20}, "optimizer": {"warmup_steps": 1}}, "train.num_steps = 20: .* 8 are the fewest"),
         ({"optimizer": {"decay_fraction": 0.0}}, "optimizer.decay_fraction = 0: .* above 0 and up to 0.9"),
         ({"optimizer": {"decay_fraction": 1.0}}, "optimizer.decay_fraction = 1"),
     ],
