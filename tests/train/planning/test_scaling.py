@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from data.errors import InputError
+from train.planning import scaling
 from train.planning.budget import Machine
 from train.planning.scaling import Fit, Law, fit_law
 
@@ -64,6 +65,18 @@ def test_the_interval_of_a_prediction_holds_the_loss_of_a_run(noise: float, of_r
     assert held >= 8
     # An interval that holds everything says nothing.
     assert np.median(widths) < 0.3 * LAW.loss(*TARGET)
+
+
+def test_what_is_known_of_exponents_counts_the_more_the_noisier_the_points_are(monkeypatch: pytest.MonkeyPatch):
+    """Five rungs of one seed each leave the exponents to chance; the published ones are nearer to the truth."""
+    distances, errors = [], []
+    for deviation in (scaling.PRIOR_DEVIATION, 1e6):
+        monkeypatch.setattr(scaling, "PRIOR_DEVIATION", deviation)
+        laws = [fit_law(N, D, losses(LAW, 0.01, 0.02, seed), resamples=0).law for seed in range(8)]
+        distances.append(np.mean([abs(np.log(np.array(law[3:]) / scaling.PRIOR)) for law in laws]))
+        errors.append(np.mean([abs(law.loss(*TARGET) - LAW.loss(*TARGET)) for law in laws]))
+    assert distances[0] < 0.7 * distances[1]
+    assert errors[0] < 0.8 * errors[1]
 
 
 def test_more_noise_makes_a_wider_interval():
