@@ -246,6 +246,8 @@ def loaded_variant(config: str, fields: Mapping[str, str]) -> tuple[Config | Non
     problems = []
     if loaded.data.corpus is None:
         problems.append(NO_CORPUS)
+    if loaded.model.reward_head:
+        problems.append("model.reward_head: a reward model has no bits a byte to compare; see metrics.jsonl")
     if not loaded.data.validation_fraction:
         problems.append("data.validation_fraction is 0, so there is no text to compare on; give a part, as in 0.01")
     if loaded.checkpoint.dir is not None and "checkpoint.dir" not in fields:

@@ -122,6 +122,8 @@ def check_target(config: Config) -> None:
     problems = []
     if config.data.corpus is None:
         problems.append(NO_CORPUS)
+    if config.model.reward_head:
+        problems.append("model.reward_head: a reward model has no bits a byte to predict; give the config of its model")
     if not config.data.validation_fraction:
         problems.append("data.validation_fraction is 0, so there is no loss to predict; give a part, as in 0.01")
     if config.checkpoint.dir is not None:

@@ -121,6 +121,9 @@ TABLE = [
     ('config = "CONFIG"\n[variants."../a"]', ["2: variant ../a: a name begins with a letter or digit"]),
     ('config = "CONFIG"\nshared = 1\n[variants.a]', ["2: 1 is no table of fields"]),
     ('config = "CONFIG"\n[shared]\ncheckpoint.dir = "x"\n[variants.a]', ["3: checkpoint.dir cannot be set"]),
+    ('config = "CONFIG"\n[shared]\nmodel.reward_head = true\nobjective.name = "reward"\ndata.rejected_field = "other"\n'
+     'data.segmentation = "pack"\nevaluation.sample_tokens = 64\n[variants.a]\n[variants.b]',
+     ["3: model.reward_head: a reward model has no bits a byte to compare"]),
     ('config = "CONFIG"\n[shared]\ndata.validation_fraction = 0\n[variants.a]\n[variants.b]',
      ["3: data.validation_fraction is 0, so there is no text to compare on"]),
     ('config = "CONFIG"\n[variants.a]\n[variants.b]\ntrain.num_steps = 10',

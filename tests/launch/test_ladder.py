@@ -30,6 +30,8 @@ LAW = Law(E=0.8, A=30.0, B=40.0, alpha=0.4, beta=0.35)
 STEPS = {"train.num_steps": "1200"}
 FLAGS: dict[str, float] = {"rungs": 5, "scale": 2, "longest": 2, "least_rows": 8, "least_steps": 8}
 SMALL = ["--rungs=5", "--scale=2", "--least-rows=8", "--least-steps=8", "--config.train.num_steps=1200"]
+REWARD = ["--config.model.reward_head=true", "--config.objective.name=reward", "--config.data.rejected_field=other",
+          "--config.data.segmentation=pack", "--config.evaluation.sample_tokens=64"]  # fmt: skip
 TEXTS = (HeldOutDocument("text"),)
 
 
@@ -309,6 +311,7 @@ def test_a_run_that_says_nothing_of_the_law_is_named(
         (["--topology=h100:1x8", "--mfu=1.5"], "--mfu=1.5: give a number above 0 and at most 1"),
         (["--topology=h100", "--mfu=0.5"], "--topology=h100: "),
         (["--scale=1e6"], "shrinks to no 5 sizes"),
+        (REWARD, "model.reward_head: a reward model has no bits a byte to predict"),
         (["--config.data.validation_fraction=0"], "data.validation_fraction is 0, so there is no loss to predict"),
         (["--config.data.corpus=none"], "data.corpus is not given"),
         (["--config.checkpoint.dir=/tmp/x"], "checkpoint.dir: all runs would save to the same place"),
