@@ -13,6 +13,8 @@ T = TypeVar("T")
 # Bytes of the first range, and of the largest, that are read of a file; each range is GROWTH times the one before.
 FIRST_BYTES = 2**16
 LARGEST_BYTES = 2**22
+# Bytes of the first range beyond where the reader will probably stop: most often the rest of a line.
+BEYOND_BYTES = 2**13
 GROWTH = 16
 # How long an HTTP server may send nothing.
 SILENT_SECONDS = 30
@@ -100,7 +102,10 @@ class RangeReader(io.RawIOBase):
 
     def _fetch(self, wanted: int) -> None:
         is_sequential = self._range and self._at == self._begin + len(self._range) != self.end
-        self._length = self._length * GROWTH if is_sequential else FIRST_BYTES
+        if is_sequential:
+            self._length = self._length * GROWTH if self._length >= FIRST_BYTES else FIRST_BYTES
+        else:
+            self._length = FIRST_BYTES if self._at < self.end else BEYOND_BYTES
         self._length = min(max(self._length, wanted), LARGEST_BYTES)
         stop = min(self._at + self._length, self.end if self._at < self.end else self._size, self._size)
 

@@ -171,10 +171,11 @@ def positions_at(mixture: Mixture, config: DataConfig, share: float) -> np.ndarr
     """Where all streams have read about this share of their first epoch: at the beginning of the window there."""
     corpus, positions = mixture.sources[0].corpus, initial_positions(mixture, B)
     assert not corpus.shared
+    chunk_bytes = max(chunk.end - chunk.begin for chunk in corpus.chunks)
     for v in range(B):
         there = WindowStart(0, int(share * len(corpus.order(0, 0)[v::B])))
         # As windows begin where the one before ends, so that one is read from a chunk's beginning.
-        start = WindowStart(0, max(0, there.chunk - 2 * config.shuffle_window // config.chunk_bytes))
+        start = WindowStart(0, max(0, there.chunk - 2 * config.shuffle_window // chunk_bytes))
         reader = WindowReader(corpus, config, 0, {v: start})
         while (following := reader.take(v, start).next) <= there:
             start = following

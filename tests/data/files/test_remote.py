@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from data.config import DataConfig
+from data.corpus import open_corpus
 from data.errors import BadText, InputError
 from data.files import remote
 from data.files.listing import File, fingerprint, list_files, open_file
@@ -442,6 +443,19 @@ def test_protocols_that_are_unknown_or_need_a_package_are_said(monkeypatch):
     monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
     assert problem("gs://a/b.jsonl").endswith("a package that reads gs:// is missing: pip install gcsfs")
     assert problem("gdrive://a/b.jsonl").endswith("is missing: Please install gcsfs to access Google Storage")
+
+
+@pytest.mark.parametrize("characters", [100, 4000, 20_000])
+def test_small_chunks_of_a_remote_file_are_read_nearly_once(characters: int, http: Server):
+    content = b"".join(b'{"text": "%s"}\n' % (b"x" * (characters + i % 99)) for i in range(2**22 // characters))
+    http.files["/a.jsonl"] = content
+    corpus = open_corpus(f"{http.url}/a.jsonl", DataConfig(num_streams=4, validation_fraction=0.0))
+    assert len(corpus.chunks) == -(-len(content) // 2**16)
+    READ_TOTALS.clear()
+    documents = [document for chunk in corpus.chunks for document in corpus.documents(chunk)]
+    assert len(documents) == 2**22 // characters
+    # A line that reaches into the next chunk takes one range or two, and is read there again.
+    assert READ_TOTALS["bytes"] < (1.2 if characters < 2**13 else 2) * len(content)
 
 
 @pytest.mark.parametrize("server", ["s3", "http"])
