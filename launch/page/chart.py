@@ -21,6 +21,8 @@ MAX_DOTS = 40
 # Most marks of one kind that are drawn through the whole chart.
 MAX_LONG_MARKS = 30
 MAX_TASK_CHARTS = 24
+# Steps of an axis, times a power of ten.
+ROUND = (1, 2, 5, 10)
 
 
 @dataclass(frozen=True)
@@ -244,11 +246,16 @@ def mark_path(axes: Axes, name: str, steps: Sequence[int]) -> str:
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Returns about `count` round numbers from `low` to `high`."""
+    """Returns about `count` round numbers from `low` to `high`, and two at least where these differ."""
     rough = (high - low) / count
     size = 10.0 ** math.floor(math.log10(rough)) if rough > 0 else 1.0
-    step = next(step for step in (size, 2 * size, 5 * size, 10 * size) if step >= rough * 0.999)
-    return [step * k for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    place = next(i for i, factor in enumerate(ROUND) if factor * size >= rough * 0.999)
+    for factor in reversed(ROUND[: place + 1]):
+        step = factor * size
+        found = [step * k for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+        if len(found) > 1:
+            break
+    return found
 
 
 def axis_labels(values: Sequence[float]) -> list[str]:

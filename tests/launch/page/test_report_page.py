@@ -239,6 +239,8 @@ def test_thinning_keeps_every_spike_and_a_line_is_broken_where_a_value_is_not_fi
 def test_axes_have_round_numbers_and_do_not_follow_a_few_spikes():
     assert ticks(0, 300, 5) == [0, 100, 200, 300]
     assert ticks(1.9, 7.2) == [2, 4, 6]
+    # One number would say nothing of a scale.
+    assert ticks(1.55, 2.41) == pytest.approx([1.6, 1.8, 2.0, 2.2, 2.4])
     assert axis_labels([0, 0.0005, 0.001]) == ["0", "0.0005", "0.001"]
     assert axis_labels([0, 10_000, 20_000]) == ["0", "10k", "20k"]
     assert axis_labels([2000, 4000]) == ["2000", "4000"]
