@@ -115,8 +115,8 @@ def test_killed_inside_a_save_it_ends_with_the_same_bits(tmp_path: Path, capsys)
     process.communicate()
     assert process.returncode in (-signal.SIGKILL, 0)
     complete = [int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit()]
-    # A save is written during the next steps, and the next save waits for it.
-    assert metrics(folder)[-1]["step"] - max(complete) < 2 * 3
+    # A save is written during the next steps, and the next save, whose step is logged before, waits for it.
+    assert metrics(folder)[-1]["step"] - max(complete) <= 2 * 3
     capsys.readouterr()
     assert here("pretrain", f"--config={killed}", *shared) == 0
     assert f"resumes at step {max(complete)}" in capsys.readouterr().err
