@@ -222,11 +222,10 @@ class Display:
             whole += f"; {pairs}" if pairs else ""
             if "validation_reward" in record:
                 whole += f"; reward {record['validation_reward']:.4f}"
-            sample = self._sample_lines(record["sample"])
-            whole += "; sample:" if sample else ""
+            whole += "; sample:" if record["sample"] else ""
             self.say(f"step {record['step']}  held-out: {bits:.3f} bits a byte, loss {loss:.4f}{whole}")
-            if sample:
-                self.say("\n".join("    " + line for line in sample))
+            if record["sample"]:
+                self.say("\n".join("    " + line for line in self._sample_lines(record["sample"])))
         for task, values in record.get("tasks", {}).items():
             results = ", ".join(f"{metric} {value:.4f}" for metric, value in values.items())
             self.say(f"step {record['step']}  {task}: {results}")

@@ -60,10 +60,11 @@ def test_a_log_has_plain_lines_every_few_steps():
     assert lines[3:] == ["    def f():", "      pass"]
 
 
-def test_an_evaluation_without_a_sample_promises_none():
+@pytest.mark.parametrize("live", [False, True])
+def test_an_evaluation_without_a_sample_promises_none(live: bool):
     out = io.StringIO()
     display = Display(40, 10, quiet=False)
-    display._console = Console(file=out, width=160)
+    display._console, display._live = Console(file=out, width=160), live
     display.evaluation(RECORD | {"validation_bits_per_byte": 1.5, "validation_loss": 3.0, "sample": ""})
     assert out.getvalue() == "step 10  held-out: 1.500 bits a byte, loss 3.0000\n"
 
