@@ -89,8 +89,8 @@ def point_rows(result: Result) -> list[Sequence[str]]:
 
 def law_rows(result: Result) -> list[Sequence[str]]:
     """Returns a title row, and a row for each parameter of the law with its interval."""
-    rows: list[Sequence[str]] = [("L(N, D) = E + A/N^α + B/D^β", "", f"{CONFIDENCE:.0%} interval")]
-    for name, sign in zip(Law._fields, ("E", "A", "B", "α", "β"), strict=True):
+    rows: list[Sequence[str]] = [("L(N, D) = E + ((A/N^α)^(1/γ) + (B/D^β)^(1/γ))^γ", "", f"{CONFIDENCE:.0%} interval")]
+    for name, sign in zip(Law._fields, ("E", "A", "B", "α", "β", "γ"), strict=True):
         value, low, high = result.fit.interval(lambda law, name=name: getattr(law, name))  # type: ignore[misc]
         rows.append((sign, f"{value:.4g}", f"{low:.4g} to {high:.4g}"))
     return rows
