@@ -1,14 +1,13 @@
 """A ladder's prediction against the truth: small rungs predict a run of four times the parameters and the tokens.
 
-    python -m tests.benchmarks.ladder --to=FOLDER
+    python -m tests.benchmarks.ladder --to=FOLDER [--corpus=FILE.jsonl]
 
 The target is ladder_target.py (1.7 million parameters, 27 million tokens), unless --config names another. Its text is
-the docstrings of PACKAGES and the documentation of botocore's services, which `pip install -c constraints.txt -e
-'.[peers]'` has installed: 52 MB, written to FOLDER/corpus.jsonl, of which no run reads a part twice. The rungs are
-those of `ziggurat ladder` with --scale=4.3 --longest=1: less than a quarter of the target's size, and a quarter of its
-tokens. Then the target itself is trained as a rung is, a trunk with four branches, so that there are four truths. All
-are ordinary runs in FOLDER: the same command again goes on where it stopped. On one core the ladder takes 25 minutes,
-the target half an hour.
+--corpus, by default the documentation of ladder_texts.py, written to FOLDER/corpus.jsonl; no run reads a part of it
+twice. The rungs are those of `ziggurat ladder` with --scale=4.3 --longest=1: less than a quarter of the target's size,
+and a quarter of its tokens. Then the target itself is trained as a rung is, a trunk with four branches, so that there
+are four truths. All are ordinary runs in FOLDER: the same command again goes on where it stopped. On one core the
+ladder takes 25 minutes, the target half an hour.
 
 The errors of further held-back rungs cost no training: each rung from the fifth smallest on is predicted by all that
 are smaller, at each of its lengths. The last line is one JSON object; `error_bits_per_byte` is the prediction of the
@@ -16,17 +15,10 @@ target's longest run less the truth, and `errors` are those of all its runs.
 """
 
 import argparse
-import ast
-import gzip
-import importlib.util
 import json
-import re
 import sys
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
-from data.files.atomic import atomic_file
 from launch.ladder_runs import (
     Ladder,
     Point,
@@ -42,12 +34,11 @@ from launch.ladder_runs import (
 from launch.ladder_text import result_text
 from launch.many_runs import train_all
 from launch.presets import load_config
+from tests.benchmarks.ladder_texts import write_text
 from train.planning.budget import Budget
 from train.planning.family import LEAST_STEPS, Size, make_rung, size_of
 from train.planning.scaling import LEAST_SIZES
 
-PACKAGES = ("torch", "sympy", "jax", "scipy", "numpy", "sklearn", "pandas", "networkx")
-LEAST_CHARACTERS = 100
 TARGET = str(Path(__file__).parent / "ladder_target.py")
 SCALE = 4.3
 
@@ -56,13 +47,15 @@ def main() -> None:
     """Train what is not finished, and print the prediction and the truth."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="where the runs are, or will be")
+    parser.add_argument("--corpus", type=Path, metavar="FILE.jsonl", help="the target's text [documentation]")
     parser.add_argument("--config", default=TARGET, metavar="NAME|FILE", help="the target [ladder_target.py]")
     parser.add_argument("--rungs", type=int, default=5, help="number of sizes [5]")
     parser.add_argument("--longest", type=float, default=1, help="tokens a parameter of rungs over the target's [1]")
     arguments = parser.parse_args()
     overrides = {}
     if arguments.config == TARGET:
-        overrides["data.corpus"] = str(write_corpus(arguments.to / "corpus.jsonl").absolute())
+        corpus = arguments.corpus or write_text("documentation", arguments.to / "corpus.jsonl")
+        overrides["data.corpus"] = str(corpus.absolute())
     ladder = ladder_of(arguments, overrides)
     held_back = target_ladder(ladder, arguments.config, overrides)
     check_folder(ladder)
@@ -75,52 +68,6 @@ def main() -> None:
     if status := train_all(held_back.runs):
         sys.exit(status)
     print(json.dumps(figures(result, read_points(held_back))))
-
-
-def write_corpus(path: Path) -> Path:
-    """Write the texts of PACKAGES, one on each line, without those that were there before; or find them written."""
-    if path.exists():
-        return path
-    specs = {name: importlib.util.find_spec(name) for name in (*PACKAGES, "botocore")}
-    if missing := [name for name, spec in specs.items() if spec is None]:
-        sys.exit(f"not installed: {', '.join(missing)}; run pip install -c constraints.txt -e '.[peers]'")
-    roots = {name: Path(spec.submodule_search_locations[0]) for name, spec in specs.items()}
-    texts = [text for name in PACKAGES for file in sorted(roots[name].rglob("*.py")) for text in docstrings(file)]
-    texts += [
-        text
-        for file in sorted((roots["botocore"] / "data").rglob("service-2.json.gz"))
-        for text in documentation(json.loads(gzip.decompress(file.read_bytes())))
-    ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as partial, partial.open("w", encoding="utf-8") as out:
-        for text in dict.fromkeys(text for text in texts if len(text) >= LEAST_CHARACTERS):
-            out.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-    return path
-
-
-def docstrings(file: Path) -> Iterator[str]:
-    """The docstrings of a file; none of one that this Python cannot parse."""
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            tree = ast.parse(file.read_bytes())
-    except (SyntaxError, ValueError):
-        return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            yield ast.get_docstring(node) or ""
-
-
-def documentation(value: object) -> Iterator[str]:
-    """The texts of "documentation" in some JSON, without tags and line breaks."""
-    if isinstance(value, dict):
-        for name, of_name in value.items():
-            if name == "documentation" and isinstance(of_name, str):
-                yield " ".join(re.sub("<[^>]+>", " ", of_name).split())
-            else:
-                yield from documentation(of_name)
-    elif isinstance(value, list):
-        for item in value:
-            yield from documentation(item)
 
 
 def ladder_of(arguments: argparse.Namespace, overrides: dict[str, str]) -> Ladder:

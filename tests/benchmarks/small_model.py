@@ -4,7 +4,8 @@
 
 The twin has the preset's proportions at a quarter of its width, a third of its layers, a quarter of its segment and an
 eighth of its vocabulary, and four times its learning rate. Each variant reads as many tokens of the default corpus.
-`former` is the preset as it was up to 0.10.0, `small` the preset as it is; after + is the one change to either.
+`former` is the preset as it was up to 0.10.0, `second` from then to 0.22.0, `small` the preset as it is; after + is
+the one change to any of them.
 
 Bits a byte are of held-out documents, at a run's end. A seed gives all variants the same tokenizer, data and order.
 FLOPs are the model's for a token of training, of the twin and of `small` itself, next to the first variant's. The runs
@@ -31,12 +32,16 @@ TWIN = {
     "train.accumulation_steps": "1", "checkpoint.every_steps": f"{STEPS}", "evaluation.every_steps": f"{STEPS}",
     "evaluation.max_bytes": "262144", "evaluation.loop_bytes": "32768", "evaluation.sample_tokens": "0",
 }  # fmt: skip
-# The choices of `small` up to 0.10.0. A field at its default is accepted with every choice of the others.
-FORMER = {
+# The choices of `small` from 0.10.0 to 0.22.0, and before. A field at its default is accepted with every choice of the
+# others.
+SECOND = {
+    "data.segmentation": "concatenate", "data.shuffle_rows": "false", "optimizer.learning_rate": "1.5e-3",
+    "optimizer.muon_momentum": "0.95", "optimizer.beta2": "0.95", "optimizer.weight_decay": "0.1",
+    "optimizer.schedule": "cosine", "optimizer.decay_fraction": "0.2", "optimizer.final_fraction": "0.1",
+}  # fmt: skip
+FORMER = SECOND | {
     "model.qk_norm": "false", "model.scale_embeddings": "false", "optimizer.name": "adamw",
-    "optimizer.learning_rate": "1e-3", "optimizer.muon_momentum": "0.95", "optimizer.beta2": "0.95",
-    "optimizer.weight_decay": "0.1", "optimizer.schedule": "cosine", "optimizer.decay_fraction": "0.2",
-    "optimizer.final_fraction": "0.1",
+    "optimizer.learning_rate": "1e-3",
 }  # fmt: skip
 WINDOW = {"model.layer_pattern": "SSSF", "model.sliding_window": "256"}
 VARIANTS: dict[str, dict[str, str]] = {
@@ -51,11 +56,22 @@ VARIANTS: dict[str, dict[str, str]] = {
     "former + norms of OLMo 2": FORMER
     | {"model.norm_placement": "output", "model.qk_norm": "true", "model.qk_norm_over": "all_heads"},
     "former + z_loss": FORMER | {"model.z_loss": "1e-4"},
+    "second": SECOND,
+    "second + adamw": SECOND | {"optimizer.name": "adamw", "optimizer.learning_rate": "1e-3"},
+    "second + window in 3 of 4": SECOND | WINDOW,
+    "second + shuffled rows": SECOND | {"data.segmentation": "pack", "data.shuffle_rows": "true"},
     "small": {},
-    "small + adamw": {"optimizer.name": "adamw", "optimizer.learning_rate": "1e-3"},
-    "small + window in 3 of 4": WINDOW,
-}
-SEEDS = {"former": (0, 1), "small": (0, 1)}
+    **{f"small + rate of {rate}": {"optimizer.learning_rate": rate} for rate in ("1.5e-3", "2.25e-3", "4.5e-3")},
+    "small + adamw": {
+        "optimizer.name": "adamw", "optimizer.learning_rate": "1e-3", "optimizer.muon_momentum": "0.95",
+    },
+}  # fmt: skip
+SEEDS = (0, 1, 2)
+
+
+def seeds_of(name: str) -> tuple[int, ...]:
+    """The presets and the rates next to that of `small` have three seeds, the other changes one."""
+    return SEEDS if "+" not in name or "rate" in name else SEEDS[:1]
 
 
 def twin_of(variant: dict[str, str]) -> dict[str, str]:
@@ -88,18 +104,18 @@ def main() -> None:
     bits = {
         name: {
             seed: held_out_figure(train(arguments.to / folder_of(name, seed), twin, seed, "small")[-1], "bits_per_byte")
-            for seed in SEEDS.get(name, (0,))
+            for seed in seeds_of(name)
         }
         for name, twin in twins.items()
     }
-    print(f"{'held-out bits a byte':26} seed 0  seed 1   parameters  FLOPs a token (small's)")
+    print(f"{'held-out bits a byte':26} seed 0  seed 1  seed 2   parameters  FLOPs a token (small's)")
     first, first_twin = flops_of(FORMER), flops_of(twin_of(FORMER))
     figures = {}
     for name, of_seeds in bits.items():
         model = load_config("small", twins[name]).model.resolved(4096, 256)
         parameters = count_parameters(model)
         shares = flops_of(twins[name]) / first_twin, flops_of(VARIANTS[name]) / first
-        columns = "".join(f"{of_seeds[seed]:8.3f}" if seed in of_seeds else " " * 8 for seed in (0, 1))
+        columns = "".join(f"{of_seeds[seed]:8.3f}" if seed in of_seeds else " " * 8 for seed in SEEDS)
         print(f"{name:25}{columns}{parameters:13,}  {shares[0]:13.3f} ({shares[1]:.3f})")
         figures[name] = {"bits_per_byte": of_seeds, "parameters": parameters, "flops": shares}
     print(json.dumps({"tokens": STEPS * 8 * 256, "variants": figures}))

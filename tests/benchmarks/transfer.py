@@ -1,6 +1,7 @@
 """Does the best learning rate of a small model hold for a wide one: sweeps over widths, under standard and under mup.
 
     python -m tests.benchmarks.transfer --to=FOLDER [--widths=64,128,256,512] [--optimizers=adamw,muon] [--steps=400]
+        [--rows=16] [--parametrizations=standard,mup]
 
 Models of 2 layers with heads of 32 read the same tokens of the default corpus. Rates are powers of √2 times an
 optimizer's FIRST: two on each side of it at first, and then one more at the end at which the best one is, until it is
@@ -33,15 +34,20 @@ RECIPE = {
     "model.scale_embeddings": "false", "tokenizer.vocab_size": "1024", "data.segment_length": "128",
     "data.num_workers": "0", "optimizer.schedule": "linear", "optimizer.muon_momentum": "0.95",
     "optimizer.decay_fraction": "0.2", "optimizer.final_fraction": "0.1", "optimizer.weight_decay": "0.1",
-    "optimizer.warmup_steps": "10", "train.batch_size": "16", "evaluation.max_bytes": "131072",
+    "optimizer.warmup_steps": "10", "evaluation.max_bytes": "131072",
     "evaluation.loop_bytes": "4096", "evaluation.sample_tokens": "0",
 }  # fmt: skip
 
 
-def fields_of(optimizer: str, parametrization: str, width: int, base: int, steps: int) -> dict[str, str]:
+def fields_of(optimizer: str, parametrization: str, width: int, base: int, steps: int, rows: int) -> dict[str, str]:
     """The settings of a run, but for its rate."""
     sizes = {"model.model_dim": width, "model.num_heads": width // 32, "model.feedforward_dim": 3 * width}
-    once = {"train.num_steps": steps, "checkpoint.every_steps": steps, "evaluation.every_steps": steps}
+    once = {
+        "train.batch_size": rows,
+        "train.num_steps": steps,
+        "checkpoint.every_steps": steps,
+        "evaluation.every_steps": steps,
+    }
     fields = {name: str(value) for name, value in (sizes | once).items()} | {"optimizer.name": optimizer}
     if parametrization == "mup":
         fields |= {"model.parametrization": "mup", "model.base_dim": str(base)}
@@ -92,15 +98,17 @@ def main() -> None:
     parser.add_argument("--widths", default="64,128,256,512", help="multiples of 32, the base first [64,128,256,512]")
     parser.add_argument("--optimizers", default="adamw,muon", help="[adamw,muon]")
     parser.add_argument("--steps", type=int, default=400, help="of each run [400]")
+    parser.add_argument("--rows", type=int, default=16, help="of a step, of 128 tokens each [16]")
+    parser.add_argument("--parametrizations", default="standard,mup", help="[standard,mup]")
     parser.add_argument("--seed", type=int, default=0, help="of tokenizer, weights and order [0]")
     arguments = parser.parse_args()
     widths = [int(width) for width in arguments.widths.split(",")]
     rates: dict[str, dict[str, dict[int, float]]] = {}
     for optimizer in arguments.optimizers.split(","):
-        rates[optimizer] = {name: {} for name in ("standard", "mup")}
+        rates[optimizer] = {name: {} for name in arguments.parametrizations.split(",")}
         for parametrization, width in itertools.product(rates[optimizer], widths):
             place = f"{optimizer}-{parametrization}-{width}"
-            fields = fields_of(optimizer, parametrization, width, widths[0], arguments.steps)
+            fields = fields_of(optimizer, parametrization, width, widths[0], arguments.steps, arguments.rows)
             found = sweep(partial(bits_of, arguments.to / place, fields, arguments.seed))
             rates[optimizer][parametrization][width] = FIRST[optimizer] * 2 ** (lowest(found) / 2)
             shown = "  ".join(f"{power:+d}: {found[power]:.4f}" for power in sorted(found))
