@@ -1,12 +1,13 @@
 """Does the best learning rate of a small model hold for a wide one: sweeps over widths, under standard and under mup.
 
     python -m tests.benchmarks.transfer --to=FOLDER [--widths=64,128,256,512] [--optimizers=adamw,muon] [--steps=400]
-        [--rows=16] [--parametrizations=standard,mup]
+        [--rows=16] [--parametrizations=standard,mup] [--swept=all|matrices|others]
 
 Models of 2 layers with heads of 32 read the same tokens of the default corpus. Rates are powers of √2 times an
 optimizer's FIRST: two on each side of it at first, and then one more at the end at which the best one is, until it is
 at none. The best rate of a width lies on the parabola through the best point and its neighbours, over the logarithm of
-the rate. Under mup the rate is that of the first width, which is the base.
+the rate. Under mup the rate is that of the first width, which is the base. Muon's matrices and what AdamW updates
+beside them, embedding, unembedding and norms, may each be swept while the others keep the rate of 0.016 (--swept).
 
 Bits a byte are of held-out documents, at a run's end. The runs are ordinary ones in FOLDER/OPTIMIZER-PARAMETRIZATION-
 WIDTH-POWER-SEED: the same command again goes on where it stopped. The last line is one JSON object, with the ratio of
@@ -27,6 +28,8 @@ from train.run.step_log import held_out_figure
 
 # Near the best rates at width 64.
 FIRST = {"adamw": 2**-7, "muon": 2**-6}
+# Of the parameters that are not swept, and what AdamW updates where the optimizer is Muon.
+KEPT, OTHERS = 0.016, ("embedding", "unembedding", "vector")
 # The most powers of √2 that a sweep goes away from FIRST.
 FARTHEST = 10
 RECIPE = {
@@ -54,14 +57,22 @@ def fields_of(optimizer: str, parametrization: str, width: int, base: int, steps
     return RECIPE | fields
 
 
-def bits_of(folder: Path, fields: dict[str, str], seed: int, power: int) -> float:
+def rate_fields(rate: float, swept: str) -> dict[str, str]:
+    """The settings of a rate of those parameters that are swept."""
+    of_matrices, of_others = (KEPT if swept == kept else rate for kept in ("others", "matrices"))
+    fields = {"optimizer.learning_rate": f"{of_matrices:.6g}"}
+    if swept != "all":
+        groups = {name: {"learning_rate": float(f"{of_others:.6g}")} for name in OTHERS}
+        fields["optimizer.groups"] = json.dumps(groups)
+    return fields
+
+
+def bits_of(folder: Path, fields: dict[str, str], seed: int, swept: str, power: int) -> float:
     """Bits a byte at a power of √2, infinite of a run that diverged."""
     rate = FIRST[fields["optimizer.name"]] * 2 ** (power / 2)
     place = Path(f"{folder}-{power:+d}-{seed}")
     try:
-        return held_out_figure(
-            train(place, fields | {"optimizer.learning_rate": f"{rate:.6g}"}, seed)[-1], "bits_per_byte"
-        )
+        return held_out_figure(train(place, fields | rate_fields(rate, swept), seed)[-1], "bits_per_byte")
     except subprocess.CalledProcessError as error:
         # A fault, such as too many outlier steps; what it was is on standard error.
         if error.returncode != 1:
@@ -100,6 +111,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400, help="of each run [400]")
     parser.add_argument("--rows", type=int, default=16, help="of a step, of 128 tokens each [16]")
     parser.add_argument("--parametrizations", default="standard,mup", help="[standard,mup]")
+    parser.add_argument("--swept", choices=("all", "matrices", "others"), default="all", help="whose rate [all]")
     parser.add_argument("--seed", type=int, default=0, help="of tokenizer, weights and order [0]")
     arguments = parser.parse_args()
     widths = [int(width) for width in arguments.widths.split(",")]
@@ -109,7 +121,7 @@ def main() -> None:
         for parametrization, width in itertools.product(rates[optimizer], widths):
             place = f"{optimizer}-{parametrization}-{width}"
             fields = fields_of(optimizer, parametrization, width, widths[0], arguments.steps, arguments.rows)
-            found = sweep(partial(bits_of, arguments.to / place, fields, arguments.seed))
+            found = sweep(partial(bits_of, arguments.to / place, fields, arguments.seed, arguments.swept))
             rates[optimizer][parametrization][width] = FIRST[optimizer] * 2 ** (lowest(found) / 2)
             shown = "  ".join(f"{power:+d}: {found[power]:.4f}" for power in sorted(found))
             print(f"{place:22} best rate {rates[optimizer][parametrization][width]:.2e}   {shown}", flush=True)
