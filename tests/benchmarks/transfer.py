@@ -4,10 +4,11 @@
         [--rows=16] [--parametrizations=standard,mup] [--swept=all|matrices|others]
 
 Models of 2 layers with heads of 32 read the same tokens of the default corpus. Rates are powers of √2 times an
-optimizer's FIRST: two on each side of it at first, and then one more at the end at which the best one is, until it is
-at none. The best rate of a width lies on the parabola through the best point and its neighbours, over the logarithm of
-the rate. Under mup the rate is that of the first width, which is the base. Muon's matrices and what AdamW updates
-beside them, embedding, unembedding and norms, may each be swept while the others keep the rate of 0.016 (--swept).
+optimizer's FIRST: two on each side of it for the first width, for another those about the best of the one before and
+the first's best, and then one more at the end at which the best one is, until it is at none. The best rate of a width
+lies on the parabola through the best point and its neighbours, over the logarithm of the rate. Under mup the rate is
+that of the first width, which is the base. Muon's matrices and what AdamW updates beside them, embedding, unembedding
+and norms, may each be swept while the others keep theirs (--swept), about the best of the first width.
 
 Bits a byte are of held-out documents, at a run's end. The runs are ordinary ones in FOLDER/OPTIMIZER-PARAMETRIZATION-
 WIDTH-POWER-SEED: the same command again goes on where it stopped. The last line is one JSON object, with the ratio of
@@ -15,11 +16,10 @@ the largest to the smallest best rate by optimizer and parametrization.
 """
 
 import argparse
-import itertools
 import json
 import math
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -28,8 +28,9 @@ from train.run.step_log import held_out_figure
 
 # Near the best rates at width 64.
 FIRST = {"adamw": 2**-7, "muon": 2**-6}
-# Of the parameters that are not swept, and what AdamW updates where the optimizer is Muon.
-KEPT, OTHERS = 0.016, ("embedding", "unembedding", "vector")
+# The rates of what is not swept, and what AdamW updates where the optimizer is Muon.
+KEPT = {"matrices": 0.016, "others": 0.06}
+OTHERS = ("embedding", "unembedding", "vector")
 # The most powers of √2 that a sweep goes away from FIRST.
 FARTHEST = 10
 RECIPE = {
@@ -57,9 +58,22 @@ def fields_of(optimizer: str, parametrization: str, width: int, base: int, steps
     return RECIPE | fields
 
 
+def rate_at(optimizer: str, power: float) -> float:
+    """The rate of a power of √2."""
+    return FIRST[optimizer] * 2 ** (power / 2)
+
+
+def powers_after(swept: list[dict[int, float]]) -> set[int]:
+    """The powers that a width begins with: about the best of the width before, and the first width's best."""
+    if not swept:
+        return set(range(-2, 3))
+    before = best_of(swept[-1])
+    return {before - 1, before, before + 1, best_of(swept[0])}
+
+
 def rate_fields(rate: float, swept: str) -> dict[str, str]:
     """The settings of a rate of those parameters that are swept."""
-    of_matrices, of_others = (KEPT if swept == kept else rate for kept in ("others", "matrices"))
+    of_matrices, of_others = (rate if swept in ("all", name) else KEPT[name] for name in ("matrices", "others"))
     fields = {"optimizer.learning_rate": f"{of_matrices:.6g}"}
     if swept != "all":
         groups = {name: {"learning_rate": float(f"{of_others:.6g}")} for name in OTHERS}
@@ -69,7 +83,7 @@ def rate_fields(rate: float, swept: str) -> dict[str, str]:
 
 def bits_of(folder: Path, fields: dict[str, str], seed: int, swept: str, power: int) -> float:
     """Bits a byte at a power of √2, infinite of a run that diverged."""
-    rate = FIRST[fields["optimizer.name"]] * 2 ** (power / 2)
+    rate = rate_at(fields["optimizer.name"], power)
     place = Path(f"{folder}-{power:+d}-{seed}")
     try:
         return held_out_figure(train(place, fields | rate_fields(rate, swept), seed)[-1], "bits_per_byte")
@@ -80,20 +94,25 @@ def bits_of(folder: Path, fields: dict[str, str], seed: int, swept: str, power: 
         return math.inf
 
 
-def sweep(bits_at: Callable[[int], float]) -> dict[int, float]:
-    """Bits a byte by power of √2, from one on each side of the best, or as far as a sweep goes."""
-    found = {power: bits_at(power) for power in range(-2, 3)}
+def sweep(bits_at: Callable[[int], float], powers: Iterable[int]) -> dict[int, float]:
+    """Bits a byte by power of √2, at least those, to one on each side of the best, or as far as a sweep goes."""
+    found = {power: bits_at(power) for power in sorted(powers)}
     while True:
-        best = min(found, key=lambda power: found[power])
+        best = best_of(found)
         following = [power for power in (best - 1, best + 1) if power not in found and abs(power) <= FARTHEST]
         if not following:
             return found
         found |= {power: bits_at(power) for power in following}
 
 
+def best_of(found: dict[int, float]) -> int:
+    """The power of the fewest bits."""
+    return min(found, key=lambda power: found[power])
+
+
 def lowest(found: dict[int, float]) -> float:
     """The power at which the parabola through the best point and its neighbours is lowest."""
-    best = min(found, key=lambda power: found[power])
+    best = best_of(found)
     if not {best - 1, best + 1} <= found.keys():
         return best
     below, at, above = (found[best + step] for step in (-1, 0, 1))
@@ -117,14 +136,19 @@ def main() -> None:
     widths = [int(width) for width in arguments.widths.split(",")]
     rates: dict[str, dict[str, dict[int, float]]] = {}
     for optimizer in arguments.optimizers.split(","):
-        rates[optimizer] = {name: {} for name in arguments.parametrizations.split(",")}
-        for parametrization, width in itertools.product(rates[optimizer], widths):
-            place = f"{optimizer}-{parametrization}-{width}"
-            fields = fields_of(optimizer, parametrization, width, widths[0], arguments.steps, arguments.rows)
-            found = sweep(partial(bits_of, arguments.to / place, fields, arguments.seed, arguments.swept))
-            rates[optimizer][parametrization][width] = FIRST[optimizer] * 2 ** (lowest(found) / 2)
-            shown = "  ".join(f"{power:+d}: {found[power]:.4f}" for power in sorted(found))
-            print(f"{place:22} best rate {rates[optimizer][parametrization][width]:.2e}   {shown}", flush=True)
+        rates[optimizer] = {}
+        for parametrization in arguments.parametrizations.split(","):
+            swept: list[dict[int, float]] = []
+            for width in widths:
+                place = f"{optimizer}-{parametrization}-{width}"
+                fields = fields_of(optimizer, parametrization, width, widths[0], arguments.steps, arguments.rows)
+                bits_at = partial(bits_of, arguments.to / place, fields, arguments.seed, arguments.swept)
+                swept.append(sweep(bits_at, powers_after(swept)))
+                shown = "  ".join(f"{power:+d}: {swept[-1][power]:.4f}" for power in sorted(swept[-1]))
+                print(f"{place:22} best rate {rate_at(optimizer, lowest(swept[-1])):.2e}   {shown}", flush=True)
+            rates[optimizer][parametrization] = {
+                width: rate_at(optimizer, lowest(found)) for width, found in zip(widths, swept, strict=True)
+            }
     spread = lambda of_widths: max(of_widths.values()) / min(of_widths.values())
     print(f"\n{'best rate':18}" + "".join(f"{width:>10}" for width in widths) + "   largest / smallest")
     for optimizer, of_parametrization in rates.items():
