@@ -4,10 +4,10 @@
 
 The target is ladder_target.py (1.7 million parameters, 27 million tokens), unless --config names another. Its text is
 --corpus, by default the documentation of ladder_texts.py, written to FOLDER/corpus.jsonl; no run reads a part of it
-twice. The rungs are those of `ziggurat ladder` with --scale=4.3 --longest=1: less than a quarter of the target's size,
-and a quarter of its tokens. Then the target itself is trained as a rung is, a trunk with four branches, so that there
-are four truths. All are ordinary runs in FOLDER: the same command again goes on where it stopped. On one core the
-ladder takes 25 minutes, the target half an hour.
+twice if it is as large as that. The rungs are those of `ziggurat ladder` with --scale=4.3 --longest=1: less than a
+quarter of the target's size, and a quarter of its tokens. Then the target itself is trained as a rung is, a trunk with
+four branches, so that there are four truths. All are ordinary runs in FOLDER: the same command again goes on where it
+stopped. On one core the ladder takes 25 minutes, the target half an hour.
 
 The errors of further held-back rungs cost no training: each rung from the fifth smallest on is predicted by all that
 are smaller, at each of its lengths. The last line is one JSON object; `error_bits_per_byte` is the prediction of the
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--longest", type=float, default=1, help="tokens a parameter of rungs over the target's [1]")
     arguments = parser.parse_args()
     overrides = {}
-    if arguments.config == TARGET:
+    if arguments.corpus or arguments.config == TARGET:
         corpus = arguments.corpus or write_text("documentation", arguments.to / "corpus.jsonl")
         overrides["data.corpus"] = str(corpus.absolute())
     ladder = ladder_of(arguments, overrides)

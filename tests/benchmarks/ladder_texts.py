@@ -24,7 +24,14 @@ from pathlib import Path
 from data.files.atomic import atomic_file
 
 PACKAGES = ("torch", "sympy", "jax", "scipy", "numpy", "sklearn", "pandas", "networkx")
-MANUALS = ("linux-doc-6.1", "dict-gcide", "wordnet-base", "postgresql-doc-15", "openjdk-17-doc")
+# Debian's packages, and their files.
+MANUALS = {
+    "linux-doc-6.1": "doc/linux-doc-6.1/Documentation/**/*.*",
+    "dict-gcide": "dictd/gcide.dict.dz",
+    "wordnet-base": "wordnet/data.*",
+    "postgresql-doc-15": "doc/postgresql-doc-15/html/*.html",
+    "openjdk-17-doc": "doc/openjdk-17-*/api/java*/**/*.html",
+}
 LEAST_CHARACTERS = 100
 SHARE = Path("/usr/share")
 
@@ -69,22 +76,23 @@ def documentation_of(value: object) -> Iterator[str]:
 
 def manuals(root: Path) -> Iterator[str]:
     """The texts of MANUALS. Linux's documentation is without its translations."""
-    linux = root / "doc/linux-doc-6.1/Documentation"
-    dictionary = root / "dictd/gcide.dict.dz"
-    if missing := [str(place) for place in (linux, dictionary) if not place.exists()]:
-        sys.exit(f"not found: {', '.join(missing)}; unpack Debian's {', '.join(MANUALS)}, and say where by --root")
-    for file in sorted(linux.rglob("*"), key=str):
-        name = str(file)
+    linux, dictionary, glosses, postgresql, java = found = [
+        sorted(root.glob(pattern), key=str) for pattern in MANUALS.values()
+    ]
+    if missing := [name for name, files in zip(MANUALS, found, strict=True) if not files]:
+        sys.exit(f"not found below {root}: {', '.join(missing)}; unpack these packages of Debian, and give --root")
+    for file in linux:
+        name = str(file.relative_to(root))
         if not re.search("translations|/html|/output", name) and re.search(r"\.(rst|txt|yaml)(\.gz)?$", name):
             yield (gzip.decompress if name.endswith(".gz") else bytes)(file.read_bytes()).decode(errors="replace")
-    entries = re.split(r"\n(?=\S)", gzip.decompress(dictionary.read_bytes()).decode(errors="replace"))
+    entries = re.split(r"\n(?=\S)", gzip.decompress(dictionary[0].read_bytes()).decode(errors="replace"))
     yield from (re.sub(r"[ \t]*\n[ \t]+", " ", entry) for entry in entries)
-    for file in sorted((root / "wordnet").glob("data.*")):
+    for file in glosses:
         yield from (line.split("|", 1)[1] for line in file.read_text("latin-1").split("\n") if "|" in line)
-    for file in sorted((root / "doc/postgresql-doc-15/html").glob("*.html")):
+    for file in postgresql:
         yield Page().text(file)
-    for file in sorted((root / "doc").glob("openjdk-17-*/api/java*/**/*.html"), key=str):
-        if not re.search("class-use|package-", str(file)):
+    for file in java:
+        if not re.search("class-use|package-", str(file.relative_to(root))):
             blocks = re.findall(r'<div class="block">(.*?)</div>', file.read_text(errors="replace"), re.DOTALL)
             yield from (" ".join(html.unescape(re.sub("<[^>]+>", "", block)).split()) for block in blocks)
 

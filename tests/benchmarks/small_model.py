@@ -5,7 +5,7 @@
 The twin has the preset's proportions at a quarter of its width, a third of its layers, a quarter of its segment and an
 eighth of its vocabulary, and four times its learning rate. Each variant reads as many tokens of the default corpus.
 `former` is the preset as it was up to 0.10.0, `second` from then to 0.22.0, `small` the preset as it is; after + is
-the one change to any of them.
+the one change to any of them. All have the shuffle window of `small`.
 
 Bits a byte are of held-out documents, at a run's end. A seed gives all variants the same tokenizer, data and order.
 FLOPs are the model's for a token of training, of the twin and of `small` itself, next to the first variant's. The runs
@@ -32,8 +32,8 @@ TWIN = {
     "train.accumulation_steps": "1", "checkpoint.every_steps": f"{STEPS}", "evaluation.every_steps": f"{STEPS}",
     "evaluation.max_bytes": "262144", "evaluation.loop_bytes": "32768", "evaluation.sample_tokens": "0",
 }  # fmt: skip
-# The choices of `small` from 0.10.0 to 0.22.0, and before. A field at its default is accepted with every choice of the
-# others.
+# The choices of `small` from 0.10.0 to 0.22.0, and those up to 0.10.0. A field at its default is accepted with every
+# choice of the others.
 SECOND = {
     "data.segmentation": "concatenate", "data.shuffle_rows": "false", "optimizer.learning_rate": "1.5e-3",
     "optimizer.muon_momentum": "0.95", "optimizer.beta2": "0.95", "optimizer.weight_decay": "0.1",

@@ -5,10 +5,10 @@
 
 Models of 2 layers with heads of 32 read the same tokens of the default corpus. Rates are powers of √2 times an
 optimizer's FIRST: two on each side of it for the first width, for another those about the best of the one before and
-the first's best, and then one more at the end at which the best one is, until it is at none. The best rate of a width
-lies on the parabola through the best point and its neighbours, over the logarithm of the rate. Under mup the rate is
-that of the first width, which is the base. Muon's matrices and what AdamW updates beside them, embedding, unembedding
-and norms, may each be swept while the others keep theirs (--swept), about the best of the first width.
+the first's best, and then what is missing next to the best one, until nothing is. The best rate of a width lies on the
+parabola through the best point and its neighbours, over the logarithm of the rate. Under mup the rate is that of the
+first width, which is the base. --swept sweeps the rate of Muon's matrices alone, or that of the others, which AdamW
+updates (embedding, unembedding and norms); the rest has the rate of KEPT, about the best of the first width.
 
 Bits a byte are of held-out documents, at a run's end. The runs are ordinary ones in FOLDER/OPTIMIZER-PARAMETRIZATION-
 WIDTH-POWER-SEED: the same command again goes on where it stopped. The last line is one JSON object, with the ratio of

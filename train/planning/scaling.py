@@ -2,8 +2,9 @@
 
 L(N, D) = E + ((A/N^α)^(1/γ) + (B/D^β)^(1/γ))^γ: E is what no model can know, the other terms are what a finite model
 and finite text leave. With γ = 1 they add up (Hoffmann et al. 2022, arXiv:2203.15556, approach 3). With γ < 1 the
-larger of them hides the other, so that larger models gain more from the same text, as Li et al. (2025,
-arXiv:2506.10972) found in a thousand runs; with γ = β and E = 0 it is Kaplan et al. (2020, arXiv:2001.08361), eq. 1.5.
+larger of them hides the other, so that larger models gain more from the same text; with γ = β and E = 0 it is the law
+of Kaplan et al. (2020, arXiv:2001.08361, equation 1.5). That a sum is not enough is what Li et al. (2025,
+arXiv:2506.10972) found in a thousand runs.
 
 N are FLOPs of a token / 6, so that a run takes exactly 6 N D model FLOPs: the parameters that a token is multiplied
 with, the unembedding included, and attention's products as if they were parameters. Leaving out the last layer, as
@@ -32,7 +33,8 @@ JOINT = (0.2, 2.0)
 # What is known of α, β and γ before any run, and the deviations of their logs. Of published fits α is 0.34 (Hoffmann et
 # al.), 0.35 (Besiroglu et al.) and 0.29 (Hu et al. 2024, arXiv:2404.06395), β 0.28, 0.37 and 0.23: the mean and the
 # deviation are those of these six. A few rungs of small models hardly tell a large exponent with a large E from a small
-# one with a small E, and the first says that larger models gain nothing. γ is 1 there; Kaplan's is two deviations away.
+# one with a small E, and the first says that larger models gain nothing. γ is 1 there; Kaplan's form, γ = β, is two
+# deviations away.
 PRIOR = np.array([0.31, 0.31, 1.0])
 PRIOR_DEVIATION = np.array([0.18, 0.18, 0.5])
 STARTS = (0.25, 0.5)
@@ -131,7 +133,7 @@ def fit_law(N: np.ndarray, D: np.ndarray, L: np.ndarray, resamples: int = RESAMP
 def _noise(residuals: np.ndarray, rungs: int) -> float:
     """Returns the deviation of residuals that the six parameters leave, as if all points of a rung were one.
 
-    None counts for more than three deviations, so that one bad point does not make the prior of all others stronger.
+    No residual counts for more than three deviations, so that one bad point does not make the prior stronger.
     """
     n = len(residuals)
     most = 3 * np.median(abs(residuals)) / ndtri(0.75)
