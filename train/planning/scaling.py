@@ -28,7 +28,9 @@ from data.errors import InputError
 # The threshold of the Huber loss on residuals of log L. It is ten times that of Hoffmann et al., who had 400 runs: with
 # a threshold below the noise the loss is nearly absolute, which makes less of few points.
 HUBER = 1e-2
+# The bounds of α and β.
 EXPONENTS = (0.02, 3.0)
+# The bounds of γ. A smaller one would be nearly the larger of the two terms alone.
 JOINT = (0.2, 2.0)
 # What is known of α, β and γ before any run, and the deviations of their logs. Of published fits α is 0.34 (Hoffmann et
 # al.), 0.35 (Besiroglu et al.) and 0.29 (Hu et al. 2024, arXiv:2404.06395), β 0.28, 0.37 and 0.23: the mean and the
